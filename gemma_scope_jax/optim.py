@@ -1,0 +1,77 @@
+"""The optimizer of Gemma Scope (section 3.2) as an optax chain, and its schedules.
+
+Everything is elementwise or per decoder row, so one optimizer serves a whole bank with its leading axis E.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+
+from gemma_scope_jax import sae
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam without momentum; the defaults are Gemma Scope's."""
+
+    learning_rate: float = 7e-5
+    beta2: float = 0.999
+    eps: float = 1e-8
+    warmup_updates: int = 1000  # Cosine, from a tenth of the learning rate.
+    decay_fraction: float = 0.0  # Share of all updates, at their end, over which it falls linearly to zero.
+    sparsity_warmup_updates: int = 10_000  # Linear, from zero.
+
+
+def learning_rate(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
+    """Cosine rise from 0.1 to 1 times the rate, then constant, then (if asked for) a linear fall to zero."""
+    fall = optax.cosine_decay_schedule(1.0, max(config.warmup_updates, 1), alpha=0.1)
+    decay_updates = round(config.decay_fraction * total_updates)
+    decay = optax.linear_schedule(1.0, 0.0, decay_updates, transition_begin=total_updates - decay_updates)
+
+    def schedule(update: int) -> jnp.ndarray:
+        warmup = 1.1 - fall(update) if config.warmup_updates else 1.0
+        return config.learning_rate * warmup * (decay(update) if decay_updates else 1.0)
+
+    return schedule
+
+
+def sparsity_warmup(config: OptimizerConfig) -> optax.Schedule:
+    """The factor on the sparsity coefficient λ: linear from 0 to 1."""
+    if not config.sparsity_warmup_updates:
+        return optax.constant_schedule(1.0)
+    return optax.linear_schedule(0.0, 1.0, config.sparsity_warmup_updates)
+
+
+def project_decoder_gradient() -> optax.GradientTransformation:
+    """Removes from each decoder row's gradient the part along the row, which renormalising would undo."""
+
+    def update(gradient: sae.Params, state: optax.EmptyState, params: sae.Params) -> tuple:
+        norm = jnp.linalg.norm(params.W_dec, axis=-1, keepdims=True)
+        direction = params.W_dec / (norm + 1e-6)
+        along = jnp.sum(gradient.W_dec * direction, axis=-1, keepdims=True)
+        return gradient.replace(W_dec=gradient.W_dec - along * direction), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
+    """Projection, Adam with β₁ = 0, learning rate.
+
+    With β₁ = 0 Adam's first moment is the gradient itself, so only the second is stored.
+    """
+    return optax.chain(
+        project_decoder_gradient(),
+        optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True),
+        optax.scale_by_learning_rate(learning_rate(config, total_updates)),
+    )
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation, gradient: sae.Params, state: optax.OptState, params: sae.Params
+) -> tuple[sae.Params, optax.OptState]:
+    """One update, after which every decoder row has unit norm again."""
+    updates, state = optimizer.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    norm = jnp.linalg.norm(params.W_dec, axis=-1, keepdims=True)
+    return params.replace(W_dec=params.W_dec / norm), state
