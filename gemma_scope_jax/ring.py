@@ -1,0 +1,106 @@
+"""The in-memory shuffle: a ring of activations that each compiled step reads from and writes to.
+
+A ring has R groups of slots; a group's activations never leave it, so a group is never split over chips and
+shuffling moves nothing between them. T is the activations of one step, C the ring's capacity; each step
+touches T/R slots of each group. Filled step by step, the ring holds `occupancy` of at most C/T steps:
+
+  fill    slots are written in order and nothing is drawn,
+  steady  random slots are drawn and written again,
+  drain   what is left is drawn, nothing is written.
+
+So each activation that enters is drawn exactly once. Draws are keyed by (seed, step, group) and do not depend
+on the mesh.
+"""
+
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# Rows of `Ring.source`.
+ROW, POSITION, DOCUMENT = range(3)
+
+
+@flax.struct.dataclass
+class Slots:
+    """Activations side by side with what is known of them. All sites share one permutation."""
+
+    acts: Mapping[str, jax.Array]  # site → [R, C/R, D]
+    weight: Mapping[str, jax.Array]  # site → [R, C/R]; 1, or 0 where masked or empty
+    source: jax.Array  # [R, C/R, 3], int32: row, position and document that the slot's activation came from
+
+
+@flax.struct.dataclass
+class Ring:
+    """Slots, and the step count at which the ring was last full (0 before), which keys filling and draining."""
+
+    slots: Slots
+    last_full: jax.Array  # [], int32
+
+
+def init(groups: int, capacity: int, widths: Mapping[str, int], dtype: jnp.dtype) -> Ring:
+    """An empty ring for sites of the given widths."""
+    shape = (groups, capacity // groups)
+    return Ring(
+        slots=Slots(
+            acts={site: jnp.zeros((*shape, d), dtype) for site, d in widths.items()},
+            weight={site: jnp.zeros(shape, jnp.float32) for site in widths},
+            source=jnp.zeros((*shape, 3), jnp.int32),
+        ),
+        last_full=jnp.zeros((), jnp.int32),
+    )
+
+
+def choose_slots(
+    ring: Ring, key: jax.Array, count: int, step: jax.Array, occupancy: jax.Array, draining: jax.Array
+) -> jax.Array:
+    """The slots [R, T/R] that this step touches.
+
+    Args:
+      ring: the ring.
+      key: the run's key.
+      count: T/R.
+      step: the step count, which keys a steady draw.
+      occupancy: how many steps' activations the ring holds.
+      draining: whether the ring is drawn from without being written to.
+    """
+    groups, per_group = ring.slots.source.shape[:2]
+    full = per_group // count
+    steady = (occupancy == full) & ~draining
+    # Filling and draining walk one and the same permutation in opposite directions, so a run that is extended
+    # while it drains fills exactly the slots that were emptied.
+    stage = jnp.where(draining, full - occupancy, full - 1 - occupancy)
+    stage = jnp.where(steady, 0, stage)
+    phase_key = jax.random.fold_in(key, jnp.where(steady, step, -1 - ring.last_full))
+    order_RxC = jax.vmap(
+        lambda group: jax.random.permutation(jax.random.fold_in(phase_key, group), per_group)
+    )(jnp.arange(groups))
+    return jax.lax.dynamic_slice_in_dim(order_RxC, stage * count, count, axis=1)
+
+
+def gather(slots: Slots, index_RxT: jax.Array) -> Slots:
+    """The contents of the chosen slots of each group."""
+    return jax.tree.map(jax.vmap(lambda values, index: values[index]), slots, _like(slots, index_RxT))
+
+
+def scatter(slots: Slots, index_RxT: jax.Array, new: Slots) -> Slots:
+    """Slots with the chosen ones overwritten."""
+    write = jax.vmap(lambda values, index, new: values.at[index].set(new, unique_indices=True))
+    return jax.tree.map(write, slots, _like(slots, index_RxT), new)
+
+
+def _like(slots: Slots, value: jax.Array) -> Slots:
+    return jax.tree.map(lambda _: value, slots)
+
+
+def group_rows(values: jax.Array, groups: int) -> jax.Array:
+    """[T, …] as [R, T/R, …]: a group takes neighbouring positions, so they stay on the chip they are on."""
+    return values.reshape(groups, values.shape[0] // groups, *values.shape[1:])
+
+
+def deal(values: jax.Array, batches: int) -> jax.Array:
+    """[R, T/R, …] as K batches [K, B, …], each with an equal share of every group."""
+    groups, count = values.shape[:2]
+    dealt = values.reshape(groups, batches, count // batches, *values.shape[2:]).swapaxes(0, 1)
+    return dealt.reshape(batches, -1, *values.shape[2:])

@@ -1,0 +1,60 @@
+"""The mesh and every partition rule, in one place.
+
+Two axes. Tokens, and with them Gemma's activations and the ring, are split over both; only the SAEs tell the
+axes apart: a bank's members over `data`, their latents over `latent`.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+TOKENS = P(("data", "latent"))  # The leading axis of token rows and of the ring's groups.
+REPLICATED = P()
+BATCHES = P(None, ("data", "latent"))  # [K, B, D]
+
+# Every array of a bank, by its field's name in `sae.Params` or in the state that goes with it.
+BANK = {
+    "W_enc": P("data", None, "latent"),
+    "W_dec": P("data", "latent", None),
+    "b_enc": P("data", "latent"),
+    "log_threshold": P("data", "latent"),
+    "b_dec": P("data", None),
+    "idle_ExM": P("data", "latent"),
+}
+
+
+def make_mesh(data: int, latent: int) -> Mesh:
+    """A mesh over all devices; `latent` = 0 means as many as `data` leaves.
+
+    Gemma's modules need an Auto mesh, JAX's default is Explicit.
+    """
+    devices = jax.device_count()
+    latent = latent or devices // data
+    if data * latent != devices:
+        raise ValueError(f"mesh.data × mesh.latent = {data} × {latent}, but there are {devices} devices")
+    return jax.make_mesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
+
+
+def state_specs(state: object) -> object:
+    """A tree of partition specs for the training state, by field name; what has no rule is replicated."""
+
+    def spec(path: tuple, value: jax.Array) -> P:
+        names = [getattr(part, "name", None) for part in path]
+        if "slots" in names:
+            return TOKENS
+        named = [name for name in names if name in BANK]
+        return BANK[named[-1]] if named else REPLICATED
+
+    return jax.tree.map_with_path(spec, state)
+
+
+def shardings(mesh: Mesh, specs: object) -> object:
+    """The specs as shardings on a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def put(mesh: Mesh, value: object, spec: P) -> jax.Array:
+    """A host array, or a tree of them, placed on the mesh."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), value)
