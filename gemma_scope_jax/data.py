@@ -85,7 +85,13 @@ def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_na
     import tensorflow_datasets as tfds
 
     identity = json.dumps(
-        [_fingerprint(config.text), config.context_length, config.held_out_fraction, config.seed, tokenizer_name]
+        [
+            _fingerprint(config.text),
+            config.context_length,
+            config.held_out_fraction,
+            config.seed,
+            tokenizer_name,
+        ]
     )
     name = f"rows_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     root = pathlib.Path(config.folder).expanduser()

@@ -5,6 +5,7 @@ Shapes: S sequences, L context length, D site width, N heads, H head width, V vo
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,14 @@ PAD, EOS, BOS = 0, 1, 2  # The same in every Gemma.
 
 MODELS: Mapping[str, type[gm.nn.Transformer]] = {"gemma3_270m": gm.nn.Gemma3_270M}
 
-SITE_KINDS = ("resid_post", "mlp_out", "attn_out")
+HUGGING_FACE_NAMES: Mapping[str, str] = {"gemma3_270m": "google/gemma-3-270m"}
+
+# Kinds of site, with TransformerLens' names for them.
+HOOKS: Mapping[str, str] = {
+    "resid_post": "hook_resid_post",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "attn.hook_z",
+}
 
 
 class Site(NamedTuple):
@@ -80,11 +88,26 @@ def load_tokenizer(name: str, path: str) -> sentencepiece.SentencePieceProcessor
 
 def check_site(model: gm.nn.Transformer, site: Site) -> None:
     """Raises ValueError if the model has no such site."""
-    if site.kind not in SITE_KINDS:
-        raise ValueError(f"unknown site {site.kind!r}; choose one of {', '.join(SITE_KINDS)}")
+    if site.kind not in HOOKS:
+        raise ValueError(f"unknown site {site.kind!r}; choose one of {', '.join(HOOKS)}")
     layers = model.config.num_layers
     if not 0 <= site.layer < layers:
-        raise ValueError(f"layer {site.layer} is out of range: {type(model).__name__} has layers 0 to {layers - 1}")
+        raise ValueError(
+            f"layer {site.layer} is out of range: {type(model).__name__} has layers 0 to {layers - 1}"
+        )
+
+
+def hook_name(site: Site) -> str:
+    """TransformerLens' name of a site."""
+    return f"blocks.{site.layer}.{HOOKS[site.kind]}"
+
+
+def site_from_hook(name: str) -> Site:
+    """The site that TransformerLens calls `name`."""
+    for kind, hook in HOOKS.items():
+        if match := re.fullmatch(rf"blocks\.(\d+)\.{re.escape(hook)}", name):
+            return Site(kind, int(match[1]))
+    raise ValueError(f"no site is known for the hook {name!r}")
 
 
 def site_width(model: gm.nn.Transformer, site: Site) -> int:
@@ -141,7 +164,9 @@ def run_blocks(
     return model.apply({"params": params}, x_SxLxD, method=walk)
 
 
-def _tap_inside_block(layer: int, tap: Tap | None, call: Callable, args: tuple, kwargs: dict, context) -> object:  # noqa: ANN001
+def _tap_inside_block(
+    layer: int, tap: Tap | None, call: Callable, args: tuple, kwargs: dict, context
+) -> object:
     """A Flax interceptor. Safe here because no `nn.jit` lies between the walk and the block's modules."""
     if tap is None or context.method_name != "__call__":
         return call(*args, **kwargs)

@@ -1,0 +1,126 @@
+"""Orbax checkpoints of the training state, each with a digest of every array.
+
+Orbax notices a truncated file but not a flipped bit or a zeroed block, so each array is digested on the
+device when it is saved and again when it is restored.
+"""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from gemma_scope_jax import step as step_lib
+
+
+class DamagedError(Exception):
+    """No checkpoint of a run can be read."""
+
+
+def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
+    """A manager that saves in the background and keeps the newest `keep` checkpoints."""
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        item_names=("state", "about"),
+    )
+
+
+@jax.jit
+def _inspect(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    return [(_digest(leaf), jnp.isfinite(leaf).all()) for leaf in leaves]
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    """Two sums of mixed words, uint32[2]. Sums do not depend on how an array is laid out over devices."""
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    word = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+    def mix(h: jax.Array) -> jax.Array:  # MurmurHash3's finaliser
+        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        return h ^ (h >> 16)
+
+    seeds = (jnp.uint32(0x9E3779B9), jnp.uint32(0x7F4A7C15))
+    return jnp.stack([mix(word + mix(index + seed)).sum(dtype=jnp.uint32) for seed in seeds])
+
+
+def _named_leaves(state: step_lib.State) -> dict[str, jax.Array]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def digests(state: step_lib.State) -> dict[str, list[int]]:
+    """A digest of every array of the state, by name.
+
+    Raises:
+      FloatingPointError: an array holds a value that is not finite.
+    """
+    named = _named_leaves(state)
+    inspected = jax.device_get(_inspect(list(named.values())))
+    # An outlier limit of infinity means that no token is left out.
+    bad = [
+        n
+        for n, (_, finite) in zip(named, inspected, strict=True)
+        if not finite and "max_squared_norm" not in n
+    ]
+    if bad:
+        raise FloatingPointError(f"the state holds non-finite values in {', '.join(bad)}")
+    return {name: digest.tolist() for name, (digest, _) in zip(named, inspected, strict=True)}
+
+
+def save(manager: ocp.CheckpointManager, state: step_lib.State, config: Mapping) -> None:
+    """Saves a state under its step, in the background.
+
+    Raises:
+      FloatingPointError: the state is not finite; nothing is saved.
+    """
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    about = {"digests": digests(state), "config": dict(config)}
+    manager.save(
+        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+    )
+
+
+def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.State) -> step_lib.State | None:
+    """The newest checkpoint that is whole, in the shardings of `abstract_state`; None if there is none at all.
+
+    A damaged one is set aside in `damaged/` beside the checkpoints, and the one before it is taken.
+
+    Raises:
+      DamagedError: there are checkpoints, but none that can be read.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state), about=ocp.args.JsonRestore()
+                ),
+            )
+            now = digests(restored.state)
+            changed = [name for name, value in restored.about["digests"].items() if now.get(name) != value]
+            if not changed:
+                return restored.state
+            reason = f"its contents differ from what was saved, in {', '.join(changed)}"
+        except Exception as error:  # Orbax raises many kinds; each means that this one cannot be used.
+            reason = str(error).splitlines()[0][:200]
+        aside = pathlib.Path(manager.directory).parent / "damaged" / str(step)
+        print(f"Checkpoint {step} is damaged and was moved to {aside}: {reason}", flush=True)
+        aside.parent.mkdir(exist_ok=True)
+        (pathlib.Path(manager.directory) / str(step)).rename(aside)
+        manager.reload()
+    if steps:
+        raise DamagedError(
+            f"every checkpoint in {manager.directory} is damaged; start again in another --workdir"
+        )
+    return None

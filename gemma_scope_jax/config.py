@@ -1,0 +1,275 @@
+"""The configuration of a run, its checks, and what they make of it.
+
+The defaults are Gemma Scope's recipe (section 3). Config files build a `ConfigDict` from `defaults()` and
+change fields; `from_dict` turns it into the frozen dataclass that the library takes.
+"""
+
+import dataclasses
+import itertools
+import typing
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import ml_collections
+from gemma import gm
+
+from gemma_scope_jax import gemma, optim, step
+from gemma_scope_jax.data import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BankConfig:
+    """The SAEs: one for each combination of layer, site, sparsity coefficient and seed, of equal shape."""
+
+    layers: tuple[int, ...] = (12,)
+    sites: tuple[str, ...] = ("resid_post",)
+    sparsity_coefficients: tuple[float, ...] = (6e-4,)
+    seeds: tuple[int, ...] = (0,)
+    width: int = 16_384
+    bandwidth: float = 0.001
+    initial_threshold: float = 0.001
+    precision: str = (
+        "highest"  # Of matmuls: default, high or highest. On TPU, default multiplies in bfloat16.
+    )
+    dead_after_updates: int = 2_500  # A latent that has not fired for so many updates counts as dead.
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How many tokens, and how they are cut into steps and batches."""
+
+    tokens: int = 4_000_000_000  # Positions harvested, special ones included; cut to whole steps.
+    sequences_per_step: int = 64
+    batch: int = 4_096
+
+
+@dataclasses.dataclass(frozen=True)
+class RingConfig:
+    """The in-memory shuffle."""
+
+    capacity: int = 2**20  # Activations per site.
+    groups: int = 64  # A constant of the run: results depend on it, and not on the number of devices.
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalizerConfig:
+    """How activations are normalised, measured once before training."""
+
+    rows: int = 64
+    center: bool = False  # Subtract the mean.
+    outlier_medians: float = 0.0  # Skip tokens of a centred squared norm above so many medians; 0 skips none.
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out: bank members over `data`, latents over `latent` (0: all that are left)."""
+
+    data: int = 1
+    latent: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Cadences, in steps."""
+
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How a run is evaluated when the command line does not say otherwise."""
+
+    rows: int = 512
+    rows_per_batch: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: str = "gemma3_270m"
+    weights: str = ""  # A GGUF file or an Orbax checkpoint; empty: those that come with the requirements.
+    gemma_dtype: str = "bfloat16"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    bank: BankConfig = BankConfig()
+    train: TrainConfig = TrainConfig()
+    ring: RingConfig = RingConfig()
+    normalizer: NormalizerConfig = NormalizerConfig()
+    optimizer: optim.OptimizerConfig = optim.OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+# What a run may be continued with another value of. All else decides what the numbers mean.
+FREE_FIELDS = ("mesh.", "log.", "evaluation.", "train.tokens", "data.folder")
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Gemma Scope's recipe, for a config file to change."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def to_dict(config: Config) -> dict:
+    """The config as plain nested dicts, as it is stored in a run."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
+    """The config of nested dicts.
+
+    Raises:
+      ValueError: a key that no field has, or a value of the wrong type.
+    """
+    fields = typing.get_type_hints(cls)
+    unknown = values.keys() - fields.keys()
+    if unknown:
+        raise ValueError(
+            f"unknown config field {prefix}{sorted(unknown)[0]}; {prefix or 'config '}has {', '.join(fields)}"
+        )
+    made = {}
+    for name, value in values.items():
+        kind = fields[name]
+        if dataclasses.is_dataclass(kind):
+            made[name] = from_dict(value, kind, f"{prefix}{name}.")
+        elif typing.get_origin(kind) is tuple:
+            element = typing.get_args(kind)[0]
+            values_of_field = value if isinstance(value, (tuple, list)) else (value,)
+            made[name] = tuple(element(v) for v in values_of_field)
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            made[name] = float(value)
+        elif not isinstance(value, kind):
+            raise ValueError(
+                f"config field {prefix}{name} is {value!r}, expected a value of type {kind.__name__}"
+            )
+        else:
+            made[name] = value
+    return cls(**made)
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """Every field by its dotted name."""
+    flat = {}
+
+    def visit(value: object, name: str) -> None:
+        if isinstance(value, dict):
+            for key, child in value.items():
+                visit(child, f"{name}.{key}" if name else key)
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+
+    visit(to_dict(config), "")
+    return flat
+
+
+def check_resumable(old: Config, new: Config) -> None:
+    """Raises ValueError if a run of config `old` cannot be continued with `new`."""
+    before, now = flatten(old), flatten(new)
+    for name, value in now.items():
+        if before[name] != value and not name.startswith(FREE_FIELDS):
+            raise ValueError(
+                f"this run was started with config.{name} = {before[name]!r}, now it is {value!r}; give it the old "
+                "value, or start another run with another --workdir"
+            )
+
+
+def dtype(config: Config) -> jnp.dtype:
+    """Gemma's dtype."""
+    kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if config.gemma_dtype not in kinds:
+        raise ValueError(f"gemma_dtype is {config.gemma_dtype!r}; choose one of {', '.join(kinds)}")
+    return kinds[config.gemma_dtype]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int) -> step.Plan:
+    """What the step is compiled for, on a mesh of `data_axis` × `latent_axis` devices.
+
+    Raises:
+      ValueError: fields that do not fit each other, the model or the mesh; names and values in the message.
+    """
+    bank, train, ring = config.bank, config.train, config.ring
+    members = tuple(
+        step.Member(gemma.Site(site, layer), coefficient, seed)
+        for layer, site, coefficient, seed in itertools.product(
+            bank.layers, bank.sites, bank.sparsity_coefficients, bank.seeds
+        )
+    )
+    _require(bool(members), "the bank has no member: each of bank.layers, .sites, … needs a value")
+    _require(len(set(members)) == len(members), "the bank names a member twice; values must differ")
+    for member in members:
+        gemma.check_site(model, member.site)
+    widths = {str(m.site): gemma.site_width(model, m.site) for m in members}
+    _require(len(set(widths.values())) == 1, f"the sites of a bank must have one width, these have {widths}")
+    devices = data_axis * latent_axis
+    activations = train.sequences_per_step * config.data.context_length
+    _require(
+        config.data.context_length >= 2,
+        f"data.context_length is {config.data.context_length}; at least 2 is needed",
+    )
+    _require(
+        train.sequences_per_step > 0 and train.sequences_per_step % devices == 0,
+        f"train.sequences_per_step {train.sequences_per_step} is not a multiple of the {devices} devices",
+    )
+    _require(
+        train.batch > 0 and activations % train.batch == 0,
+        f"train.sequences_per_step × data.context_length = {activations} is not a multiple of train.batch "
+        f"{train.batch}",
+    )
+    _require(
+        bank.width > 0 and bank.width % latent_axis == 0,
+        f"bank.width {bank.width} is not divisible by the mesh's latent axis ({latent_axis}); "
+        f"choose a multiple of {latent_axis}",
+    )
+    _require(
+        ring.groups > 0 and ring.groups % devices == 0,
+        f"ring.groups {ring.groups} is not a multiple of the {devices} devices",
+    )
+    _require(
+        train.batch % ring.groups == 0,
+        f"train.batch {train.batch} is not a multiple of ring.groups {ring.groups}",
+    )
+    _require(
+        ring.capacity >= activations,
+        f"ring.capacity {ring.capacity} is smaller than the {activations} activations of one step "
+        "(train.sequences_per_step × data.context_length); ten times that shuffles well",
+    )
+    _require(
+        ring.capacity % activations == 0,
+        f"ring.capacity {ring.capacity} is not a multiple of the {activations} activations of one step; "
+        f"choose for example {ring.capacity // activations * activations}",
+    )
+    harvests = train.tokens // activations
+    _require(
+        harvests >= ring.capacity // activations,
+        f"train.tokens {train.tokens} do not fill the ring once; give more tokens or a ring.capacity "
+        f"of at most {harvests * activations}",
+    )
+    _require(
+        bank.precision in ("default", "high", "highest"),
+        f"bank.precision is {bank.precision!r}; choose default, high or highest",
+    )
+    for name in ("bandwidth", "initial_threshold"):
+        _require(getattr(bank, name) > 0, f"bank.{name} is {getattr(bank, name)}; it must be positive")
+    return step.Plan(
+        members=members,
+        padded_members=-(-len(members) // data_axis) * data_axis,
+        latents=bank.width,
+        batch=train.batch,
+        updates_per_step=activations // train.batch,
+        harvests=harvests,
+        ring_groups=ring.groups,
+        ring_capacity=ring.capacity,
+        bandwidth=bank.bandwidth,
+        initial_threshold=bank.initial_threshold,
+        dead_after_updates=bank.dead_after_updates,
+        optimizer=config.optimizer,
+        precision=bank.precision,
+        seed=config.seed,
+    )

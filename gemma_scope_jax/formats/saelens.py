@@ -1,0 +1,94 @@
+"""SAELens' folder: `cfg.json` and `sae_weights.safetensors`."""
+
+import dataclasses
+import json
+import pathlib
+
+import safetensors
+import safetensors.numpy
+
+from gemma_scope_jax.formats import files
+from gemma_scope_jax.sae import SAE
+
+# The version of SAELens whose layout this is. Without a version in the file, SAELens takes it for one of before
+# 6.0 and subtracts b_dec from the input.
+_VERSION = "6.54.12"
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What an SAE was trained on."""
+
+    model_name: str  # as Hugging Face names it
+    hook_name: str  # as TransformerLens names it
+    context_length: int
+    text: str
+
+
+def write(folder: pathlib.Path, sae: SAE, about: About) -> None:
+    """Writes a folded SAE. The folder is replaced whole if it holds an older export of ours."""
+    d, m = sae.W_enc.shape
+    config = {
+        "architecture": "jumprelu",
+        "d_in": d,
+        "d_sae": m,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "hook_z" if about.hook_name.endswith(".hook_z") else "none",
+        "metadata": {
+            "sae_lens_version": _VERSION,
+            "sae_lens_training_version": None,
+            "model_name": about.model_name,
+            "model_class_name": "HookedTransformer",
+            "hook_name": about.hook_name,
+            "hook_head_index": None,
+            "model_from_pretrained_kwargs": {"center_writing_weights": False},
+            "prepend_bos": True,
+            "context_size": about.context_length,
+            "dataset_path": about.text,
+            "seqpos_slice": [None],
+            "exclude_special_tokens": True,
+            "neuronpedia_id": None,
+        },
+    }
+    tensors = files.arrays(sae)
+    with files.replacing_folder(folder, expected="cfg.json") as partial:
+        safetensors.numpy.save_file(tensors, partial / "sae_weights.safetensors")
+        (partial / "cfg.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: pathlib.Path) -> tuple[SAE, About]:
+    """Reads a JumpReLU SAE that needs nothing done to its input.
+
+    Raises:
+      ValueError: the folder is not whole, or holds another architecture.
+    """
+    path = folder / "cfg.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        metadata = config["metadata"]
+        about = About(
+            metadata["model_name"], metadata["hook_name"], metadata["context_size"], metadata["dataset_path"]
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a SAELens 6 config: {error!r}") from error
+    for key, value in (
+        ("architecture", "jumprelu"),
+        ("apply_b_dec_to_input", False),
+        ("normalize_activations", "none"),
+    ):
+        if config.get(key) != value:
+            raise ValueError(f"{path} has {key} = {config.get(key)!r}; only {value!r} is read")
+    weights = folder / "sae_weights.safetensors"
+    try:
+        tensors = safetensors.numpy.load_file(weights)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{weights} cannot be read: {error}") from error
+    return files.sae_from_arrays(tensors, weights), about
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether a path looks like a SAELens folder."""
+    return (path / "cfg.json").exists()

@@ -1,0 +1,54 @@
+"""SIGTERM and Ctrl-C: answered at once, with a save where there is something to save.
+
+Python runs a signal's handler only between bytecodes, so not while XLA compiles or a step runs. The C-level
+handler does write the signal's number to a pipe at once; a thread reads it there.
+"""
+
+import os
+import signal
+import threading
+
+
+class Interrupts:
+    """Between `allow_saving` and `forbid_saving` a signal is remembered in `received`; else it ends the process."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._saving_allowed = False
+        self._why_not = "nothing has been trained yet"
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._writer = writer
+        self._previous = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._previous_fd = signal.set_wakeup_fd(writer)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def close(self) -> None:
+        """Gives signals back to whom they belonged."""
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.close(self._writer)  # Ends the thread.
+
+    def allow_saving(self) -> None:
+        """From here on the caller looks at `received` after each step."""
+        self._saving_allowed = True
+
+    def forbid_saving(self, why: str) -> None:
+        """From here on there is nothing newer than the last checkpoint, for the reason given."""
+        self._saving_allowed, self._why_not = False, why
+
+    def _listen(self, reader: int) -> None:
+        while byte := os.read(reader, 1):
+            number = byte[0]
+            if number not in self._previous:
+                continue
+            name = signal.Signals(number).name
+            if self._saving_allowed and self.received is None:
+                print(f"\n{name}: saving a checkpoint, then leaving. Once more leaves at once.", flush=True)
+                self.received = number
+            else:
+                why = "asked twice" if self.received else self._why_not
+                print(f"\n{name}: leaving at once; {why}.", flush=True)
+                os._exit(128 + number)
+        os.close(reader)

@@ -1,0 +1,348 @@
+"""The training loop: calibrate, compile once, step, log, checkpoint, export."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+import tqdm
+from gemma import gm
+
+from gemma_scope_jax import checkpoint, data, gemma, interrupt, ring, sae, sharding, step
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.formats import saelens
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is built from; evaluation and export open a finished run as the same thing."""
+
+    config: config_lib.Config
+    mesh: jax.sharding.Mesh
+    model: gm.nn.Transformer
+    plan: step.Plan
+
+
+def build(config: config_lib.Config) -> Run:
+    """Checks a config and lays out the mesh, before anything slow is done."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.latent)
+    model = gemma.build_model(config.model)
+    plan = config_lib.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"])
+    config_lib.dtype(config)
+    return Run(config, mesh, model, plan)
+
+
+def prepare_rows(config: config_lib.Config) -> pathlib.Path:
+    """The folder of the run's packed rows, made if needed."""
+    tokenizer_name = f"{config.model}:{config.weights}"
+    lazy = _LazyTokenizer(config)
+    return data.prepare(config.data, lazy.encode, tokenizer_name)
+
+
+class _LazyTokenizer:
+    """Loads the tokenizer, which takes seconds, only if a text is really to be tokenised."""
+
+    def __init__(self, config: config_lib.Config) -> None:
+        self._config, self._tokenizer = config, None
+
+    def encode(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            self._tokenizer = gemma.load_tokenizer(self._config.model, self._config.weights)
+        return self._tokenizer.encode(text)
+
+
+def load_gemma(run: Run) -> gemma.Gemma:
+    """Gemma up to the deepest site, on the mesh."""
+    depth = max(site.layer for site in run.plan.sites) + 1
+    loaded = gemma.load(run.config.model, run.config.weights, config_lib.dtype(run.config), depth)
+    return dataclasses.replace(loaded, params=sharding.put(run.mesh, loaded.params, sharding.REPLICATED))
+
+
+def read_batch(run: Run, rows: data.Rows, start: int, count: int) -> step.Batch:
+    """Rows start … start + count of the training order, on the mesh."""
+    batch = rows.read(data.order(len(rows), run.config.seed, start, count))
+    return sharding.put(run.mesh, step.Batch(batch.tokens, batch.row, batch.first_document), sharding.TOKENS)
+
+
+def calibrate(run: Run, rows: data.Rows, gemma_params: dict) -> dict[str, step.Normalizer]:
+    """Each site's normaliser, from the first rows of the training order."""
+    config, count = run.config, run.config.train.sequences_per_step
+
+    @jax.jit
+    def read(params: dict, tokens_SxL: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        values = gemma.read_sites(run.model, params, tokens_SxL, run.plan.sites)
+        weight_T = (~gemma.is_special(tokens_SxL)).reshape(-1).astype(jnp.float32)
+        return {str(site): v.reshape(weight_T.size, -1) for site, v in values.items()}, weight_T
+
+    parts = [
+        read(gemma_params, read_batch(run, rows, start, count).tokens_SxL)
+        for start in range(0, max(config.normalizer.rows, 1), count)
+    ]
+    weight_N = jnp.concatenate([weight_T for _, weight_T in parts])
+    measure = jax.jit(step.calibrate, static_argnames=("center", "outlier_medians"))
+    return {
+        site: measure(
+            jnp.concatenate([values[site] for values, _ in parts]),
+            weight_N,
+            center=config.normalizer.center,
+            outlier_medians=config.normalizer.outlier_medians,
+        )
+        for site in parts[0][0]
+    }
+
+
+def init_state(run: Run, normalizers: dict[str, step.Normalizer]) -> step.State:
+    """The first state, every array made in its place on the mesh."""
+
+    def init() -> step.State:
+        return step.init_state(run.plan, normalizers, config_lib.dtype(run.config))
+
+    specs = sharding.state_specs(jax.eval_shape(init))
+    return jax.jit(init, out_shardings=sharding.shardings(run.mesh, specs))()
+
+
+def abstract_state(run: Run) -> step.State:
+    """The shapes and shardings of the state; nothing is computed."""
+    shape = jax.ShapeDtypeStruct
+    normalizers = {}
+    for site in run.plan.sites:
+        width = gemma.site_width(run.model, site)
+        vector, scalar = shape((width,), jnp.float32), shape((), jnp.float32)
+        normalizers[str(site)] = step.Normalizer(vector, scalar, scalar, vector)
+    abstract = jax.eval_shape(
+        lambda n: step.init_state(run.plan, n, config_lib.dtype(run.config)), normalizers
+    )
+    placed = sharding.shardings(run.mesh, sharding.state_specs(abstract))
+    return jax.tree.map(lambda leaf, s: shape(leaf.shape, leaf.dtype, sharding=s), abstract, placed)
+
+
+def lower_step(run: Run, state: step.State, batch: step.Batch, gemma_params: dict) -> jax.stages.Lowered:
+    """The compiled step of a run, from arrays or from shapes with shardings."""
+    out = jax.tree.map(lambda leaf: leaf.sharding, state)
+    fn = step.make_step(run.plan, run.model, config_lib.dtype(run.config))
+    return jax.jit(fn, donate_argnums=0, out_shardings=(out, None)).lower(state, batch, gemma_params)
+
+
+def steps_left(plan: step.Plan, state: step.State) -> int:
+    """Steps until every activation harvested has been trained on."""
+    harvests, occupancy = int(state.harvests), int(state.harvests) - int(state.draws)
+    to_harvest = max(plan.harvests - harvests, 0)
+    return to_harvest + occupancy + min(plan.ring_steps - occupancy, to_harvest)
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that it is either whole or not there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_config(workdir: pathlib.Path) -> config_lib.Config:
+    """The config of a run directory."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} is no run directory: it has no config.json")
+    return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard. Steps after `last_step` are dropped, they will be done again."""
+
+    def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
+        path = workdir / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break  # The line the last process died in.
+                if entry["step"] <= last_step:
+                    kept.append(line + "\n")
+        write_atomically(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
+
+    def write(self, entry: dict) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        for name, values in entry["sae"].items():
+            for key, value in values.items():
+                self._board.add_scalar(f"{name}/{key}", value, entry["step"])
+        for key in ("learning_rate", "tokens_per_second"):
+            self._board.add_scalar(key, entry[key], entry["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def same_document_share(source_Bx3: np.ndarray, weight_B: np.ndarray) -> float:
+    """The share of pairs in a batch that come from one document."""
+    _, counts = np.unique(source_Bx3[weight_B > 0, ring.DOCUMENT], return_counts=True)
+    total = counts.sum()
+    return float((counts * (counts - 1)).sum() / max(total * (total - 1), 1))
+
+
+def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
+    """Trains, or continues, the run in `workdir`; returns the exit code: 0 when it is complete.
+
+    Raises:
+      ValueError: the config does not fit itself, its inputs, or the run that is in `workdir`.
+      FloatingPointError: a loss is not finite.
+    """
+    run = build(config)
+    if (workdir / "config.json").exists():
+        config_lib.check_resumable(read_config(workdir), config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    interrupts = interrupt.Interrupts()
+    try:
+        manager = checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints)
+        rows = data.open_rows(prepare_rows(config), data.TRAIN)
+        write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=1) + "\n")
+        state = checkpoint.restore_newest(manager, abstract_state(run))
+        if state is not None:
+            print(f"Continuing from step {int(state.step)}.", flush=True)
+            interrupts.forbid_saving(f"checkpoint {int(state.step)} is the newest state there is")
+        if state is None or steps_left(run.plan, state):
+            gemma_params = load_gemma(run).params
+            if state is None:
+                state = init_state(run, calibrate(run, rows, gemma_params))
+            state = _loop(run, workdir, rows, gemma_params, state, manager, interrupts)
+            if interrupts.received is not None:
+                print(
+                    f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
+                    flush=True,
+                )
+                return 128 + interrupts.received
+        manager.close()
+        interrupts.forbid_saving("the training is complete and saved")
+        export(run, state, workdir)
+        return 0
+    finally:
+        interrupts.close()
+
+
+def _loop(
+    run: Run,
+    workdir: pathlib.Path,
+    rows: data.Rows,
+    gemma_params: dict,
+    state: step.State,
+    manager: checkpoint.ocp.CheckpointManager,
+    interrupts: interrupt.Interrupts,
+) -> step.State:
+    """Steps until the ring is drained, or a signal was received; either way the state returned is saved."""
+    config, plan = run.config, run.plan
+    sequences = config.train.sequences_per_step
+    first_step, left = int(state.step), steps_left(plan, state)
+    harvests = int(state.harvests)
+    log = MetricsLog(workdir, first_step)
+    batch = read_batch(run, rows, harvests * sequences, sequences)
+    print("Compiling the step.", flush=True)
+    compiled = lower_step(run, state, batch, gemma_params).compile()
+
+    bar = tqdm.tqdm(
+        total=first_step + left, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1
+    )
+    clock = time.perf_counter()
+    pending = None  # Metrics are fetched one step late, so that the host never waits for the newest step.
+
+    def flush(now: tuple[int, step.Metrics] | None) -> None:
+        nonlocal pending, clock
+        if pending is not None:
+            before, clock = clock, time.perf_counter()
+            entry = _entry(plan, *pending, plan.activations / (clock - before))
+            log.write(entry)
+            first = next(iter(entry["sae"].values()), None)
+            postfix = f"{entry['tokens_per_second']:,.0f} tok/s"
+            if first:
+                postfix += (
+                    f", L0 {first['l0']:.1f}, FVU {first['fvu']:.3f}, dead {first['dead_fraction']:.1%}"
+                )
+            bar.set_postfix_str(postfix, refresh=False)
+            bar.update()
+        pending = now
+
+    interrupts.allow_saving()
+    try:
+        for number in range(first_step + 1, first_step + left + 1):
+            state, metrics = compiled(state, batch, gemma_params)
+            harvests = min(harvests + 1, plan.harvests)
+            if harvests < plan.harvests:
+                batch = read_batch(run, rows, harvests * sequences, sequences)
+            flush((number, metrics))
+            stopping = interrupts.received is not None
+            if number % config.log.checkpoint_every == 0 or number == first_step + left or stopping:
+                flush(None)
+                checkpoint.save(manager, state, config_lib.to_dict(config))
+            if stopping:
+                break
+        flush(None)
+        manager.wait_until_finished()
+    finally:
+        bar.close()
+        log.close()
+    return state
+
+
+def _entry(plan: step.Plan, number: int, metrics: step.Metrics, tokens_per_second: float) -> dict:
+    """One line of `metrics.jsonl`. While the ring fills there is nothing to say of the SAEs."""
+    m = jax.device_get(metrics)
+    saes = {}
+    if m.trained:
+        for i, member in enumerate(plan.members):
+            saes[member.name] = {
+                "loss": float(m.loss_E[i]),
+                "l0": float(m.l0_E[i]),
+                "fvu": float(m.fvu_E[i]),
+                "dead_fraction": float(m.dead_fraction_E[i]),
+                "activations": int(m.activations_E[i]),
+                "sparsity_coefficient": float(m.sparsity_warmup) * member.sparsity_coefficient,
+            }
+            if not np.isfinite(m.loss_E[i]):
+                raise FloatingPointError(
+                    f"the loss of {member.name} is {m.loss_E[i]} at step {number}; the last good state is in the newest "
+                    "checkpoint. Lower optimizer.learning_rate, or raise normalizer.outlier_medians"
+                )
+    return {
+        "step": number,
+        "learning_rate": float(m.learning_rate),
+        "tokens_per_second": tokens_per_second,
+        "same_document_pairs": same_document_share(m.source_Bx3, m.weight_B) if m.trained else None,
+        "sae": saes,
+    }
+
+
+def folded_saes(run: Run, state: step.State) -> dict[str, sae.SAE]:
+    """Each member on raw activations, on the host."""
+    folded = {}
+    for i, member in enumerate(run.plan.members):
+        params = jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
+        normalizer = state.normalizers[str(member.site)]
+        with jax.default_matmul_precision("highest"):
+            folded[member.name] = jax.device_get(sae.fold(params, normalizer.mean_D, normalizer.scale))
+    return folded
+
+
+def export(run: Run, state: step.State, workdir: pathlib.Path) -> Iterable[pathlib.Path]:
+    """Writes `sae/<name>/` for every member; returns the folders."""
+    folders = []
+    for (name, folded), member in zip(folded_saes(run, state).items(), run.plan.members, strict=True):
+        folder = workdir / "sae" / name
+        about = saelens.About(
+            model_name=gemma.HUGGING_FACE_NAMES[run.config.model],
+            hook_name=gemma.hook_name(member.site),
+            context_length=run.config.data.context_length,
+            text=run.config.data.text,
+        )
+        saelens.write(folder, folded, about)
+        folders.append(folder)
+        print(f"Exported {folder}", flush=True)
+    return folders

@@ -1,0 +1,31 @@
+"""Trains a bank of sparse autoencoders, or continues a run.
+
+python train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.field=value ...]
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from gemma_scope_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory. An unfinished run in it is continued.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Runs the training and exits with its code."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected argument {argv[1]!r}; fields are set by --config.field=value")
+    # Imported late: a mistyped flag should not cost the seconds that JAX and Gemma take.
+    from gemma_scope_jax import config, training
+
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+    sys.exit(training.train(config.from_dict(_CONFIG.value.to_dict()), pathlib.Path(_WORKDIR.value)))
+
+
+if __name__ == "__main__":
+    cli.run(lambda: app.run(main))
