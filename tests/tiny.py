@@ -1,0 +1,123 @@
+"""A small Gemma with the real structure, and a run that trains on it in a second or two.
+
+Also a program: `python tests/tiny.py TRAIN_JSON` does what train.py does, with the small model known.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from gemma import gm
+from gemma.gm.nn import _config, _modules
+
+from gemma_scope_jax import config, gemma
+
+LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
+
+
+class TinyGemma(gm.nn.Transformer):
+    """Four blocks: grouped queries, both soft-caps, a window shorter than a row, N·H ≠ D, as in Gemma 2."""
+
+    config: _config.TransformerConfig = _config.TransformerConfig(
+        num_embed=272,
+        embed_dim=32,
+        hidden_dim=64,
+        num_heads=4,
+        head_dim=16,
+        num_kv_heads=2,
+        final_logit_softcap=3.0,
+        attn_logits_soft_cap=5.0,
+        attention_types=(LOCAL, GLOBAL, LOCAL, GLOBAL),
+        sliding_window_size=6,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        query_pre_attn_norm=_config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_HEAD_DIM,
+    )
+
+
+class ByteTokenizer:
+    """Tokens are bytes, behind the special ones."""
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + byte for byte in text.encode()]
+
+
+def register() -> None:
+    """Makes the small model known by the name `tiny`."""
+    gemma.MODELS["tiny"] = TinyGemma
+    gemma.HUGGING_FACE_NAMES["tiny"] = "test/tiny"
+    original = gemma.load_tokenizer
+    gemma.load_tokenizer = lambda name, path: ByteTokenizer() if name == "tiny" else original(name, path)
+
+
+def params(scale: float = 0.3) -> dict:
+    """Random weights of the small model, on the host."""
+    shapes = jax.eval_shape(TinyGemma().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))[
+        "params"
+    ]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: (scale * rng.normal(size=s.shape)).astype(np.float32), shapes)
+
+
+def tokens(rows: int, length: int, seed: int = 0, special: float = 0.0) -> np.ndarray:
+    """Packed rows: some of two segments, some padded, a share of EOS among them."""
+    rng = np.random.default_rng(seed)
+    made = rng.integers(3, 259, size=(rows, length)).astype(np.int32)
+    made[rng.random(made.shape) < special] = gemma.EOS
+    made[:, 0] = gemma.BOS
+    made[::2, length // 3] = gemma.BOS
+    made[::3, length - 3 :] = gemma.PAD
+    return made
+
+
+def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
+    """A run on the small model; `changes` are fields by their dotted names, dots written as double underscores.
+
+    The folder holds `weights` and `text.jsonl`, as the fixture `inputs` lays them out.
+    """
+    c = config.defaults()
+    c.update_from_flattened_dict(
+        {
+            "model": "tiny",
+            "weights": str(folder / "weights"),
+            "gemma_dtype": "float32",
+            "data.text": str(folder / "text.jsonl"),
+            "data.context_length": 16,
+            "data.held_out_fraction": 0.2,
+            "data.folder": str(folder / "rows"),
+            "bank.layers": (1,),
+            "bank.width": 64,
+            "bank.bandwidth": 0.1,
+            "bank.initial_threshold": 0.1,
+            "train.tokens": 8 * 16 * 10,
+            "train.sequences_per_step": 8,
+            "train.batch": 32,
+            "ring.capacity": 8 * 16 * 4,
+            "ring.groups": 8,
+            "normalizer.rows": 16,
+            "normalizer.center": True,
+            "optimizer.learning_rate": 1e-3,
+            "optimizer.warmup_updates": 4,
+            "optimizer.sparsity_warmup_updates": 8,
+            "log.checkpoint_every": 3,
+            "mesh.data": 1,
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }
+    )
+    return config.from_dict(c.to_dict())
+
+
+def main() -> None:
+    """Trains the run whose config and workdir the JSON argument gives."""
+    register()
+    from gemma_scope_jax import cli, training
+
+    given = json.loads(sys.argv[1])
+    made = config.from_dict(given["config"])
+    cli.run(lambda: sys.exit(training.train(made, pathlib.Path(given["workdir"]))))
+
+
+if __name__ == "__main__":
+    main()
