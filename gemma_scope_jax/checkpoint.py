@@ -4,6 +4,7 @@ Orbax notices a truncated file but not a flipped bit or a zeroed block, so each 
 device when it is saved and again when it is restored.
 """
 
+import logging
 import pathlib
 from collections.abc import Mapping
 
@@ -98,6 +99,8 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.Stat
     Raises:
       DamagedError: there are checkpoints, but none that can be read.
     """
+    # Orbax leaves a task behind for each array that it cannot read, of which asyncio then complains at length.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:

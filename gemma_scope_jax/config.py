@@ -127,7 +127,7 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
     unknown = values.keys() - fields.keys()
     if unknown:
         raise ValueError(
-            f"unknown config field {prefix}{sorted(unknown)[0]}; {prefix or 'config '}has {', '.join(fields)}"
+            f"unknown config field {prefix}{sorted(unknown)[0]}; known are {', '.join(prefix + f for f in fields)}"
         )
     made = {}
     for name, value in values.items():

@@ -99,14 +99,11 @@ def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_na
     if (folder / "dataset_info.json").exists():
         return folder
 
-    def is_held_out(index: int) -> bool:
-        return np.random.default_rng((config.seed, index)).random() < config.held_out_fraction
-
     def examples(split: str) -> Iterator[tuple[int, dict]]:
         chosen = (
             encode(text)
             for index, text in enumerate(documents(config.text))
-            if is_held_out(index) == (split == HELD_OUT)
+            if is_held_out(config, index) == (split == HELD_OUT)
         )
         for key, (tokens, first_document) in enumerate(pack(chosen, config.context_length)):
             yield key, {"tokens": tokens, "first_document": first_document}
@@ -133,6 +130,11 @@ def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_na
         disable_shuffling=True,
     )
     return folder
+
+
+def is_held_out(config: DataConfig, document: int) -> bool:
+    """Whether training never sees a document; a function of the seed and the document's number alone."""
+    return bool(np.random.default_rng((config.seed, document)).random() < config.held_out_fraction)
 
 
 def pack(documents: Iterator[list[int]], length: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -66,15 +66,21 @@ def build_model(name: str) -> gm.nn.Transformer:
     return MODELS[name]()
 
 
-def load(name: str, path: str, dtype: jnp.dtype, num_layers: int | None = None) -> Gemma:
-    """Loads a model on the default device, all of it or only its first `num_layers` blocks.
+def load(
+    name: str,
+    path: str,
+    dtype: jnp.dtype,
+    num_layers: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Gemma:
+    """Loads a model, all of it or only its first `num_layers` blocks.
 
-    An empty `path` means the weights that come with the requirements.
+    An empty `path` means the weights that come with the requirements; no `sharding` the default device.
     """
     model = build_model(name)
     num_layers = model.config.num_layers if num_layers is None else num_layers
     params = weights.load_params(path or weights.default_weights(name), model, num_layers, dtype)
-    return Gemma(name, model, params, num_layers)
+    return Gemma(name, model, jax.device_put(params, sharding), num_layers)
 
 
 def load_tokenizer(name: str, path: str) -> sentencepiece.SentencePieceProcessor:

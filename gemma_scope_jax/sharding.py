@@ -4,6 +4,8 @@ Two axes. Tokens, and with them Gemma's activations and the ring, are split over
 axes apart: a bank's members over `data`, their latents over `latent`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -24,16 +26,16 @@ BANK = {
 }
 
 
-def make_mesh(data: int, latent: int) -> Mesh:
-    """A mesh over all devices; `latent` = 0 means as many as `data` leaves.
+def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or those given; `latent` = 0 means as many as `data` leaves.
 
     Gemma's modules need an Auto mesh, JAX's default is Explicit.
     """
-    devices = jax.device_count()
-    latent = latent or devices // data
-    if data * latent != devices:
-        raise ValueError(f"mesh.data × mesh.latent = {data} × {latent}, but there are {devices} devices")
-    return jax.make_mesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
+    devices = jax.devices() if devices is None else devices
+    latent = latent or len(devices) // data
+    if data * latent != len(devices):
+        raise ValueError(f"mesh.data × mesh.latent = {data} × {latent}, but there are {len(devices)} devices")
+    return jax.make_mesh((data, latent), ("data", "latent"), (AxisType.Auto,) * 2, devices=devices)
 
 
 def state_specs(state: object) -> object:

@@ -178,7 +178,7 @@ def calibrate(x_NxD: jax.Array, weight_N: jax.Array, center: bool, outlier_media
     """
     x_NxD = x_NxD.astype(jnp.float32)
     ablation_mean_D = weight_N @ x_NxD / weight_N.sum()
-    squared_N = jnp.square(x_NxD - ablation_mean_D * center).sum(1)
+    squared_N = jnp.square(x_NxD - center * ablation_mean_D[None]).sum(1)
     median = jnp.nanmedian(jnp.where(weight_N > 0, squared_N, jnp.nan))
     limit = jnp.where(outlier_medians > 0, outlier_medians * median, jnp.inf)
     kept_N = weight_N * (squared_N <= limit)

@@ -13,6 +13,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 from gemma import gm
+from jax.sharding import NamedSharding
 
 from gemma_scope_jax import checkpoint, data, gemma, interrupt, ring, sae, sharding, step
 from gemma_scope_jax import config as config_lib
@@ -29,9 +30,9 @@ class Run:
     plan: step.Plan
 
 
-def build(config: config_lib.Config) -> Run:
-    """Checks a config and lays out the mesh, before anything slow is done."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.latent)
+def build(config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> Run:
+    """Checks a config before anything slow is done; lays out the mesh of the config unless one is given."""
+    mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.latent)
     model = gemma.build_model(config.model)
     plan = config_lib.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"])
     config_lib.dtype(config)
@@ -60,8 +61,8 @@ class _LazyTokenizer:
 def load_gemma(run: Run) -> gemma.Gemma:
     """Gemma up to the deepest site, on the mesh."""
     depth = max(site.layer for site in run.plan.sites) + 1
-    loaded = gemma.load(run.config.model, run.config.weights, config_lib.dtype(run.config), depth)
-    return dataclasses.replace(loaded, params=sharding.put(run.mesh, loaded.params, sharding.REPLICATED))
+    everywhere = NamedSharding(run.mesh, sharding.REPLICATED)
+    return gemma.load(run.config.model, run.config.weights, config_lib.dtype(run.config), depth, everywhere)
 
 
 def read_batch(run: Run, rows: data.Rows, start: int, count: int) -> step.Batch:

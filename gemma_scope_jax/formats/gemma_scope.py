@@ -22,8 +22,8 @@ def read(path: pathlib.Path) -> SAE:
       ValueError: the file is not whole, holds other arrays, or pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            tensors = {name: file[name] for name in file.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            tensors = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is not a whole npz file: {error}") from error
     return files.sae_from_arrays(tensors, path)

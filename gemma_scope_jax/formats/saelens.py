@@ -69,6 +69,7 @@ def read(folder: pathlib.Path) -> tuple[SAE, About]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         metadata = config["metadata"]
+        metadata["sae_lens_version"]  # Older files mean other things by the same keys.
         about = About(
             metadata["model_name"], metadata["hook_name"], metadata["context_size"], metadata["dataset_path"]
         )

@@ -1,0 +1,133 @@
+"""Checkpoints come back bit for bit, or are known to be damaged."""
+
+import errno
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from gemma_scope_jax import checkpoint, cli, training
+
+
+@pytest.fixture(scope="module")
+def run(inputs):
+    return training.build(tiny.run_config(inputs))
+
+
+@pytest.fixture
+def state(run):
+    """A state of random values, on the mesh."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        if leaf.dtype.kind == "i":
+            value = rng.integers(1, 9, size=leaf.shape)
+        elif leaf.dtype == jnp.uint32:
+            value = rng.integers(1, 2**31, size=leaf.shape)
+        else:
+            value = rng.normal(size=leaf.shape)
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, training.abstract_state(run))
+
+
+def at_step(state, step):
+    return state.replace(step=jax.device_put(np.int32(step), state.step.sharding))
+
+
+def save_all(folder, states, keep=5):
+    with checkpoint.open_manager(folder / "checkpoints", keep) as manager:
+        for state in states:
+            checkpoint.save(manager, state, {"seed": 0})
+
+
+def restore(folder, run):
+    with checkpoint.open_manager(folder / "checkpoints", 5) as manager:
+        return checkpoint.restore_newest(manager, training.abstract_state(run))
+
+
+def array_files(folder, step):
+    """Where Orbax keeps the arrays' bytes."""
+    return [p for p in (folder / "checkpoints" / str(step) / "state").rglob("d/*") if p.stat().st_size > 2000]
+
+
+def test_a_state_comes_back_bit_for_bit_in_its_sharding(run, state, tmp_path):
+    save_all(tmp_path, [at_step(state, 5)])
+    again = restore(tmp_path, run)
+    jax.tree.map(np.testing.assert_array_equal, again, at_step(state, 5))
+    assert again.params.W_enc.sharding == state.params.W_enc.sharding
+
+
+def test_the_newest_are_kept(run, state, tmp_path):
+    save_all(tmp_path, [at_step(state, s) for s in (1, 2, 3)], keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_no_checkpoint_is_no_error(run, tmp_path):
+    assert restore(tmp_path, run) is None
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    match how:
+        case "truncated":
+            del content[len(content) // 2 :]
+        case "flipped bit":
+            content[len(content) // 2] ^= 1
+        case "zeroed block":
+            content[len(content) // 2 : len(content) // 2 + 512] = bytes(512)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped bit", "zeroed block"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(run, state, tmp_path, how, capsys):
+    save_all(tmp_path, [at_step(state, 1), at_step(state, 2)])
+    for path in array_files(tmp_path, 2):
+        damage(path, how)
+    again = restore(tmp_path, run)
+    jax.tree.map(np.testing.assert_array_equal, again, at_step(state, 1))
+    assert "Checkpoint 2 is damaged and was moved to" in capsys.readouterr().out
+    assert (tmp_path / "damaged" / "2").exists()
+    # The step can be saved again.
+    save_all(tmp_path, [at_step(state, 2)])
+    assert int(restore(tmp_path, run).step) == 2
+
+
+def test_when_all_are_damaged_nothing_is_started_over(run, state, tmp_path):
+    save_all(tmp_path, [at_step(state, 1)])
+    for path in array_files(tmp_path, 1):
+        damage(path, "truncated")
+    with pytest.raises(checkpoint.DamagedError, match="every checkpoint in"):
+        restore(tmp_path, run)
+
+
+def test_the_digest_sees_any_change_and_no_sharding(state):
+    before = checkpoint.digests(state)
+    alone = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), jax.devices()[0]), state)
+    assert checkpoint.digests(alone) == before
+    for name, change in {
+        "params.W_enc": state.params.W_enc.at[0, 3, 5].multiply(1 + 1e-7),
+        "params.b_dec": state.params.b_dec.at[0, 0].set(0),
+        "params.W_dec": state.params.W_dec[:, ::-1],
+    }.items():
+        other = state.replace(params=state.params.replace(**{name.split(".")[1]: change}))
+        assert {n for n, d in checkpoint.digests(other).items() if d != before[n]} == {name}
+
+
+def test_a_state_that_is_not_finite_is_never_saved(run, state, tmp_path):
+    bad = state.replace(params=state.params.replace(b_enc=state.params.b_enc.at[0, 1].set(jnp.nan)))
+    with checkpoint.open_manager(tmp_path / "checkpoints", 2) as manager:
+        with pytest.raises(FloatingPointError, match=r"non-finite values in params\.b_enc"):
+            checkpoint.save(manager, bad, {})
+        assert manager.all_steps() == []
+
+
+def test_a_full_disk_is_said_in_one_line():
+    assert "the disk is full" in cli.explain(OSError(errno.ENOSPC, "No space left on device"))
+    assert "the disk is full" in cli.explain(
+        ValueError("RESOURCE_EXHAUSTED: write: No space left on device\n more")
+    )
+    assert cli.explain(OSError(errno.EACCES, "Permission denied")) is None
+    assert cli.explain(TypeError("a defect")) is None

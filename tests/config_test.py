@@ -1,0 +1,97 @@
+"""Configs say what is wrong with names and values, and remember which fields a run may change."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+import tiny
+from gemma_scope_jax import config, gemma, optim
+
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def plan(changes, mesh=(1, 1)):
+    return config.make_plan(tiny.run_config(pathlib.Path("nowhere"), **changes), tiny.TinyGemma(), *mesh)
+
+
+def test_gemma_scopes_recipe_is_the_default():
+    c = config.Config()
+    assert c.optimizer == optim.OptimizerConfig(7e-5, 0.999, 1e-8, 1000, 0.0, 10_000)
+    assert (c.train.batch, c.bank.bandwidth, c.bank.initial_threshold) == (4096, 0.001, 0.001)
+    assert not c.normalizer.center and not c.normalizer.outlier_medians
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_makes_a_plan(name):
+    made = config.from_dict(importlib.import_module(f"configs.{name}").get_config().to_dict())
+    config.make_plan(made, gemma.build_model(made.model), 1, 1)
+    assert f"--config=configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+
+
+def test_a_config_survives_being_stored():
+    c = tiny.run_config(pathlib.Path("nowhere"), bank__layers=(1, 2))
+    assert config.from_dict(config.to_dict(c)) == c
+
+
+def test_counts_add_up():
+    p = plan({"train__tokens": 1300})
+    assert (p.activations, p.updates_per_step, p.harvests, p.ring_steps) == (128, 4, 10, 4)
+    assert (p.total_steps, p.total_updates) == (14, 40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "message"),
+    [
+        ({"bank__layers": (9,)}, (1, 1), "layer 9 is out of range: TinyGemma has layers 0 to 3"),
+        ({"bank__sites": ("resid_pre",)}, (1, 1), "unknown site 'resid_pre'; choose one of resid_post"),
+        ({"bank__sites": ("resid_post", "attn_out")}, (1, 1), "sites of a bank must have one width"),
+        ({"bank__layers": ()}, (1, 1), "the bank has no member"),
+        ({"bank__seeds": (1, 1)}, (1, 1), "names a member twice"),
+        ({"bank__width": 60}, (1, 8), "bank.width 60 is not divisible by the mesh's latent axis .8."),
+        ({"bank__precision": "best"}, (1, 1), "bank.precision is 'best'"),
+        ({"bank__bandwidth": 0.0}, (1, 1), "bank.bandwidth is 0.0"),
+        ({"train__sequences_per_step": 6}, (2, 2), "sequences_per_step 6 is not a multiple of the 4 devices"),
+        ({"train__batch": 48}, (1, 1), "= 128 is not a multiple of train.batch 48"),
+        ({"train__batch": 4}, (1, 1), "train.batch 4 is not a multiple of ring.groups 8"),
+        ({"ring__capacity": 64}, (1, 1), "ring.capacity 64 is smaller than the 128 activations of one step"),
+        ({"ring__capacity": 200}, (1, 1), "ring.capacity 200 is not a multiple of the 128"),
+        ({"ring__groups": 4}, (8, 1), "ring.groups 4 is not a multiple of the 8 devices"),
+        ({"train__tokens": 500}, (1, 1), "train.tokens 500 do not fill the ring once"),
+        ({"data__context_length": 1}, (1, 1), "data.context_length is 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_names_and_values(changes, mesh, message):
+    with pytest.raises(ValueError, match=message):
+        plan(changes, mesh)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bank": {"widht": 4}}, "unknown config field bank.widht; known are bank.layers, "),
+        ({"seeds": 4}, "unknown config field seeds"),
+        ({"train": {"tokens": "many"}}, "config field train.tokens is 'many', expected a value of type int"),
+    ],
+)
+def test_unknown_fields_and_wrong_types_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        config.from_dict(values)
+
+
+def test_a_dtype_must_be_known():
+    with pytest.raises(ValueError, match="gemma_dtype is 'int8'"):
+        config.dtype(tiny.run_config(pathlib.Path("nowhere"), gemma_dtype="int8"))
+    assert config.dtype(config.Config()) == jax.numpy.bfloat16
+
+
+def test_a_run_is_continued_only_with_what_it_was_started_with():
+    old = tiny.run_config(pathlib.Path("nowhere"))
+    free = tiny.run_config(
+        pathlib.Path("nowhere"), train__tokens=9999, log__checkpoint_every=7, mesh__data=2, evaluation__rows=3
+    )
+    config.check_resumable(old, free)
+    other = tiny.run_config(pathlib.Path("nowhere"), bank__width=128)
+    with pytest.raises(ValueError, match=r"started with config\.bank\.width = 64, now it is 128"):
+        config.check_resumable(old, other)

@@ -1,0 +1,145 @@
+"""Text becomes packed rows that keep what they must, in an order that depends on nothing but a seed."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tensorflow_datasets as tfds
+
+import tiny
+from gemma_scope_jax import data
+from gemma_scope_jax.gemma import BOS, PAD
+
+
+def unpack(rows):
+    """The tokens of each document of packed rows, by the numbers that the rows give them."""
+    documents = {}
+    for tokens, first_document in rows:
+        segment = -1
+        for token in tokens:
+            segment += token == BOS
+            if token not in (BOS, PAD):
+                documents.setdefault(first_document + segment, []).append(int(token))
+    return documents
+
+
+@pytest.mark.parametrize("length", [8, 32, 100])
+def test_packing_loses_nothing_and_numbers_documents(length):
+    rng = np.random.default_rng(0)
+    documents = [
+        list(map(int, rng.integers(3, 99, size=n))) for n in [5, 300, 1, 0, 31, 32, 33, 64, 2, 2, 2, 50]
+    ]
+    rows = list(data.pack(iter(documents), length))
+    assert all(tokens.shape == (length,) and tokens[0] == BOS for tokens, _ in rows)
+    kept = [tokens for tokens in documents if tokens]
+    assert unpack(rows) == dict(enumerate(kept))
+    padding = np.mean([tokens == PAD for tokens, _ in rows])
+    assert padding < 0.2
+
+
+def test_every_continuation_begins_with_its_own_bos():
+    rows = [tokens for tokens, _ in data.pack(iter([list(range(10, 40))]), 8)]
+    assert [row[0] for row in rows] == [BOS] * len(rows)
+    assert np.concatenate([row[1:] for row in rows])[:30].tolist() == list(range(10, 40))
+
+
+def test_order_is_a_permutation_of_each_epoch_and_depends_only_on_seed_and_place():
+    first, second = data.order(50, 3, 0, 50), data.order(50, 3, 50, 50)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first.tolist() != second.tolist()
+    assert data.order(50, 3, 17, 20).tolist() == first[17:37].tolist()
+    assert data.order(50, 4, 0, 50).tolist() != first.tolist()
+
+
+def config(tmp_path, text, **changes):
+    return dataclasses.replace(
+        data.DataConfig(
+            text=str(text), context_length=16, held_out_fraction=0.3, folder=str(tmp_path / "rows")
+        ),
+        **changes,
+    )
+
+
+def texts(count=20):
+    return [f"document {i} says {i * i}" for i in range(count)]
+
+
+def write_sources(tmp_path):
+    (tmp_path / "txt").mkdir()
+    for i, text in enumerate(texts()):
+        (tmp_path / "txt" / f"{i:02}.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t, "other": 1}) + "\n" for t in texts()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts()}), tmp_path / "a.parquet")
+    return [tmp_path / "txt" / "*.txt", tmp_path / "a.jsonl", tmp_path / "a.parquet"]
+
+
+def decode(tokens):
+    return bytes(t - 3 for t in tokens).decode()
+
+
+def test_every_source_gives_the_same_rows_and_splits_share_no_document(tmp_path):
+    found = []
+    for source in write_sources(tmp_path):
+        assert list(data.documents(str(source))) == texts()
+        folder = data.prepare(config(tmp_path, source), tiny.ByteTokenizer().encode, "bytes")
+        splits = {}
+        for split in (data.TRAIN, data.HELD_OUT):
+            rows = data.open_rows(folder, split)
+            batch = rows.read(np.arange(len(rows)))
+            assert batch.row.tolist() == list(range(len(rows)))
+            pairs = zip(batch.tokens, batch.first_document, strict=True)
+            splits[split] = [decode(tokens) for tokens in unpack(pairs).values()]
+        assert sorted(splits[data.TRAIN] + splits[data.HELD_OUT]) == sorted(texts())
+        assert splits[data.TRAIN] and splits[data.HELD_OUT]
+        found.append(splits)
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_tfds_dataset_is_read_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        tfds, "data_source", lambda name, split: [{"text": f"{name}|{split}".encode()}, {"text": "b"}]
+    )
+    assert list(data.documents("tfds:c4/en:3.1.0/train[:10]")) == ["c4/en:3.1.0|train[:10]", "b"]
+
+
+def test_rows_are_prepared_once_and_again_when_the_text_changes(tmp_path):
+    source = write_sources(tmp_path)[1]
+    calls = []
+
+    def encode(text):
+        calls.append(text)
+        return tiny.ByteTokenizer().encode(text)
+
+    folder = data.prepare(config(tmp_path, source), encode, "bytes")
+    before = len(calls)
+    assert data.prepare(config(tmp_path, source), encode, "bytes") == folder and len(calls) == before
+    source.write_text(source.read_text() + json.dumps({"text": "one more"}) + "\n")
+    assert data.prepare(config(tmp_path, source), encode, "bytes") != folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "matches no file"),
+        ("empty.txt", "", "leaves no document for the train split"),
+        ("one.txt", "a single document", "leaves no document for the held_out split"),
+        ("bad.jsonl", '{"text": "fine"}\n{"txt": 1}\n', 'bad.jsonl:2 is not a JSON object with a "text"'),
+        ("bad.csv", "a,b", "only .txt, .jsonl and .parquet"),
+    ],
+)
+def test_bad_text_is_refused_by_name(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        data.prepare(config(tmp_path, tmp_path / name), tiny.ByteTokenizer().encode, "bytes")
+
+
+def test_the_held_out_documents_of_the_default_corpus_never_change():
+    """The README's numbers are measured on them."""
+    config = data.DataConfig()
+    assert len(list(data.documents(config.text))) == 249
+    held_out = [i for i in range(249) if data.is_held_out(config, i)]
+    assert len(held_out) == 24 and held_out[:6] == [2, 7, 29, 38, 53, 66]

@@ -1,0 +1,127 @@
+"""Exports follow the formats' rules and read back as they were written."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gemma_scope_jax import sae
+from gemma_scope_jax.formats import gemma_scope, saelens
+
+ABOUT = saelens.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256, "sotu")
+
+
+@pytest.fixture
+def folded():
+    params = sae.init(jax.random.key(0), 16, 64, 0.1)
+    params = params.replace(b_enc=jnp.linspace(-1, 1, 64), b_dec=jnp.linspace(0, 2, 16))
+    return jax.device_get(sae.fold(params, jnp.ones(16), jnp.asarray(30.0)))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_saelens_round_trip_is_exact(folded, tmp_path):
+    saelens.write(tmp_path / "a", folded, ABOUT)
+    again, about = saelens.read(tmp_path / "a")
+    assert_equal(again, folded)
+    assert about == ABOUT
+    assert saelens.is_folder(tmp_path / "a") and not saelens.is_folder(tmp_path)
+
+
+def test_saelens_own_rules_are_kept(folded, tmp_path):
+    """By `SAE.load_from_disk` of SAELens 6: without any of these it refuses the folder or reads it wrongly."""
+    saelens.write(tmp_path / "a", folded, ABOUT)
+    config = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    assert config["architecture"] == "jumprelu" and config["dtype"] == "float32"
+    assert (config["d_in"], config["d_sae"]) == (16, 64)
+    assert config["apply_b_dec_to_input"] is False
+    assert config["normalize_activations"] == "none" and config["reshape_activations"] == "none"
+    assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / "sae_weights.safetensors")
+    shapes = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
+    assert shapes == {
+        "W_enc": ((16, 64), "float32"), "b_enc": ((64,), "float32"), "threshold": ((64,), "float32"),
+        "W_dec": ((64, 16), "float32"), "b_dec": ((16,), "float32"),
+    }  # fmt: skip
+    np.testing.assert_allclose(np.linalg.norm(tensors["W_dec"], axis=1), 1, atol=1e-5)
+    assert (tensors["threshold"] >= 0).all()
+
+
+def test_heads_are_flattened_by_saelens_only_where_the_hook_gives_heads(folded, tmp_path):
+    saelens.write(
+        tmp_path / "a", folded, saelens.About("google/gemma-3-270m", "blocks.2.attn.hook_z", 256, "sotu")
+    )
+    assert json.loads((tmp_path / "a" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+
+
+def test_gemma_scope_round_trip_is_exact(folded, tmp_path):
+    gemma_scope.write(tmp_path / "layer_9" / "params.npz", folded)
+    assert_equal(gemma_scope.read(tmp_path / "layer_9" / "params.npz"), folded)
+    with np.load(tmp_path / "layer_9" / "params.npz", allow_pickle=False) as file:
+        assert sorted(file.files) == ["W_dec", "W_enc", "b_dec", "b_enc", "threshold"]
+
+
+def test_an_older_export_is_replaced_and_nothing_else(folded, tmp_path):
+    saelens.write(tmp_path / "a", folded, ABOUT)
+    saelens.write(tmp_path / "a", folded, ABOUT)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else"):
+        saelens.write(tmp_path / "mine", folded, ABOUT)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "mine"]
+
+
+@pytest.mark.parametrize(
+    "change", ["no version", "b_dec", "missing", "extra", "shape", "nan", "truncated", "no config"]
+)
+def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
+    folder = tmp_path / "a"
+    saelens.write(folder, folded, ABOUT)
+    config_path, weights_path = folder / "cfg.json", folder / "sae_weights.safetensors"
+    config, tensors = json.loads(config_path.read_text()), safetensors.numpy.load_file(weights_path)
+    match change:
+        case "no version":
+            del config["metadata"]["sae_lens_version"]
+            message = "not a SAELens 6 config"
+        case "b_dec":
+            config["apply_b_dec_to_input"] = True
+            message = "apply_b_dec_to_input = True"
+        case "missing":
+            del tensors["threshold"]
+            message = r"arrays missing \['threshold'\]"
+        case "extra":
+            tensors["W_skip"] = np.zeros((16, 16), np.float32)
+            message = r"not known \['W_skip'\]"
+        case "shape":
+            tensors["b_enc"] = tensors["b_enc"][:5]
+            message = r"b_enc has shape \(5,\), expected \(64,\)"
+        case "nan":
+            tensors["b_dec"][3] = np.nan
+            message = "b_dec holds non-finite values"
+        case _:
+            message = "cannot be read" if change == "truncated" else "not a SAELens 6 config"
+    config_path.write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, weights_path)
+    if change == "truncated":
+        weights_path.write_bytes(weights_path.read_bytes()[:500])
+    if change == "no config":
+        config_path.unlink()
+    with pytest.raises(ValueError, match=message):
+        saelens.read(folder)
+
+
+def test_broken_npz_files_are_refused(folded, tmp_path):
+    path = tmp_path / "params.npz"
+    gemma_scope.write(path, folded)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a whole npz file"):
+        gemma_scope.read(path)
+    np.savez(path, W_enc=np.array([object()], dtype=object))
+    with pytest.raises(ValueError, match="not a whole npz file"):
+        gemma_scope.read(path)

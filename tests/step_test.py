@@ -1,0 +1,221 @@
+"""The compiled step against an unfused reference, on one device and on eight."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tiny
+from gemma_scope_jax import data, gemma, ring, sae, sharding, step, training
+
+
+def build(folder, data_axis=1, latent_axis=1, **changes):
+    """A run on a mesh of the first devices, with Gemma's weights placed on it and a first state."""
+    config = tiny.run_config(folder, **changes)
+    devices = jax.devices()[: data_axis * latent_axis]
+    run = training.build(config, sharding.make_mesh(data_axis, latent_axis, devices))
+    rows = data.open_rows(training.prepare_rows(config), data.TRAIN)
+    params = training.load_gemma(run).params
+    return run, rows, params, training.init_state(run, training.calibrate(run, rows, params))
+
+
+def run_steps(run, rows, params, state, count, compiled=None):
+    """States are donated; what is returned is on the host."""
+    sequences = run.config.train.sequences_per_step
+    metrics = []
+    for i in range(count):
+        batch = training.read_batch(run, rows, i * sequences, sequences)
+        compiled = compiled or training.lower_step(run, state, batch, params).compile()
+        state, m = compiled(state, batch, params)
+        metrics.append(jax.device_get(m))
+    return jax.device_get(state), metrics
+
+
+def reference(run, rows, gemma_params, state, count):
+    """The same steps as plain functions: gemma's own forward pass, optax's Adam, `jax.grad` of the definition."""
+    plan, model = run.plan, run.model
+    member = plan.members[0]
+    site, normalizer = str(member.site), state.normalizers[str(member.site)]
+    params = jax.tree.map(lambda leaf: leaf[0], state.params)
+    rate = run.config.optimizer
+    adam = optax.scale_by_adam(b1=0.0, b2=rate.beta2, eps=rate.eps)
+    adam_state = adam.init(params)
+    slots = jax.tree.map(np.array, state.ring.slots)
+    update, harvests, draws, last_full = 0, 0, 0, 0
+    for i in range(count):
+        draining = harvests >= plan.harvests
+        index = np.asarray(
+            ring.choose_slots(
+                ring.Ring(slots, jnp.int32(last_full)),
+                jax.random.wrap_key_data(state.key),
+                plan.activations // plan.ring_groups,
+                jnp.int32(i),
+                jnp.int32(harvests - draws),
+                jnp.bool_(draining),
+            )
+        )
+        groups = np.arange(plan.ring_groups)[:, None]
+        x, weight = slots.acts[site][groups, index], slots.weight[site][groups, index]
+        drawing = draining or harvests - draws == plan.ring_steps
+        if drawing:
+            for k in range(plan.updates_per_step):
+                share = plan.batch // plan.ring_groups
+                part = slice(k * share, (k + 1) * share)
+                x_k, w_k = x[:, part].reshape(-1, x.shape[-1]), weight[:, part].reshape(-1)
+                coefficient = member.sparsity_coefficient * min(update / rate.sparsity_warmup_updates, 1)
+                gradient = jax.grad(sae.loss)(params, x_k, w_k, coefficient, plan.bandwidth)
+                direction = params.W_dec / (jnp.linalg.norm(params.W_dec, axis=1, keepdims=True) + 1e-6)
+                along = (gradient.W_dec * direction).sum(1, keepdims=True)
+                gradient = gradient.replace(W_dec=gradient.W_dec - along * direction)
+                scaled, adam_state = adam.update(gradient, adam_state)
+                rise = 0.1 + 0.9 * (1 - np.cos(np.pi * min(update / rate.warmup_updates, 1))) / 2
+                params = jax.tree.map(lambda p, u, r=rise: p - rate.learning_rate * r * u, params, scaled)
+                norm = jnp.linalg.norm(params.W_dec, axis=1, keepdims=True)
+                params = params.replace(W_dec=params.W_dec / norm)
+                update += 1
+        if not draining:
+            batch = rows.read(
+                data.order(len(rows), run.config.seed, i * len(batch_rows(run)), len(batch_rows(run)))
+            )
+            tokens = jnp.asarray(batch.tokens)
+            positions, mask = gemma.packed_positions_and_mask(tokens)
+            full = jax.tree.map(jnp.asarray, tiny.params())
+            _, captured = model.apply(
+                {"params": full}, tokens, positions=positions, attention_mask=mask,
+                capture_intermediates=True, mutable=["intermediates"],
+            )  # fmt: skip
+            block = captured["intermediates"][f"layer_{member.site.layer}"]
+            acts = np.asarray(block["__call__"][0][1]).reshape(plan.activations, -1)
+            acts = (acts - normalizer.mean_D) / normalizer.scale
+            kept = ~np.isin(batch.tokens.reshape(-1), [gemma.PAD, gemma.EOS, gemma.BOS])
+            slots.acts[site][groups, index] = acts.reshape(*index.shape, -1)
+            slots.weight[site][groups, index] = kept.reshape(index.shape)
+            harvests += 1
+        draws += drawing
+        if harvests - draws == plan.ring_steps:
+            last_full = harvests
+    return params
+
+
+def batch_rows(run):
+    return range(run.config.train.sequences_per_step)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_fused_steps_equal_unfused_ones(inputs, layer):
+    """Through filling, steady running and draining."""
+    run, rows, params, state = build(inputs, bank__layers=(layer,), train__tokens=8 * 16 * 6)
+    count = run.plan.total_steps
+    expected = reference(run, rows, params, jax.device_get(state), count)
+    final, _ = run_steps(run, rows, params, state, count)
+    assert int(final.harvests) == int(final.draws) == 6
+    ours = jax.tree.map(lambda leaf: leaf[0], final.params)
+    for field in dataclasses.fields(sae.Params):
+        value, want = getattr(ours, field.name), getattr(expected, field.name)
+        np.testing.assert_allclose(value, want, rtol=1e-4, atol=2e-5, err_msg=field.name)
+    # The comparison means something only if training has moved the parameters by more than that.
+    assert np.abs(ours.b_enc).max() > 1e-3
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (2, 4)])
+def test_eight_devices_give_what_one_gives(inputs, mesh):
+    """Four members on two layers and two sites; members are padded to a multiple of the data axis."""
+    bank = dict(
+        bank__layers=(0, 2), bank__sites=("resid_post", "mlp_out"), bank__sparsity_coefficients=(1e-2,), bank__seeds=(0,)
+    )  # fmt: skip
+    finals = []
+    for data_axis, latent_axis in [(1, 1), mesh]:
+        built = build(inputs, data_axis, latent_axis, **bank)
+        members = len(built[0].plan.members)
+        final, metrics = run_steps(*built, 7)
+        finals.append((jax.tree.map(lambda leaf, m=members: leaf[:m], final.params), metrics[-1]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), finals[0][0], finals[1][0]
+    )
+    np.testing.assert_allclose(finals[0][1].l0_E, finals[1][1].l0_E, rtol=1e-3)
+    np.testing.assert_array_equal(finals[0][1].source_Bx3, finals[1][1].source_Bx3)
+
+
+def test_a_member_of_a_bank_equals_the_same_sae_alone(inputs):
+    alone, _ = run_steps(*build(inputs, bank__layers=(2,), bank__sparsity_coefficients=(3e-3,)), 7)
+    both, _ = run_steps(*build(inputs, bank__layers=(0, 2), bank__sparsity_coefficients=(1e-2, 3e-3)), 7)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[0], b[3], rtol=1e-5, atol=1e-6), alone.params, both.params
+    )
+
+
+def test_each_unmasked_activation_is_trained_on_exactly_once(inputs):
+    """One update a step, so that the sources reported are all that were trained on; a tenth is masked."""
+    run, rows, params, state = build(
+        inputs, train__batch=128, train__tokens=8 * 16 * 9, normalizer__outlier_medians=1.4
+    )
+    state = jax.device_get(state)
+    site = str(run.plan.sites[0])
+    _, metrics = run_steps(
+        run, rows, params, sharding.put(run.mesh, state, sharding.REPLICATED), run.plan.total_steps
+    )
+    trained = [
+        tuple(s) for m in metrics if m.trained for s, w in zip(m.source_Bx3, m.weight_B, strict=True) if w
+    ]
+    assert len(trained) == len(set(trained))
+
+    harvested = rows.read(data.order(len(rows), 0, 0, 8 * 9))
+    values = gemma.read_sites(run.model, params, jnp.asarray(harvested.tokens), run.plan.sites)
+    normalizer = state.normalizers[site]
+    squared = np.square(np.asarray(values[run.plan.sites[0]]) - normalizer.mean_D).sum(-1)
+    special = np.isin(harvested.tokens, [gemma.PAD, gemma.EOS, gemma.BOS])
+    kept = ~special & (squared <= normalizer.max_squared_norm)
+    # Rows recur from epoch to epoch here, so count each (row, position).
+    expected = sorted((int(harvested.row[s]), int(p)) for s, p in zip(*np.nonzero(kept), strict=True))
+    assert sorted((int(row), int(position)) for row, position, _ in trained) == expected
+    assert 0.05 < 1 - len(expected) / (~special).sum() < 0.2
+
+
+def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
+    run, rows, params, state = build(inputs, 2, 4)
+    compiled = training.lower_step(run, state, training.read_batch(run, rows, 0, 8), params).compile()
+    per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * per_device
+    first = state
+    # An executable compiled ahead of time cannot compile again: other shapes or shardings would be an error.
+    run_steps(run, rows, params, state, run.plan.total_steps, compiled)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+
+
+def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
+    run, rows, params, state = build(inputs)
+    batch = training.read_batch(run, rows, 0, 8)
+    hlo = training.lower_step(run, state, batch, params).compile().as_text()
+    assert "f32[272,32]" in hlo  # the embedding table
+    assert ",272]" not in hlo and "[272]" not in hlo  # logits
+    assert set(params) == {"embedder", "final_norm", "layer_0", "layer_1"}
+
+
+def test_calibration_equals_numpy():
+    rng = np.random.default_rng(0)
+    x = (3 + rng.normal(size=(500, 6))).astype(np.float32)
+    x[7] += 100
+    weight = (rng.random(500) > 0.2).astype(np.float32)
+    weight[7] = 1
+    kept = weight > 0
+    plain = jax.jit(functools.partial(step.calibrate, center=False, outlier_medians=0.0))(x, weight)
+    np.testing.assert_allclose(plain.mean_D, 0)
+    np.testing.assert_allclose(plain.scale, np.sqrt(np.square(x[kept]).sum(1).mean()), rtol=1e-5)
+    np.testing.assert_allclose(plain.ablation_mean_D, x[kept].mean(0), rtol=1e-5)
+    assert np.isinf(plain.max_squared_norm)
+
+    robust = jax.jit(functools.partial(step.calibrate, center=True, outlier_medians=16.0))(x, weight)
+    squared = np.square(x - x[kept].mean(0)).sum(1)
+    limit = 16 * np.median(squared[kept])
+    inner = kept & (squared <= limit)
+    assert not inner[7] and inner.sum() == kept.sum() - 1
+    np.testing.assert_allclose(robust.max_squared_norm, limit, rtol=1e-5)
+    np.testing.assert_allclose(robust.mean_D, x[inner].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        robust.scale, np.sqrt(np.square(x[inner] - x[inner].mean(0)).sum(1).mean()), rtol=1e-5
+    )
+    np.testing.assert_allclose(robust.ablation_mean_D, x[kept].mean(0), rtol=1e-5)
