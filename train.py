@@ -16,6 +16,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory. An unfinis
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags, and with them the config file; a mistake in either is the user's to mend."""
+    try:
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.to_dict()  # A config file that cannot be loaded is an error only when it is looked at.
+        return rest
+    except (AttributeError, KeyError, TypeError, OSError, flags.Error) as error:
+        # ml_collections raises a KeyError inside a KeyError; their texts are each other's repr.
+        raise ValueError(str(error).strip("'\"").replace("\\n", " ").replace("\\'", "'")) from error
+
+
 def main(argv: list[str]) -> None:
     """Runs the training and exits with its code."""
     if len(argv) > 1:
@@ -28,4 +39,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: app.run(main))
+    cli.run(lambda: app.run(main, flags_parser=parse))

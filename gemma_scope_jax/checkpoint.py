@@ -15,10 +15,6 @@ import orbax.checkpoint as ocp
 from gemma_scope_jax import step as step_lib
 
 
-class DamagedError(Exception):
-    """No checkpoint of a run can be read."""
-
-
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     """A manager that saves in the background and keeps the newest `keep` checkpoints."""
     return ocp.CheckpointManager(
@@ -97,7 +93,7 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.Stat
     A damaged one is set aside in `damaged/` beside the checkpoints, and the one before it is taken.
 
     Raises:
-      DamagedError: there are checkpoints, but none that can be read.
+      ValueError: there are checkpoints, but none that can be read.
     """
     # Orbax leaves a task behind for each array that it cannot read, of which asyncio then complains at length.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -123,7 +119,7 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.Stat
         (pathlib.Path(manager.directory) / str(step)).rename(aside)
         manager.reload()
     if steps:
-        raise DamagedError(
+        raise ValueError(
             f"every checkpoint in {manager.directory} is damaged; start again in another --workdir"
         )
     return None

@@ -1,15 +1,19 @@
 """What the scripts share: errors in one line."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
+
+# Gemma's package imports TensorFlow, which else opens every run with its own notices.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def run(main: Callable[[], None]) -> None:
     """Calls `main`; what a user can mend is said in one line, everything else keeps its traceback."""
     try:
         main()
-    except (ValueError, FloatingPointError, AttributeError, KeyError, OSError) as error:
+    except Exception as error:
         message = explain(error)
         if message is None:
             raise

@@ -57,7 +57,7 @@ class NormalizerConfig:
 
     rows: int = 64
     center: bool = False  # Subtract the mean.
-    outlier_medians: float = 0.0  # Skip tokens of a centred squared norm above so many medians; 0 skips none.
+    outlier_medians: float = 0.0  # Tokens of a squared norm above so many medians weigh less; 0: none do.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,11 @@ its own BOS, so the tokens alone tell where segments begin. Which row comes when
 seed and a running index, so nothing about reading is ever saved.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -114,21 +116,24 @@ def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_na
                 f"data.text {config.text!r} leaves no document for the {split} split at "
                 f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
             )
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name=name,
-        version="1.0.0",
-        features=tfds.features.FeaturesDict(
-            {
-                "tokens": tfds.features.Tensor(shape=(config.context_length,), dtype=np.int32),
-                "first_document": np.int32,
-            }
-        ),
-        split_datasets={split: examples(split) for split in (TRAIN, HELD_OUT)},
-        data_dir=root,
-        description=f"Packed token rows: {identity}",
-        file_format="array_record",
-        disable_shuffling=True,
-    )
+    print(f"Tokenising {config.text} into rows of {config.context_length}.", flush=True)
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a download that there is not.
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name=name,
+            version="1.0.0",
+            features=tfds.features.FeaturesDict(
+                {
+                    "tokens": tfds.features.Tensor(shape=(config.context_length,), dtype=np.int32),
+                    "first_document": np.int32,
+                }
+            ),
+            split_datasets={split: examples(split) for split in (TRAIN, HELD_OUT)},
+            data_dir=root,
+            description=f"Packed token rows: {identity}",
+            file_format="array_record",
+            disable_shuffling=True,
+        )
     return folder
 
 

@@ -5,8 +5,8 @@ import pathlib
 import rich.console
 import rich.table
 
-from gemma_scope_jax import checkpoint, data, evaluation, gemma, interrupt, training
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import data, evaluation, gemma, interrupt, training
 from gemma_scope_jax.formats import saelens
 
 
@@ -31,14 +31,7 @@ def open_path(
 
 
 def _open_run(path: pathlib.Path) -> tuple[config_lib.Config, dict[str, evaluation.Subject]]:
-    config = training.read_config(path)
-    run = training.build(config)
-    with checkpoint.open_manager(path / "checkpoints", config.log.keep_checkpoints) as manager:
-        state = checkpoint.restore_newest(manager, training.abstract_state(run))
-    if state is None:
-        raise ValueError(f"{path} has no checkpoint yet")
-    if training.steps_left(run.plan, state):
-        print(f"The run is not complete: evaluating step {int(state.step)}.", flush=True)
+    run, state = training.open_run(path)
     folded = training.folded_saes(run, state)
     subjects = {
         member.name: evaluation.Subject(
@@ -46,7 +39,7 @@ def _open_run(path: pathlib.Path) -> tuple[config_lib.Config, dict[str, evaluati
         )
         for member in run.plan.members
     }
-    return config, subjects
+    return run.config, subjects
 
 
 def _open_saelens(
@@ -61,7 +54,12 @@ def _open_saelens(
             "model": names[about.model_name],
             "weights": given.get("weights", ""),
             "gemma_dtype": given.get("dtype", "float32"),
-            "data": {"text": given.get("text", about.text), "context_length": about.context_length},
+            "data": {
+                "text": given.get("text", about.text),
+                "context_length": about.context_length,
+                "held_out_fraction": about.held_out_fraction,
+                "seed": about.data_seed,
+            },
         }
     )
     site = gemma.site_from_hook(about.hook_name)

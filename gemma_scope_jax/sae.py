@@ -37,9 +37,9 @@ class SAE:
 
 @flax.struct.dataclass
 class BatchSums:
-    """What one batch adds to the running metrics, summed over its rows of weight 1."""
+    """What one batch adds to the running metrics, summed over its rows by their weights."""
 
-    count: jax.Array  # []
+    weight: jax.Array  # []
     squared_error: jax.Array  # []
     l0: jax.Array  # []
     x_D: jax.Array  # [D]
@@ -130,13 +130,19 @@ step.defvjp(lambda *args: (step(*args), args), _step_bwd)
 def loss(
     params: Params, x_BxD: jax.Array, weight_B: jax.Array, sparsity_coefficient: jax.Array, bandwidth: float
 ) -> jax.Array:
-    """Mean over rows of weight 1 of ‖x − x̂‖² + λ‖f‖₀ (Gemma Scope, equation 4)."""
+    """Weighted mean over rows of ‖x − x̂‖² + λ‖f‖₀ (Gemma Scope, equation 4); 0 if all weights are 0."""
     threshold_M = jnp.exp(params.log_threshold)
     pre_BxM = (x_BxD - params.b_dec[None]) @ params.W_enc + params.b_enc[None]
     recon_BxD = jumprelu(pre_BxM, threshold_M, bandwidth) @ params.W_dec + params.b_dec[None]
     error_B = jnp.sum(jnp.square(recon_BxD - x_BxD), axis=1)
     l0_B = jnp.sum(step(pre_BxM, threshold_M, bandwidth), axis=1)
-    return jnp.sum(weight_B * (error_B + sparsity_coefficient * l0_B)) / jnp.maximum(weight_B.sum(), 1)
+    return jnp.sum(normalized(weight_B) * (error_B + sparsity_coefficient * l0_B))
+
+
+def normalized(weight_B: jax.Array) -> jax.Array:
+    """Weights that add up to 1, or zeros."""
+    total = weight_B.sum()
+    return weight_B / jnp.where(total > 0, total, 1)
 
 
 def loss_gradient(
@@ -156,8 +162,7 @@ def loss_gradient(
     def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision=precision)
 
-    count = weight_B.sum()
-    row_weight_B = weight_B / jnp.maximum(count, 1)
+    row_weight_B = normalized(weight_B)
     threshold_M = jnp.exp(params.log_threshold)
 
     centred_BxD = x_BxD - params.b_dec[None]
@@ -183,9 +188,9 @@ def loss_gradient(
     )
     counted_BxM = active_BxM & (weight_B[:, None] > 0)
     sums = BatchSums(
-        count=count,
+        weight=weight_B.sum(),
         squared_error=jnp.sum(weight_B[:, None] * jnp.square(error_BxD)),
-        l0=jnp.sum(counted_BxM, dtype=x_BxD.dtype),
+        l0=weight_B @ jnp.sum(active_BxM, axis=1, dtype=x_BxD.dtype),
         x_D=weight_B @ x_BxD,
         x_squared=jnp.sum(weight_B[:, None] * jnp.square(x_BxD)),
         fired_M=counted_BxM.any(0),

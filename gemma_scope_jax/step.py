@@ -78,11 +78,15 @@ class Plan:
 
 @flax.struct.dataclass
 class Normalizer:
-    """How a site's activations become SAE inputs: (x - mean) / scale, leaving out outliers."""
+    """How a site's activations become SAE inputs, (x - mean) / scale, and how much each counts.
+
+    A few tokens of Gemma 3 have a squared norm thousands of times the median: squared errors would be about
+    them alone. A token above `max_squared_norm` weighs less, so that none counts for more than one at the limit.
+    """
 
     mean_D: jax.Array  # Subtracted; zeros in Gemma Scope's own recipe.
     scale: jax.Array  # [], the root mean square norm of x - mean, so that inputs have mean square norm 1.
-    max_squared_norm: jax.Array  # [], of x - mean; tokens above it are not trained on.
+    max_squared_norm: jax.Array  # [], of x - mean; infinite where every token weighs the same.
     ablation_mean_D: jax.Array  # The mean over all unmasked positions, outliers included, for mean ablation.
 
 
@@ -167,26 +171,30 @@ def _pad(values: Sequence, size: int) -> list:
     return [*values, *[values[-1]] * (size - len(values))]
 
 
+def outlier_weight(squared_norm: jax.Array, max_squared_norm: jax.Array) -> jax.Array:
+    """The weight of tokens by the squared norm of x - mean: 1 up to the limit, then in inverse proportion."""
+    return jnp.minimum(1, max_squared_norm / jnp.maximum(squared_norm, jnp.finfo(squared_norm.dtype).tiny))
+
+
 def calibrate(x_NxD: jax.Array, weight_N: jax.Array, center: bool, outlier_medians: float) -> Normalizer:
     """A site's normaliser from a sample of its activations.
 
     Args:
       x_NxD: activations.
       weight_N: 0 where masked.
-      center: subtract the mean (of the tokens that are no outliers); Gemma Scope does not.
-      outlier_medians: tokens whose centred squared norm exceeds this many medians are outliers; 0 for none.
+      center: subtract the mean, outliers weighed less; Gemma Scope does not.
+      outlier_medians: the largest centred squared norm of full weight, in medians; 0 for no limit.
     """
     x_NxD = x_NxD.astype(jnp.float32)
     ablation_mean_D = weight_N @ x_NxD / weight_N.sum()
     squared_N = jnp.square(x_NxD - center * ablation_mean_D[None]).sum(1)
     median = jnp.nanmedian(jnp.where(weight_N > 0, squared_N, jnp.nan))
-    limit = jnp.where(outlier_medians > 0, outlier_medians * median, jnp.inf)
-    kept_N = weight_N * (squared_N <= limit)
-    mean_D = center * (kept_N @ x_NxD) / kept_N.sum()
-    centred_N = jnp.square(x_NxD - mean_D[None]).sum(1)
+    limit = outlier_medians * median if outlier_medians else jnp.asarray(jnp.inf)
+    weight_N = weight_N * outlier_weight(squared_N, limit)
+    mean_D = center * (weight_N @ x_NxD) / weight_N.sum()
     return Normalizer(
         mean_D=mean_D,
-        scale=jnp.sqrt(kept_N @ centred_N / kept_N.sum()),
+        scale=jnp.sqrt(weight_N @ jnp.square(x_NxD - mean_D[None]).sum(1) / weight_N.sum()),
         max_squared_norm=limit,
         ablation_mean_D=ablation_mean_D,
     )
@@ -209,9 +217,9 @@ def harvest(
     for site in sites:
         normalizer = normalizers[str(site)]
         x_TxD = values[site].reshape(is_token_T.size, -1).astype(jnp.float32) - normalizer.mean_D[None]
-        kept_T = is_token_T & (jnp.square(x_TxD).sum(1) <= normalizer.max_squared_norm)
+        weight_T = outlier_weight(jnp.square(x_TxD).sum(1), normalizer.max_squared_norm)
         acts[str(site)] = (x_TxD / normalizer.scale).astype(dtype)
-        weight[str(site)] = kept_T.astype(jnp.float32)
+        weight[str(site)] = is_token_T * weight_T
 
     length = tokens_SxL.shape[1]
     segment_SxL = jnp.maximum(jnp.cumsum(tokens_SxL == gemma.BOS, axis=1) - 1, 0)
@@ -330,20 +338,20 @@ def _metrics(
     )
     members = _pad(plan.members, plan.padded_members)
     coefficient_KxE = warmup_K[:, None] * jnp.array([m.sparsity_coefficient for m in members])[None]
-    count_E = jnp.maximum(sums.count.sum(0), 1)
+    weight_E = sums.weight.sum(0)
     penalty_E = (coefficient_KxE * sums.l0).sum(0)
-    variance_E = sums.x_squared.sum(0) - jnp.square(sums.x_D.sum(0)).sum(-1) / count_E
-    first_site = str(plan.members[0].site)
+    variance_E = sums.x_squared.sum(0) - jnp.square(sums.x_D.sum(0)).sum(-1) / weight_E
+    sites = [str(member.site) for member in plan.members]
     real = slice(len(plan.members))
     return Metrics(
         trained=trained,
-        loss_E=((sums.squared_error.sum(0) + penalty_E) / count_E)[real],
-        l0_E=(sums.l0.sum(0) / count_E)[real],
+        loss_E=((sums.squared_error.sum(0) + penalty_E) / weight_E)[real],
+        l0_E=(sums.l0.sum(0) / weight_E)[real],
         fvu_E=(sums.squared_error.sum(0) / variance_E)[real],
         dead_fraction_E=(new.idle_ExM >= plan.dead_after_updates).mean(1)[real],
         learning_rate=jnp.asarray(optim.learning_rate(plan.optimizer, plan.total_updates)(last_update)),
         sparsity_warmup=jnp.asarray(warmup_K[-1]),
-        activations_E=sums.count.sum(0)[real],
+        activations_E=jnp.stack([(batches.weight[site] > 0).sum() for site in sites]) * trained,
         source_Bx3=batches.source[0],
-        weight_B=batches.weight[first_site][0],
+        weight_B=batches.weight[sites[0]][0],
     )

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from gemma_scope_jax import checkpoint, data, gemma, interrupt, ring, sae, sharding, step
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.formats import saelens
+from gemma_scope_jax.formats import gemma_scope, saelens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +223,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
                 return 128 + interrupts.received
         manager.close()
         interrupts.forbid_saving("the training is complete and saved")
-        export(run, state, workdir)
+        export(run, state, workdir / "sae")
         return 0
     finally:
         interrupts.close()
@@ -332,18 +331,49 @@ def folded_saes(run: Run, state: step.State) -> dict[str, sae.SAE]:
     return folded
 
 
-def export(run: Run, state: step.State, workdir: pathlib.Path) -> Iterable[pathlib.Path]:
-    """Writes `sae/<name>/` for every member; returns the folders."""
-    folders = []
+def export(
+    run: Run, state: step.State, folder: pathlib.Path, file_format: str = "saelens"
+) -> list[pathlib.Path]:
+    """Writes every member to `folder/<name>/`, as a SAELens folder or as Gemma Scope's npz; returns the paths."""
+    paths = []
     for (name, folded), member in zip(folded_saes(run, state).items(), run.plan.members, strict=True):
-        folder = workdir / "sae" / name
-        about = saelens.About(
-            model_name=gemma.HUGGING_FACE_NAMES[run.config.model],
-            hook_name=gemma.hook_name(member.site),
-            context_length=run.config.data.context_length,
-            text=run.config.data.text,
-        )
-        saelens.write(folder, folded, about)
-        folders.append(folder)
-        print(f"Exported {folder}", flush=True)
-    return folders
+        if file_format == "gemma_scope":
+            path = folder / name / "params.npz"
+            gemma_scope.write(path, folded)
+        else:
+            path = folder / name
+            about = saelens.About(
+                model_name=gemma.HUGGING_FACE_NAMES[run.config.model],
+                hook_name=gemma.hook_name(member.site),
+                context_length=run.config.data.context_length,
+                text=run.config.data.text,
+                held_out_fraction=run.config.data.held_out_fraction,
+                data_seed=run.config.data.seed,
+            )
+            saelens.write(path, folded, about)
+        paths.append(path)
+        print(f"Exported {path}", flush=True)
+    return paths
+
+
+def open_run(workdir: pathlib.Path) -> tuple[Run, step.State]:
+    """A run directory's run and the state of its newest whole checkpoint.
+
+    Raises:
+      ValueError: the directory holds no run, or no checkpoint yet.
+    """
+    config = read_config(workdir)
+    run = build(config)
+    with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
+        state = checkpoint.restore_newest(manager, abstract_state(run))
+    if state is None:
+        raise ValueError(f"{workdir} has no checkpoint yet")
+    if steps_left(run.plan, state):
+        print(f"The run is not complete: this is step {int(state.step)}.", flush=True)
+    return run, state
+
+
+def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> list[pathlib.Path]:
+    """Exports the newest state of a run directory."""
+    run, state = open_run(workdir)
+    return export(run, state, out, file_format)

@@ -5,8 +5,8 @@ import pathlib
 
 import jax
 import pytest
-
 import tiny
+
 from gemma_scope_jax import config, gemma, optim
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))

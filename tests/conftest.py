@@ -10,6 +10,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import tiny
+
 from gemma_scope_jax import gemma, weights
 
 tiny.register()

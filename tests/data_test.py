@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
-
 import tiny
+
 from gemma_scope_jax import data
 from gemma_scope_jax.gemma import BOS, PAD
 

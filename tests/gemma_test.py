@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from gemma_scope_jax import gemma
 
 SITES = [gemma.Site(kind, layer) for kind in gemma.HOOKS for layer in (0, 2, 3)]

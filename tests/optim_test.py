@@ -1,11 +1,11 @@
 """The optimizer against DeepMind's published numbers and against optax's own Adam."""
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-import golden
 from gemma_scope_jax import optim, sae
 
 PLAIN = optim.OptimizerConfig(learning_rate=1e-3, warmup_updates=0, sparsity_warmup_updates=0)

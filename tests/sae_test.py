@@ -1,11 +1,11 @@
 """The SAE against DeepMind's published numbers, against its readable definition, and against NumPy."""
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import golden
 from gemma_scope_jax import sae
 
 
@@ -20,7 +20,7 @@ def random_case():
         W_dec=rng.normal(size=(m, d)),
         b_dec=rng.normal(size=d),
     )
-    return params, rng.normal(size=(b, d)), (rng.random(b) > 0.3).astype(float)
+    return params, rng.normal(size=(b, d)), np.where(rng.random(b) > 0.3, rng.random(b), 0)
 
 
 def test_deepminds_published_loss_reconstruction_and_gradients():
@@ -30,7 +30,7 @@ def test_deepminds_published_loss_reconstruction_and_gradients():
         gradient, sums = jax.jit(sae.loss_gradient, static_argnames="bandwidth")(
             params, x, weight, golden.SPARSITY_COEFFICIENT, bandwidth=golden.BANDWIDTH
         )
-        loss = (sums.squared_error + golden.SPARSITY_COEFFICIENT * sums.l0) / sums.count
+        loss = (sums.squared_error + golden.SPARSITY_COEFFICIENT * sums.l0) / sums.weight
         np.testing.assert_allclose(loss, 81.98928, rtol=1e-5)
         np.testing.assert_allclose(
             sae.loss(params, x, weight, golden.SPARSITY_COEFFICIENT, golden.BANDWIDTH), 81.98928, rtol=1e-5

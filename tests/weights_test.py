@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from gemma import gm
 
-import tiny
 from gemma_scope_jax import gemma, weights
 
 TEXT = "Hello world!\n\nThe  quick brown fox — ünïcode 12345"

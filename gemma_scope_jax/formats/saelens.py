@@ -13,6 +13,7 @@ from gemma_scope_jax.sae import SAE
 # The version of SAELens whose layout this is. Without a version in the file, SAELens takes it for one of before
 # 6.0 and subtracts b_dec from the input.
 _VERSION = "6.54.12"
+_OWN_KEY = "gemma_scope_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,9 @@ class About:
     hook_name: str  # as TransformerLens names it
     context_length: int
     text: str
+    # Which documents were held out of training; see `data.DataConfig`.
+    held_out_fraction: float = 0.1
+    data_seed: int = 0
 
 
 def write(folder: pathlib.Path, sae: SAE, about: About) -> None:
@@ -51,6 +55,8 @@ def write(folder: pathlib.Path, sae: SAE, about: About) -> None:
             "seqpos_slice": [None],
             "exclude_special_tokens": True,
             "neuronpedia_id": None,
+            # SAELens leaves alone what it does not know.
+            _OWN_KEY: {"held_out_fraction": about.held_out_fraction, "data_seed": about.data_seed},
         },
     }
     tensors = files.arrays(sae)
@@ -71,7 +77,11 @@ def read(folder: pathlib.Path) -> tuple[SAE, About]:
         metadata = config["metadata"]
         metadata["sae_lens_version"]  # Older files mean other things by the same keys.
         about = About(
-            metadata["model_name"], metadata["hook_name"], metadata["context_size"], metadata["dataset_path"]
+            metadata["model_name"],
+            metadata["hook_name"],
+            metadata["context_size"],
+            metadata["dataset_path"],
+            **metadata.get(_OWN_KEY, {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a SAELens 6 config: {error!r}") from error

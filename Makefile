@@ -1,0 +1,36 @@
+# Every target makes .venv first, from requirements.txt, unless it is there and up to date.
+PYTHON ?= python3
+VENV := .venv/bin
+RUN := runs/quickstart
+
+.PHONY: quickstart test soak benchmark lint results
+
+quickstart: .venv/installed
+	$(VENV)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
+	$(VENV)/python evaluate.py $(RUN)
+
+test: .venv/installed
+	$(VENV)/python -m pytest -n 2
+
+# Long fault loops: ten runs killed at random moments.
+soak: .venv/installed
+	$(VENV)/python -m pytest -m soak tests/training_test.py
+
+benchmark: .venv/installed
+	$(VENV)/python benchmarks/step.py
+
+# Every figure of the README, again, into results/*.json. Takes about an hour on two cores.
+results: .venv/installed
+	$(VENV)/python benchmarks/results.py
+
+lint: .venv/installed
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+
+.venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "Python 3.12 or newer is needed; name one with make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@

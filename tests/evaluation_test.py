@@ -1,0 +1,219 @@
+"""Evaluation against slow float64 NumPy, known cases, and the command line."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from gemma_scope_jax import data, evaluation, gemma, report, sae, training
+from gemma_scope_jax.formats import saelens
+
+SITE = gemma.Site("resid_post", 1)
+
+
+class FakeRows:
+    """Rows held in memory, where a dataset on disk would be."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def read(self, indices):
+        return data.Batch(self.tokens[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return FakeRows(tiny.tokens(12, 24, special=0.1))
+
+
+def random_sae(seed=0):
+    rng = np.random.default_rng(seed)
+    arrays = dict(
+        W_enc=rng.normal(size=(32, 64)), b_enc=rng.normal(size=64), threshold=2 + rng.random(64),
+        W_dec=0.2 * rng.normal(size=(64, 32)), b_dec=rng.normal(size=32),
+    )  # fmt: skip
+    return sae.SAE(**{k: v.astype(np.float32) for k, v in arrays.items()})
+
+
+def evaluate(tiny_gemma, subject, rows, count=10, site=SITE, mean=None, per_batch=4):
+    mean = np.full(subject.W_enc.shape[0], 0.5, np.float32) if mean is None else mean
+    subjects = {"a": evaluation.Subject(subject, site, mean)}
+    return evaluation.evaluate(tiny_gemma, subjects, rows, rows, count, per_batch)["a"]
+
+
+def loss_in_float64(tiny_gemma, tokens, replace):
+    """Summed loss and count of each row, with the site's activations replaced one row at a time."""
+    sums, counts = [], []
+    for row in tokens:
+        row = jnp.asarray(row)[None]
+
+        def tap(site, x, row=row):
+            if site != SITE:
+                return x
+            replaced = jnp.asarray(replace(np.asarray(x[0], np.float64)), x.dtype)[None]
+            special = np.isin(np.asarray(row), [gemma.BOS, gemma.EOS, gemma.PAD])[..., None]
+            return jnp.where(special, x, replaced)
+
+        x = gemma.embed(tiny_gemma.model, tiny_gemma.params, row)
+        x = gemma.run_blocks(tiny_gemma.model, tiny_gemma.params, x, row, range(4), tap)
+        x = np.asarray(x[0], np.float64)
+        x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+        x = x * (1 + np.asarray(tiny_gemma.params["final_norm"]["scale"], np.float64))
+        logits = x @ np.asarray(tiny_gemma.params["embedder"]["input_embedding"], np.float64).T
+        logits = np.tanh(logits / 3.0) * 3.0
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        tokens_L = np.asarray(row[0])
+        total = count = 0
+        for t in range(len(tokens_L) - 1):
+            if tokens_L[t] not in (gemma.BOS, gemma.EOS, gemma.PAD) and tokens_L[t + 1] not in (
+                gemma.BOS,
+                gemma.PAD,
+            ):
+                total -= log_probs[t, tokens_L[t + 1]]
+                count += 1
+        sums.append(total)
+        counts.append(count)
+    return np.array(sums), np.array(counts)
+
+
+def test_every_number_equals_slow_numpy(tiny_gemma, rows):
+    subject = random_sae()
+    result = evaluate(tiny_gemma, subject, rows)
+    tokens = rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 10)]
+
+    def encode(x):
+        pre = x @ np.float64(subject.W_enc) + subject.b_enc
+        return np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
+
+    def reconstruct(x):
+        return encode(x) @ np.float64(subject.W_dec) + subject.b_dec
+
+    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
+    kept = ~np.isin(tokens, [gemma.BOS, gemma.EOS, gemma.PAD])
+    x = np.asarray(values, np.float64)[kept]
+    f = encode(x)
+    assert result.activations == len(x) and result.rows == 10
+    np.testing.assert_allclose(result.l0, (f > 0).sum(1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(result.frequency, (f > 0).mean(0), atol=1e-6)
+    np.testing.assert_allclose(result.dead_fraction, ((f > 0).sum(0) == 0).mean())
+    fvu = np.square(reconstruct(x) - x).sum() / np.square(x - x.mean(0)).sum()
+    np.testing.assert_allclose(result.fvu, fvu, rtol=1e-4)
+
+    clean, count = loss_in_float64(tiny_gemma, tokens, lambda x: x)
+    spliced, _ = loss_in_float64(tiny_gemma, tokens, reconstruct)
+    zero, _ = loss_in_float64(tiny_gemma, tokens, lambda x: 0 * x)
+    mean, _ = loss_in_float64(tiny_gemma, tokens, lambda x: 0 * x + 0.5)
+    n = count.sum()
+    assert result.tokens == n
+    np.testing.assert_allclose(result.clean_loss, clean.sum() / n, rtol=1e-5)
+    np.testing.assert_allclose(result.spliced_loss, spliced.sum() / n, rtol=1e-5)
+    delta = (spliced - clean).sum() / n
+    np.testing.assert_allclose(result.delta_loss, delta, rtol=1e-3)
+    np.testing.assert_allclose(result.loss_recovered_zero, 1 - delta / ((zero - clean).sum() / n), rtol=1e-3)
+    np.testing.assert_allclose(result.loss_recovered_mean, 1 - delta / ((mean - clean).sum() / n), rtol=1e-3)
+    # The standard error against a bootstrap over rows.
+    rng = np.random.default_rng(0)
+    resampled = [(spliced - clean)[i].sum() / count[i].sum() for i in rng.integers(10, size=(4000, 10))]
+    np.testing.assert_allclose(result.delta_loss_se, np.std(resampled) * np.sqrt(10 / 9), rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", list(gemma.HOOKS))
+def test_a_perfect_reconstruction_costs_nothing(tiny_gemma, rows, kind):
+    site = gemma.Site(kind, 2)
+    d = gemma.site_width(tiny_gemma.model, site)
+    identity = np.eye(d, dtype=np.float32)
+    perfect = sae.SAE(
+        W_enc=np.concatenate([identity, -identity], 1),
+        b_enc=np.zeros(2 * d, np.float32),
+        threshold=np.zeros(2 * d, np.float32),
+        W_dec=np.concatenate([identity, -identity], 0),
+        b_dec=np.zeros(d, np.float32),
+    )
+    result = evaluate(tiny_gemma, perfect, rows, site=site)
+    assert abs(result.delta_loss) < 1e-6 and result.fvu < 1e-10
+    np.testing.assert_allclose(result.loss_recovered_zero, 1, atol=1e-5)
+    np.testing.assert_allclose(result.l0, d)
+
+
+def test_predicting_the_mean_has_an_fvu_of_one(tiny_gemma, rows):
+    tokens = rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 10)]
+    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
+    mean = np.asarray(values)[~np.isin(tokens, [gemma.BOS, gemma.EOS, gemma.PAD])].mean(0)
+    constant = jax.tree.map(np.zeros_like, random_sae()).replace(b_dec=mean)
+    result = evaluate(tiny_gemma, constant, rows, mean=mean)
+    np.testing.assert_allclose(result.fvu, 1, rtol=1e-4)
+    np.testing.assert_allclose(result.loss_recovered_mean, 0, atol=1e-5)
+    assert result.dead_fraction == 1 and result.l0 == 0
+
+
+def test_the_standard_error_shrinks_with_the_root_of_the_rows():
+    rng = np.random.default_rng(0)
+    numerator, denominator = rng.normal(1, 2, size=6400), rng.integers(5, 10, size=6400)
+    few = evaluation.ratio_standard_error(numerator[:400], denominator[:400])
+    many = evaluation.ratio_standard_error(numerator, denominator)
+    np.testing.assert_allclose(few / many, 4, rtol=0.15)
+    assert np.isnan(evaluation.ratio_standard_error(numerator[:1], denominator[:1]))
+
+
+@pytest.fixture(scope="module")
+def run(inputs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    training.train(tiny.run_config(inputs, bank__sparsity_coefficients=(1e-3, 1e-1)), workdir)
+    return workdir
+
+
+def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, inputs):
+    results = report.evaluate_path(run, rows=8)
+    stored = json.loads((run / "evaluation.json").read_text())
+    assert set(stored["sae"]) == set(results) and len(results) == 2
+    name, result = next(iter(results.items()))
+    assert set(stored["sae"][name]) >= {
+        "l0", "fvu", "delta_loss", "delta_loss_se", "clean_loss", "spliced_loss", "loss_recovered_zero",
+        "loss_recovered_mean", "dead_fraction", "tokens", "rows", "activations",
+    }  # fmt: skip
+    assert (run / "evaluation.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert f"{result.tokens:,} predictions" in " ".join(shown.split()) and f"{result.l0:.1f}" in shown
+
+    exported = report.evaluate_path(run / "sae" / name, rows=8, weights=str(inputs / "weights"))[name]
+    for key in ("l0", "fvu", "delta_loss", "clean_loss", "tokens"):
+        np.testing.assert_allclose(
+            getattr(exported, key), getattr(result, key), rtol=1e-3, atol=1e-4, err_msg=key
+        )
+    assert (run / "sae" / name / "evaluation.json").exists()
+    assert saelens.read(run / "sae" / name)
+
+
+def test_paths_that_hold_nothing_are_refused(tmp_path, run):
+    with pytest.raises(ValueError, match="neither a run directory"):
+        report.evaluate_path(tmp_path)
+    with pytest.raises(ValueError, match="--text is for exported SAEs"):
+        report.evaluate_path(run, text="sotu")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["evaluate.py", "nowhere"], "Error: nowhere is neither a run directory"),
+        (["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.bank.widht=3"], "widht"),
+        (["train.py", "--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
+        (
+            ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.bank.layers=(18,)"],
+            "Error: layer 18 is out of range: Gemma3_270M has layers 0 to 17",
+        ),
+    ],
+)
+def test_the_scripts_say_in_one_line_what_is_wrong(command, message, tmp_path):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    last_lines = done.stderr.strip().splitlines()[-3:]
+    assert any(message in line for line in last_lines), done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,233 @@
+"""Whole runs: what is written, exact resume after any kind of end, and answers to signals and bad input."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from gemma_scope_jax import checkpoint, config, sae, step, training
+from gemma_scope_jax.formats import saelens
+
+LONG = dict(train__tokens=128 * 400, log__checkpoint_every=25)
+
+
+def final_state(run_config, workdir):
+    run = training.build(run_config)
+    with checkpoint.open_manager(workdir / "checkpoints", 2) as manager:
+        return jax.device_get(checkpoint.restore_newest(manager, training.abstract_state(run)))
+
+
+def logged_steps(workdir):
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A run trained without interruption."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert training.train(tiny.run_config(inputs, **LONG), workdir) == 0
+    return workdir
+
+
+def test_a_run_directory_is_self_contained(inputs, finished):
+    c = tiny.run_config(inputs, **LONG)
+    assert training.read_config(finished) == c
+    total = training.build(c).plan.total_steps
+    assert logged_steps(finished) == list(range(1, total + 1))
+    assert sorted(p.name for p in finished.iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl", "sae", "tensorboard",
+    ]  # fmt: skip
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [400, total]
+    assert any((finished / "tensorboard").iterdir())
+
+
+def test_the_loss_falls(finished):
+    losses = [
+        next(iter(entry["sae"].values()))["loss"]
+        for entry in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
+        if entry["sae"]
+    ]
+    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
+
+
+def test_the_export_gives_the_training_states_outputs(inputs, finished):
+    """On raw activations; positions with a pre-activation near its threshold may flip, and are counted."""
+    c = tiny.run_config(inputs, **LONG)
+    state = final_state(c, finished)
+    (folder,) = (finished / "sae").iterdir()
+    exported, about = saelens.read(folder)
+    assert about.hook_name == "blocks.1.hook_resid_post"
+    normalizer = next(iter(state.normalizers.values()))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), state.params)
+    rng = np.random.default_rng(0)
+    x = normalizer.mean_D + normalizer.scale * rng.normal(size=(3000, 32)) / np.sqrt(32)
+    pre = ((x - normalizer.mean_D) / normalizer.scale - params.b_dec) @ params.W_enc + params.b_enc
+    threshold = np.exp(params.log_threshold)
+    f = pre * (pre > threshold)
+    expected = normalizer.scale * (f @ params.W_dec + params.b_dec) + normalizer.mean_D
+    ours = np.asarray(sae.decode(exported, sae.encode(exported, x.astype(np.float32))))
+    near = normalizer.scale * np.abs(pre - threshold).min(1) < 1e-5 * np.linalg.norm(x, axis=1)
+    error = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert near.mean() < 0.02
+    np.testing.assert_array_less(error[~near], 1e-5)
+    np.testing.assert_allclose(np.linalg.norm(exported.W_dec, axis=1), 1, atol=1e-5)
+    assert (exported.threshold >= 0).all()
+
+
+def test_the_step_is_traced_once_in_a_run(inputs, tmp_path, monkeypatch):
+    make_step = step.make_step
+    monkeypatch.setattr(step, "make_step", lambda *args: chex.assert_max_traces(make_step(*args), n=1))
+    assert training.train(tiny.run_config(inputs), tmp_path / "run") == 0
+
+
+def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, capsys):
+    c = tiny.run_config(inputs)
+    assert training.train(c, tmp_path / "run") == 0
+    before = final_state(c, tmp_path / "run")
+    assert training.train(c, tmp_path / "run") == 0
+    jax.tree.map(np.testing.assert_array_equal, final_state(c, tmp_path / "run"), before)
+
+    longer = tiny.run_config(inputs, train__tokens=128 * 30)
+    assert training.train(longer, tmp_path / "run") == 0
+    after = final_state(longer, tmp_path / "run")
+    assert int(after.harvests) == int(after.draws) == 30
+    assert logged_steps(tmp_path / "run") == list(range(1, int(after.step) + 1))
+
+
+def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"config\.bank\.width = 64, now it is 128"):
+        training.train(tiny.run_config(inputs, bank__width=128, **LONG), finished)
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs, tmp_path):
+    c = tiny.run_config(inputs, optimizer__learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step \d+|non-finite values in params"):
+        training.train(c, tmp_path / "run")
+    state = final_state(c, tmp_path / "run")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_log_keeps_each_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "los')
+    log = training.MetricsLog(tmp_path, 2)
+    log.write({"step": 3, "sae": {}, "learning_rate": 0.0, "tokens_per_second": 1.0})
+    log.close()
+    assert logged_steps(tmp_path) == [1, 2, 3]
+
+
+def test_the_share_of_same_document_pairs():
+    source = np.zeros((6, 3), np.int32)
+    source[:, 2] = [5, 5, 5, 7, 8, 8]
+    weight = np.array([1, 1, 1, 1, 1, 0])
+    assert training.same_document_share(source, weight) == 3 / 10
+
+
+class Process:
+    """A run in a process of its own, on eight fake devices as here."""
+
+    def __init__(self, run_config: config.Config, workdir: pathlib.Path) -> None:
+        given = json.dumps({"config": config.to_dict(run_config), "workdir": str(workdir)})
+        self.workdir = workdir
+        self.output = workdir.with_suffix(".out")
+        root = pathlib.Path(__file__).parent.parent
+        self.popen = subprocess.Popen(
+            [sys.executable, str(root / "tests" / "tiny.py"), given],
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"},
+        )
+
+    def wait_until(self, condition) -> None:
+        deadline = time.monotonic() + 180
+        while not condition():
+            assert self.popen.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.005)
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def logged(self, count: int) -> bool:
+        path = self.workdir / "metrics.jsonl"
+        return path.exists() and path.read_bytes().count(b"\n") >= count
+
+    def send(self, number: int) -> int:
+        self.popen.send_signal(number)
+        return self.popen.wait(timeout=120)
+
+
+def kill_and_resume(run_config, whole, workdir, kills, seed):
+    """Kills a run `kills` times at random moments with each resuming the one before, then lets it end."""
+    moments = random.Random(seed)
+    for _ in range(kills):
+        process = Process(run_config, workdir)
+        already = len(logged_steps(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+        after = min(already + moments.randrange(5, 60), 380)
+        process.wait_until(lambda p=process, n=after: p.logged(n))
+        time.sleep(0.05 * moments.random())
+        assert process.send(signal.SIGKILL) == -signal.SIGKILL
+    process = Process(run_config, workdir)
+    assert process.popen.wait(timeout=300) == 0, process.text()
+    assert "Continuing from step" in process.text()
+    assert_same_end(run_config, whole, workdir)
+
+
+def assert_same_end(run_config, whole, workdir):
+    jax.tree.map(
+        np.testing.assert_array_equal, final_state(run_config, workdir), final_state(run_config, whole)
+    )
+    assert logged_steps(workdir) == logged_steps(whole)
+    for path in (whole / "sae").rglob("*.safetensors"):
+        assert path.read_bytes() == (workdir / path.relative_to(whole)).read_bytes()
+
+
+def test_killed_and_interrupted_a_run_ends_bit_for_bit_as_if_it_had_not_been(inputs, finished, tmp_path):
+    c = tiny.run_config(inputs, **LONG)
+    workdir = tmp_path / "run"
+    process = Process(c, workdir)
+    process.wait_until(lambda: process.logged(60))
+    assert process.send(signal.SIGKILL) == -signal.SIGKILL
+
+    process = Process(c, workdir)
+    process.wait_until(lambda: process.logged(150))
+    assert process.send(signal.SIGINT) == 130, process.text()
+    assert "SIGINT: saving a checkpoint, then leaving" in process.text()
+    assert "To go on, run the same command again" in process.text()
+    steps = logged_steps(workdir)
+    assert steps == list(range(1, len(steps) + 1))
+    assert (workdir / "checkpoints" / str(steps[-1])).exists()
+
+    process = Process(c, workdir)
+    assert process.popen.wait(timeout=300) == 0, process.text()
+    assert f"Continuing from step {steps[-1]}." in process.text()
+    assert_same_end(c, finished, workdir)
+
+
+def test_a_signal_before_the_first_step_is_answered_at_once(inputs, tmp_path):
+    process = Process(tiny.run_config(inputs, **LONG), tmp_path / "run")
+    process.wait_until(lambda: "Compiling the step." in process.text())
+    started = time.monotonic()
+    assert process.send(signal.SIGTERM) == 143
+    assert time.monotonic() - started < 5
+    assert "SIGTERM: leaving at once; nothing has been trained yet." in process.text()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10))
+def test_soak_kills_at_random_moments(inputs, finished, tmp_path, seed):
+    kill_and_resume(
+        tiny.run_config(inputs, **LONG), finished, tmp_path / "run", kills=1 + seed % 3, seed=seed
+    )
