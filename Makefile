@@ -17,11 +17,11 @@ soak: .venv/installed
 	$(VENV)/python -m pytest -m soak tests/training_test.py
 
 benchmark: .venv/installed
-	$(VENV)/python benchmarks/step.py
+	$(VENV)/python -m benchmarks.step
 
 # Every figure of the README, again, into results/*.json. Takes about an hour on two cores.
 results: .venv/installed
-	$(VENV)/python benchmarks/results.py
+	$(VENV)/python -m benchmarks.results
 
 lint: .venv/installed
 	$(VENV)/ruff format --check .

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 # Gemma's package imports TensorFlow, which else opens every run with its own notices.
@@ -11,21 +12,31 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 def run(main: Callable[[], None]) -> None:
     """Calls `main`; what a user can mend is said in one line, everything else keeps its traceback."""
+    threading.excepthook = _threads_error
     try:
         main()
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        print(f"Error: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        print(f"\nError: {message}", file=sys.stderr, flush=True)
+        # Not sys.exit: on a full disk, each writer that is still open would have its own traceback to add.
+        os._exit(1)
+
+
+def _threads_error(args: threading.ExceptHookArgs) -> None:
+    """A writer's thread finds the disk full before the program does, which then says so."""
+    if not _is_full_disk(args.exc_value):
+        threading.__excepthook__(args)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
 
 
 def explain(error: Exception) -> str | None:
     """One line for an error that the user can mend; None for a defect of the program."""
     text = " ".join(str(error).split())
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in text:
-        return f"the disk is full; the last whole checkpoint is untouched. Free space and run again ({text[:200]})"
-    if type(error) in (ValueError, FloatingPointError):
-        return text
-    return None
+    if _is_full_disk(error):
+        return f"the disk is full; the last whole checkpoint is untouched. Free space and run again ({text[:150]})"
+    return text if type(error) in (ValueError, FloatingPointError) else None

@@ -171,7 +171,12 @@ def run_blocks(
 
 
 def _tap_inside_block(
-    layer: int, tap: Tap | None, call: Callable, args: tuple, kwargs: dict, context
+    layer: int,
+    tap: Tap | None,
+    call: Callable,
+    args: tuple,
+    kwargs: dict,
+    context: nn.module.InterceptorContext,
 ) -> object:
     """A Flax interceptor. Safe here because no `nn.jit` lies between the walk and the block's modules."""
     if tap is None or context.method_name != "__call__":

@@ -151,20 +151,23 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+    """The entries of `metrics.jsonl`; a last line that a killed process left unfinished is passed over."""
+    path, entries = workdir / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard. Steps after `last_step` are dropped, they will be done again."""
 
     def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
         path = workdir / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break  # The line the last process died in.
-                if entry["step"] <= last_step:
-                    kept.append(line + "\n")
+        kept = [json.dumps(entry) + "\n" for entry in read_metrics(workdir) if entry["step"] <= last_step]
         write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
@@ -188,6 +191,16 @@ def same_document_share(source_Bx3: np.ndarray, weight_B: np.ndarray) -> float:
     _, counts = np.unique(source_Bx3[weight_B > 0, ring.DOCUMENT], return_counts=True)
     total = counts.sum()
     return float((counts * (counts - 1)).sum() / max(total * (total - 1), 1))
+
+
+def shuffle_quality(workdir: pathlib.Path, rows: data.Rows, sample: int = 4096) -> tuple[float, float]:
+    """The share of same-document pairs in a batch, in the run's log and (estimated) under a perfect shuffle."""
+    logged = [entry["same_document_pairs"] for entry in read_metrics(workdir) if entry["sae"]]
+    count = min(sample, len(rows))
+    first_documents = rows.read(data.order(len(rows), 0, 0, count)).first_document
+    _, counts = np.unique(first_documents, return_counts=True)
+    pairs_of_rows = (counts * (counts - 1)).sum() / max(count * (count - 1), 1)
+    return float(np.mean(logged)), float(pairs_of_rows + 1 / len(rows))
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
@@ -223,6 +236,11 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
                 return 128 + interrupts.received
         manager.close()
         interrupts.forbid_saving("the training is complete and saved")
+        ours, perfect = shuffle_quality(workdir, rows)
+        print(
+            f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
+            flush=True,
+        )
         export(run, state, workdir / "sae")
         return 0
     finally:
@@ -257,8 +275,10 @@ def _loop(
     def flush(now: tuple[int, step.Metrics] | None) -> None:
         nonlocal pending, clock
         if pending is not None:
+            number, metrics = pending
+            metrics = jax.device_get(metrics)
             before, clock = clock, time.perf_counter()
-            entry = _entry(plan, *pending, plan.activations / (clock - before))
+            entry = _entry(plan, number, metrics, plan.activations / (clock - before))
             log.write(entry)
             first = next(iter(entry["sae"].values()), None)
             postfix = f"{entry['tokens_per_second']:,.0f} tok/s"
@@ -292,9 +312,8 @@ def _loop(
     return state
 
 
-def _entry(plan: step.Plan, number: int, metrics: step.Metrics, tokens_per_second: float) -> dict:
+def _entry(plan: step.Plan, number: int, m: step.Metrics, tokens_per_second: float) -> dict:
     """One line of `metrics.jsonl`. While the ring fills there is nothing to say of the SAEs."""
-    m = jax.device_get(metrics)
     saes = {}
     if m.trained:
         for i, member in enumerate(plan.members):
@@ -308,8 +327,8 @@ def _entry(plan: step.Plan, number: int, metrics: step.Metrics, tokens_per_secon
             }
             if not np.isfinite(m.loss_E[i]):
                 raise FloatingPointError(
-                    f"the loss of {member.name} is {m.loss_E[i]} at step {number}; the last good state is in the newest "
-                    "checkpoint. Lower optimizer.learning_rate, or raise normalizer.outlier_medians"
+                    f"the loss of {member.name} is {m.loss_E[i]} at step {number}; the last good state "
+                    "is in the newest checkpoint. Lower optimizer.learning_rate, or set normalizer.outlier_medians"
                 )
     return {
         "step": number,

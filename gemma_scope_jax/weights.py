@@ -56,6 +56,7 @@ def default_weights(model: str) -> str:
 
 
 def is_gguf(path: str) -> bool:
+    """Whether a path names a GGUF file."""
     return path.endswith(".gguf")
 
 

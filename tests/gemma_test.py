@@ -74,7 +74,7 @@ def run_all(tiny_gemma, tokens, tap=None):
 def test_packed_documents_equal_the_same_documents_alone(tiny_gemma):
     rng = np.random.default_rng(0)
     pieces = [[gemma.BOS, *rng.integers(3, 259, size=n)] for n in (5, 9, 7)]
-    packed = jnp.array([sum(pieces, []) + [gemma.PAD] * 3])
+    packed = jnp.array([[*pieces[0], *pieces[1], *pieces[2], *[gemma.PAD] * 3]])
     values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, packed, SITES)
     start = 0
     for piece in pieces:

@@ -125,7 +125,7 @@ def test_fused_steps_equal_unfused_ones(inputs, layer):
 def test_eight_devices_give_what_one_gives(inputs, mesh):
     """Four members on two layers and two sites; members are padded to a multiple of the data axis."""
     bank = dict(
-        bank__layers=(0, 2), bank__sites=("resid_post", "mlp_out"), bank__sparsity_coefficients=(1e-2,), bank__seeds=(0,)
+        bank__layers=(0, 2), bank__sites=("resid_post", "mlp_out"), bank__sparsity_coefficients=(1e-2,)
     )  # fmt: skip
     finals = []
     for data_axis, latent_axis in [(1, 1), mesh]:

@@ -138,10 +138,12 @@ def test_the_share_of_same_document_pairs():
 class Process:
     """A run in a process of its own, on eight fake devices as here."""
 
-    def __init__(self, run_config: config.Config, workdir: pathlib.Path) -> None:
+    def __init__(
+        self, run_config: config.Config, workdir: pathlib.Path, output: pathlib.Path | None = None
+    ) -> None:
         given = json.dumps({"config": config.to_dict(run_config), "workdir": str(workdir)})
         self.workdir = workdir
-        self.output = workdir.with_suffix(".out")
+        self.output = output or workdir.with_suffix(".out")
         root = pathlib.Path(__file__).parent.parent
         self.popen = subprocess.Popen(
             [sys.executable, str(root / "tests" / "tiny.py"), given],
@@ -223,6 +225,32 @@ def test_a_signal_before_the_first_step_is_answered_at_once(inputs, tmp_path):
     assert process.send(signal.SIGTERM) == 143
     assert time.monotonic() - started < 5
     assert "SIGTERM: leaving at once; nothing has been trained yet." in process.text()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 300 kB, which holds one checkpoint and not two."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_last_checkpoint(inputs, small_disk):
+    c = tiny.run_config(inputs, train__tokens=128 * 100)
+    process = Process(c, small_disk / "run", output=small_disk.with_suffix(".out"))
+    assert process.popen.wait(timeout=120) == 1
+    assert "Error: the disk is full; the last whole checkpoint is untouched" in process.text()
+    assert "Traceback" not in process.text()
+    assert int(final_state(c, small_disk / "run").step) % 3 == 0
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    process = Process(c, small_disk / "run", output=small_disk.with_suffix(".out"))
+    assert process.popen.wait(timeout=120) == 0, process.text()
+    assert "Continuing from step" in process.text()
 
 
 @pytest.mark.soak

@@ -1,0 +1,201 @@
+"""How fast the step is, as ratios that mean something on any machine.
+
+    python -m benchmarks.step [--json=results/step.json]
+
+All are of the least time over some repetitions, in one process, on an otherwise idle machine:
+
+  update   one SAE update (weights, dead-latent counters and metrics on) against the five dense matmuls that it
+           cannot do without, each in the faster of the layouts that give the same result
+  harvest  the FLOP rate of Gemma's forward pass to the site against that of a large matmul
+  fused    the compiled step against harvest, ring and updates compiled and run apart
+
+With sae-lens and dictionary-learning installed, `benchmarks/peers.py` times the same update in them.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from configs import quickstart
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import data, ring, step, training
+
+B, D, M, L0 = 1024, 640, 4096, 60
+
+
+def least_time(fn: Callable, *args: object, repeat: int = 10) -> float:
+    """Seconds of the fastest of some calls, after one to warm up."""
+    jax.block_until_ready(fn(*args))
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def contract(a_axis: int, b_axis: int) -> Callable:
+    """A jitted matmul over the given axes, whose result may be either way around."""
+    return jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ()))))
+
+
+def five_matmuls() -> float:
+    """Seconds of the five matmuls of one update."""
+    key = jax.random.key(0)
+    x_BxD, f_BxM = jax.random.normal(key, (B, D)), jax.random.normal(key, (B, M))
+    w_DxM, w_MxD = jax.random.normal(key, (D, M)), jax.random.normal(key, (M, D))
+    to_latents = min(least_time(contract(1, 0), x_BxD, w_DxM), least_time(contract(1, 1), x_BxD, w_MxD))
+    to_site = min(least_time(contract(1, 0), f_BxM, w_MxD), least_time(contract(1, 1), f_BxM, w_DxM))
+    weights = min(least_time(contract(0, 0), f_BxM, x_BxD), least_time(contract(0, 0), x_BxD, f_BxM))
+    return 2 * to_latents + to_site + 2 * weights
+
+
+def quickstart_run(**changes: object) -> training.Run:
+    """The quickstart's run with some fields changed."""
+    c = quickstart.get_config()
+    c.update_from_flattened_dict(changes)
+    return training.build(config_lib.from_dict(c.to_dict()))
+
+
+def update_benchmark() -> dict:
+    """One update of the code that the step runs, at an L0 of about 60."""
+    updates = 8
+    run = quickstart_run(
+        **{"train.batch": B, "train.sequences_per_step": 4 * updates, "ring.capacity": 16 * B * updates}
+    )
+    site = str(run.plan.sites[0])
+    normalizer = step.Normalizer(jnp.zeros(D), jnp.ones(()), jnp.asarray(jnp.inf), jnp.zeros(D))
+    state = step.init_state(run.plan, {site: normalizer}, jnp.float32)
+    x_KxBxD = jax.random.normal(jax.random.key(1), (updates, B, D)) / D**0.5
+    pre = x_KxBxD[0] @ state.params.W_enc[0]
+    threshold = jnp.quantile(pre[:, :512], 1 - L0 / M)  # A rate of zero keeps L0 where it is.
+    state = state.replace(
+        params=state.params.replace(
+            log_threshold=jnp.full_like(state.params.log_threshold, jnp.log(threshold))
+        )
+    )
+    batches = ring.Slots(
+        {site: x_KxBxD}, {site: jnp.ones((updates, B))}, jnp.zeros((updates, B, 3), jnp.int32)
+    )
+    plan = dataclasses.replace(
+        run.plan, optimizer=dataclasses.replace(run.plan.optimizer, learning_rate=1e-12)
+    )
+
+    def train(carry: tuple) -> tuple:
+        params, opt_state, idle_ExM = carry
+        return step.train(plan, state.replace(params=params, opt_state=opt_state, idle_ExM=idle_ExM), batches)
+
+    jitted = jax.jit(train, donate_argnums=0)
+    carry = jax.tree.map(jnp.copy, (state.params, state.opt_state, state.idle_ExM))
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        carry, sums = jax.block_until_ready(jitted(carry))
+        best = min(best, time.perf_counter() - start)
+    floor = five_matmuls()
+    return {
+        "l0": float(sums.l0.sum() / sums.weight.sum()),
+        "update_ms": 1e3 * best / updates,
+        "five_matmuls_ms": 1e3 * floor,
+        "update_over_five_matmuls": best / updates / floor,
+    }
+
+
+def harvest_flops(run: training.Run, gemma_params: dict) -> float:
+    """FLOPs of a harvest by formula: every weight of the blocks once per token, and attention's two products."""
+    model = run.model.config
+    tokens, length = run.plan.activations, run.config.data.context_length
+    layers = run.plan.sites[0].layer + 1
+    block_weights = sum(
+        leaf.size
+        for name, block in gemma_params.items()
+        if name.startswith("layer_")
+        for leaf in jax.tree.leaves(block)
+    )
+    return 2 * tokens * (block_weights + layers * 2 * length * model.num_heads * model.head_dim)
+
+
+def step_benchmark() -> dict:
+    """The harvest's FLOP rate, and the fused step against its parts."""
+    run = quickstart_run()
+    plan, sequences = run.plan, run.config.train.sequences_per_step
+    rows = data.open_rows(training.prepare_rows(run.config), data.TRAIN)
+    gemma_params = training.load_gemma(run).params
+    normalizers = training.calibrate(run, rows, gemma_params)
+    state = training.init_state(run, normalizers)
+    compiled, batch = None, None
+    for i in range(plan.ring_steps + 1):  # Until the ring is full and the bank trained.
+        batch = training.read_batch(run, rows, i * sequences, sequences)
+        compiled = compiled or training.lower_step(run, state, batch, gemma_params).compile()
+        state, _ = jax.block_until_ready(compiled(state, batch, gemma_params))
+
+    groups, count = plan.ring_groups, plan.activations // plan.ring_groups
+    harvest = jax.jit(
+        lambda params, batch: step.harvest(
+            run.model, params, batch, normalizers, plan.sites, groups, jnp.float32
+        )
+    )
+    harvest_s = least_time(harvest, gemma_params, batch, repeat=5)
+    new = harvest(gemma_params, batch)
+
+    @jax.jit
+    def draw(slots: ring.Slots, key: jax.Array, number: jax.Array) -> tuple:
+        index = ring.choose_slots(
+            ring.Ring(slots, number), key, count, number, plan.ring_steps, jnp.bool_(False)
+        )
+        return index, jax.tree.map(lambda v: ring.deal(v, plan.updates_per_step), ring.gather(slots, index))
+
+    write = jax.jit(ring.scatter, donate_argnums=0)
+    train = jax.jit(lambda state, batches: step.train(plan, state, batches)[0])
+    small_state = jax.tree.map(jnp.copy, state.replace(ring=None))
+    slots = jax.tree.map(jnp.copy, state.ring.slots)
+    ring_s = train_s = fused_s = float("inf")
+    for i in range(5):
+        start = time.perf_counter()
+        index, batches = jax.block_until_ready(draw(slots, jax.random.key(i), i))
+        slots = jax.block_until_ready(write(slots, index, new))
+        ring_s = min(ring_s, time.perf_counter() - start)
+        train_s = min(train_s, least_time(train, small_state, batches, repeat=1))
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, batch, gemma_params))
+        fused_s = min(fused_s, time.perf_counter() - start)
+
+    size = 4096
+    a, b = jnp.ones((size, size)), jnp.ones((size, size))
+    matmul_rate = 2 * size**3 / least_time(contract(1, 0), a, b, repeat=5)
+    rate = harvest_flops(run, gemma_params) / harvest_s
+    parts_s = harvest_s + ring_s + train_s
+    return {
+        "harvest_s": harvest_s,
+        "ring_s": ring_s,
+        "updates_s": train_s,
+        "fused_step_s": fused_s,
+        "fused_over_parts": fused_s / parts_s,
+        "harvest_gflops_per_s": rate / 1e9,
+        "matmul_gflops_per_s": matmul_rate / 1e9,
+        "harvest_over_matmul_rate": rate / matmul_rate,
+        "tokens_per_s": plan.activations / fused_s,
+    }
+
+
+def main() -> None:
+    """Measures, prints, and stores if asked to."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
+    args = parser.parse_args()
+    numbers = {**update_benchmark(), **step_benchmark()}
+    for name, value in numbers.items():
+        print(f"{name:28s} {value:12.3f}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
