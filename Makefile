@@ -1,9 +1,10 @@
 # Every target makes .venv first, from requirements.txt, unless it is there and up to date.
 PYTHON ?= python3
+PYTHON_PEERS ?= python3.11
 VENV := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test soak benchmark lint results
+.PHONY: quickstart test soak benchmark benchmark-peers lint results
 
 quickstart: .venv/installed
 	$(VENV)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
@@ -18,6 +19,16 @@ soak: .venv/installed
 
 benchmark: .venv/installed
 	$(VENV)/python -m benchmarks.step
+
+# The same update in SAELens and dictionary_learning, in an environment of their own.
+benchmark-peers: .venv-peers/installed
+	.venv-peers/bin/python benchmarks/peers.py
+
+.venv-peers/installed:
+	$(PYTHON_PEERS) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet torch==2.13.0
+	.venv-peers/bin/pip install --quiet torch==2.13.0 sae-lens==6.54.12 dictionary-learning==0.1.0
+	touch $@
 
 # Every figure of the README, again, into results/*.json. Takes about an hour on two cores.
 results: .venv/installed

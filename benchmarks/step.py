@@ -9,7 +9,7 @@ All are of the least time over some repetitions, in one process, on an otherwise
   harvest  the FLOP rate of Gemma's forward pass to the site against that of a large matmul
   fused    the compiled step against harvest, ring and updates compiled and run apart
 
-With sae-lens and dictionary-learning installed, `benchmarks/peers.py` times the same update in them.
+`make benchmark-peers` times the same update in SAELens and dictionary_learning.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """What the scripts share: errors in one line."""
 
 import errno
+import logging
 import os
 import sys
 import threading
@@ -13,6 +14,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 def run(main: Callable[[], None]) -> None:
     """Calls `main`; what a user can mend is said in one line, everything else keeps its traceback."""
     threading.excepthook = _threads_error
+    sys.unraisablehook = _unraisable_error
+    logging.getLogger("absl").addFilter(
+        lambda record: not _is_full_disk(f"{record.exc_info} {record.getMessage()}")
+    )
     try:
         main()
     except Exception as error:
@@ -30,7 +35,13 @@ def _threads_error(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
+def _unraisable_error(args: "sys.UnraisableHookArgs") -> None:
+    """Orbax leaves tasks behind on a closed event loop where it could not write or read an array."""
+    if "Event loop is closed" not in str(args.exc_value):
+        sys.__unraisablehook__(args)
+
+
+def _is_full_disk(error: object) -> bool:
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
 
 

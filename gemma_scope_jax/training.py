@@ -216,25 +216,25 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     interrupts = interrupt.Interrupts()
     try:
-        manager = checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints)
         rows = data.open_rows(prepare_rows(config), data.TRAIN)
         write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=1) + "\n")
-        state = checkpoint.restore_newest(manager, abstract_state(run))
-        if state is not None:
-            print(f"Continuing from step {int(state.step)}.", flush=True)
-            interrupts.forbid_saving(f"checkpoint {int(state.step)} is the newest state there is")
-        if state is None or steps_left(run.plan, state):
-            gemma_params = load_gemma(run).params
-            if state is None:
-                state = init_state(run, calibrate(run, rows, gemma_params))
-            state = _loop(run, workdir, rows, gemma_params, state, manager, interrupts)
-            if interrupts.received is not None:
-                print(
-                    f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
-                    flush=True,
-                )
-                return 128 + interrupts.received
-        manager.close()
+        # Leaving the block waits for a save that is under way, whatever the reason for leaving.
+        with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
+            state = checkpoint.restore_newest(manager, abstract_state(run))
+            if state is not None:
+                print(f"Continuing from step {int(state.step)}.", flush=True)
+                interrupts.forbid_saving(f"checkpoint {int(state.step)} is the newest state there is")
+            if state is None or steps_left(run.plan, state):
+                gemma_params = load_gemma(run).params
+                if state is None:
+                    state = init_state(run, calibrate(run, rows, gemma_params))
+                state = _loop(run, workdir, rows, gemma_params, state, manager, interrupts)
+        if interrupts.received is not None:
+            print(
+                f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
+                flush=True,
+            )
+            return 128 + interrupts.received
         interrupts.forbid_saving("the training is complete and saved")
         ours, perfect = shuffle_quality(workdir, rows)
         print(
@@ -305,7 +305,6 @@ def _loop(
             if stopping:
                 break
         flush(None)
-        manager.wait_until_finished()
     finally:
         bar.close()
         log.close()

@@ -145,12 +145,14 @@ class Process:
         self.workdir = workdir
         self.output = output or workdir.with_suffix(".out")
         root = pathlib.Path(__file__).parent.parent
-        self.popen = subprocess.Popen(
-            [sys.executable, str(root / "tests" / "tiny.py"), given],
-            stdout=self.output.open("w"),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"},
-        )
+        environment = {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+        with self.output.open("w") as file:
+            self.popen = subprocess.Popen(
+                [sys.executable, str(root / "tests" / "tiny.py"), given],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
+            )
 
     def wait_until(self, condition) -> None:
         deadline = time.monotonic() + 180
