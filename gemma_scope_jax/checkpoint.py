@@ -81,10 +81,25 @@ def save(manager: ocp.CheckpointManager, state: step_lib.State, config: Mapping)
     step = int(state.step)
     if step in manager.all_steps():
         return
-    about = {"digests": digests(state), "config": dict(config)}
+    shapes = {name: list(leaf.shape) for name, leaf in _named_leaves(state).items()}
+    about = {"digests": digests(state), "shapes": shapes, "config": dict(config)}
     manager.save(
         step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
     )
+
+
+class OtherShapesError(ValueError):
+    """A checkpoint is whole, but of arrays of other shapes than the run's."""
+
+
+def _check_shapes(manager: ocp.CheckpointManager, step: int, abstract_state: step_lib.State) -> None:
+    about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    for name, leaf in _named_leaves(abstract_state).items():
+        if about["shapes"].get(name) != list(leaf.shape):
+            raise OtherShapesError(
+                f"checkpoint {step} holds {name} of shape {about['shapes'].get(name)}, this run needs "
+                f"{list(leaf.shape)}; if mesh.data was changed, give it a value to which the bank is padded as before"
+            )
 
 
 def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.State) -> step_lib.State | None:
@@ -100,6 +115,7 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.Stat
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
+            _check_shapes(manager, step, abstract_state)
             restored = manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -111,6 +127,8 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.Stat
             if not changed:
                 return restored.state
             reason = f"its contents differ from what was saved, in {', '.join(changed)}"
+        except (MemoryError, jax.errors.JaxRuntimeError, OtherShapesError):
+            raise  # Not the checkpoint's fault.
         except Exception as error:  # Orbax raises many kinds; each means that this one cannot be used.
             reason = str(error).splitlines()[0][:200]
         aside = pathlib.Path(manager.directory).parent / "damaged" / str(step)

@@ -3,12 +3,15 @@
 import errno
 import logging
 import os
+import pathlib
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 # Gemma's package imports TensorFlow, which else opens every run with its own notices.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -50,4 +53,14 @@ def explain(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if _is_full_disk(error):
         return f"the disk is full; the last whole checkpoint is untouched. Free space and run again ({text[:150]})"
-    return text if type(error) in (ValueError, FloatingPointError) else None
+    return text if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_us(error) else None
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether this package or the script raised it; a library's ValueError is as likely a defect as a mistake."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return True
+    package = pathlib.Path(__file__).parent
+    raised_in = pathlib.Path(frames[-1].filename)
+    return package in raised_in.parents or raised_in.parent == package.parent

@@ -188,31 +188,41 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int) -> step.Plan:
-    """What the step is compiled for, on a mesh of `data_axis` × `latent_axis` devices.
-
-    Raises:
-      ValueError: fields that do not fit each other, the model or the mesh; names and values in the message.
-    """
-    bank, train, ring = config.bank, config.train, config.ring
-    members = tuple(
+def members(bank: BankConfig) -> tuple[step.Member, ...]:
+    """The SAEs that a bank's config names, in the order of layers, sites, coefficients, seeds."""
+    return tuple(
         step.Member(gemma.Site(site, layer), coefficient, seed)
         for layer, site, coefficient, seed in itertools.product(
             bank.layers, bank.sites, bank.sparsity_coefficients, bank.seeds
         )
     )
-    _require(bool(members), "the bank has no member: each of bank.layers, .sites, … needs a value")
-    _require(len(set(members)) == len(members), "the bank names a member twice; values must differ")
-    for member in members:
+
+
+def _check_bank(bank: BankConfig, model: gm.nn.Transformer, latent_axis: int) -> None:
+    named = members(bank)
+    _require(bool(named), "the bank has no member: each of bank.layers, .sites, … needs a value")
+    _require(len(set(named)) == len(named), "the bank names a member twice; values must differ")
+    for member in named:
         gemma.check_site(model, member.site)
-    widths = {str(m.site): gemma.site_width(model, m.site) for m in members}
+    widths = {str(member.site): gemma.site_width(model, member.site) for member in named}
     _require(len(set(widths.values())) == 1, f"the sites of a bank must have one width, these have {widths}")
-    devices = data_axis * latent_axis
-    activations = train.sequences_per_step * config.data.context_length
     _require(
-        config.data.context_length >= 2,
-        f"data.context_length is {config.data.context_length}; at least 2 is needed",
+        bank.width > 0 and bank.width % latent_axis == 0,
+        f"bank.width {bank.width} is not divisible by the mesh's latent axis ({latent_axis}); "
+        f"choose a multiple of {latent_axis}",
     )
+    _require(
+        bank.precision in ("default", "high", "highest"),
+        f"bank.precision is {bank.precision!r}; choose default, high or highest",
+    )
+    for name in ("bandwidth", "initial_threshold"):
+        _require(getattr(bank, name) > 0, f"bank.{name} is {getattr(bank, name)}; it must be positive")
+
+
+def _check_sizes(config: Config, devices: int) -> None:
+    train, ring, length = config.train, config.ring, config.data.context_length
+    activations = train.sequences_per_step * length
+    _require(length >= 2, f"data.context_length is {length}; at least 2 is needed")
     _require(
         train.sequences_per_step > 0 and train.sequences_per_step % devices == 0,
         f"train.sequences_per_step {train.sequences_per_step} is not a multiple of the {devices} devices",
@@ -221,11 +231,6 @@ def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_a
         train.batch > 0 and activations % train.batch == 0,
         f"train.sequences_per_step × data.context_length = {activations} is not a multiple of train.batch "
         f"{train.batch}",
-    )
-    _require(
-        bank.width > 0 and bank.width % latent_axis == 0,
-        f"bank.width {bank.width} is not divisible by the mesh's latent axis ({latent_axis}); "
-        f"choose a multiple of {latent_axis}",
     )
     _require(
         ring.groups > 0 and ring.groups % devices == 0,
@@ -245,27 +250,33 @@ def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_a
         f"ring.capacity {ring.capacity} is not a multiple of the {activations} activations of one step; "
         f"choose for example {ring.capacity // activations * activations}",
     )
-    harvests = train.tokens // activations
     _require(
-        harvests >= ring.capacity // activations,
+        train.tokens >= ring.capacity,
         f"train.tokens {train.tokens} do not fill the ring once; give more tokens or a ring.capacity "
-        f"of at most {harvests * activations}",
+        f"of at most {train.tokens // activations * activations}",
     )
-    _require(
-        bank.precision in ("default", "high", "highest"),
-        f"bank.precision is {bank.precision!r}; choose default, high or highest",
-    )
-    for name in ("bandwidth", "initial_threshold"):
-        _require(getattr(bank, name) > 0, f"bank.{name} is {getattr(bank, name)}; it must be positive")
+
+
+def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int) -> step.Plan:
+    """What the step is compiled for, on a mesh of `data_axis` × `latent_axis` devices.
+
+    Raises:
+      ValueError: fields that do not fit each other, the model or the mesh; names and values in the message.
+    """
+    bank, train = config.bank, config.train
+    _check_bank(bank, model, latent_axis)
+    _check_sizes(config, data_axis * latent_axis)
+    activations = train.sequences_per_step * config.data.context_length
+    named = members(bank)
     return step.Plan(
-        members=members,
-        padded_members=-(-len(members) // data_axis) * data_axis,
+        members=named,
+        padded_members=-(-len(named) // data_axis) * data_axis,
         latents=bank.width,
         batch=train.batch,
         updates_per_step=activations // train.batch,
-        harvests=harvests,
-        ring_groups=ring.groups,
-        ring_capacity=ring.capacity,
+        harvests=train.tokens // activations,
+        ring_groups=config.ring.groups,
+        ring_capacity=config.ring.capacity,
         bandwidth=bank.bandwidth,
         initial_threshold=bank.initial_threshold,
         dead_after_updates=bank.dead_after_updates,

@@ -83,13 +83,15 @@ def load(
     return Gemma(name, model, jax.device_put(params, sharding), num_layers)
 
 
-def load_tokenizer(name: str, path: str) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer of a model: from the GGUF file of its weights, or gemma's own beside a checkpoint."""
+def load_tokenizer(name: str, path: str) -> sentencepiece.SentencePieceProcessor | gm.text.Tokenizer:
+    """The tokenizer of a model: from the GGUF file of its weights, or gemma's own beside a checkpoint.
+
+    `encode` of either gives tokens without BOS.
+    """
     path = path or weights.default_weights(name)
     if weights.is_gguf(path):
         return weights.tokenizer_from_gguf(path)
-    tokenizer = gm.text.Gemma3Tokenizer() if name.startswith("gemma3") else gm.text.Gemma2Tokenizer()
-    return tokenizer._sp
+    return gm.text.Gemma3Tokenizer() if name.startswith("gemma3") else gm.text.Gemma2Tokenizer()
 
 
 def check_site(model: gm.nn.Transformer, site: Site) -> None:

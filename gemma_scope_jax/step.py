@@ -96,6 +96,7 @@ class State:
 
     step: jax.Array  # [], int32, steps done
     harvests: jax.Array  # [], int32, steps done that ran Gemma
+    fills: jax.Array  # [], int32, steps done that only filled the ring
     params: sae.Params  # leading axis E
     opt_state: optax.OptState
     idle_ExM: jax.Array  # int32, updates since a latent last fired
@@ -107,8 +108,6 @@ class State:
     def draws(self) -> jax.Array:
         """Steps done that updated the bank: all but those that only filled the ring."""
         return self.step - self.fills
-
-    fills: jax.Array = flax.struct.field(default=0)  # [], int32, steps done that only filled the ring
 
 
 @flax.struct.dataclass
@@ -157,13 +156,13 @@ def init_state(plan: Plan, normalizers: Mapping[str, Normalizer], dtype: jnp.dty
     return State(
         step=jnp.zeros((), jnp.int32),
         harvests=jnp.zeros((), jnp.int32),
+        fills=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         idle_ExM=jnp.zeros((plan.padded_members, plan.latents), jnp.int32),
         ring=ring.init(plan.ring_groups, plan.ring_capacity, widths, dtype),
         normalizers=dict(normalizers),
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
-        fills=jnp.zeros((), jnp.int32),
     )
 
 

@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit, or are known to be damaged."""
 
 import errno
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +97,16 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(run, state, tmp_pa
     assert int(restore(tmp_path, run).step) == 2
 
 
+def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(state, inputs, tmp_path):
+    save_all(tmp_path, [at_step(state, 1)])
+    padded = training.build(tiny.run_config(inputs, mesh__data=2))
+    with pytest.raises(
+        ValueError, match=r"holds params.W_enc of shape \[1, 32, 64\], this run needs \[2, 32, 64\]; if mesh"
+    ):
+        restore(tmp_path, padded)
+    assert (tmp_path / "checkpoints" / "1").exists() and not (tmp_path / "damaged").exists()
+
+
 def test_when_all_are_damaged_nothing_is_started_over(run, state, tmp_path):
     save_all(tmp_path, [at_step(state, 1)])
     for path in array_files(tmp_path, 1):
@@ -131,3 +143,12 @@ def test_a_full_disk_is_said_in_one_line():
     )
     assert cli.explain(OSError(errno.EACCES, "Permission denied")) is None
     assert cli.explain(TypeError("a defect")) is None
+
+
+def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
+    with pytest.raises(ValueError) as ours:
+        training.read_config(pathlib.Path("nowhere"))
+    assert "nowhere is no run directory" in cli.explain(ours.value)
+    with pytest.raises(ValueError) as librarys:
+        json.loads("{")
+    assert cli.explain(librarys.value) is None
