@@ -89,7 +89,9 @@ def update_benchmark() -> dict:
 
     def train(carry: tuple) -> tuple:
         params, opt_state, idle_ExM = carry
-        return step.train(plan, state.replace(params=params, opt_state=opt_state, idle_ExM=idle_ExM), batches)
+        return step.train(
+            plan, run.mesh, state.replace(params=params, opt_state=opt_state, idle_ExM=idle_ExM), batches
+        )
 
     jitted = jax.jit(train, donate_argnums=0)
     carry = jax.tree.map(jnp.copy, (state.params, state.opt_state, state.idle_ExM))
@@ -152,7 +154,7 @@ def step_benchmark() -> dict:
         return index, jax.tree.map(lambda v: ring.deal(v, plan.updates_per_step), ring.gather(slots, index))
 
     write = jax.jit(ring.scatter, donate_argnums=0)
-    train = jax.jit(lambda state, batches: step.train(plan, state, batches)[0])
+    train = jax.jit(lambda state, batches: step.train(plan, run.mesh, state, batches)[0])
     small_state = jax.tree.map(jnp.copy, state.replace(ring=None))
     slots = jax.tree.map(jnp.copy, state.ring.slots)
     ring_s = train_s = fused_s = float("inf")

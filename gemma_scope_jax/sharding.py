@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 TOKENS = P(("data", "latent"))  # The leading axis of token rows and of the ring's groups.
 REPLICATED = P()
-BATCHES = P(None, ("data", "latent"))  # [K, B, D]
+MEMBERS_SPLIT = P("data", "latent")  # [E, B, …], each member's batch split over the chips that hold it
+MEMBERS = P("data")  # The leading axis of what each member of a bank takes: all of its batch, no one else's.
 
 # Every array of a bank, by its field's name in `sae.Params` or in the state that goes with it.
 BANK = {
@@ -54,6 +55,11 @@ def state_specs(state: object) -> object:
 def shardings(mesh: Mesh, specs: object) -> object:
     """The specs as shardings on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def constrain(mesh: Mesh, value: object, spec: P) -> object:
+    """Inside a compiled function, a tree of arrays laid out by a spec."""
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
 
 
 def put(mesh: Mesh, value: object, spec: P) -> jax.Array:

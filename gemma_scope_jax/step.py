@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from gemma import gm
 
-from gemma_scope_jax import gemma, optim, ring, sae, weights
+from gemma_scope_jax import gemma, optim, ring, sae, sharding, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +236,7 @@ def harvest(
 
 def update_bank(
     plan: Plan,
+    mesh: jax.sharding.Mesh,
     carry: tuple[sae.Params, optax.OptState, jax.Array],
     batch: ring.Slots,
     sparsity_warmup: jax.Array,
@@ -248,6 +249,10 @@ def update_bank(
     is_real_E = jnp.arange(plan.padded_members) < len(plan.members)
     x_ExBxD = jnp.stack([batch.acts[site] for site in sites]).astype(jnp.float32)
     weight_ExB = jnp.stack([batch.weight[site] for site in sites]) * is_real_E[:, None]
+    # Said here, or the compiler gathers the same activations for each use. In two stages, so that a chip is
+    # sent its own members' activations and no others: an all-to-all over `data`, an all-gather over `latent`.
+    for spec in (sharding.MEMBERS_SPLIT, sharding.MEMBERS):
+        x_ExBxD, weight_ExB = sharding.constrain(mesh, (x_ExBxD, weight_ExB), spec)
     coefficient_E = jnp.array([member.sparsity_coefficient for member in members]) * sparsity_warmup
 
     gradient, sums = jax.vmap(
@@ -259,14 +264,16 @@ def update_bank(
     return (params, opt_state, idle_ExM), sums
 
 
-def train(plan: Plan, state: State, batches: ring.Slots) -> tuple[tuple, sae.BatchSums]:
+def train(
+    plan: Plan, mesh: jax.sharding.Mesh, state: State, batches: ring.Slots
+) -> tuple[tuple, sae.BatchSums]:
     """K updates, one after the other; the sums of each batch are returned stacked on axis K."""
     warmup = optim.sparsity_warmup(plan.optimizer)
     first_update = state.draws * plan.updates_per_step
 
     def body(carry: tuple, xs: tuple) -> tuple:
         k, batch = xs
-        carry, sums = update_bank(plan, carry, batch, warmup(first_update + k))
+        carry, sums = update_bank(plan, mesh, carry, batch, warmup(first_update + k))
         # Which latents fired is folded into `idle` and too large to stack.
         return carry, sums.replace(fired_M=None)
 
@@ -274,7 +281,9 @@ def train(plan: Plan, state: State, batches: ring.Slots) -> tuple[tuple, sae.Bat
     return jax.lax.scan(body, carry, (jnp.arange(plan.updates_per_step), batches))
 
 
-def make_step(plan: Plan, model: gm.nn.Transformer, dtype: jnp.dtype) -> Callable[..., tuple[State, Metrics]]:
+def make_step(
+    plan: Plan, mesh: jax.sharding.Mesh, model: gm.nn.Transformer, dtype: jnp.dtype
+) -> Callable[..., tuple[State, Metrics]]:
     """The step as a function (state, batch, gemma_params) → (state, metrics), to be jitted with state donated."""
     k, groups = plan.updates_per_step, plan.ring_groups
 
@@ -302,7 +311,7 @@ def make_step(plan: Plan, model: gm.nn.Transformer, dtype: jnp.dtype) -> Callabl
 
         def run_bank() -> tuple:
             with jax.named_scope("bank"):
-                return train(plan, state, batches)
+                return train(plan, mesh, state, batches)
 
         def skip_bank() -> tuple:
             sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run_bank)[1])

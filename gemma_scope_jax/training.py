@@ -125,7 +125,7 @@ def abstract_state(run: Run) -> step.State:
 def lower_step(run: Run, state: step.State, batch: step.Batch, gemma_params: dict) -> jax.stages.Lowered:
     """The compiled step of a run, from arrays or from shapes with shardings."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
-    fn = step.make_step(run.plan, run.model, config_lib.dtype(run.config))
+    fn = step.make_step(run.plan, run.mesh, run.model, config_lib.dtype(run.config))
     return jax.jit(fn, donate_argnums=0, out_shardings=(out, None)).lower(state, batch, gemma_params)
 
 

@@ -97,6 +97,21 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(run, state, tmp_pa
     assert int(restore(tmp_path, run).step) == 2
 
 
+def test_contents_that_changed_unnoticed_by_orbax_are_noticed(run, state, tmp_path, capsys, monkeypatch):
+    """As if a block had changed on its way to the disk: what is stored is not what was digested."""
+    save_all(tmp_path, [at_step(state, 1)])
+    intended = at_step(state, 2)
+    stored = intended.replace(
+        params=intended.params.replace(W_dec=intended.params.W_dec.at[0, 3, 4].add(1e-4))
+    )
+    digests = checkpoint.digests
+    monkeypatch.setattr(checkpoint, "digests", lambda _: digests(intended))
+    save_all(tmp_path, [stored])
+    monkeypatch.setattr(checkpoint, "digests", digests)
+    assert int(restore(tmp_path, run).step) == 1
+    assert "its contents differ from what was saved, in params.W_dec" in capsys.readouterr().out
+
+
 def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(state, inputs, tmp_path):
     save_all(tmp_path, [at_step(state, 1)])
     padded = training.build(tiny.run_config(inputs, mesh__data=2))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +193,31 @@ def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
     # An executable compiled ahead of time cannot compile again: other shapes or shardings would be an error.
     run_steps(run, rows, params, state, run.plan.total_steps, compiled)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])
+def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, mesh):
+    """No collective moves weights (512 latents), the ring, or another member's batch."""
+    run, rows, params, state = build(
+        inputs,
+        *mesh,
+        bank__layers=(0, 1, 2, 3),
+        bank__width=512,
+        ring__capacity=128 * 16,
+        train__tokens=128 * 20,
+    )
+    hlo = training.lower_step(run, state, training.read_batch(run, rows, 0, 8), params).compile().as_text()
+    pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
+    results = re.findall(pattern, hlo)
+    shapes = [
+        tuple(int(n) for n in shape.split(","))
+        for result in results
+        for shape in re.findall(r"\w+\[([\d,]+)\]", result)
+    ]
+    assert shapes
+    own = run.plan.padded_members // mesh[0] * run.plan.batch * 32
+    assert max(math.prod(shape) for shape in shapes) <= own
+    assert not any({512, 512 // mesh[1]} & set(shape) for shape in shapes)
 
 
 def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
