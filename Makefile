@@ -26,8 +26,7 @@ benchmark-peers: .venv-peers/installed
 
 .venv-peers/installed:
 	$(PYTHON_PEERS) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet torch==2.13.0
-	.venv-peers/bin/pip install --quiet torch==2.13.0 sae-lens==6.54.12 dictionary-learning==0.1.0
+	.venv-peers/bin/pip install --quiet torch==2.14.1 sae-lens==6.54.12 dictionary-learning==0.1.0
 	touch $@
 
 # Every figure of the README, again, into results/*.json. Takes about an hour on two cores.

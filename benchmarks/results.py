@@ -1,6 +1,8 @@
 """Makes every number of the README again, into results/*.json.
 
-    python -m benchmarks.results [NAME ...]     (names: quickstart step; all without)
+    python -m benchmarks.results [NAME ...]
+
+Names: quickstart, step, and peers, which needs Python 3.11 and is left out when none is given.
 
 Each file holds the commands, the commit, the time and the numbers. A test compares the README with them.
 """
@@ -58,6 +60,15 @@ def step() -> tuple[list[str], dict]:
         return ["python -m benchmarks.step"], json.loads(path.read_text())
 
 
+def peers() -> tuple[list[str], dict]:
+    """The speed of the same update elsewhere."""
+    run("make --silent .venv-peers/installed")
+    command = ["make", "--silent", "benchmark-peers"]
+    return ["make benchmark-peers"], json.loads(
+        subprocess.run(command, capture_output=True, check=True).stdout
+    )
+
+
 def tables() -> dict[str, str]:
     """What the README shows of each results file, by the file's name."""
     made = {path.name: json.loads(path.read_text())["numbers"] for path in sorted(RESULTS.glob("*.json"))}
@@ -100,6 +111,13 @@ def tables() -> dict[str, str]:
                 f"| fused step ÷ the sum of its parts | {numbers['fused_over_parts']:.2f} |",
             ]
         )
+    if "peers.json" in made and "step.json" in made:
+        ours, theirs = made["step.json"], made["peers.json"]
+        shown["peers.json"] = (
+            f"The same update takes {ours['update_ms']:.0f} ms here, {theirs['sae_lens_ms']:.0f} ms in SAELens 6.54 "
+            f"and {theirs['dictionary_learning_ms']:.0f} ms in dictionary_learning 0.1 (`make benchmark-peers`; the five "
+            f"matmuls take {ours['five_matmuls_ms']:.0f} ms in JAX and {theirs['five_matmuls_ms']:.0f} ms in torch)."
+        )
     return shown
 
 
@@ -114,13 +132,13 @@ def update_readme(path: pathlib.Path = pathlib.Path("README.md")) -> None:
 
 def main() -> None:
     """Measures what is named, or everything."""
-    known = {"quickstart": quickstart, "step": step}
+    known = {"quickstart": quickstart, "step": step, "peers": peers}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", choices=[*known, []], help="results to make")
     RESULTS.mkdir(exist_ok=True)
-    for name in parser.parse_args().names or known:
+    for name in parser.parse_args().names or ("quickstart", "step"):
         commands, numbers = known[name]()
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True

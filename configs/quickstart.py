@@ -1,6 +1,12 @@
-"""An SAE on real Gemma activations of real text, on a laptop.
+"""An SAE on real Gemma activations of real text: Gemma 3 270M, layer 9, residual stream, 4,096 latents.
 
-python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware: two CPU cores; about five minutes, and two more for the evaluation of 64 rows.
+Expected: L0 57, FVU 0.03, delta loss 0.20 nats (results/quickstart.json has the numbers as measured).
+
+Gemma Scope's recipe is made for billions of tokens; this run has half a million. Beside a higher learning rate and
+a wider kernel, it centres the activations and weighs outliers less, without which a short run on Gemma 3 fails.
 """
 
 import ml_collections
@@ -12,24 +18,29 @@ def get_config() -> ml_collections.ConfigDict:
     c = config.defaults()
     c.gemma_dtype = "float32"
     c.data.context_length = 256
+
     c.bank.layers = (9,)
     c.bank.width = 4096
     c.bank.sparsity_coefficients = (5e-4,)
     c.bank.bandwidth = 0.04
     c.bank.initial_threshold = 0.04
     c.bank.dead_after_updates = 400
+
     c.train.tokens = 120 * 4096
-    c.train.sequences_per_step = 16
+    c.train.sequences_per_step = 16  # 4,096 positions, so 16 updates of 256.
     c.train.batch = 256
     c.ring.capacity = 10 * 4096
+
     c.normalizer.rows = 128
     c.normalizer.center = True
     c.normalizer.outlier_medians = 16.0
+
     c.optimizer.learning_rate = 2e-3
-    c.optimizer.beta2 = 0.95
+    c.optimizer.beta2 = 0.95  # 0.999 lets rare latents jump by 31 learning rates; see docs/design.md.
     c.optimizer.warmup_updates = 50
-    c.optimizer.decay_fraction = 0.2
+    c.optimizer.decay_fraction = 0.2  # Of 1,920 updates.
     c.optimizer.sparsity_warmup_updates = 600
+
     c.log.checkpoint_every = 20
     c.evaluation.rows = 64
     return c

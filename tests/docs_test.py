@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_results_file_stands_in_the_readme_as_it_was_measured():
     tables = results.tables()
     assert (
-        set(tables) == set(re.findall(r"<!-- results/(\S+) -->", README)) == {"quickstart.json", "step.json"}
+        set(tables) == set(re.findall(r"<!-- results/(\S+) -->", README)) >= {"quickstart.json", "step.json"}
     )
     for name, table in tables.items():
         shown = README.split(f"<!-- results/{name} -->\n")[1].split("\n<!-- end -->")[0]
