@@ -115,7 +115,8 @@ def tables() -> dict[str, str]:
         ours, theirs = made["step.json"], made["peers.json"]
         shown["peers.json"] = (
             f"The same update takes {ours['update_ms']:.0f} ms here, {theirs['sae_lens_ms']:.0f} ms in SAELens 6.54 "
-            f"and {theirs['dictionary_learning_ms']:.0f} ms in dictionary_learning 0.1 (`make benchmark-peers`; the five "
+            f"and {theirs['dictionary_learning_ms']:.0f} ms in dictionary_learning 0.1 "
+            "(`make benchmark-peers`; the five "
             f"matmuls take {ours['five_matmuls_ms']:.0f} ms in JAX and {theirs['five_matmuls_ms']:.0f} ms in torch)."
         )
     return shown
