@@ -108,7 +108,7 @@ def _upper_half(
     return gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, layers, tap)
 
 
-# Apart from the blocks: XLA's CPU backend makes the two together twice as slow as they are one after the other.
+# Apart from the blocks: XLA's CPU backend makes the two together slower than they are one after the other.
 _loss = jax.jit(gemma.next_token_loss, static_argnames=("model", "chunk"))
 
 
