@@ -4,6 +4,7 @@ Orbax notices a truncated file but not a flipped bit or a zeroed block, so each 
 device when it is saved and again when it is restored.
 """
 
+import itertools
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -17,11 +18,20 @@ from gemma_scope_jax import step as step_lib
 
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     """A manager that saves in the background and keeps the newest `keep` checkpoints."""
-    return ocp.CheckpointManager(
-        folder.absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-        item_names=("state", "about"),
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))
+
+
+def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
+    """A manager that changes nothing, for a run that may be in training.
+
+    Raises:
+      ValueError: there is no such folder.
+    """
+    if not folder.exists():
+        raise ValueError(f"{folder.parent} has no checkpoint yet")
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))
 
 
 @jax.jit
@@ -61,7 +71,7 @@ def digests(state: step_lib.State) -> dict[str, list[int]]:
     """
     named = _named_leaves(state)
     inspected = jax.device_get(_inspect(list(named.values())))
-    # An outlier limit of infinity means that no token is left out.
+    # An outlier limit of infinity means that every token weighs the same.
     bad = [
         n
         for n, (_, finite) in zip(named, inspected, strict=True)
@@ -102,18 +112,22 @@ def _check_shapes(manager: ocp.CheckpointManager, step: int, abstract_state: ste
             )
 
 
-def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.State) -> step_lib.State | None:
+def restore_newest(
+    manager: ocp.CheckpointManager, abstract_state: step_lib.State, set_aside: bool
+) -> step_lib.State | None:
     """The newest checkpoint that is whole, in the shardings of `abstract_state`; None if there is none at all.
 
-    A damaged one is set aside in `damaged/` beside the checkpoints, and the one before it is taken.
+    Damaged ones are passed over and, if asked for, set aside in `damaged/` beside the checkpoints, so that their
+    steps can be saved again. Nothing is moved before a whole one has been found.
 
     Raises:
-      ValueError: there are checkpoints, but none that can be read.
+      ValueError: there are checkpoints, but none that can be read; they stay where they are.
+      OSError: the file system refuses to be read, which says nothing of the checkpoints.
     """
     # Orbax leaves a task behind for each array that it cannot read, of which asyncio then complains at length.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step in steps:
+    damaged: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
         try:
             _check_shapes(manager, step, abstract_state)
             restored = manager.restore(
@@ -125,19 +139,33 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_state: step_lib.Stat
             now = digests(restored.state)
             changed = [name for name, value in restored.about["digests"].items() if now.get(name) != value]
             if not changed:
+                for number, reason in damaged.items():
+                    if set_aside:
+                        _move_aside(manager, number, reason)
+                    else:
+                        print(f"Checkpoint {number} cannot be read and is passed over: {reason}", flush=True)
                 return restored.state
-            reason = f"its contents differ from what was saved, in {', '.join(changed)}"
+            damaged[step] = f"its contents differ from what was saved, in {', '.join(changed)}"
         except (MemoryError, jax.errors.JaxRuntimeError, OtherShapesError):
             raise  # Not the checkpoint's fault.
         except Exception as error:  # Orbax raises many kinds; each means that this one cannot be used.
-            reason = str(error).splitlines()[0][:200]
-        aside = pathlib.Path(manager.directory).parent / "damaged" / str(step)
-        print(f"Checkpoint {step} is damaged and was moved to {aside}: {reason}", flush=True)
-        aside.parent.mkdir(exist_ok=True)
-        (pathlib.Path(manager.directory) / str(step)).rename(aside)
-        manager.reload()
-    if steps:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise
+            damaged[step] = " ".join(repr(error).split())[:200]
+    if damaged:
         raise ValueError(
-            f"every checkpoint in {manager.directory} is damaged; start again in another --workdir"
+            f"no checkpoint in {manager.directory} can be read ({damaged[max(damaged)]}); nothing was changed. "
+            "If the run is being trained, try again; else start anew in another --workdir"
         )
     return None
+
+
+def _move_aside(manager: ocp.CheckpointManager, step: int, reason: str) -> None:
+    folder = pathlib.Path(manager.directory).parent / "damaged"
+    folder.mkdir(exist_ok=True)
+    # A step may be damaged, done again and damaged again.
+    names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
+    aside = next(folder / name for name in names if not (folder / name).exists())
+    print(f"Checkpoint {step} is damaged and was moved to {aside}: {reason}", flush=True)
+    (pathlib.Path(manager.directory) / str(step)).rename(aside)
+    manager.reload()

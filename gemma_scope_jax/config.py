@@ -55,7 +55,7 @@ class RingConfig:
 class NormalizerConfig:
     """How activations are normalised, measured once before training."""
 
-    rows: int = 64
+    rows: int = 64  # Rounded up to whole steps.
     center: bool = False  # Subtract the mean.
     outlier_medians: float = 0.0  # Tokens of a squared norm above so many medians weigh less; 0: none do.
 
@@ -135,18 +135,19 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
         if dataclasses.is_dataclass(kind):
             made[name] = from_dict(value, kind, f"{prefix}{name}.")
         elif typing.get_origin(kind) is tuple:
-            element = typing.get_args(kind)[0]
-            values_of_field = value if isinstance(value, (tuple, list)) else (value,)
-            made[name] = tuple(element(v) for v in values_of_field)
-        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            made[name] = float(value)
-        elif not isinstance(value, kind):
-            raise ValueError(
-                f"config field {prefix}{name} is {value!r}, expected a value of type {kind.__name__}"
-            )
+            elements = value if isinstance(value, (tuple, list)) else (value,)
+            made[name] = tuple(_typed(v, typing.get_args(kind)[0], prefix + name) for v in elements)
         else:
-            made[name] = value
+            made[name] = _typed(value, kind, prefix + name)
     return cls(**made)
+
+
+def _typed(value: object, kind: type, name: str) -> object:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"config field {name} is {value!r}, expected a value of type {kind.__name__}")
+    return value
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -217,6 +218,32 @@ def _check_bank(bank: BankConfig, model: gm.nn.Transformer, latent_axis: int) ->
     )
     for name in ("bandwidth", "initial_threshold"):
         _require(getattr(bank, name) > 0, f"bank.{name} is {getattr(bank, name)}; it must be positive")
+    _require(
+        min(bank.sparsity_coefficients) >= 0,
+        f"bank.sparsity_coefficients are {bank.sparsity_coefficients}; none may be negative",
+    )
+
+
+def _check_ranges(config: Config) -> None:
+    at_least_one = {
+        "log.checkpoint_every": config.log.checkpoint_every,
+        "log.keep_checkpoints": config.log.keep_checkpoints,
+        "evaluation.rows": config.evaluation.rows,
+        "evaluation.rows_per_batch": config.evaluation.rows_per_batch,
+        "normalizer.rows": config.normalizer.rows,
+        "mesh.data": config.mesh.data,
+    }
+    for name, value in at_least_one.items():
+        _require(value >= 1, f"{name} is {value}; it must be at least 1")
+    optimizer = config.optimizer
+    for name in ("warmup_updates", "sparsity_warmup_updates", "learning_rate", "eps"):
+        value = getattr(optimizer, name)
+        _require(value >= 0, f"optimizer.{name} is {value}; it may not be negative")
+    _require(
+        0 <= optimizer.decay_fraction <= 1,
+        f"optimizer.decay_fraction is {optimizer.decay_fraction}; choose 0 to 1",
+    )
+    _require(0 <= optimizer.beta2 < 1, f"optimizer.beta2 is {optimizer.beta2}; it must be in [0, 1)")
 
 
 def _check_sizes(config: Config, devices: int) -> None:
@@ -257,6 +284,11 @@ def _check_sizes(config: Config, devices: int) -> None:
     )
 
 
+def padded(count: int, data_axis: int) -> int:
+    """A number of members, rounded up to a multiple of the mesh's data axis."""
+    return -(-count // data_axis) * data_axis
+
+
 def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int) -> step.Plan:
     """What the step is compiled for, on a mesh of `data_axis` × `latent_axis` devices.
 
@@ -264,13 +296,14 @@ def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_a
       ValueError: fields that do not fit each other, the model or the mesh; names and values in the message.
     """
     bank, train = config.bank, config.train
+    _check_ranges(config)
     _check_bank(bank, model, latent_axis)
     _check_sizes(config, data_axis * latent_axis)
     activations = train.sequences_per_step * config.data.context_length
     named = members(bank)
     return step.Plan(
         members=named,
-        padded_members=-(-len(named) // data_axis) * data_axis,
+        padded_members=padded(len(named), data_axis),
         latents=bank.width,
         batch=train.batch,
         updates_per_step=activations // train.batch,

@@ -7,10 +7,12 @@ seed and a running index, so nothing about reading is ever saved.
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -51,6 +53,7 @@ class Rows:
     """One split of a packed dataset."""
 
     source: Sequence
+    folder: pathlib.Path
 
     def __len__(self) -> int:
         return len(self.source)
@@ -75,7 +78,18 @@ def open_rows(folder: pathlib.Path, split: str) -> Rows:
     """Opens one split of a dataset that `prepare` stored."""
     import tensorflow_datasets as tfds  # Slow to import, and not needed by those who bring their own rows.
 
-    return Rows(tfds.builder_from_directory(folder).as_data_source(split))
+    return Rows(tfds.builder_from_directory(folder).as_data_source(split), folder)
+
+
+def name_of(folder: pathlib.Path) -> str:
+    """The name of a stored dataset, which stands for its text, tokenizer, packing and split."""
+    return folder.parent.name
+
+
+def cached(config: DataConfig, name: str) -> pathlib.Path | None:
+    """The folder of a stored dataset by its name, if it is there."""
+    folder = pathlib.Path(config.folder).expanduser() / name / "1.0.0"
+    return folder if (folder / "dataset_info.json").exists() else None
 
 
 def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_name: str) -> pathlib.Path:
@@ -97,8 +111,7 @@ def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_na
     )
     name = f"rows_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     root = pathlib.Path(config.folder).expanduser()
-    folder = root / name / "1.0.0"
-    if (folder / "dataset_info.json").exists():
+    if (folder := cached(config, name)) is not None:
         return folder
 
     def examples(split: str) -> Iterator[tuple[int, dict]]:
@@ -134,7 +147,7 @@ def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_na
             file_format="array_record",
             disable_shuffling=True,
         )
-    return folder
+    return root / name / "1.0.0"
 
 
 def is_held_out(config: DataConfig, document: int) -> bool:
@@ -188,8 +201,9 @@ def documents(text: str) -> Iterator[str]:
 
 
 def _files(text: str) -> list[pathlib.Path]:
-    path = pathlib.Path(text).expanduser()
-    files = sorted(path.parent.glob(path.name))
+    pattern = os.path.expanduser(text)
+    found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    files = [pathlib.Path(path) for path in sorted(found)]
     if not files:
         raise ValueError(f"data.text {text!r} matches no file")
     return files
@@ -203,7 +217,7 @@ def _read_file(path: pathlib.Path) -> Iterator[str]:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
-                        yield json.loads(line)["text"]
+                        yield _checked(json.loads(line)["text"])
                     except (ValueError, KeyError, TypeError) as error:
                         raise ValueError(f'{path}:{number} is not a JSON object with a "text"') from error
         case ".parquet":
@@ -211,9 +225,15 @@ def _read_file(path: pathlib.Path) -> Iterator[str]:
             if "text" not in table.schema_arrow.names:
                 raise ValueError(f"{path} has no column 'text'; it has {', '.join(table.schema_arrow.names)}")
             for batch in table.iter_batches(columns=["text"]):
-                yield from batch.column(0).to_pylist()
+                yield from map(_checked, batch.column(0).to_pylist())
         case _:
             raise ValueError(f"{path}: only .txt, .jsonl and .parquet files are read")
+
+
+def _checked(text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"a document's text is {text!r}, expected a string")
+    return text
 
 
 def _fingerprint(text: str) -> list:

@@ -86,7 +86,7 @@ def _upper_half(
     variant: jax.Array,
 ) -> jax.Array:
     """The residual stream behind the last block, with one of `VARIANTS` in the site's place."""
-    keep_SxLx1 = gemma.is_special(tokens_SxL)[..., None]
+    is_special_SxLx1 = gemma.is_special(tokens_SxL)[..., None]
 
     def reconstruct(x_SxLxD: jax.Array) -> jax.Array:
         x_BxD = x_SxLxD.reshape(-1, x_SxLxD.shape[-1]).astype(jnp.float32)
@@ -102,7 +102,7 @@ def _upper_half(
             jnp.zeros_like,
             lambda x: jnp.broadcast_to(mean_D[None, None].astype(x.dtype), x.shape),
         ]
-        return jnp.where(keep_SxLx1, x_SxLxD, jax.lax.switch(variant, replacements, x_SxLxD))
+        return jnp.where(is_special_SxLx1, x_SxLxD, jax.lax.switch(variant, replacements, x_SxLxD))
 
     layers = range(site.layer, model.config.num_layers)
     return gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, layers, tap)
@@ -124,9 +124,10 @@ def _sae_sums(subject: sae.SAE, x_SxLxD: jax.Array, tokens_SxL: jax.Array) -> di
         "count": weight_B.sum(),
         "l0": fired_BxM.sum(),
         "fired_M": fired_BxM.sum(0),
-        "squared_error": weight_B @ jnp.square(recon_BxD - x_BxD).sum(1),
-        "x_D": weight_B @ x_BxD,
-        "x_squared": weight_B @ jnp.square(x_BxD).sum(1),
+        # Sums and not matmuls, which on TPU would round their inputs to bfloat16.
+        "squared_error": (weight_B * jnp.square(recon_BxD - x_BxD).sum(1)).sum(),
+        "x_D": (weight_B[:, None] * x_BxD).sum(0),
+        "x_squared": (weight_B * jnp.square(x_BxD).sum(1)).sum(),
     }
 
 
@@ -212,7 +213,7 @@ def _evaluate_one(
     frequency_M = total["fired_M"] / total["count"]
     variance = total["x_squared"] - np.square(total["x_D"]).sum() / total["count"]
     return Evaluation(
-        l0=total["l0"] / total["count"],
+        l0=float(total["l0"] / total["count"]),
         fvu=total["squared_error"] / variance,
         delta_loss=delta,
         delta_loss_se=ratio_standard_error(rows["spliced"] - rows["clean"], scored_S),
@@ -243,9 +244,9 @@ def write_json(path: pathlib.Path, results: Mapping[str, Evaluation], about: Map
     """Writes the numbers of every SAE, with what they were measured on."""
     saes = {}
     for name, result in results.items():
-        saes[name] = {
-            k: float(v) if isinstance(v, float) else v for k, v in vars(result).items() if k != "frequency"
-        }
+        numbers = {key: value for key, value in vars(result).items() if key != "frequency"}
+        # JSON knows no NaN: the standard error of a single row is null.
+        saes[name] = {key: None if np.isnan(value) else value for key, value in numbers.items()}
     with files.replacing_file(path) as partial:
         partial.write_text(json.dumps({**about, "sae": saes}, indent=1) + "\n", encoding="utf-8")
 

@@ -45,6 +45,8 @@ class Site(NamedTuple):
         return f"layer_{self.layer}_{self.kind}"
 
 
+Tokenizer = sentencepiece.SentencePieceProcessor | gm.text.Tokenizer
+
 # Called with every site the walk passes and its value; what it returns takes the value's place.
 Tap = Callable[[Site, jax.Array], jax.Array]
 
@@ -83,7 +85,7 @@ def load(
     return Gemma(name, model, jax.device_put(params, sharding), num_layers)
 
 
-def load_tokenizer(name: str, path: str) -> sentencepiece.SentencePieceProcessor | gm.text.Tokenizer:
+def load_tokenizer(name: str, path: str) -> Tokenizer:
     """The tokenizer of a model: from the GGUF file of its weights, or gemma's own beside a checkpoint.
 
     `encode` of either gives tokens without BOS.
@@ -91,7 +93,7 @@ def load_tokenizer(name: str, path: str) -> sentencepiece.SentencePieceProcessor
     path = path or weights.default_weights(name)
     if weights.is_gguf(path):
         return weights.tokenizer_from_gguf(path)
-    return gm.text.Gemma3Tokenizer() if name.startswith("gemma3") else gm.text.Gemma2Tokenizer()
+    return gm.text.Gemma3Tokenizer()
 
 
 def check_site(model: gm.nn.Transformer, site: Site) -> None:

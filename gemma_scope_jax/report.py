@@ -9,11 +9,12 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import data, evaluation, gemma, interrupt, training
 from gemma_scope_jax.formats import saelens
 
+# The config to evaluate with, the SAEs, and the folder of the rows they were trained on.
+Opened = tuple[config_lib.Config, dict[str, evaluation.Subject], pathlib.Path]
 
-def open_path(
-    path: pathlib.Path, **overrides: str | None
-) -> tuple[config_lib.Config, dict[str, evaluation.Subject]]:
-    """The SAEs of a run's newest checkpoint, or an exported one, and the config to evaluate them with.
+
+def open_path(path: pathlib.Path, **overrides: str | None) -> Opened:
+    """The SAEs of a run's newest checkpoint, or an exported one, and what to evaluate them on.
 
     Raises:
       ValueError: the path is neither, or options were given that only an exported SAE takes.
@@ -30,7 +31,7 @@ def open_path(
     raise ValueError(f"{path} is neither a run directory (config.json) nor an exported SAE (cfg.json)")
 
 
-def _open_run(path: pathlib.Path) -> tuple[config_lib.Config, dict[str, evaluation.Subject]]:
+def _open_run(path: pathlib.Path) -> Opened:
     run, state = training.open_run(path)
     folded = training.folded_saes(run, state)
     subjects = {
@@ -39,12 +40,10 @@ def _open_run(path: pathlib.Path) -> tuple[config_lib.Config, dict[str, evaluati
         )
         for member in run.plan.members
     }
-    return run.config, subjects
+    return run.config, subjects, training.run_rows(run.config, path)
 
 
-def _open_saelens(
-    path: pathlib.Path, given: dict[str, str]
-) -> tuple[config_lib.Config, dict[str, evaluation.Subject]]:
+def _open_saelens(path: pathlib.Path, given: dict[str, str]) -> Opened:
     sae, about = saelens.read(path)
     names = {hf: name for name, hf in gemma.HUGGING_FACE_NAMES.items()}
     if about.model_name not in names:
@@ -52,8 +51,8 @@ def _open_saelens(
     config = config_lib.from_dict(
         {
             "model": names[about.model_name],
-            "weights": given.get("weights", ""),
-            "gemma_dtype": given.get("dtype", "float32"),
+            "weights": given.get("weights", about.weights),
+            "gemma_dtype": given.get("dtype", about.gemma_dtype),
             "data": {
                 "text": given.get("text", about.text),
                 "context_length": about.context_length,
@@ -70,7 +69,9 @@ def _open_saelens(
             f"{path} takes activations of width {sae.W_enc.shape[0]}, but {site} of {config.model} has width "
             f"{gemma.site_width(model, site)}"
         )
-    return config, {path.resolve().name: evaluation.Subject(sae, site, None)}
+    subject = evaluation.Subject(sae, site, saelens.read_site_mean(path))
+    rows = data.cached(config.data, about.rows) if about.rows and "text" not in given else None
+    return config, {path.resolve().name: subject}, rows or training.prepare_rows(config)
 
 
 def evaluate_path(
@@ -84,9 +85,12 @@ def evaluate_path(
     interrupts = interrupt.Interrupts()
     interrupts.forbid_saving("an evaluation writes its results when it ends")
     try:
-        config, subjects = open_path(path, **overrides)
-        rows = rows or config.evaluation.rows
-        folder = training.prepare_rows(config)
+        config, subjects, folder = open_path(path, **overrides)
+        rows = config.evaluation.rows if rows is None else rows
+        rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
+        for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
         loaded = gemma.load(config.model, config.weights, config_lib.dtype(config))
         results = evaluation.evaluate(
             loaded,
@@ -94,7 +98,7 @@ def evaluate_path(
             data.open_rows(folder, data.TRAIN),
             data.open_rows(folder, data.HELD_OUT),
             rows,
-            rows_per_batch or config.evaluation.rows_per_batch,
+            rows_per_batch,
         )
         out = out or path
         out.mkdir(parents=True, exist_ok=True)
@@ -135,5 +139,5 @@ def print_table(results: dict[str, evaluation.Evaluation]) -> None:
     add("mean ablation", "{r.mean_ablation_loss:.4f}")
     add("loss recovered, zero", "{r.loss_recovered_zero:.4f}")
     add("loss recovered, mean", "{r.loss_recovered_mean:.4f}")
-    add("dead latents", "{r.dead_fraction:.2%}")
+    add("never fired here", "{r.dead_fraction:.2%}")
     rich.console.Console().print(table)

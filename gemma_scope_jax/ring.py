@@ -4,7 +4,7 @@ A ring has R groups of slots; a group's activations never leave it, so a group i
 shuffling moves nothing between them. T is the activations of one step, C the ring's capacity; each step
 touches T/R slots of each group. Filled step by step, the ring holds `occupancy` of at most C/T steps:
 
-  fill    slots are written in order and nothing is drawn,
+  fill    empty slots are written and nothing is drawn,
   steady  random slots are drawn and written again,
   drain   what is left is drawn, nothing is written.
 
@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# Rows of `Ring.source`.
+# Columns of `Slots.source`.
 ROW, POSITION, DOCUMENT = range(3)
 
 
@@ -27,16 +27,16 @@ class Slots:
     """Activations side by side with what is known of them. All sites share one permutation."""
 
     acts: Mapping[str, jax.Array]  # site → [R, C/R, D]
-    weight: Mapping[str, jax.Array]  # site → [R, C/R]; 1, or 0 where masked or empty
+    weight: Mapping[str, jax.Array]  # site → [R, C/R]; in [0, 1], 0 where masked or empty
     source: jax.Array  # [R, C/R, 3], int32: row, position and document that the slot's activation came from
 
 
 @flax.struct.dataclass
 class Ring:
-    """Slots, and the step count at which the ring was last full (0 before), which keys filling and draining."""
+    """Slots, and how much had been harvested when the ring was last full, which keys filling and draining."""
 
     slots: Slots
-    last_full: jax.Array  # [], int32
+    last_full: jax.Array  # [], int32, in harvests; 0 before
 
 
 def init(groups: int, capacity: int, widths: Mapping[str, int], dtype: jnp.dtype) -> Ring:

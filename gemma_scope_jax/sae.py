@@ -190,8 +190,9 @@ def loss_gradient(
     sums = BatchSums(
         weight=weight_B.sum(),
         squared_error=jnp.sum(weight_B[:, None] * jnp.square(error_BxD)),
-        l0=weight_B @ jnp.sum(active_BxM, axis=1, dtype=x_BxD.dtype),
-        x_D=weight_B @ x_BxD,
+        l0=jnp.sum(weight_B * jnp.sum(active_BxM, axis=1, dtype=x_BxD.dtype)),
+        # A sum and not a matmul, which on TPU would round its inputs to bfloat16.
+        x_D=jnp.sum(weight_B[:, None] * x_BxD, axis=0),
         x_squared=jnp.sum(weight_B[:, None] * jnp.square(x_BxD)),
         fired_M=counted_BxM.any(0),
     )

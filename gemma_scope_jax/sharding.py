@@ -33,7 +33,9 @@ def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = Non
     Gemma's modules need an Auto mesh, JAX's default is Explicit.
     """
     devices = jax.devices() if devices is None else devices
-    latent = latent or len(devices) // data
+    if data < 1:
+        raise ValueError(f"mesh.data is {data}; it must be at least 1")
+    latent = latent or max(len(devices) // data, 1)
     if data * latent != len(devices):
         raise ValueError(f"mesh.data × mesh.latent = {data} × {latent}, but there are {len(devices)} devices")
     return jax.make_mesh((data, latent), ("data", "latent"), (AxisType.Auto,) * 2, devices=devices)
@@ -62,7 +64,7 @@ def constrain(mesh: Mesh, value: object, spec: P) -> object:
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
 
 
-def put(mesh: Mesh, value: object, spec: P) -> jax.Array:
+def put(mesh: Mesh, value: object, spec: P) -> object:
     """A host array, or a tree of them, placed on the mesh."""
     sharding = NamedSharding(mesh, spec)
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), value)

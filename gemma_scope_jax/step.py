@@ -27,9 +27,9 @@ class Member:
 
     @property
     def name(self) -> str:
-        """Unique within a bank."""
+        """Differs from every other member's."""
         seed = f"_seed_{self.seed}" if self.seed else ""
-        return f"{self.site}_lambda_{self.sparsity_coefficient:g}{seed}"
+        return f"{self.site}_lambda_{self.sparsity_coefficient}{seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,6 @@ class Plan:
         return self.ring_capacity // self.activations
 
     @property
-    def total_steps(self) -> int:
-        """Harvests, and one step more for each that the ring was filled before anything was drawn."""
-        return self.harvests + self.ring_steps
-
-    @property
     def total_updates(self) -> int:
         return self.harvests * self.updates_per_step
 
@@ -85,7 +80,7 @@ class Normalizer:
     """
 
     mean_D: jax.Array  # Subtracted; zeros in Gemma Scope's own recipe.
-    scale: jax.Array  # [], the root mean square norm of x - mean, so that inputs have mean square norm 1.
+    scale: jax.Array  # [], the weighted root mean square norm of x - mean: inputs have mean square norm 1.
     max_squared_norm: jax.Array  # [], of x - mean; infinite where every token weighs the same.
     ablation_mean_D: jax.Array  # The mean over all unmasked positions, outliers included, for mean ablation.
 
@@ -185,15 +180,20 @@ def calibrate(x_NxD: jax.Array, weight_N: jax.Array, center: bool, outlier_media
       outlier_medians: the largest centred squared norm of full weight, in medians; 0 for no limit.
     """
     x_NxD = x_NxD.astype(jnp.float32)
-    ablation_mean_D = weight_N @ x_NxD / weight_N.sum()
+
+    def mean(values: jax.Array, weight_N: jax.Array) -> jax.Array:
+        # At full precision: a matmul of float32 is rounded to bfloat16 on TPU.
+        return jnp.matmul(weight_N, values, precision=jax.lax.Precision.HIGHEST) / weight_N.sum()
+
+    ablation_mean_D = mean(x_NxD, weight_N)
     squared_N = jnp.square(x_NxD - center * ablation_mean_D[None]).sum(1)
     median = jnp.nanmedian(jnp.where(weight_N > 0, squared_N, jnp.nan))
     limit = outlier_medians * median if outlier_medians else jnp.asarray(jnp.inf)
     weight_N = weight_N * outlier_weight(squared_N, limit)
-    mean_D = center * (weight_N @ x_NxD) / weight_N.sum()
+    mean_D = center * mean(x_NxD, weight_N)
     return Normalizer(
         mean_D=mean_D,
-        scale=jnp.sqrt(weight_N @ jnp.square(x_NxD - mean_D[None]).sum(1) / weight_N.sum()),
+        scale=jnp.sqrt(mean(jnp.square(x_NxD - mean_D[None]).sum(1), weight_N)),
         max_squared_norm=limit,
         ablation_mean_D=ablation_mean_D,
     )
@@ -357,7 +357,7 @@ def _metrics(
         l0_E=(sums.l0.sum(0) / weight_E)[real],
         fvu_E=(sums.squared_error.sum(0) / variance_E)[real],
         dead_fraction_E=(new.idle_ExM >= plan.dead_after_updates).mean(1)[real],
-        learning_rate=jnp.asarray(optim.learning_rate(plan.optimizer, plan.total_updates)(last_update)),
+        learning_rate=optim.learning_rate(plan.optimizer, plan.total_updates)(last_update) * trained,
         sparsity_warmup=jnp.asarray(warmup_K[-1]),
         activations_E=jnp.stack([(batches.weight[site] > 0).sum() for site in sites]) * trained,
         source_Bx3=batches.source[0],

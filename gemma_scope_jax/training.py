@@ -1,22 +1,26 @@
 """The training loop: calibrate, compile once, step, log, checkpoint, export."""
 
+import contextlib
 import dataclasses
+import fcntl
+import functools
 import json
-import os
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorboardX
 import tqdm
 from gemma import gm
 from jax.sharding import NamedSharding
 
-from gemma_scope_jax import checkpoint, data, gemma, interrupt, ring, sae, sharding, step
+from gemma_scope_jax import checkpoint, data, gemma, interrupt, ring, sae, sharding, step, weights
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.formats import gemma_scope, saelens
+from gemma_scope_jax.formats import files, gemma_scope, saelens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +43,33 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> R
 
 
 def prepare_rows(config: config_lib.Config) -> pathlib.Path:
-    """The folder of the run's packed rows, made if needed."""
-    tokenizer_name = f"{config.model}:{config.weights}"
-    lazy = _LazyTokenizer(config)
-    return data.prepare(config.data, lazy.encode, tokenizer_name)
+    """The folder of a config's packed rows, made if needed."""
+
+    @functools.cache  # Takes seconds, and is needed only if a text is really to be tokenised.
+    def tokenizer() -> gemma.Tokenizer:
+        return gemma.load_tokenizer(config.model, config.weights)
+
+    name = f"{config.model}:{weights.fingerprint(config.weights)}"
+    return data.prepare(config.data, lambda text: tokenizer().encode(text), name)
 
 
-class _LazyTokenizer:
-    """Loads the tokenizer, which takes seconds, only if a text is really to be tokenised."""
+def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of the rows that the run in `workdir` was started with, or those of a new run.
 
-    def __init__(self, config: config_lib.Config) -> None:
-        self._config, self._tokenizer = config, None
-
-    def encode(self, text: str) -> list[int]:
-        if self._tokenizer is None:
-            self._tokenizer = gemma.load_tokenizer(self._config.model, self._config.weights)
-        return self._tokenizer.encode(text)
+    Raises:
+      ValueError: they are no longer cached, and the text has changed since.
+    """
+    record = workdir / "rows"
+    name = record.read_text(encoding="utf-8").strip() if record.exists() else None
+    if name is not None and (folder := data.cached(config.data, name)) is not None:
+        return folder
+    folder = prepare_rows(config)
+    if name not in (None, data.name_of(folder)):
+        raise ValueError(
+            f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
+            f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
+        )
+    return folder
 
 
 def load_gemma(run: Run) -> gemma.Gemma:
@@ -123,7 +138,7 @@ def abstract_state(run: Run) -> step.State:
 
 
 def lower_step(run: Run, state: step.State, batch: step.Batch, gemma_params: dict) -> jax.stages.Lowered:
-    """The compiled step of a run, from arrays or from shapes with shardings."""
+    """The step of a run, lowered for arrays or for shapes with shardings."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
     fn = step.make_step(run.plan, run.mesh, run.model, config_lib.dtype(run.config))
     return jax.jit(fn, donate_argnums=0, out_shardings=(out, None)).lower(state, batch, gemma_params)
@@ -136,13 +151,6 @@ def steps_left(plan: step.Plan, state: step.State) -> int:
     return to_harvest + occupancy + min(plan.ring_steps - occupancy, to_harvest)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that it is either whole or not there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def read_config(workdir: pathlib.Path) -> config_lib.Config:
     """The config of a run directory."""
     path = workdir / "config.json"
@@ -152,13 +160,21 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-    """The entries of `metrics.jsonl`; a last line that a killed process left unfinished is passed over."""
+    """The entries of `metrics.jsonl`; a last line that a killed process left unfinished is passed over.
+
+    Raises:
+      ValueError: another line is damaged.
+    """
     path, entries = workdir / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             entries.append(json.loads(line))
-        except ValueError:
-            break
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}:{number} is damaged; mend the line or move the file away"
+                ) from error
     return entries
 
 
@@ -168,7 +184,8 @@ class MetricsLog:
     def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
         path = workdir / "metrics.jsonl"
         kept = [json.dumps(entry) + "\n" for entry in read_metrics(workdir) if entry["step"] <= last_step]
-        write_atomically(path, "".join(kept))
+        with files.replacing_file(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
 
@@ -203,6 +220,46 @@ def shuffle_quality(workdir: pathlib.Path, rows: data.Rows, sample: int = 4096) 
     return float(np.mean(logged)), float(pairs_of_rows + 1 / len(rows))
 
 
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps a second process from training in the same directory; the lock ends with the process."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is training in {workdir}; wait for it or stop it first"
+            ) from error
+        yield
+
+
+def _start_or_continue(
+    run: Run, workdir: pathlib.Path, manager: ocp.CheckpointManager, interrupts: interrupt.Interrupts
+) -> tuple[step.State, data.Rows]:
+    """Trains from the newest checkpoint, or from nothing, until complete or interrupted."""
+    config = run.config
+    state = None
+    if manager.all_steps():
+        config_lib.check_resumable(read_config(workdir), config)
+        state = checkpoint.restore_newest(manager, abstract_state(run), set_aside=True)
+        print(f"Continuing from step {int(state.step)}.", flush=True)
+        interrupts.forbid_saving(f"checkpoint {int(state.step)} is the newest state there is")
+    folder = run_rows(config, workdir) if state is not None else prepare_rows(config)
+    rows = data.open_rows(folder, data.TRAIN)
+    gemma_params = load_gemma(run).params if state is None or steps_left(run.plan, state) else None
+    # Only now has everything been read that a mistake in the config could spoil.
+    with files.replacing_file(workdir / "config.json") as partial:
+        partial.write_text(json.dumps(config_lib.to_dict(config), indent=1) + "\n", encoding="utf-8")
+    with files.replacing_file(workdir / "rows") as partial:
+        partial.write_text(data.name_of(folder) + "\n", encoding="utf-8")
+    if state is None:
+        state = init_state(run, calibrate(run, rows, gemma_params))
+    if gemma_params is not None:
+        state = _loop(run, workdir, rows, gemma_params, state, manager, interrupts)
+    return state, rows
+
+
 def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     """Trains, or continues, the run in `workdir`; returns the exit code: 0 when it is complete.
 
@@ -211,40 +268,26 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
       FloatingPointError: a loss is not finite.
     """
     run = build(config)
-    if (workdir / "config.json").exists():
-        config_lib.check_resumable(read_config(workdir), config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    interrupts = interrupt.Interrupts()
-    try:
-        rows = data.open_rows(prepare_rows(config), data.TRAIN)
-        write_atomically(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=1) + "\n")
+    with _locked(workdir), contextlib.closing(interrupt.Interrupts()) as interrupts:
         # Leaving the block waits for a save that is under way, whatever the reason for leaving.
         with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
-            state = checkpoint.restore_newest(manager, abstract_state(run))
-            if state is not None:
-                print(f"Continuing from step {int(state.step)}.", flush=True)
-                interrupts.forbid_saving(f"checkpoint {int(state.step)} is the newest state there is")
-            if state is None or steps_left(run.plan, state):
-                gemma_params = load_gemma(run).params
-                if state is None:
-                    state = init_state(run, calibrate(run, rows, gemma_params))
-                state = _loop(run, workdir, rows, gemma_params, state, manager, interrupts)
+            state, rows = _start_or_continue(run, workdir, manager, interrupts)
+        interrupts.forbid_saving(
+            "the training is saved"
+        )  # Before looking, so that no signal is promised a save.
         if interrupts.received is not None:
             print(
                 f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
                 flush=True,
             )
             return 128 + interrupts.received
-        interrupts.forbid_saving("the training is complete and saved")
         ours, perfect = shuffle_quality(workdir, rows)
         print(
             f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
             flush=True,
         )
-        export(run, state, workdir / "sae")
+        export(run, state, workdir / "sae", data.name_of(rows.folder))
         return 0
-    finally:
-        interrupts.close()
 
 
 def _loop(
@@ -253,7 +296,7 @@ def _loop(
     rows: data.Rows,
     gemma_params: dict,
     state: step.State,
-    manager: checkpoint.ocp.CheckpointManager,
+    manager: ocp.CheckpointManager,
     interrupts: interrupt.Interrupts,
 ) -> step.State:
     """Steps until the ring is drained, or a signal was received; either way the state returned is saved."""
@@ -302,6 +345,7 @@ def _loop(
             if number % config.log.checkpoint_every == 0 or number == first_step + left or stopping:
                 flush(None)
                 checkpoint.save(manager, state, config_lib.to_dict(config))
+                clock = time.perf_counter()  # Saving is no part of the next step's speed.
             if stopping:
                 break
         flush(None)
@@ -326,8 +370,8 @@ def _entry(plan: step.Plan, number: int, m: step.Metrics, tokens_per_second: flo
             }
             if not np.isfinite(m.loss_E[i]):
                 raise FloatingPointError(
-                    f"the loss of {member.name} is {m.loss_E[i]} at step {number}; the last good state "
-                    "is in the newest checkpoint. Lower optimizer.learning_rate, or set normalizer.outlier_medians"
+                    f"the loss of {member.name} is {m.loss_E[i]} at step {number}; the last good state is in the "
+                    "newest checkpoint. In another --workdir, lower optimizer.learning_rate or set normalizer.outlier_medians"
                 )
     return {
         "step": number,
@@ -350,9 +394,12 @@ def folded_saes(run: Run, state: step.State) -> dict[str, sae.SAE]:
 
 
 def export(
-    run: Run, state: step.State, folder: pathlib.Path, file_format: str = "saelens"
+    run: Run, state: step.State, folder: pathlib.Path, rows: str, file_format: str = "saelens"
 ) -> list[pathlib.Path]:
-    """Writes every member to `folder/<name>/`, as a SAELens folder or as Gemma Scope's npz; returns the paths."""
+    """Writes every member to `folder/<name>/`, as a SAELens folder or Gemma Scope's npz; returns the paths.
+
+    `rows` names the dataset that the run was trained on.
+    """
     paths = []
     for (name, folded), member in zip(folded_saes(run, state).items(), run.plan.members, strict=True):
         if file_format == "gemma_scope":
@@ -367,23 +414,29 @@ def export(
                 text=run.config.data.text,
                 held_out_fraction=run.config.data.held_out_fraction,
                 data_seed=run.config.data.seed,
+                rows=rows,
+                weights=run.config.weights,
+                gemma_dtype=run.config.gemma_dtype,
             )
-            saelens.write(path, folded, about)
+            saelens.write(path, folded, about, state.normalizers[str(member.site)].ablation_mean_D)
         paths.append(path)
         print(f"Exported {path}", flush=True)
     return paths
 
 
 def open_run(workdir: pathlib.Path) -> tuple[Run, step.State]:
-    """A run directory's run and the state of its newest whole checkpoint.
+    """A run directory's run on one device, and the state of its newest whole checkpoint; changes nothing.
 
     Raises:
-      ValueError: the directory holds no run, or no checkpoint yet.
+      ValueError: the directory holds no run, or no checkpoint that can be read.
     """
     config = read_config(workdir)
-    run = build(config)
-    with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
-        state = checkpoint.restore_newest(manager, abstract_state(run))
+    run = build(config, sharding.make_mesh(1, 1, jax.devices()[:1]))
+    # The run may have been on more devices: its bank is padded for those.
+    padded = config_lib.padded(len(run.plan.members), config.mesh.data)
+    run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, padded_members=padded))
+    with checkpoint.open_reader(workdir / "checkpoints") as manager:
+        state = checkpoint.restore_newest(manager, abstract_state(run), set_aside=False)
     if state is None:
         raise ValueError(f"{workdir} has no checkpoint yet")
     if steps_left(run.plan, state):
@@ -394,4 +447,4 @@ def open_run(workdir: pathlib.Path) -> tuple[Run, step.State]:
 def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> list[pathlib.Path]:
     """Exports the newest state of a run directory."""
     run, state = open_run(workdir)
-    return export(run, state, out, file_format)
+    return export(run, state, out, data.name_of(run_rows(run.config, workdir)), file_format)

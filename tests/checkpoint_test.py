@@ -47,7 +47,7 @@ def save_all(folder, states, keep=5):
 
 def restore(folder, run):
     with checkpoint.open_manager(folder / "checkpoints", 5) as manager:
-        return checkpoint.restore_newest(manager, training.abstract_state(run))
+        return checkpoint.restore_newest(manager, training.abstract_state(run), set_aside=True)
 
 
 def array_files(folder, step):
@@ -122,12 +122,50 @@ def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(state, inputs,
     assert (tmp_path / "checkpoints" / "1").exists() and not (tmp_path / "damaged").exists()
 
 
-def test_when_all_are_damaged_nothing_is_started_over(run, state, tmp_path):
+def test_when_all_are_damaged_nothing_is_moved_or_started_over_however_often_it_is_tried(
+    run, state, tmp_path
+):
+    save_all(tmp_path, [at_step(state, 1), at_step(state, 2)])
+    for step in (1, 2):
+        for path in array_files(tmp_path, step):
+            damage(path, "truncated")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no checkpoint in .* can be read"):
+            restore(tmp_path, run)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_step_damaged_again_is_set_aside_under_another_name(run, state, tmp_path):
     save_all(tmp_path, [at_step(state, 1)])
-    for path in array_files(tmp_path, 1):
-        damage(path, "truncated")
-    with pytest.raises(ValueError, match="every checkpoint in"):
+    for _ in range(2):
+        save_all(tmp_path, [at_step(state, 2)])
+        for path in array_files(tmp_path, 2):
+            damage(path, "truncated")
+        assert int(restore(tmp_path, run).step) == 1
+    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["2", "2.1"]
+
+
+def test_a_file_system_that_refuses_says_nothing_of_the_checkpoints(run, state, tmp_path, monkeypatch):
+    save_all(tmp_path, [at_step(state, 1), at_step(state, 2)])
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "_check_shapes", refuse)
+    with pytest.raises(PermissionError):
         restore(tmp_path, run)
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_a_reader_changes_nothing(run, state, tmp_path):
+    save_all(tmp_path, [at_step(state, 1), at_step(state, 2)])
+    for path in array_files(tmp_path, 2):
+        damage(path, "truncated")
+    with checkpoint.open_reader(tmp_path / "checkpoints") as manager:
+        again = checkpoint.restore_newest(manager, training.abstract_state(run), set_aside=False)
+    assert int(again.step) == 1
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_the_digest_sees_any_change_and_no_sharding(state):

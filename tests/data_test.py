@@ -98,6 +98,16 @@ def test_every_source_gives_the_same_rows_and_splits_share_no_document(tmp_path)
     assert found[0] == found[1] == found[2]
 
 
+def test_a_glob_may_cross_folders_and_a_name_may_hold_brackets(tmp_path):
+    for name in ("a/x.txt", "b/c/y.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "[1].txt").write_text("brackets")
+    assert list(data.documents(f"{tmp_path}/**/*.txt")) == ["brackets", "a/x.txt", "b/c/y.txt"]
+    assert list(data.documents(f"{tmp_path}/*/x.txt")) == ["a/x.txt"]
+    assert list(data.documents(f"{tmp_path}/[1].txt")) == ["brackets"]
+
+
 def test_a_tfds_dataset_is_read_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tfds, "data_source", lambda name, split: [{"text": f"{name}|{split}".encode()}, {"text": "b"}]
@@ -127,6 +137,7 @@ def test_rows_are_prepared_once_and_again_when_the_text_changes(tmp_path):
         ("empty.txt", "", "leaves no document for the train split"),
         ("one.txt", "a single document", "leaves no document for the held_out split"),
         ("bad.jsonl", '{"text": "fine"}\n{"txt": 1}\n', 'bad.jsonl:2 is not a JSON object with a "text"'),
+        ("null.jsonl", '{"text": null}\n', "null.jsonl:1 is not a JSON object"),
         ("bad.csv", "a,b", "only .txt, .jsonl and .parquet"),
     ],
 )

@@ -183,8 +183,17 @@ def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, in
     shown = capsys.readouterr().out
     assert f"{result.tokens:,} predictions" in " ".join(shown.split()) and f"{result.l0:.1f}" in shown
 
-    exported = report.evaluate_path(run / "sae" / name, rows=8, weights=str(inputs / "weights"))[name]
-    for key in ("l0", "fvu", "delta_loss", "clean_loss", "tokens"):
+    monkeypatch.setenv("HOME", str(inputs / "home"))  # Where an export, unlike the run here, has its rows.
+    exported = report.evaluate_path(run / "sae" / name, rows=8)[name]
+    for key in (
+        "l0",
+        "fvu",
+        "delta_loss",
+        "clean_loss",
+        "tokens",
+        "mean_ablation_loss",
+        "loss_recovered_mean",
+    ):
         np.testing.assert_allclose(
             getattr(exported, key), getattr(result, key), rtol=1e-3, atol=1e-4, err_msg=key
         )
@@ -195,6 +204,8 @@ def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, in
 def test_paths_that_hold_nothing_are_refused(tmp_path, run):
     with pytest.raises(ValueError, match="neither a run directory"):
         report.evaluate_path(tmp_path)
+    with pytest.raises(ValueError, match="--rows is -1; it must be at least 1"):
+        report.evaluate_path(run, rows=-1)
     with pytest.raises(ValueError, match="--text is for exported SAEs"):
         report.evaluate_path(run, text="sotu")
 

@@ -68,7 +68,10 @@ def test_gemma_scope_round_trip_is_exact(folded, tmp_path):
 
 def test_an_older_export_is_replaced_and_nothing_else(folded, tmp_path):
     saelens.write(tmp_path / "a", folded, ABOUT)
-    saelens.write(tmp_path / "a", folded, ABOUT)
+    (tmp_path / "a" / "evaluation.json").write_text("kept")
+    saelens.write(tmp_path / "a", folded, ABOUT, np.arange(16))
+    assert (tmp_path / "a" / "evaluation.json").read_text() == "kept"
+    np.testing.assert_array_equal(saelens.read_site_mean(tmp_path / "a"), np.arange(16))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds something else"):

@@ -111,7 +111,7 @@ def batch_rows(run):
 def test_fused_steps_equal_unfused_ones(inputs, layer):
     """Through filling, steady running and draining."""
     run, rows, params, state = build(inputs, bank__layers=(layer,), train__tokens=8 * 16 * 6)
-    count = run.plan.total_steps
+    count = run.plan.harvests + run.plan.ring_steps
     expected = reference(run, rows, params, jax.device_get(state), count)
     final, _ = run_steps(run, rows, params, state, count)
     assert int(final.harvests) == int(final.draws) == 6
@@ -159,7 +159,7 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
     tokens[np.random.default_rng(0).random(tokens.shape) < 0.1] = gemma.EOS
     with_eos = lambda _, i: data.Batch(tokens[i], np.asarray(i, np.int32), np.zeros(len(i), np.int32))  # noqa: E731
     monkeypatch.setattr(data.Rows, "read", with_eos)
-    state, metrics = run_steps(run, rows, params, state, run.plan.total_steps)
+    state, metrics = run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps)
 
     trained = [
         (tuple(source[:2].tolist()), float(weight))
@@ -191,7 +191,7 @@ def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * per_device
     first = state
     # An executable compiled ahead of time cannot compile again: other shapes or shardings would be an error.
-    run_steps(run, rows, params, state, run.plan.total_steps, compiled)
+    run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps, compiled)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
 
 

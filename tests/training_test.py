@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ LONG = dict(train__tokens=128 * 400, log__checkpoint_every=25)
 def final_state(run_config, workdir):
     run = training.build(run_config)
     with checkpoint.open_manager(workdir / "checkpoints", 2) as manager:
-        return jax.device_get(checkpoint.restore_newest(manager, training.abstract_state(run)))
+        return jax.device_get(
+            checkpoint.restore_newest(manager, training.abstract_state(run), set_aside=False)
+        )
 
 
 def logged_steps(workdir):
@@ -42,10 +45,11 @@ def finished(inputs, tmp_path_factory):
 def test_a_run_directory_is_self_contained(inputs, finished):
     c = tiny.run_config(inputs, **LONG)
     assert training.read_config(finished) == c
-    total = training.build(c).plan.total_steps
+    plan = training.build(c).plan
+    total = plan.harvests + plan.ring_steps
     assert logged_steps(finished) == list(range(1, total + 1))
     assert sorted(p.name for p in finished.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "sae", "tensorboard",
+        ".lock", "checkpoints", "config.json", "metrics.jsonl", "rows", "sae", "tensorboard",
     ]  # fmt: skip
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [400, total]
     assert any((finished / "tensorboard").iterdir())
@@ -94,7 +98,10 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, c
     c = tiny.run_config(inputs)
     assert training.train(c, tmp_path / "run") == 0
     before = final_state(c, tmp_path / "run")
+    (export,) = (tmp_path / "run" / "sae").iterdir()
+    (export / "evaluation.json").write_text("an hour's work")
     assert training.train(c, tmp_path / "run") == 0
+    assert (export / "evaluation.json").read_text() == "an hour's work"
     jax.tree.map(np.testing.assert_array_equal, final_state(c, tmp_path / "run"), before)
 
     longer = tiny.run_config(inputs, train__tokens=128 * 30)
@@ -109,6 +116,60 @@ def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
     with pytest.raises(ValueError, match=r"config\.bank\.width = 64, now it is 128"):
         training.train(tiny.run_config(inputs, bank__width=128, **LONG), finished)
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_a_refused_resume_leaves_the_run_readable(inputs, tmp_path):
+    c = tiny.run_config(inputs)
+    assert training.train(c, tmp_path / "run") == 0
+    with pytest.raises(ValueError, match=r"holds params\.W_enc of shape"):
+        training.train(tiny.run_config(inputs, mesh__data=2), tmp_path / "run")
+    assert training.read_config(tmp_path / "run") == c
+    training.open_run(tmp_path / "run")
+
+
+def test_a_run_of_many_devices_is_read_on_one(inputs, tmp_path):
+    """Three members, padded to four for a data axis of two."""
+    bank = dict(bank__sparsity_coefficients=(1e-3, 1e-2, 1e-1), mesh__data=2, mesh__latent=4)
+    assert training.train(tiny.run_config(inputs, **bank), tmp_path / "run") == 0
+    run, state = training.open_run(tmp_path / "run")
+    assert run.mesh.size == 1 and state.params.W_enc.shape[0] == 4
+    assert len(training.folded_saes(run, state)) == 3
+
+
+def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
+    """Documents are held out by their number: another text would mix the two splits."""
+    text = tmp_path / "text.jsonl"
+    lines = (inputs / "text.jsonl").read_text()
+    text.write_text(lines)
+    changes = dict(data__text=str(text), data__folder=str(tmp_path / "cache"))
+    assert training.train(tiny.run_config(inputs, **changes), tmp_path / "run") == 0
+    before = (tmp_path / "run" / "rows").read_text()
+    text.write_text(json.dumps({"text": "a document before all others"}) + "\n" + lines)
+    longer = tiny.run_config(inputs, train__tokens=128 * 12, **changes)
+    assert training.train(longer, tmp_path / "run") == 0
+    assert (tmp_path / "run" / "rows").read_text() == before
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ValueError, match="has changed since this run was started"):
+        training.train(tiny.run_config(inputs, train__tokens=128 * 14, **changes), tmp_path / "run")
+
+
+def test_a_config_may_be_mended_until_something_has_been_trained(inputs, tmp_path):
+    with pytest.raises(ValueError, match="no weights at"):
+        training.train(tiny.run_config(inputs, weights=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert training.train(tiny.run_config(inputs), tmp_path / "run") == 0
+
+
+def test_two_processes_do_not_train_in_one_directory(inputs, tmp_path):
+    with training._locked(tmp_path / "run"):
+        with pytest.raises(ValueError, match="another process is training in"):
+            training.train(tiny.run_config(inputs), tmp_path / "run")
+
+
+def test_a_damaged_line_within_the_log_is_not_cut_off(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged"):
+        training.MetricsLog(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text().count("step") == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs, tmp_path):

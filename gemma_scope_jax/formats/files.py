@@ -1,10 +1,9 @@
-"""What the formats share: the five arrays by name, and folders and files that are written whole or not at all."""
+"""What the formats share: the five arrays by name, and files that are written whole or not at all."""
 
 import contextlib
 import dataclasses
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -40,26 +39,6 @@ def sae_from_arrays(tensors: Mapping[str, np.ndarray], source: pathlib.Path) -> 
         if not np.isfinite(tensors[name]).all():
             raise ValueError(f"{source}: {name} holds non-finite values")
     return SAE(**{name: np.asarray(value, np.float32) for name, value in tensors.items()})
-
-
-@contextlib.contextmanager
-def replacing_folder(folder: pathlib.Path, expected: str) -> Iterator[pathlib.Path]:
-    """A new folder to fill, which takes the place of `folder` when all went well.
-
-    Raises:
-      ValueError: `folder` exists and holds no file `expected`, so it is none of ours.
-    """
-    if folder.exists() and any(folder.iterdir()) and not (folder / expected).exists():
-        raise ValueError(f"{folder} exists and holds something else; give another folder")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

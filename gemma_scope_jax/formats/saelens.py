@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 
@@ -14,6 +15,8 @@ from gemma_scope_jax.sae import SAE
 # 6.0 and subtracts b_dec from the input.
 _VERSION = "6.54.12"
 _OWN_KEY = "gemma_scope_jax"
+_SITE_MEAN = "site_mean.safetensors"
+_OWN_FIELDS = ("held_out_fraction", "data_seed", "rows", "weights", "gemma_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +27,22 @@ class About:
     hook_name: str  # as TransformerLens names it
     context_length: int
     text: str
-    # Which documents were held out of training; see `data.DataConfig`.
+    # What it takes to evaluate it as it was trained; see `data.DataConfig` and `config.Config`.
     held_out_fraction: float = 0.1
     data_seed: int = 0
+    rows: str = ""
+    weights: str = ""
+    gemma_dtype: str = "float32"
 
 
-def write(folder: pathlib.Path, sae: SAE, about: About) -> None:
-    """Writes a folded SAE. The folder is replaced whole if it holds an older export of ours."""
+def write(folder: pathlib.Path, sae: SAE, about: About, site_mean_D: np.ndarray | None = None) -> None:
+    """Writes a folded SAE, and beside it the site's mean for mean ablation; other files in the folder stay.
+
+    Raises:
+      ValueError: the folder is no SAELens folder and holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not is_folder(folder):
+        raise ValueError(f"{folder} exists and holds something else; give another folder")
     d, m = sae.W_enc.shape
     config = {
         "architecture": "jumprelu",
@@ -56,13 +68,23 @@ def write(folder: pathlib.Path, sae: SAE, about: About) -> None:
             "exclude_special_tokens": True,
             "neuronpedia_id": None,
             # SAELens leaves alone what it does not know.
-            _OWN_KEY: {"held_out_fraction": about.held_out_fraction, "data_seed": about.data_seed},
+            _OWN_KEY: {name: getattr(about, name) for name in _OWN_FIELDS},
         },
     }
-    tensors = files.arrays(sae)
-    with files.replacing_folder(folder, expected="cfg.json") as partial:
-        safetensors.numpy.save_file(tensors, partial / "sae_weights.safetensors")
-        (partial / "cfg.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    # The config first: a folder that holds other files and no config is none of ours.
+    with files.replacing_file(folder / "cfg.json") as partial:
+        partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    if site_mean_D is not None:
+        with files.replacing_file(folder / _SITE_MEAN) as partial:
+            safetensors.numpy.save_file({"site_mean": np.ascontiguousarray(site_mean_D, np.float32)}, partial)
+    with files.replacing_file(folder / "sae_weights.safetensors") as partial:
+        safetensors.numpy.save_file(files.arrays(sae), partial)
+
+
+def read_site_mean(folder: pathlib.Path) -> np.ndarray | None:
+    """The mean that `write` was given, or None; SAELens does not look at it."""
+    path = folder / _SITE_MEAN
+    return safetensors.numpy.load_file(path)["site_mean"] if path.exists() else None
 
 
 def read(folder: pathlib.Path) -> tuple[SAE, About]:
