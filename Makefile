@@ -29,7 +29,7 @@ benchmark-peers: .venv-peers/installed
 	.venv-peers/bin/pip install --quiet torch==2.14.1 sae-lens==6.54.12 dictionary-learning==0.1.0
 	touch $@
 
-# Every figure of the README, again, into results/*.json. Takes about an hour on two cores.
+# The README's figures again, into results/*.json; for the peers', python -m benchmarks.results peers.
 results: .venv/installed
 	$(VENV)/python -m benchmarks.results
 

@@ -4,9 +4,9 @@
 
 All are of the least time over some repetitions, in one process, on an otherwise idle machine:
 
-  update   one SAE update (weights, dead-latent counters and metrics on) against the five dense matmuls that it
+  update   one SAE update (weights, dead-latent counters, metrics' sums) against the five dense matmuls that it
            cannot do without, each in the faster of the layouts that give the same result
-  harvest  the FLOP rate of Gemma's forward pass to the site against that of a large matmul
+  harvest  the FLOP rate of Gemma's forward pass to the site against that of a 4,096 × 4,096 matmul
   fused    the compiled step against harvest, ring and updates compiled and run apart
 
 `make benchmark-peers` times the same update in SAELens and dictionary_learning.

@@ -371,7 +371,8 @@ def _entry(plan: step.Plan, number: int, m: step.Metrics, tokens_per_second: flo
             if not np.isfinite(m.loss_E[i]):
                 raise FloatingPointError(
                     f"the loss of {member.name} is {m.loss_E[i]} at step {number}; the last good state is in the "
-                    "newest checkpoint. In another --workdir, lower optimizer.learning_rate or set normalizer.outlier_medians"
+                    "newest checkpoint. In another --workdir, lower optimizer.learning_rate or set "
+                    "normalizer.outlier_medians"
                 )
     return {
         "step": number,
