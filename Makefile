@@ -3,15 +3,22 @@ PYTHON ?= python3
 PYTHON_PEERS ?= python3.11
 VENV := .venv/bin
 RUN := runs/quickstart
+PEERS := .peers
 
-.PHONY: quickstart test soak benchmark benchmark-peers lint results
+.PHONY: quickstart test test-peers soak benchmark benchmark-peers lint results
 
 quickstart: .venv/installed
 	$(VENV)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
 	$(VENV)/python evaluate.py $(RUN)
 
-test: .venv/installed
+test: .venv/installed .venv/libtpu
 	$(VENV)/python -m pytest -n 2
+
+# Transformers, in an environment of its own, computes the reference again: small models, and the real 270M.
+test-peers: .venv/installed .venv-peers/installed
+	.venv-peers/bin/python tests/peers/hugging_face.py $(PEERS) \
+	  "$$($(VENV)/python -c 'from gemma_scope_jax import gemma; print(gemma.weights_path("gemma3_270m", ""))' | tail -1)"
+	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/parity_test.py
 
 # Long fault loops: ten runs killed at random moments.
 soak: .venv/installed
@@ -26,12 +33,18 @@ benchmark-peers: .venv-peers/installed
 
 .venv-peers/installed:
 	$(PYTHON_PEERS) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet torch==2.14.1 sae-lens==6.54.12 dictionary-learning==0.1.0
+	.venv-peers/bin/pip install --quiet torch==2.14.1 transformers==5.23.0 gguf==0.19.0 sae-lens==6.54.12 \
+	  dictionary-learning==0.1.0
 	touch $@
 
 # The README's figures again, into results/*.json; for the peers', python -m benchmarks.results peers.
 results: .venv/installed
 	$(VENV)/python -m benchmarks.results
+
+# The TPU's compiler. Not among the packages: where it is one, JAX looks for a TPU at every start.
+.venv/libtpu: .venv/installed
+	$(VENV)/uv pip install --quiet --no-deps --target $@ libtpu==0.0.52
+	touch $@
 
 lint: .venv/installed
 	$(VENV)/ruff format --check .
@@ -41,6 +54,7 @@ lint: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 	  { echo "Python 3.12 or newer is needed; name one with make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(VENV)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(VENV)/pip install --quiet --disable-pip-version-check uv==0.13.9  # Resolves in seconds what takes pip minutes.
+	$(VENV)/uv pip install --quiet --python $(VENV)/python -r requirements.txt
+	$(VENV)/uv pip install --quiet --python $(VENV)/python --no-deps --editable .
 	touch $@

@@ -23,8 +23,11 @@ def parse(argv: list[str]) -> list[str]:
         _CONFIG.value.to_dict()  # A config file that cannot be loaded is an error only when it is looked at.
         return rest
     except (AttributeError, KeyError, TypeError, OSError, flags.Error) as error:
+        text = str(error)
+        if "Traceback" in text:  # Of an error in the config file, or that the file raised; its last line says which.
+            text = text.strip().splitlines()[-1].removeprefix("ValueError: ")
         # ml_collections raises a KeyError inside a KeyError; their texts are each other's repr.
-        raise ValueError(str(error).strip("'\"").replace("\\n", " ").replace("\\'", "'")) from error
+        raise ValueError(text.strip("'\"").replace("\\n", " ").replace("\\'", "'")) from error
 
 
 def main(argv: list[str]) -> None:

@@ -1,24 +1,29 @@
-"""Makes the numbers of the README again, into results/*.json.
+"""Makes the numbers of the README and of docs/ again, into results/*.json, and the tables that show them.
 
     python -m benchmarks.results [NAME ...]
 
-Names: quickstart, step, and peers, which needs Python 3.11 and is left out when none is given.
+Names: quickstart, step, tpu; and peers and precision, which need Python 3.11 and are left out when none is given.
+`tables` makes only the tables.
 
-Each file holds the commands, the commit, the time and the numbers. A test compares the README with them.
+Each file holds the commands, the commit, the time and the numbers. A test compares the documents with them.
 """
 
 import argparse
 import datetime
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 import time
 
-from gemma_scope_jax import data, training
+import jax
+
+from gemma_scope_jax import data, gemma, training, weights
 
 RESULTS = pathlib.Path("results")
+DOCUMENTS = (pathlib.Path("README.md"), pathlib.Path("docs/models.md"))
 
 
 def run(command: str) -> float:
@@ -69,17 +74,110 @@ def peers() -> tuple[list[str], dict]:
     )
 
 
+def tpu() -> tuple[list[str], dict]:
+    """What harvests and steps need of real chips."""
+    run("make --silent .venv/libtpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = pathlib.Path(scratch) / "tpu.json"
+        run(f"python -m benchmarks.tpu --json={path}")
+        return ["make .venv/libtpu", "python -m benchmarks.tpu"], json.loads(path.read_text())
+
+
+def precision() -> tuple[list[str], dict]:
+    """What bfloat16 does to activations."""
+    run("make test-peers")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = pathlib.Path(scratch) / "precision.json"
+        run(f"python -m benchmarks.precision .peers --json={path}")
+        return ["make test-peers", "python -m benchmarks.precision .peers"], json.loads(path.read_text())
+
+
+def models_table() -> str:
+    """Every model that is known by name."""
+    lines = ["| name | Hugging Face | layers | D | N·H | parameters, billions |", "|---|---|---|---|---|---|"]
+    for name, known in gemma.MODELS.items():
+        config = known.module.config
+        shapes = weights.parameter_shapes(known.module, config.num_layers)
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9
+        lines.append(
+            f"| `{name}` | {known.hugging_face} | {config.num_layers} | {config.embed_dim:,} "
+            f"| {config.num_heads * config.head_dim:,} | {count:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+# What each site is, for the table.
+_SITES = {
+    "embed": ("the token embeddings times √D", "D"),
+    "attn_out": ("the heads' outputs, concatenated, before the output projection", "N·H"),
+    "mlp_in_gain_free": ("what the MLP reads, before its norm's gain", "D"),
+    "mlp_in": ("what the MLP reads, behind its norm", "D"),
+    "mlp_out": ("what the MLP adds to the residual stream, behind its post-norm", "D"),
+    "resid_post": ("the residual stream behind the block", "D"),
+}
+
+
+def sites_table() -> str:
+    """Every kind of site."""
+    lines = ["| site | what it is | width | TransformerLens | Hugging Face |", "|---|---|---|---|---|"]
+    for kind, names in gemma.SITES.items():
+        lens, module = (name.format("L") for name in names)
+        what, width = _SITES[kind]
+        lines.append(f"| `{kind}` | {what} | {width} | `{lens}` | {f'`{module}`' if module else ''} |")
+    return "\n".join(lines)
+
+
+def precision_table(numbers: dict) -> str:
+    """Relative errors in per cent and losses, by way of computing."""
+    ways = {
+        "bfloat16, gemma's norms": "gemma",
+        "bfloat16": "here",
+        "bfloat16, transformers": "transformers",
+        "float32": "here, float32",
+    }
+    lines = [f"| | {' | '.join(ways.values())} |", "|---|---|---|---|---|"]
+    for site in next(iter(numbers["ways"].values()))["relative_error"]:
+        errors = [numbers["ways"][way]["relative_error"][site] for way in ways]
+        lines.append(f"| {site} | " + " | ".join(f"{100 * error:.2g}%" for error in errors) + " |")
+    losses = " | ".join(f"{numbers['ways'][way]['loss']:.4f}" for way in ways)
+    lines += [f"| loss, nats | {losses} |", ""]
+    lines.append(f"Transformers' loss in float32 is {numbers['transformers_float32_loss']:.4f}.")
+    return "\n".join(lines)
+
+
+def tpu_table(numbers: dict) -> str:
+    """Gigabytes on each chip."""
+    lines = ["| compiled for | slice | GB at rest on a chip | GB at most |", "|---|---|---|---|"]
+    for case in numbers["harvests"]:
+        split = ", split" if case["shard_gemma"] else ""
+        lines.append(
+            f"| harvest of {case['model']} to layer {case['layer']}: {case['parameters'] / 1e9:.2f} billion "
+            f"parameters{split} | {case['topology']} | {case['argument_bytes'] / 1e9:.2f} "
+            f"| {case['peak_bytes'] / 1e9:.2f} |"
+        )
+    for case in numbers["steps"]:
+        layers = f", layer {case['layers'][0]}" if case["layers"] else ""
+        lines.append(
+            f"| step of configs/{case['config']}.py:{case['suite']}{layers}, SAEs: {case['saes']} "
+            f"| {case['topology']} | {case['argument_bytes'] / 1e9:.2f} | {case['peak_bytes'] / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
-    """What the README shows of each results file, by the file's name."""
+    """The tables of the documents, by the name in their markers."""
     made = {path.name: json.loads(path.read_text())["numbers"] for path in sorted(RESULTS.glob("*.json"))}
-    shown = {}
+    shown = {"models": models_table(), "sites": sites_table()}
+    for name, table in (("tpu.json", tpu_table), ("precision.json", precision_table)):
+        if name in made:
+            shown[f"results/{name}"] = table(made[name])
     if numbers := made.get("quickstart.json"):
         few, many = (next(iter(numbers[rows]["sae"].values())) for rows in ("rows_64", "rows_512"))
 
         def line(label: str, form: str) -> str:
             return f"| {label} | {form.format(**few)} | {form.format(**many)} |"
 
-        shown["quickstart.json"] = "\n".join(
+        shown["results/quickstart.json"] = "\n".join(
             [
                 f"| held-out rows | {few['rows']} (`make quickstart`) | {many['rows']} |",
                 "|---|---|---|",
@@ -100,7 +198,7 @@ def tables() -> dict[str, str]:
             ]
         )
     if numbers := made.get("step.json"):
-        shown["step.json"] = "\n".join(
+        shown["results/step.json"] = "\n".join(
             [
                 "| | measured |",
                 "|---|---|",
@@ -113,7 +211,7 @@ def tables() -> dict[str, str]:
         )
     if "peers.json" in made and "step.json" in made:
         ours, theirs = made["step.json"], made["peers.json"]
-        shown["peers.json"] = "\n".join(
+        shown["results/peers.json"] = "\n".join(
             [
                 "| the same update | ms | ÷ five matmuls of its own framework |",
                 "|---|---|---|",
@@ -133,26 +231,35 @@ def tables() -> dict[str, str]:
     return shown
 
 
-def update_readme(path: pathlib.Path = pathlib.Path("README.md")) -> None:
+def update_documents() -> None:
     """Puts the tables between their markers."""
-    text = path.read_text(encoding="utf-8")
-    for name, table in tables().items():
-        before, rest = text.split(f"<!-- results/{name} -->\n")
-        text = f"{before}<!-- results/{name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    path.write_text(text, encoding="utf-8")
+    made = tables()
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"<!-- (\S+) -->", text):
+            if name in made:
+                before, rest = text.split(f"<!-- {name} -->\n")
+                text = f"{before}<!-- {name} -->\n{made[name]}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+        path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     """Measures what is named, or everything."""
-    known = {"quickstart": quickstart, "step": step, "peers": peers}
+    known = {"quickstart": quickstart, "step": step, "tpu": tpu, "peers": peers, "precision": precision}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "names", nargs="*", choices=list(known), default=["quickstart", "step"], help="results to make"
+        "names",
+        nargs="*",
+        choices=[*known, "tables"],
+        default=["quickstart", "step", "tpu"],
+        help="results to make",
     )
     RESULTS.mkdir(exist_ok=True)
     for name in parser.parse_args().names:
+        if name == "tables":
+            continue
         commands, numbers = known[name]()
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
@@ -164,7 +271,7 @@ def main() -> None:
             "numbers": numbers,
         }
         (RESULTS / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n")
-        update_readme()
+    update_documents()
 
 
 if __name__ == "__main__":

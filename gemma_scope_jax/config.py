@@ -66,6 +66,9 @@ class MeshConfig:
 
     data: int = 1
     latent: int = 0
+    shard_gemma: bool = (
+        False  # Each chip holds a part of every weight, and gathers a block when it is its turn.
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,11 @@ class Config:
     """A whole run."""
 
     model: str = "gemma3_270m"
-    weights: str = ""  # A GGUF file or an Orbax checkpoint; empty: those that come with the requirements.
+    # An Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME` or a GGUF file; empty: those that come with the
+    # requirements (gemma3_270m), Google's own in gs://gemma-data for all others.
+    weights: str = ""
+    # A SentencePiece file, a tokenizer.json or a GGUF file; empty: what lies beside the weights, else Google's own.
+    tokenizer: str = ""
     gemma_dtype: str = "bfloat16"
     seed: int = 0
     data: DataConfig = DataConfig()
@@ -110,6 +117,42 @@ FREE_FIELDS = ("mesh.", "log.", "evaluation.", "train.tokens", "data.folder")
 def defaults() -> ml_collections.ConfigDict:
     """Gemma Scope's recipe, for a config file to change."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+# Gemma Scope's widths and the tokens each was trained on (section 3.2 and table 1).
+_WIDTHS = {
+    "16k": (2**14, 4_000_000_000),
+    "32k": (2**15, 8_000_000_000),
+    "65k": (2**16, 8_000_000_000),
+    "131k": (2**17, 8_000_000_000),
+    "262k": (2**18, 8_000_000_000),
+    "524k": (2**19, 8_000_000_000),
+    "1m": (2**20, 16_000_000_000),
+}
+
+
+def gemma_scope(model: str, suites: Mapping[str, tuple[int, ...]], suite: str) -> ml_collections.ConfigDict:
+    """One of Gemma Scope's suites.
+
+    Args:
+      model: its name.
+      suites: the layers of each suite, by `SITE_WIDTH`, for example `resid_post_16k`.
+      suite: which one.
+
+    Raises:
+      ValueError: the suite is not among them.
+    """
+    if suite not in suites:
+        raise ValueError(f"{model} has no suite {suite!r}; choose one of {', '.join(suites)}")
+    site, width = suite.rsplit("_", 1)
+    c = defaults()
+    c.model = model
+    c.data.text = "tfds:c4/en:3.1.0/train"  # Open, and not what Google trained on, which is not.
+    c.bank.sites, c.bank.layers = (site,), suites[suite]
+    c.bank.width, c.train.tokens = _WIDTHS[width]
+    # Of the published SAEs' coefficients 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3 and 4e-3 one in the middle.
+    c.bank.sparsity_coefficients = (5e-4,)
+    return c
 
 
 def to_dict(config: Config) -> dict:
@@ -316,4 +359,5 @@ def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_a
         optimizer=config.optimizer,
         precision=bank.precision,
         seed=config.seed,
+        masked_prefix=config.data.masked_prefix,
     )

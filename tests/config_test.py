@@ -24,10 +24,51 @@ def test_gemma_scopes_recipe_is_the_default():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_makes_a_plan(name):
-    made = config.from_dict(importlib.import_module(f"configs.{name}").get_config().to_dict())
-    config.make_plan(made, gemma.build_model(made.model), 1, 1)
-    assert f"--config=configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+def test_every_config_and_suite_makes_a_plan(name):
+    module = importlib.import_module(f"configs.{name}")
+    suites = getattr(module, "SUITES", [])
+    if name == "gemma3":
+        suites = [f"{size}{tuning}/resid_post_65k" for size in module.STUDIED for tuning in ("", "-it")]
+    for arguments in [(), *((suite,) for suite in suites)]:
+        made = config.from_dict(module.get_config(*arguments).to_dict())
+        config.make_plan(made, gemma.build_model(made.model), 1, 1)
+    assert f"--config=configs/{name}.py" in module.__doc__
+
+
+# From table 1 of the report: layers, width and tokens of a model and a suite.
+TABLE_1 = {
+    ("gemma2_2b", "resid_post_16k"): (range(26), 2**14, 4e9),
+    ("gemma2_2b", "attn_out_65k"): (range(26), 2**16, 8e9),
+    ("gemma2_2b", "resid_post_524k"): ((12,), 2**19, 8e9),
+    ("gemma2_2b", "resid_post_1m"): ((5, 12, 19), 2**20, 16e9),
+    ("gemma2_9b", "mlp_out_131k"): (range(42), 2**17, 8e9),
+    ("gemma2_9b", "resid_post_262k"): ((20,), 2**18, 8e9),
+    ("gemma2_9b", "resid_post_1m"): ((9, 20, 31), 2**20, 16e9),
+    ("gemma2_27b", "resid_post_131k"): ((10, 22, 34), 2**17, 8e9),
+    ("gemma2_9b_it", "resid_post_16k"): ((9, 20, 31), 2**14, 4e9),
+}
+
+
+@pytest.mark.parametrize(("name", "suite"), TABLE_1)
+def test_suites_are_those_of_the_report(name, suite):
+    layers, width, tokens = TABLE_1[name, suite]
+    c = importlib.import_module(f"configs.{name}").get_config(suite)
+    assert (tuple(c.bank.layers), c.bank.width, c.train.tokens) == (tuple(layers), width, tokens)
+    assert c.bank.sites == (suite.rsplit("_", 1)[0],) and c.data.context_length == 1024
+
+
+def test_an_unknown_suite_is_refused():
+    with pytest.raises(
+        ValueError, match="gemma2_2b has no suite 'resid_mid_16k'; choose one of resid_post_16k"
+    ):
+        importlib.import_module("configs.gemma2_2b").get_config("resid_mid_16k")
+
+
+def test_only_instruction_tuned_configs_use_the_chat_template():
+    for name in ("gemma2_2b", "gemma2_9b", "gemma2_27b"):
+        assert not importlib.import_module(f"configs.{name}").get_config().data.chat_template
+    tuned = importlib.import_module("configs.gemma2_9b_it").get_config()
+    assert tuned.data.chat_template and tuned.model == "gemma2_9b-it"
 
 
 def test_a_config_survives_being_stored():
@@ -45,7 +86,7 @@ def test_counts_add_up():
     ("changes", "mesh", "message"),
     [
         ({"bank__layers": (9,)}, (1, 1), "layer 9 is out of range: TinyGemma has layers 0 to 3"),
-        ({"bank__sites": ("resid_pre",)}, (1, 1), "unknown site 'resid_pre'; choose one of resid_post"),
+        ({"bank__sites": ("resid_pre",)}, (1, 1), "unknown site 'resid_pre'; choose one of embed, attn_out"),
         ({"bank__sites": ("resid_post", "attn_out")}, (1, 1), "sites of a bank must have one width"),
         ({"bank__layers": ()}, (1, 1), "the bank has no member"),
         ({"bank__seeds": (1, 1)}, (1, 1), "names a member twice"),

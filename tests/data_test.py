@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny
 
-from gemma_scope_jax import data
+from gemma_scope_jax import data, gemma
 from gemma_scope_jax.gemma import BOS, PAD
 
 
@@ -44,6 +44,30 @@ def test_every_continuation_begins_with_its_own_bos():
     rows = [tokens for tokens, _ in data.pack(iter([list(range(10, 40))]), 8)]
     assert [row[0] for row in rows] == [BOS] * len(rows)
     assert np.concatenate([row[1:] for row in rows])[:30].tolist() == list(range(10, 40))
+
+
+def test_in_the_chat_template_every_segment_is_a_whole_turn():
+    before, after = data.chat_template(tiny.load_tokenizer())
+    documents = [list(range(300, 340)), list(range(400, 405)), list(range(500, 503))]
+    rows = [tokens.tolist() for tokens, _ in data.pack(iter(documents), 32, before, after)]
+    assert sorted(t for row in rows for t in row if t >= 300) == sorted(t for d in documents for t in d)
+    turns = 0
+    for row in rows:
+        starts = [i for i, token in enumerate(row) if token == gemma.BOS]
+        for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
+            tokens = [token for token in row[start + 1 : end] if token != gemma.PAD]
+            assert tokens[: len(before)] == before and tokens[-len(after) :] == after
+            assert min(tokens[len(before) : -len(after)]) >= 300
+            turns += 1
+    assert turns >= len(documents)
+
+
+def test_a_row_must_have_room_for_the_chat_template(tmp_path):
+    short = data.DataConfig(
+        text=str(write_sources(tmp_path)[0]), context_length=9, chat_template=True, folder=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match="context_length 9 leaves no room in the chat template"):
+        data.prepare(short, tiny.load_tokenizer, "bytes")
 
 
 def test_order_is_a_permutation_of_each_epoch_and_depends_only_on_seed_and_place():
@@ -84,7 +108,7 @@ def test_every_source_gives_the_same_rows_and_splits_share_no_document(tmp_path)
     found = []
     for source in write_sources(tmp_path):
         assert list(data.documents(str(source))) == texts()
-        folder = data.prepare(config(tmp_path, source), tiny.ByteTokenizer().encode, "bytes")
+        folder = data.prepare(config(tmp_path, source), tiny.load_tokenizer, "bytes")
         splits = {}
         for split in (data.TRAIN, data.HELD_OUT):
             rows = data.open_rows(folder, split)
@@ -119,15 +143,14 @@ def test_rows_are_prepared_once_and_again_when_the_text_changes(tmp_path):
     source = write_sources(tmp_path)[1]
     calls = []
 
-    def encode(text):
-        calls.append(text)
-        return tiny.ByteTokenizer().encode(text)
+    def load_tokenizer():
+        calls.append("loaded")
+        return tiny.load_tokenizer()
 
-    folder = data.prepare(config(tmp_path, source), encode, "bytes")
-    before = len(calls)
-    assert data.prepare(config(tmp_path, source), encode, "bytes") == folder and len(calls) == before
+    folder = data.prepare(config(tmp_path, source), load_tokenizer, "bytes")
+    assert data.prepare(config(tmp_path, source), load_tokenizer, "bytes") == folder and len(calls) == 1
     source.write_text(source.read_text() + json.dumps({"text": "one more"}) + "\n")
-    assert data.prepare(config(tmp_path, source), encode, "bytes") != folder
+    assert data.prepare(config(tmp_path, source), load_tokenizer, "bytes") != folder
 
 
 @pytest.mark.parametrize(
@@ -145,7 +168,7 @@ def test_bad_text_is_refused_by_name(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        data.prepare(config(tmp_path, tmp_path / name), tiny.ByteTokenizer().encode, "bytes")
+        data.prepare(config(tmp_path, tmp_path / name), tiny.load_tokenizer, "bytes")
 
 
 def test_the_held_out_documents_of_the_default_corpus_never_change():

@@ -3,20 +3,34 @@
 import pathlib
 import re
 
+import numpy as np
+
 from benchmarks import results
+from gemma_scope_jax import gemma
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_results_file_stands_in_the_readme_as_it_was_measured():
+def test_every_table_stands_in_the_documents_as_it_was_measured(monkeypatch):
+    for name in ("tiny", "gemma2_small"):  # Of other tests.
+        monkeypatch.delitem(gemma.MODELS, name, raising=False)
     tables = results.tables()
-    assert (
-        set(tables) == set(re.findall(r"<!-- results/(\S+) -->", README)) >= {"quickstart.json", "step.json"}
-    )
+    text = "".join((ROOT / path).read_text(encoding="utf-8") for path in results.DOCUMENTS)
+    named = re.findall(r"<!-- (\S+) -->\n", text)
+    assert sorted(tables) == sorted(name for name in named if name != "end")
+    assert set(tables) >= {f"results/{name}.json" for name in ("quickstart", "step", "tpu", "precision")}
     for name, table in tables.items():
-        shown = README.split(f"<!-- results/{name} -->\n")[1].split("\n<!-- end -->")[0]
-        assert shown == table, f"README differs from results/{name}; run python -m benchmarks.results"
+        shown = text.split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0]
+        assert shown == table, f"{name} has changed; run python -m benchmarks.results tables"
+
+
+def test_the_python_in_the_documents_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["values"][names["mlp"]].shape == (1, 6, 640)
+    assert np.isfinite(names["logits"]).all()
 
 
 def test_the_readme_names_every_module_and_only_files_that_exist():

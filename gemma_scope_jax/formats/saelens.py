@@ -16,7 +16,15 @@ from gemma_scope_jax.sae import SAE
 _VERSION = "6.54.12"
 _OWN_KEY = "gemma_scope_jax"
 _SITE_MEAN = "site_mean.safetensors"
-_OWN_FIELDS = ("held_out_fraction", "data_seed", "rows", "weights", "gemma_dtype")
+_OWN_FIELDS = (
+    "held_out_fraction",
+    "data_seed",
+    "chat_template",
+    "rows",
+    "weights",
+    "tokenizer",
+    "gemma_dtype",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +38,10 @@ class About:
     # What it takes to evaluate it as it was trained; see `data.DataConfig` and `config.Config`.
     held_out_fraction: float = 0.1
     data_seed: int = 0
+    chat_template: bool = False
     rows: str = ""
     weights: str = ""
+    tokenizer: str = ""
     gemma_dtype: str = "float32"
 
 

@@ -1,0 +1,101 @@
+"""What bfloat16 does to Gemma 3 270M's activations and loss, against transformers' float32.
+
+    make test-peers && python -m benchmarks.precision .peers [--json=PATH]
+
+Three ways in bfloat16: gemma's own modules, the same with norms in float32 (as here), and transformers.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gemma import gm
+
+from gemma_scope_jax import gemma, weights
+
+LAYERS = (5, 9, 12, 15)
+SITES = tuple(
+    gemma.Site(kind, layer) for kind in ("resid_post", "mlp_out", "attn_out", "mlp_in") for layer in LAYERS
+)
+
+
+def gemmas_norm(
+    x: jax.Array, module: gm.nn.RMSNorm, tap: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> jax.Array:
+    """The arithmetic of `gm.nn.RMSNorm`, in the dtype of `x`."""
+    scale_D = module.get_variable("params", "scale").reshape((1,) * (x.ndim - 1) + (-1,))
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return tap(x * jax.lax.rsqrt(variance + 1e-06)) * (1 + scale_D)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(
+    model: gm.nn.Transformer, params: weights.Params, tokens_1xL: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Losses [L - 1] and sites [L, D]."""
+    x = gemma.embed(model, params, tokens_1xL)
+    x, values = gemma.run_blocks(model, params, x, tokens_1xL, range(model.config.num_layers), read=SITES)
+    loss, _ = gemma.next_token_loss(model, params, x, tokens_1xL)
+    return loss[0, :-1], {str(site): value[0] for site, value in values.items()}
+
+
+def relative_error(actual: np.ndarray, exact: np.ndarray) -> float:
+    """‖actual − exact‖ / ‖exact‖ of the median token, BOS left out."""
+    actual, exact = (np.asarray(x, np.float64)[1:] for x in (actual, exact))
+    return float(np.median(np.linalg.norm(actual - exact, axis=-1) / np.linalg.norm(exact, axis=-1)))
+
+
+def measure(folder: pathlib.Path) -> dict:
+    """Losses and relative errors, by way of computing."""
+    want = np.load(folder / "gemma3_270m" / "expected.npz")
+    loaded = gemma.load("gemma3_270m", str(folder / "gemma3_270m"), jnp.float32)
+    tokens = jnp.asarray(want["tokens"])[None]
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded.params)
+    results = {
+        "float32": forward(loaded.model, loaded.params, tokens),
+        "bfloat16": forward(loaded.model, low, tokens),
+    }
+    ours, gemma._float32_norm = gemma._float32_norm, gemmas_norm
+    jax.clear_caches()
+    results["bfloat16, gemma's norms"] = forward(loaded.model, low, tokens)
+    gemma._float32_norm = ours
+    transformers = {str(site): want[f"bfloat16/{site}"] for site in SITES}
+    results["bfloat16, transformers"] = (want["bfloat16/loss"], transformers)
+    exact_loss = want["float32/loss"]
+    return {
+        "tokens": int(want["tokens"].size),
+        "transformers_float32_loss": float(exact_loss.mean()),
+        "ways": {
+            way: {
+                "loss": float(np.mean(loss)),
+                "largest_loss_difference": float(np.abs(np.asarray(loss) - exact_loss).max()),
+                "relative_error": {
+                    str(site): relative_error(values[str(site)], want[f"float32/{site}"]) for site in SITES
+                },
+            }
+            for way, (loss, values) in results.items()
+        },
+    }
+
+
+def main() -> None:
+    """Prints the numbers as JSON, or writes them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=pathlib.Path, help="what tests/peers/hugging_face.py made")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
+    args = parser.parse_args()
+    numbers = measure(args.folder)
+    print(json.dumps(numbers, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Gemma Scope's SAEs on Gemma 2 27B.
+
+    python train.py --config=configs/gemma2_27b.py --workdir=runs/27b
+
+Gemma Scope has one suite of it: 131k latents on the residual stream of layers 10, 22 and 34.
+
+Hardware: a v5p-32. What it needs of each chip is in results/tpu.json.
+Expected at layer 22 over λ: L0 from 20 to 290 (those of the SAEs that Google published).
+"""
+
+import ml_collections
+
+from gemma_scope_jax import config
+
+SUITES = {"resid_post_131k": (10, 22, 34)}
+
+
+def get_config(suite: str = "resid_post_131k") -> ml_collections.ConfigDict:
+    c = config.gemma_scope("gemma2_27b", SUITES, suite)
+    c.mesh.shard_gemma = True
+    return c

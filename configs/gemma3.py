@@ -1,0 +1,47 @@
+"""Gemma Scope 2's layers and widths on Gemma 3.
+
+    python train.py --config=configs/gemma3.py:MODEL/SUITE --workdir=runs/gemma3
+
+MODEL is 270m (the default), 1b, 4b, 12b or 27b, each also with -it; SUITE a site and a width: resid_post_16k (the
+default), mlp_out_262k, … at all layers, and resid_post_65k, mlp_out_65k, attn_out_65k and resid_post_1m at the four
+layers that Google studied most. Sparsity warms up over 50,000 updates, as there.
+
+Gemma Scope 2 does not say how many tokens it used; those of Gemma Scope stand in for them. Its quadratic penalty and
+its Matryoshka loss are not used here.
+
+Hardware: one layer of 270m at 16k on a v5e-8. What it needs of each chip is in results/tpu.json.
+Expected: of the SAEs that Google published L0 is 10 to 20 (small), 30 to 60 (medium) or 60 to 150 (big), over λ.
+"""
+
+import ml_collections
+
+from gemma_scope_jax import config, gemma
+
+SITES = ("resid_post", "mlp_out", "attn_out")
+STUDIED = {
+    "270m": (5, 9, 12, 15),
+    "1b": (7, 13, 17, 22),
+    "4b": (9, 17, 22, 29),
+    "12b": (12, 24, 31, 41),
+    "27b": (16, 31, 40, 53),
+}
+
+
+def get_config(model_and_suite: str = "270m/resid_post_16k") -> ml_collections.ConfigDict:
+    size, _, suite = model_and_suite.partition("/")
+    base = size.removesuffix("-it")
+    if base not in STUDIED:
+        raise ValueError(
+            f"unknown size {size!r}; choose one of {', '.join(STUDIED)}, or one of them with -it"
+        )
+    layers = tuple(range(gemma.build_model(f"gemma3_{base}").config.num_layers))
+    suites = {
+        **{f"{site}_{width}": layers for site in SITES for width in ("16k", "262k")},
+        **{f"{site}_65k": STUDIED[base] for site in SITES},
+        "resid_post_1m": STUDIED[base],
+    }
+    c = config.gemma_scope(f"gemma3_{size}", suites, suite or "resid_post_16k")
+    c.optimizer.sparsity_warmup_updates = 50_000
+    c.mesh.shard_gemma = base in ("12b", "27b")
+    c.data.chat_template = size.endswith("-it")
+    return c
