@@ -22,12 +22,15 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         _CONFIG.value.to_dict()  # A config file that cannot be loaded is an error only when it is looked at.
         return rest
-    except (AttributeError, KeyError, TypeError, OSError, flags.Error) as error:
-        text = str(error)
-        if "Traceback" in text:  # Of an error in the config file, or that the file raised; its last line says which.
-            text = text.strip().splitlines()[-1].removeprefix("ValueError: ")
-        # ml_collections raises a KeyError inside a KeyError; their texts are each other's repr.
-        raise ValueError(text.strip("'\"").replace("\\n", " ").replace("\\'", "'")) from error
+    except (AttributeError, KeyError) as error:
+        name = str(error).strip("'\"")  # All that ml_collections says, in quotes of quotes.
+        argument = next((argument for argument in argv if f".{name}" in argument), None)
+        if argument is None:  # Raised by the config file itself, so its traceback is what helps.
+            raise
+        raise ValueError(f"the config has no field {name!r}, named by {argument}") from error
+    except (TypeError, OSError, flags.Error) as error:
+        # A mistake within the config file comes with its traceback; the last line says what it is.
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def main(argv: list[str]) -> None:

@@ -239,7 +239,9 @@ def update_documents() -> None:
         for name in re.findall(r"<!-- (\S+) -->", text):
             if name in made:
                 before, rest = text.split(f"<!-- {name} -->\n")
-                text = f"{before}<!-- {name} -->\n{made[name]}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+                text = (
+                    f"{before}<!-- {name} -->\n{made[name]}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+                )
         path.write_text(text, encoding="utf-8")
 
 

@@ -212,7 +212,14 @@ def test_paths_that_hold_nothing_are_refused(tmp_path, run):
     ("command", "message"),
     [
         (["evaluate.py", "nowhere"], "Error: nowhere is neither a run directory"),
-        (["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.bank.widht=3"], "widht"),
+        (
+            ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.bank.widht=3"],
+            "Error: the config has no field 'widht', named by --config.bank.widht=3",
+        ),
+        (
+            ["train.py", "--config=configs/gemma3.py:2b", "--workdir=x"],
+            "Error: unknown size '2b'; choose one of",
+        ),
         (["train.py", "--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
         (
             ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.bank.layers=(18,)"],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from gemma_scope_jax import gemma, weights
+from gemma_scope_jax import gemma, tokenizer, weights
 
 # Both layouts of the gating matrices: 2B's and that of the others.
 MODELS = [(name, True) for name in small.NAMES] + [("small_gemma2_2b", False)]
