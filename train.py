@@ -4,6 +4,7 @@ python train.py --config=configs/quickstart.py --workdir=runs/quickstart [--conf
 """
 
 import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
@@ -23,11 +24,14 @@ def parse(argv: list[str]) -> list[str]:
         _CONFIG.value.to_dict()  # A config file that cannot be loaded is an error only when it is looked at.
         return rest
     except (AttributeError, KeyError) as error:
-        name = str(error).strip("'\"")  # All that ml_collections says, in quotes of quotes.
+        # ml_collections says the name, in quotes of quotes, and perhaps a better one.
+        name = re.search(r"\w+", str(error))[0]
         argument = next((argument for argument in argv if f".{name}" in argument), None)
         if argument is None:  # Raised by the config file itself, so its traceback is what helps.
             raise
-        raise ValueError(f"the config has no field {name!r}, named by {argument}") from error
+        better = re.search(r"Did you mean \W*(\w+)", str(error))
+        hint = f"; did you mean {better[1]!r}?" if better else ""
+        raise ValueError(f"the config has no field {name!r}, named by {argument}{hint}") from error
     except (TypeError, OSError, flags.Error) as error:
         # A mistake within the config file comes with its traceback; the last line says what it is.
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error

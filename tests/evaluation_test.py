@@ -214,7 +214,7 @@ def test_paths_that_hold_nothing_are_refused(tmp_path, run):
         (["evaluate.py", "nowhere"], "Error: nowhere is neither a run directory"),
         (
             ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.bank.widht=3"],
-            "Error: the config has no field 'widht', named by --config.bank.widht=3",
+            "Error: the config has no field 'widht', named by --config.bank.widht=3; did you mean 'width'?",
         ),
         (
             ["train.py", "--config=configs/gemma3.py:2b", "--workdir=x"],
