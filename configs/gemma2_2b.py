@@ -4,7 +4,7 @@
 
 SUITE is a site and a width: resid_post_16k (the default), mlp_out_16k, attn_out_65k, … at all 26 layers, and on the
 residual stream of layer 12 also 32k, 131k, 262k and 524k, of layers 5, 12 and 19 1m. Any can be had at fewer layers:
-`--config.bank.layers='(12,)'`.
+`--config.banks.main.layers='(12,)'`.
 
 Hardware: one layer of 16k on a v5e-8; all layers of 16k on a v5p-32 with --config.mesh.data=2. What they need of each
 chip is in results/tpu.json.

@@ -19,12 +19,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.gemma_dtype = "float32"
     c.data.context_length = 256
 
-    c.bank.layers = (9,)
-    c.bank.width = 4096
-    c.bank.sparsity_coefficients = (5e-4,)
-    c.bank.bandwidth = 0.04
-    c.bank.initial_threshold = 0.04
-    c.bank.dead_after_updates = 400
+    c.banks.main.layers = (9,)
+    c.banks.main.width = 4096
+    c.banks.main.sparsity_coefficients = (5e-4,)
+    c.banks.main.bandwidth = 0.04
+    c.banks.main.initial_threshold = 0.04
+    c.banks.main.window_updates = 400
 
     c.train.tokens = 120 * 4096
     c.train.sequences_per_step = 16  # 4,096 positions, so 16 updates of 256.

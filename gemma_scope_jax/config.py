@@ -13,25 +13,35 @@ import jax.numpy as jnp
 import ml_collections
 from gemma import gm
 
-from gemma_scope_jax import gemma, optim, step
+from gemma_scope_jax import bank, gemma, optim, step
 from gemma_scope_jax.data import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class BankConfig:
-    """The SAEs: one for each combination of layer, site, sparsity coefficient and seed, of equal shape."""
+    """A bank: one SAE for each combination of layer, site, λ, target L0 and seed, all of one shape."""
 
     layers: tuple[int, ...] = (12,)
     sites: tuple[str, ...] = ("resid_post",)
     sparsity_coefficients: tuple[float, ...] = (6e-4,)
+    target_l0s: tuple[float, ...] = ()  # Only where `objective` is not linear.
     seeds: tuple[int, ...] = (0,)
     width: int = 16_384
+    # What sparsity costs: "linear", λ‖f‖₀; "quadratic", (λ / 2L0*)(‖f‖₀ − L0*)², which ends near its target;
+    # "controlled", λ‖f‖₀ with a λ that moves, from the one given, until L0 is at its target.
+    objective: str = "linear"
+    # A transcoder predicts this site of the same layer instead of the one that it reads; empty: an autoencoder.
+    target_site: str = ""
+    skip: bool = False  # A transcoder with a skip connection.
+    # A transcoder's target is divided by the scale of what is read, as in Gemma Scope ("read"; appendix B), or by its
+    # own, so that λ means the same at every layer ("target").
+    scale_target_by: str = "read"
     bandwidth: float = 0.001
     initial_threshold: float = 0.001
     precision: str = (
         "highest"  # Of matmuls: default, high or highest. On TPU, default multiplies in bfloat16.
     )
-    dead_after_updates: int = 2_500  # A latent that has not fired for so many updates counts as dead.
+    window_updates: int = 2_500  # Over so many, dead and dense latents are counted and L0 is measured.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +110,10 @@ class Config:
     gemma_dtype: str = "bfloat16"
     seed: int = 0
     data: DataConfig = DataConfig()
-    bank: BankConfig = BankConfig()
+    # By names of one's choice.
+    banks: Mapping[str, BankConfig] = dataclasses.field(default_factory=lambda: {"main": BankConfig()})
+    # A finished run whose SAEs, so far as this config names them too, are trained on here; see README.md.
+    start_from: str = ""
     train: TrainConfig = TrainConfig()
     ring: RingConfig = RingConfig()
     normalizer: NormalizerConfig = NormalizerConfig()
@@ -111,7 +124,7 @@ class Config:
 
 
 # What a run may be continued with another value of. All else decides what the numbers mean.
-FREE_FIELDS = ("mesh.", "log.", "evaluation.", "train.tokens", "data.folder")
+FREE_FIELDS = ("mesh.", "log.", "evaluation.", "train.tokens", "data.folder", "start_from")
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -148,11 +161,16 @@ def gemma_scope(model: str, suites: Mapping[str, tuple[int, ...]], suite: str) -
     c = defaults()
     c.model = model
     c.data.text = "tfds:c4/en:3.1.0/train"  # Open, and not what Google trained on, which is not.
-    c.bank.sites, c.bank.layers = (site,), suites[suite]
-    c.bank.width, c.train.tokens = _WIDTHS[width]
+    c.banks.main.sites, c.banks.main.layers = (site,), suites[suite]
+    c.banks.main.width, c.train.tokens = _WIDTHS[width]
     # Of the published SAEs' coefficients 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3 and 4e-3 one in the middle.
-    c.bank.sparsity_coefficients = (5e-4,)
+    c.banks.main.sparsity_coefficients = (5e-4,)
     return c
+
+
+def bank_fields(**fields: object) -> dict:
+    """A bank for `config.banks`, in a config file: the fields given, the defaults for all others."""
+    return dataclasses.asdict(BankConfig(**fields))
 
 
 def to_dict(config: Config) -> dict:
@@ -177,6 +195,9 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
         kind = fields[name]
         if dataclasses.is_dataclass(kind):
             made[name] = from_dict(value, kind, f"{prefix}{name}.")
+        elif typing.get_origin(kind) is Mapping:
+            element = typing.get_args(kind)[1]
+            made[name] = {key: from_dict(v, element, f"{prefix}{name}.{key}.") for key, v in value.items()}
         elif typing.get_origin(kind) is tuple:
             elements = value if isinstance(value, (tuple, list)) else (value,)
             made[name] = tuple(_typed(v, typing.get_args(kind)[0], prefix + name) for v in elements)
@@ -211,11 +232,23 @@ def flatten(config: Config) -> dict[str, object]:
 def check_resumable(old: Config, new: Config) -> None:
     """Raises ValueError if a run of config `old` cannot be continued with `new`."""
     before, now = flatten(old), flatten(new)
-    for name, value in now.items():
-        if before[name] != value and not name.startswith(FREE_FIELDS):
+    for name in [*now, *(before.keys() - now.keys())]:
+        if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS):
+            go_on = "; with --config.start_from that one goes on from these SAEs" if "banks." in name else ""
             raise ValueError(
-                f"this run was started with config.{name} = {before[name]!r}, now it is {value!r}; give it the old "
-                "value, or start another run with another --workdir"
+                f"this run was started with config.{name} = {before.get(name)!r}, now it is {now.get(name)!r}; "
+                f"give it the old value, or start another run with another --workdir{go_on}"
+            )
+
+
+def check_startable(old: Config, new: Config) -> None:
+    """Raises ValueError if a run of config `new` cannot start from the end of one of config `old`."""
+    before, now = flatten(old), flatten(new)
+    for name, value in now.items():
+        if not name.startswith(("banks.", *FREE_FIELDS)) and before.get(name) != value:
+            raise ValueError(
+                f"start_from: that run had config.{name} = {before.get(name)!r}, this one has {value!r}; "
+                "only banks may differ"
             )
 
 
@@ -232,39 +265,104 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def members(bank: BankConfig) -> tuple[step.Member, ...]:
-    """The SAEs that a bank's config names, in the order of layers, sites, coefficients, seeds."""
+def members(config: BankConfig) -> tuple[bank.Member, ...]:
+    """The SAEs that a bank's config names, in the order of layers, sites, coefficients, targets, seeds."""
     return tuple(
-        step.Member(gemma.Site(site, layer), coefficient, seed)
-        for layer, site, coefficient, seed in itertools.product(
-            bank.layers, bank.sites, bank.sparsity_coefficients, bank.seeds
+        bank.Member(
+            gemma.Site(site, layer),
+            gemma.Site(config.target_site or site, layer),
+            config.width,
+            coefficient,
+            seed,
+            target_l0,
+            config.skip,
+        )
+        for layer, site, coefficient, target_l0, seed in itertools.product(
+            config.layers,
+            config.sites,
+            config.sparsity_coefficients,
+            config.target_l0s or (0.0,),
+            config.seeds,
         )
     )
 
 
-def _check_bank(bank: BankConfig, model: gm.nn.Transformer, latent_axis: int) -> None:
-    named = members(bank)
-    _require(bool(named), "the bank has no member: each of bank.layers, .sites, … needs a value")
-    _require(len(set(named)) == len(named), "the bank names a member twice; values must differ")
+# What `objective`, `scale_target_by` and `precision` may be.
+_CHOICES = {
+    "objective": ("linear", "quadratic", "controlled"),
+    "scale_target_by": ("read", "target"),
+    "precision": ("default", "high", "highest"),
+}
+
+
+def _check_bank(
+    name: str, config: BankConfig, batch: int, model: gm.nn.Transformer, latent_axis: int
+) -> None:
+    at, named = f"banks.{name}", members(config)
+    _require(bool(named), f"{at} has no member: each of layers, sites, … needs a value")
     for member in named:
         gemma.check_site(model, member.site)
-    widths = {str(member.site): gemma.site_width(model, member.site) for member in named}
-    _require(len(set(widths.values())) == 1, f"the sites of a bank must have one width, these have {widths}")
+        gemma.check_site(model, member.target_site)
+    for member in named:
+        _require(
+            member.is_transcoder or not config.target_site,
+            f"{at}: a transcoder from {member.site} to itself is an autoencoder; leave target_site empty",
+        )
+    for kind in ("site", "target_site"):
+        widths = {str(getattr(m, kind)): gemma.site_width(model, getattr(m, kind)) for m in named}
+        _require(
+            len(set(widths.values())) == 1,
+            f"the sites of a bank must have one width, those of {at} have {widths}; make a bank of each width",
+        )
     _require(
-        bank.width > 0 and bank.width % latent_axis == 0,
-        f"bank.width {bank.width} is not divisible by the mesh's latent axis ({latent_axis}); "
+        config.width > 0 and config.width % latent_axis == 0,
+        f"{at}.width {config.width} is not divisible by the mesh's latent axis ({latent_axis}); "
         f"choose a multiple of {latent_axis}",
     )
+    for field, choices in _CHOICES.items():
+        value = getattr(config, field)
+        _require(value in choices, f"{at}.{field} is {value!r}; choose one of {', '.join(choices)}")
+    for field in ("bandwidth", "initial_threshold"):
+        _require(getattr(config, field) > 0, f"{at}.{field} is {getattr(config, field)}; it must be positive")
     _require(
-        bank.precision in ("default", "high", "highest"),
-        f"bank.precision is {bank.precision!r}; choose default, high or highest",
+        min(config.sparsity_coefficients) >= 0,
+        f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; none may be negative",
     )
-    for name in ("bandwidth", "initial_threshold"):
-        _require(getattr(bank, name) > 0, f"bank.{name} is {getattr(bank, name)}; it must be positive")
+    _require(not config.skip or bool(config.target_site), f"{at}.skip is for transcoders; set target_site")
     _require(
-        min(bank.sparsity_coefficients) >= 0,
-        f"bank.sparsity_coefficients are {bank.sparsity_coefficients}; none may be negative",
+        1 <= config.window_updates < 2**31 // batch,
+        f"{at}.window_updates is {config.window_updates}; choose 1 to {2**31 // batch - 1}",
     )
+    if config.objective == "linear":
+        _require(
+            not config.target_l0s,
+            f"{at}.target_l0s are given; choose objective quadratic or controlled with them",
+        )
+        return
+    _require(bool(config.target_l0s), f"{at}.objective is {config.objective}; it needs {at}.target_l0s")
+    for target in config.target_l0s:
+        _require(
+            0 < target < config.width, f"{at}.target_l0s has {target}; choose above 0 and below the width"
+        )
+    _require(
+        min(config.sparsity_coefficients) > 0,
+        f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; the objective {config.objective} needs "
+        "them above 0",
+    )
+
+
+def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> None:
+    _require(bool(config.banks), "config.banks is empty; a run needs a bank")
+    banks_of = {}
+    for name, bank_config in config.banks.items():
+        _require(name.isidentifier(), f"config.banks has a bank {name!r}; choose letters, digits and _")
+        _check_bank(name, bank_config, config.train.batch, model, latent_axis)
+        for member in members(bank_config):
+            other = banks_of.setdefault(member.name, name)
+            _require(
+                other == name and list(members(bank_config)).count(member) == 1,
+                f"{member.name} is named twice, in banks.{other} and banks.{name}; values must differ",
+            )
 
 
 def _check_ranges(config: Config) -> None:
@@ -338,26 +436,34 @@ def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_a
     Raises:
       ValueError: fields that do not fit each other, the model or the mesh; names and values in the message.
     """
-    bank, train = config.bank, config.train
+    train = config.train
     _check_ranges(config)
-    _check_bank(bank, model, latent_axis)
     _check_sizes(config, data_axis * latent_axis)
+    _check_banks(config, model, latent_axis)
     activations = train.sequences_per_step * config.data.context_length
-    named = members(bank)
     return step.Plan(
-        members=named,
-        padded_members=padded(len(named), data_axis),
-        latents=bank.width,
+        banks=tuple(_bank_plan(name, b, data_axis) for name, b in config.banks.items()),
         batch=train.batch,
         updates_per_step=activations // train.batch,
         harvests=train.tokens // activations,
         ring_groups=config.ring.groups,
         ring_capacity=config.ring.capacity,
-        bandwidth=bank.bandwidth,
-        initial_threshold=bank.initial_threshold,
-        dead_after_updates=bank.dead_after_updates,
         optimizer=config.optimizer,
-        precision=bank.precision,
         seed=config.seed,
         masked_prefix=config.data.masked_prefix,
+    )
+
+
+def _bank_plan(name: str, config: BankConfig, data_axis: int) -> bank.Plan:
+    named = members(config)
+    return bank.Plan(
+        name=name,
+        members=named,
+        padded_members=padded(len(named), data_axis),
+        objective=config.objective,
+        scale_target_by=config.scale_target_by,
+        bandwidth=config.bandwidth,
+        initial_threshold=config.initial_threshold,
+        window_updates=config.window_updates,
+        precision=config.precision,
     )

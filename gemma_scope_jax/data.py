@@ -231,7 +231,16 @@ def documents(text: str) -> Iterator[str]:
         import tensorflow_datasets as tfds
 
         name, _, split = text.removeprefix("tfds:").rpartition("/")
-        for example in tfds.data_source(name, split=split):
+        try:
+            source = tfds.data_source(name, split=split)
+        except (
+            Exception
+        ) as error:  # Of many kinds: no such dataset, one that is to be prepared with Beam first.
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"TFDS cannot give {text} ({reason}); prepare it as ArrayRecord, or give files"
+            ) from error
+        for example in source:
             value = example["text"]
             yield value.decode() if isinstance(value, bytes) else value
     else:

@@ -3,6 +3,7 @@
 Shapes: S sequences, L context length, D site width, N heads, H head width, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -239,6 +240,11 @@ def is_kept(tokens_SxL: jax.Array, prefix: int) -> jax.Array:
     return ~is_special(tokens_SxL) & (packed_positions(tokens_SxL) > prefix)
 
 
+def _precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """Where float32 is asked for it is meant: a TPU would by default multiply it in bfloat16."""
+    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
+
+
 def _normalize(x: jax.Array) -> jax.Array:
     """`x` over its root mean square, in float32."""
     x = x.astype(jnp.float32)
@@ -251,6 +257,11 @@ def _float32_norm(
     """What `module` computes of `x`, in float32 and then rounded; `tap` is called before the gain."""
     scale_D = module.get_variable("params", "scale").astype(jnp.float32)
     return (tap(_normalize(x)) * (1 + scale_D.reshape((1,) * (x.ndim - 1) + (-1,)))).astype(x.dtype)
+
+
+def mlp_in_gain(params: weights.Params, layer: int) -> jax.Array:
+    """By what `mlp_in` is `mlp_in_gain_free` multiplied, [D] in float32."""
+    return 1 + params[f"layer_{layer}"]["pre_ffw_norm"]["scale"].astype(jnp.float32)
 
 
 def embed(model: gm.nn.Transformer, params: weights.Params, tokens_SxL: jax.Array) -> jax.Array:
@@ -304,7 +315,8 @@ def run_blocks(
             x_SxLxD = tap(Site("resid_post", layer), x_SxLxD)
         return x_SxLxD
 
-    x_SxLxD = model.apply({"params": params}, x_SxLxD, method=walk)
+    with _precision(dtype):
+        x_SxLxD = model.apply({"params": params}, x_SxLxD, method=walk)
     if missed := (set(read) | write.keys()) - passed:
         raise ValueError(
             f"blocks {layers.start} to {layers.stop - 1} do not pass {', '.join(map(str, missed))}"
@@ -369,7 +381,8 @@ def logits(model: gm.nn.Transformer, params: weights.Params, x: jax.Array) -> ja
     def decode(model: gm.nn.Transformer) -> jax.Array:
         return model.embedder.decode(_float32_norm(x, model.final_norm))
 
-    values = model.apply({"params": params}, method=decode).astype(jnp.float32)
+    with _precision(x.dtype):
+        values = model.apply({"params": params}, method=decode).astype(jnp.float32)
     cap = model.config.final_logit_softcap
     return values if cap is None else jnp.tanh(values / cap) * cap
 

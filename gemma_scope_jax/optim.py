@@ -1,10 +1,11 @@
 """The optimizer of Gemma Scope (section 3.2) as an optax chain, and its schedules.
 
-Everything is elementwise or per decoder row, so one optimizer serves a whole bank with its leading axis E.
+Of one SAE; a bank is `jax.vmap` over its members, each of which counts its own updates.
 """
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -23,17 +24,25 @@ class OptimizerConfig:
     sparsity_warmup_updates: int = 10_000  # Linear, from zero.
 
 
-def learning_rate(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
-    """Cosine rise from 0.1 to 1 times the rate, then constant, then (if asked for) a linear fall to zero."""
-    fall = optax.cosine_decay_schedule(1.0, max(config.warmup_updates, 1), alpha=0.1)
-    decay_updates = round(config.decay_fraction * total_updates)
-    decay = optax.linear_schedule(1.0, 0.0, decay_updates, transition_begin=total_updates - decay_updates)
+def learning_rate(
+    config: OptimizerConfig, total_updates: int, update: jax.Array, own_update: jax.Array
+) -> jax.Array:
+    """Cosine rise from 0.1 to 1 times the rate, then constant, then (if asked for) a linear fall to zero.
 
-    def schedule(update: int) -> jnp.ndarray:
-        warmup = 1.1 - fall(update) if config.warmup_updates else 1.0
-        return config.learning_rate * warmup * (decay(update) if decay_updates else 1.0)
-
-    return schedule
+    Args:
+      config: of the optimizer.
+      total_updates: of the run.
+      update: how many the run has had; the fall follows it.
+      own_update: how many the SAE has had, fewer if it joined later; the rise follows it.
+    """
+    rise = 1.0
+    if config.warmup_updates:
+        rise = 1.1 - optax.cosine_decay_schedule(1.0, config.warmup_updates, alpha=0.1)(own_update)
+    fall = 1.0
+    if decay_updates := round(config.decay_fraction * total_updates):
+        begin = total_updates - decay_updates
+        fall = optax.linear_schedule(1.0, 0.0, decay_updates, transition_begin=begin)(update)
+    return jnp.asarray(config.learning_rate * rise * fall)
 
 
 def sparsity_warmup(config: OptimizerConfig) -> optax.Schedule:
@@ -55,23 +64,26 @@ def project_decoder_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
-    """Projection, Adam with β₁ = 0, learning rate.
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Projection, then Adam with β₁ = 0; what it gives is still to be multiplied by the learning rate.
 
     With β₁ = 0 Adam's first moment is the gradient itself, so only the second is stored.
     """
     return optax.chain(
         project_decoder_gradient(),
         optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True),
-        optax.scale_by_learning_rate(learning_rate(config, total_updates)),
     )
 
 
 def apply_gradient(
-    optimizer: optax.GradientTransformation, gradient: sae.Params, state: optax.OptState, params: sae.Params
+    optimizer: optax.GradientTransformation,
+    gradient: sae.Params,
+    state: optax.OptState,
+    params: sae.Params,
+    rate: jax.Array,
 ) -> tuple[sae.Params, optax.OptState]:
-    """One update, after which every decoder row has unit norm again."""
+    """One update at a learning rate, after which every decoder row has unit norm again."""
     updates, state = optimizer.update(gradient, state, params)
-    params = optax.apply_updates(params, updates)
+    params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
     norm = jnp.linalg.norm(params.W_dec, axis=-1, keepdims=True)
     return params.replace(W_dec=params.W_dec / norm), state

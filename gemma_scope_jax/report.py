@@ -1,16 +1,25 @@
 """From a path to a report: opens a run or an exported SAE, evaluates it, and shows and stores the numbers."""
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import rich.console
 import rich.table
 
+from gemma_scope_jax import bank, data, evaluation, export, gemma, interrupt, runs
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, evaluation, gemma, interrupt, training
 from gemma_scope_jax.formats import saelens
 
-# The config to evaluate with, the SAEs, and the folder of the rows they were trained on.
-Opened = tuple[config_lib.Config, dict[str, evaluation.Subject], pathlib.Path]
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What lies at a path."""
+
+    config: config_lib.Config  # to evaluate with
+    subjects: dict[str, evaluation.Subject]
+    rows: pathlib.Path  # the folder of those that the SAEs were trained on
+    members: dict[str, bank.Member]  # of a run
 
 
 def open_path(path: pathlib.Path, **overrides: str | None) -> Opened:
@@ -32,15 +41,19 @@ def open_path(path: pathlib.Path, **overrides: str | None) -> Opened:
 
 
 def _open_run(path: pathlib.Path) -> Opened:
-    run, state = training.open_run(path)
-    folded = training.folded_saes(run, state)
+    run, state = runs.open_run(path)
+    folded = export.folded_saes(run.plan, state)
+    members = {member.name: member for member in run.plan.members}
     subjects = {
-        member.name: evaluation.Subject(
-            folded[member.name], member.site, state.normalizers[str(member.site)].ablation_mean_D
+        name: evaluation.Subject(
+            folded[name],
+            member.site,
+            state.normalizers[str(member.target_site)].ablation_mean_D,
+            member.target_site,
         )
-        for member in run.plan.members
+        for name, member in members.items()
     }
-    return run.config, subjects, training.run_rows(run.config, path)
+    return Opened(run.config, subjects, runs.run_rows(run.config, path), members)
 
 
 def _open_saelens(path: pathlib.Path, given: dict[str, str]) -> Opened:
@@ -61,16 +74,25 @@ def _open_saelens(path: pathlib.Path, given: dict[str, str]) -> Opened:
         }
     )
     site = gemma.site_from_hook(about.hook_name)
+    target_site = gemma.site_from_hook(about.hook_name_out) if about.hook_name_out else site
     model = gemma.build_model(config.model)
-    gemma.check_site(model, site)
-    if sae.W_enc.shape[0] != gemma.site_width(model, site):
+    for place, width, does in (
+        (site, sae.W_enc.shape[0], "takes"),
+        (target_site, sae.W_dec.shape[1], "gives"),
+    ):
+        gemma.check_site(model, place)
+        if width != gemma.site_width(model, place):
+            raise ValueError(
+                f"{path} {does} activations of width {width}, but {place} of {config.model} has width "
+                f"{gemma.site_width(model, place)}"
+            )
+    if site.layer != target_site.layer:
         raise ValueError(
-            f"{path} takes activations of width {sae.W_enc.shape[0]}, but {site} of {config.model} has width "
-            f"{gemma.site_width(model, site)}"
+            f"{path} reads {site} and predicts {target_site}; only one layer at a time is evaluated"
         )
-    subject = evaluation.Subject(sae, site, saelens.read_site_mean(path))
+    subject = evaluation.Subject(sae, site, saelens.read_site_mean(path), target_site)
     rows = data.cached(config.data, about.rows) if about.rows and "text" not in given else None
-    return config, {path.resolve().name: subject}, rows or training.prepare_rows(config)
+    return Opened(config, {path.resolve().name: subject}, rows or runs.prepare_rows(config), {})
 
 
 def evaluate_path(
@@ -84,7 +106,8 @@ def evaluate_path(
     interrupts = interrupt.Interrupts()
     interrupts.forbid_saving("an evaluation writes its results when it ends")
     try:
-        config, subjects, folder = open_path(path, **overrides)
+        opened = open_path(path, **overrides)
+        config = opened.config
         rows = config.evaluation.rows if rows is None else rows
         rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
@@ -93,9 +116,9 @@ def evaluate_path(
         loaded = gemma.load(config.model, config.weights, config_lib.dtype(config))
         results = evaluation.evaluate(
             loaded,
-            subjects,
-            data.open_rows(folder, data.TRAIN),
-            data.open_rows(folder, data.HELD_OUT),
+            opened.subjects,
+            data.open_rows(opened.rows, data.TRAIN),
+            data.open_rows(opened.rows, data.HELD_OUT),
             rows,
             rows_per_batch,
             config.data.masked_prefix,
@@ -110,34 +133,62 @@ def evaluate_path(
         }
         evaluation.write_json(out / "evaluation.json", results, about)
         evaluation.write_plot(out / "evaluation.png", results)
+        written = ["evaluation.json", "evaluation.png"]
+        if found := sweeps(opened.members):
+            evaluation.write_pareto(out / "pareto.png", results, found)
+            written.append("pareto.png")
         print_table(results)
-        print(f"Wrote {out / 'evaluation.json'} and {out / 'evaluation.png'}", flush=True)
+        print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
         return results
     finally:
         interrupts.close()
 
 
+def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:
+    """Members that differ only in λ or in their target L0, in that order: by label, names and differences."""
+    found: dict[str, dict[str, str]] = {}
+    by_setting = sorted(members.items(), key=lambda item: (item[1].target_l0, item[1].sparsity_coefficient))
+    for name, member in by_setting:
+        seed = f", seed {member.seed}" if member.seed else ""
+        skip = ", skip" if member.skip else ""
+        label = f"{member.place}{skip}, {bank.width_name(member.width)}{seed}"
+        setting = f"L0* {member.target_l0:g}" if member.target_l0 else f"λ {member.sparsity_coefficient:g}"
+        found.setdefault(label, {})[name] = setting
+    return {label: points for label, points in found.items() if len(points) > 1}
+
+
+# Of the table, each a label and how a result shows it.
+_COLUMNS = {
+    "L0": "{r.l0:.1f}",
+    "FVU": "{r.fvu:.4f}",
+    "delta loss (nats)": "{r.delta_loss:.4f} ± {r.delta_loss_se:.4f}",
+    "clean loss": "{r.clean_loss:.4f}",
+    "spliced loss": "{r.spliced_loss:.4f}",
+    "zero ablation": "{r.zero_ablation_loss:.4f}",
+    "mean ablation": "{r.mean_ablation_loss:.4f}",
+    "loss recovered, zero": "{r.loss_recovered_zero:.4f}",
+    "loss recovered, mean": "{r.loss_recovered_mean:.4f}",
+    "never fired here": "{r.dead_fraction:.2%}",
+    "fired on over 10%": "{r.dense_fraction:.2%}",
+}
+_OF_MANY = ("L0", "FVU", "delta loss (nats)", "loss recovered, mean", "never fired here", "fired on over 10%")
+
+
 def print_table(results: dict[str, evaluation.Evaluation]) -> None:
-    """The numbers of every SAE, a column each."""
+    """The numbers of every SAE: a column each, or of more than three a row each with those that matter most."""
     first = next(iter(results.values()))
     table = rich.table.Table(
         title=f"Held-out text: {first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"
     )
     table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right", overflow="fold")
-
-    def add(label: str, form: str) -> None:
-        table.add_row(label, *(form.format(r=result) for result in results.values()))
-
-    add("L0", "{r.l0:.1f}")
-    add("FVU", "{r.fvu:.4f}")
-    add("delta loss (nats)", "{r.delta_loss:.4f} ± {r.delta_loss_se:.4f}")
-    add("clean loss", "{r.clean_loss:.4f}")
-    add("spliced loss", "{r.spliced_loss:.4f}")
-    add("zero ablation", "{r.zero_ablation_loss:.4f}")
-    add("mean ablation", "{r.mean_ablation_loss:.4f}")
-    add("loss recovered, zero", "{r.loss_recovered_zero:.4f}")
-    add("loss recovered, mean", "{r.loss_recovered_mean:.4f}")
-    add("never fired here", "{r.dead_fraction:.2%}")
+    if len(results) > 3:
+        for label in _OF_MANY:
+            table.add_column(label, justify="right")
+        for name, result in results.items():
+            table.add_row(name, *(_COLUMNS[label].format(r=result) for label in _OF_MANY))
+    else:
+        for name in results:
+            table.add_column(name, justify="right", overflow="fold")
+        for label, form in _COLUMNS.items():
+            table.add_row(label, *(form.format(r=result) for result in results.values()))
     rich.console.Console().print(table)

@@ -23,7 +23,13 @@ BANK = {
     "b_enc": P("data", "latent"),
     "log_threshold": P("data", "latent"),
     "b_dec": P("data", None),
-    "idle_ExM": P("data", "latent"),
+    "W_skip": P("data", "latent", None),  # By what it reads: its product is summed with that of W_dec.
+    "count_ExM": P("data", "latent"),
+    "frequency_ExM": P("data", "latent"),
+    "rows_E": P("data"),
+    "updates_E": P("data"),
+    "coefficient_E": P("data"),
+    "count": P("data"),  # The optimizer's, of updates.
 }
 
 

@@ -1,6 +1,7 @@
 """Gemma's tokenizer from where it lies: a SentencePiece file, Hugging Face's tokenizer.json, a GGUF file."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import sentencepiece
@@ -12,7 +13,10 @@ from sentencepiece import sentencepiece_model_pb2
 from gemma_scope_jax import gemma, weights
 
 # What lies beside a checkpoint, by preference: SentencePiece's file as Hugging Face and as Google call it.
-_FILES = ("tokenizer.model", "tokenizer_gemma2.model", "tokenizer_gemma3.model", "tokenizer.json")
+_FILES = ("tokenizer.model", "tokenizer_{}.model", "tokenizer.json")
+
+# Within the pieces that only the chat template may bring in: cut there, a document that holds one is text.
+_TURN = re.compile(r"(?<=<)(?=(?:start|end)_of_turn>)")
 
 # Ids that a tokenizer may have behind the model's vocabulary: Gemma 3's has one for images.
 _SPARE_IDS = 64
@@ -40,7 +44,7 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
     Raises:
       ValueError: there is none, it is damaged, or it is not that of the model.
     """
-    found = _find(weights.local(path or gemma.weights_path(name, weights_path)))
+    found = _find(weights.local(path or gemma.weights_path(name, weights_path)), name.split("_")[0])
     if found is None and path:
         raise ValueError(
             f"no tokenizer at {path}; give a SentencePiece file, a tokenizer.json or a GGUF file"
@@ -63,7 +67,7 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
             )
 
     def encode(text: str) -> list[int]:
-        ids = loaded.encode(text)
+        ids = [token for part in _TURN.split(text) for token in loaded.encode(part)]
         if ids and max(ids) >= vocabulary:
             raise ValueError(
                 f"the tokenizer {found} gives token {max(ids)} where {name} has a vocabulary of {vocabulary}"
@@ -73,13 +77,13 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
     return dataclasses.replace(loaded, encode=encode)
 
 
-def _find(path: str) -> str | None:
-    """A tokenizer's file at a path, in its folder, or in the folder above it."""
+def _find(path: str, family: str) -> str | None:
+    """A tokenizer's file at a path, in its folder, or in the folder above it; of a family such as gemma2."""
     given = epath.Path(path)
     if path.endswith((".model", ".json", ".gguf")):
         candidates = [given]
     else:
-        candidates = [folder / name for folder in (given, given.parent) for name in _FILES]
+        candidates = [folder / name.format(family) for folder in (given, given.parent) for name in _FILES]
     try:
         return next((str(file) for file in candidates if file.exists()), None)
     except Exception as error:  # A bucket that cannot be reached.

@@ -127,22 +127,12 @@ def load_params(
       ValueError: the path is missing, truncated or damaged, or holds another model.
     """
     path = local(path)
-    try:
-        exists = epath.Path(path).exists()
-    except Exception as error:  # A bucket that cannot be reached.
-        raise ValueError(f"cannot reach {path}: {' '.join(str(error).split())[:300]}") from error
-    if not exists:
-        raise ValueError(
-            f"no weights at {path}; set config.weights to an Orbax checkpoint, a Hugging Face folder "
-            "or a GGUF file"
-        )
+    found = find(path, model, num_layers)
     want = placed_shapes(model, num_layers, dtype, placement)
-    if is_gguf(path):
-        stored_dtypes, params = _place(path, _from_gguf(path, model, num_layers), want)
-    elif is_hugging_face(path):
-        stored_dtypes, params = _place(path, _from_hugging_face(path, model, num_layers), want)
-    else:
-        stored_dtypes, params = _from_orbax(path, model, want)
+    stored_dtypes, params = (
+        _restore(found, want) if isinstance(found, _OrbaxCheckpoint) else _place(found, want)
+    )
+    read_gguf.cache_clear()  # A header of 262k tokens is not to stay in memory.
     for name, finite in jax.tree.leaves_with_path(jax.jit(_all_finite)(params)):
         if not finite:
             raise ValueError(f"{path} is damaged: {jax.tree_util.keystr(name)} holds non-finite values")
@@ -152,6 +142,35 @@ def load_params(
         flush=True,
     )
     return params
+
+
+def find(path: str, model: gm.nn.Transformer, num_layers: int) -> "Params | _OrbaxCheckpoint":
+    """What `load_params` would read, every name and shape checked and nothing read.
+
+    Raises:
+      ValueError: as there, but for what only the weights themselves show.
+    """
+    if not 0 <= num_layers <= model.config.num_layers:
+        raise ValueError(
+            f"{num_layers} blocks asked for; {type(model).__name__} has {model.config.num_layers}"
+        )
+    path = local(path)
+    try:
+        exists = epath.Path(path).exists()
+    except Exception as error:  # A bucket that cannot be reached.
+        raise ValueError(
+            f"cannot reach {path} ({' '.join(str(error).split())[:300]}); set config.weights to a local copy"
+        ) from error
+    if not exists:
+        raise ValueError(
+            f"no weights at {path}; set config.weights to an Orbax checkpoint, a Hugging Face folder "
+            "or a GGUF file"
+        )
+    if is_gguf(path):
+        return _from_gguf(path, model, num_layers)
+    if is_hugging_face(path):
+        return _from_hugging_face(path, model, num_layers)
+    return _from_orbax(path, model, num_layers)
 
 
 def _all_finite(params: Params) -> Params:
@@ -267,7 +286,7 @@ def _from_matrices(
     }
 
 
-def _place(path: str, stored: Params, want: Params) -> tuple[set[str], Params]:
+def _place(stored: Params, want: Params) -> tuple[set[str], Params]:
     """Reads parameters one after the other; the host holds one at a time, or its shards of it."""
     dtypes = set()
 
@@ -294,7 +313,9 @@ def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> 
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.exists():
-        shards = sorted(set(_read_json(index)["weight_map"].values()))
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        if not shards:
+            raise ValueError(f"{index} is damaged (it maps no weights to files); fetch it again")
     tensors = {}
     for shard in shards:
         if not (folder / shard).exists():
@@ -317,7 +338,8 @@ def _read_json(path: epath.Path) -> dict:
 
 def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer) -> None:
     """Raises ValueError where config.json is of another model, also where only its constants differ."""
-    found = {**found, **found.get("text_config", {})}
+    found = {**found, **(found.get("text_config") or {})}
+    rope = found.get("rope_parameters") or {}
     config = model.config
     scale = {
         _config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_HEAD_DIM: config.head_dim,
@@ -336,11 +358,21 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
         "sliding_window": (config.sliding_window_size,),
         "attn_logit_softcapping": (config.attn_logits_soft_cap,),
         "final_logit_softcapping": (config.final_logit_softcap,),
+        "rms_norm_eps": (1e-6,),
+        "hidden_activation": ("gelu_pytorch_tanh",),
     }
+    # transformers 5 keeps the rotary bases in one dict, older versions beside the rest.
+    bases = {"full_attention": config.global_base_frequency, "sliding_attention": config.local_base_frequency}
+    found["rope_theta"] = rope.get("full_attention", rope).get("rope_theta", found.get("rope_theta"))
+    expected["rope_theta"] = (bases["full_attention"], None)
+    found["rope_local_base_freq"] = rope.get("sliding_attention", {}).get(
+        "rope_theta", found.get("rope_local_base_freq")
+    )
+    expected["rope_local_base_freq"] = (bases["sliding_attention"], None)
     for key, values in expected.items():
         if key in found and found[key] not in values:
             raise ValueError(
-                f"{path} does not hold {type(model).__name__}: its {key} is {found[key]!r}, expected {values[-1]!r}"
+                f"{path} does not hold {type(model).__name__}: its {key} is {found[key]!r}, expected {values[0]!r}"
             )
 
 
@@ -426,34 +458,47 @@ def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
 
 
 class _OnDisk(NamedTuple):
-    """Where a parameter lies in a checkpoint: the keys of a leaf and, of a stacked one, the place in it."""
+    """Where a parameter lies in a checkpoint: the keys of a leaf and, of a stacked one, the index in it."""
 
     keys: tuple[str, ...]
-    place: int | None = None
+    index: int | None = None
 
 
-def _from_orbax(path: str, model: gm.nn.Transformer, want: Params) -> tuple[set[str], Params]:
-    """Restores only what is wanted, in any of the layouts that gemma has used."""
+class _OrbaxCheckpoint(NamedTuple):
+    """Where every wanted parameter lies in a checkpoint."""
+
+    folder: epath.Path
+    on_disk: Mapping[tuple[str, ...], object]  # a leaf's shape and dtype, by its keys
+    places: Mapping[tuple[str, ...], _OnDisk]  # by Gemma's own names
+
+
+def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxCheckpoint:
+    """Finds what is wanted, in any of the layouts that gemma has used."""
     model_name, blocks = type(model).__name__, model.config.num_layers
     folder = epath.Path(path)
     if (folder / "default").exists():  # Kauldron keeps several items beside each other.
         folder /= "default"
     with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(folder).item_metadata.tree
-        on_disk = {
-            tuple(entry.key for entry in keys): leaf for keys, leaf in jax.tree.leaves_with_path(metadata)
-        }
+        metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None:
+        if (folder / "_METADATA").exists():
+            raise ValueError(f"cannot read the Orbax checkpoint {path}: its files are damaged or not all there")
+        raise ValueError(f"{path} holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file")
+    on_disk = {
+        tuple(entry.key for entry in keys): leaf
+        for keys, leaf in jax.tree.leaves_with_path(metadata.tree)
+        # Beside the parameters there may be an optimizer's state, a tuple.
+        if all(isinstance(entry, jax.tree_util.DictKey) for entry in keys)
+    }
     places = _gemma_names(on_disk)
     found_blocks = len({name[0] for name in places if name[0].startswith("layer_")})
     if found_blocks != blocks:
         raise ValueError(
             f"{path} does not hold {model_name}: it has {found_blocks} blocks, expected {blocks}"
         )
-    wanted = {tuple(e.key for e in keys): leaf for keys, leaf in jax.tree.leaves_with_path(want)}
-    groups: dict[tuple[str, ...], dict[tuple[str, ...], _OnDisk]] = {}
-    for name, leaf in wanted.items():
+    for name, leaf in _flat(parameter_shapes(model, num_layers)).items():
         place = places.get(name)
-        found = None if place is None else tuple(on_disk[place.keys].shape[place.place is not None :])
+        found = None if place is None else tuple(on_disk[place.keys].shape[place.index is not None :])
         spare = found[0] - leaf.shape[0] if found and name[-1] == "input_embedding" else 0
         if (
             found is None
@@ -464,42 +509,59 @@ def _from_orbax(path: str, model: gm.nn.Transformer, want: Params) -> tuple[set[
                 f"{path} does not hold {model_name}: parameter {'/'.join(name)} has shape {found}, "
                 f"expected {leaf.shape}"
             )
+    return _OrbaxCheckpoint(folder, on_disk, places)
+
+
+def _restore(checkpoint: _OrbaxCheckpoint, want: Params) -> tuple[set[str], Params]:
+    """Restores only what is wanted."""
+    wanted = _flat(want)
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], _OnDisk]] = {}
+    for name in wanted:
+        place = checkpoint.places[name]
         # A stacked leaf holds every block's parameter; restored one at a time, none is in memory beside the others.
-        groups.setdefault(place.keys if place.place is not None else (), {})[name] = place
+        groups.setdefault(place.keys if place.index is not None else (), {})[name] = place
 
     restored = {}
-    with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with (
+        _orbax_errors(checkpoint.folder),
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
         for group in groups.values():
             args = {place.keys: _restore_args(place, group, wanted[name]) for name, place in group.items()}
             item = _nested(
                 {keys: jax.ShapeDtypeStruct(arg.global_shape, arg.dtype) for keys, arg in args.items()}
             )
             tree = checkpointer.restore(
-                folder,
+                checkpoint.folder,
                 args=ocp.args.PyTreeRestore(item=item, restore_args=_nested(args), partial_restore=True),
             )
             for name, place in group.items():
                 value = functools.reduce(lambda node, key: node[key], place.keys, tree)
                 leaf = wanted[name]
-                if place.place is not None:
-                    value = jax.jit(lambda x, i=place.place: x[i], out_shardings=leaf.sharding)(value)
+                if place.index is not None:
+                    value = jax.jit(lambda x, i=place.index: x[i], out_shardings=leaf.sharding)(value)
                 restored[name] = value
-    dtypes = {str(on_disk[places[name].keys].dtype) for name in wanted}
+    dtypes = {str(checkpoint.on_disk[checkpoint.places[name].keys].dtype) for name in wanted}
     return dtypes, _nested(restored)
 
 
+def _flat(tree: Params) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    return {tuple(e.key for e in keys): leaf for keys, leaf in jax.tree.leaves_with_path(tree)}
+
+
 @contextlib.contextmanager
-def _orbax_errors(path: str) -> Iterator[None]:
+def _orbax_errors(path: str | epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax raises many kinds; each means the checkpoint cannot be read.
-        raise ValueError(f"cannot read the Orbax checkpoint {path}: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"cannot read the Orbax checkpoint {path}: {reason}") from error
 
 
 def _restore_args(place: _OnDisk, group: Mapping, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
     shape, sharding = leaf.shape, leaf.sharding
-    if place.place is not None:
-        shape = (max(other.place for other in group.values()) + 1, *shape)
+    if place.index is not None:
+        shape = (max(other.index for other in group.values()) + 1, *shape)
         if isinstance(sharding, jax.sharding.NamedSharding):
             spec = jax.sharding.PartitionSpec(None, *sharding.spec)
             sharding = jax.sharding.NamedSharding(sharding.mesh, spec)

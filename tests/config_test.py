@@ -28,7 +28,9 @@ def test_every_config_and_suite_makes_a_plan(name):
     module = importlib.import_module(f"configs.{name}")
     suites = getattr(module, "SUITES", [])
     if name == "gemma3":
-        suites = [f"{size}{tuning}/resid_post_65k" for size in module.STUDIED for tuning in ("", "-it")]
+        kinds = [f"{site}_{width}" for site in module.SITES for width in ("16k", "65k", "262k")]
+        suites = [f"{size}/{kind}" for size in module.STUDIED for kind in [*kinds, "resid_post_1m"]]
+        suites += [f"{size}-it/resid_post_65k" for size in module.STUDIED]
     for arguments in [(), *((suite,) for suite in suites)]:
         made = config.from_dict(module.get_config(*arguments).to_dict())
         config.make_plan(made, gemma.build_model(made.model), 1, 1)
@@ -72,7 +74,7 @@ def test_only_instruction_tuned_configs_use_the_chat_template():
 
 
 def test_a_config_survives_being_stored():
-    c = tiny.run_config(pathlib.Path("nowhere"), bank__layers=(1, 2))
+    c = tiny.run_config(pathlib.Path("nowhere"), banks__main__layers=(1, 2))
     assert config.from_dict(config.to_dict(c)) == c
 
 
@@ -85,14 +87,18 @@ def test_counts_add_up():
 @pytest.mark.parametrize(
     ("changes", "mesh", "message"),
     [
-        ({"bank__layers": (9,)}, (1, 1), "layer 9 is out of range: TinyGemma has layers 0 to 3"),
-        ({"bank__sites": ("resid_pre",)}, (1, 1), "unknown site 'resid_pre'; choose one of embed, attn_out"),
-        ({"bank__sites": ("resid_post", "attn_out")}, (1, 1), "sites of a bank must have one width"),
-        ({"bank__layers": ()}, (1, 1), "the bank has no member"),
-        ({"bank__seeds": (1, 1)}, (1, 1), "names a member twice"),
-        ({"bank__width": 60}, (1, 8), "bank.width 60 is not divisible by the mesh's latent axis .8."),
-        ({"bank__precision": "best"}, (1, 1), "bank.precision is 'best'"),
-        ({"bank__bandwidth": 0.0}, (1, 1), "bank.bandwidth is 0.0"),
+        ({"banks__main__layers": (9,)}, (1, 1), "layer 9 is out of range: TinyGemma has layers 0 to 3"),
+        (
+            {"banks__main__sites": ("resid_pre",)},
+            (1, 1),
+            "unknown site 'resid_pre'; choose one of embed, attn_out",
+        ),
+        ({"banks__main__sites": ("resid_post", "attn_out")}, (1, 1), "sites of a bank must have one width"),
+        ({"banks__main__layers": ()}, (1, 1), "the bank has no member"),
+        ({"banks__main__seeds": (1, 1)}, (1, 1), "names a member twice"),
+        ({"banks__main__width": 60}, (1, 8), "bank.width 60 is not divisible by the mesh's latent axis .8."),
+        ({"banks__main__precision": "best"}, (1, 1), "bank.precision is 'best'"),
+        ({"banks__main__bandwidth": 0.0}, (1, 1), "bank.bandwidth is 0.0"),
         ({"train__sequences_per_step": 6}, (2, 2), "sequences_per_step 6 is not a multiple of the 4 devices"),
         ({"train__batch": 48}, (1, 1), "= 128 is not a multiple of train.batch 48"),
         ({"train__batch": 4}, (1, 1), "train.batch 4 is not a multiple of ring.groups 8"),
@@ -104,7 +110,7 @@ def test_counts_add_up():
         ({"log__checkpoint_every": 0}, (1, 1), "log.checkpoint_every is 0; it must be at least 1"),
         ({"log__keep_checkpoints": 0}, (1, 1), "log.keep_checkpoints is 0"),
         ({"optimizer__decay_fraction": 2.0}, (1, 1), "optimizer.decay_fraction is 2.0"),
-        ({"bank__sparsity_coefficients": (-1.0,)}, (1, 1), "none may be negative"),
+        ({"banks__main__sparsity_coefficients": (-1.0,)}, (1, 1), "none may be negative"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_names_and_values(changes, mesh, message):
@@ -127,7 +133,7 @@ def test_unknown_fields_and_wrong_types_are_refused(values, message):
 
 
 def test_members_that_differ_have_names_that_differ():
-    close = plan({"bank__sparsity_coefficients": (1.0000001e-4, 1.0000002e-4)})
+    close = plan({"banks__main__sparsity_coefficients": (1.0000001e-4, 1.0000002e-4)})
     assert len({member.name for member in close.members}) == 2
 
 
@@ -143,6 +149,6 @@ def test_a_run_is_continued_only_with_what_it_was_started_with():
         pathlib.Path("nowhere"), train__tokens=9999, log__checkpoint_every=7, mesh__data=2, evaluation__rows=3
     )
     config.check_resumable(old, free)
-    other = tiny.run_config(pathlib.Path("nowhere"), bank__width=128)
+    other = tiny.run_config(pathlib.Path("nowhere"), banks__main__width=128)
     with pytest.raises(ValueError, match=r"started with config\.bank\.width = 64, now it is 128"):
         config.check_resumable(old, other)

@@ -164,7 +164,7 @@ def test_the_standard_error_shrinks_with_the_root_of_the_rows():
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
-    training.train(tiny.run_config(inputs, bank__sparsity_coefficients=(1e-3, 1e-1)), workdir)
+    training.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), workdir)
     return workdir
 
 

@@ -110,7 +110,7 @@ def batch_rows(run):
 @pytest.mark.parametrize("layer", [1, 3])
 def test_fused_steps_equal_unfused_ones(inputs, layer):
     """Through filling, steady running and draining."""
-    run, rows, params, state = build(inputs, bank__layers=(layer,), train__tokens=8 * 16 * 6)
+    run, rows, params, state = build(inputs, banks__main__layers=(layer,), train__tokens=8 * 16 * 6)
     count = run.plan.harvests + run.plan.ring_steps
     expected = reference(run, rows, params, jax.device_get(state), count)
     final, _ = run_steps(run, rows, params, state, count)
@@ -127,7 +127,8 @@ def test_fused_steps_equal_unfused_ones(inputs, layer):
 def test_eight_devices_give_what_one_gives(inputs, mesh):
     """Four members on two layers and two sites; members are padded to a multiple of the data axis."""
     bank = dict(
-        bank__layers=(0, 2), bank__sites=("resid_post", "mlp_out"), bank__sparsity_coefficients=(1e-2,)
+        banks__main__layers=(0, 2), banks__main__sites=("resid_post", "mlp_out"),
+        banks__main__sparsity_coefficients=(1e-2,),
     )  # fmt: skip
     finals = []
     for data_axis, latent_axis in [(1, 1), mesh]:
@@ -143,8 +144,12 @@ def test_eight_devices_give_what_one_gives(inputs, mesh):
 
 
 def test_a_member_of_a_bank_equals_the_same_sae_alone(inputs):
-    alone, _ = run_steps(*build(inputs, bank__layers=(2,), bank__sparsity_coefficients=(3e-3,)), 7)
-    both, _ = run_steps(*build(inputs, bank__layers=(0, 2), bank__sparsity_coefficients=(1e-2, 3e-3)), 7)
+    alone, _ = run_steps(
+        *build(inputs, banks__main__layers=(2,), banks__main__sparsity_coefficients=(3e-3,)), 7
+    )
+    both, _ = run_steps(
+        *build(inputs, banks__main__layers=(0, 2), banks__main__sparsity_coefficients=(1e-2, 3e-3)), 7
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[0], b[3], rtol=1e-5, atol=1e-6), alone.params, both.params
     )
@@ -232,8 +237,8 @@ def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, m
     run, rows, params, state = build(
         inputs,
         *mesh,
-        bank__layers=(0, 1, 2, 3),
-        bank__width=512,
+        banks__main__layers=(0, 1, 2, 3),
+        banks__main__width=512,
         ring__capacity=128 * 16,
         train__tokens=128 * 20,
     )

@@ -104,6 +104,8 @@ def test_a_document_that_names_a_special_token_does_not_contain_one(small_vocabu
     for name in ("tokenizer.json", "tokenizer.model"):
         loaded = tokenizer.load("gemma2_small", str(tmp_path / name), "")
         assert not {gemma.BOS, gemma.EOS, gemma.PAD} & set(loaded.encode("a <bos> b <eos> <pad>")), name
+        turns = [loaded.token_id(f"<{which}_of_turn>") for which in ("start", "end")]
+        assert not set(turns) & set(loaded.encode("a <start_of_turn>user b <end_of_turn>")), name
         assert loaded.token_id("<start_of_turn>") == 4
 
 

@@ -114,7 +114,7 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, c
 def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=r"config\.bank\.width = 64, now it is 128"):
-        training.train(tiny.run_config(inputs, bank__width=128, **LONG), finished)
+        training.train(tiny.run_config(inputs, banks__main__width=128, **LONG), finished)
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
 
@@ -129,7 +129,7 @@ def test_a_refused_resume_leaves_the_run_readable(inputs, tmp_path):
 
 def test_a_run_of_many_devices_is_read_on_one(inputs, tmp_path):
     """Three members, padded to four for a data axis of two."""
-    bank = dict(bank__sparsity_coefficients=(1e-3, 1e-2, 1e-1), mesh__data=2, mesh__latent=4)
+    bank = dict(banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1), mesh__data=2, mesh__latent=4)
     assert training.train(tiny.run_config(inputs, **bank), tmp_path / "run") == 0
     run, state = training.open_run(tmp_path / "run")
     assert run.mesh.size == 1 and state.params.W_enc.shape[0] == 4
@@ -157,6 +157,13 @@ def test_a_config_may_be_mended_until_something_has_been_trained(inputs, tmp_pat
     with pytest.raises(ValueError, match="no weights at"):
         training.train(tiny.run_config(inputs, weights=str(tmp_path / "nowhere")), tmp_path / "run")
     assert training.train(tiny.run_config(inputs), tmp_path / "run") == 0
+
+
+def test_wrong_weights_are_said_before_the_text_is_tokenised(inputs, tmp_path):
+    changes = dict(weights=str(tmp_path), data__folder=str(tmp_path / "rows"))
+    with pytest.raises(ValueError, match="holds no weights"):
+        training.train(tiny.run_config(inputs, **changes), tmp_path / "run")
+    assert not (tmp_path / "rows").exists()
 
 
 def test_two_processes_do_not_train_in_one_directory(inputs, tmp_path):

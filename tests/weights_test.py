@@ -135,7 +135,12 @@ def write_orbax(path, layout):
         "nested": lambda: params,
         "flat": lambda: _checkpoint._nested_to_flat(params),
         "stacked": lambda: jax.tree.map(np.asarray, _checkpoint._nested_to_stacked(params, 2)),
-        "kauldron": lambda: {"params": params, "step": np.zeros((), np.int32), "collections": {}},
+        "kauldron": lambda: {
+            "params": params,
+            "step": np.zeros((), np.int32),
+            "collections": {},
+            "opt_state": ({"count": np.zeros((), np.int32)}, params),
+        },
     }[layout]()
     if layout == "flat":
         tree["SigLiPFromPatches_0/siglip_encoder"] = {"w": np.ones((3, 3), np.float32)}
@@ -319,6 +324,18 @@ DAMAGE = {
         lambda path: _edit_config(path, query_pre_attn_scalar=144),
         "its query_pre_attn_scalar is 144, expected 16",
     ),
+    "other rotary base": (
+        lambda path: _edit_config(path, rope_parameters={"rope_theta": 500.0}),
+        "its rope_theta is 500.0, expected 10000",
+    ),
+    "other epsilon": (
+        lambda path: _edit_config(path, rms_norm_eps=0.1),
+        "its rms_norm_eps is 0.1, expected 1e-06",
+    ),
+    "an index of nothing": (
+        lambda path: (path / "model.safetensors.index.json").write_text("{}"),
+        "index.json is damaged .it maps no weights to files",
+    ),
     "cut config": (lambda path: _cut(path / "config.json"), "config.json is damaged"),
 }
 
@@ -382,7 +399,7 @@ def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
             message = r"does not hold TinyGemma: parameter layer_2/mlp/linear has shape \(32, 32\), expected"
         case "empty folder":
             path.mkdir()
-            message = "cannot read the Orbax checkpoint"
+            message = "holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file"
         case "nan":
             params = tiny.params()
             params["layer_1"]["attn"]["q_einsum"]["w"][0, 0, 0] = np.nan
@@ -391,6 +408,11 @@ def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         load_tiny(str(path), num_layers=4, placement=small.on_device)
     assert len(str(raised.value)) < 600
+
+
+def test_more_blocks_than_there_are_are_refused(ways):
+    with pytest.raises(ValueError, match="99 blocks asked for; TinyGemma has 4"):
+        load_tiny(str(ways["nested"]), num_layers=99, placement=small.on_device)
 
 
 def test_a_model_is_not_taken_for_another_of_the_same_shape(tmp_path):

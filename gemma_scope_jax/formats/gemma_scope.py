@@ -1,4 +1,4 @@
-"""Gemma Scope's own format: one `params.npz` of five float32 arrays."""
+"""Gemma Scope's own format: one `params.npz` of five float32 arrays, of an SAE or of a transcoder."""
 
 import pathlib
 import zipfile
@@ -10,7 +10,15 @@ from gemma_scope_jax.sae import SAE
 
 
 def write(path: pathlib.Path, sae: SAE) -> None:
-    """Writes a folded SAE as an npz file."""
+    """Writes a folded SAE or transcoder as an npz file.
+
+    Raises:
+      ValueError: a skip connection, for which the format has no place.
+    """
+    if sae.W_skip is not None:
+        raise ValueError(
+            f"{path}: Gemma Scope's params.npz has no skip connection; --format=gemma_scope_2 and saelens have one"
+        )
     with files.replacing_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **files.arrays(sae))
 

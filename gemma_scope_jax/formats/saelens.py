@@ -5,7 +5,6 @@ import json
 import pathlib
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from gemma_scope_jax.formats import files
@@ -35,6 +34,8 @@ class About:
     hook_name: str  # as TransformerLens names it
     context_length: int
     text: str
+    hook_name_out: str | None = None  # of a transcoder
+    l0: float | None = None  # as measured in training
     # What it takes to evaluate it as it was trained; see `data.DataConfig` and `config.Config`.
     held_out_fraction: float = 0.1
     data_seed: int = 0
@@ -51,13 +52,13 @@ def write(folder: pathlib.Path, sae: SAE, about: About, site_mean_D: np.ndarray 
     Raises:
       ValueError: the folder is no SAELens folder and holds something else.
     """
-    if folder.exists() and any(folder.iterdir()) and not is_folder(folder):
-        raise ValueError(f"{folder} exists and holds something else; give another folder")
+    files.check_own(folder, "cfg.json")
     d, m = sae.W_enc.shape
     config = {
-        "architecture": "jumprelu",
+        "architecture": _architecture(sae, about),
         "d_in": d,
         "d_sae": m,
+        **({"d_out": sae.W_dec.shape[1]} if about.hook_name_out else {}),
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": False,
@@ -69,7 +70,9 @@ def write(folder: pathlib.Path, sae: SAE, about: About, site_mean_D: np.ndarray 
             "model_name": about.model_name,
             "model_class_name": "HookedTransformer",
             "hook_name": about.hook_name,
+            **({"hook_name_out": about.hook_name_out} if about.hook_name_out else {}),
             "hook_head_index": None,
+            "l0": about.l0,
             "model_from_pretrained_kwargs": {"center_writing_weights": False},
             "prepend_bos": True,
             "context_size": about.context_length,
@@ -87,8 +90,11 @@ def write(folder: pathlib.Path, sae: SAE, about: About, site_mean_D: np.ndarray 
     if site_mean_D is not None:
         with files.replacing_file(folder / _SITE_MEAN) as partial:
             safetensors.numpy.save_file({"site_mean": np.ascontiguousarray(site_mean_D, np.float32)}, partial)
+    tensors = files.arrays(sae)
+    if "W_skip" in tensors:  # SAELens applies it as x @ W_skip.T.
+        tensors["W_skip"] = np.ascontiguousarray(tensors["W_skip"].T)
     with files.replacing_file(folder / "sae_weights.safetensors") as partial:
-        safetensors.numpy.save_file(files.arrays(sae), partial)
+        safetensors.numpy.save_file(tensors, partial)
 
 
 def read_site_mean(folder: pathlib.Path) -> np.ndarray | None:
@@ -97,8 +103,14 @@ def read_site_mean(folder: pathlib.Path) -> np.ndarray | None:
     return safetensors.numpy.load_file(path)["site_mean"] if path.exists() else None
 
 
+def _architecture(sae: SAE, about: About) -> str:
+    if not about.hook_name_out:
+        return "jumprelu"
+    return "jumprelu_transcoder" if sae.W_skip is None else "jumprelu_skip_transcoder"
+
+
 def read(folder: pathlib.Path) -> tuple[SAE, About]:
-    """Reads a JumpReLU SAE that needs nothing done to its input.
+    """Reads a JumpReLU SAE or transcoder that needs nothing done to its input.
 
     Raises:
       ValueError: the folder is not whole, or holds another architecture.
@@ -113,23 +125,33 @@ def read(folder: pathlib.Path) -> tuple[SAE, About]:
             metadata["hook_name"],
             metadata["context_size"],
             metadata["dataset_path"],
+            metadata.get("hook_name_out"),
+            metadata.get("l0"),
             **metadata.get(_OWN_KEY, {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a SAELens 6 config: {error!r}") from error
-    for key, value in (
-        ("architecture", "jumprelu"),
-        ("apply_b_dec_to_input", False),
-        ("normalize_activations", "none"),
+    for key, values in (
+        ("architecture", ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")),
+        ("apply_b_dec_to_input", (False,)),
+        ("normalize_activations", ("none",)),
     ):
-        if config.get(key) != value:
-            raise ValueError(f"{path} has {key} = {config.get(key)!r}; only {value!r} is read")
+        if config.get(key) not in values:
+            raise ValueError(
+                f"{path} has {key} = {config.get(key)!r}; only {', '.join(map(repr, values))} is read"
+            )
+    if (config["architecture"] == "jumprelu") != (about.hook_name_out is None):
+        raise ValueError(
+            f"{path} has architecture {config['architecture']!r} and hook_name_out {about.hook_name_out!r}"
+        )
     weights = folder / "sae_weights.safetensors"
-    try:
-        tensors = safetensors.numpy.load_file(weights)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{weights} cannot be read: {error}") from error
-    return files.sae_from_arrays(tensors, weights), about
+    tensors = files.read_safetensors(weights)
+    if "W_skip" in tensors:
+        tensors["W_skip"] = tensors["W_skip"].T
+    sae = files.sae_from_arrays(tensors, weights)
+    if _architecture(sae, about) != config["architecture"]:
+        raise ValueError(f"{path} has architecture {config['architecture']!r}, which its tensors are not of")
+    return sae, about
 
 
 def is_folder(path: pathlib.Path) -> bool:

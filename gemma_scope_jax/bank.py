@@ -1,0 +1,310 @@
+"""A bank: SAEs or transcoders of one shape, on any layers and sites, trained as one.
+
+Shapes: E members, B batch, D width of the sites read, O width of the sites predicted, M latents.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma_scope_jax import gemma, optim, ring, sae, sharding
+from gemma_scope_jax.normalizer import Normalizer
+
+
+def width_name(width: int) -> str:
+    """A number of latents as Gemma Scope writes it: 16,384 is 16k, 1,048,576 is 1m."""
+    if width < 1024 or width & (width - 1):
+        return str(width)
+    return f"{width >> 20}m" if width >= 2**20 else f"{width // 1000}k"
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One SAE of a bank, or one transcoder."""
+
+    site: gemma.Site  # What it reads.
+    target_site: gemma.Site  # What it predicts; an autoencoder's is the site that it reads.
+    width: int
+    sparsity_coefficient: float
+    seed: int = 0
+    target_l0: float = 0.0  # 0: none.
+    skip: bool = False
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.target_site != self.site
+
+    @property
+    def place(self) -> str:
+        """What it reads and predicts."""
+        return f"{self.site}_to_{self.target_site.kind}" if self.is_transcoder else str(self.site)
+
+    @property
+    def name(self) -> str:
+        """Differs from every other member's."""
+        skip = "_skip" if self.skip else ""
+        target = f"_target_{self.target_l0:g}" if self.target_l0 else ""
+        seed = f"_seed_{self.seed}" if self.seed else ""
+        width = width_name(self.width)
+        return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{target}{seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a bank's update is compiled for; see `config.BankConfig`."""
+
+    name: str
+    members: tuple[Member, ...]
+    padded_members: int  # E: members, padded so that the mesh's `data` axis divides it.
+    objective: str
+    scale_target_by: str
+    bandwidth: float
+    initial_threshold: float
+    window_updates: int
+    precision: str
+
+    @property
+    def width(self) -> int:
+        """M."""
+        return self.members[0].width
+
+    @property
+    def padded(self) -> list[Member]:
+        """The members, the last one repeated as padding."""
+        return [*self.members, *[self.members[-1]] * (self.padded_members - len(self.members))]
+
+    @property
+    def sites(self) -> tuple[gemma.Site, ...]:
+        """The sites read or predicted, each once, in the members' order."""
+        return tuple(dict.fromkeys(site for m in self.members for site in (m.site, m.target_site)))
+
+
+@flax.struct.dataclass
+class Firing:
+    """How often each latent fires: counted over the window under way, known of the last whole one."""
+
+    count_ExM: jax.Array  # int32
+    rows_E: jax.Array  # int32, activations counted over
+    frequency_ExM: jax.Array  # of the last whole window; zeros before the first has ended
+
+
+@flax.struct.dataclass
+class State:
+    """What a bank carries from update to update. Every array has a leading axis E."""
+
+    params: sae.Params
+    opt_state: optax.OptState
+    updates_E: jax.Array  # int32, that a member has had
+    coefficient_E: jax.Array  # λ, which only the controller changes
+    firing: Firing
+
+
+@flax.struct.dataclass
+class Metrics:
+    """What a step reports of a bank's members; the averages are over its updates."""
+
+    loss_E: jax.Array
+    l0_E: jax.Array
+    fvu_E: jax.Array  # against the mean of the step's own activations
+    activations_E: jax.Array  # trained on in this step
+    dead_E: jax.Array  # latents that did not fire in the last whole window; -1 before the first has ended
+    dense_E: jax.Array  # latents that fired on more than `sae.DENSE` of it
+    learning_rate_E: jax.Array
+    sparsity_coefficient_E: jax.Array  # λ as it was at the last update
+    threshold_E: jax.Array  # geometric mean over latents, of normalised activations
+    theta_from_error_E: jax.Array  # see `sae.BatchSums`
+    theta_from_sparsity_E: jax.Array
+    theta_reached_E: jax.Array
+
+
+def init(plan: Plan, key: jax.Array, normalizers: Mapping[str, Normalizer]) -> State:
+    """The state before the first update. Traceable, so that it can be built directly into its sharding."""
+    first = plan.members[0]
+    d, o = (normalizers[str(site)].mean_D.shape[0] for site in (first.site, first.target_site))
+
+    def init_one(seed: jax.Array) -> sae.Params:
+        return sae.init(
+            jax.random.fold_in(key, seed),
+            d,
+            plan.width,
+            plan.initial_threshold,
+            o if first.is_transcoder else None,
+            first.skip,
+        )
+
+    params = jax.vmap(init_one)(jnp.array([member.seed for member in plan.padded]))
+    e, m = plan.padded_members, plan.width
+    return State(
+        params=params,
+        # Mapped, so that each member counts its own updates.
+        opt_state=jax.vmap(optim.make_optimizer(optim.OptimizerConfig()).init)(params),
+        updates_E=jnp.zeros(e, jnp.int32),
+        coefficient_E=jnp.array([member.sparsity_coefficient for member in plan.padded]),
+        firing=Firing(jnp.zeros((e, m), jnp.int32), jnp.zeros(e, jnp.int32), jnp.zeros((e, m))),
+    )
+
+
+def target_scales(plan: Plan, normalizers: Mapping[str, Normalizer]) -> jax.Array:
+    """[E], by what each member's raw target is divided; see `config.BankConfig.scale_target_by`."""
+    by_target = plan.scale_target_by == "target"
+    return jnp.stack([normalizers[str(m.target_site if by_target else m.site)].scale for m in plan.padded])
+
+
+def _penalty(plan: Plan, coefficient: jax.Array, target_l0: jax.Array) -> sae.Penalty:
+    match plan.objective:
+        case "quadratic":
+            return sae.quadratic_penalty(coefficient, target_l0)
+        case "controlled":
+            return sae.controlled_penalty(coefficient, target_l0)
+    return sae.linear_penalty(coefficient)
+
+
+def update(
+    plan: Plan,
+    optimizer_config: optim.OptimizerConfig,
+    mesh: jax.sharding.Mesh,
+    normalizers: Mapping[str, Normalizer],
+    state: State,
+    batch: ring.Slots,
+    number: jax.Array,
+    total_updates: int,
+) -> tuple[State, sae.BatchSums]:
+    """One update of every member on its own site's rows of one batch; `number` is how many the run has had."""
+    optimizer = optim.make_optimizer(optimizer_config)
+    members = plan.padded
+    sites = [str(member.site) for member in members]
+    targets = [str(member.target_site) for member in members]
+    # A padding member's rows all have weight 0: it stays as it began.
+    is_real_E = jnp.arange(plan.padded_members) < len(plan.members)
+    x_ExBxD = jnp.stack([batch.acts[site] for site in sites]).astype(jnp.float32)
+    # An outlier at either site is one.
+    weight_ExB = jnp.stack(
+        [jnp.minimum(batch.weight[s], batch.weight[t]) for s, t in zip(sites, targets, strict=True)]
+    )
+    weight_ExB = weight_ExB * is_real_E[:, None]
+    y_ExBxO = None
+    if plan.members[0].is_transcoder:
+        # The ring holds each site by its own scale.
+        own_E = jnp.stack([normalizers[target].scale for target in targets])
+        y_ExBxO = jnp.stack([batch.acts[target] for target in targets]).astype(jnp.float32)
+        y_ExBxO = y_ExBxO * (own_E / target_scales(plan, normalizers))[:, None, None]
+    # Said here, or the compiler gathers the same activations for each use. In two stages, so that a chip is
+    # sent its own members' activations and no others: an all-to-all over `data`, an all-gather over `latent`.
+    for spec in (sharding.MEMBERS_SPLIT, sharding.MEMBERS):
+        x_ExBxD, weight_ExB, y_ExBxO = sharding.constrain(mesh, (x_ExBxD, weight_ExB, y_ExBxO), spec)
+
+    def update_one(
+        params: sae.Params,
+        opt_state: optax.OptState,
+        x_BxD: jax.Array,
+        weight_B: jax.Array,
+        y_BxO: jax.Array | None,
+        coefficient: jax.Array,
+        target_l0: jax.Array,
+        rate: jax.Array,
+    ) -> tuple[sae.Params, optax.OptState, sae.BatchSums]:
+        gradient, sums = sae.loss_gradient(
+            params,
+            x_BxD,
+            weight_B,
+            _penalty(plan, coefficient, target_l0),
+            plan.bandwidth,
+            y_BxO,
+            jax.lax.Precision(plan.precision),
+        )
+        return *optim.apply_gradient(optimizer, gradient, opt_state, params, rate), sums
+
+    rate_E = optim.learning_rate(optimizer_config, total_updates, number, state.updates_E)
+    target_l0_E = jnp.array([member.target_l0 for member in members])
+    params, opt_state, sums = jax.vmap(update_one)(
+        state.params,
+        state.opt_state,
+        x_ExBxD,
+        weight_ExB,
+        y_ExBxO,
+        state.coefficient_E * optim.sparsity_warmup(optimizer_config)(state.updates_E),
+        target_l0_E,
+        rate_E,
+    )
+    coefficient_E = state.coefficient_E
+    if plan.objective == "controlled":
+        # λ's logarithm moves as fast as a threshold's can, and not while λ is warming up or there is nothing to see.
+        moves_E = (state.updates_E >= optimizer_config.sparsity_warmup_updates) & (sums.weight > 0)
+        off_E = sae.off_target(sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1), target_l0_E)
+        coefficient_E = coefficient_E * jnp.exp(jnp.where(moves_E, rate_E * off_E, 0))
+    new = State(
+        params=params,
+        opt_state=opt_state,
+        updates_E=state.updates_E + 1,
+        coefficient_E=coefficient_E,
+        firing=_count(plan, state, sums),
+    )
+    return new, sums
+
+
+def _count(plan: Plan, state: State, sums: sae.BatchSums) -> Firing:
+    """The counts with one more batch's; a window that ends with it becomes the last whole one."""
+    count_ExM = state.firing.count_ExM + sums.fired_M
+    rows_E = state.firing.rows_E + sums.rows
+    ends_E = (state.updates_E + 1) % plan.window_updates == 0
+    frequency_ExM = count_ExM / jnp.maximum(rows_E, 1)[:, None]
+    return Firing(
+        count_ExM=jnp.where(ends_E[:, None], 0, count_ExM),
+        rows_E=jnp.where(ends_E, 0, rows_E),
+        frequency_ExM=jnp.where(ends_E[:, None], frequency_ExM, state.firing.frequency_ExM),
+    )
+
+
+def metrics(
+    plan: Plan,
+    optimizer_config: optim.OptimizerConfig,
+    state: State,
+    sums: sae.BatchSums,
+    number: jax.Array,
+    total_updates: int,
+) -> Metrics:
+    """Of the members, without padding.
+
+    Args:
+      plan: the bank.
+      optimizer_config: of the run.
+      state: after the step.
+      sums: [K, E], of the step's updates.
+      number: of the step's last update.
+      total_updates: of the run.
+    """
+    weight_E = sums.weight.sum(0)
+    variance_E = sums.target_squared.sum(0) - jnp.square(sums.target_O.sum(0)).sum(-1) / weight_E
+    own_E = state.updates_E - 1
+    has_window_E = state.updates_E >= plan.window_updates
+    of_all = Metrics(
+        loss_E=sums.squared_error.sum(0) / weight_E + sums.penalty.mean(0),
+        l0_E=sums.l0.sum(0) / weight_E,
+        fvu_E=sums.squared_error.sum(0) / variance_E,
+        activations_E=sums.rows.sum(0),
+        dead_E=jnp.where(has_window_E, (state.firing.frequency_ExM == 0).sum(1), -1),
+        dense_E=jnp.where(has_window_E, (state.firing.frequency_ExM > sae.DENSE).sum(1), -1),
+        learning_rate_E=optim.learning_rate(optimizer_config, total_updates, number, own_E),
+        sparsity_coefficient_E=state.coefficient_E * optim.sparsity_warmup(optimizer_config)(own_E),
+        threshold_E=jnp.exp(state.params.log_threshold.mean(1)),
+        theta_from_error_E=sums.theta_from_error.mean(0),
+        theta_from_sparsity_E=sums.theta_from_sparsity.mean(0),
+        theta_reached_E=sums.theta_reached.mean(0),
+    )
+    return jax.tree.map(lambda value: value[: len(plan.members)], of_all)
+
+
+def fold(plan: Plan, params: sae.Params, normalizers: Mapping[str, Normalizer], place: int) -> sae.SAE:
+    """The member at a place of the bank, on raw activations; `params` are the bank's."""
+    member = plan.members[place]
+    own = jax.tree.map(lambda leaf: leaf[place], params)
+    read, target = normalizers[str(member.site)], normalizers[str(member.target_site)]
+    with jax.default_matmul_precision("highest"):
+        if member.is_transcoder:
+            scale = target_scales(plan, normalizers)[place]
+            return sae.fold_transcoder(own, read.mean_D, read.scale, target.mean_D, scale)
+        return sae.fold(own, read.mean_D, read.scale)

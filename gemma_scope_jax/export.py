@@ -1,0 +1,162 @@
+"""A run's SAEs in the formats and under the names that other tools know."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from gemma_scope_jax import bank, data, gemma, runs, sae, step
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.formats import gemma_scope, gemma_scope_2, saelens
+
+FORMATS = ("saelens", "gemma_scope", "gemma_scope_2")
+
+
+def folded_saes(plan: step.Plan, state: step.State) -> dict[str, sae.SAE]:
+    """Each member of each bank on raw activations, on the host."""
+    return {
+        member.name: jax.device_get(bank.fold(b, state.banks[b.name].params, state.normalizers, i))
+        for b in plan.banks
+        for i, member in enumerate(b.members)
+    }
+
+
+def measured_l0(plan: step.Plan, state: step.State) -> dict[str, float]:
+    """Each member's mean L0 over the last whole window of training, or the one under way if it is the first."""
+    measured = {}
+    for b in plan.banks:
+        firing, updates_E = jax.device_get((state.banks[b.name].firing, state.banks[b.name].updates_E))
+        for i, member in enumerate(b.members):
+            if updates_E[i] >= b.window_updates:
+                measured[member.name] = float(firing.frequency_ExM[i].sum())
+            else:
+                measured[member.name] = float(firing.count_ExM[i].sum() / max(firing.rows_E[i], 1))
+    return measured
+
+
+def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str) -> list[pathlib.Path]:
+    """Writes every member to `folder/<name>/` as a SAELens folder; `rows` names the dataset it was trained on."""
+    l0 = measured_l0(run.plan, state)
+    members = {member.name: member for member in run.plan.members}
+    paths = []
+    for name, folded in folded_saes(run.plan, state).items():
+        paths.append(folder / name)
+        _write_saelens(run, state, members[name], folded, folder / name, rows, l0[name])
+        print(f"Exported {folder / name}", flush=True)
+    return paths
+
+
+def _write_saelens(
+    run: runs.Run,
+    state: step.State,
+    member: bank.Member,
+    folded: sae.SAE,
+    path: pathlib.Path,
+    rows: str,
+    l0: float,
+) -> None:
+    config = run.config
+    about = saelens.About(
+        model_name=gemma.spec(config.model).hugging_face,
+        hook_name=gemma.hook_name(member.site),
+        hook_name_out=gemma.hook_name(member.target_site) if member.is_transcoder else None,
+        context_length=config.data.context_length,
+        text=config.data.text,
+        l0=l0,
+        held_out_fraction=config.data.held_out_fraction,
+        data_seed=config.data.seed,
+        chat_template=config.data.chat_template,
+        rows=rows,
+        weights=config.weights,
+        tokenizer=config.tokenizer,
+        gemma_dtype=config.gemma_dtype,
+    )
+    saelens.write(path, folded, about, state.normalizers[str(member.target_site)].ablation_mean_D)
+
+
+def layout(
+    members: dict[str, bank.Member], l0: dict[str, float], file_format: str
+) -> dict[str, pathlib.Path]:
+    """Where each member goes below an export's folder, as in Google's repositories, by name.
+
+    `resid_post/layer_9/width_16k/average_l0_71`, or in Gemma Scope 2's way `resid_post/layer_9_width_16k_l0_71`. Of
+    members that would share a place, the later have their λ in it too.
+    """
+    places: dict[str, pathlib.Path] = {}
+    for name, member in members.items():
+        kind = "transcoder" if member.is_transcoder else member.site.kind
+        seed = f"_seed_{member.seed}" if member.seed else ""
+        width, rounded = bank.width_name(member.width), round(l0[name])
+        # Gemma Scope has its embedding SAEs beside its layers.
+        layer = "embedding" if member.site.kind == "embed" else f"layer_{member.site.layer}"
+        if file_format == "gemma_scope_2":
+            affine = "_affine" if member.skip else ""
+            place = f"{kind}/{layer}_width_{width}_l0_{rounded}{affine}{seed}"
+        else:
+            affine = "_skip" if member.skip else ""
+            place = f"{kind}{affine}/{layer}/width_{width}/average_l0_{rounded}{seed}"
+        if pathlib.Path(place) in places.values():
+            place = f"{place}_lambda_{member.sparsity_coefficient}"
+        if pathlib.Path(place) in places.values():
+            place = f"{place}_{member.site.kind}"
+        places[name] = pathlib.Path(place)
+    return places
+
+
+def in_convention(
+    member: bank.Member, folded: sae.SAE, config: config_lib.Config, file_format: str
+) -> sae.SAE:
+    """A transcoder as a format's readers feed it: without the gain of the MLP's norm, or with it.
+
+    Raises:
+      ValueError: the format has no such transcoder.
+    """
+    wanted = {"gemma_scope": "mlp_in_gain_free", "gemma_scope_2": "mlp_in"}.get(file_format)
+    if not member.is_transcoder or wanted is None or member.site.kind == wanted:
+        return folded
+    if member.site.kind not in ("mlp_in", "mlp_in_gain_free"):
+        raise ValueError(
+            f"{member.name} reads {member.site}; --format={file_format} is for those that read {wanted}"
+        )
+    loaded = gemma.load(
+        config.model, config.weights, config_lib.dtype(config), num_layers=member.site.layer + 1
+    )
+    gain_D = gemma.mlp_in_gain(loaded.params, member.site.layer)
+    # x·gain is what the other convention reads: `read_scaled` by it, or by its inverse.
+    return jax.device_get(sae.read_scaled(folded, gain_D if wanted == "mlp_in" else 1 / gain_D))
+
+
+def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> list[pathlib.Path]:
+    """Exports the newest state of a run directory in a layout such as Google's; returns the paths."""
+    run, state = runs.open_run(workdir)
+    rows = data.name_of(runs.run_rows(run.config, workdir))
+    members = {member.name: member for member in run.plan.members}
+    l0 = measured_l0(run.plan, state)
+    paths = []
+    places = layout(members, l0, file_format)
+    for name, folded in folded_saes(run.plan, state).items():
+        member, folder = members[name], out / places[name]
+        converted = in_convention(member, folded, run.config, file_format)
+        match file_format:
+            case "saelens":
+                path = folder
+                _write_saelens(run, state, member, converted, path, rows, l0[name])
+            case "gemma_scope":
+                path = folder / "params.npz"
+                gemma_scope.write(path, converted)
+            case "gemma_scope_2":
+                path = folder
+                site = gemma.Site("mlp_in", member.site.layer) if member.is_transcoder else member.site
+                gemma_scope_2.write(
+                    path,
+                    converted,
+                    gemma_scope_2.About(
+                        model_name=gemma.spec(run.config.model).hugging_face,
+                        hook_in=gemma.SITES[site.kind].hugging_face.format(site.layer),
+                        hook_out=gemma.SITES[member.target_site.kind].hugging_face.format(member.site.layer),
+                        l0=float(np.round(l0[name], 2)),
+                    ),
+                )
+        paths.append(path)
+        print(f"Exported {path}", flush=True)
+    return paths

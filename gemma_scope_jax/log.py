@@ -1,0 +1,200 @@
+"""What a run says of itself: `metrics.jsonl`, TensorBoard, the progress line, and warnings of what goes wrong."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import tensorboardX
+
+from gemma_scope_jax import bank, data, ring, step
+from gemma_scope_jax.formats import files
+
+# By then a threshold that can move has moved.
+WATCHED_UPDATES = 1000
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+    """The entries of `metrics.jsonl`; a last line that a killed process left unfinished is passed over.
+
+    Raises:
+      ValueError: another line is damaged.
+    """
+    path, entries = workdir / "metrics.jsonl", []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}:{number} is damaged; mend the line or move the file away"
+                ) from error
+    return entries
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard. Steps after `last_step` are dropped, they will be done again."""
+
+    def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
+        path = workdir / "metrics.jsonl"
+        kept = [json.dumps(entry) + "\n" for entry in read_metrics(workdir) if entry["step"] <= last_step]
+        with files.replacing_file(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
+
+    def write(self, entry: dict) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        for name, values in entry["sae"].items():
+            for key, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(f"{name}/{key}", value, entry["step"])
+        self._board.add_scalar("tokens_per_second", entry["tokens_per_second"], entry["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def entry(plan: step.Plan, number: int, metrics: step.Metrics, tokens_per_second: float) -> dict:
+    """One line of `metrics.jsonl`. While the ring fills there is nothing to say of the SAEs.
+
+    Raises:
+      FloatingPointError: a loss is not finite.
+    """
+    saes = {}
+    for bank_plan in plan.banks if metrics.trained else ():
+        of_bank = metrics.banks[bank_plan.name]
+        for i, member in enumerate(bank_plan.members):
+            saes[member.name] = _member_entry(bank_plan, of_bank, i)
+            if not math.isfinite(of_bank.loss_E[i]):
+                raise FloatingPointError(
+                    f"the loss of {member.name} is {of_bank.loss_E[i]} at step {number}; the last good state is "
+                    "in the newest checkpoint. In another --workdir, lower optimizer.learning_rate or set "
+                    "normalizer.outlier_medians"
+                )
+    return {
+        "step": number,
+        "tokens_per_second": tokens_per_second,
+        "same_document_pairs": same_document_share(metrics.source_Bx3, metrics.weight_B)
+        if metrics.trained
+        else None,
+        "sae": saes,
+    }
+
+
+def _member_entry(plan: bank.Plan, metrics: bank.Metrics, place: int) -> dict:
+    def of(values_E: np.ndarray) -> float:
+        return float(values_E[place])
+
+    # Shares of the last whole window, and so unknown until the first has ended.
+    counted = metrics.dead_E[place] >= 0
+    return {
+        "loss": of(metrics.loss_E),
+        "l0": of(metrics.l0_E),
+        "fvu": of(metrics.fvu_E),
+        "activations": int(metrics.activations_E[place]),
+        "dead_latents": int(metrics.dead_E[place]) if counted else None,
+        "dense_latents": int(metrics.dense_E[place]) if counted else None,
+        "learning_rate": of(metrics.learning_rate_E),
+        "sparsity_coefficient": of(metrics.sparsity_coefficient_E),
+        "threshold": of(metrics.threshold_E),
+        "theta_from_error": of(metrics.theta_from_error_E),
+        "theta_from_sparsity": of(metrics.theta_from_sparsity_E),
+        "theta_reached": of(metrics.theta_reached_E),
+    }
+
+
+def progress(of_step: Mapping) -> str:
+    """An entry in so few words that it stands behind a progress bar; of several SAEs, the lowest to the highest."""
+    text = f"{of_step['tokens_per_second']:,.0f} tok/s"
+    saes = of_step["sae"].values()
+
+    def span(key: str, form: str, scale: float = 1.0) -> str:
+        known = [values[key] * scale for values in saes if values[key] is not None]
+        if not known:
+            return "?"
+        low, high = f"{min(known):{form}}", f"{max(known):{form}}"
+        return low if low == high else f"{low}–{high}"
+
+    if saes:
+        text += f", L0 {span('l0', '.1f')}, FVU {span('fvu', '.3f')}, "
+        text += f"dead {span('dead_latents', 'd')}, dense {span('dense_latents', 'd')}"
+        if len(saes) > 1:
+            text += f", {len(saes)} SAEs"
+    return text
+
+
+def check_thresholds(learning_rates: float) -> str | None:
+    """A warning before training where thresholds could not move far enough, from the sum of all learning rates.
+
+    Adam moves a threshold's logarithm by about a learning rate an update.
+    """
+    if learning_rates >= 0.5:
+        return None
+    return (
+        f"thresholds are trained as logarithms, which move by about optimizer.learning_rate an update: in this run "
+        f"by a factor of {math.exp(learning_rates):.2f} at most, so L0 will not get far. Gemma Scope's rate of 7e-5 "
+        "is for a million updates; raise optimizer.learning_rate, or train.tokens"
+    )
+
+
+def watched_steps(plan: step.Plan) -> int:
+    """How many of a run's first training steps `stuck_thresholds` is to see."""
+    return max(min(WATCHED_UPDATES, plan.total_updates // 2) // plan.updates_per_step, 1)
+
+
+def stuck_thresholds(plan: step.Plan, entries: list[Mapping]) -> list[str]:
+    """Warnings from a run's first updates, of SAEs whose thresholds nothing or only one side moves."""
+    warnings = []
+    for bank_plan in plan.banks:
+        for member in bank_plan.members:
+            values = [e["sae"][member.name] for e in entries if member.name in e["sae"]]
+            if not values:
+                continue
+            recent = values[len(values) // 2 :]
+
+            def mean(key: str, recent: list = recent) -> float:
+                return float(np.mean([v[key] for v in recent]))
+
+            at = f"banks.{bank_plan.name}"
+            if (reached := mean("theta_reached")) < 0.1:
+                warnings.append(
+                    f"{member.name}: in a batch only {reached:.1%} of thresholds have a pre-activation within "
+                    f"{at}.bandwidth ({bank_plan.bandwidth:g}) of them, the others stand still at L0 "
+                    f"{recent[-1]['l0']:.0f}; raise {at}.bandwidth, and {at}.initial_threshold with it"
+                )
+                continue
+            error, sparsity = mean("theta_from_error"), mean("theta_from_sparsity")
+            if member.sparsity_coefficient and sparsity < 0.01 * error:
+                warnings.append(
+                    f"{member.name}: sparsity makes up {sparsity / (error + sparsity):.1%} of what moves the "
+                    f"thresholds, L0 is {recent[-1]['l0']:.0f}; raise {at}.sparsity_coefficients"
+                )
+            elif sparsity > 100 * error:
+                warnings.append(
+                    f"{member.name}: the error makes up {error / (error + sparsity):.1%} of what moves the "
+                    f"thresholds, which another λ would hardly change: L0 is {recent[-1]['l0']:.0f}; lower "
+                    f"{at}.sparsity_coefficients"
+                )
+    return warnings
+
+
+def same_document_share(source_Bx3: np.ndarray, weight_B: np.ndarray) -> float:
+    """The share of pairs in a batch that come from one document."""
+    _, counts = np.unique(source_Bx3[weight_B > 0, ring.DOCUMENT], return_counts=True)
+    total = counts.sum()
+    return float((counts * (counts - 1)).sum() / max(total * (total - 1), 1))
+
+
+def shuffle_quality(workdir: pathlib.Path, rows: data.Rows, sample: int = 4096) -> tuple[float, float]:
+    """The share of same-document pairs in a batch, in the run's log and (estimated) under a perfect shuffle."""
+    logged = [entry["same_document_pairs"] for entry in read_metrics(workdir) if entry["sae"]]
+    count = min(sample, len(rows))
+    first_documents = rows.read(data.order(len(rows), 0, 0, count)).first_document
+    _, counts = np.unique(first_documents, return_counts=True)
+    pairs_of_rows = (counts * (counts - 1)).sum() / max(count * (count - 1), 1)
+    return float(np.mean(logged)), float(pairs_of_rows + 1 / len(rows))
