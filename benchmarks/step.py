@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from configs import quickstart
+from gemma_scope_jax import bank, data, ring, runs, step, training
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, ring, step, training
+from gemma_scope_jax.normalizer import Normalizer
 
 B, D, M, L0 = 1024, 640, 4096, 60
 
@@ -45,22 +46,38 @@ def contract(a_axis: int, b_axis: int) -> Callable:
     return jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ()))))
 
 
-def five_matmuls() -> float:
+def five_matmuls(batch: int = B, d: int = D, m: int = M) -> float:
     """Seconds of the five matmuls of one update."""
     key = jax.random.key(0)
-    x_BxD, f_BxM = jax.random.normal(key, (B, D)), jax.random.normal(key, (B, M))
-    w_DxM, w_MxD = jax.random.normal(key, (D, M)), jax.random.normal(key, (M, D))
+    x_BxD, f_BxM = jax.random.normal(key, (batch, d)), jax.random.normal(key, (batch, m))
+    w_DxM, w_MxD = jax.random.normal(key, (d, m)), jax.random.normal(key, (m, d))
     to_latents = min(least_time(contract(1, 0), x_BxD, w_DxM), least_time(contract(1, 1), x_BxD, w_MxD))
     to_site = min(least_time(contract(1, 0), f_BxM, w_MxD), least_time(contract(1, 1), f_BxM, w_DxM))
     weights = min(least_time(contract(0, 0), f_BxM, x_BxD), least_time(contract(0, 0), x_BxD, f_BxM))
     return 2 * to_latents + to_site + 2 * weights
 
 
-def quickstart_run(**changes: object) -> training.Run:
+def quickstart_run(**changes: object) -> runs.Run:
     """The quickstart's run with some fields changed."""
     c = quickstart.get_config()
     c.update_from_flattened_dict(changes)
-    return training.build(config_lib.from_dict(c.to_dict()))
+    return runs.build(config_lib.from_dict(c.to_dict()))
+
+
+def synthetic_state(run: runs.Run, x_BxD: jax.Array) -> step.State:
+    """A state whose SAEs have an L0 of about 60 on x; a learning rate of zero keeps it there."""
+    d = x_BxD.shape[1]
+    normalizer = Normalizer(jnp.zeros(d), jnp.ones(()), jnp.asarray(jnp.inf), jnp.zeros(d))
+    state = step.init_state(run.plan, {str(site): normalizer for site in run.plan.sites}, jnp.float32)
+
+    def sparse(bank_state: bank.State) -> bank.State:
+        params = bank_state.params
+        pre = x_BxD @ params.W_enc[0]
+        threshold = jnp.quantile(pre[:, :512], 1 - L0 / params.W_enc.shape[-1])
+        log_threshold = jnp.full_like(params.log_threshold, jnp.log(threshold))
+        return bank_state.replace(params=params.replace(log_threshold=log_threshold))
+
+    return state.replace(banks={name: sparse(bank_state) for name, bank_state in state.banks.items()})
 
 
 def update_benchmark() -> dict:
@@ -70,46 +87,33 @@ def update_benchmark() -> dict:
         **{"train.batch": B, "train.sequences_per_step": 4 * updates, "ring.capacity": 16 * B * updates}
     )
     site = str(run.plan.sites[0])
-    normalizer = step.Normalizer(jnp.zeros(D), jnp.ones(()), jnp.asarray(jnp.inf), jnp.zeros(D))
-    state = step.init_state(run.plan, {site: normalizer}, jnp.float32)
     x_KxBxD = jax.random.normal(jax.random.key(1), (updates, B, D)) / D**0.5
-    pre = x_KxBxD[0] @ state.params.W_enc[0]
-    threshold = jnp.quantile(pre[:, :512], 1 - L0 / M)  # A rate of zero keeps L0 where it is.
-    state = state.replace(
-        params=state.params.replace(
-            log_threshold=jnp.full_like(state.params.log_threshold, jnp.log(threshold))
-        )
-    )
+    state = synthetic_state(run, x_KxBxD[0])
     batches = ring.Slots(
         {site: x_KxBxD}, {site: jnp.ones((updates, B))}, jnp.zeros((updates, B, 3), jnp.int32)
     )
     plan = dataclasses.replace(
         run.plan, optimizer=dataclasses.replace(run.plan.optimizer, learning_rate=1e-12)
     )
-
-    def train(carry: tuple) -> tuple:
-        params, opt_state, idle_ExM = carry
-        return step.train(
-            plan, run.mesh, state.replace(params=params, opt_state=opt_state, idle_ExM=idle_ExM), batches
-        )
-
-    jitted = jax.jit(train, donate_argnums=0)
-    carry = jax.tree.map(jnp.copy, (state.params, state.opt_state, state.idle_ExM))
+    jitted = jax.jit(
+        lambda banks: step.train(plan, run.mesh, state.replace(banks=banks), batches), donate_argnums=0
+    )
+    banks = jax.tree.map(jnp.copy, dict(state.banks))
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()
-        carry, sums = jax.block_until_ready(jitted(carry))
+        banks, sums = jax.block_until_ready(jitted(banks))
         best = min(best, time.perf_counter() - start)
     floor = five_matmuls()
     return {
-        "l0": float(sums.l0.sum() / sums.weight.sum()),
+        "l0": float(sums["main"].l0.sum() / sums["main"].weight.sum()),
         "update_ms": 1e3 * best / updates,
         "five_matmuls_ms": 1e3 * floor,
         "update_over_five_matmuls": best / updates / floor,
     }
 
 
-def harvest_flops(run: training.Run, gemma_params: dict) -> float:
+def harvest_flops(run: runs.Run, gemma_params: dict) -> float:
     """FLOPs of a harvest by formula: every weight of the blocks once per token, and attention's two products."""
     model = run.model.config
     tokens, length = run.plan.activations, run.config.data.context_length
@@ -127,13 +131,13 @@ def step_benchmark() -> dict:
     """The harvest's FLOP rate, and the fused step against its parts."""
     run = quickstart_run()
     plan, sequences = run.plan, run.config.train.sequences_per_step
-    rows = data.open_rows(training.prepare_rows(run.config), data.TRAIN)
-    gemma_params = training.load_gemma(run).params
-    normalizers = training.calibrate(run, rows, gemma_params)
-    state = training.init_state(run, normalizers)
+    rows = data.open_rows(runs.prepare_rows(run.config), data.TRAIN)
+    gemma_params = runs.load_gemma(run).params
+    normalizers = training.calibrate(run, rows, gemma_params, run.plan.sites)
+    state = runs.init_state(run, normalizers)
     compiled, batch = None, None
     for i in range(plan.ring_steps + 1):  # Until the ring is full and the bank trained.
-        batch = training.read_batch(run, rows, i * sequences, sequences)
+        batch = runs.read_batch(run, rows, i * sequences, sequences)
         compiled = compiled or training.lower_step(run, state, batch, gemma_params).compile()
         state, _ = jax.block_until_ready(compiled(state, batch, gemma_params))
 

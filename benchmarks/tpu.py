@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import gemma, sharding, step, training, weights
+from gemma_scope_jax import gemma, planning, runs, sharding, step, training, weights
+from gemma_scope_jax.normalizer import Normalizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Step:
     suite: str
     topology: str
     layers: tuple[int, ...] = ()  # Empty: those of the suite.
+    sequences: int = 64  # In a step.
     data: int = 1  # Of the mesh.
 
 
 STEPS = (
     Step("gemma2_2b", "resid_post_16k", "v5e:2x4", (12,)),
     Step("gemma2_2b", "resid_post_16k", "v5p:2x2x4", data=2),
+    Step("gemma2_2b", "all_16k", "v5p:2x2x4", data=2),
     Step("gemma2_9b", "resid_post_131k", "v5e:4x4", (20,)),
     Step("gemma2_27b", "resid_post_131k", "v5p:2x2x4"),
     Step("gemma2_9b_it", "resid_post_16k", "v5e:4x4"),
@@ -111,7 +114,7 @@ def measure_harvest(case: Harvest) -> dict:
     )
     vector = placed(mesh, (gemma.site_width(model, site),), jnp.float32, sharding.REPLICATED)
     scalar = placed(mesh, (), jnp.float32, sharding.REPLICATED)
-    normalizers = {str(site): step.Normalizer(vector, scalar, scalar, vector)}
+    normalizers = {str(site): Normalizer(vector, scalar, scalar, vector)}
 
     def harvest(params: weights.Params, batch: step.Batch, normalizers: dict) -> object:
         whole = step.gather_gemma(mesh, params)
@@ -128,21 +131,23 @@ def measure_step(case: Step) -> dict:
     """The whole step of a config; the ring and the SAEs are among the arguments."""
     devices = chips(case.topology)
     c = importlib.import_module(f"configs.{case.config}").get_config(case.suite)
-    c.bank.layers = case.layers or c.bank.layers
+    for bank in c.banks.values():
+        bank.layers = case.layers or bank.layers
     c.mesh.data = case.data
+    c.train.sequences_per_step = case.sequences
     config = config_lib.from_dict(c.to_dict())
-    mesh = sharding.make_mesh(config.mesh.data, 0, devices)
-    run = training.build(config, mesh)
-    params = weights.placed_shapes(
-        run.model,
-        gemma.depth(run.plan.sites),
-        config_lib.dtype(config),
-        sharding.gemma_placement(mesh, config.mesh.shard_gemma),
-    )
-    batch = batch_shapes(mesh, config.train.sequences_per_step, config.data.context_length)
-    lowered = training.lower_step(run, training.abstract_state(run), batch, params)
+    run = runs.build(config, sharding.make_mesh(config.mesh.data, 0, devices))
+    state, batch, params = runs.abstract_inputs(run)
+    lowered = training.lower_step(run, state, batch, params)
+    parts = {need.what: need.bytes for need in planning.needs(state, params, 0)[:-1]}
     saes = len(run.plan.members)
-    return {**dataclasses.asdict(case), "chips": len(devices), "saes": saes, **report(lowered)}
+    return {
+        **dataclasses.asdict(case),
+        "chips": len(devices),
+        "saes": saes,
+        "parts_bytes": parts,
+        **report(lowered),
+    }
 
 
 def main() -> None:

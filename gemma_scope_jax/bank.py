@@ -14,6 +14,10 @@ import optax
 from gemma_scope_jax import gemma, optim, ring, sae, sharding
 from gemma_scope_jax.normalizer import Normalizer
 
+# How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target. L0 follows λ
+# at about three (configs/quickstart_banks.py:targets), with which five is as fast as does not swing about the target.
+CONTROLLER_SPEED = 5
+
 
 def width_name(width: int) -> str:
     """A number of latents as Gemma Scope writes it: 16,384 is 16k, 1,048,576 is 1m."""
@@ -47,7 +51,7 @@ class Member:
     def name(self) -> str:
         """Differs from every other member's."""
         skip = "_skip" if self.skip else ""
-        target = f"_target_{self.target_l0:g}" if self.target_l0 else ""
+        target = f"_target_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
         seed = f"_seed_{self.seed}" if self.seed else ""
         width = width_name(self.width)
         return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{target}{seed}"
@@ -232,10 +236,10 @@ def update(
     )
     coefficient_E = state.coefficient_E
     if plan.objective == "controlled":
-        # λ's logarithm moves as fast as a threshold's can, and not while λ is warming up or there is nothing to see.
+        # Not while λ is warming up or there is nothing to see.
         moves_E = (state.updates_E >= optimizer_config.sparsity_warmup_updates) & (sums.weight > 0)
         off_E = sae.off_target(sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1), target_l0_E)
-        coefficient_E = coefficient_E * jnp.exp(jnp.where(moves_E, rate_E * off_E, 0))
+        coefficient_E = coefficient_E * jnp.exp(jnp.where(moves_E, CONTROLLER_SPEED * rate_E * off_E, 0))
     new = State(
         params=params,
         opt_state=opt_state,

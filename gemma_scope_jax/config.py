@@ -358,11 +358,12 @@ def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> 
         _require(name.isidentifier(), f"config.banks has a bank {name!r}; choose letters, digits and _")
         _check_bank(name, bank_config, config.train.batch, model, latent_axis)
         for member in members(bank_config):
-            other = banks_of.setdefault(member.name, name)
             _require(
-                other == name and list(members(bank_config)).count(member) == 1,
-                f"{member.name} is named twice, in banks.{other} and banks.{name}; values must differ",
+                member.name not in banks_of,
+                f"{member.name} is named twice, in banks.{banks_of.get(member.name)} and banks.{name}; values must "
+                "differ",
             )
+            banks_of[member.name] = name
 
 
 def _check_ranges(config: Config) -> None:

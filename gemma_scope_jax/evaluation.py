@@ -361,9 +361,13 @@ def write_pareto(
                 axis.annotate(text, place, (6, 6), textcoords="offset points", fontsize=7)
     left.set_ylabel("delta loss, nats")
     right.set_ylabel("FVU")
-    for axis in (left, right):
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+    everything = [results[name] for points in sweeps.values() for name in points]
+    for axis, key in ((left, "delta_loss"), (right, "fvu")):
+        # A splice may lower the loss, and an SAE may be silent.
+        if min(result.l0 for result in everything) > 0:
+            axis.set_xscale("log")
+        if min(getattr(result, key) for result in everything) > 0:
+            axis.set_yscale("log")
         axis.set_xlabel("L0")
         axis.grid(alpha=0.3, which="both")
     if len(sweeps) > 1:

@@ -3,10 +3,12 @@
 import json
 import math
 import pathlib
+import time
 from collections.abc import Mapping
 
 import numpy as np
-import tensorboardX
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from gemma_scope_jax import bank, data, ring, step
 from gemma_scope_jax.formats import files
@@ -34,6 +36,10 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
     return entries
 
 
+def _event(step: int, **content: object) -> event_pb2.Event:
+    return event_pb2.Event(wall_time=time.time(), step=step, **content)
+
+
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard. Steps after `last_step` are dropped, they will be done again."""
 
@@ -43,16 +49,21 @@ class MetricsLog:
         with files.replacing_file(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Not its SummaryWriter, whose thread dies on a full disk and then leaves this one waiting for ever.
+        self._board = event_file_writer.EventsWriter(str(folder / "events"))
+        self._board.write_event(_event(last_step + 1, session_log=event_pb2.SessionLog(status="START")))
 
     def write(self, entry: dict) -> None:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
+        scalars = {"tokens_per_second": entry["tokens_per_second"]}
         for name, values in entry["sae"].items():
-            for key, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(f"{name}/{key}", value, entry["step"])
-        self._board.add_scalar("tokens_per_second", entry["tokens_per_second"], entry["step"])
+            scalars |= {f"{name}/{key}": value for key, value in values.items() if value is not None}
+        made = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._board.write_event(_event(entry["step"], summary=summary_pb2.Summary(value=made)))
+        self._board.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -113,8 +124,8 @@ def progress(of_step: Mapping) -> str:
     text = f"{of_step['tokens_per_second']:,.0f} tok/s"
     saes = of_step["sae"].values()
 
-    def span(key: str, form: str, scale: float = 1.0) -> str:
-        known = [values[key] * scale for values in saes if values[key] is not None]
+    def span(key: str, form: str) -> str:
+        known = [values[key] for values in saes if values[key] is not None]
         if not known:
             return "?"
         low, high = f"{min(known):{form}}", f"{max(known):{form}}"

@@ -482,8 +482,12 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
         metadata = checkpointer.metadata(folder).item_metadata
     if metadata is None:
         if (folder / "_METADATA").exists():
-            raise ValueError(f"cannot read the Orbax checkpoint {path}: its files are damaged or not all there")
-        raise ValueError(f"{path} holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file")
+            raise ValueError(
+                f"cannot read the Orbax checkpoint {path}: its files are damaged or not all there"
+            )
+        raise ValueError(
+            f"{path} holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file"
+        )
     on_disk = {
         tuple(entry.key for entry in keys): leaf
         for keys, leaf in jax.tree.leaves_with_path(metadata.tree)

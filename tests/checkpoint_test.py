@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import checkpoint, cli, training
+from gemma_scope_jax import checkpoint, cli, runs
 
 
 @pytest.fixture(scope="module")
 def run(inputs):
-    return training.build(tiny.run_config(inputs))
+    return runs.build(tiny.run_config(inputs))
 
 
 @pytest.fixture
@@ -32,7 +32,12 @@ def state(run):
             value = rng.normal(size=leaf.shape)
         return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
-    return jax.tree.map(fill, training.abstract_state(run))
+    return jax.tree.map(fill, runs.abstract_state(run))
+
+
+def with_params(state, **changes):
+    bank = state.banks["main"]
+    return state.replace(banks={"main": bank.replace(params=bank.params.replace(**changes))})
 
 
 def at_step(state, step):
@@ -47,7 +52,7 @@ def save_all(folder, states, keep=5):
 
 def restore(folder, run):
     with checkpoint.open_manager(folder / "checkpoints", 5) as manager:
-        return checkpoint.restore_newest(manager, training.abstract_state(run), set_aside=True)
+        return checkpoint.restore_newest(manager, runs.abstract_state(run), set_aside=True)
 
 
 def array_files(folder, step):
@@ -59,7 +64,7 @@ def test_a_state_comes_back_bit_for_bit_in_its_sharding(run, state, tmp_path):
     save_all(tmp_path, [at_step(state, 5)])
     again = restore(tmp_path, run)
     jax.tree.map(np.testing.assert_array_equal, again, at_step(state, 5))
-    assert again.params.W_enc.sharding == state.params.W_enc.sharding
+    assert again.banks["main"].params.W_enc.sharding == state.banks["main"].params.W_enc.sharding
 
 
 def test_the_newest_are_kept(run, state, tmp_path):
@@ -101,22 +106,22 @@ def test_contents_that_changed_unnoticed_by_orbax_are_noticed(run, state, tmp_pa
     """As if a block had changed on its way to the disk: what is stored is not what was digested."""
     save_all(tmp_path, [at_step(state, 1)])
     intended = at_step(state, 2)
-    stored = intended.replace(
-        params=intended.params.replace(W_dec=intended.params.W_dec.at[0, 3, 4].add(1e-4))
-    )
+    params = intended.banks["main"].params
+    stored = with_params(intended, W_dec=params.W_dec.at[0, 3, 4].add(1e-4))
     digests = checkpoint.digests
     monkeypatch.setattr(checkpoint, "digests", lambda _: digests(intended))
     save_all(tmp_path, [stored])
     monkeypatch.setattr(checkpoint, "digests", digests)
     assert int(restore(tmp_path, run).step) == 1
-    assert "its contents differ from what was saved, in params.W_dec" in capsys.readouterr().out
+    assert "its contents differ from what was saved, in banks.main.params.W_dec" in capsys.readouterr().out
 
 
 def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(state, inputs, tmp_path):
     save_all(tmp_path, [at_step(state, 1)])
-    padded = training.build(tiny.run_config(inputs, mesh__data=2))
+    padded = runs.build(tiny.run_config(inputs, mesh__data=2))
     with pytest.raises(
-        ValueError, match=r"holds params.W_enc of shape \[1, 32, 64\], this run needs \[2, 32, 64\]; if mesh"
+        ValueError,
+        match=r"holds banks.main.params.W_enc of shape \[1, 32, 64\], this run needs \[2, 32, 64\]; if mesh",
     ):
         restore(tmp_path, padded)
     assert (tmp_path / "checkpoints" / "1").exists() and not (tmp_path / "damaged").exists()
@@ -162,7 +167,7 @@ def test_a_reader_changes_nothing(run, state, tmp_path):
     for path in array_files(tmp_path, 2):
         damage(path, "truncated")
     with checkpoint.open_reader(tmp_path / "checkpoints") as manager:
-        again = checkpoint.restore_newest(manager, training.abstract_state(run), set_aside=False)
+        again = checkpoint.restore_newest(manager, runs.abstract_state(run), set_aside=False)
     assert int(again.step) == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
     assert not (tmp_path / "damaged").exists()
@@ -172,19 +177,20 @@ def test_the_digest_sees_any_change_and_no_sharding(state):
     before = checkpoint.digests(state)
     alone = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), jax.devices()[0]), state)
     assert checkpoint.digests(alone) == before
+    params = state.banks["main"].params
     for name, change in {
-        "params.W_enc": state.params.W_enc.at[0, 3, 5].multiply(1 + 1e-7),
-        "params.b_dec": state.params.b_dec.at[0, 0].set(0),
-        "params.W_dec": state.params.W_dec[:, ::-1],
+        "W_enc": params.W_enc.at[0, 3, 5].multiply(1 + 1e-7),
+        "b_dec": params.b_dec.at[0, 0].set(0),
+        "W_dec": params.W_dec[:, ::-1],
     }.items():
-        other = state.replace(params=state.params.replace(**{name.split(".")[1]: change}))
-        assert {n for n, d in checkpoint.digests(other).items() if d != before[n]} == {name}
+        now = checkpoint.digests(with_params(state, **{name: change}))
+        assert {n for n, d in now.items() if d != before[n]} == {f"banks.main.params.{name}"}
 
 
 def test_a_state_that_is_not_finite_is_never_saved(run, state, tmp_path):
-    bad = state.replace(params=state.params.replace(b_enc=state.params.b_enc.at[0, 1].set(jnp.nan)))
+    bad = with_params(state, b_enc=state.banks["main"].params.b_enc.at[0, 1].set(jnp.nan))
     with checkpoint.open_manager(tmp_path / "checkpoints", 2) as manager:
-        with pytest.raises(FloatingPointError, match=r"non-finite values in params\.b_enc"):
+        with pytest.raises(FloatingPointError, match=r"non-finite values in banks\.main\.params\.b_enc"):
             checkpoint.save(manager, bad, {})
         assert manager.all_steps() == []
 
@@ -200,7 +206,7 @@ def test_a_full_disk_is_said_in_one_line():
 
 def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
     with pytest.raises(ValueError) as ours:
-        training.read_config(pathlib.Path("nowhere"))
+        runs.read_config(pathlib.Path("nowhere"))
     assert "nowhere is no run directory" in cli.explain(ours.value)
     with pytest.raises(ValueError) as librarys:
         json.loads("{")

@@ -7,7 +7,7 @@ import jax
 import pytest
 import tiny
 
-from gemma_scope_jax import config, gemma, optim
+from gemma_scope_jax import bank, config, gemma, optim
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -19,7 +19,11 @@ def plan(changes, mesh=(1, 1)):
 def test_gemma_scopes_recipe_is_the_default():
     c = config.Config()
     assert c.optimizer == optim.OptimizerConfig(7e-5, 0.999, 1e-8, 1000, 0.0, 10_000)
-    assert (c.train.batch, c.bank.bandwidth, c.bank.initial_threshold) == (4096, 0.001, 0.001)
+    assert (c.train.batch, c.banks["main"].bandwidth, c.banks["main"].initial_threshold) == (
+        4096,
+        0.001,
+        0.001,
+    )
     assert not c.normalizer.center and not c.normalizer.outlier_medians
 
 
@@ -55,8 +59,26 @@ TABLE_1 = {
 def test_suites_are_those_of_the_report(name, suite):
     layers, width, tokens = TABLE_1[name, suite]
     c = importlib.import_module(f"configs.{name}").get_config(suite)
-    assert (tuple(c.bank.layers), c.bank.width, c.train.tokens) == (tuple(layers), width, tokens)
-    assert c.bank.sites == (suite.rsplit("_", 1)[0],) and c.data.context_length == 1024
+    assert (tuple(c.banks.main.layers), c.banks.main.width, c.train.tokens) == (tuple(layers), width, tokens)
+    assert c.banks.main.sites == (suite.rsplit("_", 1)[0],) and c.data.context_length == 1024
+
+
+def test_all_sites_of_2b_are_78_saes_of_one_run():
+    c = importlib.import_module("configs.gemma2_2b").get_config("all_16k")
+    plan = config.make_plan(config.from_dict(c.to_dict()), gemma.build_model("gemma2_2b"), 1, 1)
+    assert len(plan.members) == len(plan.sites) == 78
+    assert {b.name: len(b.members) for b in plan.banks} == {"stream": 52, "heads": 26}
+
+
+def test_gemma_scopes_transcoders_read_before_the_gain_and_are_scaled_by_what_they_read():
+    c = importlib.import_module("configs.gemma2_2b").get_config("transcoder_16k").banks.main
+    assert (c.sites, c.target_site, c.scale_target_by, c.skip) == (
+        ("mlp_in_gain_free",),
+        "mlp_out",
+        "read",
+        False,
+    )
+    assert c.layers == tuple(range(26)) and c.width == 2**14
 
 
 def test_an_unknown_suite_is_refused():
@@ -94,11 +116,19 @@ def test_counts_add_up():
             "unknown site 'resid_pre'; choose one of embed, attn_out",
         ),
         ({"banks__main__sites": ("resid_post", "attn_out")}, (1, 1), "sites of a bank must have one width"),
-        ({"banks__main__layers": ()}, (1, 1), "the bank has no member"),
-        ({"banks__main__seeds": (1, 1)}, (1, 1), "names a member twice"),
-        ({"banks__main__width": 60}, (1, 8), "bank.width 60 is not divisible by the mesh's latent axis .8."),
-        ({"banks__main__precision": "best"}, (1, 1), "bank.precision is 'best'"),
-        ({"banks__main__bandwidth": 0.0}, (1, 1), "bank.bandwidth is 0.0"),
+        ({"banks__main__layers": ()}, (1, 1), "banks.main has no member"),
+        (
+            {"banks__main__seeds": (1, 1)},
+            (1, 1),
+            "is named twice, in banks.main and banks.main; values must differ",
+        ),
+        (
+            {"banks__main__width": 60},
+            (1, 8),
+            "banks.main.width 60 is not divisible by the mesh's latent axis .8.",
+        ),
+        ({"banks__main__precision": "best"}, (1, 1), "banks.main.precision is 'best'"),
+        ({"banks__main__bandwidth": 0.0}, (1, 1), "banks.main.bandwidth is 0.0"),
         ({"train__sequences_per_step": 6}, (2, 2), "sequences_per_step 6 is not a multiple of the 4 devices"),
         ({"train__batch": 48}, (1, 1), "= 128 is not a multiple of train.batch 48"),
         ({"train__batch": 4}, (1, 1), "train.batch 4 is not a multiple of ring.groups 8"),
@@ -109,6 +139,29 @@ def test_counts_add_up():
         ({"data__context_length": 1}, (1, 1), "data.context_length is 1"),
         ({"log__checkpoint_every": 0}, (1, 1), "log.checkpoint_every is 0; it must be at least 1"),
         ({"log__keep_checkpoints": 0}, (1, 1), "log.keep_checkpoints is 0"),
+        (
+            {"banks__main__objective": "cubic"},
+            (1, 1),
+            "banks.main.objective is 'cubic'; choose one of linear",
+        ),
+        (
+            {"banks__main__objective": "quadratic"},
+            (1, 1),
+            "objective is quadratic; it needs banks.main.target_l0s",
+        ),
+        ({"banks__main__target_l0s": (9.0,)}, (1, 1), "choose objective quadratic or controlled with them"),
+        (
+            {"banks__main__target_l0s": (64.0,), "banks__main__objective": "controlled"},
+            (1, 1),
+            "target_l0s has 64.0; choose above 0 and below the width",
+        ),
+        ({"banks__main__skip": True}, (1, 1), "banks.main.skip is for transcoders; set target_site"),
+        (
+            {"banks__main__target_site": "resid_post"},
+            (1, 1),
+            "from layer_1_resid_post to itself is an autoencoder",
+        ),
+        ({"banks__main__window_updates": 0}, (1, 1), "banks.main.window_updates is 0"),
         ({"optimizer__decay_fraction": 2.0}, (1, 1), "optimizer.decay_fraction is 2.0"),
         ({"banks__main__sparsity_coefficients": (-1.0,)}, (1, 1), "none may be negative"),
     ],
@@ -121,9 +174,15 @@ def test_what_does_not_fit_is_refused_with_names_and_values(changes, mesh, messa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bank": {"widht": 4}}, "unknown config field bank.widht; known are bank.layers, "),
+        (
+            {"banks": {"main": {"widht": 4}}},
+            "unknown config field banks.main.widht; known are banks.main.layers, ",
+        ),
         ({"seeds": 4}, "unknown config field seeds"),
-        ({"bank": {"layers": (1.7,)}}, "config field bank.layers is 1.7, expected a value of type int"),
+        (
+            {"banks": {"main": {"layers": (1.7,)}}},
+            "config field banks.main.layers is 1.7, expected a value of type int",
+        ),
         ({"train": {"tokens": "many"}}, "config field train.tokens is 'many', expected a value of type int"),
     ],
 )
@@ -133,8 +192,36 @@ def test_unknown_fields_and_wrong_types_are_refused(values, message):
 
 
 def test_members_that_differ_have_names_that_differ():
-    close = plan({"banks__main__sparsity_coefficients": (1.0000001e-4, 1.0000002e-4)})
-    assert len({member.name for member in close.members}) == 2
+    close = plan(
+        {
+            "banks__main__sparsity_coefficients": (1.0000001e-4, 1.0000002e-4),
+            "banks__main__target_l0s": (10.0, 10.000001),
+            "banks__main__objective": "controlled",
+        }
+    )
+    assert len({member.name for member in close.members}) == 4
+    assert close.members[0].name == "layer_1_resid_post_width_64_lambda_0.00010000001_target_10"
+
+
+def test_two_banks_may_not_train_the_same_sae():
+    banks = {name: dict(layers=(1,), width=64) for name in ("a", "b")}
+    with pytest.raises(ValueError, match=r"is named twice, in banks\.a and banks\.b; values must differ"):
+        plan({"banks": banks})
+    assert len(plan({"banks": banks | {"b": dict(layers=(1,), width=128)}}).members) == 2
+
+
+def test_widths_are_called_as_gemma_scope_calls_them():
+    names = {
+        2**14: "16k",
+        2**15: "32k",
+        2**16: "65k",
+        2**17: "131k",
+        2**18: "262k",
+        2**19: "524k",
+        2**20: "1m",
+    }
+    assert {width: bank.width_name(width) for width in names} == names
+    assert [bank.width_name(w) for w in (64, 1024, 4096, 5000)] == ["64", "1k", "4k", "5000"]
 
 
 def test_a_dtype_must_be_known():
@@ -150,5 +237,5 @@ def test_a_run_is_continued_only_with_what_it_was_started_with():
     )
     config.check_resumable(old, free)
     other = tiny.run_config(pathlib.Path("nowhere"), banks__main__width=128)
-    with pytest.raises(ValueError, match=r"started with config\.bank\.width = 64, now it is 128"):
+    with pytest.raises(ValueError, match=r"started with config\.banks\.main\.width = 64, now it is 128"):
         config.check_resumable(old, other)

@@ -213,8 +213,8 @@ def test_paths_that_hold_nothing_are_refused(tmp_path, run):
     [
         (["evaluate.py", "nowhere"], "Error: nowhere is neither a run directory"),
         (
-            ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.bank.widht=3"],
-            "Error: the config has no field 'widht', named by --config.bank.widht=3; did you mean 'width'?",
+            ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.banks.main.widht=3"],
+            "Error: the config has no field 'widht', named by --config.banks.main.widht=3; did you mean 'width'?",
         ),
         (
             ["train.py", "--config=configs/gemma3.py:2b", "--workdir=x"],
@@ -222,7 +222,7 @@ def test_paths_that_hold_nothing_are_refused(tmp_path, run):
         ),
         (["train.py", "--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
         (
-            ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.bank.layers=(18,)"],
+            ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.banks.main.layers=(18,)"],
             "Error: layer 18 is out of range: Gemma3_270M has layers 0 to 17",
         ),
     ],

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from gemma_scope_jax import sae
-from gemma_scope_jax.formats import gemma_scope, saelens
+from gemma_scope_jax.formats import gemma_scope, gemma_scope_2, saelens
 
 ABOUT = saelens.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256, "sotu")
 
@@ -59,6 +59,77 @@ def test_heads_are_flattened_by_saelens_only_where_the_hook_gives_heads(folded, 
     assert json.loads((tmp_path / "a" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
 
 
+def transcoder(skip):
+    """From a site of width 16 to one of width 12."""
+    params = sae.init(jax.random.key(0), 16, 64, 0.1, target_width=12, skip=skip)
+    if skip:
+        params = params.replace(W_skip=jax.random.normal(jax.random.key(1), (16, 12)))
+    return jax.device_get(
+        sae.fold_transcoder(params, jnp.ones(16), jnp.asarray(30.0), jnp.ones(12), jnp.asarray(7.0))
+    )
+
+
+TRANSCODER = saelens.About(
+    "google/gemma-3-270m", "blocks.9.mlp.hook_in", 256, "sotu", hook_name_out="blocks.9.hook_mlp_out", l0=31.5
+)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoders_come_back_as_they_were_and_saelens_turns_the_skip_connection_over(skip, tmp_path):
+    folded = transcoder(skip)
+    saelens.write(tmp_path / "a", folded, TRANSCODER)
+    again, about = saelens.read(tmp_path / "a")
+    assert_equal(again, folded)
+    assert about == TRANSCODER
+    config = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    assert config["architecture"] == ("jumprelu_skip_transcoder" if skip else "jumprelu_transcoder")
+    assert (config["d_in"], config["d_out"], config["metadata"]["hook_name_out"]) == (
+        16,
+        12,
+        "blocks.9.hook_mlp_out",
+    )
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / "sae_weights.safetensors")
+    if skip:  # SAELens: x @ W_skip.T
+        np.testing.assert_array_equal(tensors["W_skip"].T, folded.W_skip)
+    assert ("W_skip" in tensors) == skip
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_gemma_scope_2_round_trip_is_exact_and_by_its_own_names(skip, tmp_path):
+    folded = transcoder(skip)
+    about = gemma_scope_2.About(
+        "google/gemma-3-270m", "model.layers.9.a.output", "model.layers.9.b.output", 31.5
+    )
+    gemma_scope_2.write(tmp_path / "a", folded, about)
+    again, about_again = gemma_scope_2.read(tmp_path / "a")
+    assert_equal(again, folded)
+    assert about_again == about
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config == {
+        "hf_hook_point_in": "model.layers.9.a.output", "hf_hook_point_out": "model.layers.9.b.output", "width": 64,
+        "model_name": "google/gemma-3-270m", "architecture": "jump_relu", "l0": 31.5, "affine_connection": skip,
+        "type": "transcoder",
+    }  # fmt: skip
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / "params.safetensors")
+    names = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"} | (
+        {"affine_skip_connection"} if skip else set()
+    )
+    assert set(tensors) == names
+    if skip:  # Google: x @ affine_skip_connection
+        assert tensors["affine_skip_connection"].shape == (16, 12)
+    config["architecture"] = "topk"
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has architecture 'topk'; only 'jump_relu' is read"):
+        gemma_scope_2.read(tmp_path / "a")
+
+
+def test_gemma_scope_1_has_no_place_for_a_skip_connection(tmp_path):
+    gemma_scope.write(tmp_path / "a.npz", transcoder(False))
+    assert_equal(gemma_scope.read(tmp_path / "a.npz"), transcoder(False))
+    with pytest.raises(ValueError, match=r"params.npz has no skip connection; --format=gemma_scope_2"):
+        gemma_scope.write(tmp_path / "b.npz", transcoder(True))
+
+
 def test_gemma_scope_round_trip_is_exact(folded, tmp_path):
     gemma_scope.write(tmp_path / "layer_9" / "params.npz", folded)
     assert_equal(gemma_scope.read(tmp_path / "layer_9" / "params.npz"), folded)
@@ -81,7 +152,7 @@ def test_an_older_export_is_replaced_and_nothing_else(folded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["no version", "b_dec", "missing", "extra", "shape", "nan", "truncated", "no config"]
+    "change", ["no version", "b_dec", "missing", "extra", "skip", "shape", "nan", "truncated", "no config"]
 )
 def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
     folder = tmp_path / "a"
@@ -99,8 +170,11 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
             del tensors["threshold"]
             message = r"arrays missing \['threshold'\]"
         case "extra":
+            tensors["scaling_factor"] = np.zeros(64, np.float32)
+            message = r"not known \['scaling_factor'\]"
+        case "skip":
             tensors["W_skip"] = np.zeros((16, 16), np.float32)
-            message = r"not known \['W_skip'\]"
+            message = "has architecture 'jumprelu', which its tensors are not of"
         case "shape":
             tensors["b_enc"] = tensors["b_enc"][:5]
             message = r"b_enc has shape \(5,\), expected \(64,\)"

@@ -6,6 +6,7 @@ import numpy as np
 from gemma_scope_jax import sae
 
 BANDWIDTH, SPARSITY_COEFFICIENT = 0.1, 1.2
+PENALTY = sae.linear_penalty(SPARSITY_COEFFICIENT)
 
 # Gradients on the first batch: every stride-th value.
 GRADIENTS = {

@@ -1,6 +1,5 @@
 """The compiled step against an unfused reference, on one device and on eight."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -12,17 +11,21 @@ import optax
 import pytest
 import tiny
 
-from gemma_scope_jax import data, gemma, ring, sae, sharding, step, training
+from gemma_scope_jax import bank, data, gemma, normalizer, ring, runs, sae, sharding, step, training
 
 
 def build(folder, data_axis=1, latent_axis=1, **changes):
     """A run on a mesh of the first devices, with Gemma's weights placed on it and a first state."""
     config = tiny.run_config(folder, **changes)
     devices = jax.devices()[: data_axis * latent_axis]
-    run = training.build(config, sharding.make_mesh(data_axis, latent_axis, devices))
-    rows = data.open_rows(training.prepare_rows(config), data.TRAIN)
-    params = training.load_gemma(run).params
-    return run, rows, params, training.init_state(run, training.calibrate(run, rows, params))
+    run = runs.build(config, sharding.make_mesh(data_axis, latent_axis, devices))
+    rows = data.open_rows(runs.prepare_rows(config), data.TRAIN)
+    params = runs.load_gemma(run).params
+    return run, rows, params, runs.init_state(run, training.calibrate(run, rows, params, run.plan.sites))
+
+
+def member_params(state, place):
+    return jax.tree.map(lambda leaf: leaf[place], state.banks["main"].params)
 
 
 def run_steps(run, rows, params, state, count, compiled=None):
@@ -30,7 +33,7 @@ def run_steps(run, rows, params, state, count, compiled=None):
     sequences = run.config.train.sequences_per_step
     metrics = []
     for i in range(count):
-        batch = training.read_batch(run, rows, i * sequences, sequences)
+        batch = runs.read_batch(run, rows, i * sequences, sequences)
         compiled = compiled or training.lower_step(run, state, batch, params).compile()
         state, m = compiled(state, batch, params)
         metrics.append(jax.device_get(m))
@@ -41,8 +44,9 @@ def reference(run, rows, gemma_params, state, count):
     """The same steps as plain functions: gemma's own forward pass, optax's Adam, `jax.grad` of the definition."""
     plan, model = run.plan, run.model
     member = plan.members[0]
-    site, normalizer = str(member.site), state.normalizers[str(member.site)]
-    params = jax.tree.map(lambda leaf: leaf[0], state.params)
+    site, scaling = str(member.site), state.normalizers[str(member.site)]
+    params = member_params(state, 0)
+    penalty_of = sae.linear_penalty
     rate = run.config.optimizer
     adam = optax.scale_by_adam(b1=0.0, b2=rate.beta2, eps=rate.eps)
     adam_state = adam.init(params)
@@ -69,7 +73,9 @@ def reference(run, rows, gemma_params, state, count):
                 part = slice(k * share, (k + 1) * share)
                 x_k, w_k = x[:, part].reshape(-1, x.shape[-1]), weight[:, part].reshape(-1)
                 coefficient = member.sparsity_coefficient * min(update / rate.sparsity_warmup_updates, 1)
-                gradient = jax.grad(sae.loss)(params, x_k, w_k, coefficient, plan.bandwidth)
+                gradient = jax.grad(sae.loss)(
+                    params, x_k, w_k, penalty_of(coefficient), plan.banks[0].bandwidth
+                )
                 direction = params.W_dec / (jnp.linalg.norm(params.W_dec, axis=1, keepdims=True) + 1e-6)
                 along = (gradient.W_dec * direction).sum(1, keepdims=True)
                 gradient = gradient.replace(W_dec=gradient.W_dec - along * direction)
@@ -92,7 +98,7 @@ def reference(run, rows, gemma_params, state, count):
             )  # fmt: skip
             block = captured["intermediates"][f"layer_{member.site.layer}"]
             acts = np.asarray(block["__call__"][0][1]).reshape(plan.activations, -1)
-            acts = (acts - normalizer.mean_D) / normalizer.scale
+            acts = (acts - scaling.mean_D) / scaling.scale
             kept = ~np.isin(batch.tokens.reshape(-1), [gemma.PAD, gemma.EOS, gemma.BOS])
             slots.acts[site][groups, index] = acts.reshape(*index.shape, -1)
             slots.weight[site][groups, index] = kept.reshape(index.shape)
@@ -115,10 +121,8 @@ def test_fused_steps_equal_unfused_ones(inputs, layer):
     expected = reference(run, rows, params, jax.device_get(state), count)
     final, _ = run_steps(run, rows, params, state, count)
     assert int(final.harvests) == int(final.draws) == 6
-    ours = jax.tree.map(lambda leaf: leaf[0], final.params)
-    for field in dataclasses.fields(sae.Params):
-        value, want = getattr(ours, field.name), getattr(expected, field.name)
-        np.testing.assert_allclose(value, want, rtol=1e-4, atol=2e-5, err_msg=field.name)
+    ours = member_params(final, 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), ours, expected)
     # The comparison means something only if training has moved the parameters by more than that.
     assert np.abs(ours.b_enc).max() > 1e-3
 
@@ -126,33 +130,166 @@ def test_fused_steps_equal_unfused_ones(inputs, layer):
 @pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (2, 4)])
 def test_eight_devices_give_what_one_gives(inputs, mesh):
     """Four members on two layers and two sites; members are padded to a multiple of the data axis."""
-    bank = dict(
+    fields = dict(
         banks__main__layers=(0, 2), banks__main__sites=("resid_post", "mlp_out"),
         banks__main__sparsity_coefficients=(1e-2,),
     )  # fmt: skip
     finals = []
     for data_axis, latent_axis in [(1, 1), mesh]:
-        built = build(inputs, data_axis, latent_axis, **bank)
+        built = build(inputs, data_axis, latent_axis, **fields)
         members = len(built[0].plan.members)
         final, metrics = run_steps(*built, 7)
-        finals.append((jax.tree.map(lambda leaf, m=members: leaf[:m], final.params), metrics[-1]))
+        finals.append((jax.tree.map(lambda leaf, m=members: leaf[:m], final.banks), metrics[-1]))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), finals[0][0], finals[1][0]
     )
-    np.testing.assert_allclose(finals[0][1].l0_E, finals[1][1].l0_E, rtol=1e-3)
+    np.testing.assert_allclose(finals[0][1].banks["main"].l0_E, finals[1][1].banks["main"].l0_E, rtol=1e-3)
     np.testing.assert_array_equal(finals[0][1].source_Bx3, finals[1][1].source_Bx3)
 
 
-def test_a_member_of_a_bank_equals_the_same_sae_alone(inputs):
-    alone, _ = run_steps(
-        *build(inputs, banks__main__layers=(2,), banks__main__sparsity_coefficients=(3e-3,)), 7
+# Three banks: mixed layers, sites, λ, objectives and widths; a transcoder and one with a skip connection.
+RECIPE = dict(bandwidth=0.1, initial_threshold=0.1, window_updates=3)
+BANKS = {
+    "residual": dict(layers=(0, 2), sites=("resid_post", "mlp_out"), width=64, sparsity_coefficients=(1e-2, 3e-3)),
+    "heads": dict(
+        layers=(1,), sites=("attn_out",), width=128, objective="controlled", target_l0s=(5.0, 9.0),
+        sparsity_coefficients=(1e-2,),
+    ),
+    "mlp": dict(
+        layers=(1, 3), sites=("mlp_in",), target_site="mlp_out", width=32, skip=True, scale_target_by="target",
+        objective="quadratic", target_l0s=(4.0,), sparsity_coefficients=(1e-2,), seeds=(0, 5),
+    ),
+    "gain_free": dict(layers=(3,), sites=("mlp_in_gain_free",), target_site="mlp_out", width=32),
+}  # fmt: skip
+
+
+def build_banks(inputs, banks, *mesh, **changes):
+    fields = {name: RECIPE | values for name, values in banks.items()}
+    return build(inputs, *mesh, banks=fields, **changes)
+
+
+def test_members_of_banks_equal_the_same_saes_alone(inputs):
+    """To 1e-6: their parameters, optimizer and counters, whatever else is trained beside them."""
+    everything = build_banks(inputs, BANKS)
+    together, _ = run_steps(*everything, 8)
+    for plan in everything[0].plan.banks:
+        member, place = plan.members[-1], len(plan.members) - 1
+        alone = dict(
+            BANKS[plan.name],
+            layers=(member.site.layer,),
+            sites=(member.site.kind,),
+            sparsity_coefficients=(member.sparsity_coefficient,),
+            seeds=(member.seed,),
+        )
+        if member.target_l0:
+            alone["target_l0s"] = (member.target_l0,)
+        final, _ = run_steps(*build_banks(inputs, {plan.name: alone}), 8)
+        mine, its = final.banks[plan.name], together.banks[plan.name]
+        jax.tree.map(
+            lambda a, b, i=place: np.testing.assert_allclose(a[0], b[i], rtol=1e-6, atol=1e-6), mine, its
+        )
+        assert int(mine.updates_E[0]) == 16
+        assert np.abs(mine.params.b_enc).max() > 1e-3
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4)])
+def test_banks_over_eight_devices_give_what_one_gives(inputs, mesh):
+    finals = []
+    for shape in [(1, 1), mesh]:
+        built = build_banks(inputs, BANKS, *shape)
+        final, _ = run_steps(*built, 8)
+        counts = {plan.name: len(plan.members) for plan in built[0].plan.banks}
+        finals.append({n: jax.tree.map(lambda x, m=counts[n]: x[:m], b) for n, b in final.banks.items()})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), *finals)
+
+
+def test_a_sites_activations_are_in_the_ring_once_however_many_read_them(inputs):
+    banks = {
+        "a": dict(layers=(1,), width=32, sparsity_coefficients=(1e-3, 1e-2)),
+        "b": dict(layers=(1,), width=64),
+    }
+    run, _, _, state = build_banks(inputs, banks)
+    assert set(state.ring.slots.acts) == {"layer_1_resid_post"} and len(run.plan.members) == 3
+
+
+def test_a_transcoder_sees_its_two_sites_of_one_token_by_the_scales_it_is_given(inputs):
+    """The loss of the very first update, from Gemma's own activations in float64."""
+    for by in ("read", "target"):
+        bank_config = dict(
+            layers=(3,), sites=("mlp_in",), target_site="mlp_out", width=32, scale_target_by=by
+        )
+        run, rows, params, state = build_banks(
+            inputs, {"t": bank_config}, train__batch=128, ring__capacity=128, train__tokens=256
+        )
+        first = jax.device_get(state)
+        _, metrics = run_steps(run, rows, params, state, 2)
+        batch = runs.read_batch(run, rows, 0, 8)
+        read, target = run.plan.sites
+        values = gemma.read_sites(run.model, params, batch.tokens_SxL, [read, target])
+        kept = np.asarray(gemma.is_kept(batch.tokens_SxL, 0))
+        x, y = (np.asarray(values[site], np.float64)[kept] for site in (read, target))
+        n_x, n_y = (first.normalizers[str(site)] for site in (read, target))
+        x, y = (x - n_x.mean_D) / n_x.scale, (y - n_y.mean_D) / (n_x if by == "read" else n_y).scale
+        p = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), first.banks["t"].params)
+        pre = x @ p.W_enc + p.b_enc
+        f = pre * (pre > np.exp(p.log_threshold))
+        error = np.square(f @ p.W_dec + p.b_dec - y).sum(1).mean()
+        found = metrics[1].banks["t"]
+        np.testing.assert_allclose(found.loss_E, [error], rtol=1e-4)  # λ is still warming up from zero.
+        np.testing.assert_allclose(found.l0_E, [(f > 0).sum(1).mean()], rtol=1e-3)
+        np.testing.assert_allclose(found.fvu_E, [error / np.square(y - y.mean(0)).sum(1).mean()], rtol=1e-3)
+
+
+def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
+    """Against counts from encoding each batch with the parameters as they were: a rate of zero keeps them."""
+    run, rows, params, state = build_banks(
+        inputs, {"main": dict(layers=(1,), width=64)}, optimizer__learning_rate=0.0, train__tokens=128 * 10
     )
-    both, _ = run_steps(
-        *build(inputs, banks__main__layers=(0, 2), banks__main__sparsity_coefficients=(1e-2, 3e-3)), 7
+    first = jax.device_get(state)
+    p = member_params(first, 0)
+    batches = []
+    final, metrics = run_steps(run, rows, params, state, 9)
+    for m in metrics:
+        found = m.banks["main"]
+        if not m.trained:
+            continue
+        batches.append(m)
+        updates = 4 * len(batches)
+        assert (found.dead_E[0] >= 0) == (updates >= 3)
+    # 20 updates: six whole windows of three, and two updates of the seventh.
+    assert int(final.banks["main"].updates_E[0]) == 20
+    firing = final.banks["main"].firing
+    rows_of = lambda m: int(m.banks["main"].activations_E[0])  # noqa: E731
+    assert 0 < int(firing.rows_E[0]) < rows_of(metrics[-1])
+    threshold = np.exp(p.log_threshold)
+    values = gemma.read_sites(run.model, params, runs.read_batch(run, rows, 0, 40).tokens_SxL, run.plan.sites)
+    site = run.plan.sites[0]
+    tokens = runs.read_batch(run, rows, 0, 40).tokens_SxL
+    x = np.asarray(values[site])[np.asarray(gemma.is_kept(tokens, 0))]
+    scaling = first.normalizers[str(site)]
+    x = (x - scaling.mean_D) / scaling.scale
+    frequency = ((x - p.b_dec) @ p.W_enc + p.b_enc > threshold).mean(0)
+    # A window is a sample of all that was harvested: frequencies agree as a sample does.
+    window = 3 * run.plan.batch
+    deviation = np.sqrt(frequency * (1 - frequency) / window) + 1 / window
+    assert (np.abs(firing.frequency_ExM[0] - frequency) < 5 * deviation).all()
+    found = metrics[-1].banks["main"]
+    assert int(found.dead_E[0]) == (firing.frequency_ExM[0] == 0).sum()
+    assert int(found.dense_E[0]) == (firing.frequency_ExM[0] > 0.1).sum() > 0
+
+
+def test_the_controller_raises_lambda_above_the_target_and_lowers_it_below(inputs):
+    targets = dict(layers=(1,), width=64, objective="controlled", target_l0s=(1.0, 60.0))
+    run, rows, params, state = build_banks(
+        inputs, {"main": targets | {"sparsity_coefficients": (1e-2,)}}, optimizer__learning_rate=0.01
     )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a[0], b[3], rtol=1e-5, atol=1e-6), alone.params, both.params
-    )
+    final, metrics = run_steps(run, rows, params, state, 8)
+    coefficient_E = final.banks["main"].coefficient_E
+    l0_E = metrics[-1].banks["main"].l0_E
+    assert l0_E[0] > 3 and l0_E[1] < 20
+    # Sixteen updates, eight of them while λ warms up; 1 e-fold off at most.
+    moved = np.exp(8 * 0.01 * bank.CONTROLLER_SPEED)
+    np.testing.assert_allclose(coefficient_E, [1e-2 * moved, 1e-2 / moved], rtol=2e-3)
 
 
 def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch):
@@ -180,10 +317,10 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
     assert sorted(place for place, _ in trained) == expected
 
     site = run.plan.sites[0]
-    normalizer = state.normalizers[str(site)]
+    scaling = state.normalizers[str(site)]
     values = gemma.read_sites(run.model, params, jnp.asarray(harvested.tokens), [site])[site]
-    squared = np.square(np.asarray(values) - normalizer.mean_D).sum(-1)
-    weight = np.minimum(1, normalizer.max_squared_norm / squared)
+    squared = np.square(np.asarray(values) - scaling.mean_D).sum(-1)
+    weight = np.minimum(1, scaling.max_squared_norm / squared)
     assert 0.02 < (weight < 1)[~special].mean() < 0.5
     places = {(int(harvested.row[s]), p): weight[s, p] for s in range(72) for p in range(16)}
     np.testing.assert_allclose([w for _, w in trained], [places[place] for place, _ in trained], rtol=1e-4)
@@ -191,7 +328,7 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
 
 def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
     run, rows, params, state = build(inputs, data__chat_template=True, data__context_length=32)
-    batch = training.read_batch(run, rows, 0, 8)
+    batch = runs.read_batch(run, rows, 0, 8)
     tokens = np.asarray(batch.tokens_SxL)
     assert (tokens == 260).sum() >= 16  # <start_of_turn>, twice in each turn.
     new = step.harvest(
@@ -216,19 +353,19 @@ def test_gemma_split_over_the_devices_gives_what_whole_copies_give(inputs):
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         assert held == (whole // 8 if shard_gemma else whole)
-        results.append(run_steps(run, rows, params, state, 6)[0].params)
+        results.append(run_steps(run, rows, params, state, 6)[0].banks["main"].params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
 
 
 def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
     run, rows, params, state = build(inputs, 2, 4)
-    compiled = training.lower_step(run, state, training.read_batch(run, rows, 0, 8), params).compile()
+    compiled = training.lower_step(run, state, runs.read_batch(run, rows, 0, 8), params).compile()
     per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * per_device
     first = state
     # An executable compiled ahead of time cannot compile again: other shapes or shardings would be an error.
     run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps, compiled)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.banks))
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])
@@ -242,7 +379,7 @@ def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, m
         ring__capacity=128 * 16,
         train__tokens=128 * 20,
     )
-    hlo = training.lower_step(run, state, training.read_batch(run, rows, 0, 8), params).compile().as_text()
+    hlo = training.lower_step(run, state, runs.read_batch(run, rows, 0, 8), params).compile().as_text()
     pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
     results = re.findall(pattern, hlo)
     shapes = [
@@ -251,14 +388,14 @@ def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, m
         for shape in re.findall(r"\w+\[([\d,]+)\]", result)
     ]
     assert shapes
-    own = run.plan.padded_members // mesh[0] * run.plan.batch * 32
+    own = run.plan.banks[0].padded_members // mesh[0] * run.plan.batch * 32
     assert max(math.prod(shape) for shape in shapes) <= own
     assert not any({512, 512 // mesh[1]} & set(shape) for shape in shapes)
 
 
 def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
     run, rows, params, state = build(inputs)
-    batch = training.read_batch(run, rows, 0, 8)
+    batch = runs.read_batch(run, rows, 0, 8)
     hlo = training.lower_step(run, state, batch, params).compile().as_text()
     assert "f32[272,32]" in hlo  # the embedding table
     assert ",272]" not in hlo and "[272]" not in hlo  # logits
@@ -272,13 +409,13 @@ def test_calibration_equals_numpy():
     weight = (rng.random(500) > 0.2).astype(np.float32)
     weight[7] = 1
     kept = weight > 0
-    plain = jax.jit(functools.partial(step.calibrate, center=False, outlier_medians=0.0))(x, weight)
+    plain = jax.jit(functools.partial(normalizer.calibrate, center=False, outlier_medians=0.0))(x, weight)
     np.testing.assert_allclose(plain.mean_D, 0)
     np.testing.assert_allclose(plain.scale, np.sqrt(np.square(x[kept]).sum(1).mean()), rtol=1e-5)
     np.testing.assert_allclose(plain.ablation_mean_D, x[kept].mean(0), rtol=1e-5)
     assert np.isinf(plain.max_squared_norm)
 
-    robust = jax.jit(functools.partial(step.calibrate, center=True, outlier_medians=16.0))(x, weight)
+    robust = jax.jit(functools.partial(normalizer.calibrate, center=True, outlier_medians=16.0))(x, weight)
     squared = np.square(x - x[kept].mean(0)).sum(1)
     limit = 16 * np.median(squared[kept])
     w = weight * np.minimum(1, limit / squared)

@@ -86,6 +86,16 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
     The folder holds `weights` and `text.jsonl`, as the fixture `inputs` lays them out.
     """
     c = config.defaults()
+    if "banks" in changes:
+        c.banks = {name: config.bank_fields(**fields) for name, fields in changes.pop("banks").items()}
+    else:
+        changes = {
+            "banks__main__layers": (1,),
+            "banks__main__width": 64,
+            "banks__main__bandwidth": 0.1,
+            "banks__main__initial_threshold": 0.1,
+            **changes,
+        }
     c.update_from_flattened_dict(
         {
             "model": "tiny",
@@ -95,10 +105,6 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
             "data.context_length": 16,
             "data.held_out_fraction": 0.2,
             "data.folder": str(folder / "rows"),
-            "banks.main.layers": (1,),
-            "banks.main.width": 64,
-            "banks.main.bandwidth": 0.1,
-            "banks.main.initial_threshold": 0.1,
             "train.tokens": 8 * 16 * 10,
             "train.sequences_per_step": 8,
             "train.batch": 32,

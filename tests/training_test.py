@@ -16,18 +16,17 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import checkpoint, config, sae, step, training
+from gemma_scope_jax import checkpoint, config, export, planning, runs, sae, step, training
+from gemma_scope_jax import log as log_lib
 from gemma_scope_jax.formats import saelens
 
 LONG = dict(train__tokens=128 * 400, log__checkpoint_every=25)
 
 
 def final_state(run_config, workdir):
-    run = training.build(run_config)
+    run = runs.build(run_config)
     with checkpoint.open_manager(workdir / "checkpoints", 2) as manager:
-        return jax.device_get(
-            checkpoint.restore_newest(manager, training.abstract_state(run), set_aside=False)
-        )
+        return jax.device_get(checkpoint.restore_newest(manager, runs.abstract_state(run), set_aside=False))
 
 
 def logged_steps(workdir):
@@ -44,8 +43,8 @@ def finished(inputs, tmp_path_factory):
 
 def test_a_run_directory_is_self_contained(inputs, finished):
     c = tiny.run_config(inputs, **LONG)
-    assert training.read_config(finished) == c
-    plan = training.build(c).plan
+    assert runs.read_config(finished) == c
+    plan = runs.build(c).plan
     total = plan.harvests + plan.ring_steps
     assert logged_steps(finished) == list(range(1, total + 1))
     assert sorted(p.name for p in finished.iterdir()) == [
@@ -72,7 +71,7 @@ def test_the_export_gives_the_training_states_outputs(inputs, finished):
     exported, about = saelens.read(folder)
     assert about.hook_name == "blocks.1.hook_resid_post"
     normalizer = next(iter(state.normalizers.values()))
-    params = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), state.params)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), state.banks["main"].params)
     rng = np.random.default_rng(0)
     x = normalizer.mean_D + normalizer.scale * rng.normal(size=(3000, 32)) / np.sqrt(32)
     pre = ((x - normalizer.mean_D) / normalizer.scale - params.b_dec) @ params.W_enc + params.b_enc
@@ -111,9 +110,86 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, c
     assert logged_steps(tmp_path / "run") == list(range(1, int(after.step) + 1))
 
 
+BANKS = {
+    "residual": dict(
+        layers=(1,), width=64, bandwidth=0.1, initial_threshold=0.1, sparsity_coefficients=(1e-3, 1e-2, 1e-1)
+    )
+}
+
+
+def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp_path, capsys):
+    """What stays goes on as if the others had always been there; what is new begins as a new run would."""
+    old = tmp_path / "old"
+    c = tiny.run_config(inputs, banks=BANKS)
+    assert training.train(c, old) == 0
+    before = final_state(c, old)
+    files_before = {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()}
+
+    residual = BANKS["residual"] | {"sparsity_coefficients": (1e-2, 1e-3, 3e-2)}
+    banks = {"residual": residual, "mlp": residual | {"sites": ("mlp_out",), "layers": (2,)}}
+    changes = dict(train__tokens=128 * 16, start_from=str(old), optimizer__learning_rate=1e-3)
+    new = tiny.run_config(inputs, banks=banks, **changes)
+    assert training.train(new, tmp_path / "new") == 0
+    assert "2 SAEs go on, 4 are new, 1 are left." in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()} == files_before
+    after = final_state(new, tmp_path / "new")
+    assert int(after.harvests) == int(after.draws) == 16
+    assert after.banks["residual"].updates_E.tolist() == [64, 64, 24]
+    assert after.banks["mlp"].updates_E.tolist() == [24] * 3
+    assert logged_steps(tmp_path / "new") == list(range(int(before.step) + 1, int(after.step) + 1))
+    old_normalizer, kept = (s.normalizers["layer_1_resid_post"] for s in (before, after))
+    jax.tree.map(np.testing.assert_array_equal, old_normalizer, kept)
+
+    # The first run, had it been extended in place, gives the same two SAEs.
+    longer = tiny.run_config(inputs, banks=BANKS, train__tokens=128 * 16)
+    assert training.train(longer, old) == 0
+    whole = final_state(longer, old).banks["residual"]
+    for mine, its in ((0, 1), (1, 0)):
+        jax.tree.map(
+            lambda a, b, i=mine, j=its: np.testing.assert_allclose(a[i], b[j], rtol=1e-6, atol=1e-6),
+            after.banks["residual"],
+            whole,
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(seed=3, train__tokens=128 * 12), r"that run had config\.seed = 0, this one has 3"),
+        (dict(train__tokens=128 * 10), r"has had 1280 tokens and train\.tokens is 1280; give more"),
+        (dict(train__tokens=128 * 12, mesh__data=2), "mesh.data = 2 does not divide"),
+        (dict(start_from="nowhere"), "nowhere is no run directory"),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused(inputs, tmp_path_factory, changes, message, request):
+    old = request.getfixturevalue("short")
+    with pytest.raises(ValueError, match=message):
+        training.train(
+            tiny.run_config(inputs, **{"start_from": str(old), **changes}),
+            tmp_path_factory.mktemp("new") / "run",
+        )
+
+
+@pytest.fixture(scope="module")
+def short(inputs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "short"
+    assert training.train(tiny.run_config(inputs), workdir) == 0
+    return workdir
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "memory_of", lambda device: 1_000_000)
+    c = tiny.run_config(inputs, banks={"large": dict(layers=(1,), width=2**14)})
+    with pytest.raises(
+        ValueError, match=r"bank large 0\.0\d.* does not fit\. Most is bank large: lower banks\.large\.w"
+    ):
+        training.train(c, tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=r"config\.bank\.width = 64, now it is 128"):
+    with pytest.raises(ValueError, match=r"config\.banks\.main\.width = 64, now it is 128"):
         training.train(tiny.run_config(inputs, banks__main__width=128, **LONG), finished)
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
@@ -121,19 +197,19 @@ def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
 def test_a_refused_resume_leaves_the_run_readable(inputs, tmp_path):
     c = tiny.run_config(inputs)
     assert training.train(c, tmp_path / "run") == 0
-    with pytest.raises(ValueError, match=r"holds params\.W_enc of shape"):
+    with pytest.raises(ValueError, match=r"holds banks\.main\.params\.W_enc of shape"):
         training.train(tiny.run_config(inputs, mesh__data=2), tmp_path / "run")
-    assert training.read_config(tmp_path / "run") == c
-    training.open_run(tmp_path / "run")
+    assert runs.read_config(tmp_path / "run") == c
+    runs.open_run(tmp_path / "run")
 
 
 def test_a_run_of_many_devices_is_read_on_one(inputs, tmp_path):
     """Three members, padded to four for a data axis of two."""
     bank = dict(banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1), mesh__data=2, mesh__latent=4)
     assert training.train(tiny.run_config(inputs, **bank), tmp_path / "run") == 0
-    run, state = training.open_run(tmp_path / "run")
-    assert run.mesh.size == 1 and state.params.W_enc.shape[0] == 4
-    assert len(training.folded_saes(run, state)) == 3
+    run, state = runs.open_run(tmp_path / "run")
+    assert run.mesh.size == 1 and state.banks["main"].params.W_enc.shape[0] == 4
+    assert len(export.folded_saes(run.plan, state)) == 3
 
 
 def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
@@ -175,7 +251,7 @@ def test_two_processes_do_not_train_in_one_directory(inputs, tmp_path):
 def test_a_damaged_line_within_the_log_is_not_cut_off(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged"):
-        training.MetricsLog(tmp_path, 3)
+        log_lib.MetricsLog(tmp_path, 3)
     assert (tmp_path / "metrics.jsonl").read_text().count("step") == 2
 
 
@@ -184,14 +260,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs, tmp_
     with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step \d+|non-finite values in params"):
         training.train(c, tmp_path / "run")
     state = final_state(c, tmp_path / "run")
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.banks))
 
 
 def test_the_log_keeps_each_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "los')
-    log = training.MetricsLog(tmp_path, 2)
-    log.write({"step": 3, "sae": {}, "learning_rate": 0.0, "tokens_per_second": 1.0})
+    log = log_lib.MetricsLog(tmp_path, 2)
+    log.write({"step": 3, "sae": {}, "tokens_per_second": 1.0})
     log.close()
     assert logged_steps(tmp_path) == [1, 2, 3]
 
@@ -200,7 +276,7 @@ def test_the_share_of_same_document_pairs():
     source = np.zeros((6, 3), np.int32)
     source[:, 2] = [5, 5, 5, 7, 8, 8]
     weight = np.array([1, 1, 1, 1, 1, 0])
-    assert training.same_document_share(source, weight) == 3 / 10
+    assert log_lib.same_document_share(source, weight) == 3 / 10
 
 
 class Process:

@@ -149,7 +149,7 @@ def read(folder: pathlib.Path) -> tuple[SAE, About]:
     if "W_skip" in tensors:
         tensors["W_skip"] = tensors["W_skip"].T
     sae = files.sae_from_arrays(tensors, weights)
-    if _architecture(sae, about) != config["architecture"]:
+    if (sae.W_skip is not None) != (config["architecture"] == "jumprelu_skip_transcoder"):
         raise ValueError(f"{path} has architecture {config['architecture']!r}, which its tensors are not of")
     return sae, about
 

@@ -1,0 +1,91 @@
+"""What one more SAE in a bank costs.
+
+    python -m benchmarks.banks [--json=PATH]
+
+The quickstart's step with banks of 1, 2, 4, 8 and 16 SAEs of 1,024 latents on the residual stream of layer 9, in one
+process on an otherwise idle machine. Beside each: as many steps of one SAE, as separate runs would take, and what
+each more SAE takes against five dense matmuls of its sizes. All are of the least time over some repetitions.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+
+from benchmarks import step as step_benchmark
+from configs import quickstart
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import data, runs, training
+
+M = 1024
+SIZES = (1, 2, 4, 8, 16)
+
+
+def build(size: int) -> runs.Run:
+    """The quickstart with a bank of some SAEs that differ in λ."""
+    c = quickstart.get_config()
+    c.banks.main.width = M
+    c.banks.main.sparsity_coefficients = tuple(1e-4 * (i + 1) for i in range(size))
+    return runs.build(config_lib.from_dict(c.to_dict()))
+
+
+def step_seconds(run: runs.Run, repeat: int = 4) -> float:
+    """Seconds of a steady step."""
+    rows = data.open_rows(runs.prepare_rows(run.config), data.TRAIN)
+    gemma_params = runs.load_gemma(run).params
+    state = runs.init_state(run, training.calibrate(run, rows, gemma_params, run.plan.sites))
+    sequences = run.config.train.sequences_per_step
+    batch = runs.read_batch(run, rows, 0, sequences)
+    compiled = training.lower_step(run, state, batch, gemma_params).compile()
+    best = float("inf")
+    for i in range(run.plan.ring_steps + 1 + repeat):  # The ring must be full before anything is trained.
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, batch, gemma_params))
+        if i > run.plan.ring_steps:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure() -> dict:
+    """Seconds of a step by the size of the bank."""
+    seconds = {size: step_seconds(build(size)) for size in SIZES}
+    plan = build(1).plan
+    matmuls = plan.updates_per_step * step_benchmark.five_matmuls(plan.batch, 640, M)
+    return {
+        "width": M,
+        "batch": plan.batch,
+        "updates_per_step": plan.updates_per_step,
+        "activations_per_step": plan.activations,
+        "sizes": [
+            {
+                "saes": size,
+                "step_s": seconds[size],
+                "separate_runs_s": size * seconds[1],
+                "extra_sae_s": (seconds[size] - seconds[1]) / (size - 1) if size > 1 else None,
+                "extra_sae_over_five_matmuls": (seconds[size] - seconds[1]) / (size - 1) / matmuls
+                if size > 1
+                else None,
+            }
+            for size in SIZES
+        ],
+        "five_matmuls_s": matmuls,
+    }
+
+
+def main() -> None:
+    """Measures, prints, and stores if asked to."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
+    args = parser.parse_args()
+    numbers = measure()
+    for row in numbers["sizes"]:
+        print(row, flush=True)
+    print(f"five matmuls, each of {numbers['updates_per_step']} updates: {numbers['five_matmuls_s']:.3f} s")
+    if args.json:
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Many SAEs from one forward pass: the quickstart's model, text and recipe with other banks.
+
+    python train.py --config=configs/quickstart_banks.py:SUITE --workdir=runs/SUITE
+
+SUITE is one of
+
+  sweep        layer 9, residual stream, 4,096 latents, six λ
+  layers       the residual stream of all 18 layers, 1,024 latents
+  targets      layer 9, residual stream, 1,024 latents, for a mean L0 of 25, 50 and 100: one bank by controller, one
+               by quadratic penalty
+  transcoders  layer 9's MLP, 4,096 latents: a transcoder as Gemma Scope's, and one with a skip connection as Gemma
+               Scope 2's
+
+Hardware: two CPU cores; ten to twenty minutes each.
+Expected: results/banks.json has the numbers as measured; README.md shows them.
+"""
+
+import ml_collections
+
+from configs import quickstart
+from gemma_scope_jax import config
+
+LAYER = 9
+
+
+def get_config(suite: str = "sweep") -> ml_collections.ConfigDict:
+    c = quickstart.get_config()
+    recipe = {"bandwidth": 0.04, "initial_threshold": 0.04, "window_updates": 400}
+    lambdas = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    targets = {"layers": (LAYER,), "width": 1024, "target_l0s": (25.0, 50.0, 100.0)}
+    # So that λ means the same as for an autoencoder, which Gemma Scope's own scale does not give.
+    mlp = {"layers": (LAYER,), "width": 4096, "target_site": "mlp_out", "scale_target_by": "target"}
+    banks = {
+        "sweep": {"residual": {"layers": (LAYER,), "width": 4096, "sparsity_coefficients": lambdas}},
+        "layers": {"residual": {"layers": tuple(range(18)), "width": 1024, "sparsity_coefficients": (5e-4,)}},
+        "targets": {
+            "controlled": {**targets, "objective": "controlled", "sparsity_coefficients": (5e-4,)},
+            "quadratic": {**targets, "objective": "quadratic", "sparsity_coefficients": (1e-3,)},
+        },
+        "transcoders": {
+            "plain": {**mlp, "sites": ("mlp_in_gain_free",), "sparsity_coefficients": (5e-4,)},
+            "skip": {**mlp, "sites": ("mlp_in",), "skip": True, "sparsity_coefficients": (5e-4,)},
+        },
+    }
+    if suite not in banks:
+        raise ValueError(f"unknown suite {suite!r}; choose one of {', '.join(banks)}")
+    c.banks = {name: config.bank_fields(**recipe, **fields) for name, fields in banks[suite].items()}
+    return c

@@ -1,0 +1,76 @@
+"""What a run says of itself, and the warnings of thresholds that nothing moves."""
+
+import pathlib
+import re
+
+import pytest
+import tiny
+
+from gemma_scope_jax import config, log, optim
+
+PLAN = config.make_plan(
+    tiny.run_config(pathlib.Path("nowhere"), banks__main__sparsity_coefficients=(0.0, 1e-3)),
+    tiny.TinyGemma(),
+    1,
+    1,
+)
+NAMES = [member.name for member in PLAN.members]
+
+
+def entries(**changes):
+    values = {
+        "l0": 60.0,
+        "fvu": 0.1,
+        "dead_latents": None,
+        "dense_latents": 3,
+        "theta_from_error": 1.0,
+        "theta_from_sparsity": 1.0,
+        "theta_reached": 0.9,
+    } | changes
+    return [{"step": i, "tokens_per_second": 1234.0, "sae": dict.fromkeys(NAMES, values)} for i in range(6)]
+
+
+def test_thresholds_that_both_sides_move_are_not_warned_of():
+    assert log.stuck_thresholds(PLAN, entries()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "count"),
+    [
+        ({"theta_reached": 0.02}, r"only 2.0% of thresholds .* raise banks.main.bandwidth", 2),
+        (
+            {"theta_from_sparsity": 0.001},
+            r"sparsity makes up 0.1% .* raise banks.main.sparsity_coefficients",
+            1,
+        ),
+        (
+            {"theta_from_error": 0.001},
+            r"the error makes up 0.1% .* lower banks.main.sparsity_coefficients",
+            2,
+        ),
+    ],
+)
+def test_a_stuck_threshold_is_warned_of_with_what_to_change(changes, said, count):
+    """An SAE without a penalty is not told that it has none."""
+    warnings = log.stuck_thresholds(PLAN, entries(**changes))
+    assert len(warnings) == count
+    for warning in warnings:
+        assert re.search(said, warning), warning
+
+
+def test_the_first_thousand_updates_are_watched_or_half_of_a_short_run():
+    assert log.watched_steps(PLAN) == 5  # Of ten steps of four updates.
+
+
+def test_a_learning_rate_that_moves_nothing_is_warned_of():
+    """Gemma Scope's is for a million updates; after two thousand a threshold has moved by 14 per cent."""
+    few = 2_000 * optim.OptimizerConfig().learning_rate
+    assert "by a factor of 1.15 at most" in log.check_thresholds(few)
+    assert log.check_thresholds(976_562 * optim.OptimizerConfig().learning_rate) is None
+
+
+def test_the_progress_line_spans_the_saes_and_says_what_is_not_known():
+    entry = entries()[0]
+    entry["sae"][NAMES[1]] = entry["sae"][NAMES[1]] | {"l0": 20.0, "fvu": 0.25}
+    assert log.progress(entry) == "1,234 tok/s, L0 20.0–60.0, FVU 0.100–0.250, dead ?, dense 3, 2 SAEs"
+    assert log.progress({"tokens_per_second": 5.0, "sae": {}}) == "5 tok/s"
