@@ -2,7 +2,8 @@
 
     python -m benchmarks.results [NAME ...]
 
-Names: quickstart, step, tpu; and peers and precision, which need Python 3.11 and are left out when none is given.
+Names: quickstart, step, tpu, banks (what one more SAE costs), and the suites of configs/quickstart_banks.py (sweep,
+layers, targets, transcoders); and peers and precision, which need Python 3.11 and are left out when none is given.
 `tables` makes only the tables.
 
 Each file holds the commands, the commit, the time and the numbers. A test compares the documents with them.
@@ -10,6 +11,7 @@ Each file holds the commands, the commit, the time and the numbers. A test compa
 
 import argparse
 import datetime
+import functools
 import json
 import pathlib
 import re
@@ -20,7 +22,7 @@ import time
 
 import jax
 
-from gemma_scope_jax import data, gemma, training, weights
+from gemma_scope_jax import data, gemma, log, runs, weights
 
 RESULTS = pathlib.Path("results")
 DOCUMENTS = (pathlib.Path("README.md"), pathlib.Path("docs/models.md"))
@@ -43,8 +45,8 @@ def quickstart() -> tuple[list[str], dict]:
         few = json.loads((workdir / "evaluation.json").read_text())
         run(f"python evaluate.py {workdir} --rows=512")
         many = json.loads((workdir / "evaluation.json").read_text())
-        rows = data.open_rows(training.prepare_rows(training.read_config(workdir)), data.TRAIN)
-        ours, perfect = training.shuffle_quality(workdir, rows)
+        rows = data.open_rows(runs.prepare_rows(runs.read_config(workdir)), data.TRAIN)
+        ours, perfect = log.shuffle_quality(workdir, rows)
         (RESULTS / "quickstart.png").write_bytes((workdir / "evaluation.png").read_bytes())
     numbers = {
         "quickstart_s": quickstart_s,
@@ -63,6 +65,29 @@ def step() -> tuple[list[str], dict]:
         path = pathlib.Path(scratch) / "step.json"
         run(f"python -m benchmarks.step --json={path}")
         return ["python -m benchmarks.step"], json.loads(path.read_text())
+
+
+def banks() -> tuple[list[str], dict]:
+    """What one more SAE in a bank costs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = pathlib.Path(scratch) / "banks.json"
+        run(f"python -m benchmarks.banks --json={path}")
+        return ["python -m benchmarks.banks"], json.loads(path.read_text())
+
+
+def suite(name: str, rows: int) -> tuple[list[str], dict]:
+    """One of configs/quickstart_banks.py, trained and evaluated; an unfinished run of it is gone on with."""
+    workdir = pathlib.Path("runs") / name
+    commands = [
+        f"python train.py --config=configs/quickstart_banks.py:{name} --workdir={workdir}",
+        f"python evaluate.py {workdir} --rows={rows}",
+    ]
+    train_s, evaluate_s = (run(command) for command in commands)
+    if (workdir / "pareto.png").exists():
+        (RESULTS / f"{name}.png").write_bytes((workdir / "pareto.png").read_bytes())
+    last = log.read_metrics(workdir)[-1]["sae"]
+    evaluated = json.loads((workdir / "evaluation.json").read_text())
+    return commands, {"train_s": train_s, "evaluate_s": evaluate_s, "training": last, **evaluated}
 
 
 def peers() -> tuple[list[str], dict]:
@@ -247,7 +272,19 @@ def update_documents() -> None:
 
 def main() -> None:
     """Measures what is named, or everything."""
-    known = {"quickstart": quickstart, "step": step, "tpu": tpu, "peers": peers, "precision": precision}
+    known = {
+        "quickstart": quickstart,
+        "step": step,
+        "tpu": tpu,
+        "banks": banks,
+        # Rows enough for standard errors below the differences that are to be seen.
+        "sweep": functools.partial(suite, "sweep", 64),
+        "layers": functools.partial(suite, "layers", 32),
+        "targets": functools.partial(suite, "targets", 32),
+        "transcoders": functools.partial(suite, "transcoders", 64),
+        "peers": peers,
+        "precision": precision,
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -255,7 +292,7 @@ def main() -> None:
         "names",
         nargs="*",
         choices=[*known, "tables"],
-        default=["quickstart", "step", "tpu"],
+        default=["quickstart", "step", "tpu", "banks", "sweep", "layers", "targets", "transcoders"],
         help="results to make",
     )
     RESULTS.mkdir(exist_ok=True)

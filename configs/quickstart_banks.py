@@ -4,15 +4,15 @@
 
 SUITE is one of
 
-  sweep        layer 9, residual stream, 4,096 latents, six λ
+  sweep        layer 9, residual stream, 2,048 latents, six λ
   layers       the residual stream of all 18 layers, 1,024 latents
   targets      layer 9, residual stream, 1,024 latents, for a mean L0 of 25, 50 and 100: one bank by controller, one
                by quadratic penalty
-  transcoders  layer 9's MLP, 4,096 latents: a transcoder as Gemma Scope's, and one with a skip connection as Gemma
+  transcoders  layer 9's MLP, 2,048 latents: a transcoder as Gemma Scope's, and one with a skip connection as Gemma
                Scope 2's
 
-Hardware: two CPU cores; ten to twenty minutes each.
-Expected: results/banks.json has the numbers as measured; README.md shows them.
+Hardware: two CPU cores; a quarter to half an hour each.
+Expected: `python -m benchmarks.results SUITE` trains and evaluates it, into results/SUITE.json.
 """
 
 import ml_collections
@@ -29,9 +29,9 @@ def get_config(suite: str = "sweep") -> ml_collections.ConfigDict:
     lambdas = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
     targets = {"layers": (LAYER,), "width": 1024, "target_l0s": (25.0, 50.0, 100.0)}
     # So that λ means the same as for an autoencoder, which Gemma Scope's own scale does not give.
-    mlp = {"layers": (LAYER,), "width": 4096, "target_site": "mlp_out", "scale_target_by": "target"}
+    mlp = {"layers": (LAYER,), "width": 2048, "target_site": "mlp_out", "scale_target_by": "target"}
     banks = {
-        "sweep": {"residual": {"layers": (LAYER,), "width": 4096, "sparsity_coefficients": lambdas}},
+        "sweep": {"residual": {"layers": (LAYER,), "width": 2048, "sparsity_coefficients": lambdas}},
         "layers": {"residual": {"layers": tuple(range(18)), "width": 1024, "sparsity_coefficients": (5e-4,)}},
         "targets": {
             "controlled": {**targets, "objective": "controlled", "sparsity_coefficients": (5e-4,)},
