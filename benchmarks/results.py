@@ -25,6 +25,8 @@ import jax
 from gemma_scope_jax import data, gemma, log, runs, weights
 
 RESULTS = pathlib.Path("results")
+# Of configs/quickstart_banks.py, and on how many rows each is evaluated.
+SUITES = {"sweep": 64, "layers": 32, "targets": 32, "transcoders": 64}
 DOCUMENTS = (pathlib.Path("README.md"), pathlib.Path("docs/models.md"))
 
 
@@ -189,11 +191,53 @@ def tpu_table(numbers: dict) -> str:
     return "\n".join(lines)
 
 
+def suite_table(numbers: dict) -> str:
+    """The SAEs of a suite, in the order of its banks."""
+    first = next(iter(numbers["sae"].values()))
+    lines = [
+        "| | L0 | FVU | delta loss, nats | loss recovered | never fire | dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, sae in numbers["sae"].items():
+        lines.append(
+            f"| `{name}` | {sae['l0']:.1f} | {sae['fvu']:.3f} | {sae['delta_loss']:.3f} ± {sae['delta_loss_se']:.3f} "
+            f"| {sae['loss_recovered_mean']:.3f} | {sae['dead_fraction']:.1%} | {sae['dense_fraction']:.1%} |"
+        )
+    minutes = [f"{numbers[key] / 60:.0f}" for key in ("train_s", "evaluate_s")]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"On {first['rows']} held-out rows, {first['tokens']:,} predictions; recovered is against mean ablation. "
+            f"Training took {minutes[0]} minutes, the evaluation {minutes[1]}.",
+        ]
+    )
+
+
+def banks_table(numbers: dict) -> str:
+    """A step's time by the size of the bank."""
+    lines = [
+        "| SAEs | a step, s | separate runs, s | each more SAE ÷ its five matmuls |",
+        "|---|---|---|---|",
+    ]
+    for row in numbers["sizes"]:
+        extra = row["extra_sae_over_five_matmuls"]
+        ratio = f"{extra:.2f}" if extra else ""
+        lines.append(f"| {row['saes']} | {row['step_s']:.2f} | {row['separate_runs_s']:.2f} | {ratio} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """The tables of the documents, by the name in their markers."""
     made = {path.name: json.loads(path.read_text())["numbers"] for path in sorted(RESULTS.glob("*.json"))}
     shown = {"models": models_table(), "sites": sites_table()}
-    for name, table in (("tpu.json", tpu_table), ("precision.json", precision_table)):
+    by_file = {
+        "tpu.json": tpu_table,
+        "precision.json": precision_table,
+        "banks.json": banks_table,
+        **dict.fromkeys((f"{name}.json" for name in SUITES), suite_table),
+    }
+    for name, table in by_file.items():
         if name in made:
             shown[f"results/{name}"] = table(made[name])
     if numbers := made.get("quickstart.json"):
@@ -277,11 +321,7 @@ def main() -> None:
         "step": step,
         "tpu": tpu,
         "banks": banks,
-        # Rows enough for standard errors below the differences that are to be seen.
-        "sweep": functools.partial(suite, "sweep", 64),
-        "layers": functools.partial(suite, "layers", 32),
-        "targets": functools.partial(suite, "targets", 32),
-        "transcoders": functools.partial(suite, "transcoders", 64),
+        **{name: functools.partial(suite, name, rows) for name, rows in SUITES.items()},
         "peers": peers,
         "precision": precision,
     }
@@ -292,7 +332,7 @@ def main() -> None:
         "names",
         nargs="*",
         choices=[*known, "tables"],
-        default=["quickstart", "step", "tpu", "banks", "sweep", "layers", "targets", "transcoders"],
+        default=["quickstart", "step", "tpu", "banks", *SUITES],
         help="results to make",
     )
     RESULTS.mkdir(exist_ok=True)

@@ -80,7 +80,7 @@ def layout(
     """Where each member goes below an export's folder, as in Google's repositories, by name.
 
     `resid_post/layer_9/width_16k/average_l0_71`, or in Gemma Scope 2's way `resid_post/layer_9_width_16k_l0_71`. Of
-    members that would share a place, the later have their λ in it too.
+    members that would share a place, the later have their λ in it too, and if need be their whole name.
     """
     places: dict[str, pathlib.Path] = {}
     for name, member in members.items():
@@ -98,32 +98,50 @@ def layout(
         if pathlib.Path(place) in places.values():
             place = f"{place}_lambda_{member.sparsity_coefficient}"
         if pathlib.Path(place) in places.values():
-            place = f"{place}_{member.site.kind}"
+            place = f"{place}_{name}"
         places[name] = pathlib.Path(place)
     return places
 
 
-def in_convention(
-    member: bank.Member, folded: sae.SAE, config: config_lib.Config, file_format: str
-) -> sae.SAE:
-    """A transcoder as a format's readers feed it: without the gain of the MLP's norm, or with it.
+# What a format's readers feed its transcoders with; SAELens is told by each file.
+_TRANSCODERS_READ = {"gemma_scope": "mlp_in_gain_free", "gemma_scope_2": "mlp_in"}
+
+
+def _is_converted(member: bank.Member, file_format: str) -> bool:
+    """Whether a transcoder reads what the MLP reads, but not in the form that the format's readers feed it with.
 
     Raises:
-      ValueError: the format has no such transcoder.
+      ValueError: it reads something else, which the format has no place for.
     """
-    wanted = {"gemma_scope": "mlp_in_gain_free", "gemma_scope_2": "mlp_in"}.get(file_format)
+    wanted = _TRANSCODERS_READ.get(file_format)
     if not member.is_transcoder or wanted is None or member.site.kind == wanted:
-        return folded
-    if member.site.kind not in ("mlp_in", "mlp_in_gain_free"):
+        return False
+    if member.site.kind not in _TRANSCODERS_READ.values():
         raise ValueError(
-            f"{member.name} reads {member.site}; --format={file_format} is for those that read {wanted}"
+            f"{member.name} reads {member.site}; --format={file_format} is for transcoders of {wanted}"
         )
-    loaded = gemma.load(
-        config.model, config.weights, config_lib.dtype(config), num_layers=member.site.layer + 1
-    )
-    gain_D = gemma.mlp_in_gain(loaded.params, member.site.layer)
-    # x·gain is what the other convention reads: `read_scaled` by it, or by its inverse.
-    return jax.device_get(sae.read_scaled(folded, gain_D if wanted == "mlp_in" else 1 / gain_D))
+    return True
+
+
+def mlp_gains(run: runs.Run, file_format: str) -> dict[int, jax.Array]:
+    """The gains of the MLPs' norms by layer, of the transcoders that are to be converted."""
+    layers = [member.site.layer for member in run.plan.members if _is_converted(member, file_format)]
+    if not layers:
+        return {}
+    config = run.config
+    dtype = config_lib.dtype(config)
+    loaded = gemma.load(config.model, config.weights, dtype, num_layers=max(layers) + 1)
+    return {layer: gemma.mlp_in_gain(loaded.params, layer) for layer in layers}
+
+
+def in_convention(
+    member: bank.Member, folded: sae.SAE, gains: dict[int, jax.Array], file_format: str
+) -> sae.SAE:
+    """An SAE as a format's readers feed it; `gains` are those of `mlp_gains`."""
+    if not _is_converted(member, file_format):
+        return folded
+    gain_D = gains[member.site.layer]
+    return jax.device_get(sae.read_scaled(folded, gain_D if file_format == "gemma_scope_2" else 1 / gain_D))
 
 
 def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> list[pathlib.Path]:
@@ -133,10 +151,10 @@ def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> li
     members = {member.name: member for member in run.plan.members}
     l0 = measured_l0(run.plan, state)
     paths = []
-    places = layout(members, l0, file_format)
+    places, gains = layout(members, l0, file_format), mlp_gains(run, file_format)
     for name, folded in folded_saes(run.plan, state).items():
         member, folder = members[name], out / places[name]
-        converted = in_convention(member, folded, run.config, file_format)
+        converted = in_convention(member, folded, gains, file_format)
         match file_format:
             case "saelens":
                 path = folder

@@ -151,7 +151,8 @@ def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:
     for name, member in by_setting:
         seed = f", seed {member.seed}" if member.seed else ""
         skip = ", skip" if member.skip else ""
-        label = f"{member.place}{skip}, {bank.width_name(member.width)}{seed}"
+        aim = ", by target L0" if member.target_l0 else ""
+        label = f"{member.place}{skip}, {bank.width_name(member.width)}{aim}{seed}"
         setting = f"L0* {member.target_l0:g}" if member.target_l0 else f"λ {member.sparsity_coefficient:g}"
         found.setdefault(label, {})[name] = setting
     return {label: points for label, points in found.items() if len(points) > 1}

@@ -123,6 +123,43 @@ def test_every_number_equals_slow_numpy(tiny_gemma, rows):
     np.testing.assert_allclose(result.delta_loss_se, np.std(resampled) * np.sqrt(10 / 9), rtol=0.1)
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
+    """Its prediction, from what the MLP reads, takes the place of what the MLP gives."""
+    read, target = gemma.Site("mlp_in", 1), gemma.Site("mlp_out", 1)
+    rng = np.random.default_rng(2)
+    W_skip = rng.normal(size=(32, 32)).astype(np.float32) if skip else None
+    subject = random_sae().replace(W_skip=W_skip)
+    mean = np.full(32, 0.5, np.float32)
+    subjects = {
+        "transcoder": evaluation.Subject(subject, read, mean, target),
+        "autoencoder": evaluation.Subject(random_sae(1), target, mean),
+    }
+    both = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 10, 4)
+    assert list(both) == ["transcoder", "autoencoder"]
+    result = both["transcoder"]
+    alone = evaluate(tiny_gemma, random_sae(1), rows, site=target)
+    for key in ("l0", "fvu", "delta_loss", "zero_ablation_loss"):
+        np.testing.assert_allclose(getattr(both["autoencoder"], key), getattr(alone, key), rtol=1e-6)
+
+    tokens = jnp.asarray(rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 10)])
+    model, params = tiny_gemma.model, tiny_gemma.params
+    values = gemma.read_sites(model, params, tokens, [read, target])
+    x, y = (np.asarray(values[site], np.float64) for site in (read, target))
+    pre = x @ np.float64(subject.W_enc) + subject.b_enc
+    f = np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
+    prediction = f @ np.float64(subject.W_dec) + subject.b_dec + (x @ np.float64(W_skip) if skip else 0)
+    kept = np.asarray(gemma.is_kept(tokens, 0))
+    np.testing.assert_allclose(result.l0, (f[kept] > 0).sum(1).mean(), rtol=1e-5)
+    variance = np.square(y[kept] - y[kept].mean(0)).sum()
+    np.testing.assert_allclose(result.fvu, np.square(prediction - y)[kept].sum() / variance, rtol=1e-4)
+    mixed = jnp.asarray(np.where(kept[..., None], prediction, y), jnp.float32)
+    out = gemma.embed(model, params, tokens)
+    out = gemma.run_blocks(model, params, out, tokens, range(4), write={target: lambda _: mixed})[0]
+    loss, scored = gemma.next_token_loss(model, params, out, tokens)
+    np.testing.assert_allclose(result.spliced_loss, (loss * scored).sum() / scored.sum(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", list(gemma.SITES))
 def test_a_perfect_reconstruction_costs_nothing(tiny_gemma, rows, kind):
     site = gemma.Site(kind, 0 if kind == "embed" else 2)

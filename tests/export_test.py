@@ -1,0 +1,180 @@
+"""A run's SAEs under the names and in the conventions of other tools."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from gemma_scope_jax import bank, export, gemma, report, runs, sae, training
+from gemma_scope_jax.formats import gemma_scope, gemma_scope_2, saelens
+
+MLP = dict(
+    target_site="mlp_out", layers=(2,), width=64, bandwidth=0.1, initial_threshold=0.1, window_updates=12
+)
+BANKS = {
+    "plain": MLP | dict(sites=("mlp_in_gain_free",), scale_target_by="target"),
+    "skip": MLP | dict(sites=("mlp_in",), skip=True),
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(inputs, tmp_path_factory):
+    """A run with a transcoder of each convention."""
+    folder = tmp_path_factory.mktemp("transcoders") / "run"
+    assert training.train(tiny.run_config(inputs, banks=BANKS, optimizer__learning_rate=0.01), folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def activations(inputs, tiny_gemma):
+    """What the MLP of layer 2 reads, with and without gain, and gives."""
+    tokens = jnp.asarray(tiny.tokens(8, 16))
+    sites = {kind: gemma.Site(kind, 2) for kind in ("mlp_in", "mlp_in_gain_free", "mlp_out")}
+    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(sites.values()))
+    return {kind: np.asarray(values[site]).reshape(-1, 32) for kind, site in sites.items()}
+
+
+def predict(transcoder, x):
+    return np.asarray(sae.decode(transcoder, sae.encode(transcoder, x), x))
+
+
+def training_form(workdir, name, activations):
+    """Predictions by the state itself, in float64: normalised, and brought back."""
+    run, state = runs.open_run(workdir)
+    (plan,) = (b for b in run.plan.banks if b.name == name)
+    member = plan.members[0]
+    p = {
+        key: np.asarray(v[0], np.float64)
+        for key, v in vars(state.banks[name].params).items()
+        if v is not None
+    }
+    read, target = (state.normalizers[str(site)] for site in (member.site, member.target_site))
+    scale = (target if plan.scale_target_by == "target" else read).scale
+    x = (activations[member.site.kind] - np.float64(read.mean_D)) / read.scale
+    pre = x @ p["W_enc"] + p["b_enc"]
+    f = pre * (pre > np.exp(p["log_threshold"]))
+    out = f @ p["W_dec"] + p["b_dec"] + (x @ p["W_skip"] if member.skip else 0)
+    return scale * out + np.float64(target.mean_D), np.abs(pre - np.exp(p["log_threshold"])).min(1) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format", "kind"),
+    [
+        ("plain", "gemma_scope", "mlp_in_gain_free"),
+        ("plain", "gemma_scope_2", "mlp_in"),
+        ("plain", "saelens", "mlp_in_gain_free"),
+        ("skip", "gemma_scope_2", "mlp_in"),
+        ("skip", "saelens", "mlp_in"),
+    ],
+)
+def test_a_transcoder_predicts_the_same_in_every_convention(
+    workdir, activations, tmp_path, name, file_format, kind
+):
+    run, state = runs.open_run(workdir)
+    folded = export.folded_saes(run.plan, state)
+    (plan,) = (b for b in run.plan.banks if b.name == name)
+    member = plan.members[0]
+    gains = export.mlp_gains(run, file_format)
+    converted = export.in_convention(member, folded[member.name], gains, file_format)
+    match file_format:
+        case "gemma_scope":
+            gemma_scope.write(tmp_path / "params.npz", converted)
+            again = gemma_scope.read(tmp_path / "params.npz")
+        case "gemma_scope_2":
+            gemma_scope_2.write(tmp_path / "a", converted, gemma_scope_2.About("test/tiny", "in", "out", 1.0))
+            again, _ = gemma_scope_2.read(tmp_path / "a")
+        case "saelens":
+            again, about = saelens.read(workdir / "sae" / member.name)
+            assert (about.hook_name, about.hook_name_out) == tuple(
+                map(gemma.hook_name, (member.site, member.target_site))
+            )
+    expected, is_near = training_form(workdir, name, activations)
+    error = np.linalg.norm(predict(again, activations[kind]) - expected, axis=1)
+    assert is_near.mean() < 0.2
+    np.testing.assert_array_less(error[~is_near], 1e-4 * np.linalg.norm(expected, axis=1)[~is_near])
+    # Fed with the wrong gain, it would predict something else.
+    other = {"mlp_in": "mlp_in_gain_free", "mlp_in_gain_free": "mlp_in"}[kind]
+    wrong = np.linalg.norm(predict(again, activations[other]) - expected, axis=1)
+    assert np.median(wrong / np.linalg.norm(expected, axis=1)) > 0.05
+
+
+def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
+    paths = export.export_run(workdir, "gemma_scope_2", tmp_path / "2")
+    l0 = export.measured_l0(*(lambda run, state: (run.plan, state))(*runs.open_run(workdir)))
+    plain, skip = (round(value) for value in l0.values())
+    assert [str(path.relative_to(tmp_path / "2")) for path in paths] == [
+        f"transcoder/layer_2_width_64_l0_{plain}",
+        f"transcoder/layer_2_width_64_l0_{skip}_affine",
+    ]
+    _, about = gemma_scope_2.read(paths[0])
+    assert about.hook_in == "model.layers.2.pre_feedforward_layernorm.output"
+    assert about.hook_out == "model.layers.2.post_feedforward_layernorm.output"
+    np.testing.assert_allclose(about.l0, next(iter(l0.values())), atol=0.01)
+    with pytest.raises(ValueError, match="has no skip connection"):
+        export.export_run(workdir, "gemma_scope", tmp_path / "1")
+
+
+def test_the_l0_in_a_name_is_that_of_the_last_whole_window(workdir):
+    run, state = runs.open_run(workdir)
+    measured = export.measured_l0(run.plan, state)
+    for plan in run.plan.banks:
+        name = plan.members[0].name
+        assert (
+            int(state.banks[plan.name].updates_E[0]) == 40
+        )  # Three windows of twelve, and four updates more.
+        logged = [entry["sae"][name]["l0"] for entry in training.log.read_metrics(workdir) if entry["sae"]]
+        # Four updates a step: the third window is steps seven to nine of the ten that trained.
+        np.testing.assert_allclose(measured[name], np.mean(logged[6:9]), rtol=0.02)
+
+
+def test_places_are_googles_and_no_two_are_one():
+    def member(kind="resid_post", coefficient=1e-3, seed=0, skip=False, target=None, layer=9):
+        site = gemma.Site(kind, layer)
+        return bank.Member(
+            site, gemma.Site(target, layer) if target else site, 2**14, coefficient, seed, skip=skip
+        )
+
+    members = {
+        "a": member(),
+        "b": member(coefficient=2e-3),
+        "c": member(seed=1),
+        "d": member("embed", layer=0),
+        "e": member("mlp_in", target="mlp_out"),
+        "f": member("mlp_in_gain_free", target="mlp_out"),
+        "g": member("mlp_in", target="mlp_out", skip=True),
+    }
+    l0 = dict.fromkeys(members, 57.4)
+    places = {name: str(place) for name, place in export.layout(members, l0, "gemma_scope").items()}
+    assert places["a"] == "resid_post/layer_9/width_16k/average_l0_57"
+    assert places["b"] == "resid_post/layer_9/width_16k/average_l0_57_lambda_0.002"
+    assert places["c"] == "resid_post/layer_9/width_16k/average_l0_57_seed_1"
+    assert places["d"] == "embed/embedding/width_16k/average_l0_57"
+    assert places["e"] == "transcoder/layer_9/width_16k/average_l0_57"
+    second = {name: str(place) for name, place in export.layout(members, l0, "gemma_scope_2").items()}
+    assert second["a"] == "resid_post/layer_9_width_16k_l0_57"
+    assert second["g"] == "transcoder/layer_9_width_16k_l0_57_affine"
+    for made in (places, second):
+        assert len(set(made.values())) == len(members)
+
+
+def test_a_transcoder_is_evaluated_from_its_run_and_from_its_export_alike(
+    workdir, monkeypatch, inputs, capsys
+):
+    from_run = report.evaluate_path(workdir, rows=8)
+    monkeypatch.setenv("HOME", str(inputs / "home"))
+    for name, result in from_run.items():
+        exported = report.evaluate_path(workdir / "sae" / name, rows=8)[name]
+        for key in ("l0", "fvu", "delta_loss", "mean_ablation_loss"):
+            np.testing.assert_allclose(getattr(exported, key), getattr(result, key), rtol=1e-3, atol=1e-4)
+
+
+def test_sweeps_are_in_the_order_of_lambda_and_never_sorted_by_what_came_out():
+    site = gemma.Site("resid_post", 9)
+    members = [bank.Member(site, site, 2**14, coefficient) for coefficient in (4e-3, 1e-3, 2e-3)]
+    members += [bank.Member(site, site, 2**14, 1e-3, target_l0=target) for target in (50.0, 20.0)]
+    members += [bank.Member(gemma.Site("mlp_out", 9), gemma.Site("mlp_out", 9), 2**14, 1e-3)]
+    found = report.sweeps({member.name: member for member in members})
+    (points,) = (list(p.values()) for label, p in found.items() if "target" not in label)
+    assert points == ["λ 0.001", "λ 0.002", "λ 0.004"]
+    (points,) = (list(p.values()) for label, p in found.items() if "target" in label)
+    assert points == ["L0* 20", "L0* 50"]
