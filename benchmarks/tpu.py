@@ -1,6 +1,6 @@
 """What harvests and whole steps need of a TPU, compiled ahead of time on this host for slices of real chips.
 
-    python -m benchmarks.tpu [--harvest=gemma2_2b] [--json=PATH]
+    python -m benchmarks.tpu [--harvest=gemma2_2b | --step=all_16k] [--json=PATH]
 
 Bytes are the compiler's, for one chip. Needs libtpu (`make .venv/libtpu`), or another as $TPU_LIBRARY_PATH.
 """
@@ -156,11 +156,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--harvest", help="only the harvest of this model")
+    parser.add_argument("--step", help="only the steps of this suite")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
     args = parser.parse_args()
     measured = {"harvests": [], "steps": []}
     for case in HARVESTS:
-        if args.harvest in (None, case.model):
+        if args.step is None and args.harvest in (None, case.model):
             measured["harvests"].append(result := measure_harvest(case))
             print(
                 f"harvest of {case.model} to layer {case.layer} on {case.topology}: "
@@ -170,6 +171,8 @@ def main() -> None:
                 flush=True,
             )
     for case in STEPS if args.harvest is None else ():
+        if args.step not in (None, case.suite):
+            continue
         measured["steps"].append(result := measure_step(case))
         print(
             f"step of {case.config}:{case.suite} on {case.topology}, {result['saes']} SAEs: on each chip "

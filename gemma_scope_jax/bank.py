@@ -17,6 +17,7 @@ from gemma_scope_jax.normalizer import Normalizer
 # How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target. L0 follows λ
 # at about three (configs/quickstart_banks.py:targets), with which five is as fast as does not swing about the target.
 CONTROLLER_SPEED = 5
+CONTROLLER_REACH = 1000  # How far it goes from the λ given, as a factor.
 
 
 def width_name(width: int) -> str:
@@ -35,6 +36,7 @@ class Member:
     width: int
     sparsity_coefficient: float
     seed: int = 0
+    objective: str = "linear"
     target_l0: float = 0.0  # 0: none.
     skip: bool = False
 
@@ -51,7 +53,7 @@ class Member:
     def name(self) -> str:
         """Differs from every other member's."""
         skip = "_skip" if self.skip else ""
-        target = f"_target_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
+        target = f"_{self.objective}_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
         seed = f"_seed_{self.seed}" if self.seed else ""
         width = width_name(self.width)
         return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{target}{seed}"
@@ -64,7 +66,6 @@ class Plan:
     name: str
     members: tuple[Member, ...]
     padded_members: int  # E: members, padded so that the mesh's `data` axis divides it.
-    objective: str
     scale_target_by: str
     bandwidth: float
     initial_threshold: float
@@ -75,6 +76,10 @@ class Plan:
     def width(self) -> int:
         """M."""
         return self.members[0].width
+
+    @property
+    def objective(self) -> str:
+        return self.members[0].objective
 
     @property
     def padded(self) -> list[Member]:
@@ -94,6 +99,7 @@ class Firing:
     count_ExM: jax.Array  # int32
     rows_E: jax.Array  # int32, activations counted over
     frequency_ExM: jax.Array  # of the last whole window; zeros before the first has ended
+    windows_E: jax.Array  # int32, whole windows so far
 
 
 @flax.struct.dataclass
@@ -148,7 +154,12 @@ def init(plan: Plan, key: jax.Array, normalizers: Mapping[str, Normalizer]) -> S
         opt_state=jax.vmap(optim.make_optimizer(optim.OptimizerConfig()).init)(params),
         updates_E=jnp.zeros(e, jnp.int32),
         coefficient_E=jnp.array([member.sparsity_coefficient for member in plan.padded]),
-        firing=Firing(jnp.zeros((e, m), jnp.int32), jnp.zeros(e, jnp.int32), jnp.zeros((e, m))),
+        firing=Firing(
+            count_ExM=jnp.zeros((e, m), jnp.int32),
+            rows_E=jnp.zeros(e, jnp.int32),
+            frequency_ExM=jnp.zeros((e, m)),
+            windows_E=jnp.zeros(e, jnp.int32),
+        ),
     )
 
 
@@ -240,6 +251,9 @@ def update(
         moves_E = (state.updates_E >= optimizer_config.sparsity_warmup_updates) & (sums.weight > 0)
         off_E = sae.off_target(sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1), target_l0_E)
         coefficient_E = coefficient_E * jnp.exp(jnp.where(moves_E, CONTROLLER_SPEED * rate_E * off_E, 0))
+        # A target out of reach must not carry λ out of float32.
+        given_E = jnp.array([member.sparsity_coefficient for member in members])
+        coefficient_E = jnp.clip(coefficient_E, given_E / CONTROLLER_REACH, given_E * CONTROLLER_REACH)
     new = State(
         params=params,
         opt_state=opt_state,
@@ -260,6 +274,7 @@ def _count(plan: Plan, state: State, sums: sae.BatchSums) -> Firing:
         count_ExM=jnp.where(ends_E[:, None], 0, count_ExM),
         rows_E=jnp.where(ends_E, 0, rows_E),
         frequency_ExM=jnp.where(ends_E[:, None], frequency_ExM, state.firing.frequency_ExM),
+        windows_E=state.firing.windows_E + ends_E,
     )
 
 
@@ -284,7 +299,7 @@ def metrics(
     weight_E = sums.weight.sum(0)
     variance_E = sums.target_squared.sum(0) - jnp.square(sums.target_O.sum(0)).sum(-1) / weight_E
     own_E = state.updates_E - 1
-    has_window_E = state.updates_E >= plan.window_updates
+    has_window_E = state.firing.windows_E > 0
     of_all = Metrics(
         loss_E=sums.squared_error.sum(0) / weight_E + sums.penalty.mean(0),
         l0_E=sums.l0.sum(0) / weight_E,

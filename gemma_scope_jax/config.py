@@ -112,7 +112,7 @@ class Config:
     data: DataConfig = DataConfig()
     # By names of one's choice.
     banks: Mapping[str, BankConfig] = dataclasses.field(default_factory=lambda: {"main": BankConfig()})
-    # A finished run whose SAEs, so far as this config names them too, are trained on here; see README.md.
+    # A finished run whose SAEs, so far as this config names them too, are trained on here; see docs/banks.md.
     start_from: str = ""
     train: TrainConfig = TrainConfig()
     ring: RingConfig = RingConfig()
@@ -241,6 +241,10 @@ def check_resumable(old: Config, new: Config) -> None:
             )
 
 
+# The fields of a bank that only say which SAEs are in it.
+_MEMBERSHIP = ("layers", "sites", "sparsity_coefficients", "target_l0s", "seeds")
+
+
 def check_startable(old: Config, new: Config) -> None:
     """Raises ValueError if a run of config `new` cannot start from the end of one of config `old`."""
     before, now = flatten(old), flatten(new)
@@ -250,6 +254,14 @@ def check_startable(old: Config, new: Config) -> None:
                 f"start_from: that run had config.{name} = {before.get(name)!r}, this one has {value!r}; "
                 "only banks may differ"
             )
+    for name in new.banks.keys() & old.banks.keys():
+        for field in dataclasses.fields(BankConfig):
+            value, had = getattr(new.banks[name], field.name), getattr(old.banks[name], field.name)
+            if field.name not in _MEMBERSHIP and value != had:
+                raise ValueError(
+                    f"start_from: that run had config.banks.{name}.{field.name} = {had!r}, this one has {value!r}: "
+                    "its SAEs would not go on as what they were; rename the bank, or give the field its old value"
+                )
 
 
 def dtype(config: Config) -> jnp.dtype:
@@ -274,6 +286,7 @@ def members(config: BankConfig) -> tuple[bank.Member, ...]:
             config.width,
             coefficient,
             seed,
+            config.objective,
             target_l0,
             config.skip,
         )
@@ -329,6 +342,11 @@ def _check_bank(
         f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; none may be negative",
     )
     _require(not config.skip or bool(config.target_site), f"{at}.skip is for transcoders; set target_site")
+    d = gemma.site_width(model, named[0].site)
+    _require(
+        not config.skip or d % latent_axis == 0,
+        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {d} of {named[0].site}",
+    )
     _require(
         1 <= config.window_updates < 2**31 // batch,
         f"{at}.window_updates is {config.window_updates}; choose 1 to {2**31 // batch - 1}",
@@ -360,8 +378,8 @@ def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> 
         for member in members(bank_config):
             _require(
                 member.name not in banks_of,
-                f"{member.name} is named twice, in banks.{banks_of.get(member.name)} and banks.{name}; values must "
-                "differ",
+                f"{member.name} is named twice, in banks.{banks_of.get(member.name)} and banks.{name}; what "
+                "stands in the name must differ, for example the seed",
             )
             banks_of[member.name] = name
 
@@ -461,7 +479,6 @@ def _bank_plan(name: str, config: BankConfig, data_axis: int) -> bank.Plan:
         name=name,
         members=named,
         padded_members=padded(len(named), data_axis),
-        objective=config.objective,
         scale_target_by=config.scale_target_by,
         bandwidth=config.bandwidth,
         initial_threshold=config.initial_threshold,

@@ -368,6 +368,10 @@ def write_pareto(
             axis.set_xscale("log")
         if min(getattr(result, key) for result in everything) > 0:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.15)  # Room for the points' labels.
         axis.set_xlabel("L0")
         axis.grid(alpha=0.3, which="both")
     if len(sweeps) > 1:

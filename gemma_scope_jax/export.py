@@ -25,9 +25,9 @@ def measured_l0(plan: step.Plan, state: step.State) -> dict[str, float]:
     """Each member's mean L0 over the last whole window of training, or the one under way if it is the first."""
     measured = {}
     for b in plan.banks:
-        firing, updates_E = jax.device_get((state.banks[b.name].firing, state.banks[b.name].updates_E))
+        firing = jax.device_get(state.banks[b.name].firing)
         for i, member in enumerate(b.members):
-            if updates_E[i] >= b.window_updates:
+            if firing.windows_E[i]:
                 measured[member.name] = float(firing.frequency_ExM[i].sum())
             else:
                 measured[member.name] = float(firing.count_ExM[i].sum() / max(firing.rows_E[i], 1))

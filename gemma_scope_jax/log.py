@@ -139,18 +139,26 @@ def progress(of_step: Mapping) -> str:
     return text
 
 
-def check_thresholds(learning_rates: float) -> str | None:
-    """A warning before training where thresholds could not move far enough, from the sum of all learning rates.
+def check_plan(plan: step.Plan, learning_rates: float) -> list[str]:
+    """Warnings before training: of thresholds that could not move far enough, and of windows that never end.
 
-    Adam moves a threshold's logarithm by about a learning rate an update.
+    Args:
+      plan: of the run.
+      learning_rates: the sum of all that are to come; Adam moves a threshold's logarithm by about one an update.
     """
-    if learning_rates >= 0.5:
-        return None
-    return (
-        f"thresholds are trained as logarithms, which move by about optimizer.learning_rate an update: in this run "
-        f"by a factor of {math.exp(learning_rates):.2f} at most, so L0 will not get far. Gemma Scope's rate of 7e-5 "
-        "is for a million updates; raise optimizer.learning_rate, or train.tokens"
-    )
+    warnings = [
+        f"banks.{b.name}.window_updates is {b.window_updates} and the run has {plan.total_updates} updates: dead and "
+        "dense latents will not be known, and the L0 measured is that of all of training"
+        for b in plan.banks
+        if b.window_updates > plan.total_updates
+    ]
+    if learning_rates < 0.5:
+        warnings.append(
+            "thresholds are trained as logarithms, which move by about optimizer.learning_rate an update: in this "
+            f"run by a factor of {math.exp(learning_rates):.2f} at most, so L0 will not get far. Gemma Scope's rate "
+            "of 7e-5 is for a million updates; raise optimizer.learning_rate, or train.tokens"
+        )
+    return warnings
 
 
 def watched_steps(plan: step.Plan) -> int:
@@ -180,6 +188,10 @@ def stuck_thresholds(plan: step.Plan, entries: list[Mapping]) -> list[str]:
                 )
                 continue
             error, sparsity = mean("theta_from_error"), mean("theta_from_sparsity")
+            if member.objective == "controlled":
+                continue  # Its λ moves by itself.
+            if now := mean("sparsity_coefficient"):
+                sparsity *= member.sparsity_coefficient / now  # While λ warms up: as it will be.
             if member.sparsity_coefficient and sparsity < 0.01 * error:
                 warnings.append(
                     f"{member.name}: sparsity makes up {sparsity / (error + sparsity):.1%} of what moves the "

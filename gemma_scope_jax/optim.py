@@ -35,7 +35,7 @@ def learning_rate(
       update: how many the run has had; the fall follows it.
       own_update: how many the SAE has had, fewer if it joined later; the rise follows it.
     """
-    rise = 1.0
+    rise = jnp.ones(jnp.shape(own_update))
     if config.warmup_updates:
         rise = 1.1 - optax.cosine_decay_schedule(1.0, config.warmup_updates, alpha=0.1)(own_update)
     fall = 1.0

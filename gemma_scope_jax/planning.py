@@ -32,8 +32,11 @@ def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int)
     Args:
       state: of the run, as shapes with shardings.
       gemma_params: likewise.
-      temporary_bytes: the compiler's, for one device.
+      temporary_bytes: the compiler's, for one device; 0 before it is known.
     """
+    # Each bank's gradient is among the temporaries, and no smaller for smaller steps.
+    gradients = {name: bytes_per_device(of_bank.params) for name, of_bank in state.banks.items()}
+    others = max(temporary_bytes - sum(gradients.values()), 0)
     return [
         Need(
             "Gemma",
@@ -43,13 +46,13 @@ def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int)
         *(
             Need(
                 f"bank {name}",
-                bytes_per_device(of_bank),
+                bytes_per_device(of_bank) + (gradients[name] if temporary_bytes else 0),
                 f"lower banks.{name}.width, name fewer SAEs, or lay it over more devices (mesh.data, mesh.latent)",
             )
             for name, of_bank in state.banks.items()
         ),
         Need("ring", bytes_per_device(state.ring), "lower ring.capacity"),
-        Need("the step's activations", temporary_bytes, "lower train.sequences_per_step, or train.batch"),
+        Need("the step's activations", others, "lower train.sequences_per_step, or train.batch"),
     ]
 
 

@@ -151,7 +151,7 @@ def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:
     for name, member in by_setting:
         seed = f", seed {member.seed}" if member.seed else ""
         skip = ", skip" if member.skip else ""
-        aim = ", by target L0" if member.target_l0 else ""
+        aim = f", {member.objective}" if member.target_l0 else ""
         label = f"{member.place}{skip}, {bank.width_name(member.width)}{aim}{seed}"
         setting = f"L0* {member.target_l0:g}" if member.target_l0 else f"λ {member.sparsity_coefficient:g}"
         found.setdefault(label, {})[name] = setting
@@ -181,15 +181,19 @@ def print_table(results: dict[str, evaluation.Evaluation]) -> None:
     table = rich.table.Table(
         title=f"Held-out text: {first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"
     )
-    table.add_column("")
+    console = rich.console.Console()
     if len(results) > 3:
+        table.add_column("", no_wrap=True)
+        # Wider than a narrow terminal, where a row then takes two lines, rather than without the names.
+        console.width = max(console.width, max(map(len, results)) + 115)
         for label in _OF_MANY:
             table.add_column(label, justify="right")
         for name, result in results.items():
             table.add_row(name, *(_COLUMNS[label].format(r=result) for label in _OF_MANY))
     else:
+        table.add_column("")
         for name in results:
             table.add_column(name, justify="right", overflow="fold")
         for label, form in _COLUMNS.items():
             table.add_row(label, *(form.format(r=result) for result in results.values()))
-    rich.console.Console().print(table)
+    console.print(table)

@@ -27,6 +27,7 @@ BANK = {
     "count_ExM": P("data", "latent"),
     "frequency_ExM": P("data", "latent"),
     "rows_E": P("data"),
+    "windows_E": P("data"),
     "updates_E": P("data"),
     "coefficient_E": P("data"),
     "count": P("data"),  # The optimizer's, of updates.

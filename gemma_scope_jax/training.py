@@ -64,8 +64,6 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
     """
     state, batch, gemma_params = runs.abstract_inputs(run)
     limit = planning.memory_of(run.mesh.local_devices[0])
-    # What is known without compiling may already be too much.
-    planning.check(planning.needs(state, gemma_params, 0), limit)
     print("Compiling the step.", flush=True)
     try:
         compiled = lower_step(run, state, batch, gemma_params).compile()
@@ -73,8 +71,8 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(
-            f"{planning.describe(planning.needs(state, gemma_params, 0), limit)} With the step's activations it does "
-            "not fit; lower train.sequences_per_step or train.batch"
+            f"{planning.describe(planning.needs(state, gemma_params, 0), limit)} With gradients and the step's "
+            "activations it does not fit; lower train.sequences_per_step, or the banks' widths"
         ) from error
     needs = planning.needs(state, gemma_params, compiled.memory_analysis().temp_size_in_bytes)
     planning.check(needs, limit)
@@ -165,6 +163,10 @@ def _start_or_continue(
         interrupts.forbid_saving(f"checkpoint {int(state.step)} is the newest state there is")
     has_work = state is None or runs.steps_left(run.plan, state)
     if has_work:
+        # Before an hour is spent on the text.
+        state_shapes, _, gemma_shapes = runs.abstract_inputs(run)
+        limit = planning.memory_of(run.mesh.local_devices[0])
+        planning.check(planning.needs(state_shapes, gemma_shapes, 0), limit)
         runs.check_weights(run)
     if state is not None:
         folder = runs.run_rows(config, workdir)
@@ -236,9 +238,10 @@ def _loop(
     sequences = config.train.sequences_per_step
     first_step, left = int(state.step), runs.steps_left(plan, state)
     harvests = int(state.harvests)
+    is_new = not log.read_metrics(workdir)
     metrics_log = log.MetricsLog(workdir, first_step)
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
-    if warning := log.check_thresholds(_rates_to_come(plan, state)):
+    for warning in log.check_plan(plan, _rates_to_come(plan, state)) if is_new else ():
         print(f"Warning: {warning}.", flush=True)
 
     bar = tqdm.tqdm(
@@ -256,7 +259,7 @@ def _loop(
             before, clock = clock, time.perf_counter()
             entry = log.entry(plan, number, metrics, plan.activations / (clock - before))
             metrics_log.write(entry)
-            if entry["sae"] and len(watched) < log.watched_steps(plan):
+            if is_new and entry["sae"] and len(watched) < log.watched_steps(plan):
                 watched.append(entry)
                 if len(watched) == log.watched_steps(plan):
                     for warning in log.stuck_thresholds(plan, watched):

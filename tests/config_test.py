@@ -120,7 +120,7 @@ def test_counts_add_up():
         (
             {"banks__main__seeds": (1, 1)},
             (1, 1),
-            "is named twice, in banks.main and banks.main; values must differ",
+            "is named twice, in banks.main and banks.main; what stands in the name",
         ),
         (
             {"banks__main__width": 60},
@@ -200,12 +200,14 @@ def test_members_that_differ_have_names_that_differ():
         }
     )
     assert len({member.name for member in close.members}) == 4
-    assert close.members[0].name == "layer_1_resid_post_width_64_lambda_0.00010000001_target_10"
+    assert close.members[0].name == "layer_1_resid_post_width_64_lambda_0.00010000001_controlled_10"
 
 
 def test_two_banks_may_not_train_the_same_sae():
     banks = {name: dict(layers=(1,), width=64) for name in ("a", "b")}
-    with pytest.raises(ValueError, match=r"is named twice, in banks\.a and banks\.b; values must differ"):
+    with pytest.raises(
+        ValueError, match=r"is named twice, in banks\.a and banks\.b; what stands in the name"
+    ):
         plan({"banks": banks})
     assert len(plan({"banks": banks | {"b": dict(layers=(1,), width=128)}}).members) == 2
 

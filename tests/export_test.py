@@ -171,10 +171,13 @@ def test_a_transcoder_is_evaluated_from_its_run_and_from_its_export_alike(
 def test_sweeps_are_in_the_order_of_lambda_and_never_sorted_by_what_came_out():
     site = gemma.Site("resid_post", 9)
     members = [bank.Member(site, site, 2**14, coefficient) for coefficient in (4e-3, 1e-3, 2e-3)]
-    members += [bank.Member(site, site, 2**14, 1e-3, target_l0=target) for target in (50.0, 20.0)]
+    members += [
+        bank.Member(site, site, 2**14, 1e-3, objective="controlled", target_l0=target)
+        for target in (50.0, 20.0)
+    ]
     members += [bank.Member(gemma.Site("mlp_out", 9), gemma.Site("mlp_out", 9), 2**14, 1e-3)]
     found = report.sweeps({member.name: member for member in members})
-    (points,) = (list(p.values()) for label, p in found.items() if "target" not in label)
+    (points,) = (list(p.values()) for label, p in found.items() if "controlled" not in label)
     assert points == ["λ 0.001", "λ 0.002", "λ 0.004"]
-    (points,) = (list(p.values()) for label, p in found.items() if "target" in label)
+    (points,) = (list(p.values()) for label, p in found.items() if "controlled" in label)
     assert points == ["L0* 20", "L0* 50"]

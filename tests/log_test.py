@@ -26,6 +26,7 @@ def entries(**changes):
         "theta_from_error": 1.0,
         "theta_from_sparsity": 1.0,
         "theta_reached": 0.9,
+        "sparsity_coefficient": 1e-3,
     } | changes
     return [{"step": i, "tokens_per_second": 1234.0, "sae": dict.fromkeys(NAMES, values)} for i in range(6)]
 
@@ -58,6 +59,13 @@ def test_a_stuck_threshold_is_warned_of_with_what_to_change(changes, said, count
         assert re.search(said, warning), warning
 
 
+def test_sparsity_is_judged_as_it_will_be_once_lambda_has_warmed_up():
+    """A hundredth of λ so far, and so a hundredth of its final share."""
+    early = entries(theta_from_sparsity=0.005, sparsity_coefficient=1e-5)
+    assert log.stuck_thresholds(PLAN, early) == []
+    assert len(log.stuck_thresholds(PLAN, entries(theta_from_sparsity=0.005))) == 1
+
+
 def test_the_first_thousand_updates_are_watched_or_half_of_a_short_run():
     assert log.watched_steps(PLAN) == 5  # Of ten steps of four updates.
 
@@ -65,8 +73,10 @@ def test_the_first_thousand_updates_are_watched_or_half_of_a_short_run():
 def test_a_learning_rate_that_moves_nothing_is_warned_of():
     """Gemma Scope's is for a million updates; after two thousand a threshold has moved by 14 per cent."""
     few = 2_000 * optim.OptimizerConfig().learning_rate
-    assert "by a factor of 1.15 at most" in log.check_thresholds(few)
-    assert log.check_thresholds(976_562 * optim.OptimizerConfig().learning_rate) is None
+    (of_window, of_rates) = log.check_plan(PLAN, few)
+    assert "by a factor of 1.15 at most" in of_rates
+    assert "banks.main.window_updates is 2500 and the run has 40 updates" in of_window
+    assert log.check_plan(PLAN, 976_562 * optim.OptimizerConfig().learning_rate) == [of_window]
 
 
 def test_the_progress_line_spans_the_saes_and_says_what_is_not_known():

@@ -65,6 +65,11 @@ def test_learning_rate_rises_from_a_tenth_as_a_cosine_and_falls_linearly():
         np.testing.assert_allclose(schedule(update), expected, rtol=1e-5, atol=1e-7, err_msg=str(update))
 
 
+def test_without_a_warmup_each_member_has_its_rate():
+    rates = optim.learning_rate(PLAIN, 10, 3, np.array([0, 5]))
+    np.testing.assert_allclose(rates, [1e-3, 1e-3])
+
+
 def test_an_sae_that_joins_later_has_its_own_rise_and_the_runs_fall():
     config = optim.OptimizerConfig(learning_rate=2.0, warmup_updates=1000, decay_fraction=0.2)
     own = np.array([0, 500, 9000])

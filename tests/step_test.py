@@ -192,6 +192,27 @@ def test_members_of_banks_equal_the_same_saes_alone(inputs):
         assert np.abs(mine.params.b_enc).max() > 1e-3
 
 
+def test_the_order_of_members_does_not_matter(inputs):
+    """So none gets another's site, λ, target or seed."""
+    turned = {
+        name: {field: v[::-1] if isinstance(v, tuple) else v for field, v in fields.items()}
+        for name, fields in BANKS.items()
+    }
+    found = []
+    for banks in (BANKS, turned):
+        built = build_banks(inputs, banks)
+        final, _ = run_steps(*built, 6)
+        found.append(
+            {
+                member.name: jax.tree.map(lambda leaf, i=i: leaf[i], final.banks[plan.name])
+                for plan in built[0].plan.banks
+                for i, member in enumerate(plan.members)
+            }
+        )
+    assert len(found[0]) == 8 + 2 + 4 + 1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *found)
+
+
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4)])
 def test_banks_over_eight_devices_give_what_one_gives(inputs, mesh):
     finals = []
@@ -243,7 +264,10 @@ def test_a_transcoder_sees_its_two_sites_of_one_token_by_the_scales_it_is_given(
 def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
     """Against counts from encoding each batch with the parameters as they were: a rate of zero keeps them."""
     run, rows, params, state = build_banks(
-        inputs, {"main": dict(layers=(1,), width=64)}, optimizer__learning_rate=0.0, train__tokens=128 * 10
+        inputs,
+        {"main": dict(layers=(1,), width=64, window_updates=7)},
+        optimizer__learning_rate=0.0,
+        train__tokens=128 * 10,
     )
     first = jax.device_get(state)
     p = member_params(first, 0)
@@ -255,12 +279,13 @@ def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
             continue
         batches.append(m)
         updates = 4 * len(batches)
-        assert (found.dead_E[0] >= 0) == (updates >= 3)
-    # 20 updates: six whole windows of three, and two updates of the seventh.
+        assert (found.dead_E[0] >= 0) == (updates >= 7)
+    # 20 updates: two whole windows of seven, and six updates of the third.
     assert int(final.banks["main"].updates_E[0]) == 20
     firing = final.banks["main"].firing
+    assert int(firing.windows_E[0]) == 2
     rows_of = lambda m: int(m.banks["main"].activations_E[0])  # noqa: E731
-    assert 0 < int(firing.rows_E[0]) < rows_of(metrics[-1])
+    assert rows_of(metrics[-1]) < int(firing.rows_E[0]) < rows_of(metrics[-1]) + rows_of(metrics[-2])
     threshold = np.exp(p.log_threshold)
     values = gemma.read_sites(run.model, params, runs.read_batch(run, rows, 0, 40).tokens_SxL, run.plan.sites)
     site = run.plan.sites[0]
@@ -270,7 +295,7 @@ def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
     x = (x - scaling.mean_D) / scaling.scale
     frequency = ((x - p.b_dec) @ p.W_enc + p.b_enc > threshold).mean(0)
     # A window is a sample of all that was harvested: frequencies agree as a sample does.
-    window = 3 * run.plan.batch
+    window = 7 * run.plan.batch
     deviation = np.sqrt(frequency * (1 - frequency) / window) + 1 / window
     assert (np.abs(firing.frequency_ExM[0] - frequency) < 5 * deviation).all()
     found = metrics[-1].banks["main"]

@@ -159,6 +159,10 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
         (dict(train__tokens=128 * 10), r"has had 1280 tokens and train\.tokens is 1280; give more"),
         (dict(train__tokens=128 * 12, mesh__data=2), "mesh.data = 2 does not divide"),
         (dict(start_from="nowhere"), "nowhere is no run directory"),
+        (
+            dict(train__tokens=128 * 12, banks__main__bandwidth=0.2),
+            r"that run had config\.banks\.main\.bandwidth = 0\.1, this one has 0\.2: its SAEs would not go on",
+        ),
     ],
 )
 def test_what_cannot_be_started_from_is_refused(inputs, tmp_path_factory, changes, message, request):
@@ -179,6 +183,7 @@ def short(inputs, tmp_path_factory):
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "memory_of", lambda device: 1_000_000)
+    monkeypatch.setattr(runs, "prepare_rows", lambda _: pytest.fail("the text was read"))
     c = tiny.run_config(inputs, banks={"large": dict(layers=(1,), width=2**14)})
     with pytest.raises(
         ValueError, match=r"bank large 0\.0\d.* does not fit\. Most is bank large: lower banks\.large\.w"
