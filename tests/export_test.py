@@ -49,8 +49,8 @@ def training_form(workdir, name, activations):
         if v is not None
     }
     read, target = (state.normalizers[str(site)] for site in (member.site, member.target_site))
-    scale = (target if plan.scale_target_by == "target" else read).scale
-    x = (activations[member.site.kind] - np.float64(read.mean_D)) / read.scale
+    scale = float((target if plan.scale_target_by == "target" else read).scale)
+    x = (activations[member.site.kind] - np.float64(read.mean_D)) / float(read.scale)
     pre = x @ p["W_enc"] + p["b_enc"]
     f = pre * (pre > np.exp(p["log_threshold"]))
     out = f @ p["W_dec"] + p["b_dec"] + (x @ p["W_skip"] if member.skip else 0)

@@ -47,7 +47,7 @@ def test_thresholds_that_both_sides_move_are_not_warned_of():
         (
             {"theta_from_error": 0.001},
             r"the error makes up 0.1% .* lower banks.main.sparsity_coefficients",
-            2,
+            1,
         ),
     ],
 )
