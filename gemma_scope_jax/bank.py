@@ -14,8 +14,8 @@ import optax
 from gemma_scope_jax import gemma, optim, ring, sae, sharding
 from gemma_scope_jax.normalizer import Normalizer
 
-# How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target. L0 follows λ
-# at about three (configs/quickstart_banks.py:targets), with which five is as fast as does not swing about the target.
+# How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
+# the thresholds that L0 follows with, which move by about one. `sae.controlled_penalty` acts at once and damps it.
 CONTROLLER_SPEED = 5
 CONTROLLER_REACH = 1000  # How far it goes from the λ given, as a factor.
 
