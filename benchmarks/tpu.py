@@ -95,7 +95,7 @@ def report(lowered: jax.stages.Lowered) -> dict:
 
 def placed(mesh: jax.sharding.Mesh, shape: tuple, dtype: jnp.dtype, spec: sharding.P) -> jax.ShapeDtypeStruct:
     """A shape on the mesh."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.shardings(mesh, spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
 
 def batch_shapes(mesh: jax.sharding.Mesh, sequences: int, length: int) -> step.Batch:
@@ -120,7 +120,7 @@ def measure_harvest(case: Harvest) -> dict:
         whole = step.gather_gemma(mesh, params)
         return step.harvest(model, whole, batch, normalizers, [site], len(devices), jnp.bfloat16)
 
-    out = sharding.shardings(mesh, sharding.TOKENS)
+    out = jax.NamedSharding(mesh, sharding.TOKENS)
     batch = batch_shapes(mesh, case.sequences_per_chip * len(devices), case.length)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     lowered = jax.jit(harvest, out_shardings=out).lower(params, batch, normalizers)

@@ -7,7 +7,7 @@ device when it is saved and again when it is restored.
 import itertools
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from gemma_scope_jax import step as step_lib
 
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     """A manager that saves in the background and keeps the newest `keep` checkpoints."""
+    _quiet()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     return ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))
 
@@ -30,8 +31,15 @@ def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
     """
     if not folder.exists():
         raise ValueError(f"{folder.parent} has no checkpoint yet")
+    _quiet()
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     return ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))
+
+
+def _quiet() -> None:
+    # Orbax leaves a task behind for each array that it cannot read or write, of which asyncio then complains at
+    # length; Orbax's own error is enough.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @jax.jit
@@ -94,7 +102,7 @@ def save(manager: ocp.CheckpointManager, state: step_lib.State, config: Mapping)
     shapes = {name: list(leaf.shape) for name, leaf in _named_leaves(state).items()}
     about = {"digests": digests(state), "shapes": shapes, "config": dict(config)}
     manager.save(
-        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
     )
 
 
@@ -102,49 +110,54 @@ class OtherShapesError(ValueError):
     """A checkpoint is whole, but of arrays of other shapes than the run's."""
 
 
-def _check_shapes(manager: ocp.CheckpointManager, step: int, abstract_state: step_lib.State) -> None:
-    about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+def _check_shapes(shapes: Mapping[str, list[int]], step: int, abstract_state: step_lib.State) -> None:
     for name, leaf in _named_leaves(abstract_state).items():
-        if about["shapes"].get(name) != list(leaf.shape):
+        if shapes.get(name) != list(leaf.shape):
             raise OtherShapesError(
-                f"checkpoint {step} holds {name} of shape {about['shapes'].get(name)}, this run needs "
-                f"{list(leaf.shape)}; if mesh.data was changed, give it a value to which the bank is padded as before"
+                f"checkpoint {step} holds {name} of shape {shapes.get(name)}, this run needs {list(leaf.shape)}"
             )
 
 
 def restore_newest(
-    manager: ocp.CheckpointManager, abstract_state: step_lib.State, set_aside: bool
+    manager: ocp.CheckpointManager,
+    make_abstract: Callable[[Mapping[str, list[int]]], step_lib.State],
+    set_aside: bool,
 ) -> step_lib.State | None:
-    """The newest checkpoint that is whole, in the shardings of `abstract_state`; None if there is none at all.
+    """The newest checkpoint that is whole, or None if there is none at all.
 
     Damaged ones are passed over and, if asked for, set aside in `damaged/` beside the checkpoints, so that their
     steps can be saved again. Nothing is moved before a whole one has been found.
+
+    Args:
+      manager: of the checkpoints.
+      make_abstract: from the shapes saved, by name, what to restore: shapes with shardings. None in the place of an
+        array leaves it out.
+      set_aside: see above.
 
     Raises:
       ValueError: there are checkpoints, but none that can be read; they stay where they are.
       OSError: the file system refuses to be read, which says nothing of the checkpoints.
     """
-    # Orbax leaves a task behind for each array that it cannot read, of which asyncio then complains at length.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     damaged: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            _check_shapes(manager, step, abstract_state)
-            restored = manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state), about=ocp.args.JsonRestore()
-                ),
+            about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+            abstract_state = make_abstract(about["shapes"])
+            _check_shapes(about["shapes"], step, abstract_state)
+            restore_args = jax.tree.map(
+                lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), abstract_state
             )
-            now = digests(restored.state)
-            changed = [name for name, value in restored.about["digests"].items() if now.get(name) != value]
+            # Not StandardRestore, which cannot leave out a part.
+            wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=True)
+            state = manager.restore(step, args=ocp.args.Composite(state=wanted)).state
+            changed = [name for name, value in digests(state).items() if about["digests"][name] != value]
             if not changed:
                 for number, reason in damaged.items():
                     if set_aside:
                         _move_aside(manager, number, reason)
                     else:
                         print(f"Checkpoint {number} cannot be read and is passed over: {reason}", flush=True)
-                return restored.state
+                return state
             damaged[step] = f"its contents differ from what was saved, in {', '.join(changed)}"
         except (MemoryError, jax.errors.JaxRuntimeError, OtherShapesError):
             raise  # Not the checkpoint's fault.

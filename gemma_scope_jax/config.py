@@ -342,10 +342,10 @@ def _check_bank(
         f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; none may be negative",
     )
     _require(not config.skip or bool(config.target_site), f"{at}.skip is for transcoders; set target_site")
-    d = gemma.site_width(model, named[0].site)
+    o = gemma.site_width(model, named[0].target_site)
     _require(
-        not config.skip or d % latent_axis == 0,
-        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {d} of {named[0].site}",
+        not config.skip or o % latent_axis == 0,
+        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}",
     )
     _require(
         1 <= config.window_updates < 2**31 // batch,

@@ -1,6 +1,7 @@
 """A run's SAEs in the formats and under the names that other tools know."""
 
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -12,13 +13,11 @@ from gemma_scope_jax.formats import gemma_scope, gemma_scope_2, saelens
 FORMATS = ("saelens", "gemma_scope", "gemma_scope_2")
 
 
-def folded_saes(plan: step.Plan, state: step.State) -> dict[str, sae.SAE]:
-    """Each member of each bank on raw activations, on the host."""
-    return {
-        member.name: jax.device_get(bank.fold(b, state.banks[b.name].params, state.normalizers, i))
-        for b in plan.banks
-        for i, member in enumerate(b.members)
-    }
+def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, sae.SAE]]:
+    """Each member of each bank, by name, on raw activations and on the host: one at a time, for they are large."""
+    for b in plan.banks:
+        for i, member in enumerate(b.members):
+            yield member.name, jax.device_get(bank.fold(b, state.banks[b.name].params, state.normalizers, i))
 
 
 def measured_l0(plan: step.Plan, state: step.State) -> dict[str, float]:
@@ -39,7 +38,7 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
     l0 = measured_l0(run.plan, state)
     members = {member.name: member for member in run.plan.members}
     paths = []
-    for name, folded in folded_saes(run.plan, state).items():
+    for name, folded in folded_saes(run.plan, state):
         paths.append(folder / name)
         _write_saelens(run, state, members[name], folded, folder / name, rows, l0[name])
         print(f"Exported {folder / name}", flush=True)
@@ -152,7 +151,7 @@ def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> li
     l0 = measured_l0(run.plan, state)
     paths = []
     places, gains = layout(members, l0, file_format), mlp_gains(run, file_format)
-    for name, folded in folded_saes(run.plan, state).items():
+    for name, folded in folded_saes(run.plan, state):
         member, folder = members[name], out / places[name]
         converted = in_convention(member, folded, gains, file_format)
         match file_format:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import pathlib
 
 import jax
 
@@ -16,6 +17,12 @@ class Need:
     what: str
     bytes: int
     remedy: str  # What to change if it is too much.
+
+
+# Of control groups, version 2 and 1.
+_CONTAINER_LIMITS = tuple(
+    map(pathlib.Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+)
 
 
 def bytes_per_device(tree: object) -> int:
@@ -57,11 +64,15 @@ def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int)
 
 
 def memory_of(device: jax.Device) -> int:
-    """Bytes that a device has; a CPU's share of the machine's."""
+    """Bytes that a device has; a CPU's share of the machine's, or of the container's."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CONTAINER_LIMITS:
+        if path.exists() and (limit := path.read_text().strip()).isdigit():
+            limits.append(int(limit))
+    return min(limits) // jax.local_device_count()
 
 
 def describe(found: list[Need], limit: int) -> str:

@@ -42,16 +42,15 @@ def open_path(path: pathlib.Path, **overrides: str | None) -> Opened:
 
 def _open_run(path: pathlib.Path) -> Opened:
     run, state = runs.open_run(path)
-    folded = export.folded_saes(run.plan, state)
     members = {member.name: member for member in run.plan.members}
     subjects = {
         name: evaluation.Subject(
-            folded[name],
-            member.site,
-            state.normalizers[str(member.target_site)].ablation_mean_D,
-            member.target_site,
+            folded,
+            members[name].site,
+            state.normalizers[str(members[name].target_site)].ablation_mean_D,
+            members[name].target_site,
         )
-        for name, member in members.items()
+        for name, folded in export.folded_saes(run.plan, state)
     }
     return Opened(run.config, subjects, runs.run_rows(run.config, path), members)
 

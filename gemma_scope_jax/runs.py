@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from gemma import gm
 
-from gemma_scope_jax import checkpoint, data, gemma, sharding, step, tokenizer, weights
+from gemma_scope_jax import bank, checkpoint, data, gemma, sharding, step, tokenizer, weights
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
 
@@ -87,8 +89,7 @@ def init_state(run: Run, normalizers: dict[str, normalizer_lib.Normalizer]) -> s
     def init() -> step.State:
         return step.init_state(run.plan, normalizers, config_lib.dtype(run.config))
 
-    specs = sharding.state_specs(jax.eval_shape(init))
-    return jax.jit(init, out_shardings=sharding.shardings(run.mesh, specs))()
+    return jax.jit(init, out_shardings=sharding.state_shardings(run.mesh, jax.eval_shape(init)))()
 
 
 def abstract_state(run: Run) -> step.State:
@@ -102,7 +103,7 @@ def abstract_state(run: Run) -> step.State:
     abstract = jax.eval_shape(
         lambda n: step.init_state(run.plan, n, config_lib.dtype(run.config)), normalizers
     )
-    placed = sharding.shardings(run.mesh, sharding.state_specs(abstract))
+    placed = sharding.state_shardings(run.mesh, abstract)
     return jax.tree.map(lambda leaf, s: shape(leaf.shape, leaf.dtype, sharding=s), abstract, placed)
 
 
@@ -110,8 +111,10 @@ def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, weights.Params]:
     """What the step takes, as shapes with shardings."""
     config = run.config
 
+    placed = jax.NamedSharding(run.mesh, sharding.TOKENS)
+
     def tokens(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.shardings(run.mesh, sharding.TOKENS))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
 
     count = config.train.sequences_per_step
     batch = step.Batch(tokens(count, config.data.context_length), tokens(count), tokens(count))
@@ -139,33 +142,70 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def open_run(workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Run, step.State]:
-    """A run directory's run, and the state of its newest whole checkpoint; changes nothing.
+def restore(
+    run: Run, manager: ocp.CheckpointManager, set_aside: bool, what: str = "everything"
+) -> step.State | None:
+    """The newest whole checkpoint on the run's mesh, whatever mesh it was saved from; None if there is none.
+
+    Args:
+      run: as it goes on.
+      manager: of the checkpoints.
+      set_aside: see `checkpoint.restore_newest`.
+      what: "everything"; "banks", all but the ring's slots; or "saes", of the banks no optimizer either. What
+        is left out is None.
+    """
+
+    def abstract(shapes: Mapping[str, list[int]]) -> step.State:
+        def as_saved(b: bank.Plan) -> bank.Plan:
+            return dataclasses.replace(b, padded_members=shapes[f"banks.{b.name}.updates_E"][0])
+
+        plan = dataclasses.replace(run.plan, banks=tuple(map(as_saved, run.plan.banks)))
+        state = abstract_state(dataclasses.replace(run, plan=plan))
+
+        def left_out(part: object) -> object:
+            return jax.tree.map(lambda _: None, part)
+
+        if what != "everything":
+            state = state.replace(ring=state.ring.replace(slots=left_out(state.ring.slots)))
+        if what == "saes":
+            banks = {name: b.replace(opt_state=left_out(b.opt_state)) for name, b in state.banks.items()}
+            state = state.replace(banks=banks)
+        return state
+
+    state = checkpoint.restore_newest(manager, abstract, set_aside)
+    if state is None:
+        return None
+    return state.replace(banks={b.name: _padded(run, b, state.banks[b.name]) for b in run.plan.banks})
+
+
+def _padded(run: Run, plan: bank.Plan, state: bank.State) -> bank.State:
+    """A bank's state, padded for the run's mesh; padding members are never trained, so copies do."""
+    if state.updates_E.size == plan.padded_members:
+        return state
+    place_E = jnp.minimum(jnp.arange(plan.padded_members), len(plan.members) - 1)
+
+    def pad(state: bank.State) -> bank.State:
+        return jax.tree.map(lambda leaf: leaf[place_E], state)
+
+    return jax.jit(pad, out_shardings=sharding.state_shardings(run.mesh, jax.eval_shape(pad, state)))(state)
+
+
+def open_run(
+    workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None, what: str = "saes"
+) -> tuple[Run, step.State]:
+    """A run directory's run, and of its newest whole checkpoint what `restore` takes for `what`; changes nothing.
 
     Args:
       workdir: the run's.
-      mesh: to put it on; one device if None. Its `data` axis must divide what each bank was padded to.
+      mesh: to put it on; one device if None.
+      what: see `restore`.
 
     Raises:
       ValueError: the directory holds no run, or no checkpoint that can be read.
     """
-    config = read_config(workdir)
-    mesh = mesh or sharding.make_mesh(1, 1, jax.devices()[:1])
-    run = build(config, mesh)
-    # The run may have been on more devices: its banks are padded for those.
-    banks = [
-        dataclasses.replace(b, padded_members=config_lib.padded(len(b.members), config.mesh.data))
-        for b in run.plan.banks
-    ]
-    for b in banks:
-        if b.padded_members % mesh.shape["data"]:
-            raise ValueError(
-                f"bank {b.name} of {workdir} is padded to {b.padded_members} SAEs, which mesh.data = "
-                f"{mesh.shape['data']} does not divide; choose a mesh.data that does"
-            )
-    run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, banks=tuple(banks)))
+    run = build(read_config(workdir), mesh or sharding.make_mesh(1, 1, jax.devices()[:1]))
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
-        state = checkpoint.restore_newest(manager, abstract_state(run), set_aside=False)
+        state = restore(run, manager, set_aside=False, what=what)
     if state is None:
         raise ValueError(f"{workdir} has no checkpoint yet")
     if steps_left(run.plan, state):

@@ -23,7 +23,7 @@ BANK = {
     "b_enc": P("data", "latent"),
     "log_threshold": P("data", "latent"),
     "b_dec": P("data", None),
-    "W_skip": P("data", "latent", None),  # By what it reads: its product is summed with that of W_dec.
+    "W_skip": P("data", None, "latent"),
     "count_ExM": P("data", "latent"),
     "frequency_ExM": P("data", "latent"),
     "rows_E": P("data"),
@@ -66,22 +66,21 @@ def gemma_placement(mesh: Mesh, split: bool) -> Callable[[str, tuple[int, ...]],
     return place
 
 
-def state_specs(state: object) -> object:
-    """A tree of partition specs for the training state, by field name; what has no rule is replicated."""
+def state_shardings(mesh: Mesh, state: object) -> object:
+    """A tree of shardings for the training state, by field name; what has no rule is replicated."""
 
-    def spec(path: tuple, value: jax.Array) -> P:
+    def place(path: tuple, value: jax.Array) -> NamedSharding:
         names = [getattr(part, "name", None) for part in path]
         if "slots" in names:
-            return TOKENS
+            return NamedSharding(mesh, TOKENS)
         named = [name for name in names if name in BANK]
-        return BANK[named[-1]] if named else REPLICATED
+        spec = BANK[named[-1]] if named else REPLICATED
+        if named and value.shape[0] % mesh.shape["data"]:
+            # A bank padded for another mesh, before it is padded for this one: its members on all devices.
+            spec = P(None, *spec[1:])
+        return NamedSharding(mesh, spec)
 
-    return jax.tree.map_with_path(spec, state)
-
-
-def shardings(mesh: Mesh, specs: object) -> object:
-    """The specs as shardings on a mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map_with_path(place, state)
 
 
 def constrain(mesh: Mesh, value: object, spec: P) -> object:

@@ -104,7 +104,7 @@ def start_from(run: runs.Run, rows: data.Rows, gemma_params: dict) -> step.State
       ValueError: that run is not finished, or differs in more than its banks.
     """
     source = run.config.start_from
-    old_run, old = runs.open_run(pathlib.Path(source), run.mesh)
+    old_run, old = runs.open_run(pathlib.Path(source), run.mesh, what="banks")
     if runs.steps_left(old_run.plan, old):
         raise ValueError(f"start_from: the run in {source} is not complete; finish it first")
     if run.plan.harvests <= int(old.harvests):
@@ -158,7 +158,7 @@ def _start_or_continue(
     state = None
     if manager.all_steps():
         config_lib.check_resumable(runs.read_config(workdir), config)
-        state = checkpoint.restore_newest(manager, runs.abstract_state(run), set_aside=True)
+        state = runs.restore(run, manager, set_aside=True)
         print(f"Continuing from step {int(state.step)}.", flush=True)
         interrupts.forbid_saving(f"checkpoint {int(state.step)} is the newest state there is")
     has_work = state is None or runs.steps_left(run.plan, state)

@@ -52,7 +52,7 @@ def save_all(folder, states, keep=5):
 
 def restore(folder, run):
     with checkpoint.open_manager(folder / "checkpoints", 5) as manager:
-        return checkpoint.restore_newest(manager, runs.abstract_state(run), set_aside=True)
+        return runs.restore(run, manager, set_aside=True)
 
 
 def array_files(folder, step):
@@ -118,12 +118,12 @@ def test_contents_that_changed_unnoticed_by_orbax_are_noticed(run, state, tmp_pa
 
 def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(state, inputs, tmp_path):
     save_all(tmp_path, [at_step(state, 1)])
-    padded = runs.build(tiny.run_config(inputs, mesh__data=2))
+    wider = runs.build(tiny.run_config(inputs, banks__main__width=128))
     with pytest.raises(
         ValueError,
-        match=r"holds banks.main.params.W_enc of shape \[1, 32, 64\], this run needs \[2, 32, 64\]; if mesh",
+        match=r"holds banks.main.params.W_enc of shape \[1, 32, 64\], this run needs \[1, 32, 128\]",
     ):
-        restore(tmp_path, padded)
+        restore(tmp_path, wider)
     assert (tmp_path / "checkpoints" / "1").exists() and not (tmp_path / "damaged").exists()
 
 
@@ -167,7 +167,7 @@ def test_a_reader_changes_nothing(run, state, tmp_path):
     for path in array_files(tmp_path, 2):
         damage(path, "truncated")
     with checkpoint.open_reader(tmp_path / "checkpoints") as manager:
-        again = checkpoint.restore_newest(manager, runs.abstract_state(run), set_aside=False)
+        again = runs.restore(run, manager, set_aside=False)
     assert int(again.step) == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
     assert not (tmp_path / "damaged").exists()

@@ -71,7 +71,7 @@ def test_a_transcoder_predicts_the_same_in_every_convention(
     workdir, activations, tmp_path, name, file_format, kind
 ):
     run, state = runs.open_run(workdir)
-    folded = export.folded_saes(run.plan, state)
+    folded = dict(export.folded_saes(run.plan, state))
     (plan,) = (b for b in run.plan.banks if b.name == name)
     member = plan.members[0]
     gains = export.mlp_gains(run, file_format)

@@ -393,29 +393,55 @@ def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.banks))
 
 
+def collective_shapes(run):
+    """Of every array that a collective of the compiled step gives."""
+    hlo = training.lower_step(run, *runs.abstract_inputs(run)).compile().as_text()
+    pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
+    return [
+        tuple(int(n) for n in shape.split(","))
+        for result in re.findall(pattern, hlo)
+        for shape in re.findall(r"\w+\[([\d,]+)\]", result)
+    ]
+
+
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])
 def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, mesh):
     """No collective moves weights (512 latents), the ring, or another member's batch."""
-    run, rows, params, state = build(
+    c = tiny.run_config(
         inputs,
-        *mesh,
         banks__main__layers=(0, 1, 2, 3),
         banks__main__width=512,
         ring__capacity=128 * 16,
         train__tokens=128 * 20,
+        mesh__data=mesh[0],
+        mesh__latent=mesh[1],
     )
-    hlo = training.lower_step(run, state, runs.read_batch(run, rows, 0, 8), params).compile().as_text()
-    pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
-    results = re.findall(pattern, hlo)
-    shapes = [
-        tuple(int(n) for n in shape.split(","))
-        for result in results
-        for shape in re.findall(r"\w+\[([\d,]+)\]", result)
-    ]
+    run = runs.build(c)
+    shapes = collective_shapes(run)
     assert shapes
     own = run.plan.banks[0].padded_members // mesh[0] * run.plan.batch * 32
     assert max(math.prod(shape) for shape in shapes) <= own
     assert not any({512, 512 // mesh[1]} & set(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4)])
+def test_no_collective_moves_weights_whatever_the_banks(inputs, mesh):
+    """Of 2,048 latents, and of a skip connection of 32 × 32; a batch of 192 has no part of such a size."""
+    c = tiny.run_config(
+        inputs,
+        banks={name: {**RECIPE, **fields, "width": 2048} for name, fields in BANKS.items()},
+        train__sequences_per_step=24,
+        train__batch=192,
+        train__tokens=384 * 8,
+        ring__capacity=384 * 4,
+        mesh__data=mesh[0],
+        mesh__latent=mesh[1],
+    )
+    shapes = collective_shapes(runs.build(c))
+    assert shapes
+    assert not any({2048, 2048 // mesh[1]} & set(shape) for shape in shapes)
+    part = 32 // mesh[1]
+    assert not any(len(s) > 2 and s[-2:] in {(32, 32), (part, 32), (32, part)} for s in shapes)
 
 
 def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
