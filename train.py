@@ -1,6 +1,8 @@
 """Trains a bank of sparse autoencoders, or continues a run.
 
 python train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.field=value ...]
+
+On a slice of several hosts, the same command on each of them; see docs/pods.md.
 """
 
 import pathlib
@@ -42,10 +44,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; fields are set by --config.field=value")
     # Imported late: a mistyped flag should not cost the seconds that JAX and Gemma take.
-    from gemma_scope_jax import config, training
+    from gemma_scope_jax import config, hosts, training
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
-    sys.exit(training.train(config.from_dict(_CONFIG.value.to_dict()), pathlib.Path(_WORKDIR.value)))
+    made = config.from_dict(_CONFIG.value.to_dict())
+    hosts.initialize(made.hosts.heartbeat_timeout_seconds)
+    sys.exit(training.train(made, pathlib.Path(_WORKDIR.value)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+from gemma_scope_jax import hosts
 from gemma_scope_jax import step as step_lib
 
 
@@ -42,9 +44,14 @@ def _quiet() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-@jax.jit
-def _inspect(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    return [(_digest(leaf), jnp.isfinite(leaf).all()) for leaf in leaves]
+def _inspect(leaves: list[jax.Array]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each array a digest, and whether all is finite."""
+
+    def inspect(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+        return [(_digest(leaf), jnp.isfinite(leaf).all()) for leaf in leaves]
+
+    whole = jax.NamedSharding(leaves[0].sharding.mesh, jax.P())  # So that every host can fetch them.
+    return jax.device_get(jax.jit(inspect, out_shardings=whole)(leaves))
 
 
 def _digest(x: jax.Array) -> jax.Array:
@@ -78,7 +85,7 @@ def digests(state: step_lib.State) -> dict[str, list[int]]:
       FloatingPointError: an array holds a value that is not finite.
     """
     named = _named_leaves(state)
-    inspected = jax.device_get(_inspect(list(named.values())))
+    inspected = _inspect(list(named.values()))
     # An outlier limit of infinity means that every token weighs the same.
     bad = [
         n
@@ -153,10 +160,13 @@ def restore_newest(
             changed = [name for name, value in digests(state).items() if about["digests"][name] != value]
             if not changed:
                 for number, reason in damaged.items():
-                    if set_aside:
+                    if set_aside and hosts.is_first():
                         _move_aside(manager, number, reason)
                     else:
                         print(f"Checkpoint {number} cannot be read and is passed over: {reason}", flush=True)
+                hosts.wait_for_all("damaged checkpoints are set aside")
+                if damaged and set_aside:
+                    manager.reload()
                 return state
             damaged[step] = f"its contents differ from what was saved, in {', '.join(changed)}"
         except (MemoryError, jax.errors.JaxRuntimeError, OtherShapesError):
@@ -181,4 +191,3 @@ def _move_aside(manager: ocp.CheckpointManager, step: int, reason: str) -> None:
     aside = next(folder / name for name in names if not (folder / name).exists())
     print(f"Checkpoint {step} is damaged and was moved to {aside}: {reason}", flush=True)
     (pathlib.Path(manager.directory) / str(step)).rename(aside)
-    manager.reload()

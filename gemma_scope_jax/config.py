@@ -1,19 +1,17 @@
-"""The configuration of a run, its checks, and what they make of it.
+"""The configuration of a run.
 
 The defaults are Gemma Scope's recipe (section 3). Config files build a `ConfigDict` from `defaults()` and
 change fields; `from_dict` turns it into the frozen dataclass that the library takes.
 """
 
 import dataclasses
-import itertools
 import typing
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import ml_collections
-from gemma import gm
 
-from gemma_scope_jax import bank, gemma, optim, step
+from gemma_scope_jax import optim
 from gemma_scope_jax.data import DataConfig
 
 
@@ -82,6 +80,13 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """How the processes of several hosts hold together."""
+
+    heartbeat_timeout_seconds: int = 30  # When one has not been heard of for so long, all others end.
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
     """Cadences, in steps."""
 
@@ -119,12 +124,13 @@ class Config:
     normalizer: NormalizerConfig = NormalizerConfig()
     optimizer: optim.OptimizerConfig = optim.OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     log: LogConfig = LogConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
 # What a run may be continued with another value of. All else decides what the numbers mean.
-FREE_FIELDS = ("mesh.", "log.", "evaluation.", "train.tokens", "data.folder", "start_from")
+FREE_FIELDS = ("mesh.", "hosts.", "log.", "evaluation.", "train.tokens", "data.folder", "start_from")
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -270,218 +276,3 @@ def dtype(config: Config) -> jnp.dtype:
     if config.gemma_dtype not in kinds:
         raise ValueError(f"gemma_dtype is {config.gemma_dtype!r}; choose one of {', '.join(kinds)}")
     return kinds[config.gemma_dtype]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def members(config: BankConfig) -> tuple[bank.Member, ...]:
-    """The SAEs that a bank's config names, in the order of layers, sites, coefficients, targets, seeds."""
-    return tuple(
-        bank.Member(
-            gemma.Site(site, layer),
-            gemma.Site(config.target_site or site, layer),
-            config.width,
-            coefficient,
-            seed,
-            config.objective,
-            target_l0,
-            config.skip,
-        )
-        for layer, site, coefficient, target_l0, seed in itertools.product(
-            config.layers,
-            config.sites,
-            config.sparsity_coefficients,
-            config.target_l0s or (0.0,),
-            config.seeds,
-        )
-    )
-
-
-# What `objective`, `scale_target_by` and `precision` may be.
-_CHOICES = {
-    "objective": ("linear", "quadratic", "controlled"),
-    "scale_target_by": ("read", "target"),
-    "precision": ("default", "high", "highest"),
-}
-
-
-def _check_bank(
-    name: str, config: BankConfig, batch: int, model: gm.nn.Transformer, latent_axis: int
-) -> None:
-    at, named = f"banks.{name}", members(config)
-    _require(bool(named), f"{at} has no member: each of layers, sites, … needs a value")
-    for member in named:
-        gemma.check_site(model, member.site)
-        gemma.check_site(model, member.target_site)
-    for member in named:
-        _require(
-            member.is_transcoder or not config.target_site,
-            f"{at}: a transcoder from {member.site} to itself is an autoencoder; leave target_site empty",
-        )
-    for kind in ("site", "target_site"):
-        widths = {str(getattr(m, kind)): gemma.site_width(model, getattr(m, kind)) for m in named}
-        _require(
-            len(set(widths.values())) == 1,
-            f"the sites of a bank must have one width, those of {at} have {widths}; make a bank of each width",
-        )
-    _require(
-        config.width > 0 and config.width % latent_axis == 0,
-        f"{at}.width {config.width} is not divisible by the mesh's latent axis ({latent_axis}); "
-        f"choose a multiple of {latent_axis}",
-    )
-    for field, choices in _CHOICES.items():
-        value = getattr(config, field)
-        _require(value in choices, f"{at}.{field} is {value!r}; choose one of {', '.join(choices)}")
-    for field in ("bandwidth", "initial_threshold"):
-        _require(getattr(config, field) > 0, f"{at}.{field} is {getattr(config, field)}; it must be positive")
-    _require(
-        min(config.sparsity_coefficients) >= 0,
-        f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; none may be negative",
-    )
-    _require(not config.skip or bool(config.target_site), f"{at}.skip is for transcoders; set target_site")
-    o = gemma.site_width(model, named[0].target_site)
-    _require(
-        not config.skip or o % latent_axis == 0,
-        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}",
-    )
-    _require(
-        1 <= config.window_updates < 2**31 // batch,
-        f"{at}.window_updates is {config.window_updates}; choose 1 to {2**31 // batch - 1}",
-    )
-    if config.objective == "linear":
-        _require(
-            not config.target_l0s,
-            f"{at}.target_l0s are given; choose objective quadratic or controlled with them",
-        )
-        return
-    _require(bool(config.target_l0s), f"{at}.objective is {config.objective}; it needs {at}.target_l0s")
-    for target in config.target_l0s:
-        _require(
-            0 < target < config.width, f"{at}.target_l0s has {target}; choose above 0 and below the width"
-        )
-    _require(
-        min(config.sparsity_coefficients) > 0,
-        f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; the objective {config.objective} needs "
-        "them above 0",
-    )
-
-
-def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> None:
-    _require(bool(config.banks), "config.banks is empty; a run needs a bank")
-    banks_of = {}
-    for name, bank_config in config.banks.items():
-        _require(name.isidentifier(), f"config.banks has a bank {name!r}; choose letters, digits and _")
-        _check_bank(name, bank_config, config.train.batch, model, latent_axis)
-        for member in members(bank_config):
-            _require(
-                member.name not in banks_of,
-                f"{member.name} is named twice, in banks.{banks_of.get(member.name)} and banks.{name}; what "
-                "stands in the name must differ, for example the seed",
-            )
-            banks_of[member.name] = name
-
-
-def _check_ranges(config: Config) -> None:
-    at_least_one = {
-        "log.checkpoint_every": config.log.checkpoint_every,
-        "log.keep_checkpoints": config.log.keep_checkpoints,
-        "evaluation.rows": config.evaluation.rows,
-        "evaluation.rows_per_batch": config.evaluation.rows_per_batch,
-        "normalizer.rows": config.normalizer.rows,
-        "mesh.data": config.mesh.data,
-    }
-    for name, value in at_least_one.items():
-        _require(value >= 1, f"{name} is {value}; it must be at least 1")
-    optimizer = config.optimizer
-    for name in ("warmup_updates", "sparsity_warmup_updates", "learning_rate", "eps"):
-        value = getattr(optimizer, name)
-        _require(value >= 0, f"optimizer.{name} is {value}; it may not be negative")
-    _require(
-        0 <= optimizer.decay_fraction <= 1,
-        f"optimizer.decay_fraction is {optimizer.decay_fraction}; choose 0 to 1",
-    )
-    _require(0 <= optimizer.beta2 < 1, f"optimizer.beta2 is {optimizer.beta2}; it must be in [0, 1)")
-
-
-def _check_sizes(config: Config, devices: int) -> None:
-    train, ring, length = config.train, config.ring, config.data.context_length
-    activations = train.sequences_per_step * length
-    _require(length >= 2, f"data.context_length is {length}; at least 2 is needed")
-    _require(
-        train.sequences_per_step > 0 and train.sequences_per_step % devices == 0,
-        f"train.sequences_per_step {train.sequences_per_step} is not a multiple of the {devices} devices",
-    )
-    _require(
-        train.batch > 0 and activations % train.batch == 0,
-        f"train.sequences_per_step × data.context_length = {activations} is not a multiple of train.batch "
-        f"{train.batch}",
-    )
-    _require(
-        ring.groups > 0 and ring.groups % devices == 0,
-        f"ring.groups {ring.groups} is not a multiple of the {devices} devices",
-    )
-    _require(
-        train.batch % ring.groups == 0,
-        f"train.batch {train.batch} is not a multiple of ring.groups {ring.groups}",
-    )
-    _require(
-        ring.capacity >= activations,
-        f"ring.capacity {ring.capacity} is smaller than the {activations} activations of one step "
-        "(train.sequences_per_step × data.context_length); ten times that shuffles well",
-    )
-    _require(
-        ring.capacity % activations == 0,
-        f"ring.capacity {ring.capacity} is not a multiple of the {activations} activations of one step; "
-        f"choose for example {ring.capacity // activations * activations}",
-    )
-    _require(
-        train.tokens >= ring.capacity,
-        f"train.tokens {train.tokens} do not fill the ring once; give more tokens or a ring.capacity "
-        f"of at most {train.tokens // activations * activations}",
-    )
-
-
-def padded(count: int, data_axis: int) -> int:
-    """A number of members, rounded up to a multiple of the mesh's data axis."""
-    return -(-count // data_axis) * data_axis
-
-
-def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int) -> step.Plan:
-    """What the step is compiled for, on a mesh of `data_axis` × `latent_axis` devices.
-
-    Raises:
-      ValueError: fields that do not fit each other, the model or the mesh; names and values in the message.
-    """
-    train = config.train
-    _check_ranges(config)
-    _check_sizes(config, data_axis * latent_axis)
-    _check_banks(config, model, latent_axis)
-    activations = train.sequences_per_step * config.data.context_length
-    return step.Plan(
-        banks=tuple(_bank_plan(name, b, data_axis) for name, b in config.banks.items()),
-        batch=train.batch,
-        updates_per_step=activations // train.batch,
-        harvests=train.tokens // activations,
-        ring_groups=config.ring.groups,
-        ring_capacity=config.ring.capacity,
-        optimizer=config.optimizer,
-        seed=config.seed,
-        masked_prefix=config.data.masked_prefix,
-    )
-
-
-def _bank_plan(name: str, config: BankConfig, data_axis: int) -> bank.Plan:
-    named = members(config)
-    return bank.Plan(
-        name=name,
-        members=named,
-        padded_members=padded(len(named), data_axis),
-        scale_target_by=config.scale_target_by,
-        bandwidth=config.bandwidth,
-        initial_threshold=config.initial_threshold,
-        window_updates=config.window_updates,
-        precision=config.precision,
-    )

@@ -4,9 +4,10 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import bank, data, gemma, runs, sae, step
+from gemma_scope_jax import bank, data, gemma, hosts, runs, sae, step
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.formats import gemma_scope, gemma_scope_2, saelens
 
@@ -17,14 +18,14 @@ def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, sae.S
     """Each member of each bank, by name, on raw activations and on the host: one at a time, for they are large."""
     for b in plan.banks:
         for i, member in enumerate(b.members):
-            yield member.name, jax.device_get(bank.fold(b, state.banks[b.name].params, state.normalizers, i))
+            yield member.name, hosts.fetch(bank.fold(b, state.banks[b.name].params, state.normalizers, i))
 
 
 def measured_l0(plan: step.Plan, state: step.State) -> dict[str, float]:
     """Each member's mean L0 over the last whole window of training, or the one under way if it is the first."""
     measured = {}
     for b in plan.banks:
-        firing = jax.device_get(state.banks[b.name].firing)
+        firing = hosts.fetch(state.banks[b.name].firing)
         for i, member in enumerate(b.members):
             if firing.windows_E[i]:
                 measured[member.name] = float(firing.frequency_ExM[i].sum())
@@ -40,7 +41,8 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
     paths = []
     for name, folded in folded_saes(run.plan, state):
         paths.append(folder / name)
-        _write_saelens(run, state, members[name], folded, folder / name, rows, l0[name])
+        if hosts.is_first():
+            _write_saelens(run, state, members[name], folded, folder / name, rows, l0[name])
         print(f"Exported {folder / name}", flush=True)
     return paths
 
@@ -136,21 +138,39 @@ def mlp_gains(run: runs.Run, file_format: str) -> dict[int, jax.Array]:
 def in_convention(
     member: bank.Member, folded: sae.SAE, gains: dict[int, jax.Array], file_format: str
 ) -> sae.SAE:
-    """An SAE as a format's readers feed it; `gains` are those of `mlp_gains`."""
+    """An SAE as a format's readers feed it; `gains` are those of `mlp_gains`.
+
+    Raises:
+      ValueError: a gain is zero, so that what was read without it cannot be told from what is read with it.
+    """
     if not _is_converted(member, file_format):
         return folded
     gain_D = gains[member.site.layer]
+    if not jnp.all(gain_D):
+        raise ValueError(
+            f"{member.name}: the norm before the MLP of layer {member.site.layer} has a gain of zero"
+        )
     return jax.device_get(sae.read_scaled(folded, gain_D if file_format == "gemma_scope_2" else 1 / gain_D))
 
 
 def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> list[pathlib.Path]:
-    """Exports the newest state of a run directory in a layout such as Google's; returns the paths."""
+    """Exports the newest state of a run directory in a layout such as Google's; returns the paths.
+
+    Raises:
+      ValueError: the format has no place for a member, or a place is taken; nothing has been written then.
+    """
     run, state = runs.open_run(workdir)
     rows = data.name_of(runs.run_rows(run.config, workdir))
     members = {member.name: member for member in run.plan.members}
     l0 = measured_l0(run.plan, state)
     paths = []
-    places, gains = layout(members, l0, file_format), mlp_gains(run, file_format)
+    places = layout(members, l0, file_format)
+    for name, place in places.items():
+        if (out / place).exists():
+            raise ValueError(f"{out / place} is there already; remove it, or give another --out")
+        if members[name].skip and file_format == "gemma_scope":
+            raise ValueError(f"{name} {gemma_scope.NO_SKIP}")
+    gains = mlp_gains(run, file_format)
     for name, folded in folded_saes(run.plan, state):
         member, folder = members[name], out / places[name]
         converted = in_convention(member, folded, gains, file_format)

@@ -2,11 +2,18 @@
 
 Python runs a signal's handler only between bytecodes, so not while XLA compiles or a step runs. The C-level
 handler does write the signal's number to a pipe at once; a thread reads it there.
+
+With more than one process SIGTERM is JAX's, whose preemption service has all hosts stop after the same step, and
+Ctrl-C ends the process.
 """
 
 import os
 import signal
 import threading
+
+import jax
+
+from gemma_scope_jax import hosts
 
 
 class Interrupts:
@@ -16,6 +23,9 @@ class Interrupts:
         self.received: int | None = None
         self._saving_allowed = False
         self._why_not = "nothing has been trained yet"
+        self._is_alone = jax.process_count() == 1
+        if not self._is_alone:
+            return
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         self._writer = writer
@@ -25,14 +35,23 @@ class Interrupts:
 
     def close(self) -> None:
         """Gives signals back to whom they belonged."""
+        if not self._is_alone:
+            return
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.close(self._writer)  # Ends the thread.
 
     def allow_saving(self) -> None:
-        """From here on the caller looks at `received` after each step."""
+        """From here on the caller asks `should_stop` after each step."""
         self._saving_allowed = True
+
+    def should_stop(self, step: int) -> bool:
+        """Whether this step is to be saved and be the last for now."""
+        if not self._is_alone and self.received is None and hosts.is_preempted(step):
+            print(f"\nSIGTERM: all hosts save step {step}, then leave.", flush=True)
+            self.received = signal.SIGTERM
+        return self.received is not None
 
     def forbid_saving(self, why: str) -> None:
         """From here on there is nothing newer than the last checkpoint, for the reason given."""

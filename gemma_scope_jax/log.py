@@ -46,6 +46,7 @@ class MetricsLog:
     def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
         path = workdir / "metrics.jsonl"
         kept = [json.dumps(entry) + "\n" for entry in read_metrics(workdir) if entry["step"] <= last_step]
+        self.is_new = not kept
         with files.replacing_file(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from gemma import gm
 
-from gemma_scope_jax import bank, checkpoint, data, gemma, sharding, step, tokenizer, weights
+from gemma_scope_jax import bank, checkpoint, data, gemma, hosts, plans, sharding, step, tokenizer, weights
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
 
@@ -29,7 +30,7 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> R
     """Checks a config before anything slow is done; lays out the mesh of the config unless one is given."""
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.latent)
     model = gemma.build_model(config.model)
-    plan = config_lib.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"])
+    plan = plans.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"])
     config_lib.dtype(config)
     return Run(config, mesh, model, plan)
 
@@ -44,6 +45,14 @@ def prepare_rows(config: config_lib.Config) -> pathlib.Path:
     return data.prepare(config.data, load_tokenizer, name)
 
 
+def prepare_rows_once(config: config_lib.Config) -> pathlib.Path:
+    """`prepare_rows` by the first of all processes; the others then find it done, if they see the same disk."""
+    if hosts.is_first():
+        prepare_rows(config)
+    hosts.wait_for_all("rows are prepared")
+    return prepare_rows(config)
+
+
 def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
     """The folder of the rows that the run in `workdir` was started with, or those of a new run.
 
@@ -54,7 +63,7 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
     name = record.read_text(encoding="utf-8").strip() if record.exists() else None
     if name is not None and (folder := data.cached(config.data, name)) is not None:
         return folder
-    folder = prepare_rows(config)
+    folder = prepare_rows_once(config)
     if name not in (None, data.name_of(folder)):
         raise ValueError(
             f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
@@ -78,18 +87,30 @@ def load_gemma(run: Run) -> gemma.Gemma:
 
 
 def read_batch(run: Run, rows: data.Rows, start: int, count: int) -> step.Batch:
-    """Rows start … start + count of the training order, on the mesh."""
-    batch = rows.read(data.order(len(rows), run.config.seed, start, count))
-    return sharding.put(run.mesh, step.Batch(batch.tokens, batch.row, batch.first_document), sharding.TOKENS)
+    """Rows start … start + count of the training order, on the mesh; a host reads those of its own devices."""
+    order = data.order(len(rows), run.config.seed, start, count)
+    placed = jax.NamedSharding(run.mesh, sharding.TOKENS)
+    own = np.zeros(count, bool)
+    for (places,) in placed.addressable_devices_indices_map((count,)).values():
+        own[places] = True
+    read = rows.read(order[own])
+
+    def place(values: np.ndarray) -> jax.Array:
+        whole = np.zeros((count, *values.shape[1:]), values.dtype)
+        whole[own] = values
+        return jax.make_array_from_callback(whole.shape, placed, lambda index: whole[index])
+
+    return step.Batch(place(read.tokens), place(read.row), place(read.first_document))
 
 
 def init_state(run: Run, normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
     """The first state, every array made in its place on the mesh."""
 
-    def init() -> step.State:
+    def init(normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
         return step.init_state(run.plan, normalizers, config_lib.dtype(run.config))
 
-    return jax.jit(init, out_shardings=sharding.state_shardings(run.mesh, jax.eval_shape(init)))()
+    out = sharding.state_shardings(run.mesh, jax.eval_shape(init, normalizers))
+    return jax.jit(init, out_shardings=out)(normalizers)
 
 
 def abstract_state(run: Run) -> step.State:

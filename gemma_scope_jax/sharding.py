@@ -7,7 +7,6 @@ axes apart: a bank's members over `data`, their latents over `latent`.
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -86,9 +85,3 @@ def state_shardings(mesh: Mesh, state: object) -> object:
 def constrain(mesh: Mesh, value: object, spec: P) -> object:
     """Inside a compiled function, a tree of arrays laid out by a spec."""
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
-
-
-def put(mesh: Mesh, value: object, spec: P) -> object:
-    """A host array, or a tree of them, placed on the mesh."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), value)

@@ -12,7 +12,21 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tqdm
 
-from gemma_scope_jax import bank, checkpoint, data, export, gemma, interrupt, log, optim, planning, runs, step
+from gemma_scope_jax import (
+    bank,
+    checkpoint,
+    data,
+    export,
+    gemma,
+    hosts,
+    interrupt,
+    log,
+    optim,
+    planning,
+    runs,
+    sharding,
+    step,
+)
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
 from gemma_scope_jax.formats import files
@@ -52,8 +66,10 @@ def calibrate(
 def lower_step(run: runs.Run, state: step.State, batch: step.Batch, gemma_params: dict) -> jax.stages.Lowered:
     """The step of a run, lowered for arrays or for shapes with shardings."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
+    # Metrics whole on every device, so that every host can fetch them.
+    metrics = jax.NamedSharding(run.mesh, sharding.REPLICATED)
     fn = step.make_step(run.plan, run.mesh, run.model, config_lib.dtype(run.config))
-    return jax.jit(fn, donate_argnums=0, out_shardings=(out, None)).lower(state, batch, gemma_params)
+    return jax.jit(fn, donate_argnums=0, out_shardings=(out, metrics)).lower(state, batch, gemma_params)
 
 
 def compile_step(run: runs.Run) -> jax.stages.Compiled:
@@ -82,7 +98,10 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
 
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process from training in the same directory; the lock ends with the process."""
+    """Keeps a second run from training in the same directory; the lock ends with the process."""
+    if not hosts.is_first():
+        yield
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("a") as file:
         try:
@@ -175,17 +194,18 @@ def _start_or_continue(
         config_lib.check_startable(old_config, config)
         folder = runs.run_rows(old_config, pathlib.Path(config.start_from))
     else:
-        folder = runs.prepare_rows(config)
+        folder = runs.prepare_rows_once(config)
     rows = data.open_rows(folder, data.TRAIN)
     compiled = compile_step(run) if has_work else None
     gemma_params = runs.load_gemma(run).params if has_work else None
     if state is None and config.start_from:
         state = start_from(run, rows, gemma_params)
     # Only now has everything been read that a mistake in the config could spoil.
-    with files.replacing_file(workdir / "config.json") as partial:
-        partial.write_text(json.dumps(config_lib.to_dict(config), indent=1) + "\n", encoding="utf-8")
-    with files.replacing_file(workdir / "rows") as partial:
-        partial.write_text(data.name_of(folder) + "\n", encoding="utf-8")
+    if hosts.is_first():
+        with files.replacing_file(workdir / "config.json") as partial:
+            partial.write_text(json.dumps(config_lib.to_dict(config), indent=1) + "\n", encoding="utf-8")
+        with files.replacing_file(workdir / "rows") as partial:
+            partial.write_text(data.name_of(folder) + "\n", encoding="utf-8")
     if state is None:
         state = runs.init_state(run, calibrate(run, rows, gemma_params, run.plan.sites))
     if has_work:
@@ -214,11 +234,12 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
                 flush=True,
             )
             return 128 + interrupts.received
-        ours, perfect = log.shuffle_quality(workdir, rows)
-        print(
-            f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
-            flush=True,
-        )
+        if hosts.is_first():
+            ours, perfect = log.shuffle_quality(workdir, rows)
+            print(
+                f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
+                flush=True,
+            )
         export.write_own(run, state, workdir / "sae", data.name_of(rows.folder))
         return 0
 
@@ -238,14 +259,19 @@ def _loop(
     sequences = config.train.sequences_per_step
     first_step, left = int(state.step), runs.steps_left(plan, state)
     harvests = int(state.harvests)
-    is_new = not log.read_metrics(workdir)
-    metrics_log = log.MetricsLog(workdir, first_step)
+    metrics_log = log.MetricsLog(workdir, first_step) if hosts.is_first() else None
+    is_new = metrics_log is not None and metrics_log.is_new
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
     for warning in log.check_plan(plan, _rates_to_come(plan, state)) if is_new else ():
         print(f"Warning: {warning}.", flush=True)
 
     bar = tqdm.tqdm(
-        total=first_step + left, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1
+        total=first_step + left,
+        initial=first_step,
+        unit="step",
+        dynamic_ncols=True,
+        smoothing=0.1,
+        disable=metrics_log is None,
     )
     watched: list[dict] = []  # The first entries, for a look at what moves the thresholds.
     clock = time.perf_counter()
@@ -258,7 +284,8 @@ def _loop(
             metrics = jax.device_get(metrics)
             before, clock = clock, time.perf_counter()
             entry = log.entry(plan, number, metrics, plan.activations / (clock - before))
-            metrics_log.write(entry)
+            if metrics_log is not None:
+                metrics_log.write(entry)
             if is_new and entry["sae"] and len(watched) < log.watched_steps(plan):
                 watched.append(entry)
                 if len(watched) == log.watched_steps(plan):
@@ -276,7 +303,7 @@ def _loop(
             if harvests < plan.harvests:
                 batch = runs.read_batch(run, rows, harvests * sequences, sequences)
             flush((number, metrics))
-            stopping = interrupts.received is not None
+            stopping = interrupts.should_stop(number)
             if number % config.log.checkpoint_every == 0 or number == first_step + left or stopping:
                 flush(None)
                 checkpoint.save(manager, state, config_lib.to_dict(config))
@@ -286,7 +313,8 @@ def _loop(
         flush(None)
     finally:
         bar.close()
-        metrics_log.close()
+        if metrics_log is not None:
+            metrics_log.close()
     return state
 
 

@@ -110,8 +110,13 @@ def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
     assert about.hook_in == "model.layers.2.pre_feedforward_layernorm.output"
     assert about.hook_out == "model.layers.2.post_feedforward_layernorm.output"
     np.testing.assert_allclose(about.l0, next(iter(l0.values())), atol=0.01)
-    with pytest.raises(ValueError, match="has no skip connection"):
+    with pytest.raises(
+        ValueError, match=r"_skip_width_64_.* has a skip connection, for which .* has no place"
+    ):
         export.export_run(workdir, "gemma_scope", tmp_path / "1")
+    assert not (tmp_path / "1").exists()
+    with pytest.raises(ValueError, match=f"l0_{plain} is there already; remove it, or give another --out"):
+        export.export_run(workdir, "gemma_scope_2", tmp_path / "2")
 
 
 def test_the_l0_in_a_name_is_that_of_the_last_whole_window(workdir):

@@ -6,9 +6,9 @@ import re
 import pytest
 import tiny
 
-from gemma_scope_jax import config, log, optim
+from gemma_scope_jax import log, optim, plans
 
-PLAN = config.make_plan(
+PLAN = plans.make_plan(
     tiny.run_config(pathlib.Path("nowhere"), banks__main__sparsity_coefficients=(0.0, 1e-3)),
     tiny.TinyGemma(),
     1,

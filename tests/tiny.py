@@ -126,11 +126,16 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
 def main() -> None:
     """Trains the run whose config and workdir the JSON argument gives."""
     register()
-    from gemma_scope_jax import cli, training
+    from gemma_scope_jax import cli, hosts, training
 
     given = json.loads(sys.argv[1])
     made = config.from_dict(given["config"])
-    cli.run(lambda: sys.exit(training.train(made, pathlib.Path(given["workdir"]))))
+
+    def train() -> None:
+        hosts.initialize(made.hosts.heartbeat_timeout_seconds)
+        sys.exit(training.train(made, pathlib.Path(given["workdir"])))
+
+    cli.run(train)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ import numpy as np
 from gemma_scope_jax.formats import files
 from gemma_scope_jax.sae import SAE
 
+NO_SKIP = (
+    "has a skip connection, for which params.npz has no place; --format=gemma_scope_2 and saelens have one"
+)
+
 
 def write(path: pathlib.Path, sae: SAE) -> None:
     """Writes a folded SAE or transcoder as an npz file.
@@ -16,9 +20,7 @@ def write(path: pathlib.Path, sae: SAE) -> None:
       ValueError: a skip connection, for which the format has no place.
     """
     if sae.W_skip is not None:
-        raise ValueError(
-            f"{path}: Gemma Scope's params.npz has no skip connection; --format=gemma_scope_2 and saelens have one"
-        )
+        raise ValueError(f"{path} {NO_SKIP}")
     with files.replacing_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **files.arrays(sae))
 

@@ -1,0 +1,157 @@
+"""Several processes are one run: the same numbers, one voice, one end for all, and the way back from it."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from gemma_scope_jax import config, log, runs, training
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Three members, padded to four; Gemma split over all devices; a mesh of 2 × 4.
+CHANGES = dict(
+    banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1),
+    mesh__data=2,
+    mesh__latent=4,
+    mesh__shard_gemma=True,
+    hosts__heartbeat_timeout_seconds=10,
+    train__tokens=128 * 150,
+    log__checkpoint_every=20,
+)
+
+
+class Hosts:
+    """Processes of eight devices together, on this machine."""
+
+    def __init__(self, run_config: config.Config, workdir: pathlib.Path, count: int) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        given = json.dumps({"config": config.to_dict(run_config), "workdir": str(workdir)})
+        self.workdir = workdir
+        self.outputs = [workdir.with_suffix(f".{i}.out") for i in range(count)]
+        self.processes = []
+        for i, output in enumerate(self.outputs):
+            environment = {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(8 // count),
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(i),
+                "PYTHONPATH": str(ROOT),
+                "PYTHONUNBUFFERED": "1",
+            }
+            with output.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(ROOT / "tests" / "tiny.py"), given],
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ | environment,
+                    )
+                )
+
+    def text(self) -> str:
+        return "\n".join(f"--- {i}\n{output.read_text()}" for i, output in enumerate(self.outputs))
+
+    def wait(self, timeout: float = 300) -> list[int]:
+        """The exit code of each."""
+        deadline = time.monotonic() + timeout
+        try:
+            return [p.wait(timeout=max(deadline - time.monotonic(), 0.1)) for p in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def wait_until_logged(self, count: int) -> None:
+        deadline = time.monotonic() + 240
+        path = self.workdir / "metrics.jsonl"
+        while not path.exists() or path.read_text().count("\n") < count:
+            assert all(p.poll() is None for p in self.processes), self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    """The run of one process."""
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    assert training.train(tiny.run_config(inputs, **CHANGES), workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def four(inputs, tmp_path_factory):
+    """The run of four processes, never stopped."""
+    return finish(tiny.run_config(inputs, **CHANGES), tmp_path_factory.mktemp("runs") / "four", 4)
+
+
+def finish(run_config, workdir, count):
+    hosts = Hosts(run_config, workdir, count)
+    assert hosts.wait() == [0] * count, hosts.text()
+    assert "Exported" in hosts.outputs[0].read_text()
+    assert not any(output.read_text() for output in hosts.outputs[1:]), hosts.text()
+    return workdir
+
+
+def losses(workdir):
+    entries = log.read_metrics(workdir)
+    assert [entry["step"] for entry in entries] == list(range(1, 155))
+    return np.array([[v["loss"] for v in entry["sae"].values()] for entry in entries if entry["sae"]])
+
+
+def state(workdir):
+    return jax.device_get(runs.open_run(workdir, what="banks")[1].banks["main"])
+
+
+def assert_same_run(workdir, expected):
+    np.testing.assert_allclose(losses(workdir), losses(expected), rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state(workdir), state(expected)
+    )
+    exported, same = (
+        sorted(p.relative_to(folder) for p in folder.rglob("sae/**/*.safetensors"))
+        for folder in (workdir, expected)
+    )
+    assert exported == same and len(exported) == 3
+
+
+def test_two_processes_train_what_one_trains(inputs, alone, tmp_path):
+    assert_same_run(finish(tiny.run_config(inputs, **CHANGES), tmp_path / "two", 2), alone)
+
+
+def test_four_processes_train_what_one_trains(alone, four):
+    assert_same_run(four, alone)
+
+
+def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(inputs, four, tmp_path):
+    c = tiny.run_config(inputs, **CHANGES)
+    hosts = Hosts(c, tmp_path / "run", 4)
+    hosts.wait_until_logged(30)
+    hosts.processes[2].send_signal(signal.SIGTERM)
+    assert hosts.wait() == [143] * 4, hosts.text()
+    last = len((hosts.workdir / "metrics.jsonl").read_text().splitlines())
+    assert f"SIGTERM: all hosts save step {last}, then leave." in hosts.outputs[0].read_text()
+    assert (hosts.workdir / "checkpoints" / str(last)).exists()
+
+    hosts = Hosts(c, tmp_path / "run", 4)
+    hosts.wait_until_logged(last + 30)
+    hosts.processes[1].kill()
+    killed = time.monotonic()
+    codes = hosts.wait()
+    assert time.monotonic() - killed < 10 + 15, hosts.text()  # The heartbeat, and time to notice.
+    assert all(codes), codes
+    assert "/job:jax_worker/replica:0/task:1" in hosts.text()  # JAX names the dead one.
+
+    finish(c, tmp_path / "run", 4)
+    jax.tree.map(np.testing.assert_array_equal, state(tmp_path / "run"), state(four))
+    np.testing.assert_array_equal(losses(tmp_path / "run"), losses(four))
