@@ -20,9 +20,9 @@ test-peers: .venv/installed .venv-peers/installed
 	  "$$($(VENV)/python -c 'from gemma_scope_jax import gemma; print(gemma.weights_path("gemma3_270m", ""))' | tail -1)"
 	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/parity_test.py
 
-# Long fault loops: ten runs killed at random moments.
+# Long fault loops: ten runs killed at random moments; four processes of which one is preempted or killed.
 soak: .venv/installed
-	$(VENV)/python -m pytest -m soak tests/training_test.py
+	$(VENV)/python -m pytest -m soak tests/training_test.py tests/hosts_test.py
 
 benchmark: .venv/installed
 	$(VENV)/python -m benchmarks.step

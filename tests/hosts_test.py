@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -24,8 +25,8 @@ CHANGES = dict(
     mesh__latent=4,
     mesh__shard_gemma=True,
     hosts__heartbeat_timeout_seconds=10,
-    train__tokens=128 * 150,
-    log__checkpoint_every=20,
+    train__tokens=128 * 46,
+    log__checkpoint_every=10,
 )
 
 
@@ -99,13 +100,14 @@ def finish(run_config, workdir, count):
     hosts = Hosts(run_config, workdir, count)
     assert hosts.wait() == [0] * count, hosts.text()
     assert "Exported" in hosts.outputs[0].read_text()
-    assert not any(output.read_text() for output in hosts.outputs[1:]), hosts.text()
+    for output in hosts.outputs[1:]:
+        assert not re.search("Compiling|Gemma:|Warning:|step/s|Exported", output.read_text()), hosts.text()
     return workdir
 
 
 def losses(workdir):
     entries = log.read_metrics(workdir)
-    assert [entry["step"] for entry in entries] == list(range(1, 155))
+    assert [entry["step"] for entry in entries] == list(range(1, 51))
     return np.array([[v["loss"] for v in entry["sae"].values()] for entry in entries if entry["sae"]])
 
 
@@ -129,14 +131,16 @@ def test_two_processes_train_what_one_trains(inputs, alone, tmp_path):
     assert_same_run(finish(tiny.run_config(inputs, **CHANGES), tmp_path / "two", 2), alone)
 
 
+@pytest.mark.soak
 def test_four_processes_train_what_one_trains(alone, four):
     assert_same_run(four, alone)
 
 
+@pytest.mark.soak
 def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(inputs, four, tmp_path):
     c = tiny.run_config(inputs, **CHANGES)
     hosts = Hosts(c, tmp_path / "run", 4)
-    hosts.wait_until_logged(30)
+    hosts.wait_until_logged(12)
     hosts.processes[2].send_signal(signal.SIGTERM)
     assert hosts.wait() == [143] * 4, hosts.text()
     last = len((hosts.workdir / "metrics.jsonl").read_text().splitlines())
@@ -144,7 +148,7 @@ def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(
     assert (hosts.workdir / "checkpoints" / str(last)).exists()
 
     hosts = Hosts(c, tmp_path / "run", 4)
-    hosts.wait_until_logged(last + 30)
+    hosts.wait_until_logged(last + 12)
     hosts.processes[1].kill()
     killed = time.monotonic()
     codes = hosts.wait()

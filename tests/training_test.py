@@ -1,5 +1,6 @@
 """Whole runs: what is written, exact resume after any kind of end, and answers to signals and bad input."""
 
+import functools
 import json
 import os
 import pathlib
@@ -16,11 +17,11 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import checkpoint, config, export, planning, runs, sae, step, training
+from gemma_scope_jax import checkpoint, config, export, planning, runs, sae, sharding, step, training
 from gemma_scope_jax import log as log_lib
 from gemma_scope_jax.formats import saelens
 
-LONG = dict(train__tokens=128 * 400, log__checkpoint_every=25)
+LONG = dict(train__tokens=128 * 250, log__checkpoint_every=25)
 
 
 def final_state(run_config, workdir):
@@ -198,24 +199,18 @@ def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
 
-class Stopped(Exception):
-    """In the place of a machine that goes away."""
+def on_devices(patch, count):
+    """Makes the next runs of so many devices."""
+    build = functools.partial(runs.build, mesh=None)
+
+    def build_on(run_config, mesh=None):
+        c = run_config.mesh
+        return build(run_config, mesh=mesh or sharding.make_mesh(c.data, c.latent, jax.devices()[:count]))
+
+    patch.setattr(runs, "build", build_on)
 
 
-def stop_after(monkeypatch, step):
-    """Makes the next run end behind the checkpoint of a step."""
-    save = checkpoint.save
-
-    def save_and_stop(manager, state, config):
-        save(manager, state, config)
-        if int(state.step) == step:
-            manager.wait_until_finished()
-            raise Stopped
-
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-
-
-# Three members, so that they are padded for a data axis of two or four.
+# Three members, so that they are padded for a data axis of two or eight.
 THREE = dict(
     banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1),
     banks__main__objective="controlled",
@@ -223,35 +218,42 @@ THREE = dict(
 )
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 4), (8, 1)), ((8, 1), (1, 8))])
-def test_a_run_goes_on_on_another_mesh_as_if_it_had_always_been_there(
-    inputs, tmp_path, monkeypatch, whole_on_two, before, after
-):
-    first, second = (
-        tiny.run_config(inputs, **THREE, mesh__data=d, mesh__latent=x) for d, x in (before, after)
-    )
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, 6)
-        training.train(first, tmp_path / "run")
-    assert training.train(second, tmp_path / "run") == 0
-    logs = [log_lib.read_metrics(folder) for folder in (whole_on_two, tmp_path / "run")]
-    assert len(logs[0]) == len(logs[1]) == 14
-    for whole, resumed in zip(*logs, strict=True):
-        assert whole["same_document_pairs"] == resumed["same_document_pairs"]
-        for name, values in whole["sae"].items():
-            np.testing.assert_allclose(resumed["sae"][name]["loss"], values["loss"], rtol=1e-5)
-    state, expected = (
-        runs.open_run(folder, what="banks")[1].banks["main"] for folder in (tmp_path / "run", whole_on_two)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, expected)
-
-
 @pytest.fixture(scope="module")
-def whole_on_two(inputs, tmp_path_factory):
-    """The same run, never stopped, on a mesh of two devices' members."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole_on_two"
-    assert training.train(tiny.run_config(inputs, **THREE, mesh__data=2, mesh__latent=4), workdir) == 0
-    return workdir
+def on_four(inputs, tmp_path_factory):
+    """A run on four devices; and what was there of it when it had saved its sixth step."""
+    workdir = tmp_path_factory.mktemp("runs") / "on_four"
+    save = checkpoint.save
+
+    def save_and_copy(manager, state, run_config):
+        save(manager, state, run_config)
+        if int(state.step) == 6:
+            manager.wait_until_finished()
+            shutil.copytree(workdir, workdir.with_name("at_six"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        on_devices(patch, 4)
+        patch.setattr(checkpoint, "save", save_and_copy)
+        assert training.train(tiny.run_config(inputs, **THREE, mesh__data=2, mesh__latent=2), workdir) == 0
+    return workdir, workdir.with_name("at_six")
+
+
+@pytest.mark.parametrize(("count", "mesh"), [(8, (8, 1)), (2, (1, 2))])
+def test_a_run_goes_on_on_other_devices_as_if_it_had_always_been_there(
+    inputs, tmp_path, monkeypatch, on_four, count, mesh
+):
+    whole, at_six = on_four
+    workdir = shutil.copytree(at_six, tmp_path / "run")
+    on_devices(monkeypatch, count)
+    c = tiny.run_config(inputs, **THREE, mesh__data=mesh[0], mesh__latent=mesh[1])
+    assert training.train(c, workdir) == 0
+    logs = [log_lib.read_metrics(folder) for folder in (whole, workdir)]
+    assert len(logs[0]) == len(logs[1]) == 14
+    for expected, resumed in zip(*logs, strict=True):
+        assert resumed["same_document_pairs"] == expected["same_document_pairs"]
+        for name, values in expected["sae"].items():
+            np.testing.assert_allclose(resumed["sae"][name]["loss"], values["loss"], rtol=1e-5)
+    resumed, expected = (runs.open_run(folder, what="banks")[1].banks["main"] for folder in (workdir, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), resumed, expected)
 
 
 def test_a_run_of_many_devices_is_read_on_one(inputs, tmp_path):
@@ -377,7 +379,7 @@ def kill_and_resume(run_config, whole, workdir, kills, seed):
     for _ in range(kills):
         process = Process(run_config, workdir)
         already = len(logged_steps(workdir)) if (workdir / "metrics.jsonl").exists() else 0
-        after = min(already + moments.randrange(5, 60), 380)
+        after = min(already + moments.randrange(5, 60), 230)
         process.wait_until(lambda p=process, n=after: p.logged(n))
         time.sleep(0.05 * moments.random())
         assert process.send(signal.SIGKILL) == -signal.SIGKILL
