@@ -182,11 +182,19 @@ def tpu_table(numbers: dict) -> str:
             f"parameters{split} | {case['topology']} | {case['argument_bytes'] / 1e9:.2f} "
             f"| {case['peak_bytes'] / 1e9:.2f} |"
         )
+    lines += [
+        "",
+        "| run | slice | mesh | GB at most, of | PFLOP a step | tokens/s at peak rates | hours at peak rates |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for case in numbers["steps"]:
         layers = f", layer {case['layers'][0]}" if case["layers"] else ""
+        saes = f", {case['saes']} SAEs" if case["saes"] > 1 else ""
         lines.append(
-            f"| step of configs/{case['config']}.py:{case['suite']}{layers}, SAEs: {case['saes']} "
-            f"| {case['topology']} | {case['argument_bytes'] / 1e9:.2f} | {case['peak_bytes'] / 1e9:.2f} |"
+            f"| configs/{case['config']}.py:{case['suite']}{layers}{saes} | {case['topology']} "
+            f"| {case['data']} × {case['latent']} | {case['peak_bytes'] / 1e9:.1f}, {case['memory'] / 1e9:.0f} "
+            f"| {(case['gemma_flops'] + case['banks_flops']) / 1e15:.2f} | {case['tokens_per_second']:,.0f} "
+            f"| {case['hours']:.1f} |"
         )
     return "\n".join(lines)
 

@@ -9,26 +9,18 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import pathlib
-import sys
 import time
-from collections.abc import Sequence
 
-_LIBRARY = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
-# It is there to compile and not to run, and two processes may do so at once.
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
-if _LIBRARY.exists():
-    os.environ.setdefault("TPU_LIBRARY_PATH", str(_LIBRARY))
+from gemma_scope_jax import cli
+
+cli.find_tpu_compiler()
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import gemma, planning, runs, sharding, step, training, weights
+from gemma_scope_jax import forecast, gemma, sharding, step, weights
 from gemma_scope_jax.normalizer import Normalizer
 
 
@@ -53,31 +45,24 @@ HARVESTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The step of a config, as its docstring names the hardware."""
+    """The step of a config on a slice."""
 
     config: str
     suite: str
     topology: str
     layers: tuple[int, ...] = ()  # Empty: those of the suite.
-    sequences: int = 64  # In a step.
-    data: int = 1  # Of the mesh.
 
 
 STEPS = (
     Step("gemma2_2b", "resid_post_16k", "v5e:2x4", (12,)),
-    Step("gemma2_2b", "resid_post_16k", "v5p:2x2x4", data=2),
-    Step("gemma2_2b", "all_16k", "v5p:2x2x4", data=2),
-    Step("gemma2_9b", "resid_post_131k", "v5e:4x4", (20,)),
-    Step("gemma2_27b", "resid_post_131k", "v5p:2x2x4"),
-    Step("gemma2_9b_it", "resid_post_16k", "v5e:4x4"),
+    Step("gemma2_2b", "resid_post_16k", "v5p:2x2x4"),
+    Step("gemma2_2b", "all_16k", "v5p:2x2x4"),
+    Step("gemma2_2b", "resid_post_1m", "v5p:2x2x4", (12,)),
+    Step("gemma2_9b", "resid_post_131k", "v5p:2x2x2", (20,)),
+    Step("gemma2_9b", "resid_post_131k", "v6e:4x4", (20,)),
+    Step("gemma2_27b", "resid_post_131k", "v5p:2x4x4", (22,)),
     Step("gemma3", "270m/resid_post_16k", "v5e:2x4", (9,)),
 )
-
-
-def chips(topology: str) -> Sequence[jax.Device]:
-    """The chips of a slice, as the compiler knows them."""
-    megacore = {"chip_config_name": "megacore"} if topology.startswith(("v4", "v5p")) else {}
-    return topologies.get_topology_desc(topology, "tpu", chips_per_host_bounds=(2, 2, 1), **megacore).devices
 
 
 def report(lowered: jax.stages.Lowered) -> dict:
@@ -106,7 +91,7 @@ def batch_shapes(mesh: jax.sharding.Mesh, sequences: int, length: int) -> step.B
 
 def measure_harvest(case: Harvest) -> dict:
     """A harvest alone."""
-    devices = chips(case.topology)
+    devices = forecast.chips(case.topology)
     mesh = sharding.make_mesh(1, 0, devices)
     model, site = gemma.build_model(case.model), gemma.Site("resid_post", case.layer)
     params = weights.placed_shapes(
@@ -128,25 +113,17 @@ def measure_harvest(case: Harvest) -> dict:
 
 
 def measure_step(case: Step) -> dict:
-    """The whole step of a config; the ring and the SAEs are among the arguments."""
-    devices = chips(case.topology)
+    """The whole step of a config, as `python -m gemma_scope_jax plan` tells of it."""
     c = importlib.import_module(f"configs.{case.config}").get_config(case.suite)
     for bank in c.banks.values():
         bank.layers = case.layers or bank.layers
-    c.mesh.data = case.data
-    c.train.sequences_per_step = case.sequences
-    config = config_lib.from_dict(c.to_dict())
-    run = runs.build(config, sharding.make_mesh(config.mesh.data, 0, devices))
-    state, batch, params = runs.abstract_inputs(run)
-    lowered = training.lower_step(run, state, batch, params)
-    parts = {need.what: need.bytes for need in planning.needs(state, params, 0)[:-1]}
-    saes = len(run.plan.members)
+    found = forecast.forecast(config_lib.from_dict(c.to_dict()), case.topology)
     return {
         **dataclasses.asdict(case),
-        "chips": len(devices),
-        "saes": saes,
-        "parts_bytes": parts,
-        **report(lowered),
+        **dataclasses.asdict(found),
+        "step_s": found.step_s,
+        "tokens_per_second": found.tokens_per_second,
+        "hours": found.hours,
     }
 
 
@@ -175,9 +152,8 @@ def main() -> None:
             continue
         measured["steps"].append(result := measure_step(case))
         print(
-            f"step of {case.config}:{case.suite} on {case.topology}, {result['saes']} SAEs: on each chip "
-            f"{result['argument_bytes'] / 1e9:.2f} GB of weights and state, {result['peak_bytes'] / 1e9:.2f} GB at "
-            f"most; compiled in {result['compile_s']:.0f} s",
+            f"step of {case.config}:{case.suite} on {case.topology}, {result['saes']} SAEs: "
+            f"{result['peak_bytes'] / 1e9:.2f} GB at most, {result['hours']:.1f} hours at peak rates",
             flush=True,
         )
     if args.json:

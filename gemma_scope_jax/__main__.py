@@ -14,10 +14,27 @@ def main() -> None:
     export.add_argument("run", type=pathlib.Path, help="a run directory")
     export.add_argument("--format", choices=("saelens", "gemma_scope", "gemma_scope_2"), default="saelens")
     export.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
-    args = parser.parse_args()
-    from gemma_scope_jax import export as export_lib  # Imported late: --help should not take seconds.
+    plan = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="what a run would need and how long it would take on a TPU slice; no TPU is needed",
+    )
+    plan.add_argument("--config", required=True, help="a config file, as for train.py; likewise its fields")
+    plan.add_argument("--topology", required=True, help="the slice, for example v5e:2x4 or v5p:2x2x4")
+    args, fields = parser.parse_known_args()
+    if fields and args.command != "plan":
+        parser.error(f"unrecognized arguments: {' '.join(fields)}")
+    # Imported late: --help should not take seconds.
+    if args.command == "export":
+        from gemma_scope_jax import export as export_lib
 
-    export_lib.export_run(args.run, args.format, args.out)
+        export_lib.export_run(args.run, args.format, args.out)
+    else:
+        cli.find_tpu_compiler()
+        from gemma_scope_jax import config, forecast
+
+        chosen = config.from_dict(cli.read_config_flags([f"--config={args.config}", *fields]))
+        forecast.show(forecast.forecast(chosen, args.topology))
 
 
 if __name__ == "__main__":

@@ -195,22 +195,24 @@ def update(
     targets = [str(member.target_site) for member in members]
     # A padding member's rows all have weight 0: it stays as it began.
     is_real_E = jnp.arange(plan.padded_members) < len(plan.members)
-    x_ExBxD = jnp.stack([batch.acts[site] for site in sites]).astype(jnp.float32)
+    x_ExBxD = jnp.stack([batch.acts[site] for site in sites])
     # An outlier at either site is one.
     weight_ExB = jnp.stack(
         [jnp.minimum(batch.weight[s], batch.weight[t]) for s, t in zip(sites, targets, strict=True)]
     )
     weight_ExB = weight_ExB * is_real_E[:, None]
-    y_ExBxO = None
-    if plan.members[0].is_transcoder:
-        # The ring holds each site by its own scale.
-        own_E = jnp.stack([normalizers[target].scale for target in targets])
-        y_ExBxO = jnp.stack([batch.acts[target] for target in targets]).astype(jnp.float32)
-        y_ExBxO = y_ExBxO * (own_E / target_scales(plan, normalizers))[:, None, None]
+    is_transcoder = plan.members[0].is_transcoder
+    y_ExBxO = jnp.stack([batch.acts[target] for target in targets]) if is_transcoder else None
     # Said here, or the compiler gathers the same activations for each use. In two stages, so that a chip is
     # sent its own members' activations and no others: an all-to-all over `data`, an all-gather over `latent`.
     for spec in (sharding.MEMBERS_SPLIT, sharding.MEMBERS):
         x_ExBxD, weight_ExB, y_ExBxO = sharding.constrain(mesh, (x_ExBxD, weight_ExB, y_ExBxO), spec)
+    # Only now, so that what is sent is in the ring's dtype.
+    x_ExBxD = x_ExBxD.astype(jnp.float32)
+    if is_transcoder:
+        # The ring holds each site by its own scale.
+        own_E = jnp.stack([normalizers[target].scale for target in targets])
+        y_ExBxO = y_ExBxO.astype(jnp.float32) * (own_E / target_scales(plan, normalizers))[:, None, None]
 
     def update_one(
         params: sae.Params,

@@ -1,9 +1,10 @@
-"""What the scripts share: errors in one line."""
+"""What the scripts share: configs by flags, and errors in one line."""
 
 import errno
 import logging
 import os
 import pathlib
+import re
 import sys
 import threading
 import traceback
@@ -12,6 +13,19 @@ from collections.abc import Callable
 # Gemma's package imports TensorFlow, which else opens every run with its own notices.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+_TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+
+
+def find_tpu_compiler() -> None:
+    """Makes JAX find the TPU's compiler on a machine without a TPU; to be called before JAX is imported."""
+    # It is there to compile and not to run, and two processes may do so at once.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+    if _TPU_COMPILER.exists():
+        os.environ.setdefault("TPU_LIBRARY_PATH", str(_TPU_COMPILER))
 
 
 def run(main: Callable[[], None]) -> None:
@@ -42,6 +56,37 @@ def _unraisable_error(args: "sys.UnraisableHookArgs") -> None:
     """Orbax leaves tasks behind on a closed event loop where it could not write or read an array."""
     if "Event loop is closed" not in str(args.exc_value):
         sys.__unraisablehook__(args)
+
+
+def read_config_flags(arguments: list[str]) -> dict:
+    """The config of `--config=FILE` with the fields set by `--config.FIELD=VALUE`, as nested dicts.
+
+    Raises:
+      ValueError: there is no such file or field, or a value is of the wrong type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "The run's config file.", values, lock_config=True)
+    try:
+        rest = values(["", *arguments])
+        read = values.config.to_dict()  # A file that cannot be loaded is an error only when it is looked at.
+    except (AttributeError, KeyError) as error:
+        # ml_collections says the name, in quotes of quotes, and perhaps a better one.
+        name = re.search(r"\w+", str(error))[0]
+        argument = next((argument for argument in arguments if f".{name}" in argument), None)
+        if argument is None:  # Raised by the config file itself, so its traceback is what helps.
+            raise
+        better = re.search(r"Did you mean \W*(\w+)", str(error))
+        hint = f"; did you mean {better[1]!r}?" if better else ""
+        raise ValueError(f"the config has no field {name!r}, named by {argument}{hint}") from error
+    except (TypeError, OSError, flags.Error) as error:
+        # A mistake within the config file comes with its traceback; the last line says what it is.
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    if len(rest) > 1:
+        raise ValueError(f"unexpected argument {rest[1]!r}; fields are set by --config.field=value")
+    return read
 
 
 def _is_full_disk(error: object) -> bool:

@@ -70,9 +70,12 @@ class NormalizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out: bank members over `data`, latents over `latent` (0: all that are left)."""
+    """How devices are laid out: bank members over `data`, latents over `latent`.
 
-    data: int = 1
+    0 for both: by the rule of `plans.choose_data_axis`; for one of them: what the other leaves.
+    """
+
+    data: int = 0
     latent: int = 0
     shard_gemma: bool = (
         False  # Each chip holds a part of every weight, and gathers a block when it is its turn.

@@ -63,6 +63,14 @@ def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int)
     ]
 
 
+def too_large(state: step.State, gemma_params: weights.Params, limit: float) -> str:
+    """What to say where the compiler finds no room for a step whose arguments alone would fit."""
+    return (
+        f"{describe(needs(state, gemma_params, 0), limit)} With gradients and the step's activations it does not "
+        "fit; lower train.sequences_per_step, or the banks' widths"
+    )
+
+
 def memory_of(device: jax.Device) -> int:
     """Bytes that a device has; a CPU's share of the machine's, or of the container's."""
     stats = device.memory_stats()
@@ -75,14 +83,14 @@ def memory_of(device: jax.Device) -> int:
     return min(limits) // jax.local_device_count()
 
 
-def describe(found: list[Need], limit: int) -> str:
+def describe(found: list[Need], limit: float) -> str:
     """The needs in one line, in GB."""
     parts = [f"{need.what} {need.bytes / 1e9:.2f}" for need in found]
     total = sum(need.bytes for need in found)
     return f"Memory on each device, GB: {', '.join(parts)}; {total / 1e9:.2f} of {limit / 1e9:.2f}."
 
 
-def check(found: list[Need], limit: int) -> None:
+def check(found: list[Need], limit: float) -> None:
     """Raises ValueError if they do not fit, saying what to change."""
     if sum(need.bytes for need in found) > limit:
         largest = max(found, key=lambda need: need.bytes)

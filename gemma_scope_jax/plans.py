@@ -127,9 +127,11 @@ def _check_ranges(config: Config) -> None:
         "evaluation.rows": config.evaluation.rows,
         "evaluation.rows_per_batch": config.evaluation.rows_per_batch,
         "normalizer.rows": config.normalizer.rows,
-        "mesh.data": config.mesh.data,
         "hosts.heartbeat_timeout_seconds": config.hosts.heartbeat_timeout_seconds,
     }
+    for name in ("data", "latent"):
+        value = getattr(config.mesh, name)
+        _require(value >= 0, f"mesh.{name} is {value}; it may not be negative")
     for name, value in at_least_one.items():
         _require(value >= 1, f"{name} is {value}; it must be at least 1")
     optimizer = config.optimizer
@@ -184,6 +186,25 @@ def _check_sizes(config: Config, devices: int) -> None:
 def padded(count: int, data_axis: int) -> int:
     """A number of members, rounded up to a multiple of the mesh's data axis."""
     return -(-count // data_axis) * data_axis
+
+
+def choose_data_axis(config: Config, devices: int) -> int:
+    """The mesh's `data` axis where the config leaves it open (0).
+
+    The more SAEs are on chips of their own, the less of each has to be summed over chips: so the largest divisor of
+    the number of devices to which no bank is padded by more than an eighth, and which leaves a `latent` axis that
+    divides every width.
+    """
+
+    def suits(data: int) -> bool:
+        return all(
+            8 * padded(len(members(b)), data) <= 9 * len(members(b)) and b.width % (devices // data) == 0
+            for b in config.banks.values()
+        )
+
+    if config.mesh.latent:
+        return max(devices // config.mesh.latent, 1)
+    return max((d for d in range(1, devices + 1) if devices % d == 0 and suits(d)), default=1)
 
 
 def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int) -> step.Plan:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,22 @@ class Run:
     plan: step.Plan
 
 
-def build(config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> Run:
-    """Checks a config before anything slow is done; lays out the mesh of the config unless one is given."""
-    mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.latent)
+def build(
+    config: config_lib.Config,
+    mesh: jax.sharding.Mesh | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Run:
+    """Checks a config before anything slow is done.
+
+    Args:
+      config: of the run.
+      mesh: to run on; None: the one that the config asks for.
+      devices: of that one; None: all that there are.
+    """
+    if mesh is None:
+        devices = jax.devices() if devices is None else devices
+        data = config.mesh.data or plans.choose_data_axis(config, len(devices))
+        mesh = sharding.make_mesh(data, config.mesh.latent, devices)
     model = gemma.build_model(config.model)
     plan = plans.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"])
     config_lib.dtype(config)

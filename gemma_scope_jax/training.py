@@ -86,10 +86,7 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(
-            f"{planning.describe(planning.needs(state, gemma_params, 0), limit)} With gradients and the step's "
-            "activations it does not fit; lower train.sequences_per_step, or the banks' widths"
-        ) from error
+        raise ValueError(planning.too_large(state, gemma_params, limit)) from error
     needs = planning.needs(state, gemma_params, compiled.memory_analysis().temp_size_in_bytes)
     planning.check(needs, limit)
     print(planning.describe(needs, limit), flush=True)
