@@ -91,7 +91,7 @@ def batch_shapes(mesh: jax.sharding.Mesh, sequences: int, length: int) -> step.B
 
 def measure_harvest(case: Harvest) -> dict:
     """A harvest alone."""
-    devices = forecast.chips(case.topology)
+    devices = forecast.slice_devices(case.topology)
     mesh = sharding.make_mesh(1, 0, devices)
     model, site = gemma.build_model(case.model), gemma.Site("resid_post", case.layer)
     params = weights.placed_shapes(

@@ -91,10 +91,13 @@ class HostsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Cadences, in steps."""
+    """Cadences, in steps, and a profile."""
 
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    # From this step on so many are traced by JAX's profiler, into WORKDIR/profile; 0: none are.
+    profile_from: int = 0
+    profile_steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True)

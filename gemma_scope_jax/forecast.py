@@ -14,31 +14,8 @@ import rich.console
 import rich.table
 from jax.experimental import topologies
 
-from gemma_scope_jax import bank, gemma, planning, runs, training
+from gemma_scope_jax import chips, planning, runs, training
 from gemma_scope_jax import config as config_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one JAX device of a kind has, by Google's documentation."""
-
-    flops: float  # of bfloat16, in a second
-    memory: float  # bytes
-    memory_bandwidth: float  # bytes in a second
-    link_bandwidth: float  # bytes in a second, of one link to a neighbour, one way
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32e9, 1.2e12, 45e9),
-    "v5e": Chip(197e12, 16e9, 0.819e12, 45e9),
-    "v5p": Chip(459e12, 95e9, 2.765e12, 90e9),
-    "v6e": Chip(918e12, 32e9, 1.64e12, 90e9),
-    # A chip is two devices, which share its links.
-    "tpu7x": Chip(2307e12 / 2, 192e9 / 2, 7.37e12 / 2, 100e9 / 2),
-}
-
-# Multiplications in bfloat16 that one in float32 takes.
-PASSES = {"default": 1, "high": 3, "highest": 6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +64,17 @@ class Forecast:
         return self.tokens / self.tokens_per_second / 3600
 
 
-def chips(topology: str) -> list[jax.Device]:
+def slice_devices(topology: str) -> list[jax.Device]:
     """The devices of a slice such as v5p:2x2x4, as the compiler knows them.
 
     Raises:
       ValueError: there is no such slice, or no compiler for it.
     """
     kind = topology.split(":")[0]
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", topology.removeprefix(f"{kind}:")):
+    if kind not in chips.CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", topology.removeprefix(f"{kind}:")):
         raise ValueError(
-            f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with a KIND of {', '.join(CHIPS)}; for example "
-            "v5e:2x4 (v5e-8) or v5p:2x2x4 (v5p-32)"
+            f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with a KIND of {', '.join(chips.CHIPS)}; for "
+            "example v5e:2x4 (v5e-8) or v5p:2x2x4 (v5p-32)"
         )
     options = {} if kind == "tpu7x" else {"chips_per_host_bounds": (2, 2, 1)}
     if kind in ("v4", "v5p"):
@@ -109,14 +86,6 @@ def chips(topology: str) -> list[jax.Device]:
         raise ValueError(
             f"no compiler for {topology}: {reason}. It needs libtpu: make .venv/libtpu, or pip install libtpu"
         ) from error
-
-
-def update_flops(plan: bank.Plan, model: object, batch: int) -> int:
-    """FLOPs of one update of a bank, padding included: five matrix products, seven with a skip connection."""
-    d, o = (gemma.site_width(model, site) for site in (plan.members[0].site, plan.members[0].target_site))
-    # Encoder and its gradient; decoder, its gradient, and what the latents receive.
-    products = plan.width * (2 * d + 3 * o) + (2 * d * o if plan.members[0].skip else 0)
-    return 2 * plan.padded_members * batch * products
 
 
 def parse_collectives(hlo: str, updates_per_step: int) -> list[Collective]:
@@ -142,8 +111,8 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     Raises:
       ValueError: the config does not fit the slice; says what to change.
     """
-    devices = chips(topology)
-    chip = CHIPS[topology.split(":")[0]]
+    devices = slice_devices(topology)
+    chip = chips.CHIPS[topology.split(":")[0]]
     run = runs.build(config, devices=devices)
     inputs = runs.abstract_inputs(run)
     state, _, gemma_params = inputs
@@ -158,12 +127,12 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     plan, model, count = run.plan, run.model, len(devices)
     collectives = parse_collectives(compiled.as_text(), plan.updates_per_step)
 
-    length, depth = config.data.context_length, gemma.depth(plan.sites)
-    gemma_flops = gemma.harvest_flops(model, config.train.sequences_per_step, length, depth)
-    per_bank = [update_flops(b, model, plan.batch) * plan.updates_per_step for b in plan.banks]
-    gemma_passes = PASSES["highest"] if config.gemma_dtype == "float32" else 1
+    gemma_flops, per_bank = chips.step_flops(plan, model, config.data.context_length)
+    gemma_passes = chips.PASSES["highest"] if config.gemma_dtype == "float32" else 1
     rate = count * chip.flops
-    banks_s = sum(PASSES[b.precision] * flops / rate for b, flops in zip(plan.banks, per_bank, strict=True))
+    banks_s = sum(
+        chips.PASSES[b.precision] * flops / rate for b, flops in zip(plan.banks, per_bank, strict=True)
+    )
     # Adam without a first moment reads weights, gradient and second moment, writes weights and second moment, and
     # the gradient was written before: six times four bytes for each weight, in every update.
     weights_bytes = sum(planning.bytes_per_device(b.params) for b in state.banks.values())

@@ -1,5 +1,6 @@
 """What a run says of itself: `metrics.jsonl`, TensorBoard, the progress line, and warnings of what goes wrong."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -59,7 +60,7 @@ class MetricsLog:
     def write(self, entry: dict) -> None:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
-        scalars = {"tokens_per_second": entry["tokens_per_second"]}
+        scalars = {f"speed/{key}": value for key, value in entry["speed"].items() if value is not None}
         for name, values in entry["sae"].items():
             scalars |= {f"{name}/{key}": value for key, value in values.items() if value is not None}
         made = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
@@ -71,7 +72,30 @@ class MetricsLog:
         self._board.close()
 
 
-def entry(plan: step.Plan, number: int, metrics: step.Metrics, tokens_per_second: float) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """How fast a step was. A FLOP utilisation is of the chips' peak in bfloat16; None where that is not known."""
+
+    tokens_per_second: float
+    data_wait_s: float  # That the host spent reading the next rows.
+    gemma_utilisation: float | None
+    saes_utilisation: float | None
+
+
+def measure_speed(
+    plan: step.Plan, seconds: float, data_wait_s: float, flops: tuple[int, list[int]], peak: float | None
+) -> Speed:
+    """The speed of a step that took `seconds`, from `chips.step_flops` and the peak of all chips together."""
+    of_gemma, of_banks = flops
+    return Speed(
+        plan.activations / seconds,
+        data_wait_s,
+        of_gemma / seconds / peak if peak else None,
+        sum(of_banks) / seconds / peak if peak else None,
+    )
+
+
+def entry(plan: step.Plan, number: int, metrics: step.Metrics, speed: Speed) -> dict:
     """One line of `metrics.jsonl`. While the ring fills there is nothing to say of the SAEs.
 
     Raises:
@@ -90,7 +114,7 @@ def entry(plan: step.Plan, number: int, metrics: step.Metrics, tokens_per_second
                 )
     return {
         "step": number,
-        "tokens_per_second": tokens_per_second,
+        "speed": dataclasses.asdict(speed),
         "same_document_pairs": same_document_share(metrics.source_Bx3, metrics.weight_B)
         if metrics.trained
         else None,
@@ -122,7 +146,10 @@ def _member_entry(plan: bank.Plan, metrics: bank.Metrics, place: int) -> dict:
 
 def progress(of_step: Mapping) -> str:
     """An entry in so few words that it stands behind a progress bar; of several SAEs, the lowest to the highest."""
-    text = f"{of_step['tokens_per_second']:,.0f} tok/s"
+    speed = of_step["speed"]
+    text = f"{speed['tokens_per_second']:,.0f} tok/s"
+    if speed["gemma_utilisation"] is not None:
+        text += f", MFU Gemma {speed['gemma_utilisation']:.0%} SAEs {speed['saes_utilisation']:.0%}"
     saes = of_step["sae"].values()
 
     def span(key: str, form: str) -> str:

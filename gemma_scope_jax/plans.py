@@ -124,6 +124,7 @@ def _check_ranges(config: Config) -> None:
     at_least_one = {
         "log.checkpoint_every": config.log.checkpoint_every,
         "log.keep_checkpoints": config.log.keep_checkpoints,
+        "log.profile_steps": config.log.profile_steps,
         "evaluation.rows": config.evaluation.rows,
         "evaluation.rows_per_batch": config.evaluation.rows_per_batch,
         "normalizer.rows": config.normalizer.rows,

@@ -168,19 +168,19 @@ def train(
 
     def body(banks: dict[str, bank.State], xs: tuple) -> tuple:
         k, batch = xs
-        made = {
-            b.name: bank.update(
-                b,
-                plan.optimizer,
-                mesh,
-                state.normalizers,
-                banks[b.name],
-                batch,
-                first_update + k,
-                plan.total_updates,
-            )
-            for b in plan.banks
-        }
+        made = {}
+        for b in plan.banks:
+            with jax.named_scope(b.name):
+                made[b.name] = bank.update(
+                    b,
+                    plan.optimizer,
+                    mesh,
+                    state.normalizers,
+                    banks[b.name],
+                    batch,
+                    first_update + k,
+                    plan.total_updates,
+                )
         # Which latents fired is counted in the state, and too large to stack.
         sums = {name: sums.replace(fired_M=None) for name, (_, sums) in made.items()}
         return {name: new for name, (new, _) in made.items()}, sums

@@ -15,6 +15,7 @@ import tqdm
 from gemma_scope_jax import (
     bank,
     checkpoint,
+    chips,
     data,
     export,
     gemma,
@@ -271,7 +272,12 @@ def _loop(
         disable=metrics_log is None,
     )
     watched: list[dict] = []  # The first entries, for a look at what moves the thresholds.
+    flops = chips.step_flops(plan, run.model, config.data.context_length)
+    chip = chips.chip_of(jax.devices()[0])
+    peak = chip.flops * jax.device_count() if chip else None
     clock = time.perf_counter()
+    data_wait_s = 0.0
+    is_traced = False
     pending = None  # Metrics are fetched one step late, so that the host never waits for the newest step.
 
     def flush(now: tuple[int, step.Metrics] | None) -> None:
@@ -280,7 +286,8 @@ def _loop(
             number, metrics = pending
             metrics = jax.device_get(metrics)
             before, clock = clock, time.perf_counter()
-            entry = log.entry(plan, number, metrics, plan.activations / (clock - before))
+            speed = log.measure_speed(plan, clock - before, data_wait_s, flops, peak)
+            entry = log.entry(plan, number, metrics, speed)
             if metrics_log is not None:
                 metrics_log.write(entry)
             if is_new and entry["sae"] and len(watched) < log.watched_steps(plan):
@@ -295,11 +302,20 @@ def _loop(
     interrupts.allow_saving()
     try:
         for number in range(first_step + 1, first_step + left + 1):
+            if number == config.log.profile_from:
+                jax.profiler.start_trace(workdir / "profile")
+                is_traced = True
             state, metrics = compiled(state, batch, gemma_params)
             harvests = min(harvests + 1, plan.harvests)
+            started = time.perf_counter()
             if harvests < plan.harvests:
                 batch = runs.read_batch(run, rows, harvests * sequences, sequences)
+            data_wait_s = time.perf_counter() - started
             flush((number, metrics))
+            if is_traced and number == config.log.profile_from + config.log.profile_steps - 1:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                is_traced = False
             stopping = interrupts.should_stop(number)
             if number % config.log.checkpoint_every == 0 or number == first_step + left or stopping:
                 flush(None)
@@ -310,6 +326,8 @@ def _loop(
         flush(None)
     finally:
         bar.close()
+        if is_traced:
+            jax.profiler.stop_trace()
         if metrics_log is not None:
             metrics_log.close()
     return state

@@ -14,6 +14,7 @@ PLAN = plans.make_plan(
     1,
     1,
 )
+SPEED = {"tokens_per_second": 1234.0, "gemma_utilisation": None, "saes_utilisation": None}
 NAMES = [member.name for member in PLAN.members]
 
 
@@ -28,7 +29,7 @@ def entries(**changes):
         "theta_reached": 0.9,
         "sparsity_coefficient": 1e-3,
     } | changes
-    return [{"step": i, "tokens_per_second": 1234.0, "sae": dict.fromkeys(NAMES, values)} for i in range(6)]
+    return [{"step": i, "speed": SPEED, "sae": dict.fromkeys(NAMES, values)} for i in range(6)]
 
 
 def test_thresholds_that_both_sides_move_are_not_warned_of():
@@ -83,4 +84,13 @@ def test_the_progress_line_spans_the_saes_and_says_what_is_not_known():
     entry = entries()[0]
     entry["sae"][NAMES[1]] = entry["sae"][NAMES[1]] | {"l0": 20.0, "fvu": 0.25}
     assert log.progress(entry) == "1,234 tok/s, L0 20.0–60.0, FVU 0.100–0.250, dead ?, dense 3, 2 SAEs"
-    assert log.progress({"tokens_per_second": 5.0, "sae": {}}) == "5 tok/s"
+    assert log.progress({"speed": SPEED, "sae": {}}) == "1,234 tok/s"
+
+
+def test_utilisation_is_of_the_peak_and_apart_for_gemma_and_the_saes():
+    speed = log.measure_speed(PLAN, 2.0, 0.5, (600, [100, 300]), 1000.0)
+    assert (speed.tokens_per_second, speed.data_wait_s) == (PLAN.activations / 2, 0.5)
+    assert (speed.gemma_utilisation, speed.saes_utilisation) == (0.3, 0.2)
+    of_step = {"speed": vars(speed), "sae": {}}
+    assert log.progress(of_step) == "64 tok/s, MFU Gemma 30% SAEs 20%"
+    assert log.measure_speed(PLAN, 2.0, 0.5, (600, [100]), None).gemma_utilisation is None

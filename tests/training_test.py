@@ -88,6 +88,20 @@ def test_the_export_gives_the_training_states_outputs(inputs, finished):
     assert (exported.threshold >= 0).all()
 
 
+def test_a_profile_shows_gemma_the_ring_and_each_bank(inputs, tmp_path):
+    bank = dict(layers=(1,), width=64, bandwidth=0.1, initial_threshold=0.1)
+    banks = {"first": bank, "second": bank | {"layers": (2,)}}
+    c = tiny.run_config(inputs, banks=banks, log__profile_from=6, log__profile_steps=1)
+    assert training.train(c, tmp_path / "run") == 0
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    run = runs.build(c)
+    hlo = training.lower_step(run, *runs.abstract_inputs(run)).as_text(debug_info=True)
+    for scope in ("gemma", "ring_draw", "ring_write", "first", "second"):
+        assert f"/{scope}/" in hlo
+    speed = log_lib.read_metrics(tmp_path / "run")[-1]["speed"]
+    assert speed["tokens_per_second"] > 0 and speed["data_wait_s"] >= 0
+
+
 def test_the_step_is_traced_once_in_a_run(inputs, tmp_path, monkeypatch):
     make_step = step.make_step
     monkeypatch.setattr(step, "make_step", lambda *args: chex.assert_max_traces(make_step(*args), n=1))
@@ -323,7 +337,7 @@ def test_the_log_keeps_each_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "los')
     log = log_lib.MetricsLog(tmp_path, 2)
-    log.write({"step": 3, "sae": {}, "tokens_per_second": 1.0})
+    log.write({"step": 3, "sae": {}, "speed": {"tokens_per_second": 1.0}})
     log.close()
     assert logged_steps(tmp_path) == [1, 2, 3]
 
