@@ -189,6 +189,11 @@ def tpu_table(numbers: dict) -> str:
     ]
     for case in numbers["steps"]:
         layers = f", layer {case['layers'][0]}" if case["layers"] else ""
+        if "refused" in case:
+            lines.append(
+                f"| configs/{case['config']}.py:{case['suite']}{layers} | {case['topology']} | {case['refused']} | | | | |"
+            )
+            continue
         saes = f", {case['saes']} SAEs" if case["saes"] > 1 else ""
         lines.append(
             f"| configs/{case['config']}.py:{case['suite']}{layers}{saes} | {case['topology']} "

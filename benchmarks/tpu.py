@@ -117,7 +117,10 @@ def measure_step(case: Step) -> dict:
     c = importlib.import_module(f"configs.{case.config}").get_config(case.suite)
     for bank in c.banks.values():
         bank.layers = case.layers or bank.layers
-    found = forecast.forecast(config_lib.from_dict(c.to_dict()), case.topology)
+    try:
+        found = forecast.forecast(config_lib.from_dict(c.to_dict()), case.topology)
+    except ValueError as error:
+        return {**dataclasses.asdict(case), "refused": str(error)}
     return {
         **dataclasses.asdict(case),
         **dataclasses.asdict(found),
@@ -151,11 +154,10 @@ def main() -> None:
         if args.step not in (None, case.suite):
             continue
         measured["steps"].append(result := measure_step(case))
-        print(
-            f"step of {case.config}:{case.suite} on {case.topology}, {result['saes']} SAEs: "
-            f"{result['peak_bytes'] / 1e9:.2f} GB at most, {result['hours']:.1f} hours at peak rates",
-            flush=True,
+        told = result.get("refused") or (
+            f"{result['peak_bytes'] / 1e9:.2f} GB at most, {result['hours']:.1f} hours at peak rates"
         )
+        print(f"step of {case.config}:{case.suite} on {case.topology}: {told}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(measured))
 
