@@ -190,8 +190,9 @@ def tpu_table(numbers: dict) -> str:
     for case in numbers["steps"]:
         layers = f", layer {case['layers'][0]}" if case["layers"] else ""
         if "refused" in case:
+            why = case["refused"]
             lines.append(
-                f"| configs/{case['config']}.py:{case['suite']}{layers} | {case['topology']} | {case['refused']} | | | | |"
+                f"| configs/{case['config']}.py:{case['suite']}{layers} | {case['topology']} | {why} | | | | |"
             )
             continue
         saes = f", {case['saes']} SAEs" if case["saes"] > 1 else ""
