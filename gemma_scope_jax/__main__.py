@@ -21,14 +21,29 @@ def main() -> None:
     )
     plan.add_argument("--config", required=True, help="a config file, as for train.py; likewise its fields")
     plan.add_argument("--topology", required=True, help="the slice, for example v5e:2x4 or v5p:2x2x4")
+    prepare = commands.add_parser(
+        "prepare",
+        allow_abbrev=False,
+        help="tokenise and pack a run's text, in parallel; goes on where it was interrupted",
+    )
+    prepare.add_argument(
+        "--config", required=True, help="a config file, as for train.py; likewise its fields"
+    )
+    prepare.add_argument("--workers", type=int, help="processes (default: as many as there are cores)")
     args, fields = parser.parse_known_args()
-    if fields and args.command != "plan":
+    if fields and args.command == "export":
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
     # Imported late: --help should not take seconds.
     if args.command == "export":
         from gemma_scope_jax import export as export_lib
 
         export_lib.export_run(args.run, args.format, args.out)
+    elif args.command == "prepare":
+        values = cli.read_config_flags([f"--config={args.config}", *fields])
+        from gemma_scope_jax import config, data, runs
+
+        rows = data.open_rows(runs.prepare_rows(config.from_dict(values), args.workers), data.TRAIN)
+        print(f"{len(rows):,} rows to train on in {rows.folder}.")
     else:
         cli.find_tpu_compiler()
         from gemma_scope_jax import config, forecast

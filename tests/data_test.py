@@ -1,6 +1,7 @@
 """Text becomes packed rows that keep what they must, in an order that depends on nothing but a seed."""
 
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -97,7 +98,9 @@ def write_sources(tmp_path):
         (tmp_path / "txt" / f"{i:02}.txt").write_text(text)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t, "other": 1}) + "\n" for t in texts()))
     pyarrow.parquet.write_table(pyarrow.table({"text": texts()}), tmp_path / "a.parquet")
-    return [tmp_path / "txt" / "*.txt", tmp_path / "a.jsonl", tmp_path / "a.parquet"]
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    names = ("txt/*.txt", "a.jsonl", "a.parquet", "a.json.gz")
+    return [tmp_path / name for name in names]
 
 
 def decode(tokens):
@@ -119,7 +122,7 @@ def test_every_source_gives_the_same_rows_and_splits_share_no_document(tmp_path)
         assert sorted(splits[data.TRAIN] + splits[data.HELD_OUT]) == sorted(texts())
         assert splits[data.TRAIN] and splits[data.HELD_OUT]
         found.append(splits)
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_a_glob_may_cross_folders_and_a_name_may_hold_brackets(tmp_path):
@@ -132,11 +135,72 @@ def test_a_glob_may_cross_folders_and_a_name_may_hold_brackets(tmp_path):
     assert list(data.documents(f"{tmp_path}/[1].txt")) == ["brackets"]
 
 
-def test_a_tfds_dataset_is_read_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        tfds, "data_source", lambda name, split: [{"text": f"{name}|{split}".encode()}, {"text": "b"}]
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_a_tfds_dataset_is_read_by_name_in_the_order_of_its_files(tmp_path, file_format):
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=f"words_{file_format}",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+        split_datasets={"train": [(i, {"text": text}) for i, text in enumerate(texts())]},
+        data_dir=tmp_path,
+        file_format=file_format,
+        disable_shuffling=True,
     )
-    assert list(data.documents("tfds:c4/en:3.1.0/train[:10]")) == ["c4/en:3.1.0|train[:10]", "b"]
+    tfds.core.add_data_dir(tmp_path)
+    name = f"tfds:words_{file_format}:1.0.0/train"
+    assert list(data.documents(name)) == texts()
+    assert list(data.documents(f"{name}[:3]")) == texts()[:3]
+    with pytest.raises(ValueError, match="TFDS cannot give tfds:words_nowhere/train"):
+        list(data.documents("tfds:words_nowhere/train"))
+
+
+def read_all(folder):
+    found = {}
+    for split in (data.TRAIN, data.HELD_OUT):
+        rows = data.open_rows(folder, split)
+        batch = rows.read(np.arange(len(rows)))
+        found[split] = [tuple(row) for row in batch.tokens.tolist()], batch.first_document.tolist()
+    return found
+
+
+def test_rows_do_not_depend_on_how_many_work_on_them_nor_on_interruptions(tmp_path, monkeypatch):
+    source = write_sources(tmp_path)[1]
+    folders = [dataclasses.replace(config(tmp_path, source), folder=str(tmp_path / n)) for n in "abcd"]
+    whole = read_all(data.prepare(folders[0], tiny.load_tokenizer, "bytes", workers=2))
+    monkeypatch.setattr(data, "PART", 3)
+    one = read_all(data.prepare(folders[1], tiny.load_tokenizer, "bytes", workers=1))
+    two = read_all(data.prepare(folders[3], tiny.load_tokenizer, "bytes", workers=2))
+    assert one == two and one[data.TRAIN][1][-1] >= 15
+    # Parts are packed by themselves, so rows differ from those of one part; documents do not.
+    assert {decode(t) for t in unpack(zip(*one[data.TRAIN], strict=True)).values()} == {
+        decode(t) for t in unpack(zip(*whole[data.TRAIN], strict=True)).values()
+    }
+
+    write, calls = data._write_part, []
+
+    def stop_at_the_fourth(*args):
+        calls.append(args[3])
+        if args[3] == 9:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "_write_part", stop_at_the_fourth)
+        data.prepare(folders[2], tiny.load_tokenizer, "bytes", workers=1)
+    assert calls == [0, 3, 6, 9]
+    done = sorted((tmp_path / "c").rglob("from-*.json"))
+    before = [path.stat().st_mtime_ns for path in done]
+    folder = data.prepare(folders[2], tiny.load_tokenizer, "bytes", workers=1)
+    assert read_all(folder) == one
+    done = [folder / path.name for path in done]
+    assert [path.stat().st_mtime_ns for path in done] == before and len(done) == 3
+
+
+def test_only_the_first_documents_are_taken_where_a_number_is_given(tmp_path):
+    source = write_sources(tmp_path)[1]
+    few = read_all(data.prepare(config(tmp_path, source, documents=5), tiny.load_tokenizer, "bytes"))
+    kept = [decode(t) for split in few.values() for t in unpack(zip(*split, strict=True)).values()]
+    assert sorted(kept) == sorted(texts(5))
 
 
 def test_rows_are_prepared_once_and_again_when_the_text_changes(tmp_path):
@@ -161,7 +225,7 @@ def test_rows_are_prepared_once_and_again_when_the_text_changes(tmp_path):
         ("one.txt", "a single document", "leaves no document for the held_out split"),
         ("bad.jsonl", '{"text": "fine"}\n{"txt": 1}\n', 'bad.jsonl:2 is not a JSON object with a "text"'),
         ("null.jsonl", '{"text": null}\n', "null.jsonl:1 is not a JSON object"),
-        ("bad.csv", "a,b", "only .txt, .jsonl and .parquet"),
+        ("bad.csv", "a,b", "only .txt, .jsonl, .jsonl.gz and .parquet"),
     ],
 )
 def test_bad_text_is_refused_by_name(tmp_path, name, content, message):
