@@ -26,7 +26,7 @@ from gemma_scope_jax import data, gemma, log, runs, weights
 
 RESULTS = pathlib.Path("results")
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
-SUITES = {"sweep": 64, "layers": 32, "targets": 32, "transcoders": 64}
+SUITES = {"sweep": 64, "layers": 16, "targets": 32, "transcoders": 64}
 DOCUMENTS = (pathlib.Path("README.md"), pathlib.Path("docs/models.md"))
 
 
@@ -84,12 +84,20 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
         f"python train.py --config=configs/quickstart_banks.py:{name} --workdir={workdir}",
         f"python evaluate.py {workdir} --rows={rows}",
     ]
-    train_s, evaluate_s = (run(command) for command in commands)
+    _, evaluate_s = (run(command) for command in commands)
+    config, entries = runs.read_config(workdir), log.read_metrics(workdir)
+    tokens = config.train.sequences_per_step * config.data.context_length
+    # By its own log, since the run may have been there, in part or whole; without compiling and saving.
+    train_s = sum(tokens / entry["speed"]["tokens_per_second"] for entry in entries)
     if (workdir / "pareto.png").exists():
         (RESULTS / f"{name}.png").write_bytes((workdir / "pareto.png").read_bytes())
-    last = log.read_metrics(workdir)[-1]["sae"]
     evaluated = json.loads((workdir / "evaluation.json").read_text())
-    return commands, {"train_s": train_s, "evaluate_s": evaluate_s, "training": last, **evaluated}
+    return commands, {
+        "train_s": train_s,
+        "evaluate_s": evaluate_s,
+        "training": entries[-1]["sae"],
+        **evaluated,
+    }
 
 
 def peers() -> tuple[list[str], dict]:

@@ -10,8 +10,8 @@ residual stream of layer 12 also 32k, 131k, 262k and 524k, of layers 5, 12 and 1
   transcoder_16k  the MLP of all 26 layers, as in appendix B
 
 Hardware: one layer of 16k on a v5e-8; all layers of 16k, also of all three sites, on a v5p-32.
-`python -m gemma_scope_jax plan` says what any of them needs; results/tpu.json has some. The text is C4, which is open; Google's
-own is not.
+`python -m gemma_scope_jax plan` says what any of them needs; results/tpu.json has some. The text is C4, which is
+open; Google's own is not.
 Expected at layer 12, residual stream, 16k, over λ: L0 from 22 to 445 (those of the SAEs that Google published).
 """
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import config, log, runs, training
+from gemma_scope_jax import config, hosts, log, runs, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Three members, padded to four; Gemma split over all devices; a mesh of 2 × 4.
@@ -31,9 +31,9 @@ CHANGES = dict(
 
 
 class Hosts:
-    """Processes of eight devices together, on this machine."""
+    """Processes of eight devices together, on this machine, as Slurm starts them or told by three variables."""
 
-    def __init__(self, run_config: config.Config, workdir: pathlib.Path, count: int) -> None:
+    def __init__(self, run_config: config.Config, workdir: pathlib.Path, count: int, by_slurm: bool) -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -42,14 +42,25 @@ class Hosts:
         self.outputs = [workdir.with_suffix(f".{i}.out") for i in range(count)]
         self.processes = []
         for i, output in enumerate(self.outputs):
-            environment = {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(8 // count),
+            told = {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(i),
+            }
+            slurm = {
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(count),
+                "SLURM_PROCID": str(i),
+                "SLURM_LOCALID": str(i),
+                "JAX_COORDINATOR_PORT": str(port),
+            }
+            environment = {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(8 // count),
                 "PYTHONPATH": str(ROOT),
                 "PYTHONUNBUFFERED": "1",
+                **(slurm if by_slurm else told),
             }
             with output.open("w") as file:
                 self.processes.append(
@@ -96,12 +107,12 @@ def four(inputs, tmp_path_factory):
     return finish(tiny.run_config(inputs, **CHANGES), tmp_path_factory.mktemp("runs") / "four", 4)
 
 
-def finish(run_config, workdir, count):
-    hosts = Hosts(run_config, workdir, count)
-    assert hosts.wait() == [0] * count, hosts.text()
-    assert "Exported" in hosts.outputs[0].read_text()
-    for output in hosts.outputs[1:]:
-        assert not re.search("Compiling|Gemma:|Warning:|step/s|Exported", output.read_text()), hosts.text()
+def finish(run_config, workdir, count, by_slurm=False):
+    group = Hosts(run_config, workdir, count, by_slurm)
+    assert group.wait() == [0] * count, group.text()
+    assert "Exported" in group.outputs[0].read_text()
+    for output in group.outputs[1:]:
+        assert not re.search("Compiling|Gemma:|Warning:|step/s|Exported", output.read_text()), group.text()
     return workdir
 
 
@@ -124,11 +135,11 @@ def assert_same_run(workdir, expected):
         sorted(p.relative_to(folder) for p in folder.rglob("sae/**/*.safetensors"))
         for folder in (workdir, expected)
     )
-    assert exported == same and len(exported) == 3
+    assert exported == same and len(exported) == 6
 
 
 def test_two_processes_train_what_one_trains(inputs, alone, tmp_path):
-    assert_same_run(finish(tiny.run_config(inputs, **CHANGES), tmp_path / "two", 2), alone)
+    assert_same_run(finish(tiny.run_config(inputs, **CHANGES), tmp_path / "two", 2, by_slurm=True), alone)
 
 
 @pytest.mark.soak
@@ -139,23 +150,29 @@ def test_four_processes_train_what_one_trains(alone, four):
 @pytest.mark.soak
 def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(inputs, four, tmp_path):
     c = tiny.run_config(inputs, **CHANGES)
-    hosts = Hosts(c, tmp_path / "run", 4)
-    hosts.wait_until_logged(12)
-    hosts.processes[2].send_signal(signal.SIGTERM)
-    assert hosts.wait() == [143] * 4, hosts.text()
-    last = len((hosts.workdir / "metrics.jsonl").read_text().splitlines())
-    assert f"SIGTERM: all hosts save step {last}, then leave." in hosts.outputs[0].read_text()
-    assert (hosts.workdir / "checkpoints" / str(last)).exists()
+    group = Hosts(c, tmp_path / "run", 4, by_slurm=False)
+    group.wait_until_logged(12)
+    group.processes[2].send_signal(signal.SIGTERM)
+    assert group.wait() == [143] * 4, group.text()
+    last = len((group.workdir / "metrics.jsonl").read_text().splitlines())
+    assert f"SIGTERM: all hosts save step {last}, then leave." in group.outputs[0].read_text()
+    assert (group.workdir / "checkpoints" / str(last)).exists()
 
-    hosts = Hosts(c, tmp_path / "run", 4)
-    hosts.wait_until_logged(last + 12)
-    hosts.processes[1].kill()
+    group = Hosts(c, tmp_path / "run", 4, by_slurm=False)
+    group.wait_until_logged(last + 12)
+    group.processes[1].kill()
     killed = time.monotonic()
-    codes = hosts.wait()
-    assert time.monotonic() - killed < 10 + 15, hosts.text()  # The heartbeat, and time to notice.
+    codes = group.wait()
+    assert time.monotonic() - killed < 10 + 15, group.text()  # The heartbeat, and time to notice.
     assert all(codes), codes
-    assert "/job:jax_worker/replica:0/task:1" in hosts.text()  # JAX names the dead one.
+    assert "/job:jax_worker/replica:0/task:1" in group.text()  # JAX names the dead one.
 
     finish(c, tmp_path / "run", 4)
     jax.tree.map(np.testing.assert_array_equal, state(tmp_path / "run"), state(four))
     np.testing.assert_array_equal(losses(tmp_path / "run"), losses(four))
+
+
+def test_one_of_three_variables_is_not_enough(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ValueError, match=r"only JAX_NUM_PROCESSES is set; set all three, or none"):
+        hosts.initialize(30)
