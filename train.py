@@ -27,11 +27,8 @@ def main() -> None:
     args, fields = parser.parse_known_args()
     values = cli.read_config_flags([f"--config={args.config}", *fields])
     # Imported late: a mistyped flag should not cost the seconds that JAX and Gemma take.
-    from absl import logging
-
     from gemma_scope_jax import config, hosts, training
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
     made = config.from_dict(values)
     hosts.initialize(made.hosts.heartbeat_timeout_seconds)
     sys.exit(training.train(made, args.workdir))

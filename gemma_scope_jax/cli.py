@@ -30,6 +30,9 @@ def find_tpu_compiler() -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Calls `main`; what a user can mend is said in one line, everything else keeps its traceback."""
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file.
     threading.excepthook = _threads_error
     sys.unraisablehook = _unraisable_error
     logging.getLogger("absl").addFilter(
