@@ -21,8 +21,10 @@ import tempfile
 import time
 
 import jax
+import numpy as np
 
-from gemma_scope_jax import data, gemma, log, runs, weights
+from gemma_scope_jax import data, export, gemma, log, runs, sae, weights
+from gemma_scope_jax.formats import gemma_scope, gemma_scope_2
 
 RESULTS = pathlib.Path("results")
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
@@ -92,12 +94,52 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
     if (workdir / "pareto.png").exists():
         (RESULTS / f"{name}.png").write_bytes((workdir / "pareto.png").read_bytes())
     evaluated = json.loads((workdir / "evaluation.json").read_text())
+    if name == "transcoders":
+        evaluated["read_back"] = read_back(workdir)
     return commands, {
         "train_s": train_s,
         "evaluate_s": evaluate_s,
         "training": entries[-1]["sae"],
         **evaluated,
     }
+
+
+def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+    """How far transcoders, written and read in each convention, are from the run's own, on real activations."""
+    run, state = runs.open_run(workdir)
+    config, own = run.config, dict(export.folded_saes(run.plan, state))
+    rows = data.open_rows(runs.run_rows(config, workdir), data.HELD_OUT)
+    loaded = runs.load_gemma(run)
+    tokens = jax.numpy.asarray(rows.read(np.arange(8)).tokens)
+    kept = np.asarray(gemma.is_kept(tokens, config.data.masked_prefix))
+    members = {b.name: b.members[0] for b in run.plan.banks}
+    sites = [member.site for member in members.values()]
+    values = gemma.read_sites(loaded.model, loaded.params, tokens, sites)
+    by_kind = {site.kind: np.asarray(value)[kept] for site, value in values.items()}
+
+    def predict(transcoder: sae.SAE, x: np.ndarray) -> np.ndarray:
+        return np.asarray(sae.decode(transcoder, sae.encode(transcoder, x), x))
+
+    found = {}
+    fed_with = {"gemma_scope": "mlp_in_gain_free", "gemma_scope_2": "mlp_in"}
+    for bank, file_format in (
+        ("plain", "gemma_scope"),
+        ("plain", "gemma_scope_2"),
+        ("skip", "gemma_scope_2"),
+    ):
+        with tempfile.TemporaryDirectory() as scratch:
+            (path,) = export.export_run(workdir, file_format, pathlib.Path(scratch), bank)
+            again = gemma_scope.read(path) if file_format == "gemma_scope" else gemma_scope_2.read(path)[0]
+        member = members[bank]
+        expected = predict(own[member.name], by_kind[member.site.kind])
+        got = predict(again, by_kind[fed_with[file_format]])
+        error = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        found[f"{bank} as {file_format}"] = {
+            "tokens": error.size,
+            "median_relative_error": float(np.median(error)),
+            "share_above_1e-5": float((error > 1e-5).mean()),
+        }
+    return found
 
 
 def peers() -> tuple[list[str], dict]:
@@ -220,10 +262,10 @@ def suite_table(numbers: dict) -> str:
         "| | L0 | FVU | delta loss, nats | loss recovered | never fire | dense |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, sae in numbers["sae"].items():
+    for name, of in numbers["sae"].items():
         lines.append(
-            f"| `{name}` | {sae['l0']:.1f} | {sae['fvu']:.3f} | {sae['delta_loss']:.3f} ± {sae['delta_loss_se']:.3f} "
-            f"| {sae['loss_recovered_mean']:.3f} | {sae['dead_fraction']:.1%} | {sae['dense_fraction']:.1%} |"
+            f"| `{name}` | {of['l0']:.1f} | {of['fvu']:.3f} | {of['delta_loss']:.3f} ± {of['delta_loss_se']:.3f} "
+            f"| {of['loss_recovered_mean']:.3f} | {of['dead_fraction']:.1%} | {of['dense_fraction']:.1%} |"
         )
     minutes = [f"{numbers[key] / 60:.0f}" for key in ("train_s", "evaluate_s")]
     return "\n".join(
@@ -232,6 +274,11 @@ def suite_table(numbers: dict) -> str:
             "",
             f"On {first['rows']} held-out rows, {first['tokens']:,} predictions; recovered is against mean ablation. "
             f"Training took {minutes[0]} minutes, the evaluation {minutes[1]}.",
+            *(
+                f"Written and read again, {how}: {of['median_relative_error']:.1e} from the run's own predictions in "
+                f"the median of {of['tokens']:,} tokens, {of['share_above_1e-5']:.2%} of them further off than 1e-5."
+                for how, of in numbers.get("read_back", {}).items()
+            ),
         ]
     )
 

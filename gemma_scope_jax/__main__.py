@@ -13,6 +13,7 @@ def main() -> None:
     export = commands.add_parser("export", help="write the SAEs of a run in a format that other tools read")
     export.add_argument("run", type=pathlib.Path, help="a run directory")
     export.add_argument("--format", choices=("saelens", "gemma_scope", "gemma_scope_2"), default="saelens")
+    export.add_argument("--bank", help="only this bank's SAEs (default: all)")
     export.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
     plan = commands.add_parser(
         "plan",
@@ -37,9 +38,11 @@ def main() -> None:
     if args.command == "export":
         from gemma_scope_jax import export as export_lib
 
-        export_lib.export_run(args.run, args.format, args.out)
+        export_lib.export_run(args.run, args.format, args.out, args.bank)
     elif args.command == "prepare":
         values = cli.read_config_flags([f"--config={args.config}", *fields])
+        if args.workers is not None and args.workers < 1:
+            raise ValueError(f"--workers is {args.workers}; it must be at least 1")
         from gemma_scope_jax import config, data, runs
 
         rows = data.open_rows(runs.prepare_rows(config.from_dict(values), args.workers), data.TRAIN)

@@ -4,6 +4,7 @@ Orbax notices a truncated file but not a flipped bit or a zeroed block, so each 
 device when it is saved and again when it is restored.
 """
 
+import functools
 import itertools
 import logging
 import pathlib
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gemma_scope_jax import hosts
 from gemma_scope_jax import step as step_lib
 
 
@@ -46,12 +46,18 @@ def _quiet() -> None:
 
 def _inspect(leaves: list[jax.Array]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each array a digest, and whether all is finite."""
+    whole = leaves[0].sharding
+    if isinstance(whole, jax.NamedSharding):
+        whole = jax.NamedSharding(whole.mesh, jax.P())  # So that every host can fetch them.
+    return jax.device_get(_compiled_inspection(whole)(leaves))
 
+
+@functools.cache
+def _compiled_inspection(out: jax.sharding.Sharding) -> Callable:
     def inspect(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
         return [(_digest(leaf), jnp.isfinite(leaf).all()) for leaf in leaves]
 
-    whole = jax.NamedSharding(leaves[0].sharding.mesh, jax.P())  # So that every host can fetch them.
-    return jax.device_get(jax.jit(inspect, out_shardings=whole)(leaves))
+    return jax.jit(inspect, out_shardings=out)
 
 
 def _digest(x: jax.Array) -> jax.Array:
@@ -132,8 +138,8 @@ def restore_newest(
 ) -> step_lib.State | None:
     """The newest checkpoint that is whole, or None if there is none at all.
 
-    Damaged ones are passed over and, if asked for, set aside in `damaged/` beside the checkpoints, so that their
-    steps can be saved again. Nothing is moved before a whole one has been found.
+    With one process, damaged ones are passed over and, if asked for, set aside in `damaged/` beside the checkpoints,
+    so that their steps can be saved again. Nothing is moved before a whole one has been found.
 
     Args:
       manager: of the checkpoints.
@@ -160,11 +166,10 @@ def restore_newest(
             changed = [name for name, value in digests(state).items() if about["digests"][name] != value]
             if not changed:
                 for number, reason in damaged.items():
-                    if set_aside and hosts.is_first():
+                    if set_aside:
                         _move_aside(manager, number, reason)
                     else:
                         print(f"Checkpoint {number} cannot be read and is passed over: {reason}", flush=True)
-                hosts.wait_for_all("damaged checkpoints are set aside")
                 if damaged and set_aside:
                     manager.reload()
                 return state
@@ -174,6 +179,12 @@ def restore_newest(
         except Exception as error:  # Orbax raises many kinds; each means that this one cannot be used.
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 raise
+            if jax.process_count() > 1:  # Another host may see nothing wrong, and all must restore the same.
+                reason = " ".join(repr(error).split())[:200]
+                raise ValueError(
+                    f"checkpoint {step} in {manager.directory} cannot be read here ({reason}); a run of one process "
+                    "passes over it and sets it aside, or move it away"
+                ) from error
             damaged[step] = " ".join(repr(error).split())[:200]
     if damaged:
         raise ValueError(

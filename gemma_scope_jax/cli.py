@@ -40,7 +40,15 @@ def run(main: Callable[[], None]) -> None:
     )
     try:
         main()
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if _is_one_of_many():
+            # At once: an orderly end would wait for the others, who wait for this one.
+            print(f"\nError: {explain(error) or traceback.format_exc()}", file=sys.stderr, flush=True)
+            os._exit(1)
+        if not isinstance(error, Exception):
+            raise
         message = explain(error)
         if message is None:
             raise
@@ -59,6 +67,11 @@ def _unraisable_error(args: "sys.UnraisableHookArgs") -> None:
     """Orbax leaves tasks behind on a closed event loop where it could not write or read an array."""
     if "Event loop is closed" not in str(args.exc_value):
         sys.__unraisablehook__(args)
+
+
+def _is_one_of_many() -> bool:
+    jax = sys.modules.get("jax")  # Not imported for this: without it there are no others.
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def read_config_flags(arguments: list[str]) -> dict:
@@ -96,7 +109,7 @@ def _is_full_disk(error: object) -> bool:
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
 
 
-def explain(error: Exception) -> str | None:
+def explain(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for a defect of the program."""
     text = " ".join(str(error).split())
     if _is_full_disk(error):
@@ -104,7 +117,7 @@ def explain(error: Exception) -> str | None:
     return text if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_us(error) else None
 
 
-def _raised_by_us(error: Exception) -> bool:
+def _raised_by_us(error: BaseException) -> bool:
     """Whether this package or the script raised it; a library's ValueError is as likely a defect as a mistake."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:

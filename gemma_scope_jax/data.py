@@ -8,6 +8,7 @@ seed and a running index, so nothing about reading is ever saved.
 import collections
 import concurrent.futures
 import dataclasses
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -17,6 +18,8 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -152,8 +155,23 @@ def prepare(
     if len(before) + len(after) + 2 > config.context_length:
         raise ValueError(f"data.context_length {config.context_length} leaves no room in the chat template")
     print(f"Tokenising {config.text} into rows of {config.context_length}.", flush=True)
-    partial = root / name / "partial"
-    partial.mkdir(parents=True, exist_ok=True)
+    (root / name).mkdir(parents=True, exist_ok=True)
+    with (root / name / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Until another process on this machine has done the same.
+        return cached(config, name) or _prepare(config, tokenizer, load_tokenizer, name, identity, workers)
+
+
+def _prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    load_tokenizer: Callable[[], Tokenizer],
+    name: str,
+    identity: str,
+    workers: int | None,
+) -> pathlib.Path:
+    folder = pathlib.Path(config.folder).expanduser() / name / "1.0.0"
+    partial = folder.with_name("partial")
+    partial.mkdir(exist_ok=True)
     lengths = _write_parts(config, tokenizer, load_tokenizer, partial, workers or os.cpu_count())
     for split in (TRAIN, HELD_OUT):
         if not sum(of_part[split] for of_part in lengths):
@@ -162,13 +180,7 @@ def prepare(
                 f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
             )
     _write_metadata(partial, name, config, lengths, f"Packed token rows: {identity}")
-    folder = root / name / "1.0.0"
-    try:
-        partial.rename(folder)
-    except OSError:
-        if cached(config, name) is None:  # Unless another process has done the same meanwhile.
-            raise
-    return folder
+    return partial.rename(folder)
 
 
 def _write_parts(
@@ -195,12 +207,16 @@ def _write_parts(
             lengths.append(running.popleft().result())
             bar.update()
 
-        for part in itertools.chain([first, second], parts):
-            running.append(pool.submit(_write_part_in_worker, config, folder, *part))
-            if len(running) > 2 * workers:  # No more of the text in memory than is about to be worked on.
+        try:
+            for part in itertools.chain([first, second], parts):
+                running.append(pool.submit(_write_part_in_worker, config, folder, *part))
+                if len(running) > 2 * workers:  # No more of the text in memory than is about to be worked on.
+                    take()
+            while running:
                 take()
-        while running:
-            take()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return lengths
 
 
@@ -209,6 +225,13 @@ _tokenizer_of_worker: Tokenizer | None = None
 
 def _load_in_worker(load_tokenizer: Callable[[], Tokenizer]) -> None:
     global _tokenizer_of_worker
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _tokenizer_of_worker = load_tokenizer()
 
 

@@ -1,5 +1,6 @@
 """A run's SAEs in the formats and under the names that other tools know."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 
@@ -153,13 +154,28 @@ def in_convention(
     return jax.device_get(sae.read_scaled(folded, gain_D if file_format == "gemma_scope_2" else 1 / gain_D))
 
 
-def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> list[pathlib.Path]:
+def export_run(
+    workdir: pathlib.Path, file_format: str, out: pathlib.Path, bank_name: str | None = None
+) -> list[pathlib.Path]:
     """Exports the newest state of a run directory in a layout such as Google's; returns the paths.
 
+    Args:
+      workdir: the run's.
+      file_format: one of `FORMATS`.
+      out: the folder to write to.
+      bank_name: only this bank's SAEs; None: all.
+
     Raises:
-      ValueError: the format has no place for a member, or a place is taken; nothing has been written then.
+      ValueError: there is no such bank, the format has no place for a member, or a place is taken; nothing has been
+        written then.
     """
     run, state = runs.open_run(workdir)
+    if bank_name is not None:
+        known = [b.name for b in run.plan.banks]
+        if bank_name not in known:
+            raise ValueError(f"{workdir} has no bank {bank_name!r}; choose one of {', '.join(known)}")
+        only = tuple(b for b in run.plan.banks if b.name == bank_name)
+        run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, banks=only))
     rows = data.name_of(runs.run_rows(run.config, workdir))
     members = {member.name: member for member in run.plan.members}
     l0 = measured_l0(run.plan, state)
@@ -169,7 +185,7 @@ def export_run(workdir: pathlib.Path, file_format: str, out: pathlib.Path) -> li
         if (out / place).exists():
             raise ValueError(f"{out / place} is there already; remove it, or give another --out")
         if members[name].skip and file_format == "gemma_scope":
-            raise ValueError(f"{name} {gemma_scope.NO_SKIP}")
+            raise ValueError(f"{name} {gemma_scope.NO_SKIP}; with --bank other SAEs are exported")
     gains = mlp_gains(run, file_format)
     for name, folded in folded_saes(run.plan, state):
         member, folder = members[name], out / places[name]

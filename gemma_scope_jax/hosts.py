@@ -1,6 +1,6 @@
 """Many hosts as one program: all compute, the first one writes and speaks.
 
-Every function here may be called by a program of one process, for which it does nothing or the obvious.
+All but `is_preempted` may be called by a program of one process, for which they do nothing or the obvious.
 """
 
 import os

@@ -4,7 +4,7 @@ Python runs a signal's handler only between bytecodes, so not while XLA compiles
 handler does write the signal's number to a pipe at once; a thread reads it there.
 
 With more than one process SIGTERM is JAX's, whose preemption service has all hosts stop after the same step, and
-Ctrl-C ends the process.
+Ctrl-C ends the process at once, and the others when they miss it.
 """
 
 import os

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -67,6 +68,10 @@ class MetricsLog:
         self._board.write_event(_event(entry["step"], summary=summary_pb2.Summary(value=made)))
         self._board.flush()
 
+    def sync(self) -> None:
+        """Has the disk keep what was written, which a mounted bucket else does at the end."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
@@ -83,15 +88,15 @@ class Speed:
 
 
 def measure_speed(
-    plan: step.Plan, seconds: float, data_wait_s: float, flops: tuple[int, list[int]], peak: float | None
+    plan: step.Plan, seconds: float, data_wait_s: float, flops: tuple[int, int], peak: float | None
 ) -> Speed:
-    """The speed of a step that took `seconds`, from `chips.step_flops` and the peak of all chips together."""
-    of_gemma, of_banks = flops
+    """The speed of a step that took `seconds`, from Gemma's and the SAEs' FLOPs and the peak of all chips."""
+    of_gemma, of_saes = flops
     return Speed(
         plan.activations / seconds,
         data_wait_s,
         of_gemma / seconds / peak if peak else None,
-        sum(of_banks) / seconds / peak if peak else None,
+        of_saes / seconds / peak if peak else None,
     )
 
 

@@ -81,7 +81,7 @@ def _check_bank(
     o = gemma.site_width(model, named[0].target_site)
     _require(
         not config.skip or o % latent_axis == 0,
-        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}",
+        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}; set mesh.data",
     )
     _require(
         1 <= config.window_updates < 2**31 // batch,
@@ -135,6 +135,7 @@ def _check_ranges(config: Config) -> None:
         _require(value >= 0, f"mesh.{name} is {value}; it may not be negative")
     for name, value in at_least_one.items():
         _require(value >= 1, f"{name} is {value}; it must be at least 1")
+    _require(config.data.documents >= 0, f"data.documents is {config.data.documents}; it may not be negative")
     optimizer = config.optimizer
     for name in ("warmup_updates", "sparsity_warmup_updates", "learning_rate", "eps"):
         value = getattr(optimizer, name)

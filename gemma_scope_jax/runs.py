@@ -189,7 +189,8 @@ def restore(
 
     def abstract(shapes: Mapping[str, list[int]]) -> step.State:
         def as_saved(b: bank.Plan) -> bank.Plan:
-            return dataclasses.replace(b, padded_members=shapes[f"banks.{b.name}.updates_E"][0])
+            (padded,) = shapes.get(f"banks.{b.name}.updates_E", [b.padded_members])
+            return dataclasses.replace(b, padded_members=padded)
 
         plan = dataclasses.replace(run.plan, banks=tuple(map(as_saved, run.plan.banks)))
         state = abstract_state(dataclasses.replace(run, plan=plan))
@@ -219,7 +220,8 @@ def _padded(run: Run, plan: bank.Plan, state: bank.State) -> bank.State:
     def pad(state: bank.State) -> bank.State:
         return jax.tree.map(lambda leaf: leaf[place_E], state)
 
-    return jax.jit(pad, out_shardings=sharding.state_shardings(run.mesh, jax.eval_shape(pad, state)))(state)
+    out = sharding.state_shardings(run.mesh, jax.eval_shape(pad, state))
+    return jax.jit(pad, out_shardings=out)(state)
 
 
 def open_run(

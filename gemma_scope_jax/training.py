@@ -257,10 +257,12 @@ def _loop(
     sequences = config.train.sequences_per_step
     first_step, left = int(state.step), runs.steps_left(plan, state)
     harvests = int(state.harvests)
+    last_harvest = first_step + plan.harvests - harvests
     metrics_log = log.MetricsLog(workdir, first_step) if hosts.is_first() else None
     is_new = metrics_log is not None and metrics_log.is_new
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
-    for warning in log.check_plan(plan, _rates_to_come(plan, state)) if is_new else ():
+    rates = _rates_to_come(plan, state)  # Computed on the state's devices, and so by every process.
+    for warning in log.check_plan(plan, rates) if is_new else ():
         print(f"Warning: {warning}.", flush=True)
 
     bar = tqdm.tqdm(
@@ -286,7 +288,10 @@ def _loop(
             number, metrics = pending
             metrics = jax.device_get(metrics)
             before, clock = clock, time.perf_counter()
-            speed = log.measure_speed(plan, clock - before, data_wait_s, flops, peak)
+            of_gemma, of_banks = flops
+            # While the ring fills and drains only one of the two computes.
+            done = of_gemma * (number <= last_harvest), sum(of_banks) * bool(metrics.trained)
+            speed = log.measure_speed(plan, clock - before, data_wait_s, done, peak)
             entry = log.entry(plan, number, metrics, speed)
             if metrics_log is not None:
                 metrics_log.write(entry)
@@ -319,6 +324,8 @@ def _loop(
             stopping = interrupts.should_stop(number)
             if number % config.log.checkpoint_every == 0 or number == first_step + left or stopping:
                 flush(None)
+                if metrics_log is not None:
+                    metrics_log.sync()
                 checkpoint.save(manager, state, config_lib.to_dict(config))
                 clock = time.perf_counter()  # Saving is no part of the next step's speed.
             if stopping:

@@ -115,6 +115,12 @@ def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
     ):
         export.export_run(workdir, "gemma_scope", tmp_path / "1")
     assert not (tmp_path / "1").exists()
+    (path,) = export.export_run(workdir, "gemma_scope", tmp_path / "1", "plain")
+    assert (
+        path == tmp_path / "1" / "transcoder" / "layer_2" / "width_64" / f"average_l0_{plain}" / "params.npz"
+    )
+    with pytest.raises(ValueError, match="has no bank 'none'; choose one of plain, skip"):
+        export.export_run(workdir, "gemma_scope", tmp_path / "1", "none")
     with pytest.raises(ValueError, match=f"l0_{plain} is there already; remove it, or give another --out"):
         export.export_run(workdir, "gemma_scope_2", tmp_path / "2")
 

@@ -33,7 +33,7 @@ def test_an_updates_flops_are_five_products_and_two_more_with_a_skip_connection(
 HLO = """
   %a = f32[1,4096]{1,0} all-gather(%x), metadata={op_name="jit(step)/cond/banks/while/body/c"}
   %b = (f32[8]{0}, bf16[4,2]{1,0}) all-reduce(%y, %z), metadata={op_name="jit(step)/cond/banks/while/body/d"}
-  %c = bf16[2304,512]{1,0} all-gather-start(%w), metadata={op_name="jit(step)/cond/gemma/e"}
+  %c = (bf16[288,512]{1,0}, bf16[2304,512]{1,0}) all-gather-start(%w), metadata={op_name="jit(step)/cond/gemma/e"}
   %d = bf16[2304,512]{1,0} all-gather-done(%c)
   %e = s32[] all-reduce(%v), metadata={op_name="jit(step)/reduce_sum"}
 """

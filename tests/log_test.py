@@ -88,9 +88,9 @@ def test_the_progress_line_spans_the_saes_and_says_what_is_not_known():
 
 
 def test_utilisation_is_of_the_peak_and_apart_for_gemma_and_the_saes():
-    speed = log.measure_speed(PLAN, 2.0, 0.5, (600, [100, 300]), 1000.0)
+    speed = log.measure_speed(PLAN, 2.0, 0.5, (600, 400), 1000.0)
     assert (speed.tokens_per_second, speed.data_wait_s) == (PLAN.activations / 2, 0.5)
     assert (speed.gemma_utilisation, speed.saes_utilisation) == (0.3, 0.2)
     of_step = {"speed": vars(speed), "sae": {}}
     assert log.progress(of_step) == "64 tok/s, MFU Gemma 30% SAEs 20%"
-    assert log.measure_speed(PLAN, 2.0, 0.5, (600, [100]), None).gemma_utilisation is None
+    assert log.measure_speed(PLAN, 2.0, 0.5, (600, 100), None).gemma_utilisation is None
