@@ -147,11 +147,19 @@ def in_convention(
     if not _is_converted(member, file_format):
         return folded
     gain_D = gains[member.site.layer]
-    if not jnp.all(gain_D):
+    if (
+        file_format == "gemma_scope"
+    ):  # Trained on what lies behind the gain; its readers feed what lies before.
+        return jax.device_get(
+            sae.read_scaled(folded, 1 / gain_D)
+        )  # Of infinities where nothing gets through.
+    if lost := int((gain_D == 0).sum()):
         raise ValueError(
-            f"{member.name}: the norm before the MLP of layer {member.site.layer} has a gain of zero"
+            f"{member.name} and --format={file_format} differ in the gain of the norm before the MLP, of which {lost} "
+            "are zero, where nothing can be told of what was read without it; train it on mlp_in, or export it in "
+            "another format"
         )
-    return jax.device_get(sae.read_scaled(folded, gain_D if file_format == "gemma_scope_2" else 1 / gain_D))
+    return jax.device_get(sae.read_scaled(folded, gain_D))
 
 
 def export_run(

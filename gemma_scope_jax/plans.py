@@ -81,7 +81,8 @@ def _check_bank(
     o = gemma.site_width(model, named[0].target_site)
     _require(
         not config.skip or o % latent_axis == 0,
-        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}; set mesh.data",
+        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}; "
+        "set mesh.data",
     )
     _require(
         1 <= config.window_updates < 2**31 // batch,

@@ -98,6 +98,17 @@ def test_a_transcoder_predicts_the_same_in_every_convention(
     assert np.median(wrong / np.linalg.norm(expected, axis=1)) > 0.05
 
 
+def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
+    run, state = runs.open_run(workdir)
+    plain, skip = run.plan.members
+    folded = dict(export.folded_saes(run.plan, state))
+    gains = {2: jnp.ones(32).at[3].set(0)}
+    with pytest.raises(ValueError, match="the norm before the MLP, of which 1 are zero"):
+        export.in_convention(plain, folded[plain.name], gains, "gemma_scope_2")
+    converted = export.in_convention(skip, folded[skip.name], gains, "gemma_scope")
+    assert not converted.W_enc[3].any() and np.isfinite(converted.W_enc).all()
+
+
 def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
     paths = export.export_run(workdir, "gemma_scope_2", tmp_path / "2")
     l0 = export.measured_l0(*(lambda run, state: (run.plan, state))(*runs.open_run(workdir)))
