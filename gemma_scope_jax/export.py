@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import bank, data, gemma, hosts, runs, sae, step
@@ -155,9 +154,8 @@ def in_convention(
         )  # Of infinities where nothing gets through.
     if lost := int((gain_D == 0).sum()):
         raise ValueError(
-            f"{member.name} and --format={file_format} differ in the gain of the norm before the MLP, of which {lost} "
-            "are zero, where nothing can be told of what was read without it; train it on mlp_in, or export it in "
-            "another format"
+            f"{member.name} and --format={file_format} differ in the gain of the norm before the MLP, of which {lost} are "
+            "zero, where nothing can be told of what was read without it; train it on mlp_in, or choose another format"
         )
     return jax.device_get(sae.read_scaled(folded, gain_D))
 
