@@ -154,8 +154,9 @@ def in_convention(
         )  # Of infinities where nothing gets through.
     if lost := int((gain_D == 0).sum()):
         raise ValueError(
-            f"{member.name} and --format={file_format} differ in the gain of the norm before the MLP, of which {lost} are "
-            "zero, where nothing can be told of what was read without it; train it on mlp_in, or choose another format"
+            f"{member.name} and --format={file_format} differ in the gain of the norm before the MLP, of which "
+            f"{lost} are zero: what was read there without it is not known behind it. Train it on mlp_in, or choose "
+            "another format"
         )
     return jax.device_get(sae.read_scaled(folded, gain_D))
 
