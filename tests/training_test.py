@@ -51,7 +51,7 @@ def test_a_run_directory_is_self_contained(inputs, finished):
     assert sorted(p.name for p in finished.iterdir()) == [
         ".lock", "checkpoints", "config.json", "metrics.jsonl", "rows", "sae", "tensorboard",
     ]  # fmt: skip
-    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [400, total]
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [250, total]
     assert any((finished / "tensorboard").iterdir())
 
 
