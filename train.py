@@ -25,7 +25,7 @@ def main() -> None:
         help="the run's directory; an unfinished run is continued",
     )
     args, fields = parser.parse_known_args()
-    values = cli.read_config_flags([f"--config={args.config}", *fields])
+    values = cli.read_config(args.config, fields)
     # Imported late: a mistyped flag should not cost the seconds that JAX and Gemma take.
     from gemma_scope_jax import config, hosts, training
 

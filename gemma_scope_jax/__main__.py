@@ -40,18 +40,18 @@ def main() -> None:
 
         export_lib.export_run(args.run, args.format, args.out, args.bank)
     elif args.command == "prepare":
-        values = cli.read_config_flags([f"--config={args.config}", *fields])
         if args.workers is not None and args.workers < 1:
             raise ValueError(f"--workers is {args.workers}; it must be at least 1")
         from gemma_scope_jax import config, data, runs
 
-        rows = data.open_rows(runs.prepare_rows(config.from_dict(values), args.workers), data.TRAIN)
+        chosen = config.from_dict(cli.read_config(args.config, fields))
+        rows = data.open_rows(runs.prepare_rows(chosen, args.workers), data.TRAIN)
         print(f"{len(rows):,} rows to train on in {rows.folder}.")
     else:
         cli.find_tpu_compiler()
         from gemma_scope_jax import config, forecast
 
-        chosen = config.from_dict(cli.read_config_flags([f"--config={args.config}", *fields]))
+        chosen = config.from_dict(cli.read_config(args.config, fields))
         forecast.show(forecast.forecast(chosen, args.topology))
 
 

@@ -178,18 +178,10 @@ def _penalty(plan: Plan, coefficient: jax.Array, target_l0: jax.Array) -> sae.Pe
     return sae.linear_penalty(coefficient)
 
 
-def update(
-    plan: Plan,
-    optimizer_config: optim.OptimizerConfig,
-    mesh: jax.sharding.Mesh,
-    normalizers: Mapping[str, Normalizer],
-    state: State,
-    batch: ring.Slots,
-    number: jax.Array,
-    total_updates: int,
-) -> tuple[State, sae.BatchSums]:
-    """One update of every member on its own site's rows of one batch; `number` is how many the run has had."""
-    optimizer = optim.make_optimizer(optimizer_config)
+def _member_batches(
+    plan: Plan, mesh: jax.sharding.Mesh, normalizers: Mapping[str, Normalizer], batch: ring.Slots
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What each member reads, how much each row counts, and what a transcoder is to predict, where its chips are."""
     members = plan.padded
     sites = [str(member.site) for member in members]
     targets = [str(member.target_site) for member in members]
@@ -213,6 +205,42 @@ def update(
         # The ring holds each site by its own scale.
         own_E = jnp.stack([normalizers[target].scale for target in targets])
         y_ExBxO = y_ExBxO.astype(jnp.float32) * (own_E / target_scales(plan, normalizers))[:, None, None]
+    return x_ExBxD, weight_ExB, y_ExBxO
+
+
+def _controlled(
+    plan: Plan,
+    optimizer_config: optim.OptimizerConfig,
+    state: State,
+    sums: sae.BatchSums,
+    rate_E: jax.Array,
+) -> jax.Array:
+    """λ after an update: the same, unless a controller moves it."""
+    if plan.objective != "controlled":
+        return state.coefficient_E
+    # Not while λ is warming up or there is nothing to see.
+    moves_E = (state.updates_E >= optimizer_config.sparsity_warmup_updates) & (sums.weight > 0)
+    target_l0_E = jnp.array([member.target_l0 for member in plan.padded])
+    off_E = sae.off_target(sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1), target_l0_E)
+    moved_E = state.coefficient_E * jnp.exp(jnp.where(moves_E, CONTROLLER_SPEED * rate_E * off_E, 0))
+    # A target out of reach must not carry λ out of float32.
+    given_E = jnp.array([member.sparsity_coefficient for member in plan.padded])
+    return jnp.clip(moved_E, given_E / CONTROLLER_REACH, given_E * CONTROLLER_REACH)
+
+
+def update(
+    plan: Plan,
+    optimizer_config: optim.OptimizerConfig,
+    mesh: jax.sharding.Mesh,
+    normalizers: Mapping[str, Normalizer],
+    state: State,
+    batch: ring.Slots,
+    number: jax.Array,
+    total_updates: int,
+) -> tuple[State, sae.BatchSums]:
+    """One update of every member on its own site's rows of one batch; `number` is how many the run has had."""
+    optimizer = optim.make_optimizer(optimizer_config)
+    x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)
 
     def update_one(
         params: sae.Params,
@@ -236,7 +264,7 @@ def update(
         return *optim.apply_gradient(optimizer, gradient, opt_state, params, rate), sums
 
     rate_E = optim.learning_rate(optimizer_config, total_updates, number, state.updates_E)
-    target_l0_E = jnp.array([member.target_l0 for member in members])
+    target_l0_E = jnp.array([member.target_l0 for member in plan.padded])
     params, opt_state, sums = jax.vmap(update_one)(
         state.params,
         state.opt_state,
@@ -247,20 +275,11 @@ def update(
         target_l0_E,
         rate_E,
     )
-    coefficient_E = state.coefficient_E
-    if plan.objective == "controlled":
-        # Not while λ is warming up or there is nothing to see.
-        moves_E = (state.updates_E >= optimizer_config.sparsity_warmup_updates) & (sums.weight > 0)
-        off_E = sae.off_target(sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1), target_l0_E)
-        coefficient_E = coefficient_E * jnp.exp(jnp.where(moves_E, CONTROLLER_SPEED * rate_E * off_E, 0))
-        # A target out of reach must not carry λ out of float32.
-        given_E = jnp.array([member.sparsity_coefficient for member in members])
-        coefficient_E = jnp.clip(coefficient_E, given_E / CONTROLLER_REACH, given_E * CONTROLLER_REACH)
     new = State(
         params=params,
         opt_state=opt_state,
         updates_E=state.updates_E + 1,
-        coefficient_E=coefficient_E,
+        coefficient_E=_controlled(plan, optimizer_config, state, sums, rate_E),
         firing=_count(plan, state, sums),
     )
     return new, sums

@@ -74,8 +74,8 @@ def _is_one_of_many() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def read_config_flags(arguments: list[str]) -> dict:
-    """The config of `--config=FILE` with the fields set by `--config.FIELD=VALUE`, as nested dicts.
+def read_config(file: str, fields: list[str]) -> dict:
+    """The config of a file with the fields set by `--config.FIELD=VALUE`, as nested dicts.
 
     Raises:
       ValueError: there is no such file or field, or a value is of the wrong type.
@@ -86,12 +86,12 @@ def read_config_flags(arguments: list[str]) -> dict:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "The run's config file.", values, lock_config=True)
     try:
-        rest = values(["", *arguments])
+        rest = values(["", f"--config={file}", *fields])
         read = values.config.to_dict()  # A file that cannot be loaded is an error only when it is looked at.
     except (AttributeError, KeyError) as error:
         # ml_collections says the name, in quotes of quotes, and perhaps a better one.
         name = re.search(r"\w+", str(error))[0]
-        argument = next((argument for argument in arguments if f".{name}" in argument), None)
+        argument = next((argument for argument in fields if f".{name}" in argument), None)
         if argument is None:  # Raised by the config file itself, so its traceback is what helps.
             raise
         better = re.search(r"Did you mean \W*(\w+)", str(error))

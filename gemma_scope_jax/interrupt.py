@@ -24,19 +24,16 @@ class Interrupts:
         self._saving_allowed = False
         self._why_not = "nothing has been trained yet"
         self._is_alone = jax.process_count() == 1
-        if not self._is_alone:
-            return
+        signals = (signal.SIGTERM, signal.SIGINT) if self._is_alone else ()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         self._writer = writer
-        self._previous = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {s: signal.signal(s, lambda *_: None) for s in signals}
         self._previous_fd = signal.set_wakeup_fd(writer)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
     def close(self) -> None:
         """Gives signals back to whom they belonged."""
-        if not self._is_alone:
-            return
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)

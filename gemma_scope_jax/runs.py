@@ -12,7 +12,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from gemma import gm
 
-from gemma_scope_jax import bank, checkpoint, data, gemma, hosts, plans, sharding, step, tokenizer, weights
+from gemma_scope_jax import (
+    bank,
+    checkpoint,
+    data,
+    gemma,
+    hosts,
+    plans,
+    prepare,
+    sharding,
+    step,
+    tokenizer,
+    weights,
+)
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
 
@@ -50,10 +62,10 @@ def build(
 
 
 def prepare_rows(config: config_lib.Config, workers: int | None = None) -> pathlib.Path:
-    """The folder of a config's packed rows, made if needed by so many processes; see `data.prepare`."""
+    """The folder of a config's packed rows, made if needed by so many processes; see `prepare`."""
     load_tokenizer = functools.partial(tokenizer.load, config.model, config.tokenizer, config.weights)
     name = f"{config.model}:{weights.fingerprint(config.tokenizer or config.weights)}"
-    return data.prepare(config.data, load_tokenizer, name, workers)
+    return prepare.prepare_rows(config.data, load_tokenizer, name, workers)
 
 
 def prepare_rows_once(config: config_lib.Config) -> pathlib.Path:

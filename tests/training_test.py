@@ -1,6 +1,5 @@
 """Whole runs: what is written, exact resume after any kind of end, and answers to signals and bad input."""
 
-import functools
 import json
 import os
 import pathlib
@@ -215,7 +214,7 @@ def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
 
 def on_devices(patch, count):
     """Makes the next runs of so many devices."""
-    build = functools.partial(runs.build, mesh=None)
+    build = runs.build
 
     def build_on(run_config, mesh=None):
         c = run_config.mesh
