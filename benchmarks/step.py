@@ -144,7 +144,7 @@ def step_benchmark() -> dict:
     groups, count = plan.ring_groups, plan.activations // plan.ring_groups
     harvest = jax.jit(
         lambda params, batch: step.harvest(
-            run.model, params, batch, normalizers, plan.sites, groups, jnp.float32
+            run.mesh, run.model, params, batch, normalizers, plan.sites, groups, jnp.float32
         )
     )
     harvest_s = least_time(harvest, gemma_params, batch, repeat=5)

@@ -102,8 +102,7 @@ def measure_harvest(case: Harvest) -> dict:
     normalizers = {str(site): Normalizer(vector, scalar, scalar, vector)}
 
     def harvest(params: weights.Params, batch: step.Batch, normalizers: dict) -> object:
-        whole = step.gather_gemma(mesh, params)
-        return step.harvest(model, whole, batch, normalizers, [site], len(devices), jnp.bfloat16)
+        return step.harvest(mesh, model, params, batch, normalizers, [site], len(devices), jnp.bfloat16)
 
     out = jax.NamedSharding(mesh, sharding.TOKENS)
     batch = batch_shapes(mesh, case.sequences_per_chip * len(devices), case.length)

@@ -83,10 +83,11 @@ def read_config(file: str, fields: list[str]) -> dict:
     from absl import flags
     from ml_collections import config_flags
 
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "The run's config file.", values, lock_config=True)
+    values, arguments = flags.FlagValues(), ["", f"--config={file}", *fields]
+    # Told the arguments, or it looks for them in sys.argv.
+    config_flags.DEFINE_config_file("config", None, "The run's config file.", values, sys_argv=arguments)
     try:
-        rest = values(["", f"--config={file}", *fields])
+        rest = values(arguments)
         read = values.config.to_dict()  # A file that cannot be loaded is an error only when it is looked at.
     except (AttributeError, KeyError) as error:
         # ml_collections says the name, in quotes of quotes, and perhaps a better one.

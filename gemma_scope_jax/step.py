@@ -125,6 +125,7 @@ def gather_gemma(mesh: jax.sharding.Mesh, params: weights.Params) -> weights.Par
 
 
 def harvest(
+    mesh: jax.sharding.Mesh,
     model: gm.nn.Transformer,
     params: weights.Params,
     batch: Batch,
@@ -134,9 +135,17 @@ def harvest(
     dtype: jnp.dtype,
     masked_prefix: int = 0,
 ) -> ring.Slots:
-    """Runs Gemma to the deepest site: normalised activations of every position, as the ring takes them."""
+    """Runs Gemma to the deepest site: normalised activations of every position, as the ring takes them.
+
+    `params` may be split over the mesh.
+    """
     tokens_SxL = batch.tokens_SxL
-    values = gemma.read_sites(model, params, tokens_SxL, sites)
+    params = gather_gemma(mesh, params)
+    # Each chip keeps its rows. Where the embedding is split the compiler may else leave the stream split by width,
+    # and gather all rows' activations in every block.
+    x_SxLxD = sharding.constrain(mesh, gemma.embed(model, params, tokens_SxL), sharding.TOKENS)
+    layers = range(gemma.depth(sites))
+    _, values = gemma.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=sites)
     is_kept_T = gemma.is_kept(tokens_SxL, masked_prefix).reshape(-1)
     acts, weight = {}, {}
     for site in sites:
@@ -208,9 +217,16 @@ def make_step(
 
         def run_gemma() -> ring.Slots:
             with jax.named_scope("gemma"):
-                whole = gather_gemma(mesh, gemma_params)
                 return harvest(
-                    model, whole, batch, state.normalizers, plan.sites, groups, dtype, plan.masked_prefix
+                    mesh,
+                    model,
+                    gemma_params,
+                    batch,
+                    state.normalizers,
+                    plan.sites,
+                    groups,
+                    dtype,
+                    plan.masked_prefix,
                 )
 
         new = jax.lax.cond(draining, lambda: jax.tree.map(jnp.zeros_like, drawn), run_gemma)

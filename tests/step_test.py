@@ -356,7 +356,15 @@ def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
     tokens = np.asarray(batch.tokens_SxL)
     assert (tokens == 260).sum() >= 16  # <start_of_turn>, twice in each turn.
     new = step.harvest(
-        run.model, params, batch, state.normalizers, run.plan.sites, 1, jnp.float32, run.plan.masked_prefix
+        run.mesh,
+        run.model,
+        params,
+        batch,
+        state.normalizers,
+        run.plan.sites,
+        1,
+        jnp.float32,
+        run.plan.masked_prefix,
     )
     site = str(run.plan.sites[0])
     trained = {(int(r), int(p)) for (r, p, _), w in zip(new.source[0], new.weight[site][0], strict=True) if w}
@@ -392,13 +400,14 @@ def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.banks))
 
 
-def collective_shapes(run):
-    """Of every array that a collective of the compiled step gives."""
+def collective_shapes(run, scope=""):
+    """Of every array that a collective of the compiled step gives, asked for within a named scope."""
     hlo = training.lower_step(run, *runs.abstract_inputs(run)).compile().as_text()
-    pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
+    pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\((.*)"
     return [
         tuple(int(n) for n in shape.split(","))
-        for result in re.findall(pattern, hlo)
+        for result, rest in re.findall(pattern, hlo)
+        if scope in rest
         for shape in re.findall(r"\w+\[([\d,]+)\]", result)
     ]
 
@@ -440,6 +449,27 @@ def test_no_collective_moves_weights_whatever_the_banks(inputs):
     assert not any({2048, 2048 // 4} & set(shape) for shape in shapes)
     part = 32 // 4
     assert not any(len(s) > 2 and s[-2:] in {(32, 32), (part, 32), (32, part)} for s in shapes)
+
+
+def test_split_gemma_moves_weights_and_only_the_embeddings_of_rows(inputs):
+    """Rows stay on their chips: of 24 rows of 16 tokens no block sends activations about."""
+    c = tiny.run_config(
+        inputs,
+        banks__main__layers=(3,),
+        train__sequences_per_step=24,
+        train__batch=192,
+        train__tokens=384 * 8,
+        ring__capacity=384 * 4,
+        mesh__data=1,
+        mesh__latent=8,
+        mesh__shard_gemma=True,
+    )
+    run = runs.build(c)
+    shapes = collective_shapes(run, "/gemma/")
+    assert (64, 32) in shapes  # The MLP's weights, gathered.
+    assert not any(shape[:2] == (24, 16) and math.prod(shape) > 24 * 16 for shape in shapes)
+    # But for the embeddings, once: from each chip's part of all vectors to whole vectors of its own three rows.
+    assert shapes.count((1, 3, 16, 32 // 8)) == 8
 
 
 def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
