@@ -233,7 +233,7 @@ def tpu_table(numbers: dict) -> str:
     """Gigabytes on each chip."""
     lines = ["| compiled for | slice | GB at rest on a chip | GB at most |", "|---|---|---|---|"]
     for case in numbers["harvests"]:
-        split = ", split" if case["shard_gemma"] else ""
+        split = ", split" if case["split"] else ""
         lines.append(
             f"| harvest of {case['model']} to layer {case['layer']}: {case['parameters'] / 1e9:.2f} billion "
             f"parameters{split} | {case['topology']} | {case['argument_bytes'] / 1e9:.2f} "

@@ -31,15 +31,15 @@ class Harvest:
     model: str
     layer: int
     topology: str
-    shard_gemma: bool
+    split: bool
     sequences_per_chip: int = 4
     length: int = 1024
 
 
 HARVESTS = (
-    Harvest("gemma2_2b", 12, "v5e:2x4", shard_gemma=False),
-    Harvest("gemma2_9b", 20, "v5e:2x4", shard_gemma=True),
-    Harvest("gemma2_27b", 22, "v5e:4x4", shard_gemma=True),
+    Harvest("gemma2_2b", 12, "v5e:2x4", split=False),
+    Harvest("gemma2_9b", 20, "v5e:2x4", split=True),
+    Harvest("gemma2_27b", 22, "v5e:4x4", split=True),
 )
 
 
@@ -95,7 +95,7 @@ def measure_harvest(case: Harvest) -> dict:
     mesh = sharding.make_mesh(1, 0, devices)
     model, site = gemma.build_model(case.model), gemma.Site("resid_post", case.layer)
     params = weights.placed_shapes(
-        model, case.layer + 1, jnp.bfloat16, sharding.gemma_placement(mesh, case.shard_gemma)
+        model, case.layer + 1, jnp.bfloat16, sharding.gemma_placement(mesh, case.split)
     )
     vector = placed(mesh, (gemma.site_width(model, site),), jnp.float32, sharding.REPLICATED)
     scalar = placed(mesh, (), jnp.float32, sharding.REPLICATED)

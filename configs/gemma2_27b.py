@@ -17,6 +17,4 @@ SUITES = {"resid_post_131k": (10, 22, 34)}
 
 
 def get_config(suite: str = "resid_post_131k") -> ml_collections.ConfigDict:
-    c = config.gemma_scope("gemma2_27b", SUITES, suite)
-    c.mesh.shard_gemma = True
-    return c
+    return config.gemma_scope("gemma2_27b", SUITES, suite)

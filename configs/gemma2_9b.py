@@ -23,6 +23,4 @@ SUITES = {
 
 
 def get_config(suite: str = "resid_post_16k") -> ml_collections.ConfigDict:
-    c = config.gemma_scope("gemma2_9b", SUITES, suite)
-    c.mesh.shard_gemma = True
-    return c
+    return config.gemma_scope("gemma2_9b", SUITES, suite)

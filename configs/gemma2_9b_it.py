@@ -18,6 +18,5 @@ SUITES = {f"resid_post_{width}": (9, 20, 31) for width in ("16k", "131k")}
 
 def get_config(suite: str = "resid_post_16k") -> ml_collections.ConfigDict:
     c = config.gemma_scope("gemma2_9b-it", SUITES, suite)
-    c.mesh.shard_gemma = True
     c.data.chat_template = True
     return c

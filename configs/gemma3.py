@@ -42,6 +42,5 @@ def get_config(model_and_suite: str = "270m/resid_post_16k") -> ml_collections.C
     }
     c = config.gemma_scope(f"gemma3_{size}", suites, suite or "resid_post_16k")
     c.optimizer.sparsity_warmup_updates = 50_000
-    c.mesh.shard_gemma = base in ("12b", "27b")
     c.data.chat_template = size.endswith("-it")
     return c

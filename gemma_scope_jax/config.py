@@ -77,8 +77,8 @@ class MeshConfig:
 
     data: int = 0
     latent: int = 0
-    shard_gemma: bool = (
-        False  # Each chip holds a part of every weight, and gathers a block when it is its turn.
+    gemma: str = (
+        "auto"  # "whole" on each device; "split", a block gathered when it is its turn; or by memory.
     )
 
 

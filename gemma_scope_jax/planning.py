@@ -48,7 +48,7 @@ def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int)
         Need(
             "Gemma",
             bytes_per_device(gemma_params),
-            "set mesh.shard_gemma, or read no layer so deep",
+            "set mesh.gemma = split, or read no layer so deep",
         ),
         *(
             Need(

@@ -121,6 +121,9 @@ def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> 
             banks_of[member.name] = name
 
 
+GEMMA_PLACEMENTS = ("auto", "whole", "split")
+
+
 def _check_ranges(config: Config) -> None:
     at_least_one = {
         "log.checkpoint_every": config.log.checkpoint_every,
@@ -134,6 +137,10 @@ def _check_ranges(config: Config) -> None:
     for name in ("data", "latent"):
         value = getattr(config.mesh, name)
         _require(value >= 0, f"mesh.{name} is {value}; it may not be negative")
+    _require(
+        config.mesh.gemma in GEMMA_PLACEMENTS,
+        f"mesh.gemma is {config.mesh.gemma!r}; choose one of {', '.join(GEMMA_PLACEMENTS)}",
+    )
     for name, value in at_least_one.items():
         _require(value >= 1, f"{name} is {value}; it must be at least 1")
     _require(config.data.documents >= 0, f"data.documents is {config.data.documents}; it may not be negative")

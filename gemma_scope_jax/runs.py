@@ -15,9 +15,11 @@ from gemma import gm
 from gemma_scope_jax import (
     bank,
     checkpoint,
+    chips,
     data,
     gemma,
     hosts,
+    planning,
     plans,
     prepare,
     sharding,
@@ -95,6 +97,22 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def gemma_placement(run: Run) -> weights.Placement:
+    """Where Gemma's parameters lie; left open, split where whole they would take over a quarter of a device."""
+    config = run.config
+    is_split = config.mesh.gemma == "split"
+    if config.mesh.gemma == "auto":
+        shapes = weights.parameter_shapes(run.model, gemma.depth(run.plan.sites))
+        whole = (
+            sum(leaf.size for leaf in jax.tree.leaves(shapes)) * jnp.dtype(config_lib.dtype(config)).itemsize
+        )
+        chip = chips.chip_of(
+            run.mesh.devices.flat[0]
+        )  # That of a slice which is only planned cannot be asked.
+        is_split = whole > (chip.memory if chip else planning.memory_of(jax.local_devices()[0])) / 4
+    return sharding.gemma_placement(run.mesh, is_split)
+
+
 def check_weights(run: Run) -> None:
     """Raises ValueError if the weights are not there or not the model's, before an hour is spent on the text."""
     path = gemma.weights_path(run.config.model, run.config.weights)
@@ -104,9 +122,8 @@ def check_weights(run: Run) -> None:
 def load_gemma(run: Run) -> gemma.Gemma:
     """Gemma up to the deepest site, on the mesh."""
     config = run.config
-    placement = sharding.gemma_placement(run.mesh, config.mesh.shard_gemma)
     dtype, depth = config_lib.dtype(config), gemma.depth(run.plan.sites)
-    return gemma.load(config.model, config.weights, dtype, depth, placement)
+    return gemma.load(config.model, config.weights, dtype, depth, gemma_placement(run))
 
 
 def read_batch(run: Run, rows: data.Rows, start: int, count: int) -> step.Batch:
@@ -166,7 +183,7 @@ def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, weights.Params]:
         run.model,
         gemma.depth(run.plan.sites),
         config_lib.dtype(config),
-        sharding.gemma_placement(run.mesh, config.mesh.shard_gemma),
+        gemma_placement(run),
     )
     return abstract_state(run), batch, gemma_params
 

@@ -1,5 +1,6 @@
 """The README says what was measured, and names what is there."""
 
+import json
 import pathlib
 import re
 
@@ -23,6 +24,13 @@ def test_every_table_stands_in_the_documents_as_it_was_measured(monkeypatch):
     for name, table in tables.items():
         shown = text.split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0]
         assert shown == table, f"{name} has changed; run python -m benchmarks.results tables"
+
+
+def test_runs_on_tpu_slices_announce_the_memory_that_they_take_to_a_tenth():
+    steps = json.loads((ROOT / "results" / "tpu.json").read_text())["numbers"]["steps"]
+    told = [sum(need["bytes"] for need in case["needs"]) for case in steps if "needs" in case]
+    assert len(told) >= 6
+    np.testing.assert_allclose([case["peak_bytes"] for case in steps if "needs" in case], told, rtol=0.1)
 
 
 def test_the_python_in_the_documents_runs(tmp_path):

@@ -13,7 +13,7 @@ def test_the_parts_are_the_bytes_that_arrays_take_on_a_device(inputs, mesh):
         "a": dict(layers=(0, 2), width=64, bandwidth=0.1),
         "b": dict(layers=(1,), sites=("mlp_in",), target_site="mlp_out", skip=True, width=128, bandwidth=0.1),
     }
-    config = tiny.run_config(inputs, banks=banks, mesh__shard_gemma=mesh != (1, 1))
+    config = tiny.run_config(inputs, banks=banks, mesh__gemma="whole" if mesh == (1, 1) else "split")
     run = runs.build(config, sharding.make_mesh(*mesh, jax.devices()[: mesh[0] * mesh[1]]))
     state, _, gemma_params = runs.abstract_inputs(run)
     needs = {need.what: need.bytes for need in planning.needs(state, gemma_params, 0)}

@@ -11,7 +11,20 @@ import optax
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, data, gemma, normalizer, ring, runs, sae, sharding, step, training
+from gemma_scope_jax import (
+    bank,
+    data,
+    gemma,
+    normalizer,
+    planning,
+    ring,
+    runs,
+    sae,
+    sharding,
+    step,
+    training,
+    weights,
+)
 
 
 def build(folder, data_axis=1, latent_axis=1, **changes):
@@ -380,13 +393,23 @@ def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
 
 def test_gemma_split_over_the_devices_gives_what_whole_copies_give(inputs):
     results = []
-    for shard_gemma in (False, True):
-        run, rows, params, state = build(inputs, 2, 4, mesh__shard_gemma=shard_gemma)
+    for placement in ("whole", "split"):
+        run, rows, params, state = build(inputs, 2, 4, mesh__gemma=placement)
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        assert held == (whole // 8 if shard_gemma else whole)
+        assert held == (whole // 8 if placement == "split" else whole)
         results.append(run_steps(run, rows, params, state, 6)[0].banks["main"].params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_gemma_is_split_where_it_would_fill_more_than_a_quarter_of_a_device(inputs, monkeypatch):
+    run = runs.build(tiny.run_config(inputs, mesh__data=2, mesh__latent=4))
+    shapes = weights.parameter_shapes(run.model, gemma.depth(run.plan.sites))
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
+    for memory, is_split in ((4 * whole, False), (4 * whole - 4, True)):
+        monkeypatch.setattr(planning, "memory_of", lambda device, memory=memory: memory)
+        place = runs.gemma_placement(run)
+        assert place("input_embedding", (256, 32)).is_fully_replicated != is_split
 
 
 def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
@@ -462,7 +485,7 @@ def test_split_gemma_moves_weights_and_only_the_embeddings_of_rows(inputs):
         ring__capacity=384 * 4,
         mesh__data=1,
         mesh__latent=8,
-        mesh__shard_gemma=True,
+        mesh__gemma="split",
     )
     run = runs.build(c)
     shapes = collective_shapes(run, "/gemma/")
