@@ -1,4 +1,4 @@
-"""Evaluates the SAEs of a run, or one exported SAE.
+"""Evaluates the SAEs of a run, or one in a file of any format.
 
 python evaluate.py RUN_OR_SAE [--rows=64]
 """
@@ -14,12 +14,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", type=pathlib.Path, help="a run directory, or the folder of an exported SAE")
+    parser.add_argument(
+        "path", help="a run directory, or a path or hf://OWNER/NAME/FOLDER of an SAE in any format"
+    )
     parser.add_argument("--rows", type=int, help="held-out rows to evaluate on")
     parser.add_argument("--rows_per_batch", type=int, help="rows in one pass of the model")
-    parser.add_argument("--text", help="text to evaluate an exported SAE on, as in config.data.text")
-    parser.add_argument("--weights", help="Gemma's weights for an exported SAE, as in config.weights")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="Gemma's dtype for an exported SAE")
+    files = parser.add_argument_group(
+        "of SAEs in files, where they do not say it themselves or it shall be another"
+    )
+    files.add_argument("--model", help="for example gemma2_2b")
+    files.add_argument("--site", help="what is read, for example layer_20_resid_post")
+    files.add_argument("--target_site", help="what a transcoder predicts, for example layer_20_mlp_out")
+    files.add_argument("--text", help="to evaluate on, as in config.data.text")
+    files.add_argument("--weights", help="Gemma's, as in config.weights")
+    files.add_argument("--dtype", choices=("float32", "bfloat16"), help="Gemma's")
     parser.add_argument(
         "--out", type=pathlib.Path, help="folder for evaluation.json and .png (default: the path)"
     )

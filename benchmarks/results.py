@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from gemma_scope_jax import data, export, gemma, log, runs, sae, weights
-from gemma_scope_jax.formats import gemma_scope, gemma_scope_2
+from gemma_scope_jax.formats import detect
 
 RESULTS = pathlib.Path("results")
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
@@ -122,8 +122,9 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
         (plan,) = (b for b in run.plan.banks if b.name == bank_name)
         member = plan.members[0]
         with tempfile.TemporaryDirectory() as scratch:
-            (path,) = export.export_run(workdir, file_format, pathlib.Path(scratch), bank_name)
-            again = gemma_scope.read(path) if file_format == "gemma_scope" else gemma_scope_2.read(path)[0]
+            (path,) = export.export_run(workdir, (file_format,), pathlib.Path(scratch), bank_name)
+            (found,) = detect.read(path)
+            again = found.sae
         values = gemma.read_sites(loaded.model, loaded.params, tokens, [gemma.Site(kind, member.site.layer)])
         x = np.asarray(next(iter(values.values())))[kept]
         got = np.asarray(sae.decode(again, sae.encode(again, x), x))

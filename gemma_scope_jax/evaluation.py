@@ -16,8 +16,7 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import data, gemma, sae, weights
-from gemma_scope_jax.formats import files
+from gemma_scope_jax import data, files, gemma, sae, weights
 
 # The rows of a held-out split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0

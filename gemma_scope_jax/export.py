@@ -1,17 +1,23 @@
-"""A run's SAEs in the formats and under the names that other tools know."""
+"""SAEs in the formats and under the names that other tools know: a run's, and those of files."""
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, data, gemma, hosts, runs, sae, step
+from gemma_scope_jax import bank, data, gemma, hosts, runs, sae, step, stored
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.formats import gemma_scope, gemma_scope_2, saelens
-
-FORMATS = ("saelens", "gemma_scope", "gemma_scope_2")
+from gemma_scope_jax.formats import (
+    circuit_tracer,
+    common,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    saelens,
+)
 
 
 def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, sae.SAE]]:
@@ -42,28 +48,21 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
     for name, folded in folded_saes(run.plan, state):
         paths.append(folder / name)
         if hosts.is_first():
-            _write_saelens(run, state, members[name], folded, folder / name, rows, l0[name])
+            write(folder / name, "saelens", as_stored(run, state, members[name], folded, l0[name], rows))
         print(f"Exported {folder / name}", flush=True)
     return paths
 
 
-def _write_saelens(
-    run: runs.Run,
-    state: step.State,
-    member: bank.Member,
-    folded: sae.SAE,
-    path: pathlib.Path,
-    rows: str,
-    l0: float,
-) -> None:
+def as_stored(
+    run: runs.Run, state: step.State, member: bank.Member, folded: sae.SAE, l0: float, rows: str
+) -> stored.Stored:
+    """A run's member as if it came from a file; hooks are named by `write`."""
     config = run.config
-    about = saelens.About(
+    about = common.About(
         model_name=gemma.spec(config.model).hugging_face,
-        hook_name=gemma.hook_name(member.site),
-        hook_name_out=gemma.hook_name(member.target_site) if member.is_transcoder else None,
         context_length=config.data.context_length,
         text=config.data.text,
-        l0=l0,
+        l0=round(l0, 2),
         held_out_fraction=config.data.held_out_fraction,
         data_seed=config.data.seed,
         chat_template=config.data.chat_template,
@@ -71,20 +70,83 @@ def _write_saelens(
         weights=config.weights,
         tokenizer=config.tokenizer,
         gemma_dtype=config.gemma_dtype,
+        site_mean_O=np.asarray(state.normalizers[str(member.target_site)].ablation_mean_D),
     )
-    saelens.write(path, folded, about, state.normalizers[str(member.target_site)].ablation_mean_D)
+    return stored.Stored(member.name, folded, about, config.model, member.site, member.target_site)
+
+
+def write(place: pathlib.Path, file_format: str, one: stored.Stored, dtype: str = "float32") -> pathlib.Path:
+    """Writes an SAE that is `in_convention` to a folder; returns it, or the file that is the SAE.
+
+    Args:
+      place: the folder; of circuit-tracer's transcoders one for all layers.
+      file_format: one of `formats.WRITTEN`.
+      one: the SAE.
+      dtype: of the matrices, one of `common.DTYPES`; thresholds and biases are always float32.
+    """
+    folded, is_transcoder = one.sae, one.target_site != one.site
+
+    def hook(site: gemma.Site) -> str:
+        names = gemma.SITES[site.kind]
+        return (names.hugging_face if file_format == "gemma_scope_2" else names.transformer_lens).format(
+            site.layer
+        )
+
+    about = dataclasses.replace(
+        one.about,
+        model_name=gemma.spec(one.model).hugging_face,
+        hook_name=hook(one.site),
+        hook_name_out=hook(one.target_site) if is_transcoder else None,
+    )
+    match file_format:
+        case "saelens":
+            saelens.write(place, folded, about, dtype)
+        case "gemma_scope":
+            place = place / "params.npz"
+            gemma_scope.write(place, folded)
+        case "gemma_scope_2":
+            gemma_scope_2.write(place, folded, about, dtype)
+        case "dictionary_learning":
+            dictionary_learning.write(place, folded, about, dtype)
+        case "circuit_tracer":
+            circuit_tracer.write_config(place, about)
+            place = circuit_tracer.write(place, folded, one.site.layer, dtype)
+    return place
+
+
+def obstacle(
+    file_format: str, site: gemma.Site, target_site: gemma.Site, skip: bool, dtype: str
+) -> str | None:
+    """Why a format has no place for an SAE, if it has none."""
+    is_transcoder = site != target_site
+    if file_format == "gemma_scope" and skip:
+        return gemma_scope.NO_SKIP
+    if file_format == "gemma_scope" and dtype != "float32":
+        return "would be in bfloat16, which NumPy's files have no type for"
+    if file_format == "dictionary_learning" and is_transcoder:
+        return dictionary_learning.NO_TRANSCODER
+    if file_format == "circuit_tracer" and not is_transcoder:
+        return "is no transcoder, and circuit-tracer reads nothing else"
+    wanted = _TRANSCODERS_READ.get(file_format)
+    if is_transcoder and wanted and site.kind not in _TRANSCODERS_READ.values():
+        return f"reads {site}; --format={file_format} is for transcoders of {wanted}"
+    return None
 
 
 def layout(
-    members: dict[str, bank.Member], l0: dict[str, float], file_format: str
+    members: Mapping[str, bank.Member], l0: Mapping[str, float], file_format: str
 ) -> dict[str, pathlib.Path]:
     """Where each member goes below an export's folder, as in Google's repositories, by name.
 
     `resid_post/layer_9/width_16k/average_l0_71`, or in Gemma Scope 2's way `resid_post/layer_9_width_16k_l0_71`. Of
     members that would share a place, the later have their λ in it too, and if need be their whole name.
+    circuit-tracer has a folder for all layers that are otherwise the same.
     """
     places: dict[str, pathlib.Path] = {}
     for name, member in members.items():
+        if file_format == "circuit_tracer":
+            places[name] = pathlib.Path(re.sub(r"layer_\d+_", "", name, count=1))
+            continue
         kind = "transcoder" if member.is_transcoder else member.site.kind
         seed = f"_seed_{member.seed}" if member.seed else ""
         width, rounded = bank.width_name(member.width), round(l0[name])
@@ -104,74 +166,75 @@ def layout(
     return places
 
 
-# What a format's readers feed its transcoders with; SAELens is told by each file.
+# What a format's readers feed its transcoders with; the others' files say it.
 _TRANSCODERS_READ = {"gemma_scope": "mlp_in_gain_free", "gemma_scope_2": "mlp_in"}
 
 
-def _is_converted(member: bank.Member, file_format: str) -> bool:
-    """Whether a transcoder reads what the MLP reads, but not in the form that the format's readers feed it with.
-
-    Raises:
-      ValueError: it reads something else, which the format has no place for.
-    """
+def _needs_gain(file_format: str, site: gemma.Site, target_site: gemma.Site) -> bool:
+    """Whether a transcoder reads what the MLP reads, but not in the form that the format's readers feed it with."""
     wanted = _TRANSCODERS_READ.get(file_format)
-    if not member.is_transcoder or wanted is None or member.site.kind == wanted:
-        return False
-    if member.site.kind not in _TRANSCODERS_READ.values():
-        raise ValueError(
-            f"{member.name} reads {member.site}; --format={file_format} is for transcoders of {wanted}"
-        )
-    return True
+    return site != target_site and wanted is not None and site.kind != wanted
 
 
-def mlp_gains(run: runs.Run, file_format: str) -> dict[int, jax.Array]:
-    """The gains of the MLPs' norms by layer, of the transcoders that are to be converted."""
-    layers = [member.site.layer for member in run.plan.members if _is_converted(member, file_format)]
-    if not layers:
-        return {}
-    config = run.config
-    dtype = config_lib.dtype(config)
-    loaded = gemma.load(config.model, config.weights, dtype, num_layers=max(layers) + 1)
-    return {layer: gemma.mlp_in_gain(loaded.params, layer) for layer in layers}
+def in_convention(file_format: str, one: stored.Stored, gains: Mapping[int, jax.Array]) -> stored.Stored:
+    """An SAE as a format's readers feed it, and on the site that they feed it with.
 
-
-def in_convention(
-    member: bank.Member, folded: sae.SAE, gains: dict[int, jax.Array], file_format: str
-) -> sae.SAE:
-    """An SAE as a format's readers feed it; `gains` are those of `mlp_gains`.
+    Args:
+      file_format: one of `formats.WRITTEN`.
+      one: the SAE.
+      gains: those of `mlp_gains`.
 
     Raises:
       ValueError: a gain is zero, so that what was read without it cannot be told from what is read with it.
     """
-    if not _is_converted(member, file_format):
-        return folded
-    gain_D = gains[member.site.layer]
+    if file_format == "gemma_scope" and one.site.kind == "embed":
+        scale = stored.embedding_scale(one.model)
+        return dataclasses.replace(one, sae=common.in_other_units(one.sae, 1 / scale))
+    if not _needs_gain(file_format, one.site, one.target_site):
+        return one
+    gain_D = gains[one.site.layer]
     if file_format == "gemma_scope":
         # Trained behind the gain, fed before it. Where that is zero nothing got through, and 1 / inf keeps it so.
-        return jax.device_get(sae.read_scaled(folded, 1 / gain_D))
-    if lost := int((gain_D == 0).sum()):
+        gain_D = 1 / gain_D
+    elif lost := int((gain_D == 0).sum()):
         raise ValueError(
-            f"{member.name} and --format={file_format} differ in the gain of the norm before the MLP, of which "
+            f"{one.name} and --format={file_format} differ in the gain of the norm before the MLP, of which "
             f"{lost} are zero: what was read there without it is not known behind it. Train it on mlp_in, or choose "
             "another format"
         )
-    return jax.device_get(sae.read_scaled(folded, gain_D))
+    site = gemma.Site(_TRANSCODERS_READ[file_format], one.site.layer)
+    return dataclasses.replace(one, sae=jax.device_get(sae.read_scaled(one.sae, gain_D)), site=site)
+
+
+def mlp_gains(
+    model: str, weights: str, dtype: jax.typing.DTypeLike, layers: list[int]
+) -> dict[int, jax.Array]:
+    """The gains of the MLPs' norms by layer; no weights are read for none."""
+    if not layers:
+        return {}
+    loaded = gemma.load(model, weights, dtype, num_layers=max(layers) + 1)
+    return {layer: gemma.mlp_in_gain(loaded.params, layer) for layer in layers}
 
 
 def export_run(
-    workdir: pathlib.Path, file_format: str, out: pathlib.Path, bank_name: str | None = None
+    workdir: pathlib.Path,
+    formats: tuple[str, ...],
+    out: pathlib.Path,
+    bank_name: str | None = None,
+    dtype: str = "float32",
 ) -> list[pathlib.Path]:
-    """Exports the newest state of a run directory in a layout such as Google's; returns the paths.
+    """Exports the newest state of a run directory in layouts such as Google's; returns the paths.
 
     Args:
       workdir: the run's.
-      file_format: one of `FORMATS`.
+      formats: of `formats.WRITTEN`. Of several each has a folder of its own, without what it has no place for.
       out: the folder to write to.
       bank_name: only this bank's SAEs; None: all.
+      dtype: of the matrices.
 
     Raises:
-      ValueError: there is no such bank, the format has no place for a member, or a place is taken; nothing has been
-        written then.
+      ValueError: there is no such bank, the only format has no place for a member, or a place is taken; nothing has
+        been written then.
     """
     run, state = runs.open_run(workdir)
     if bank_name is not None:
@@ -180,40 +243,71 @@ def export_run(
             raise ValueError(f"{workdir} has no bank {bank_name!r}; choose one of {', '.join(known)}")
         only = tuple(b for b in run.plan.banks if b.name == bank_name)
         run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, banks=only))
-    rows = data.name_of(runs.run_rows(run.config, workdir))
     members = {member.name: member for member in run.plan.members}
+    rows = data.name_of(runs.run_rows(run.config, workdir))
     l0 = measured_l0(run.plan, state)
+    places: dict[str, dict[str, pathlib.Path]] = {}
+    layers = set()
+    for file_format in formats:
+        folder = out / file_format if len(formats) > 1 else out
+        taken = layout(members, l0, file_format)
+        places[file_format] = {}
+        for name, member in members.items():
+            site, target_site = member.site, member.target_site
+            if why := obstacle(file_format, site, target_site, member.skip, dtype):
+                if len(formats) == 1:
+                    raise ValueError(f"{name} {why}; with --bank other SAEs are exported")
+                print(f"Left out of {file_format}: {name} {why}", flush=True)
+                continue
+            places[file_format][name] = folder / taken[name]
+            if _needs_gain(file_format, site, target_site):
+                layers.add(site.layer)
+    for place in (place for by_name in places.values() for place in by_name.values()):
+        if place.exists():
+            raise ValueError(f"{place} is there already; remove it, or give another --out")
+    gains = mlp_gains(run.config.model, run.config.weights, config_lib.dtype(run.config), sorted(layers))
     paths = []
-    places = layout(members, l0, file_format)
-    for name, place in places.items():
-        if (out / place).exists():
-            raise ValueError(f"{out / place} is there already; remove it, or give another --out")
-        if members[name].skip and file_format == "gemma_scope":
-            raise ValueError(f"{name} {gemma_scope.NO_SKIP}; with --bank other SAEs are exported")
-    gains = mlp_gains(run, file_format)
     for name, folded in folded_saes(run.plan, state):
-        member, folder = members[name], out / places[name]
-        converted = in_convention(member, folded, gains, file_format)
-        match file_format:
-            case "saelens":
-                path = folder
-                _write_saelens(run, state, member, converted, path, rows, l0[name])
-            case "gemma_scope":
-                path = folder / "params.npz"
-                gemma_scope.write(path, converted)
-            case "gemma_scope_2":
-                path = folder
-                site = gemma.Site("mlp_in", member.site.layer) if member.is_transcoder else member.site
-                gemma_scope_2.write(
-                    path,
-                    converted,
-                    gemma_scope_2.About(
-                        model_name=gemma.spec(run.config.model).hugging_face,
-                        hook_in=gemma.SITES[site.kind].hugging_face.format(site.layer),
-                        hook_out=gemma.SITES[member.target_site.kind].hugging_face.format(member.site.layer),
-                        l0=float(np.round(l0[name], 2)),
-                    ),
-                )
-        paths.append(path)
-        print(f"Exported {path}", flush=True)
+        one = as_stored(run, state, members[name], folded, l0[name], rows)
+        for file_format, by_name in places.items():
+            if name in by_name:
+                paths.append(write(by_name[name], file_format, in_convention(file_format, one, gains), dtype))
+                print(f"Exported {paths[-1]}", flush=True)
+    return paths
+
+
+def convert(
+    location: str,
+    file_format: str,
+    out: pathlib.Path,
+    dtype: str = "float32",
+    weights: str = "",
+    **sites: str,
+) -> list[pathlib.Path]:
+    """Writes an SAE of a file, or a set of transcoders, in another format; returns the paths.
+
+    Args:
+      location: a path or `hf://OWNER/NAME/FOLDER`, in any format.
+      file_format: one of `formats.WRITTEN`.
+      out: the folder to write to; of several SAEs each has one in it.
+      dtype: of the matrices.
+      weights: Gemma's, where the formats differ in the gain that a transcoder reads behind.
+      **sites: see `stored.read`.
+
+    Raises:
+      ValueError: the SAE cannot be read, or the format has no place for it.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is there already; remove it, or give another --out")
+    paths = []
+    found = list(stored.read(location, **sites))
+    for one in found:
+        if why := obstacle(file_format, one.site, one.target_site, one.sae.W_skip is not None, dtype):
+            raise ValueError(f"{one.name} {why}")
+    for one in found:
+        layers = [one.site.layer] if _needs_gain(file_format, one.site, one.target_site) else []
+        gains = mlp_gains(one.model, weights or one.about.weights, np.float32, layers)
+        folder = out if len(found) == 1 or file_format == "circuit_tracer" else out / one.name
+        paths.append(write(folder, file_format, in_convention(file_format, one, gains), dtype))
+        print(f"Wrote {paths[-1]}", flush=True)
     return paths

@@ -126,7 +126,8 @@ def spec(name: str) -> ModelSpec:
 def name_from_hugging_face(hugging_face: str) -> str:
     """The name of the model that Hugging Face calls so."""
     for name, known in MODELS.items():
-        if known.hugging_face == hugging_face:
+        # TransformerLens leaves the owner away.
+        if known.hugging_face.split("/")[-1] == hugging_face.split("/")[-1]:
             return name
     raise ValueError(
         f"unknown model {hugging_face!r}; known: {', '.join(known.hugging_face for known in MODELS.values())}"
@@ -195,12 +196,14 @@ def hook_name(site: Site) -> str:
 
 
 def site_from_hook(name: str) -> Site:
-    """The site that TransformerLens calls `name`."""
+    """The site that TransformerLens, Hugging Face or its own name calls `name`."""
     for kind, names in SITES.items():
-        pattern = re.escape(names.transformer_lens).replace(r"\{\}", r"(\d+)")
-        if match := re.fullmatch(pattern, name):
-            return Site(kind, int(match[1]) if match.groups() else 0)
-    raise ValueError(f"no site is known for the hook {name!r}")
+        own = "embed" if kind == "embed" else f"layer_{{}}_{kind}"
+        for form in (*names, own):
+            pattern = re.escape(form).replace(r"\{\}", r"(\d+)")
+            if form and (match := re.fullmatch(pattern, name)):
+                return Site(kind, int(match[1]) if match.groups() else 0)
+    raise ValueError(f"no site is known by the name {name!r}; sites are called as in layer_9_resid_post")
 
 
 def site_width(model: gm.nn.Transformer, site: Site) -> int:

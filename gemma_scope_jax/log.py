@@ -12,8 +12,7 @@ import numpy as np
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from gemma_scope_jax import bank, data, ring, step
-from gemma_scope_jax.formats import files
+from gemma_scope_jax import bank, data, files, ring, step
 
 # By then a threshold that can move has moved.
 WATCHED_UPDATES = 1000

@@ -28,7 +28,7 @@ from gemma_scope_jax.data import (
     is_held_out,
     pack,
 )
-from gemma_scope_jax.formats.files import replacing_file
+from gemma_scope_jax.files import replacing_file
 from gemma_scope_jax.tokenizer import Tokenizer
 
 # Documents that are tokenised and packed by themselves, into a file of their own.

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import rich.console
 import rich.table
 
-from gemma_scope_jax import bank, data, evaluation, export, gemma, interrupt, runs
+from gemma_scope_jax import bank, data, evaluation, export, gemma, hub, interrupt, runs, stored
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.formats import saelens
+from gemma_scope_jax.formats import detect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,22 +22,29 @@ class Opened:
     members: dict[str, bank.Member]  # of a run
 
 
-def open_path(path: pathlib.Path, **overrides: str | None) -> Opened:
-    """The SAEs of a run's newest checkpoint, or an exported one, and what to evaluate them on.
+# What is for files: a run is evaluated as it was trained.
+_OF_FILES = ("text", "weights", "dtype", "model", "site", "target_site")
+
+
+def open_path(location: str | pathlib.Path, **overrides: str | None) -> Opened:
+    """The SAEs of a run's newest checkpoint, or of a file in any format, and what to evaluate them on.
+
+    Args:
+      location: a run directory, or a path or `hf://OWNER/NAME/FOLDER` of an SAE.
+      **overrides: of `_OF_FILES`; None: as the file says.
 
     Raises:
-      ValueError: the path is neither, or options were given that only an exported SAE takes.
+      ValueError: there is neither, or options were given that only files take.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
-    if (path / "config.json").exists():
+    path = hub.local(str(location))
+    if detect.format_of(path) is None and (path / "config.json").exists():
         if given:
             raise ValueError(
-                f"--{next(iter(given))} is for exported SAEs; a run is evaluated as it was trained"
+                f"--{next(iter(given))} is for SAEs in files; a run is evaluated as it was trained"
             )
         return _open_run(path)
-    if saelens.is_folder(path):
-        return _open_saelens(path, given)
-    raise ValueError(f"{path} is neither a run directory (config.json) nor an exported SAE (cfg.json)")
+    return _open_stored(path, given)
 
 
 def _open_run(path: pathlib.Path) -> Opened:
@@ -55,16 +62,18 @@ def _open_run(path: pathlib.Path) -> Opened:
     return Opened(run.config, subjects, runs.run_rows(run.config, path), members)
 
 
-def _open_saelens(path: pathlib.Path, given: dict[str, str]) -> Opened:
-    sae, about = saelens.read(path)
+def _open_stored(path: pathlib.Path, given: dict[str, str]) -> Opened:
+    found = list(stored.read(path, *(given.get(name, "") for name in ("model", "site", "target_site"))))
+    about, model = found[0].about, found[0].model
+    # Files of others do not say how they were trained: the defaults then, with Gemma in float32.
     config = config_lib.from_dict(
         {
-            "model": gemma.name_from_hugging_face(about.model_name),
+            "model": model,
             "weights": given.get("weights", about.weights),
             "tokenizer": about.tokenizer,
             "gemma_dtype": given.get("dtype", about.gemma_dtype),
             "data": {
-                "text": given.get("text", about.text),
+                "text": given.get("text") or about.text or data.DataConfig().text,
                 "context_length": about.context_length,
                 "held_out_fraction": about.held_out_fraction,
                 "seed": about.data_seed,
@@ -72,30 +81,21 @@ def _open_saelens(path: pathlib.Path, given: dict[str, str]) -> Opened:
             },
         }
     )
-    site = gemma.site_from_hook(about.hook_name)
-    target_site = gemma.site_from_hook(about.hook_name_out) if about.hook_name_out else site
-    model = gemma.build_model(config.model)
-    for place, width, does in (
-        (site, sae.W_enc.shape[0], "takes"),
-        (target_site, sae.W_dec.shape[1], "gives"),
-    ):
-        gemma.check_site(model, place)
-        if width != gemma.site_width(model, place):
+    for one in found:
+        if one.site.layer != one.target_site.layer:
             raise ValueError(
-                f"{path} {does} activations of width {width}, but {place} of {config.model} has width "
-                f"{gemma.site_width(model, place)}"
+                f"{path} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
             )
-    if site.layer != target_site.layer:
-        raise ValueError(
-            f"{path} reads {site} and predicts {target_site}; only one layer at a time is evaluated"
-        )
-    subject = evaluation.Subject(sae, site, saelens.read_site_mean(path), target_site)
+    subjects = {
+        one.name: evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
+        for one in found
+    }
     rows = data.cached(config.data, about.rows) if about.rows and "text" not in given else None
-    return Opened(config, {path.resolve().name: subject}, rows or runs.prepare_rows(config), {})
+    return Opened(config, subjects, rows or runs.prepare_rows(config), {})
 
 
 def evaluate_path(
-    path: pathlib.Path,
+    path: str | pathlib.Path,
     rows: int | None = None,
     rows_per_batch: int | None = None,
     out: pathlib.Path | None = None,
@@ -122,7 +122,7 @@ def evaluate_path(
             rows_per_batch,
             config.data.masked_prefix,
         )
-        out = out or path
+        out = out or _beside(path)
         out.mkdir(parents=True, exist_ok=True)
         about = {
             "model": config.model,
@@ -141,6 +141,14 @@ def evaluate_path(
         return results
     finally:
         interrupts.close()
+
+
+def _beside(location: str | pathlib.Path) -> pathlib.Path:
+    """Where results go unless another place is named: to the SAE or run; of a hub's, below the current folder."""
+    if str(location).startswith("hf://"):
+        return pathlib.Path("evaluations", *str(location).removeprefix("hf://").split("/"))
+    path = pathlib.Path(location)
+    return path.parent if path.is_file() else path
 
 
 def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:

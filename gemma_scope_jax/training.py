@@ -18,6 +18,7 @@ from gemma_scope_jax import (
     chips,
     data,
     export,
+    files,
     gemma,
     hosts,
     interrupt,
@@ -30,7 +31,6 @@ from gemma_scope_jax import (
 )
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
-from gemma_scope_jax.formats import files
 
 
 def calibrate(

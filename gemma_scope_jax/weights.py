@@ -16,13 +16,13 @@ from typing import NamedTuple
 import gguf
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
 from etils import epath
 from gemma import gm
 from gemma.gm.nn import _config
+
+from gemma_scope_jax import files
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]
@@ -180,18 +180,10 @@ def _all_finite(params: Params) -> Params:
 # --- Hugging Face and GGUF: named matrices [out, in] ---------------------------------------------------------
 
 
-class _Tensor(NamedTuple):
-    """A tensor of a file. `read` may be slow, and what it returns may be a view of the file."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-
 class _Stored(NamedTuple):
     """A parameter in terms of tensors: one, turned into Gemma's layout, or several of them stacked."""
 
-    tensors: tuple[_Tensor, ...]
+    tensors: tuple[files.Tensor, ...]
     layout: Callable[[np.ndarray], np.ndarray]
 
 
@@ -220,7 +212,7 @@ _HUGGING_FACE, _LLAMA_CPP = 0, 1
 
 
 def _from_matrices(
-    path: str, tensors: Mapping[str, _Tensor], naming: int, model: gm.nn.Transformer, num_layers: int
+    path: str, tensors: Mapping[str, files.Tensor], naming: int, model: gm.nn.Transformer, num_layers: int
 ) -> Params:
     """Gemma's tree of `_Stored`, every tensor's name and shape checked."""
     config = model.config
@@ -229,7 +221,7 @@ def _from_matrices(
     # llama.cpp keeps gains with the 1 already added.
     offset = 1 if naming == _LLAMA_CPP else 0
 
-    def tensor(key: str, block: int, *shape: int) -> _Tensor:
+    def tensor(key: str, block: int, *shape: int) -> files.Tensor:
         name = _NAMES[key][naming].format(block)
         if name not in tensors:
             raise ValueError(f"{path} does not hold {type(model).__name__}: it has no tensor {name!r}")
@@ -320,7 +312,7 @@ def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> 
     for shard in shards:
         if not (folder / shard).exists():
             raise ValueError(f"{path} is not whole: {shard} is missing")
-        tensors |= _read_safetensors(str(folder / shard))
+        tensors |= files.map_safetensors(str(folder / shard))
     # With a vision tower beside it, the text model's names have one of two prefixes.
     renamed = {
         name.replace("language_model.model.", "model.").replace("model.language_model.", "model."): tensor
@@ -376,38 +368,6 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
             )
 
 
-_SAFETENSORS_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-
-def _read_safetensors(path: str) -> dict[str, _Tensor]:
-    """The tensors of a file as views of it; safetensors itself gives NumPy no bfloat16, nor parts of a tensor."""
-    try:
-        with safetensors.safe_open(path, framework="numpy"):  # Checks that header and length agree.
-            pass
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-    header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, mode="r", offset=8 + size)
-
-    def tensor(name: str, entry: dict) -> _Tensor:
-        begin, end = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), entry["dtype"]
-
-        def read() -> np.ndarray:
-            if dtype not in _SAFETENSORS_DTYPES:
-                raise ValueError(
-                    f"{path}: {name} is in {dtype}; only {', '.join(_SAFETENSORS_DTYPES)} are read"
-                )
-            return data[begin:end].view(_SAFETENSORS_DTYPES[dtype]).reshape(shape)
-
-        return _Tensor(shape, dtype, read)
-
-    return {name: tensor(name, entry) for name, entry in header.items()}
-
-
 @functools.lru_cache(maxsize=1)  # Parsing 262k vocabulary entries takes ten seconds.
 def read_gguf(path: str) -> gguf.GGUFReader:
     """The parsed header of a GGUF file.
@@ -443,8 +403,8 @@ def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
             f"{path} does not hold {type(model).__name__}: it has {blocks} blocks, expected {model.config.num_layers}"
         )
 
-    def tensor(found: gguf.ReaderTensor) -> _Tensor:
-        return _Tensor(
+    def tensor(found: gguf.ReaderTensor) -> files.Tensor:
+        return files.Tensor(
             tuple(int(size) for size in reversed(found.shape)),
             found.tensor_type.name,
             lambda: gguf.quants.dequantize(found.data, found.tensor_type),

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, export, gemma, report, runs, sae, training
-from gemma_scope_jax.formats import gemma_scope, gemma_scope_2, saelens
+from gemma_scope_jax import bank, export, gemma, report, runs, sae, stored, training
+from gemma_scope_jax.formats import gemma_scope_2
 
 MLP = dict(
     target_site="mlp_out", layers=(2,), width=64, bandwidth=0.1, initial_threshold=0.1, window_updates=12
@@ -65,29 +65,16 @@ def training_form(workdir, name, activations):
         ("plain", "saelens", "mlp_in_gain_free"),
         ("skip", "gemma_scope_2", "mlp_in"),
         ("skip", "saelens", "mlp_in"),
+        ("plain", "circuit_tracer", "mlp_in_gain_free"),
+        ("skip", "circuit_tracer", "mlp_in"),
     ],
 )
 def test_a_transcoder_predicts_the_same_in_every_convention(
     workdir, activations, tmp_path, name, file_format, kind
 ):
-    run, state = runs.open_run(workdir)
-    folded = dict(export.folded_saes(run.plan, state))
-    (plan,) = (b for b in run.plan.banks if b.name == name)
-    member = plan.members[0]
-    gains = export.mlp_gains(run, file_format)
-    converted = export.in_convention(member, folded[member.name], gains, file_format)
-    match file_format:
-        case "gemma_scope":
-            gemma_scope.write(tmp_path / "params.npz", converted)
-            again = gemma_scope.read(tmp_path / "params.npz")
-        case "gemma_scope_2":
-            gemma_scope_2.write(tmp_path / "a", converted, gemma_scope_2.About("test/tiny", "in", "out", 1.0))
-            again, _ = gemma_scope_2.read(tmp_path / "a")
-        case "saelens":
-            again, about = saelens.read(workdir / "sae" / member.name)
-            assert (about.hook_name, about.hook_name_out) == tuple(
-                map(gemma.hook_name, (member.site, member.target_site))
-            )
+    (path,) = export.export_run(workdir, (file_format,), tmp_path, name)
+    (found,) = stored.read(path, "tiny", f"layer_2_{kind}", "layer_2_mlp_out")
+    again = found.sae
     expected, is_near = training_form(workdir, name, activations)
     error = np.linalg.norm(predict(again, activations[kind]) - expected, axis=1)
     assert is_near.mean() < 0.2
@@ -100,17 +87,19 @@ def test_a_transcoder_predicts_the_same_in_every_convention(
 
 def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
     run, state = runs.open_run(workdir)
-    plain, skip = run.plan.members
-    folded = dict(export.folded_saes(run.plan, state))
+    plain, skip = (
+        export.as_stored(run, state, member, folded, 1.0, "")
+        for member, (_, folded) in zip(run.plan.members, export.folded_saes(run.plan, state), strict=True)
+    )
     gains = {2: jnp.ones(32).at[3].set(0)}
     with pytest.raises(ValueError, match="the norm before the MLP, of which 1 are zero"):
-        export.in_convention(plain, folded[plain.name], gains, "gemma_scope_2")
-    converted = export.in_convention(skip, folded[skip.name], gains, "gemma_scope")
+        export.in_convention("gemma_scope_2", plain, gains)
+    converted = export.in_convention("gemma_scope", skip, gains).sae
     assert not converted.W_enc[3].any() and np.isfinite(converted.W_enc).all()
 
 
 def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
-    paths = export.export_run(workdir, "gemma_scope_2", tmp_path / "2")
+    paths = export.export_run(workdir, ("gemma_scope_2",), tmp_path / "2")
     l0 = export.measured_l0(*(lambda run, state: (run.plan, state))(*runs.open_run(workdir)))
     plain, skip = (round(value) for value in l0.values())
     assert [str(path.relative_to(tmp_path / "2")) for path in paths] == [
@@ -118,22 +107,22 @@ def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
         f"transcoder/layer_2_width_64_l0_{skip}_affine",
     ]
     _, about = gemma_scope_2.read(paths[0])
-    assert about.hook_in == "model.layers.2.pre_feedforward_layernorm.output"
-    assert about.hook_out == "model.layers.2.post_feedforward_layernorm.output"
+    assert about.hook_name == "model.layers.2.pre_feedforward_layernorm.output"
+    assert about.hook_name_out == "model.layers.2.post_feedforward_layernorm.output"
     np.testing.assert_allclose(about.l0, next(iter(l0.values())), atol=0.01)
     with pytest.raises(
         ValueError, match=r"_skip_width_64_.* has a skip connection, for which .* has no place"
     ):
-        export.export_run(workdir, "gemma_scope", tmp_path / "1")
+        export.export_run(workdir, ("gemma_scope",), tmp_path / "1")
     assert not (tmp_path / "1").exists()
-    (path,) = export.export_run(workdir, "gemma_scope", tmp_path / "1", "plain")
+    (path,) = export.export_run(workdir, ("gemma_scope",), tmp_path / "1", "plain")
     assert (
         path == tmp_path / "1" / "transcoder" / "layer_2" / "width_64" / f"average_l0_{plain}" / "params.npz"
     )
     with pytest.raises(ValueError, match="has no bank 'none'; choose one of plain, skip"):
-        export.export_run(workdir, "gemma_scope", tmp_path / "1", "none")
+        export.export_run(workdir, ("gemma_scope",), tmp_path / "1", "none")
     with pytest.raises(ValueError, match=f"l0_{plain} is there already; remove it, or give another --out"):
-        export.export_run(workdir, "gemma_scope_2", tmp_path / "2")
+        export.export_run(workdir, ("gemma_scope_2",), tmp_path / "2")
 
 
 def test_the_l0_in_a_name_is_that_of_the_last_whole_window(workdir):

@@ -1,5 +1,6 @@
 """Exports follow the formats' rules and read back as they were written."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,9 +10,9 @@ import pytest
 import safetensors.numpy
 
 from gemma_scope_jax import sae
-from gemma_scope_jax.formats import gemma_scope, gemma_scope_2, saelens
+from gemma_scope_jax.formats import common, detect, gemma_scope, gemma_scope_2, saelens
 
-ABOUT = saelens.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256, "sotu")
+ABOUT = common.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256, "sotu")
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_saelens_round_trip_is_exact(folded, tmp_path):
     again, about = saelens.read(tmp_path / "a")
     assert_equal(again, folded)
     assert about == ABOUT
-    assert saelens.is_folder(tmp_path / "a") and not saelens.is_folder(tmp_path)
+    assert detect.format_of(tmp_path / "a") == "saelens" and detect.format_of(tmp_path) is None
 
 
 def test_saelens_own_rules_are_kept(folded, tmp_path):
@@ -54,7 +55,7 @@ def test_saelens_own_rules_are_kept(folded, tmp_path):
 
 def test_heads_are_flattened_by_saelens_only_where_the_hook_gives_heads(folded, tmp_path):
     saelens.write(
-        tmp_path / "a", folded, saelens.About("google/gemma-3-270m", "blocks.2.attn.hook_z", 256, "sotu")
+        tmp_path / "a", folded, common.About("google/gemma-3-270m", "blocks.2.attn.hook_z", 256, "sotu")
     )
     assert json.loads((tmp_path / "a" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
 
@@ -69,7 +70,7 @@ def transcoder(skip):
     )
 
 
-TRANSCODER = saelens.About(
+TRANSCODER = common.About(
     "google/gemma-3-270m", "blocks.9.mlp.hook_in", 256, "sotu", hook_name_out="blocks.9.hook_mlp_out", l0=31.5
 )
 
@@ -97,8 +98,8 @@ def test_transcoders_come_back_as_they_were_and_saelens_turns_the_skip_connectio
 @pytest.mark.parametrize("skip", [False, True])
 def test_gemma_scope_2_round_trip_is_exact_and_by_its_own_names(skip, tmp_path):
     folded = transcoder(skip)
-    about = gemma_scope_2.About(
-        "google/gemma-3-270m", "model.layers.9.a.output", "model.layers.9.b.output", 31.5
+    about = common.About(
+        "google/gemma-3-270m", "model.layers.9.a.output", hook_name_out="model.layers.9.b.output", l0=31.5
     )
     gemma_scope_2.write(tmp_path / "a", folded, about)
     again, about_again = gemma_scope_2.read(tmp_path / "a")
@@ -125,7 +126,7 @@ def test_gemma_scope_2_round_trip_is_exact_and_by_its_own_names(skip, tmp_path):
 
 def test_gemma_scope_1_has_no_place_for_a_skip_connection(tmp_path):
     gemma_scope.write(tmp_path / "a.npz", transcoder(False))
-    assert_equal(gemma_scope.read(tmp_path / "a.npz"), transcoder(False))
+    assert_equal(gemma_scope.read(tmp_path / "a.npz")[0], transcoder(False))
     with pytest.raises(
         ValueError, match=r"has a skip connection, for which .* has no place; --format=gemma_scope_2"
     ):
@@ -134,7 +135,7 @@ def test_gemma_scope_1_has_no_place_for_a_skip_connection(tmp_path):
 
 def test_gemma_scope_round_trip_is_exact(folded, tmp_path):
     gemma_scope.write(tmp_path / "layer_9" / "params.npz", folded)
-    assert_equal(gemma_scope.read(tmp_path / "layer_9" / "params.npz"), folded)
+    assert_equal(gemma_scope.read(tmp_path / "layer_9" / "params.npz")[0], folded)
     with np.load(tmp_path / "layer_9" / "params.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["W_dec", "W_enc", "b_dec", "b_enc", "threshold"]
 
@@ -142,9 +143,9 @@ def test_gemma_scope_round_trip_is_exact(folded, tmp_path):
 def test_an_older_export_is_replaced_and_nothing_else(folded, tmp_path):
     saelens.write(tmp_path / "a", folded, ABOUT)
     (tmp_path / "a" / "evaluation.json").write_text("kept")
-    saelens.write(tmp_path / "a", folded, ABOUT, np.arange(16))
+    saelens.write(tmp_path / "a", folded, dataclasses.replace(ABOUT, site_mean_O=np.arange(16)))
     assert (tmp_path / "a" / "evaluation.json").read_text() == "kept"
-    np.testing.assert_array_equal(saelens.read_site_mean(tmp_path / "a"), np.arange(16))
+    np.testing.assert_array_equal(saelens.read(tmp_path / "a")[1].site_mean_O, np.arange(16))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds something else"):
@@ -154,7 +155,19 @@ def test_an_older_export_is_replaced_and_nothing_else(folded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["no version", "b_dec", "missing", "extra", "skip", "shape", "nan", "truncated", "no config"]
+    "change",
+    [
+        "no version",
+        "old version",
+        "norm",
+        "missing",
+        "extra",
+        "skip",
+        "shape",
+        "nan",
+        "truncated",
+        "no config",
+    ],
 )
 def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
     folder = tmp_path / "a"
@@ -165,9 +178,12 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
         case "no version":
             del config["metadata"]["sae_lens_version"]
             message = "not a SAELens 6 config"
-        case "b_dec":
-            config["apply_b_dec_to_input"] = True
-            message = "apply_b_dec_to_input = True"
+        case "old version":
+            config["metadata"]["sae_lens_version"] = "5.9.1"
+            message = "not a SAELens 6 config.*its version is 5.9.1"
+        case "norm":
+            config["normalize_activations"] = "expected_average_only_in"
+            message = "normalize_activations = 'expected_average_only_in'; only 'none' is read"
         case "missing":
             del tensors["threshold"]
             message = r"arrays missing \['threshold'\]"
@@ -184,7 +200,11 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
             tensors["b_dec"][3] = np.nan
             message = "b_dec holds non-finite values"
         case _:
-            message = "cannot be read" if change == "truncated" else "not a SAELens 6 config"
+            message = (
+                "not a whole safetensors file"
+                if change == "truncated"
+                else "holds no SAE|is not readable JSON"
+            )
     config_path.write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors, weights_path)
     if change == "truncated":

@@ -1,16 +1,31 @@
-"""Gemma Scope's own format: one `params.npz` of five float32 arrays, of an SAE or of a transcoder."""
+"""Gemma Scope's own format: one `params.npz` of five float32 arrays, of an SAE or of a transcoder.
 
+The file says nothing of itself; the names of the folders around it do.
+"""
+
+import os
 import pathlib
+import re
 import zipfile
+import zlib
+from typing import IO
 
 import numpy as np
 
-from gemma_scope_jax.formats import files
+from gemma_scope_jax import files
+from gemma_scope_jax.formats import common
 from gemma_scope_jax.sae import SAE
 
 NO_SKIP = (
     "has a skip connection, for which params.npz has no place; --format=gemma_scope_2 and saelens have one"
 )
+_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_HOOKS = {
+    "res": "blocks.{}.hook_resid_post",
+    "mlp": "blocks.{}.hook_mlp_out",
+    "att": "blocks.{}.attn.hook_z",
+    "transcoders": "blocks.{}.ln2.hook_normalized",
+}
 
 
 def write(path: pathlib.Path, sae: SAE) -> None:
@@ -22,18 +37,75 @@ def write(path: pathlib.Path, sae: SAE) -> None:
     if sae.W_skip is not None:
         raise ValueError(f"{path} {NO_SKIP}")
     with files.replacing_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, **files.arrays(sae))
+        np.savez(file, **common.arrays(sae))
 
 
-def read(path: pathlib.Path) -> SAE:
-    """Reads an npz file.
+def read(path: pathlib.Path) -> tuple[SAE, common.About]:
+    """Reads an npz file, and what its path tells if that is one of Google's.
 
     Raises:
-      ValueError: the file is not whole, holds other arrays, or pickled objects.
+      ValueError: the file is not whole, holds other arrays, or pickled objects, or grows out of proportion.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            tensors = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        with zipfile.ZipFile(path) as archive:
+            # SAELens takes small letters too.
+            names = {re.sub("^w_", "W_", name.removesuffix(".npy")): name for name in archive.namelist()}
+            missing, extra = sorted(set(_NAMES) - names.keys()), sorted(names.keys() - set(_NAMES))
+            if missing or extra:
+                raise ValueError(f"arrays missing {missing}, not known {extra}")
+            if sum(info.file_size for info in archive.infolist()) > 100 * os.path.getsize(path):
+                raise ValueError("it would grow a hundredfold when unpacked")
+            tensors = {}
+            for name in _NAMES:
+                info = archive.getinfo(names[name])
+                with archive.open(info) as file:
+                    tensors[name] = _read_array(file, info.file_size)
+    except (
+        OSError,
+        ValueError,
+        zipfile.BadZipFile,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+    ) as error:
         raise ValueError(f"{path} is not a whole npz file: {error}") from error
-    return files.sae_from_arrays(tensors, path)
+    return common.sae_from_arrays(tensors, path), about_from_path(path)
+
+
+def _read_array(file: IO[bytes], size: int) -> np.ndarray:
+    """An array of a member of an archive, whose header is believed only as far as the member is long."""
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read_header:
+        raise ValueError(f"npy version {version} is not read")
+    shape, is_fortran, dtype = read_header[version](file, max_header_size=1000)
+    if dtype.kind != "f":
+        raise ValueError(f"an array of {dtype} is not read")
+    count = int(np.prod([int(n) for n in shape], dtype=object))
+    if min(shape, default=0) < 0 or not 0 <= size - count * dtype.itemsize < 2000:
+        raise ValueError(f"an array of shape {shape} in {size:,} bytes")
+    flat = np.empty(count, dtype)
+    got = file.readinto(flat.view(np.uint8).data)
+    if got != flat.nbytes:
+        raise ValueError(f"an array of shape {shape} ends early")
+    file.read(1)  # The end, where the checksum is compared.
+    return flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def about_from_path(path: pathlib.Path) -> common.About:
+    """What the names around a file in one of Google's repositories say; nothing where they are others."""
+    # .../gemma-scope-2b-pt-res/.../layer_20/width_16k/average_l0_71/params.npz
+    text = str(path)
+    repository = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)", text)
+    layer = re.search(r"(?:layer_(\d+)|embedding)/width_\w+/average_l0_(\d+)", text)
+    if not repository or not layer:
+        return common.About()
+    size, tuning, site = repository.groups()
+    is_embedding = layer[1] is None
+    return common.About(
+        model_name=f"google/gemma-2-{size}{'-it' if tuning == 'it' else ''}",
+        hook_name="hook_embed" if is_embedding else _HOOKS[site].format(layer[1]),
+        hook_name_out=f"blocks.{layer[1]}.hook_mlp_out" if site == "transcoders" else None,
+        l0=float(layer[2]),
+    )

@@ -1,13 +1,12 @@
 """SAELens' folder: `cfg.json` and `sae_weights.safetensors`."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
-import safetensors.numpy
 
-from gemma_scope_jax.formats import files
+from gemma_scope_jax import files
+from gemma_scope_jax.formats import common
 from gemma_scope_jax.sae import SAE
 
 # The version of SAELens whose layout this is. Without a version in the file, SAELens takes it for one of before
@@ -15,51 +14,33 @@ from gemma_scope_jax.sae import SAE
 _VERSION = "6.54.12"
 _OWN_KEY = "gemma_scope_jax"
 _SITE_MEAN = "site_mean.safetensors"
-_OWN_FIELDS = (
-    "held_out_fraction",
-    "data_seed",
-    "chat_template",
-    "rows",
-    "weights",
-    "tokenizer",
-    "gemma_dtype",
-)
+_OWN_FIELDS = {
+    "held_out_fraction": float,
+    "data_seed": int,
+    "chat_template": bool,
+    "rows": str,
+    "weights": str,
+    "tokenizer": str,
+    "gemma_dtype": str,
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class About:
-    """What an SAE was trained on."""
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> None:
+    """Writes a folded SAE, hooks being named as TransformerLens does; other files in the folder stay.
 
-    model_name: str  # as Hugging Face names it
-    hook_name: str  # as TransformerLens names it
-    context_length: int
-    text: str
-    hook_name_out: str | None = None  # of a transcoder
-    l0: float | None = None  # as measured in training
-    # What it takes to evaluate it as it was trained; see `data.DataConfig` and `config.Config`.
-    held_out_fraction: float = 0.1
-    data_seed: int = 0
-    chat_template: bool = False
-    rows: str = ""
-    weights: str = ""
-    tokenizer: str = ""
-    gemma_dtype: str = "float32"
-
-
-def write(folder: pathlib.Path, sae: SAE, about: About, site_mean_D: np.ndarray | None = None) -> None:
-    """Writes a folded SAE, and beside it the site's mean for mean ablation; other files in the folder stay.
+    The site's mean, for mean ablation, lies beside it.
 
     Raises:
       ValueError: the folder is no SAELens folder and holds something else.
     """
-    files.check_own(folder, "cfg.json")
+    common.check_own(folder, "cfg.json")
     d, m = sae.W_enc.shape
     config = {
         "architecture": _architecture(sae, about),
         "d_in": d,
         "d_sae": m,
         **({"d_out": sae.W_dec.shape[1]} if about.hook_name_out else {}),
-        "dtype": "float32",
+        "dtype": "float32",  # That it computes in; matrices stored in bfloat16 are read into it, and so is θ.
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
@@ -85,55 +66,36 @@ def write(folder: pathlib.Path, sae: SAE, about: About, site_mean_D: np.ndarray 
         },
     }
     # The config first: a folder that holds other files and no config is none of ours.
-    with files.replacing_file(folder / "cfg.json") as partial:
-        partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    if site_mean_D is not None:
+    files.write_json(folder / "cfg.json", config)
+    if about.site_mean_O is not None:
         with files.replacing_file(folder / _SITE_MEAN) as partial:
-            safetensors.numpy.save_file({"site_mean": np.ascontiguousarray(site_mean_D, np.float32)}, partial)
-    tensors = files.arrays(sae)
+            files.write_safetensors(partial, {"site_mean": np.asarray(about.site_mean_O, np.float32)})
+    tensors = common.arrays(sae, dtype)
     if "W_skip" in tensors:  # SAELens applies it as x @ W_skip.T.
-        tensors["W_skip"] = np.ascontiguousarray(tensors["W_skip"].T)
+        tensors["W_skip"] = tensors["W_skip"].T
     with files.replacing_file(folder / "sae_weights.safetensors") as partial:
-        safetensors.numpy.save_file(tensors, partial)
+        files.write_safetensors(partial, tensors)
 
 
-def read_site_mean(folder: pathlib.Path) -> np.ndarray | None:
-    """The mean that `write` was given, or None; SAELens does not look at it."""
-    path = folder / _SITE_MEAN
-    return safetensors.numpy.load_file(path)["site_mean"] if path.exists() else None
-
-
-def _architecture(sae: SAE, about: About) -> str:
+def _architecture(sae: SAE, about: common.About) -> str:
     if not about.hook_name_out:
         return "jumprelu"
     return "jumprelu_transcoder" if sae.W_skip is None else "jumprelu_skip_transcoder"
 
 
-def read(folder: pathlib.Path) -> tuple[SAE, About]:
-    """Reads a JumpReLU SAE or transcoder that needs nothing done to its input.
+def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
+    """Reads a JumpReLU SAE or transcoder, by whomever it was written.
 
     Raises:
-      ValueError: the folder is not whole, or holds another architecture.
+      ValueError: the folder is not whole, holds another architecture, or what SAELens would do to the input cannot be
+        folded into the arrays.
     """
     path = folder / "cfg.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        metadata = config["metadata"]
-        metadata["sae_lens_version"]  # Older files mean other things by the same keys.
-        about = About(
-            metadata["model_name"],
-            metadata["hook_name"],
-            metadata["context_size"],
-            metadata["dataset_path"],
-            metadata.get("hook_name_out"),
-            metadata.get("l0"),
-            **metadata.get(_OWN_KEY, {}),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a SAELens 6 config: {error!r}") from error
+    config = files.read_json(path)
+    about = _about(config, path)
     for key, values in (
         ("architecture", ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")),
-        ("apply_b_dec_to_input", (False,)),
+        ("apply_b_dec_to_input", (False, True)),
         ("normalize_activations", ("none",)),
     ):
         if config.get(key) not in values:
@@ -145,15 +107,46 @@ def read(folder: pathlib.Path) -> tuple[SAE, About]:
             f"{path} has architecture {config['architecture']!r} and hook_name_out {about.hook_name_out!r}"
         )
     weights = folder / "sae_weights.safetensors"
-    tensors = files.read_safetensors(weights)
+    tensors = common.read_safetensors(weights)
     if "W_skip" in tensors:
         tensors["W_skip"] = tensors["W_skip"].T
-    sae = files.sae_from_arrays(tensors, weights)
+    sae = common.sae_from_arrays(tensors, weights)
     if (sae.W_skip is not None) != (config["architecture"] == "jumprelu_skip_transcoder"):
         raise ValueError(f"{path} has architecture {config['architecture']!r}, which its tensors are not of")
+    if config["apply_b_dec_to_input"]:
+        sae = common.without_pre_encoder_bias(sae)
+    if (mean_path := folder / _SITE_MEAN).exists():
+        mean_O = common.read_safetensors(mean_path).get("site_mean")
+        if mean_O is None or mean_O.shape != sae.b_dec.shape:
+            raise ValueError(f"{mean_path} does not hold a site_mean of shape {sae.b_dec.shape}")
+        about = dataclasses.replace(about, site_mean_O=mean_O)
     return sae, about
 
 
-def is_folder(path: pathlib.Path) -> bool:
-    """Whether a path looks like a SAELens folder."""
-    return (path / "cfg.json").exists()
+def _about(config: dict, path: pathlib.Path) -> common.About:
+    try:
+        metadata = config["metadata"]
+        if (
+            int(metadata["sae_lens_version"].split(".")[0]) < 6
+        ):  # Older files mean other things by the same keys.
+            raise ValueError(f"its version is {metadata['sae_lens_version']}")
+        own = metadata.get(_OWN_KEY, {})
+        fields = {
+            "model_name": (metadata["model_name"], str),
+            "hook_name": (metadata["hook_name"], str),
+            "hook_name_out": (metadata.get("hook_name_out"), str | None),
+            "context_length": (metadata.get("context_size") or 1024, int),
+            "l0": (metadata.get("l0"), float | int | None),
+            "text": (metadata.get("dataset_path") or "", str),
+            **{name: (own[name], kind) for name, kind in _OWN_FIELDS.items() if name in own},
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a SAELens 6 config: {error!r}") from error
+    for name, (value, kind) in fields.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{path} is not a SAELens 6 config: {name} is {value!r}")
+    found = {name: value for name, (value, _) in fields.items()}
+    if not own:
+        # Others name a dataset of Hugging Face's, which is not read here.
+        found["text"] = ""
+    return common.About(**found)

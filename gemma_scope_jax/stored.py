@@ -1,0 +1,73 @@
+"""SAEs of files, in any format, here or on Hugging Face's hub: what model and site they are of."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+from gemma_scope_jax import gemma, hub, sae
+from gemma_scope_jax.formats import common, detect
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An SAE of a file on raw activations of a site, or a transcoder."""
+
+    name: str
+    sae: sae.SAE
+    about: common.About
+    model: str
+    site: gemma.Site  # what it reads
+    target_site: gemma.Site  # what it predicts; an autoencoder's is the site that it reads
+
+
+def read(
+    location: str | pathlib.Path, model: str = "", site: str = "", target_site: str = ""
+) -> Iterator[Stored]:
+    """The SAEs at a location, one after the other.
+
+    Args:
+      location: a path, or `hf://OWNER/NAME/FOLDER`.
+      model: its name, for files that do not name it.
+      site: what is read, as in `layer_9_resid_post`, likewise.
+      target_site: what a transcoder predicts, likewise.
+
+    Raises:
+      ValueError: there is none, it is broken, or does not fit its model.
+    """
+    for found in detect.read(hub.local(str(location))):
+        about = found.about
+        if not (model or about.model_name) or not (site or about.hook_name):
+            raise ValueError(
+                f"{location} does not say of which model and site it is; give them, for example "
+                "--model=gemma2_2b --site=layer_20_resid_post, and for a transcoder --target_site"
+            )
+        name = model or gemma.name_from_hugging_face(about.model_name)
+        reads = gemma.site_from_hook(site or about.hook_name)
+        hook_out = target_site or about.hook_name_out
+        predicts = gemma.site_from_hook(hook_out) if hook_out else reads
+        stored = found.sae
+        if found.format == "gemma_scope" and reads.kind == "embed":
+            stored = common.in_other_units(stored, embedding_scale(name))
+        _check(location, name, stored, reads, predicts)
+        yield Stored(found.name, stored, about, name, reads, predicts)
+
+
+def embedding_scale(model: str) -> float:
+    """√D: Gemma Scope's SAEs read a token's embedding, `embed` is the stream that begins with so many times that."""
+    return gemma.build_model(model).config.embed_dim ** 0.5
+
+
+def _check(
+    location: str | pathlib.Path, name: str, stored: sae.SAE, site: gemma.Site, target_site: gemma.Site
+) -> None:
+    model = gemma.build_model(name)
+    for place, width, does in (
+        (site, stored.W_enc.shape[0], "takes"),
+        (target_site, stored.W_dec.shape[1], "gives"),
+    ):
+        gemma.check_site(model, place)
+        if width != gemma.site_width(model, place):
+            raise ValueError(
+                f"{location} {does} activations of width {width}, but {place} of {name} has width "
+                f"{gemma.site_width(model, place)}"
+            )
