@@ -14,11 +14,14 @@ quickstart: .venv/installed
 test: .venv/installed .venv/libtpu
 	$(VENV)/python -m pytest -n 2
 
-# Transformers, in an environment of its own, computes the reference again: small models, and the real 270M.
+# Other tools, in an environment of their own: transformers computes Gemma's reference again, for small models and the
+# real 270M; SAELens, dictionary_learning, circuit-tracer and SAEBench read our files, and save some for us to read.
 test-peers: .venv/installed .venv-peers/installed
+	$(VENV)/python tests/interop.py $(PEERS)/interop
+	.venv-peers/bin/python tests/peers/interop.py $(PEERS)/interop
 	.venv-peers/bin/python tests/peers/hugging_face.py $(PEERS) \
 	  "$$($(VENV)/python -c 'from gemma_scope_jax import gemma; print(gemma.weights_path("gemma3_270m", ""))' | tail -1)"
-	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/parity_test.py
+	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/parity_test.py tests/interop_test.py
 
 # Long fault loops: ten runs killed at random moments; four processes of which one is preempted or killed.
 soak: .venv/installed
@@ -33,8 +36,9 @@ benchmark-peers: .venv-peers/installed
 
 .venv-peers/installed:
 	$(PYTHON_PEERS) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet torch==2.14.1 transformers==5.23.0 gguf==0.19.0 sae-lens==6.54.12 \
+	.venv-peers/bin/pip install --quiet torch==2.13.0 transformers==5.23.0 gguf==0.19.0 sae-lens==6.54.12 \
 	  dictionary-learning==0.1.0
+	.venv-peers/bin/pip install --quiet --no-deps circuit-tracer==0.5.0 sae-bench==0.6.0  # For their loaders alone.
 	touch $@
 
 # The README's figures again, into results/*.json; for the peers', python -m benchmarks.results peers.

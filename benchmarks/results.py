@@ -41,6 +41,13 @@ def run(command: str) -> float:
     return time.perf_counter() - start
 
 
+def commit() -> str:
+    """The one that is checked out."""
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def quickstart() -> tuple[list[str], dict]:
     """The quickstart's SAE on 512 held-out rows, and on the 64 that the quickstart itself evaluates."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,6 +89,11 @@ def banks() -> tuple[list[str], dict]:
 def suite(name: str, rows: int) -> tuple[list[str], dict]:
     """One of configs/quickstart_banks.py, trained and evaluated; an unfinished run of it is gone on with."""
     workdir = pathlib.Path("runs") / name
+    # Of the code that began to train it, which may be older than this.
+    began = workdir / "commit"
+    if not workdir.exists():
+        workdir.mkdir(parents=True)
+        began.write_text(commit())
     commands = [
         f"python train.py --config=configs/quickstart_banks.py:{name} --workdir={workdir}",
         f"python evaluate.py {workdir} --rows={rows}",
@@ -97,6 +109,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
     if name == "transcoders":
         evaluated["read_back"] = read_back(workdir)
     return commands, {
+        "trained_at": began.read_text() if began.exists() else "unknown",
         "train_s": train_s,
         "evaluate_s": evaluate_s,
         "training": entries[-1]["sae"],
@@ -105,9 +118,10 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
 
 
 def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
-    """How far transcoders, written and read in each convention, are from the training form in float64.
+    """How far transcoders, written and read again, are from the training form in float64.
 
-    On real activations, and apart from where a pre-activation lies so near its threshold that float32 decides.
+    Each in the format that feeds it as it was trained, and the one with a skip connection in SAELens' too. On real
+    activations, and apart from where a pre-activation lies so near its threshold that float32 decides.
     """
     run, state = runs.open_run(workdir)
     rows = data.open_rows(runs.run_rows(run.config, workdir), data.HELD_OUT)
@@ -118,6 +132,7 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     for bank_name, file_format, kind in (
         ("plain", "gemma_scope", "mlp_in_gain_free"),
         ("skip", "gemma_scope_2", "mlp_in"),
+        ("skip", "saelens", "mlp_in"),
     ):
         (plan,) = (b for b in run.plan.banks if b.name == bank_name)
         member = plan.members[0]
@@ -418,12 +433,9 @@ def main() -> None:
         if name == "tables":
             continue
         commands, numbers = known[name]()
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
         made = {
             "commands": commands,
-            "commit": commit,
+            "commit": commit(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "numbers": numbers,
         }

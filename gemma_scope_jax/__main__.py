@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import sys
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.formats import WRITTEN as FORMATS
@@ -28,7 +29,13 @@ def main() -> None:
         default="",
         help="Gemma's, where formats differ in the gain that a transcoder reads behind",
     )
-    for command in (export, convert):
+    publish = commands.add_parser("publish", help="write, and perhaps upload, a repository of a run's SAEs")
+    publish.add_argument("run", type=pathlib.Path, help="the directory of a run that has been evaluated")
+    publish.add_argument("--repo", required=True, help="OWNER/NAME on Hugging Face's hub")
+    publish.add_argument("--format", choices=("saelens", "gemma_scope"), default="saelens")
+    publish.add_argument("--license", default="cc-by-4.0", help="as the hub calls it")
+    publish.add_argument("--push", action="store_true", help="upload it, too")
+    for command in (export, convert, publish):
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
         )
@@ -50,7 +57,7 @@ def main() -> None:
     )
     prepare.add_argument("--workers", type=int, help="processes (default: as many as there are cores)")
     args, fields = parser.parse_known_args()
-    if fields and args.command in ("export", "convert"):
+    if fields and args.command in ("export", "convert", "publish"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
     # Imported late: --help should not take seconds.
     if args.command == "export":
@@ -67,6 +74,10 @@ def main() -> None:
 
         sites = {"model": args.model, "site": args.site, "target_site": args.target_site}
         export_lib.convert(args.sae, args.format, args.out, args.dtype, args.weights, **sites)
+    elif args.command == "publish":
+        from gemma_scope_jax import publish as publish_lib
+
+        publish_lib.publish(args.run, args.out, args.repo, args.format, args.dtype, args.license, args.push)
     elif args.command == "prepare":
         if args.workers is not None and args.workers < 1:
             raise ValueError(f"--workers is {args.workers}; it must be at least 1")
@@ -80,7 +91,8 @@ def main() -> None:
         from gemma_scope_jax import config, forecast
 
         chosen = config.from_dict(cli.read_config(args.config, fields))
-        forecast.show(forecast.forecast(chosen, args.topology))
+        if not forecast.show(forecast.forecast(chosen, args.topology)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

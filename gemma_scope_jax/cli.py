@@ -100,7 +100,10 @@ def read_config(file: str, fields: list[str]) -> dict:
         raise ValueError(f"the config has no field {name!r}, named by {argument}{hint}") from error
     except (TypeError, OSError, flags.Error) as error:
         # A mistake within the config file comes with its traceback; the last line says what it is.
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        if unknown := re.search(r"BankConfig\.__init__\(\) got an unexpected keyword argument '(\w+)'", said):
+            said = f"{file}: a bank has no field {unknown[1]!r}; gemma_scope_jax/config.py lists them"
+        raise ValueError(said) from error
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; fields are set by --config.field=value")
     return read

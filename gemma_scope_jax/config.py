@@ -268,6 +268,11 @@ def check_startable(old: Config, new: Config) -> None:
                 f"start_from: that run had config.{name} = {before.get(name)!r}, this one has {value!r}; "
                 "only banks may differ"
             )
+    if new.train.tokens <= old.train.tokens:
+        raise ValueError(
+            f"start_from: that run had {old.train.tokens} tokens and train.tokens is {new.train.tokens}; give more, "
+            "it counts from that run's beginning"
+        )
     for name in new.banks.keys() & old.banks.keys():
         for field in dataclasses.fields(BankConfig):
             value, had = getattr(new.banks[name], field.name), getattr(old.banks[name], field.name)

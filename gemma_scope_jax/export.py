@@ -127,6 +127,11 @@ def obstacle(
         return dictionary_learning.NO_TRANSCODER
     if file_format == "circuit_tracer" and not is_transcoder:
         return "is no transcoder, and circuit-tracer reads nothing else"
+    if file_format == "gemma_scope_2" and "mlp_in_gain_free" in (
+        target_site.kind,
+        is_transcoder or site.kind,
+    ):
+        return "is of mlp_in_gain_free, for which Hugging Face has no name"
     wanted = _TRANSCODERS_READ.get(file_format)
     if is_transcoder and wanted and site.kind not in _TRANSCODERS_READ.values():
         return f"reads {site}; --format={file_format} is for transcoders of {wanted}"
@@ -196,14 +201,25 @@ def in_convention(file_format: str, one: stored.Stored, gains: Mapping[int, jax.
     if file_format == "gemma_scope":
         # Trained behind the gain, fed before it. Where that is zero nothing got through, and 1 / inf keeps it so.
         gain_D = 1 / gain_D
-    elif lost := int((gain_D == 0).sum()):
-        raise ValueError(
-            f"{one.name} and --format={file_format} differ in the gain of the norm before the MLP, of which "
-            f"{lost} are zero: what was read there without it is not known behind it. Train it on mlp_in, or choose "
-            "another format"
-        )
+    elif why := _lost_gain(file_format, one.site, one.target_site, gains):
+        raise ValueError(f"{one.name} {why}")
     site = gemma.Site(_TRANSCODERS_READ[file_format], one.site.layer)
     return dataclasses.replace(one, sae=jax.device_get(sae.read_scaled(one.sae, gain_D)), site=site)
+
+
+def _lost_gain(
+    file_format: str, site: gemma.Site, target_site: gemma.Site, gains: Mapping[int, jax.Array]
+) -> str | None:
+    """Why a transcoder that reads before the gain cannot be had as one that reads behind it, if it cannot."""
+    if file_format != "gemma_scope_2" or not _needs_gain(file_format, site, target_site):
+        return None
+    lost = int((gains[site.layer] == 0).sum())
+    if not lost:
+        return None
+    return (
+        f"and --format={file_format} differ in the gain of the norm before the MLP, of which {lost} are zero: what "
+        "was read there without it is not known behind it. Train it on mlp_in, or choose another format"
+    )
 
 
 def mlp_gains(
@@ -236,36 +252,35 @@ def export_run(
       ValueError: there is no such bank, the only format has no place for a member, or a place is taken; nothing has
         been written then.
     """
-    run, state = runs.open_run(workdir)
-    if bank_name is not None:
-        known = [b.name for b in run.plan.banks]
-        if bank_name not in known:
-            raise ValueError(f"{workdir} has no bank {bank_name!r}; choose one of {', '.join(known)}")
-        only = tuple(b for b in run.plan.banks if b.name == bank_name)
-        run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, banks=only))
+    run, state = runs.open_run(workdir, banks=None if bank_name is None else [bank_name])
     members = {member.name: member for member in run.plan.members}
     rows = data.name_of(runs.run_rows(run.config, workdir))
     l0 = measured_l0(run.plan, state)
-    places: dict[str, dict[str, pathlib.Path]] = {}
-    layers = set()
-    for file_format in formats:
-        folder = out / file_format if len(formats) > 1 else out
-        taken = layout(members, l0, file_format)
-        places[file_format] = {}
-        for name, member in members.items():
-            site, target_site = member.site, member.target_site
-            if why := obstacle(file_format, site, target_site, member.skip, dtype):
-                if len(formats) == 1:
-                    raise ValueError(f"{name} {why}; with --bank other SAEs are exported")
-                print(f"Left out of {file_format}: {name} {why}", flush=True)
-                continue
-            places[file_format][name] = folder / taken[name]
-            if _needs_gain(file_format, site, target_site):
-                layers.add(site.layer)
-    for place in (place for by_name in places.values() for place in by_name.values()):
+    # Whatever could stop it is looked at before anything is written.
+    wanted = [(file_format, member) for file_format in formats for member in members.values()]
+    obstacles = {
+        (file_format, member.name): obstacle(file_format, member.site, member.target_site, member.skip, dtype)
+        for file_format, member in wanted
+    }
+    layers = {
+        m.site.layer for f, m in wanted if _needs_gain(f, m.site, m.target_site) and not obstacles[f, m.name]
+    }
+    gains = mlp_gains(run.config.model, run.config.weights, config_lib.dtype(run.config), sorted(layers))
+    layouts = {file_format: layout(members, l0, file_format) for file_format in formats}
+    places: dict[str, dict[str, pathlib.Path]] = {file_format: {} for file_format in formats}
+    for file_format, member in wanted:
+        why = obstacles[file_format, member.name] or _lost_gain(
+            file_format, member.site, member.target_site, gains
+        )
+        if why and len(formats) == 1:
+            raise ValueError(f"{member.name} {why}; with --bank other SAEs are exported")
+        if why:
+            print(f"Left out of {file_format}: {member.name} {why}", flush=True)
+            continue
+        place = (out / file_format if len(formats) > 1 else out) / layouts[file_format][member.name]
         if place.exists():
             raise ValueError(f"{place} is there already; remove it, or give another --out")
-    gains = mlp_gains(run.config.model, run.config.weights, config_lib.dtype(run.config), sorted(layers))
+        places[file_format][member.name] = place
     paths = []
     for name, folded in folded_saes(run.plan, state):
         one = as_stored(run, state, members[name], folded, l0[name], rows)

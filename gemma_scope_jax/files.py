@@ -23,6 +23,11 @@ class Tensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
+def parts(value: np.ndarray) -> list[np.ndarray]:
+    """An array in parts of some 16 MB, for what would make a copy of all of it: a million latents take gigabytes."""
+    return np.array_split(value, max(value.nbytes // 2**24, 1))
+
+
 @contextlib.contextmanager
 def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new file to write, which takes the place of `path` when all went well."""
@@ -106,5 +111,5 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for value in tensors.values():
-            for part in np.array_split(value, max(value.nbytes // 2**26, 1)) if value.ndim else [value]:
+            for part in parts(value):
                 file.write(np.ascontiguousarray(part).view(np.uint8).data)

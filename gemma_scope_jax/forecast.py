@@ -77,16 +77,17 @@ def slice_devices(topology: str) -> list[jax.Device]:
             f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with a KIND of {', '.join(chips.CHIPS)}; for "
             "example v5e:2x4 (v5e-8) or v5p:2x2x4 (v5p-32)"
         )
-    options = {} if kind == "tpu7x" else {"chips_per_host_bounds": (2, 2, 1)}
+    # A slice of one chip is a host's only one.
+    bounds = (1, 1, 1) if math.prod(map(int, re.findall(r"\d+", topology.split(":")[1]))) == 1 else (2, 2, 1)
+    options = {} if kind == "tpu7x" else {"chips_per_host_bounds": bounds}
     if kind in ("v4", "v5p"):
         options["chip_config_name"] = "megacore"
     try:
         return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except Exception as error:  # Of many kinds: no libtpu, a shape that the kind does not come in.
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"no compiler for {topology}: {reason}. It needs libtpu: make .venv/libtpu, or pip install libtpu"
-        ) from error
+        hint = ". It needs libtpu: make .venv/libtpu, or pip install libtpu" if "libtpu" in reason else ""
+        raise ValueError(f"no compiler for {topology}: {reason}{hint}") from error
 
 
 def parse_collectives(hlo: str, updates_per_step: int) -> list[Collective]:
@@ -165,8 +166,8 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     )
 
 
-def show(found: Forecast) -> None:
-    """Prints a forecast as tables."""
+def show(found: Forecast) -> bool:
+    """Prints a forecast as tables; returns whether the run fits."""
     console = rich.console.Console()
     title = (
         f"{found.topology}: {found.devices} devices, mesh {found.data} × {found.latent}, SAEs: {found.saes}"
@@ -192,9 +193,10 @@ def show(found: Forecast) -> None:
     for what, flops, seconds in rows:
         table.add_row(what, flops, f"{1000 * seconds:.1f}")
     console.print(table)
+    unit, factor = ("hours", 1) if found.hours >= 1 else ("minutes", 60)
     print(
         f"{found.tokens_per_step:,} tokens a step, {found.tokens_per_second:,.0f} a second: {found.tokens:,} take "
-        f"{found.hours:.1f} hours; at half of the peak rates {2 * found.hours:.1f}."
+        f"{factor * found.hours:.1f} {unit}; at half of the peak rates {2 * factor * found.hours:.1f}."
     )
     if found.peak_bytes > found.memory:
         largest = max(found.needs, key=lambda need: need.bytes)
@@ -203,3 +205,4 @@ def show(found: Forecast) -> None:
         print(
             f"The SAEs' products are made in up to {found.passes} passes; with banks.NAME.precision = default in one."
         )
+    return found.peak_bytes <= found.memory

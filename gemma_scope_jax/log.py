@@ -171,18 +171,19 @@ def progress(of_step: Mapping) -> str:
     return text
 
 
-def check_plan(plan: step.Plan, learning_rates: float) -> list[str]:
+def check_plan(plan: step.Plan, updates: int, learning_rates: float) -> list[str]:
     """Warnings before training: of thresholds that could not move far enough, and of windows that never end.
 
     Args:
       plan: of the run.
-      learning_rates: the sum of all that are to come; Adam moves a threshold's logarithm by about one an update.
+      updates: how many the SAE will have had at the end that has had fewest.
+      learning_rates: the sum of its own to come; Adam moves a threshold's logarithm by about one an update.
     """
     warnings = [
-        f"banks.{b.name}.window_updates is {b.window_updates} and the run has {plan.total_updates} updates: dead and "
+        f"banks.{b.name}.window_updates is {b.window_updates} and there will be {updates} updates: dead and "
         "dense latents will not be known, and the L0 measured is that of all of training"
         for b in plan.banks
-        if b.window_updates > plan.total_updates
+        if b.window_updates > updates
     ]
     if learning_rates < 0.5:
         warnings.append(

@@ -59,7 +59,11 @@ def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int)
             for name, of_bank in state.banks.items()
         ),
         Need("ring", bytes_per_device(state.ring), "lower ring.capacity"),
-        Need("the step's activations", others, "lower train.sequences_per_step, or train.batch"),
+        *(
+            [Need("the step's activations", others, "lower train.sequences_per_step, or train.batch")]
+            if temporary_bytes
+            else []
+        ),
     ]
 
 

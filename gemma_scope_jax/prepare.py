@@ -130,8 +130,11 @@ def _write_parts(
             bar.update()
 
         try:
-            for part in parts:
-                running.append(pool.submit(_write_part_in_worker, config, folder, *part))
+            for first, part in parts:
+                if _done_file(folder, first).exists():  # Its texts need not travel.
+                    running.append(pool.submit(_read_lengths, _done_file(folder, first)))
+                else:
+                    running.append(pool.submit(_write_part_in_worker, config, folder, first, part))
                 if len(running) > 2 * workers:  # No more of the text in memory than is about to be worked on.
                     take()
             while running:
@@ -163,6 +166,15 @@ def _write_part_in_worker(
     return _write_part(config, _tokenizer_of_worker, folder, first, texts)
 
 
+def _done_file(folder: pathlib.Path, first: int) -> pathlib.Path:
+    """Says how many rows the part that begins with document `first` has; written when they are."""
+    return folder / f"from-{first:010}.json"
+
+
+def _read_lengths(done: pathlib.Path) -> dict[str, int]:
+    return json.loads(done.read_text())
+
+
 def _part_file(folder: pathlib.Path, split: str, first: int) -> pathlib.Path:
     return folder / f"{split}.from-{first:010}"
 
@@ -171,9 +183,9 @@ def _write_part(
     config: DataConfig, tokenizer: Tokenizer, folder: pathlib.Path, first: int, texts: list[str]
 ) -> dict[str, int]:
     """Writes the rows of a part that begins with document `first`, a file for each split; returns how many."""
-    done = folder / f"from-{first:010}.json"
+    done = _done_file(folder, first)
     if done.exists():
-        return json.loads(done.read_text())
+        return _read_lengths(done)
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     features, lengths = _features(config), {}
     for split in (TRAIN, HELD_OUT):

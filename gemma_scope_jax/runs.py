@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -254,7 +254,10 @@ def _padded(run: Run, plan: bank.Plan, state: bank.State) -> bank.State:
 
 
 def open_run(
-    workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None, what: str = "saes"
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh | None = None,
+    what: str = "saes",
+    banks: Collection[str] | None = None,
 ) -> tuple[Run, step.State]:
     """A run directory's run, and of its newest whole checkpoint what `restore` takes for `what`; changes nothing.
 
@@ -262,11 +265,20 @@ def open_run(
       workdir: the run's.
       mesh: to put it on; one device if None.
       what: see `restore`.
+      banks: the names of those to open, and none of the others; None: all.
 
     Raises:
-      ValueError: the directory holds no run, or no checkpoint that can be read.
+      ValueError: the directory holds no run, none of those banks, or no checkpoint that can be read.
     """
-    run = build(read_config(workdir), mesh or sharding.make_mesh(1, 1, jax.devices()[:1]))
+    config = read_config(workdir)
+    if banks is not None:
+        opened = {name: b for name, b in config.banks.items() if name in banks}
+        if not opened:
+            raise ValueError(
+                f"{workdir} has no bank {' or '.join(map(repr, banks))}; choose one of {', '.join(config.banks)}"
+            )
+        config = dataclasses.replace(config, banks=opened)
+    run = build(config, mesh or sharding.make_mesh(1, 1, jax.devices()[:1]))
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
         state = restore(run, manager, set_aside=False, what=what)
     if state is None:

@@ -121,14 +121,10 @@ def start_from(run: runs.Run, rows: data.Rows, gemma_params: dict) -> step.State
       ValueError: that run is not finished, or differs in more than its banks.
     """
     source = run.config.start_from
-    old_run, old = runs.open_run(pathlib.Path(source), run.mesh, what="banks")
+    named = [b.name for b in run.plan.banks]
+    old_run, old = runs.open_run(pathlib.Path(source), run.mesh, what="banks", banks=named)
     if runs.steps_left(old_run.plan, old):
         raise ValueError(f"start_from: the run in {source} is not complete; finish it first")
-    if run.plan.harvests <= int(old.harvests):
-        raise ValueError(
-            f"start_from: the run in {source} has had {int(old.harvests) * run.plan.activations} tokens and "
-            f"train.tokens is {run.config.train.tokens}; give more than it has had"
-        )
     new_sites = [site for site in run.plan.sites if str(site) not in old.normalizers]
     known = {str(site): old.normalizers[str(site)] for site in run.plan.sites if str(site) in old.normalizers}
     fresh = runs.init_state(run, known | calibrate(run, rows, gemma_params, new_sites))
@@ -141,8 +137,8 @@ def start_from(run: runs.Run, rows: data.Rows, gemma_params: dict) -> step.State
         kept += sum(place >= 0 for place in places)
         if any(place >= 0 for place in places):
             merged[plan.name] = _take(run, plan, fresh.banks[plan.name], old.banks[plan.name], places)
-    count, before = len(run.plan.members), len(old_run.plan.members)
-    print(f"From {source}: {kept} SAEs go on, {count - kept} are new, {before - kept} are left.", flush=True)
+    count = len(run.plan.members)
+    print(f"From {source}: of {count} SAEs {kept} go on, {count - kept} are new.", flush=True)
     return fresh.replace(
         step=old.step,
         harvests=old.harvests,
@@ -190,7 +186,7 @@ def _start_or_continue(
     elif config.start_from:
         old_config = runs.read_config(pathlib.Path(config.start_from))
         config_lib.check_startable(old_config, config)
-        folder = runs.run_rows(old_config, pathlib.Path(config.start_from))
+        folder = runs.run_rows(config, pathlib.Path(config.start_from))
     else:
         folder = runs.prepare_rows_once(config)
     rows = data.open_rows(folder, data.TRAIN)
@@ -261,8 +257,8 @@ def _loop(
     metrics_log = log.MetricsLog(workdir, first_step) if hosts.is_first() else None
     is_new = metrics_log is not None and metrics_log.is_new
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
-    rates = _rates_to_come(plan, state)  # Computed on the state's devices, and so by every process.
-    for warning in log.check_plan(plan, rates) if is_new else ():
+    youngest = _fewest_updates(plan, state)  # Computed on the state's devices, and so by every process.
+    for warning in log.check_plan(plan, *_to_come(plan, state, youngest)) if is_new else ():
         print(f"Warning: {warning}.", flush=True)
 
     bar = tqdm.tqdm(
@@ -340,8 +336,14 @@ def _loop(
     return state
 
 
-def _rates_to_come(plan: step.Plan, state: step.State) -> float:
-    """The sum of all learning rates from here to the end of the run."""
-    done = int(state.draws) * plan.updates_per_step
-    updates = jnp.arange(done, plan.total_updates)
-    return float(optim.learning_rate(plan.optimizer, plan.total_updates, updates, updates).sum())
+def _fewest_updates(plan: step.Plan, state: step.State) -> int:
+    """How many updates the SAE has had that has had fewest; the new one, in a run that goes on from another."""
+    return min(int(state.banks[b.name].updates_E[: len(b.members)].min()) for b in plan.banks)
+
+
+def _to_come(plan: step.Plan, state: step.State, youngest: int) -> tuple[int, float]:
+    """All updates that the youngest SAE will have had at the end, and the sum of its learning rates to come."""
+    updates = jnp.arange(int(state.draws) * plan.updates_per_step, plan.total_updates)
+    own = youngest + jnp.arange(updates.size)
+    rates = optim.learning_rate(plan.optimizer, plan.total_updates, updates, own)
+    return youngest + updates.size, float(rates.sum())

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from benchmarks import results
-from gemma_scope_jax import gemma
+from gemma_scope_jax import config, gemma, plans
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +39,14 @@ def test_the_python_in_the_documents_runs(tmp_path):
     exec(code, names)
     assert names["values"][names["mlp"]].shape == (1, 6, 640)
     assert np.isfinite(names["logits"]).all()
+
+
+def test_the_config_in_the_documents_is_one():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "banks.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    chosen = config.from_dict(names["get_config"]().to_dict())
+    assert {name: len(plans.members(b)) for name, b in chosen.banks.items()} == {"residual": 6, "heads": 1}
 
 
 def test_the_readme_names_every_module_and_only_files_that_exist():

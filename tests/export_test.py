@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, export, gemma, report, runs, sae, stored, training
+from gemma_scope_jax import bank, export, formats, gemma, report, runs, sae, stored, training
 from gemma_scope_jax.formats import gemma_scope_2
 
 MLP = dict(
@@ -96,6 +96,40 @@ def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
         export.in_convention("gemma_scope_2", plain, gains)
     converted = export.in_convention("gemma_scope", skip, gains).sae
     assert not converted.W_enc[3].any() and np.isfinite(converted.W_enc).all()
+
+
+def test_an_export_that_must_fail_fails_before_it_writes(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gemma, "mlp_in_gain", lambda params, layer: jnp.zeros(32))
+    with pytest.raises(ValueError, match="of which 32 are zero"):
+        export.export_run(workdir, ("gemma_scope_2",), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    # Of several formats, it is left out of the one.
+    paths = export.export_run(workdir, ("gemma_scope_2", "circuit_tracer"), tmp_path / "b")
+    assert [path.relative_to(tmp_path / "b").parts[0] for path in paths] == [
+        "circuit_tracer", "gemma_scope_2", "circuit_tracer",
+    ]  # fmt: skip
+    assert "Left out of gemma_scope_2: layer_2_mlp_in_gain_free_to_mlp_out" in capsys.readouterr().out
+
+
+def test_what_a_format_has_no_place_for():
+    residual, gain_free, mlp_in, mlp_out = (
+        gemma.Site(kind, 2) for kind in ("resid_post", "mlp_in_gain_free", "mlp_in", "mlp_out")
+    )
+    for file_format, site, target, skip, dtype, message in (
+        ("gemma_scope", mlp_in, mlp_out, True, "float32", "skip connection"),
+        ("gemma_scope", residual, residual, False, "bfloat16", "NumPy's files have no type"),
+        ("gemma_scope", residual, mlp_out, False, "float32", "is for transcoders of mlp_in_gain_free"),
+        ("gemma_scope_2", gain_free, gain_free, False, "float32", "Hugging Face has no name"),
+        ("gemma_scope_2", mlp_in, gain_free, False, "float32", "Hugging Face has no name"),
+        ("dictionary_learning", mlp_in, mlp_out, False, "float32", "is a transcoder"),
+        ("circuit_tracer", residual, residual, False, "float32", "is no transcoder"),
+    ):
+        assert message in export.obstacle(file_format, site, target, skip, dtype)
+    for file_format in formats.WRITTEN:
+        if file_format != "circuit_tracer":
+            assert export.obstacle(file_format, residual, residual, False, "float32") is None
+        if file_format != "dictionary_learning":
+            assert export.obstacle(file_format, gain_free, mlp_out, False, "float32") is None
 
 
 def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):

@@ -2,6 +2,14 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +18,15 @@ import pytest
 import safetensors.numpy
 
 from gemma_scope_jax import sae
-from gemma_scope_jax.formats import common, detect, gemma_scope, gemma_scope_2, saelens
+from gemma_scope_jax.formats import (
+    circuit_tracer,
+    common,
+    detect,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    saelens,
+)
 
 ABOUT = common.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256, "sotu")
 
@@ -224,3 +240,225 @@ def test_broken_npz_files_are_refused(folded, tmp_path):
     np.savez(path, W_enc=np.array([object()], dtype=object))
     with pytest.raises(ValueError, match="not a whole npz file"):
         gemma_scope.read(path)
+
+
+# --- What others write, and what is broken on purpose -------------------------------------------------------
+
+
+def test_thousands_of_broken_files_are_read_or_refused_in_little_memory(tmp_path):
+    script = pathlib.Path(__file__).parent / "fuzz.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "1500"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    read, refused = map(int, re.findall(r"\d+", done.stdout))
+    assert read + refused == 1500 and refused > 800
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path):
+    m = 2**21
+    arrays = {"W_enc": np.zeros((8, m), np.float32), "b_enc": np.zeros(m, np.float32)}
+    arrays |= {"threshold": arrays["b_enc"], "W_dec": arrays["W_enc"].T, "b_dec": np.zeros(8, np.float32)}
+    np.savez_compressed(tmp_path / "params.npz", **arrays)
+    assert (tmp_path / "params.npz").stat().st_size < 2**20
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="would grow a hundredfold"):
+        gemma_scope.read(tmp_path / "params.npz")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_headers_that_promise_too_much_are_not_believed(folded, tmp_path):
+    huge = tmp_path / "a" / "sae_weights.safetensors"
+    saelens.write(tmp_path / "a", folded, ABOUT)
+    huge.write_bytes((2**40).to_bytes(8, "little") + huge.read_bytes()[8:])
+    with pytest.raises(ValueError, match="its header has 1,099,511,627,776 bytes"):
+        saelens.read(tmp_path / "a")
+    (tmp_path / "a" / "cfg.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not readable JSON"):
+        saelens.read(tmp_path / "a")
+    # An array that claims more than its member of the archive has.
+    gemma_scope.write(tmp_path / "params.npz", folded)
+    content = (tmp_path / "params.npz").read_bytes()
+    (tmp_path / "params.npz").write_bytes(content.replace(b"(16, 64)", b"(99999, 64)"[:8], 1))
+    with pytest.raises(ValueError, match="is not a whole npz file"):
+        gemma_scope.read(tmp_path / "params.npz")
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/gemma_scope_jax_was_hacked",))
+
+
+def test_a_pickle_that_runs_code_does_not(folded, tmp_path):
+    dictionary_learning.write(tmp_path / "a", folded, common.About("m", "blocks.3.hook_resid_post"))
+    with zipfile.ZipFile(tmp_path / "a" / "ae.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"W_enc": Evil()}))
+    with pytest.raises(ValueError, match=r"it names posix\.system, and may hold nothing but tensors"):
+        dictionary_learning.read(tmp_path / "a")
+    np.savez(
+        tmp_path / "params.npz",
+        **{name: np.array([Evil()]) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")},
+    )
+    with pytest.raises(ValueError, match="is not a whole npz file"):
+        gemma_scope.read(tmp_path / "params.npz")
+    (tmp_path / "config.yaml").write_text("model_kind: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(ValueError, match="is not readable YAML"):
+        list(detect.read(tmp_path / "config.yaml"))
+    assert not pathlib.Path("/tmp/gemma_scope_jax_was_hacked").exists()
+
+
+def test_names_of_an_archives_members_lead_nowhere(folded, tmp_path):
+    gemma_scope.write(tmp_path / "params.npz", folded)
+    with zipfile.ZipFile(tmp_path / "params.npz", "a") as archive:
+        archive.writestr("../../escaped.npy", b"")
+    with pytest.raises(ValueError, match=r"not known \['../../escaped'\]"):
+        gemma_scope.read(tmp_path / "params.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["params.npz"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_format_comes_back_bit_for_bit_and_thresholds_are_never_rounded(dtype, folded, tmp_path):
+    hook = "blocks.9.hook_resid_post"
+    about = common.About("google/gemma-3-270m", hook, 256)
+    want = sae.SAE(**{name: value.astype(np.float32) for name, value in common.arrays(folded, dtype).items()})
+    assert_equal((want.threshold, want.b_enc), (folded.threshold, folded.b_enc))
+    saelens.write(tmp_path / "saelens", folded, about, dtype)
+    gemma_scope_2.write(tmp_path / "second", folded, about, dtype)
+    dictionary_learning.write(tmp_path / "dictionary_learning", folded, about, dtype)
+    for place in sorted(tmp_path.iterdir()):
+        (found,) = detect.read(place)
+        assert_equal(found.sae, want)
+        assert (found.about.model_name, found.about.hook_name) == ("google/gemma-3-270m", hook)
+    circuit_tracer.write_config(tmp_path / "set", TRANSCODER)
+    for layer in (0, 1):
+        path = circuit_tracer.write(tmp_path / "set", transcoder(True), layer, dtype)
+    both, (alone,) = list(detect.read(tmp_path / "set")), detect.read(path)
+    want = common.arrays(transcoder(True), dtype)
+    for found in (*both, alone):
+        assert_equal(common.arrays(found.sae, dtype), want)
+    assert [found.about.hook_name for found in both] == ["blocks.0.mlp.hook_in", "blocks.1.mlp.hook_in"]
+    assert [found.name for found in both] == ["layer_0", "layer_1"] and alone.name == "layer_1"
+
+
+def test_a_stored_sae_is_in_memory_once(tmp_path):
+    """Read and written: a million latents take 19 GB, of which there may not be twice as much."""
+    d, m = 256, 2**16
+    rng = np.random.default_rng(0)
+    shapes = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
+    large = sae.SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
+    size = sum(value.nbytes for value in common.arrays(large).values())
+    about = common.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256)
+    steps = {
+        "saelens": lambda: saelens.write(tmp_path / "saelens", large, about),
+        "gemma_scope": lambda: gemma_scope.write(tmp_path / "gemma_scope" / "params.npz", large),
+        "gemma_scope_2": lambda: gemma_scope_2.write(tmp_path / "gemma_scope_2", large, about),
+        "dictionary_learning": lambda: dictionary_learning.write(
+            tmp_path / "dictionary_learning", large, about
+        ),
+        "circuit_tracer": lambda: circuit_tracer.write(tmp_path / "circuit_tracer", large, 0),
+    }
+    for name, write in steps.items():
+        tracemalloc.start()
+        write()
+        assert tracemalloc.get_traced_memory()[1] < 0.6 * size, (
+            name
+        )  # A part at a time, of a size that is theirs.
+        tracemalloc.stop()
+    circuit_tracer.write_config(tmp_path / "circuit_tracer", about)
+    for name in steps:
+        tracemalloc.start()
+        (found,) = detect.read(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * size, name
+        tracemalloc.stop()
+        np.testing.assert_array_equal(found.sae.W_enc, large.W_enc)
+
+
+def multi_layer(skip):
+    rng = np.random.default_rng(0)
+
+    def layer():
+        arrays = {"W_enc": (6, 9), "b_enc": (9,), "threshold": (9,), "W_dec": (9, 3, 6), "b_dec": (6,)}
+        arrays |= {"W_skip": (6, 6)} if skip else {}
+        return gemma_scope_2.Layer(
+            **{k: rng.standard_normal(s).astype(np.float32) for k, s in arrays.items()}
+        )
+
+    return [dataclasses.replace(one, threshold=abs(one.threshold)) for one in (layer(), layer(), layer())]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_multi_layer_files_come_back_and_predict_as_the_definition_says(skip, tmp_path):
+    layers = multi_layer(skip)
+    gemma_scope_2.write_layers(tmp_path / "a", layers)
+    again = gemma_scope_2.read_layers(tmp_path / "a")
+    for one, two in zip(layers, again, strict=True):
+        assert_equal(vars(one), vars(two))
+    names = set(safetensors.numpy.load_file(tmp_path / "a" / "params_layer_2.safetensors"))
+    assert names == {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"} | (
+        {"affine_skip_connection"} if skip else set()
+    )
+    x = np.random.default_rng(1).standard_normal((3, 5, 6))
+    got = gemma_scope_2.predict(again, x)
+    for j in range(3):
+        for token in range(5):
+            want = layers[j].b_dec.astype(float) + (x[j, token] @ layers[j].W_skip if skip else 0)
+            for k in range(3):
+                for latent in range(9):
+                    pre = x[k, token] @ layers[k].W_enc[:, latent] + layers[k].b_enc[latent]
+                    if pre > layers[k].threshold[latent]:
+                        want = want + max(pre, 0) * layers[k].W_dec[latent, j]
+            np.testing.assert_allclose(got[j, token], want, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="reads and predicts several layers at once"):
+        list(detect.read(tmp_path / "a"))
+    (tmp_path / "a" / "params_layer_1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"w_dec has shape \(9, 3, 6\), expected \[latents, 2, width\]"):
+        gemma_scope_2.read_layers(tmp_path / "a")
+
+
+def test_googles_own_places_say_model_and_site(folded, tmp_path):
+    residual = "blocks.{}.hook_resid_post"
+    for place, model, hook, out in (
+        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "google/gemma-2-2b", residual.format(20), None),
+        ("gemma-scope-9b-it-res/layer_9/width_131k/average_l0_13", "google/gemma-2-9b-it", residual.format(9), None),
+        ("gemma-scope-9b-pt-att/layer_2/width_16k/average_l0_39", "google/gemma-2-9b", "blocks.2.attn.hook_z", None),
+        ("gemma-scope-2b-pt-mlp/layer_4/width_16k/average_l0_9", "google/gemma-2-2b", "blocks.4.hook_mlp_out", None),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_44", "google/gemma-2-2b", "hook_embed", None),
+        (
+            "models--google--gemma-scope-2b-pt-transcoders/snapshots/0/layer_5/width_16k/average_l0_9",
+            "google/gemma-2-2b", "blocks.5.ln2.hook_normalized", "blocks.5.hook_mlp_out",
+        ),
+    ):  # fmt: skip
+        gemma_scope.write(tmp_path / place / "params.npz", folded)
+        (found,) = detect.read(tmp_path / place)
+        assert (found.about.model_name, found.about.hook_name, found.about.hook_name_out) == (
+            model,
+            hook,
+            out,
+        )
+    place = tmp_path / "gemma-scope-2-270m-pt" / "transcoder_all" / "layer_3_width_16k_l0_small_affine"
+    gemma_scope_2.write(place, transcoder(True), TRANSCODER)
+    (place / "config.json").unlink()  # As of some of Google's.
+    (found,) = detect.read(place)
+    assert found.about.model_name == "google/gemma-3-270m"
+    assert found.about.hook_name == "model.layers.3.pre_feedforward_layernorm.output"
+
+
+def test_other_kinds_of_sae_are_refused_by_name(tmp_path):
+    (tmp_path / "sparsify").mkdir()
+    (tmp_path / "sparsify" / "sae.safetensors").touch()
+    (tmp_path / "sparsify" / "cfg.json").write_text("{}")
+    with pytest.raises(ValueError, match="is one of sparsify's TopK SAEs"):
+        list(detect.read(tmp_path / "sparsify"))
+    with pytest.raises(ValueError, match=r"holds no SAE: none of cfg\.json"):
+        list(detect.read(tmp_path))
+    dictionary_learning.write(
+        tmp_path / "a", transcoder(False), common.About("m", "blocks.3.hook_resid_post")
+    )
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["trainer"]["dict_class"] = "AutoEncoderTopK"
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is of 'AutoEncoderTopK'; only 'JumpReluAutoEncoder' is read"):
+        dictionary_learning.read(tmp_path / "a")

@@ -144,7 +144,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     changes = dict(train__tokens=128 * 16, start_from=str(old), optimizer__learning_rate=1e-3)
     new = tiny.run_config(inputs, banks=banks, **changes)
     assert training.train(new, tmp_path / "new") == 0
-    assert "2 SAEs go on, 4 are new, 1 are left." in capsys.readouterr().out
+    assert "of 6 SAEs 2 go on, 4 are new." in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()} == files_before
     after = final_state(new, tmp_path / "new")
     assert int(after.harvests) == int(after.draws) == 16
@@ -170,7 +170,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     ("changes", "message"),
     [
         (dict(seed=3, train__tokens=128 * 12), r"that run had config\.seed = 0, this one has 3"),
-        (dict(train__tokens=128 * 10), r"has had 1280 tokens and train\.tokens is 1280; give more"),
+        (dict(train__tokens=128 * 10), r"had 1280 tokens and train\.tokens is 1280; give more"),
         (dict(start_from="nowhere"), "nowhere is no run directory"),
         (
             dict(train__tokens=128 * 12, banks__main__bandwidth=0.2),

@@ -78,10 +78,8 @@ def sae_from_arrays(tensors: Mapping[str, np.ndarray], source: pathlib.Path) -> 
 
 
 def _is_finite(value: np.ndarray) -> bool:
-    """In parts: a mask of a million latents' matrix would take gigabytes."""
-    parts = np.array_split(value, max(value.nbytes // 2**26, 1))
     with np.errstate(over="ignore"):  # Of float64, what float32 has no room for becomes infinite.
-        return all(np.isfinite(part.astype(np.float32, copy=False)).all() for part in parts)
+        return all(np.isfinite(part.astype(np.float32, copy=False)).all() for part in files.parts(value))
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -96,11 +94,13 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
-def without_pre_encoder_bias(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same SAE, b_dec being subtracted from what it reads no more: its b_enc does that."""
-    wide = {name: np.asarray(tensors[name], np.float64) for name in ("W_enc", "b_enc", "b_dec")}
-    b_enc_M = wide["b_enc"] - wide["b_dec"] @ wide["W_enc"]
-    return {**tensors, "b_enc": b_enc_M.astype(np.float32)}
+def without_pre_encoder_bias(sae: SAE) -> SAE:
+    """The SAE that does to x what `sae` does where b_dec is subtracted from x first."""
+    shift_M, row = np.zeros(sae.b_enc.shape), 0
+    for part in files.parts(sae.W_enc):
+        shift_M += sae.b_dec[row : row + len(part)].astype(np.float64) @ part.astype(np.float64)
+        row += len(part)
+    return sae.replace(b_enc=(sae.b_enc - shift_M).astype(np.float32))
 
 
 def in_other_units(sae: SAE, factor: float) -> SAE:

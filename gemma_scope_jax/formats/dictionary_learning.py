@@ -172,7 +172,7 @@ def _write_torch(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
         archive.writestr("archive/byteorder", "little")
         for key, value in enumerate(tensors.values()):
             with archive.open(f"archive/data/{key}", "w", force_zip64=True) as file:
-                for part in np.array_split(value, max(value.nbytes // 2**26, 1)):
+                for part in files.parts(value):
                     file.write(np.ascontiguousarray(part).view(np.uint8).data)
         archive.writestr("archive/version", "3\n")
 

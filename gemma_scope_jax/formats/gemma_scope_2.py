@@ -126,7 +126,7 @@ class Layer:
 
 def predict(layers: list[Layer], x_KxBxD: np.ndarray) -> np.ndarray:
     """What a multi-layer SAE or transcoder makes of its K layers' activations, for each layer [K, B, D]."""
-    out_KxBxD = np.stack([np.tile(layer.b_dec, (x_KxBxD.shape[1], 1)) for layer in layers])
+    out_KxBxD = np.zeros_like(x_KxBxD) + np.stack([layer.b_dec for layer in layers])[:, None]
     for k, layer in enumerate(layers):
         pre_BxM = x_KxBxD[k] @ layer.W_enc + layer.b_enc
         f_BxM = np.where(pre_BxM > layer.threshold, np.maximum(pre_BxM, 0), 0)

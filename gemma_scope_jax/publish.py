@@ -1,0 +1,193 @@
+"""A run's SAEs as a repository for Hugging Face's hub: Gemma Scope's layout, a model card of what was measured."""
+
+import json
+import pathlib
+
+import huggingface_hub
+import jinja2
+import yaml
+
+from gemma_scope_jax import bank, export, files, gemma, hub, runs
+
+FORMATS = ("saelens", "gemma_scope")
+_CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
+
+
+def publish(
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    repository: str,
+    file_format: str = "saelens",
+    dtype: str = "float32",
+    licence: str = "cc-by-4.0",
+    is_pushed: bool = False,
+) -> list[pathlib.Path]:
+    """Writes a run's SAEs, a model card and what SAELens' registry and Neuronpedia ask for; returns the SAEs' paths.
+
+    Args:
+      workdir: of a run that has been evaluated as it is now.
+      out: the folder to write to, new.
+      repository: OWNER/NAME, as it is or will be on the hub.
+      file_format: of the SAEs, one of `FORMATS`.
+      dtype: of their matrices.
+      licence: by the name that the hub knows it by.
+      is_pushed: whether to upload it.
+
+    Raises:
+      ValueError: the run has not been evaluated since its newest checkpoint, or cannot be exported.
+    """
+    if repository.count("/") != 1:
+        raise ValueError(f"--repo={repository} is not OWNER/NAME")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is there already; remove it, or give another --out")
+    measured = _measured(workdir)
+    paths = export.export_run(workdir, (file_format,), out, dtype=dtype)
+    run, state = runs.open_run(workdir)
+    folders = {
+        member.name: path.parent if path.is_file() else path
+        for member, path in zip(run.plan.members, paths, strict=True)
+    }
+    places = {name: folder.relative_to(out).as_posix() for name, folder in folders.items()}
+    trained_on = int(state.draws) * run.plan.activations
+    card = _card(run, repository, file_format, licence, places, measured, trained_on)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    registry = _registry(run, repository, places, measured) if file_format == "saelens" else None
+    if registry is not None:
+        (out / "saelens_registry.yaml").write_text(
+            yaml.safe_dump(registry, sort_keys=False), encoding="utf-8"
+        )
+        files.write_json(out / "neuronpedia.json", _neuronpedia(run, repository, places, registry))
+    print(f"Wrote {out / 'README.md'}", flush=True)
+    if is_pushed:
+        print(f"Pushed to {hub.push(out, repository)}", flush=True)
+    return paths
+
+
+def _measured(workdir: pathlib.Path) -> dict:
+    """The run's evaluation.
+
+    Raises:
+      ValueError: there is none, or the run has gone on since.
+    """
+    path = workdir / "evaluation.json"
+    checkpoints = list((workdir / "checkpoints").glob("*"))
+    if not path.exists() or path.stat().st_mtime < max((c.stat().st_mtime for c in checkpoints), default=0):
+        raise ValueError(
+            f"{path} is not there or older than the newest checkpoint; run python evaluate.py {workdir} first"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _card(
+    run: runs.Run,
+    repository: str,
+    file_format: str,
+    licence: str,
+    places: dict[str, str],
+    measured: dict,
+    trained_on: int,
+) -> str:
+    model = gemma.spec(run.config.model).hugging_face
+    about = huggingface_hub.ModelCardData(
+        license=licence,
+        library_name="saelens" if file_format == "saelens" else None,
+        base_model=model,
+        tags=["sparse-autoencoder", "jumprelu", "interpretability", "gemma-scope-jax"],
+    )
+    banks = [
+        f"{', '.join(sorted({member.place for member in b.members}))}: {bank.width_name(b.width)} latents, "
+        f"{_sparsity(b)}, kernel width {b.bandwidth:g}, thresholds from {b.initial_threshold:g}"
+        for b in run.plan.banks
+    ]
+    template = jinja2.Template(_CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    return template.render(
+        front_matter=about.to_yaml(),
+        model=model,
+        has_skip=any(member.skip for member in run.plan.members),
+        first=next(iter(measured["sae"].values())),
+        measured=measured,
+        results={place: measured["sae"][name] for name, place in places.items()},
+        banks=banks,
+        trained_on=trained_on,
+        config=run.config,
+        repository=repository,
+        format=file_format,
+        example=next(iter(places.values())),
+    )
+
+
+def _sparsity(plan: bank.Plan) -> str:
+    """What the members of a bank differ in."""
+    targets = sorted({member.target_l0 for member in plan.members if member.target_l0})
+    if targets:
+        return f"objective {plan.members[0].objective}, target L0 {', '.join(f'{t:g}' for t in targets)}"
+    return (
+        f"λ {', '.join(f'{c:g}' for c in sorted({member.sparsity_coefficient for member in plan.members}))}"
+    )
+
+
+def _registry(run: runs.Run, repository: str, places: dict[str, str], measured: dict) -> dict:
+    """An entry for SAELens' `pretrained_saes.yaml`."""
+    model = gemma.spec(run.config.model).hugging_face
+    return {
+        repository.split("/")[1]: {
+            "conversion_func": None,
+            "links": {"model": f"https://huggingface.co/{model}"},
+            "model": model.split("/")[1],
+            "repo_id": repository,
+            "saes": [
+                {
+                    "id": place,
+                    "path": place,
+                    "l0": round(measured["sae"][name]["l0"], 2),
+                    "neuronpedia": f"{model.split('/')[1]}/{_source(run, name, repository)}",
+                }
+                for name, place in places.items()
+            ],
+        }
+    }
+
+
+def _source(run: runs.Run, name: str, repository: str) -> str:
+    """Neuronpedia's name of an SAE: its layer and its set."""
+    member = next(m for m in run.plan.members if m.name == name)
+    return f"{member.site.layer}-{_set_name(member, repository)}"
+
+
+def _set_name(member: bank.Member, repository: str) -> str:
+    """The same for all layers, and in small letters."""
+    rest = member.name.removeprefix(f"layer_{member.site.layer}_").replace("_", "-").replace(".", "-")
+    return f"{repository.split('/')[1]}-{rest}".lower()
+
+
+def _neuronpedia(run: runs.Run, repository: str, places: dict[str, str], registry: dict) -> dict:
+    """The fields that Neuronpedia's importer asks of a release, its sets and its sources."""
+    (release,) = registry
+    model, owner = registry[release]["model"], repository.split("/")[0]
+    members = {member.name: member for member in run.plan.members}
+    sets = sorted({_set_name(member, repository) for member in members.values()})
+    return {
+        "release": {
+            "name": release,
+            "description": f"JumpReLU SAEs on {model}",
+            "creatorName": owner,
+            "creatorId": owner,
+        },
+        "sourcesets": [
+            {"modelId": model, "name": name, "creatorId": owner, "releaseName": release} for name in sets
+        ],
+        "sources": [
+            {
+                "id": _source(run, name, repository),
+                "modelId": model,
+                "setName": _set_name(members[name], repository),
+                "creatorId": owner,
+                "hfRepoId": repository,
+                "hfFolderId": place,
+                "dataset": run.config.data.text,
+                "saelensRelease": release,
+                "saelensSaeId": place,
+            }
+            for name, place in places.items()
+        ],
+    }

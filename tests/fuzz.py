@@ -1,0 +1,156 @@
+"""Breaks files of every format in many ways and reads them: in little memory and without hanging.
+
+    python tests/fuzz.py FOLDER COUNT
+
+Prints how many were read and how many refused; dies of anything else than a ValueError.
+"""
+
+import collections
+import faulthandler
+import pathlib
+import random
+import resource
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+
+from gemma_scope_jax.formats import (
+    circuit_tracer,
+    common,
+    detect,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    saelens,
+)
+from gemma_scope_jax.sae import SAE
+
+D, M = 8, 32
+ABOUT = common.About(
+    "google/gemma-2-2b", "blocks.3.ln2.hook_normalized", hook_name_out="blocks.3.hook_mlp_out"
+)
+
+
+def originals(folder: pathlib.Path) -> list[pathlib.Path]:
+    """A small SAE or transcoder in each format."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "W_enc": (D, M),
+        "b_enc": (M,),
+        "threshold": (M,),
+        "W_dec": (M, D),
+        "b_dec": (D,),
+        "W_skip": (D, D),
+    }
+    arrays = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
+    skip, plain = SAE(**arrays), SAE(**{**arrays, "W_skip": None})
+    alone = common.About("google/gemma-2-2b", "blocks.3.hook_resid_post")
+    saelens.write(folder / "saelens", skip, ABOUT)
+    gemma_scope.write(folder / "gemma_scope" / "params.npz", plain)
+    gemma_scope_2.write(folder / "gemma_scope_2", skip, ABOUT)
+    dictionary_learning.write(folder / "dictionary_learning", plain, alone)
+    circuit_tracer.write_config(folder / "circuit_tracer", ABOUT)
+    circuit_tracer.write(folder / "circuit_tracer", skip, 3)
+    layer = gemma_scope_2.Layer(
+        *(arrays[k] for k in ("W_enc", "b_enc", "threshold")), arrays["W_dec"][:, None], arrays["b_dec"]
+    )
+    gemma_scope_2.write_layers(folder / "multi_layer", [layer])
+    (folder / "compressed").mkdir()
+    named = {k: v for k, v in arrays.items() if k != "W_skip"}
+    np.savez_compressed(folder / "compressed" / "params.npz", **named)
+    return sorted(folder.iterdir())
+
+
+def mutate(path: pathlib.Path, rng: random.Random) -> None:
+    """Changes a file: cut, grown, bytes or lengths overwritten, words swapped, members of archives renamed."""
+    content = bytearray(path.read_bytes())
+    match rng.randrange(8):
+        case 0:
+            content = content[: rng.randrange(len(content) + 1)]
+        case 1:
+            content += rng.randbytes(rng.randrange(1, 200))
+        case 2:
+            for _ in range(rng.randrange(1, 20)):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+        case 3:  # Where headers are.
+            for _ in range(rng.randrange(1, 4)):
+                content[rng.randrange(min(len(content), 300))] = rng.randrange(256)
+        case 4:  # A length, of whatever has one there.
+            at = rng.randrange(len(content))
+            content[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, (2**40).to_bytes(8, "little")])
+        case 5:
+            digits = [i for i, byte in enumerate(content[:2000]) if 48 <= byte < 58]
+            if digits:
+                content[rng.choice(digits)] = rng.choice(b"0123456789-e")
+        case 6:
+            words = (
+                b"W_enc",
+                b"W_dec",
+                b"b_enc",
+                b"threshold",
+                b"float32",
+                b"jumprelu",
+                b"F32",
+                b"true",
+                b"null",
+            )
+            content = content.replace(
+                rng.choice(words), rng.choice([*words, b"../../etc/passwd", b'"', b"NaN"]), 1
+            )
+        case 7:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as old:
+                    members = {info.filename: old.read(info) for info in old.infolist()}
+                name = rng.choice(list(members))
+                members[rng.choice(["../" + name, "/etc/passwd", name + "x"])] = members.pop(name)
+                with zipfile.ZipFile(path, "w") as new:
+                    for key, value in members.items():
+                        new.writestr(key, value)
+                return
+            path.unlink()
+            return
+    path.write_bytes(content)
+
+
+def main(folder: pathlib.Path, count: int) -> None:
+    """Mutates and reads so many."""
+    found = collections.Counter()
+    places = originals(folder / "originals")
+    for place in places:  # What is read once, is imported.
+        read(place)
+    # What is mapped already, and half a gigabyte more.
+    mapped = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**29, mapped + 2**29))
+    for seed in range(count):
+        rng = random.Random(seed)
+        place = rng.choice(places)
+        broken = folder / "broken" / place.name
+        shutil.copytree(place, broken)
+        mutate(rng.choice(sorted(broken.iterdir())), rng)
+        faulthandler.dump_traceback_later(20, exit=True)
+        try:
+            read(broken)
+            found["read"] += 1
+        except ValueError as error:
+            assert len(str(error)) < 20_000, (seed, place.name)
+            found["refused"] += 1
+        except BaseException:
+            print(f"seed {seed}, {place.name}", file=sys.stderr)
+            raise
+        faulthandler.cancel_dump_traceback_later()
+        shutil.rmtree(folder / "broken")
+    print(f"{found['read']} read, {found['refused']} refused")
+
+
+def read(place: pathlib.Path) -> None:
+    """All that lies there."""
+    if place.name == "multi_layer":
+        gemma_scope_2.read_layers(place)
+    else:
+        list(detect.read(place))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
