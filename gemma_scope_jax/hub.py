@@ -40,27 +40,32 @@ def local(location: str) -> pathlib.Path:
     path = pathlib.Path(root, inside)
     if not path.exists():
         raise ValueError(f"{repository} has no SAE in {inside!r}")
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        _check(file)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if damaged := [file.name for file in files if not _is_whole(file)]:
+        raise ValueError(
+            f"{', '.join(damaged)} of {location} arrived damaged, not of the digest that the hub gives; what was "
+            "fetched is removed, fetch it again"
+        )
     return path
 
 
-def _check(file: pathlib.Path) -> None:
-    """Compares a large file with the digest by which the cache calls it; once, since the cache never changes it."""
+def _is_whole(file: pathlib.Path) -> bool:
+    """Compares a large file with the digest by which the cache calls it; removes it if it is another's.
+
+    Once, since the cache never changes a file.
+    """
     blob = file.resolve()
-    if not re.fullmatch("[0-9a-f]{64}", blob.name):
-        return
     mark = blob.with_name(f"{blob.name}.checked")
-    if mark.exists():
-        return
+    if not re.fullmatch("[0-9a-f]{64}", blob.name) or mark.exists():
+        return True
     with blob.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if found != blob.name:
-        blob.unlink()
-        raise ValueError(
-            f"{file} has the digest {found}, expected {blob.name}; it is removed, fetch it again"
-        )
-    mark.touch()
+    if found == blob.name:
+        mark.touch()
+        return True
+    file.unlink()
+    blob.unlink(missing_ok=True)
+    return False
 
 
 def push(folder: pathlib.Path, repository: str) -> str:

@@ -1,0 +1,156 @@
+"""Fetching from Hugging Face's hub: the real client against a small server of ours that behaves like it."""
+
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from gemma_scope_jax import hub
+from gemma_scope_jax.formats import common, gemma_scope, gemma_scope_2
+from gemma_scope_jax.sae import SAE
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+PLACE = "resid_post/layer_12_width_16k_l0_medium"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the client asks of the hub: a revision's files, and each of them, also from a byte on."""
+
+    root: pathlib.Path
+    cut: int | None = None  # Of the next large file only so many bytes are sent.
+    damaged = False
+    asked: list  # Of (path, first byte).
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if self.path.startswith("/api/models/test/repo/"):
+            files = [path for path in sorted(self.root.rglob("*")) if path.is_file()]
+            names = [str(path.relative_to(self.root)) for path in files]
+            if "/tree/" in self.path:
+                found = [
+                    {"type": "file", "path": name, "size": path.stat().st_size, "oid": "0" * 40}
+                    for name, path in zip(names, files, strict=True)
+                ]
+            else:
+                found = {"id": "test/repo", "sha": SHA, "siblings": [{"rfilename": name} for name in names]}
+            return self.reply(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+        return self.send_file()
+
+    do_HEAD = do_GET
+
+    def send_file(self):
+        file = self.root / self.path.split(f"/resolve/{SHA}/")[-1]
+        if not self.path.startswith("/test/repo/resolve/") or not file.is_file():
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+        content = file.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if Hub.damaged:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        first = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        if self.command == "GET":
+            Hub.asked.append((file.name, first))
+        cut = Hub.cut if self.command == "GET" and len(content) > 100_000 else None
+        if cut is not None:
+            Hub.cut = None
+        return self.reply(206 if first else 200, content[first:], headers, cut)
+
+    def reply(self, status, content, headers, cut=None):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A repository with an SAE, examples beside it, and a client's environment."""
+    Hub.root, Hub.asked, Hub.cut, Hub.damaged = tmp_path / "remote", [], None, False
+    rng = np.random.default_rng(0)
+    m = 2**16  # 34 MB; the client keeps 10 MB at a time.
+    shapes = {"W_enc": (64, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, 64), "b_dec": (64,)}
+    stored = SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
+    about = common.About("google/gemma-3-270m", "model.layers.12.output")
+    gemma_scope_2.write(Hub.root / PLACE, stored, about)
+    gemma_scope.write(Hub.root / "layer_1" / "params.npz", stored)
+    (Hub.root / PLACE / "examples.safetensors").write_bytes(b"x" * 1000)
+    (Hub.root / "README.md").write_text("# Ours")
+    running = http.server.ThreadingHTTPServer(("localhost", 0), Hub)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield {
+        **os.environ,
+        "HF_ENDPOINT": f"http://localhost:{running.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+    running.shutdown()
+    running.server_close()
+
+
+def fetch(environment, location):
+    """`hub.local` in a process of its own, for the client reads its environment once."""
+    code = f"from gemma_scope_jax import hub; print(hub.local({location!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_only_an_saes_own_files_are_fetched_and_only_once(server):
+    done = fetch(server, f"hf://test/repo/{PLACE}")
+    assert done.returncode == 0, done.stderr
+    folder = pathlib.Path(done.stdout.strip())
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "params.safetensors"]
+    _, about = gemma_scope_2.read(folder)
+    assert about.hook_name == "model.layers.12.output"
+    assert sorted(name for name, _ in Hub.asked) == ["config.json", "params.safetensors"]
+    assert fetch(server, f"hf://test/repo@main/{PLACE}").returncode == 0 and len(Hub.asked) == 2
+    alone = fetch(server, "hf://test/repo/layer_1/params.npz")
+    assert alone.stdout.strip().endswith("layer_1/params.npz"), alone.stderr
+
+
+def test_what_arrives_damaged_is_refused_and_fetched_again(server):
+    Hub.damaged = True
+    done = fetch(server, f"hf://test/repo/{PLACE}")
+    assert done.returncode != 0
+    assert "config.json, params.safetensors of hf://" in done.stderr
+    Hub.damaged = False
+    assert fetch(server, f"hf://test/repo/{PLACE}").returncode == 0
+
+
+def test_a_download_that_was_cut_goes_on_where_it_stopped(server):
+    Hub.cut = 25_000_000
+    done = fetch(server, f"hf://test/repo/{PLACE}")
+    if done.returncode:  # Whether the client tries again by itself, or the user does.
+        done = fetch(server, f"hf://test/repo/{PLACE}")
+    assert done.returncode == 0, done.stderr
+    first, second = (first for name, first in Hub.asked if name == "params.safetensors")
+    assert first == 0 and 10_000_000 < second <= 25_000_000
+    gemma_scope_2.read(pathlib.Path(done.stdout.strip()))
+
+
+def test_places_that_there_are_not_are_said(server):
+    assert "has no SAE in 'nowhere'" in fetch(server, "hf://test/repo/nowhere").stderr
+    assert "cannot fetch hf://test/other/x" in fetch(server, "hf://test/other/x").stderr
+    for location in ("hf://test", "hf://test/repo/../../etc", "hf://test/repo/a@main"):
+        with pytest.raises(ValueError, match="is not hf://OWNER/NAME/FOLDER"):
+            hub.local(location)
+    with pytest.raises(ValueError, match="/nowhere does not exist"):
+        hub.local("/nowhere")

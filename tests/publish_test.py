@@ -1,0 +1,99 @@
+"""What a run looks like as a repository."""
+
+import json
+import os
+import types
+
+import huggingface_hub
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from gemma_scope_jax import publish, report, stored, training
+from gemma_scope_jax.formats import saelens
+
+BANKS = {
+    "main": dict(
+        layers=(1, 2), sparsity_coefficients=(1e-3, 1e-2), width=64, bandwidth=0.1, initial_threshold=0.1
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(inputs, tmp_path_factory):
+    """A run of four SAEs and what was measured of them."""
+    workdir = tmp_path_factory.mktemp("published") / "run"
+    assert training.train(tiny.run_config(inputs, banks=BANKS), workdir) == 0
+    return workdir, report.evaluate_path(workdir, rows=8)
+
+
+@pytest.mark.parametrize("file_format", publish.FORMATS)
+def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, tmp_path, file_format):
+    workdir, results = evaluated
+    out = tmp_path / "out"
+    paths = publish.publish(workdir, out, "someone/tiny-saes", file_format)
+    card = huggingface_hub.ModelCard.load(out / "README.md")
+    assert (card.data.license, card.data.base_model) == ("cc-by-4.0", "test/tiny")
+    assert len(paths) == 4
+    for (name, result), path in zip(results.items(), paths, strict=True):
+        place = path if file_format == "saelens" else path.parent
+        kind, layer, width, l0 = place.relative_to(out).parts
+        assert (kind, layer, width) == ("resid_post", name[: len("layer_1")], "width_64")
+        (row,) = (line for line in card.text.splitlines() if line.startswith(f"| `{place.relative_to(out)}`"))
+        shown = [cell.strip() for cell in row.split("|")[2:-1]]
+        assert shown[:2] == [f"{result.l0:.1f}", f"{result.fvu:.4f}"]
+        assert shown[2] == f"{result.delta_loss:.4f} ± {result.delta_loss_se:.4f}"
+        (found,) = stored.read(path, "tiny", f"{layer}_resid_post")
+        assert np.isfinite(found.sae.W_enc).all() and l0.startswith("average_l0_")
+    assert "1,280 token positions of" in card.text and "λ 0.001, 0.01" in card.text
+    assert "\n- resid" not in card.text and "{{" not in card.text
+    if file_format == "gemma_scope":
+        return
+    registry = yaml.safe_load((out / "saelens_registry.yaml").read_text())["tiny-saes"]
+    assert registry["repo_id"] == "someone/tiny-saes" and registry["conversion_func"] is None
+    for entry in registry["saes"]:
+        saelens.read(out / entry["path"])
+    asked = json.loads((out / "neuronpedia.json").read_text())
+    ids = [source["id"] for source in asked["sources"]]
+    assert len(set(ids)) == 4 and ids[0].startswith("1-tiny-saes-resid-post-width-64-lambda-0-001")
+    sets = {source["setName"] for source in asked["sources"]}
+    # A set is the same SAEs of all layers.
+    assert len(sets) == 2 and sets == {made["name"] for made in asked["sourcesets"]}
+
+
+def test_only_what_was_measured_is_published(evaluated, tmp_path):
+    workdir, _ = evaluated
+    measured = workdir / "evaluation.json"
+    when = measured.stat().st_mtime
+    os.utime(measured, (0, 0))
+    with pytest.raises(ValueError, match=r"older than the newest checkpoint; run python evaluate\.py"):
+        publish.publish(workdir, tmp_path / "out", "someone/tiny-saes")
+    os.utime(measured, (when, when))
+    with pytest.raises(ValueError, match="is not OWNER/NAME"):
+        publish.publish(workdir, tmp_path / "out", "tiny-saes")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is there already"):
+        publish.publish(workdir, tmp_path / "mine", "someone/tiny-saes")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pushing_uploads_the_folder_and_says_where_to(evaluated, tmp_path, monkeypatch, capsys):
+    workdir, _ = evaluated
+    done = []
+    api = types.SimpleNamespace(
+        create_repo=lambda name, exist_ok: done.append(name) or f"https://hub/{name}",
+        upload_folder=lambda repo_id, folder_path: done.append((repo_id, folder_path)),
+    )
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    publish.publish(workdir, tmp_path / "out", "someone/tiny-saes", is_pushed=True)
+    assert done == ["someone/tiny-saes", ("someone/tiny-saes", tmp_path / "out")]
+    assert "Pushed to https://hub/someone/tiny-saes" in capsys.readouterr().out
+
+    def refuse(*args, **kwargs):
+        raise OSError("401")
+
+    monkeypatch.setattr(api, "create_repo", refuse)
+    with pytest.raises(ValueError, match=r"cannot push to someone/tiny-saes .*log in with `hf auth login`"):
+        publish.publish(workdir, tmp_path / "again", "someone/tiny-saes", is_pushed=True)
