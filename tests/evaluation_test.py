@@ -241,14 +241,14 @@ def test_paths_that_hold_nothing_are_refused(tmp_path, run):
         report.evaluate_path(tmp_path)
     with pytest.raises(ValueError, match="--rows is -1; it must be at least 1"):
         report.evaluate_path(run, rows=-1)
-    with pytest.raises(ValueError, match="--text is for exported SAEs"):
+    with pytest.raises(ValueError, match="--text is for SAEs in files"):
         report.evaluate_path(run, text="sotu")
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["evaluate.py", "nowhere"], "Error: nowhere is neither a run directory"),
+        (["evaluate.py", "nowhere"], "Error: nowhere does not exist"),
         (
             ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.banks.main.widht=3"],
             "Error: the config has no field 'widht', named by --config.banks.main.widht=3; did you mean 'width'?",
