@@ -92,4 +92,6 @@ def read(path: pathlib.Path) -> Iterator[Stored]:
                 f"{path} is one of sparsify's TopK SAEs, which has no thresholds: it cannot be had as a JumpReLU SAE"
             )
         case _:
-            raise ValueError(f"{path} is neither a run directory nor an SAE: it has none of {', '.join(FILES)}")
+            raise ValueError(
+                f"{path} is neither a run directory nor an SAE: it has none of {', '.join(FILES)}"
+            )
