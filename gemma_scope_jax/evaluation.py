@@ -1,28 +1,28 @@
-"""What an SAE or a transcoder costs the model that it is spliced into, and how sparse and faithful it is.
+"""SAEs and transcoders in Gemma's place: what they make of its activations, and what that costs its predictions.
 
-Definitions are Gemma Scope's (section 3.3.2 and appendix C). Every position but BOS, EOS and PAD (and the
-user prefix of the chat template) is spliced, and only predictions made from such positions are scored.
+Every position but BOS, EOS and PAD (and the user prefix of the chat template) is spliced, and only predictions made
+from such positions are scored. `metrics` has the numbers.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 from gemma import gm
+from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import data, files, gemma, sae, weights
+from gemma_scope_jax import data, files, gemma, hosts, metrics, sae, sharding, step, weights
+from gemma_scope_jax.metrics import Evaluation
 
 # The rows of a held-out split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0
-
-# What takes a site's place beside what SAEs make of it: itself, zeros, or its mean.
-REFERENCES = ("clean", "zero", "mean")
+MEAN_ROWS = 64  # On so many training rows a site's mean is measured where it is not known.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,45 +40,33 @@ class Subject:
         return self.target_site or self.site
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The numbers of one SAE. Losses are in nats per prediction; `_se` is a standard error over rows."""
-
-    l0: float
-    fvu: float  # ‖y − ŷ‖² over ‖y − mean‖², y being what is spliced and the mean that of the evaluated activations
-    delta_loss: float
-    delta_loss_se: float
-    clean_loss: float
-    spliced_loss: float
-    zero_ablation_loss: float
-    mean_ablation_loss: float
-    loss_recovered_zero: float
-    loss_recovered_mean: float
-    dead_fraction: float  # of latents that never fire on the evaluated tokens
-    dense_fraction: float  # of latents that fire on more than a tenth of them
-    rows: int
-    activations: int  # positions that L0, FVU and frequencies are over
-    tokens: int  # predictions scored
-    frequency: np.ndarray  # [M], of each latent's firing
+def _whole(mesh: jax.sharding.Mesh, params: weights.Params) -> weights.Params:
+    """Blocks whole on each chip, one after the other, and the embedding too, which here makes logits."""
+    return {**step.gather_gemma(mesh, params), "embedder": sharding.constrain(mesh, params["embedder"], P())}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sites"))
-def _lower_half(
-    model: gm.nn.Transformer, params: weights.Params, tokens_SxL: jax.Array, sites: tuple[gemma.Site, ...]
-) -> tuple[jax.Array, dict[gemma.Site, jax.Array]]:
-    """The residual stream before the block of some sites, all of one layer, and their activations."""
-    (layer,) = {site.layer for site in sites}
-    before_SxLxD = gemma.embed(model, params, tokens_SxL)
-    if layer > 0:
-        before_SxLxD, _ = gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, range(layer))
-    _, values = gemma.run_blocks(
-        model, params, before_SxLxD, tokens_SxL, range(layer, layer + 1), read=list(sites)
-    )
-    return before_SxLxD, values
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
+def _clean(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    sites: tuple[gemma.Site, ...],
+) -> tuple[dict[int, jax.Array], dict[gemma.Site, jax.Array], jax.Array]:
+    """One forward pass: the streams before each site's block, the sites' activations, the stream behind the last."""
+    params = step.gather_gemma(mesh, params)
+    x_SxLxD = sharding.constrain(mesh, gemma.embed(model, params, tokens_SxL), sharding.TOKENS)
+    before = {site.layer: gemma.Site("resid_post", site.layer - 1) for site in sites if site.layer}
+    layers = range(model.config.num_layers)
+    read = {*sites, *before.values()}
+    final_SxLxD, values = gemma.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=read)
+    streams = {0: x_SxLxD, **{layer: values[site] for layer, site in before.items()}}
+    return streams, {site: values[site] for site in sites}, final_SxLxD
 
 
-@functools.partial(jax.jit, static_argnames=("model", "site", "prefix"))
-def _upper_half(
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "site", "prefix"))
+def _spliced(
+    mesh: jax.sharding.Mesh,
     model: gm.nn.Transformer,
     params: weights.Params,
     before_SxLxD: jax.Array,
@@ -94,51 +82,155 @@ def _upper_half(
         return jnp.where(is_kept_SxLx1, replacement_SxLxD.astype(x_SxLxD.dtype), x_SxLxD)
 
     layers = range(site.layer, model.config.num_layers)
+    params = step.gather_gemma(mesh, params)
     return gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, layers, write={site: replace})[0]
 
 
 # Apart from the blocks: XLA's CPU backend makes the two together slower than they are one after the other.
-_loss = jax.jit(gemma.next_token_loss, static_argnames=("model", "prefix", "chunk"))
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "prefix"))
+def _loss(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    final_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    prefix: int,
+) -> dict[str, jax.Array]:
+    """The loss of each prediction, 0 where it is not scored, and where it is."""
+    params = _whole(mesh, params)
+    loss_SxL, scored_SxL = gemma.next_token_loss(
+        model, params, final_SxLxD, tokens_SxL, prefix, 64 * mesh.size
+    )
+    return sharding.constrain(mesh, {"loss_SxL": loss_SxL * scored_SxL, "scored_SxL": scored_SxL}, P())
 
 
-@functools.partial(jax.jit, static_argnames="prefix")
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "prefix"))
+def _divergence(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    final_SxLxD: jax.Array,
+    clean_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    prefix: int,
+) -> dict[str, jax.Array]:
+    """The loss of each prediction and its divergence from the clean one, 0 where it is not scored."""
+    params = _whole(mesh, params)
+    found = gemma.next_token_divergence(model, params, final_SxLxD, clean_SxLxD, tokens_SxL, 64 * mesh.size)
+    _, scored_SxL = gemma.next_tokens(tokens_SxL, prefix)
+    loss_SxL, kl_SxL = (jnp.where(scored_SxL, value, 0) for value in found)
+    return sharding.constrain(mesh, {"loss_SxL": loss_SxL, "kl_SxL": kl_SxL}, P())
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "site", "prefix"))
+def _importance(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    before_SxLxD: jax.Array,
+    value_SxLxO: jax.Array,
+    tokens_SxL: jax.Array,
+    site: gemma.Site,
+    prefix: int,
+) -> jax.Array:
+    """The gradient [S, L, O], at the site's activations, of the sum of all scored centred logits of next tokens."""
+    _, scored_SxL = gemma.next_tokens(tokens_SxL, prefix)
+    layers = range(site.layer, model.config.num_layers)
+
+    def total(value_SxLxO: jax.Array) -> jax.Array:
+        gathered = _whole(mesh, params)
+        write = {site: lambda _: value_SxLxO}
+        final_SxLxD, _ = gemma.run_blocks(model, gathered, before_SxLxD, tokens_SxL, layers, write=write)
+        logits_SxL = gemma.centred_logits(model, gathered, final_SxLxD, tokens_SxL, 64 * mesh.size)
+        return jnp.where(scored_SxL, logits_SxL, 0).sum()
+
+    return jax.grad(total)(value_SxLxO)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "prefix"))
 def _reconstruct(
-    subject: sae.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array, tokens_SxL: jax.Array, prefix: int
+    mesh: jax.sharding.Mesh,
+    subject: sae.SAE,
+    x_SxLxD: jax.Array,
+    y_SxLxO: jax.Array,
+    mean_O: jax.Array,
+    tokens_SxL: jax.Array,
+    importance_SxLxO: jax.Array | None,
+    prefix: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What an SAE makes of x in place of y, and what that adds to L0, FVU and firing frequencies."""
-    weight_B = gemma.is_kept(tokens_SxL, prefix).reshape(-1).astype(jnp.float32)
-    x_BxD, y_BxO = (v.reshape(weight_B.size, -1).astype(jnp.float32) for v in (x_SxLxD, y_SxLxO))
-    f_BxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
-    recon_BxO = sae.decode(subject, f_BxM, x_BxD, jax.lax.Precision.HIGHEST)
-    fired_BxM = (f_BxM > 0) * weight_B[:, None]
-    sums = {
-        "count": weight_B.sum(),
-        "l0": fired_BxM.sum(),
-        "fired_M": fired_BxM.sum(0),
-        # Sums and not matmuls, which on TPU would round their inputs to bfloat16.
-        "squared_error": (weight_B * jnp.square(recon_BxO - y_BxO).sum(1)).sum(),
-        "y_O": (weight_B[:, None] * y_BxO).sum(0),
-        "y_squared": (weight_B * jnp.square(y_BxO).sum(1)).sum(),
-    }
-    return recon_BxO.reshape(y_SxLxO.shape), sums
+    """See `metrics.measure`; what is measured is whole on every chip."""
+    is_kept_SxL = gemma.is_kept(tokens_SxL, prefix)
+    recon_SxLxO, found = metrics.measure(subject, x_SxLxD, y_SxLxO, mean_O, is_kept_SxL, importance_SxLxO)
+    return sharding.constrain(mesh, recon_SxLxO, sharding.TOKENS), sharding.constrain(mesh, found, P())
 
 
-def site_mean(
-    loaded: gemma.Gemma, site: gemma.Site, rows: data.Rows, count: int, per_batch: int, prefix: int = 0
-) -> np.ndarray:
-    """The mean of a site over the unmasked positions of the first `count` training rows."""
-    total, n = 0.0, 0
-    for tokens_SxL in _token_batches(rows, count, per_batch):
-        _, values = _lower_half(loaded.model, loaded.params, tokens_SxL, (site,))
-        kept = np.asarray(gemma.is_kept(tokens_SxL, prefix))
-        total = total + np.asarray(values[site], np.float64)[kept].sum(0)
-        n += kept.sum()
-    return (total / n).astype(np.float32)
+def _place(mesh: jax.sharding.Mesh, subject: sae.SAE) -> sae.SAE:
+    """An SAE on the devices, its latents over all of them where they divide."""
+    axes = ("data", "latent") if subject.b_enc.size % mesh.size == 0 else None
+    specs = {"W_enc": P(None, axes), "b_enc": P(axes), "threshold": P(axes), "W_dec": P(axes, None)}
+
+    def place(name: str, value: np.ndarray) -> jax.Array:
+        placed = jax.NamedSharding(mesh, specs.get(name, P()))
+        return jax.make_array_from_callback(value.shape, placed, lambda index: np.asarray(value[index]))
+
+    named = {name: value for name, value in vars(subject).items() if value is not None}
+    return sae.SAE(**{name: place(name, value) for name, value in named.items()})
 
 
-def _token_batches(rows: data.Rows, count: int, per_batch: int) -> list[jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of tokens on the devices; the last of them may be padding."""
+
+    tokens_SxL: jax.Array
+    count: int  # that are none
+    position_SxL: np.ndarray  # of the `count`, behind a document's BOS
+
+
+def _batches(mesh: jax.sharding.Mesh, rows: data.Rows, count: int, per_batch: int) -> Iterator[Rows]:
+    """The first rows in the order of `ORDER_SEED`, so many at a time, padded to as many as the devices divide."""
     chosen = data.order(len(rows), ORDER_SEED, 0, count)
-    return [jnp.asarray(rows.read(chosen[i : i + per_batch]).tokens) for i in range(0, count, per_batch)]
+    per_batch = -(-min(per_batch, count) // mesh.size) * mesh.size
+    placed = jax.NamedSharding(mesh, sharding.TOKENS)
+    for start in range(0, count, per_batch):
+        tokens = np.asarray(rows.read(chosen[start : start + per_batch]).tokens)
+        padded = np.pad(tokens, ((0, per_batch - len(tokens)), (0, 0)), constant_values=gemma.PAD)
+        on_devices = jax.make_array_from_callback(
+            padded.shape, placed, lambda index, padded=padded: padded[index]
+        )
+        yield Rows(on_devices, len(tokens), np.asarray(gemma.packed_positions(jnp.asarray(tokens))))
+
+
+def site_means(
+    loaded: gemma.Gemma,
+    sites: tuple[gemma.Site, ...],
+    rows: data.Rows,
+    per_batch: int,
+    prefix: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[gemma.Site, np.ndarray]:
+    """The means of sites over the unmasked positions of the first training rows, all in the same passes."""
+    mesh = mesh or one_device()
+    totals, n = dict.fromkeys(sites, 0.0), 0
+
+    @functools.partial(jax.jit, static_argnames="prefix")
+    def sums(values: dict, tokens_SxL: jax.Array, prefix: int) -> dict:
+        kept_SxL = gemma.is_kept(tokens_SxL, prefix)
+        means = {
+            site: (kept_SxL[..., None] * v.astype(jnp.float32)).sum((0, 1)) for site, v in values.items()
+        }
+        return sharding.constrain(mesh, (means, kept_SxL.sum()), P())
+
+    for batch in _batches(mesh, rows, min(MEAN_ROWS, len(rows)), per_batch) if sites else ():
+        _, values, _ = _clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
+        found, kept = hosts.fetch(sums(values, batch.tokens_SxL, prefix))
+        totals = {site: totals[site] + np.asarray(found[site], np.float64) for site in sites}
+        n += int(kept)
+    return {site: (total / n).astype(np.float32) for site, total in totals.items()}
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of the default device alone."""
+    return sharding.make_mesh(1, 1, jax.devices()[:1])
 
 
 def evaluate(
@@ -149,8 +241,13 @@ def evaluate(
     count: int,
     per_batch: int,
     prefix: int = 0,
+    is_fast: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluates SAEs on the first `count` held-out rows in a fixed order.
+
+    One forward pass gives all sites' activations and the clean predictions; from each spliced site's block on, one
+    pass for zero and one for mean ablation, one gradient, and one pass for each SAE.
 
     Args:
       loaded: the whole model.
@@ -160,137 +257,85 @@ def evaluate(
       count: how many of them, at most all.
       per_batch: rows in one pass.
       prefix: positions behind BOS that are neither spliced nor scored; see `gemma.is_kept`.
+      is_fast: without KL, which makes logits twice, and r_L0, which needs the gradient.
+      mesh: of the devices that `loaded` lies on; None: the default device.
     """
+    mesh = mesh or one_device()
     count = min(count, len(held_out_rows))
-    batches = _token_batches(held_out_rows, count, per_batch)
-    # What is no SAE's own, a pass through the model each, is done once for all that are spliced at one site.
     by_site: dict[gemma.Site, dict[str, Subject]] = {}
     for name, subject in subjects.items():
         by_site.setdefault(subject.spliced, {})[name] = subject
-    results = {}
-    passes = len(batches) * ((1 + len(REFERENCES)) * len(by_site) + len(subjects))
+    known = {s.spliced: s.mean_O for s in subjects.values() if s.mean_O is not None}
+    unknown = tuple(site for site in by_site if site not in known)
+    means = known | site_means(loaded, unknown, training_rows, per_batch, prefix, mesh)
+    sites = tuple(dict.fromkeys(s for subject in subjects.values() for s in (subject.site, subject.spliced)))
+    placed = {name: _place(mesh, subject.sae) for name, subject in subjects.items()}
+    of_sae = {name: metrics.Totals() for name in subjects}
+    references = {site: metrics.Totals() for site in by_site}
+    model, params = loaded.model, loaded.params
+
+    batches = -(-count // max(-(-min(per_batch, count) // mesh.size) * mesh.size, 1))
+    passes = batches * (1 + (2 if is_fast else 3) * len(by_site) + len(subjects))
     with tqdm.tqdm(total=passes, desc="Evaluating", unit="pass", dynamic_ncols=True) as bar:
-        for site, group in by_site.items():
-            means = [subject.mean_O for subject in group.values() if subject.mean_O is not None]
-            mean_O = (
-                means[0]
-                if means
-                else site_mean(loaded, site, training_rows, min(64, len(training_rows)), per_batch, prefix)
-            )
-            results |= _evaluate_site(loaded, site, group, jnp.asarray(mean_O), batches, prefix, bar)
-    return {name: results[name] for name in subjects}
+        for rows in _batches(mesh, held_out_rows, count, per_batch):
+            tokens_SxL = rows.tokens_SxL
+            streams, values, clean_SxLxD = _clean(mesh, model, params, tokens_SxL, sites)
+            clean = _loss(mesh, model, params, clean_SxLxD, tokens_SxL, prefix)
 
+            def add(to: metrics.Totals, found: dict, rows: Rows = rows) -> None:
+                fetched = hosts.fetch(found)
+                real = {k: v if k.endswith("_M") else v[: rows.count] for k, v in fetched.items()}
+                to.add(real, rows.position_SxL)
 
-def _row_losses(
-    loaded: gemma.Gemma,
-    before_SxLxD: jax.Array,
-    tokens_SxL: jax.Array,
-    site: gemma.Site,
-    prefix: int,
-    bar: tqdm.tqdm,
-    replacement_SxLxO: jax.Array,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row, the summed loss with something in the site's place, and how many predictions were scored."""
-    model, params = loaded.model, loaded.params
-    final_SxLxD = _upper_half(model, params, before_SxLxD, tokens_SxL, site, replacement_SxLxO, prefix)
-    loss_SxL, scored_SxL = _loss(model, params, final_SxLxD, tokens_SxL, prefix)
-    bar.update()
-    return np.asarray((loss_SxL * scored_SxL).sum(1), np.float64), np.asarray(scored_SxL.sum(1), np.float64)
-
-
-def _evaluate_site(
-    loaded: gemma.Gemma,
-    site: gemma.Site,
-    subjects: Mapping[str, Subject],
-    mean_O: jax.Array,
-    batches: list[jax.Array],
-    prefix: int,
-    bar: tqdm.tqdm,
-) -> dict[str, Evaluation]:
-    """SAEs that are spliced at one site."""
-    model, params = loaded.model, loaded.params
-    sites = tuple(dict.fromkeys([site, *(subject.site for subject in subjects.values())]))
-    device_saes = {name: jax.tree.map(jnp.asarray, subject.sae) for name, subject in subjects.items()}
-    sums = {name: [] for name in subjects}
-    # Of each row, summed over its predictions.
-    losses = {name: [] for name in (*REFERENCES, *subjects)}
-    scored = []
-    for tokens_SxL in batches:
-        before_SxLxD, values = _lower_half(model, params, tokens_SxL, sites)
-        bar.update()
-
-        measure = functools.partial(_row_losses, loaded, before_SxLxD, tokens_SxL, site, prefix, bar)
-        y_SxLxO = values[site]
-        references = {
-            "clean": y_SxLxO,
-            "zero": jnp.zeros_like(y_SxLxO),
-            "mean": jnp.broadcast_to(mean_O[None, None].astype(y_SxLxO.dtype), y_SxLxO.shape),
-        }
-        for name, replacement_SxLxO in references.items():
-            loss_S, scored_S = measure(replacement_SxLxO)
-            losses[name].append(loss_S)
-        scored.append(scored_S)  # The same whatever is spliced.
-        for name, subject in subjects.items():
-            recon_SxLxO, added = _reconstruct(
-                device_saes[name], values[subject.site], y_SxLxO, tokens_SxL, prefix
-            )
-            sums[name].append(jax.device_get(added))
-            losses[name].append(measure(recon_SxLxO)[0])
-
-    rows = {name: np.concatenate(parts) for name, parts in losses.items()}
+            bar.update()
+            for site, group in by_site.items():
+                y_SxLxO, before_SxLxD = values[site], streams[site.layer]
+                splice = functools.partial(_spliced, mesh, model, params, before_SxLxD, tokens_SxL, site)
+                mean_O = jnp.asarray(means[site])
+                ablations = {
+                    "zero": jnp.zeros_like(y_SxLxO),
+                    "mean": jnp.broadcast_to(mean_O[None, None].astype(y_SxLxO.dtype), y_SxLxO.shape),
+                }
+                found = {"clean_SxL": clean["loss_SxL"], "scored_SxL": clean["scored_SxL"]}
+                for name, replacement_SxLxO in ablations.items():
+                    final_SxLxD = splice(replacement_SxLxO, prefix)
+                    found[f"{name}_SxL"] = _loss(mesh, model, params, final_SxLxD, tokens_SxL, prefix)[
+                        "loss_SxL"
+                    ]
+                    bar.update()
+                add(references[site], found)
+                importance_SxLxO = None
+                if not is_fast:
+                    importance_SxLxO = _importance(
+                        mesh, model, params, before_SxLxD, y_SxLxO, tokens_SxL, site, prefix
+                    )
+                    bar.update()
+                for name, subject in group.items():
+                    x_SxLxD = values[subject.site]
+                    recon_SxLxO, found = _reconstruct(
+                        mesh, placed[name], x_SxLxD, y_SxLxO, mean_O, tokens_SxL, importance_SxLxO, prefix
+                    )
+                    final_SxLxD = splice(recon_SxLxO, prefix)
+                    if is_fast:
+                        loss = _loss(mesh, model, params, final_SxLxD, tokens_SxL, prefix)
+                        found["loss_SxL"] = loss["loss_SxL"]
+                    else:
+                        found |= _divergence(
+                            mesh, model, params, final_SxLxD, clean_SxLxD, tokens_SxL, prefix
+                        )
+                    add(of_sae[name], found)
+                    bar.update()
     return {
-        name: _summarize(sums[name], rows[name], {r: rows[r] for r in REFERENCES}, np.concatenate(scored))
-        for name in subjects
+        name: metrics.summarize(subject.sae, of_sae[name], references[subject.spliced])
+        for name, subject in subjects.items()
     }
-
-
-def _summarize(
-    sums: list[dict], spliced_S: np.ndarray, reference: Mapping[str, np.ndarray], scored_S: np.ndarray
-) -> Evaluation:
-    """The numbers of one SAE, from sums over batches and from each row's losses."""
-    total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *sums)
-    tokens = scored_S.sum()
-    loss = {variant: values.sum() / tokens for variant, values in reference.items()}
-    spliced = spliced_S.sum() / tokens
-    delta = spliced - loss["clean"]
-    frequency_M = total["fired_M"] / total["count"]
-    variance = total["y_squared"] - np.square(total["y_O"]).sum() / total["count"]
-    return Evaluation(
-        l0=float(total["l0"] / total["count"]),
-        fvu=float(total["squared_error"] / variance),
-        delta_loss=delta,
-        delta_loss_se=ratio_standard_error(spliced_S - reference["clean"], scored_S),
-        clean_loss=loss["clean"],
-        spliced_loss=spliced,
-        zero_ablation_loss=loss["zero"],
-        mean_ablation_loss=loss["mean"],
-        loss_recovered_zero=1 - delta / (loss["zero"] - loss["clean"]),
-        loss_recovered_mean=1 - delta / (loss["mean"] - loss["clean"]),
-        dead_fraction=float((frequency_M == 0).mean()),
-        dense_fraction=float((frequency_M > sae.DENSE).mean()),
-        rows=scored_S.size,
-        activations=int(total["count"]),
-        tokens=int(tokens),
-        frequency=frequency_M,
-    )
-
-
-def ratio_standard_error(numerator_S: np.ndarray, denominator_S: np.ndarray) -> float:
-    """The standard error of Σ numerator / Σ denominator over independent rows (linearised); nan for one row."""
-    n = numerator_S.size
-    if n < 2:
-        return float("nan")
-    residual_S = numerator_S - numerator_S.sum() / denominator_S.sum() * denominator_S
-    return float(np.sqrt(np.square(residual_S).sum() * n / (n - 1)) / denominator_S.sum())
 
 
 def write_json(path: pathlib.Path, results: Mapping[str, Evaluation], about: Mapping) -> None:
     """Writes the numbers of every SAE, with what they were measured on."""
     saes = {}
     for name, result in results.items():
-        numbers = {key: value for key, value in vars(result).items() if key != "frequency"}
-        # JSON knows no NaN: the standard error of a single row is null.
-        saes[name] = {key: None if np.isnan(value) else value for key, value in numbers.items()}
+        saes[name] = metrics.numbers(result)
     with files.replacing_file(path) as partial:
         partial.write_text(json.dumps({**about, "sae": saes}, indent=1) + "\n", encoding="utf-8")
 

@@ -390,6 +390,34 @@ def logits(model: gm.nn.Transformer, params: weights.Params, x: jax.Array) -> ja
     return values if cap is None else jnp.tanh(values / cap) * cap
 
 
+def next_tokens(tokens_SxL: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
+    """What is to be predicted at each position [S, L], and whether that is scored.
+
+    It is not where the position is not kept (`is_kept`), or where the next begins another segment or is padding.
+    """
+    target_SxL = jnp.pad(tokens_SxL[:, 1:], ((0, 0), (0, 1)), constant_values=PAD)
+    return target_SxL, is_kept(tokens_SxL, prefix) & (target_SxL != PAD) & (target_SxL != BOS)
+
+
+def _by_positions(compute: Callable, arrays: tuple[jax.Array, ...], chunk: int) -> object:
+    """`compute` of arrays [S, L, …] for some positions of all rows at a time, put together again.
+
+    Of all rows, so that where rows lie on many chips each computes its own. `chunk` is how many predictions at once.
+    """
+    rows, length = arrays[0].shape[:2]
+    width = min(max(chunk // rows, 1), length)
+    pad = -length % width
+
+    def split(value: jax.Array) -> jax.Array:
+        value = jnp.pad(value, ((0, 0), (0, pad), *[(0, 0)] * (value.ndim - 2)))
+        return jnp.moveaxis(value.reshape(rows, -1, width, *value.shape[2:]), 1, 0)
+
+    def join(value: jax.Array) -> jax.Array:
+        return jnp.moveaxis(value, 0, 1).reshape(rows, -1, *value.shape[3:])[:, :length]
+
+    return jax.tree.map(join, jax.lax.map(lambda parts: compute(*parts), tuple(map(split, arrays))))
+
+
 def next_token_loss(
     model: gm.nn.Transformer,
     params: weights.Params,
@@ -401,6 +429,8 @@ def next_token_loss(
     """Cross-entropy in nats of each next token, from the residual stream behind the last block.
 
     Args:
+      model: the module.
+      params: its parameters.
       x_SxLxD: the residual stream behind the last block.
       tokens_SxL: the packed rows.
       prefix: see `is_kept`.
@@ -408,22 +438,55 @@ def next_token_loss(
 
     Returns:
       loss_SxL and weight_SxL in float32: the loss of predicting position t + 1 from position t, and 1 where
-      that is scored, 0 where t is not kept (`is_kept`), or where t + 1 begins another segment or is padding.
+      that is scored; see `next_tokens`.
     """
-    target_SxL = jnp.pad(tokens_SxL[:, 1:], ((0, 0), (0, 1)), constant_values=PAD)
-    scored_SxL = is_kept(tokens_SxL, prefix) & (target_SxL != PAD) & (target_SxL != BOS)
+    target_SxL, scored_SxL = next_tokens(tokens_SxL, prefix)
 
-    def chunk_loss(x_CxD: jax.Array, target_C: jax.Array) -> jax.Array:
-        logits_CxV = logits(model, params, x_CxD)
-        correct_C = jnp.take_along_axis(logits_CxV, target_C[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits_CxV, axis=1) - correct_C
+    def compute(x_SxCxD: jax.Array, target_SxC: jax.Array) -> jax.Array:
+        logits_SxCxV = logits(model, params, x_SxCxD)
+        correct_SxC = jnp.take_along_axis(logits_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_SxCxV, axis=-1) - correct_SxC
 
-    count = target_SxL.size
-    chunk = min(chunk, count)
-    pad = -count % chunk
-    x_PxD = jnp.pad(x_SxLxD.reshape(count, -1), ((0, pad), (0, 0)))
-    target_P = jnp.pad(target_SxL.reshape(count), (0, pad))
-    loss = jax.lax.map(
-        lambda xs: chunk_loss(*xs), (x_PxD.reshape(-1, chunk, x_PxD.shape[1]), target_P.reshape(-1, chunk))
-    )
-    return loss.reshape(-1)[:count].reshape(target_SxL.shape), scored_SxL.astype(jnp.float32)
+    return _by_positions(compute, (x_SxLxD, target_SxL), chunk), scored_SxL.astype(jnp.float32)
+
+
+def next_token_divergence(
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    x_SxLxD: jax.Array,
+    clean_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    chunk: int = 256,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of each next token, and KL(clean ‖ x) of the two predictions of it, both [S, L] in nats.
+
+    See `next_token_loss`; there are twice as many logits at a time.
+    """
+    target_SxL, _ = next_tokens(tokens_SxL, 0)
+
+    def compute(x_SxCxD: jax.Array, clean_SxCxD: jax.Array, target_SxC: jax.Array) -> tuple:
+        log_p_SxCxV = jax.nn.log_softmax(logits(model, params, x_SxCxD))
+        clean_log_p_SxCxV = jax.nn.log_softmax(logits(model, params, clean_SxCxD))
+        loss_SxC = -jnp.take_along_axis(log_p_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
+        return loss_SxC, (jnp.exp(clean_log_p_SxCxV) * (clean_log_p_SxCxV - log_p_SxCxV)).sum(-1)
+
+    return _by_positions(compute, (x_SxLxD, clean_SxLxD, target_SxL), chunk)
+
+
+def centred_logits(
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    x_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    chunk: int = 512,
+) -> jax.Array:
+    """The logit of each next token less the mean of all logits, [S, L] (Gemma Scope, appendix C)."""
+    target_SxL, _ = next_tokens(tokens_SxL, 0)
+
+    @jax.checkpoint
+    def compute(x_SxCxD: jax.Array, target_SxC: jax.Array) -> jax.Array:
+        logits_SxCxV = logits(model, params, x_SxCxD)
+        correct_SxC = jnp.take_along_axis(logits_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
+        return correct_SxC - logits_SxCxV.mean(-1)
+
+    return _by_positions(compute, (x_SxLxD, target_SxL), chunk)

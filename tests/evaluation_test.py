@@ -9,38 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, gemma, report, sae, training
+from gemma_scope_jax import data, evaluation, gemma, metrics, report, sae, training
 from gemma_scope_jax.formats import saelens
 
 SITE = gemma.Site("resid_post", 1)
 
 
-class FakeRows:
-    """Rows held in memory, where a dataset on disk would be."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def read(self, indices):
-        return data.Batch(self.tokens[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
-
-
 @pytest.fixture(scope="module")
 def rows():
-    return FakeRows(tiny.tokens(12, 24, special=0.1))
-
-
-def random_sae(seed=0):
-    rng = np.random.default_rng(seed)
-    arrays = dict(
-        W_enc=rng.normal(size=(32, 64)), b_enc=rng.normal(size=64), threshold=2 + rng.random(64),
-        W_dec=0.2 * rng.normal(size=(64, 32)), b_dec=rng.normal(size=32),
-    )  # fmt: skip
-    return sae.SAE(**{k: v.astype(np.float32) for k, v in arrays.items()})
+    return Rows(tiny.tokens(12, 24, special=0.1))
 
 
 def evaluate(tiny_gemma, subject, rows, count=10, site=SITE, mean=None, per_batch=4):
@@ -192,10 +171,10 @@ def test_predicting_the_mean_has_an_fvu_of_one(tiny_gemma, rows):
 def test_the_standard_error_shrinks_with_the_root_of_the_rows():
     rng = np.random.default_rng(0)
     numerator, denominator = rng.normal(1, 2, size=6400), rng.integers(5, 10, size=6400)
-    few = evaluation.ratio_standard_error(numerator[:400], denominator[:400])
-    many = evaluation.ratio_standard_error(numerator, denominator)
+    _, few = metrics.ratio(numerator[:400], denominator[:400])
+    _, many = metrics.ratio(numerator, denominator)
     np.testing.assert_allclose(few / many, 4, rtol=0.15)
-    assert np.isnan(evaluation.ratio_standard_error(numerator[:1], denominator[:1]))
+    assert np.isnan(metrics.ratio(numerator[:1], denominator[:1])[1])
 
 
 @pytest.fixture(scope="module")

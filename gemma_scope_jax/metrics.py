@@ -1,0 +1,311 @@
+"""The numbers of an SAE, from what was measured of each token.
+
+Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them; docs/metrics.md writes them all out.
+`measure` and `importance` run on devices, a batch at a time; the rest is float64 on the host.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax import sae
+
+QUANTILES = (5, 25, 50, 75, 95)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The numbers of one SAE. Losses are in nats per prediction; `_se` is a standard error over rows.
+
+    What was not measured is None.
+    """
+
+    l0: float
+    l0_se: float
+    l0_quantiles: tuple[int, ...]  # over activations, at `QUANTILES` per cent
+    # ‖y − ŷ‖² over ‖y − mean‖², y being what is spliced and the mean that of the evaluated activations.
+    fvu: float
+    fvu_se: float
+    fvu_per_dimension: float  # the mean over dimensions of the same ratio in each
+    fvu_per_dimension_se: float
+    explained_variance_elements: (
+        float  # 1 − mean squared error over the variance of all elements, as in tutorials
+    )
+    explained_variance_elements_se: float
+    explained_variance_tokens: (
+        float  # the mean over tokens of 1 − ‖y − ŷ‖² / ‖y − site's mean‖², as SAELens had it
+    )
+    explained_variance_tokens_se: float
+    cosine: float  # of y and ŷ, the mean over tokens
+    cosine_se: float
+    norm_ratio: float  # ‖ŷ‖ / ‖y‖, likewise
+    norm_ratio_se: float
+    delta_loss: float
+    delta_loss_se: float
+    clean_loss: float
+    clean_loss_se: float
+    spliced_loss: float
+    zero_ablation_loss: float
+    mean_ablation_loss: float
+    loss_recovered_zero: float
+    loss_recovered_zero_se: float
+    loss_recovered_mean: float
+    loss_recovered_mean_se: float
+    kl: float | None  # KL(clean ‖ spliced) of the predictions of the next token
+    kl_se: float | None
+    r_l0: float | None  # uniformity of active latent importance
+    r_l0_se: float | None
+    dead_fraction: float  # of latents that never fire on the evaluated tokens
+    dense_fraction: float  # of latents that fire on more than a tenth of them
+    decoder_cosine: float  # of a latent's decoder direction with that next to it, the median over latents
+    rows: int
+    activations: int  # positions that L0, FVU and frequencies are over
+    tokens: int  # predictions scored
+    # Distributions, which are not in the table.
+    frequency: np.ndarray  # [M], of each latent's firing
+    nearest_cosine: np.ndarray  # [M], of each decoder direction with that next to it
+    threshold: np.ndarray  # [M]
+    decoder_norm: np.ndarray  # [M]
+    encoder_norm: np.ndarray  # [M]
+    l0_counts: np.ndarray  # [highest L0 + 1], activations on which so many latents fire
+    by_position: Mapping[str, np.ndarray]  # [L]: behind a document's BOS; see `at_positions`
+
+
+def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
+    """All but the distributions; what is not finite is None."""
+    found = {
+        key: value for key, value in vars(result).items() if not isinstance(value, (np.ndarray, Mapping))
+    }
+    return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in found.items()}
+
+
+def measure(
+    subject: sae.SAE,
+    x_SxLxD: jax.Array,
+    y_SxLxO: jax.Array,
+    mean_O: jax.Array,
+    is_kept_SxL: jax.Array,
+    importance_SxLxO: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What an SAE makes of x in place of y, and what is measured of every token, row, dimension and latent.
+
+    Args:
+      subject: the SAE or transcoder.
+      x_SxLxD: what it reads.
+      y_SxLxO: what is spliced.
+      mean_O: the site's mean.
+      is_kept_SxL: which positions count.
+      importance_SxLxO: the gradient of the centred logits; see `importance`.
+
+    Returns:
+      The reconstruction [S, L, O], and sums: `_SxL` of each token, 0 where it does not count.
+    """
+    shape = is_kept_SxL.shape
+    weight_B = is_kept_SxL.reshape(-1).astype(jnp.float32)
+    x_BxD, y_BxO = (v.reshape(weight_B.size, -1).astype(jnp.float32) for v in (x_SxLxD, y_SxLxO))
+    f_BxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
+    recon_BxO = sae.decode(subject, f_BxM, x_BxD, jax.lax.Precision.HIGHEST)
+    fired_BxM = (f_BxM > 0) * weight_B[:, None]
+    error_BxO = recon_BxO - y_BxO
+    # Sums and not matmuls, which on TPU would round their inputs to bfloat16.
+    error_B, y_B, recon_B = (jnp.square(v).sum(1) for v in (error_BxO, y_BxO, recon_BxO))
+    norms_B = jnp.sqrt(y_B * recon_B)
+    unexplained_B = error_B / jnp.square(y_BxO - mean_O[None]).sum(1)
+
+    def of_tokens(value_B: jax.Array) -> jax.Array:
+        return jnp.where(weight_B > 0, value_B, 0).reshape(shape)
+
+    def of_rows(value_BxO: jax.Array) -> jax.Array:
+        return (weight_B[:, None] * value_BxO).reshape(*shape, -1).sum(1)
+
+    found = {
+        "count_SxL": of_tokens(jnp.ones_like(weight_B)),
+        "l0_SxL": of_tokens(fired_BxM.sum(1)),
+        "error_SxL": of_tokens(error_B),
+        "explained_SxL": of_tokens(1 - unexplained_B),
+        "cosine_SxL": of_tokens((y_BxO * recon_BxO).sum(1) / jnp.where(norms_B > 0, norms_B, 1)),
+        "norm_ratio_SxL": of_tokens(jnp.sqrt(recon_B / jnp.where(y_B > 0, y_B, 1))),
+        "y_SxO": of_rows(y_BxO),
+        "y_squared_SxO": of_rows(jnp.square(y_BxO)),
+        "error_SxO": of_rows(jnp.square(error_BxO)),
+        "fired_M": fired_BxM.sum(0),
+    }
+    if importance_SxLxO is not None:
+        g_BxO = importance_SxLxO.reshape(y_BxO.shape).astype(jnp.float32)
+        active = jnp.abs(f_BxM * jnp.matmul(g_BxO, subject.W_dec.T, precision=jax.lax.Precision.HIGHEST))
+        uniformity_B, has_active_B = uniformity(active)
+        found["r_l0_SxL"] = of_tokens(uniformity_B)
+        found["active_SxL"] = of_tokens(has_active_B.astype(jnp.float32))
+    return recon_BxO.reshape(y_SxLxO.shape), found
+
+
+def uniformity(importance_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """r_L0 = exp(entropy of p) / ‖p‖₀ with p = |y| / Σ|y| (Gemma Scope, appendix C), and where there is any.
+
+    1 where all active latents matter equally, 1 / L0 where one alone does.
+    """
+    total_B = importance_BxM.sum(1)
+    is_active_B = total_B > 0
+    p_BxM = importance_BxM / jnp.where(is_active_B, total_B, 1)[:, None]
+    entropy_B = -jnp.where(p_BxM > 0, p_BxM * jnp.log(jnp.where(p_BxM > 0, p_BxM, 1)), 0).sum(1)
+    count_B = (importance_BxM > 0).sum(1)
+    return jnp.where(is_active_B, jnp.exp(entropy_B) / jnp.maximum(count_B, 1), 0), is_active_B
+
+
+def nearest_cosine(W_dec_MxO: np.ndarray, block: int = 1024) -> np.ndarray:
+    """The cosine [M] of each decoder direction with that of another latent next to it."""
+    unit_MxO = jnp.asarray(W_dec_MxO / np.maximum(np.linalg.norm(W_dec_MxO, axis=1, keepdims=True), 1e-30))
+    count = len(unit_MxO)
+
+    @jax.jit
+    def of_block(start: jax.Array) -> jax.Array:
+        rows = jnp.minimum(start + jnp.arange(min(block, count)), count - 1)
+        cosines = jnp.matmul(unit_MxO[rows], unit_MxO.T, precision=jax.lax.Precision.HIGHEST)
+        return jnp.where(rows[:, None] == jnp.arange(count)[None], -1, cosines).max(1)
+
+    parts = [np.asarray(of_block(jnp.asarray(start))) for start in range(0, count, block)]
+    return np.concatenate(parts)[:count]
+
+
+class Totals:
+    """What `measure` found, added up over batches on the host."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[np.ndarray]] = {}
+        self.positions: dict[str, np.ndarray] = {}
+        self.latents: dict[str, np.ndarray] = {}
+        self.l0_counts = np.zeros(1, np.int64)
+
+    def add(self, found: Mapping[str, np.ndarray], position_SxL: np.ndarray) -> None:
+        """Takes the sums of a batch; `_SxL` by row and by position, `_SxO` by row, `_M` over all."""
+        for name, value in found.items():
+            quantity, _, kind = name.rpartition("_")
+            value = np.asarray(value, np.float64)
+            if kind == "M":
+                self.latents[quantity] = self.latents.get(quantity, 0) + value
+                continue
+            if kind == "SxL":
+                length = value.shape[1]
+                at = np.bincount(position_SxL.reshape(-1), value.reshape(-1), minlength=length)
+                self.positions[quantity] = self.positions.get(quantity, 0) + at
+                value = value.sum(1)
+            self.rows.setdefault(f"{quantity}_{'S' if kind == 'SxL' else 'SxO'}", []).append(value)
+        if "l0_SxL" in found:
+            l0 = np.asarray(found["l0_SxL"])[np.asarray(found["count_SxL"]) > 0].astype(np.int64)
+            counts = np.bincount(l0, minlength=self.l0_counts.size)
+            counts[: self.l0_counts.size] += self.l0_counts
+            self.l0_counts = counts
+
+    def of_rows(self, name: str) -> np.ndarray | None:
+        """[S] or [S, O] over all rows; None if it was not measured."""
+        return np.concatenate(self.rows[name]) if name in self.rows else None
+
+
+def ratio(numerator_S: np.ndarray, denominator_S: np.ndarray) -> tuple[float, float]:
+    """Σ numerator / Σ denominator, and its standard error over independent rows (linearised).
+
+    nan where there is nothing to divide by, as the standard error is for one row.
+    """
+    total = denominator_S.sum()
+    if total == 0:
+        return float("nan"), float("nan")
+    value = numerator_S.sum() / total
+    return float(value), standard_error((numerator_S - value * denominator_S) / total)
+
+
+def standard_error(residual_S: np.ndarray) -> float:
+    """Of a sum of independent rows' parts, each less its mean; nan for one row."""
+    n = residual_S.size
+    return float(np.sqrt(np.square(residual_S).sum() * n / (n - 1))) if n > 1 else float("nan")
+
+
+def summarize(
+    subject: sae.SAE, of_sae: Totals, references: Totals, nearest_cosine_M: np.ndarray | None = None
+) -> Evaluation:
+    """The numbers of one SAE.
+
+    Args:
+      subject: the SAE.
+      of_sae: from `measure`, and its `loss_SxL` and perhaps `kl_SxL`.
+      references: `scored_SxL`, and the losses `clean_SxL`, `zero_SxL` and `mean_SxL`, 0 where they are not scored.
+      nearest_cosine_M: see `nearest_cosine`; None: it is computed.
+    """
+    count_S, scored_S = of_sae.of_rows("count_S"), references.of_rows("scored_S")
+    loss = {name: references.of_rows(f"{name}_S") for name in ("clean", "zero", "mean")}
+    delta_S = of_sae.of_rows("loss_S") - loss["clean"]
+
+    def mean(name: str, weight_S: np.ndarray | None = count_S) -> tuple[float, float] | tuple[None, None]:
+        value_S = of_sae.of_rows(f"{name}_S")
+        return (None, None) if value_S is None else ratio(value_S, weight_S)
+
+    y_SxO, squared_SxO, error_SxO = (of_sae.of_rows(f"{n}_SxO") for n in ("y", "y_squared", "error"))
+    mean_O = y_SxO.sum(0) / count_S.sum()
+    # Each row's part of the variance around the mean of all.
+    variance_SxO = squared_SxO - 2 * mean_O * y_SxO + count_S[:, None] * np.square(mean_O)
+    fvu = ratio(error_SxO.sum(1), variance_SxO.sum(1))
+    varies = variance_SxO.sum(0) > 0
+    error_O, variance_O = error_SxO.sum(0)[varies], variance_SxO.sum(0)[varies]
+    residual_SxO = (error_SxO[:, varies] - error_O / variance_O * variance_SxO[:, varies]) / variance_O
+    grand = mean_O.mean()
+    elements_S = (squared_SxO - 2 * grand * y_SxO).sum(1) + count_S * mean_O.size * grand**2
+    unexplained, unexplained_se = ratio(error_SxO.sum(1), elements_S)
+    recovered = {name: ratio(delta_S, loss[name] - loss["clean"]) for name in ("zero", "mean")}
+    frequency_M = of_sae.latents["fired"] / count_S.sum()
+    cosine_M = nearest_cosine(np.asarray(subject.W_dec)) if nearest_cosine_M is None else nearest_cosine_M
+    cumulative = np.cumsum(of_sae.l0_counts)
+    active_S = of_sae.of_rows("active_S")
+    pairs = {
+        "l0": mean("l0"),
+        "fvu": fvu,
+        "fvu_per_dimension": (float((error_O / variance_O).mean()), standard_error(residual_SxO.mean(1))),
+        "explained_variance_elements": (1 - unexplained, unexplained_se),
+        "explained_variance_tokens": mean("explained"),
+        "cosine": mean("cosine"),
+        "norm_ratio": mean("norm_ratio"),
+        "delta_loss": ratio(delta_S, scored_S),
+        "clean_loss": ratio(loss["clean"], scored_S),
+        "kl": mean("kl", scored_S),
+        "r_l0": mean("r_l0", active_S),
+        "loss_recovered_zero": (1 - recovered["zero"][0], recovered["zero"][1]),
+        "loss_recovered_mean": (1 - recovered["mean"][0], recovered["mean"][1]),
+    }
+    return Evaluation(
+        **{name: value for name, (value, _) in pairs.items()},
+        **{f"{name}_se": error for name, (_, error) in pairs.items()},
+        l0_quantiles=tuple(int(np.searchsorted(cumulative, q / 100 * cumulative[-1])) for q in QUANTILES),
+        spliced_loss=ratio(of_sae.of_rows("loss_S"), scored_S)[0],
+        zero_ablation_loss=ratio(loss["zero"], scored_S)[0],
+        mean_ablation_loss=ratio(loss["mean"], scored_S)[0],
+        dead_fraction=float((frequency_M == 0).mean()),
+        dense_fraction=float((frequency_M > sae.DENSE).mean()),
+        decoder_cosine=float(np.median(cosine_M)),
+        rows=scored_S.size,
+        activations=int(count_S.sum()),
+        tokens=int(scored_S.sum()),
+        frequency=frequency_M,
+        nearest_cosine=cosine_M,
+        threshold=np.asarray(subject.threshold),
+        decoder_norm=np.linalg.norm(subject.W_dec, axis=1),
+        encoder_norm=np.linalg.norm(subject.W_enc, axis=0),
+        l0_counts=of_sae.l0_counts,
+        by_position=at_positions(of_sae, references, float(variance_SxO.sum() / count_S.sum())),
+    )
+
+
+def at_positions(of_sae: Totals, references: Totals, variance: float) -> dict[str, np.ndarray]:
+    """By position behind a document's BOS: L0, squared error over the variance of all, delta loss; and how many.
+
+    NaN where there is no such position.
+    """
+    count_L, scored_L = of_sae.positions["count"], references.positions["scored"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "l0": of_sae.positions["l0"] / count_L,
+            "error": of_sae.positions["error"] / count_L / variance,
+            "delta_loss": (of_sae.positions["loss"] - references.positions["clean"]) / scored_L,
+            "activations": count_L,
+            "tokens": scored_L,
+        }

@@ -1,0 +1,273 @@
+"""Every number against slow float64 NumPy, one token at a time, and cases known by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from toys import Rows, random_sae
+
+from gemma_scope_jax import data, evaluation, gemma, metrics, sharding
+
+SITE = gemma.Site("resid_post", 1)
+COUNT = 10
+
+
+def logits_in_float64(tiny_gemma, tokens_L, write):
+    """Of one row alone, and the site's activations, with `write` in their place."""
+    model, params = tiny_gemma.model, tiny_gemma.params
+    row = jnp.asarray(tokens_L)[None]
+    x = gemma.embed(model, params, row)
+    x = gemma.run_blocks(model, params, x, row, range(4), write={SITE: write})[0]
+    x = np.asarray(x[0], np.float64)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+    x = x * (1 + np.asarray(params["final_norm"]["scale"], np.float64))
+    return np.tanh(x @ np.asarray(params["embedder"]["input_embedding"], np.float64).T / 3.0) * 3.0
+
+
+def log_softmax(values):
+    return values - np.log(np.exp(values).sum())
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_gemma):
+    subject = random_sae()
+    rows = Rows(tiny.tokens(12, 24, special=0.1))
+    mean = np.full(32, 0.5, np.float32)
+    subjects = {"a": evaluation.Subject(subject, SITE, mean)}
+    result = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4)["a"]
+    return subject, rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, COUNT)], mean, result
+
+
+@pytest.fixture(scope="module")
+def slow(measured, tiny_gemma):
+    """The same, of each row a dict of lists with a value for each token that counts."""
+    subject, tokens, _, _ = measured
+    p = {name: np.asarray(v, np.float64) for name, v in vars(subject).items() if v is not None}
+    special = (gemma.BOS, gemma.EOS, gemma.PAD)
+    found = []
+    for row in tokens:
+        values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(row)[None], [SITE])[SITE][
+            0
+        ]
+        y = np.asarray(values, np.float64)
+        pre = y @ p["W_enc"] + p["b_enc"]
+        f = np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
+        recon = f @ p["W_dec"] + p["b_dec"]
+        kept = ~np.isin(row, special)
+        spliced = jnp.asarray(np.where(kept[:, None], recon, y), jnp.float32)[None]
+        clean_logits, logits = (
+            logits_in_float64(tiny_gemma, row, w) for w in (lambda x: x, lambda x, s=spliced: s)
+        )
+
+        def centred(value, row=row, kept=kept):
+            """In float32, by plain differentiation of all logits at once."""
+            out = gemma.embed(tiny_gemma.model, tiny_gemma.params, row[None])
+            write = {SITE: lambda _: value}
+            out = gemma.run_blocks(
+                tiny_gemma.model, tiny_gemma.params, out, row[None], range(4), write=write
+            )[0]
+            all_logits = gemma.logits(tiny_gemma.model, tiny_gemma.params, out)[0]
+            total = 0.0
+            for t in range(len(row) - 1):
+                if kept[t] and row[t + 1] not in (gemma.BOS, gemma.PAD):
+                    total += all_logits[t, row[t + 1]] - all_logits[t].mean()
+            return total
+
+        gradient = np.asarray(jax.grad(centred)(values[None])[0], np.float64)
+        of_row = {name: [] for name in ("y", "recon", "f", "position", "r_l0", "loss", "clean", "kl", "at")}
+        start = 0
+        for t, token in enumerate(row):
+            start = t if token == gemma.BOS else start
+            if not kept[t]:
+                continue
+            of_row["y"].append(y[t])
+            of_row["recon"].append(recon[t])
+            of_row["f"].append(f[t])
+            of_row["position"].append(t - start)
+            importance = [abs(f[t, i] * float(gradient[t] @ p["W_dec"][i])) for i in range(64) if f[t, i] > 0]
+            if sum(importance) > 0:  # Behind the last prediction nothing matters.
+                share = np.array(importance) / sum(importance)
+                of_row["r_l0"].append(np.exp(-sum(s * np.log(s) for s in share)) / len(share))
+            if t + 1 < len(row) and row[t + 1] not in (gemma.BOS, gemma.PAD):
+                clean_log_p, log_p = log_softmax(clean_logits[t]), log_softmax(logits[t])
+                of_row["loss"].append(-log_p[row[t + 1]])
+                of_row["clean"].append(-clean_log_p[row[t + 1]])
+                of_row["kl"].append(sum(np.exp(a) * (a - b) for a, b in zip(clean_log_p, log_p, strict=True)))
+                of_row["at"].append(t - start)
+        found.append({name: np.array(values) for name, values in of_row.items()})
+    return found
+
+
+def over(slow, value):
+    """The mean over all tokens."""
+    return np.concatenate([value(row) for row in slow]).mean()
+
+
+def test_reconstruction(measured, slow):
+    _, _, mean, result = measured
+    y, recon = (np.concatenate([row[name] for row in slow]) for name in ("y", "recon"))
+    error = np.square(recon - y)
+    near = dict(rtol=1e-4)
+    np.testing.assert_allclose(result.fvu, error.sum() / np.square(y - y.mean(0)).sum(), **near)
+    np.testing.assert_allclose(result.fvu_per_dimension, (error.mean(0) / y.var(0)).mean(), **near)
+    np.testing.assert_allclose(result.explained_variance_elements, 1 - error.mean() / y.var(), **near)
+    of_tokens = [1 - e.sum() / np.square(v - mean).sum() for e, v in zip(error, y, strict=True)]
+    np.testing.assert_allclose(result.explained_variance_tokens, np.mean(of_tokens), **near)
+    lengths = [(np.linalg.norm(a), np.linalg.norm(b), a @ b) for a, b in zip(y, recon, strict=True)]
+    np.testing.assert_allclose(result.cosine, np.mean([d / (a * b) for a, b, d in lengths]), **near)
+    np.testing.assert_allclose(result.norm_ratio, np.mean([b / a for a, b, _ in lengths]), **near)
+    assert result.activations == len(y)
+
+
+def test_sparsity(measured, slow):
+    subject, _, _, result = measured
+    f = np.concatenate([row["f"] for row in slow])
+    l0 = (f > 0).sum(1)
+    np.testing.assert_allclose(result.l0, l0.mean(), rtol=1e-6)
+    np.testing.assert_array_equal(result.l0_counts, np.bincount(l0))
+    for quantile, value in zip(metrics.QUANTILES, result.l0_quantiles, strict=True):
+        assert (l0 <= value).mean() >= quantile / 100 > (l0 < value).mean() - 1e-9
+    np.testing.assert_allclose(result.frequency, (f > 0).mean(0), atol=1e-6)
+    assert result.dead_fraction == ((f > 0).sum(0) == 0).mean()
+    assert result.dense_fraction == ((f > 0).mean(0) > 0.1).mean()
+    W_dec = np.float64(subject.W_dec)
+    unit = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
+    nearest = [max(unit[i] @ unit[j] for j in range(64) if j != i) for i in range(64)]
+    np.testing.assert_allclose(result.nearest_cosine, nearest, rtol=1e-5)
+    np.testing.assert_allclose(metrics.nearest_cosine(subject.W_dec, block=10), nearest, rtol=1e-5)
+    np.testing.assert_allclose(result.decoder_cosine, np.median(nearest), rtol=1e-5)
+
+
+def test_predictions(measured, slow):
+    _, _, _, result = measured
+    np.testing.assert_allclose(result.clean_loss, over(slow, lambda row: row["clean"]), rtol=1e-5)
+    np.testing.assert_allclose(result.spliced_loss, over(slow, lambda row: row["loss"]), rtol=1e-5)
+    np.testing.assert_allclose(
+        result.delta_loss, over(slow, lambda row: row["loss"] - row["clean"]), rtol=1e-3
+    )
+    np.testing.assert_allclose(result.kl, over(slow, lambda row: row["kl"]), rtol=1e-3)
+    assert result.kl > 0.01  # Or nothing was compared.
+    np.testing.assert_allclose(result.r_l0, over(slow, lambda row: row["r_l0"]), rtol=1e-3)
+    assert 0.1 < result.r_l0 < 0.99
+
+
+def test_by_position(measured, slow):
+    _, _, _, result = measured
+    at = np.concatenate([row["position"] for row in slow])
+    scored_at = np.concatenate([row["at"] for row in slow])
+    y, recon, f = (np.concatenate([row[name] for row in slow]) for name in ("y", "recon", "f"))
+    delta = np.concatenate([row["loss"] - row["clean"] for row in slow])
+    variance = np.square(y - y.mean(0)).sum(1).mean()
+    for position in range(24):
+        here, scored = at == position, scored_at == position
+        assert result.by_position["activations"][position] == here.sum()
+        assert result.by_position["tokens"][position] == scored.sum()
+        if here.any():
+            np.testing.assert_allclose(
+                result.by_position["l0"][position], (f[here] > 0).sum(1).mean(), rtol=1e-5
+            )
+            error = np.square(recon - y)[here].sum(1).mean() / variance
+            np.testing.assert_allclose(result.by_position["error"][position], error, rtol=1e-4)
+        if scored.any():
+            want = delta[scored].mean()
+            np.testing.assert_allclose(result.by_position["delta_loss"][position], want, rtol=1e-3, atol=1e-5)
+    assert at.max() > 10 and (at == 1).sum() > 3
+
+
+def test_every_standard_error_is_that_of_rows_drawn_again(measured, slow):
+    """Against a bootstrap of the slow numbers."""
+    _, _, mean, result = measured
+    rng = np.random.default_rng(0)
+
+    def statistics(rows):
+        y, recon = (np.concatenate([row[name] for row in rows]) for name in ("y", "recon"))
+        error = np.square(recon - y)
+        every = {
+            name: np.concatenate([row[name] for row in rows]) for name in ("loss", "clean", "kl", "r_l0", "f")
+        }
+        return {
+            "l0": (every["f"] > 0).sum(1).mean(),
+            "fvu": error.sum() / np.square(y - y.mean(0)).sum(),
+            "fvu_per_dimension": (error.mean(0) / y.var(0)).mean(),
+            "explained_variance_elements": 1 - error.mean() / y.var(),
+            "explained_variance_tokens": (1 - error.sum(1) / np.square(y - mean).sum(1)).mean(),
+            "cosine": ((y * recon).sum(1) / np.linalg.norm(y, axis=1) / np.linalg.norm(recon, axis=1)).mean(),
+            "norm_ratio": (np.linalg.norm(recon, axis=1) / np.linalg.norm(y, axis=1)).mean(),
+            "delta_loss": every["loss"].mean() - every["clean"].mean(),
+            "clean_loss": every["clean"].mean(),
+            "kl": every["kl"].mean(),
+            "r_l0": every["r_l0"].mean(),
+        }
+
+    drawn = [statistics([slow[i] for i in rng.integers(COUNT, size=COUNT)]) for _ in range(2000)]
+    for name in drawn[0]:
+        spread = np.std([one[name] for one in drawn]) * np.sqrt(COUNT / (COUNT - 1))
+        # Ten rows are few for a variance's own variance: both are estimates.
+        np.testing.assert_allclose(getattr(result, f"{name}_se"), spread, rtol=0.3, err_msg=name)
+
+
+def test_uniformity_by_hand():
+    """Four that matter equally: 1. One of four alone, but for a whisper: ¼. Two of two by 3 to 1: exp(H) / 2."""
+    importance = jnp.array([[2.0, 2, 2, 2], [1, 1e-12, 1e-12, 1e-12], [3, 1, 0, 0], [0, 0, 0, 0]])
+    found, is_active = metrics.uniformity(importance)
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    np.testing.assert_allclose(found, [1, 0.25, np.exp(entropy) / 2, 0], rtol=1e-5)
+    assert is_active.tolist() == [True, True, True, False]
+
+
+def test_divergence_by_hand(tiny_gemma, monkeypatch):
+    """Of (½, ½) from (¼, ¾) it is ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3; of anything from itself 0."""
+    table = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+    monkeypatch.setattr(gemma, "logits", lambda model, params, x: table[x[..., 0].astype(int)])
+    clean, other = jnp.zeros((2, 5, 1)), jnp.array([[0.0], [1], [1], [0], [1]])[None].repeat(2, 0)
+    tokens = jnp.ones((2, 5), int)
+    loss, kl = gemma.next_token_divergence(None, None, other, clean, tokens, chunk=4)
+    want = 0.5 * np.log(4 / 3)
+    np.testing.assert_allclose(kl, [[0, want, want, 0, want]] * 2, atol=1e-6)
+    np.testing.assert_allclose(loss[0, :2], -np.log([0.5, 0.75]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
+def test_logits_are_made_a_few_at_a_time_and_come_out_the_same(tiny_gemma, chunk):
+    tokens = jnp.asarray(tiny.tokens(3, 11))
+    x = jax.random.normal(jax.random.key(0), (3, 11, 32))
+    logits = gemma.logits(tiny_gemma.model, tiny_gemma.params, x)
+    target, _ = gemma.next_tokens(tokens, 0)
+    want = jnp.take_along_axis(logits, target[..., None], -1)[..., 0] - logits.mean(-1)
+    got = gemma.centred_logits(tiny_gemma.model, tiny_gemma.params, x, tokens, chunk)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_fast_leaves_out_what_costs_most_and_changes_nothing_else(measured, tiny_gemma):
+    subject, _, mean, result = measured
+    rows = Rows(tiny.tokens(12, 24, special=0.1))
+    subjects = {"a": evaluation.Subject(subject, SITE, mean)}
+    fast = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4, is_fast=True)["a"]
+    assert (fast.kl, fast.r_l0, fast.r_l0_se) == (None, None, None)
+    full = metrics.numbers(result)
+    for name, value in metrics.numbers(fast).items():
+        if not name.startswith(("kl", "r_l0")):
+            np.testing.assert_allclose(value, full[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
+    subject, _, mean, result = measured
+    mesh = sharding.make_mesh(2, 4)
+    placement = sharding.gemma_placement(mesh, True)
+    split = jax.tree.map_with_path(
+        lambda path, leaf: jax.device_put(leaf, placement(path[-1].key, leaf.shape)), tiny_gemma.params
+    )
+    loaded = gemma.Gemma("tiny", tiny_gemma.model, split, 4)
+    rows = Rows(tiny.tokens(12, 24, special=0.1))
+    subjects = {"a": evaluation.Subject(subject, SITE, mean)}
+    many = evaluation.evaluate(loaded, subjects, rows, rows, COUNT, 4, mesh=mesh)["a"]
+    for name, value in metrics.numbers(many).items():
+        np.testing.assert_allclose(value, metrics.numbers(result)[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_silent_sae_has_no_uniformity():
+    silent = jax.tree.map(np.zeros_like, random_sae())
+    x = jnp.ones((1, 3, 32))
+    _, found = metrics.measure(silent, x, x, jnp.zeros(32), jnp.ones((1, 3), bool), x)
+    assert found["active_SxL"].sum() == 0 and found["l0_SxL"].sum() == 0

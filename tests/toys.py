@@ -1,0 +1,29 @@
+"""A random SAE and rows held in memory."""
+
+import numpy as np
+
+from gemma_scope_jax import data, sae
+
+
+class Rows:
+    """Rows in memory, where a dataset on disk would be."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, indices: np.ndarray) -> data.Batch:
+        """Those rows."""
+        return data.Batch(self.tokens[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
+
+
+def random_sae(seed: int = 0) -> sae.SAE:
+    """Of width 64 on activations of width 32, of which a part fires."""
+    rng = np.random.default_rng(seed)
+    arrays = dict(
+        W_enc=rng.normal(size=(32, 64)), b_enc=rng.normal(size=64), threshold=2 + rng.random(64),
+        W_dec=0.2 * rng.normal(size=(64, 32)), b_dec=rng.normal(size=32),
+    )  # fmt: skip
+    return sae.SAE(**{k: v.astype(np.float32) for k, v in arrays.items()})
