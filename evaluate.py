@@ -18,6 +18,8 @@ def main() -> None:
         "path", help="a run directory, or a path or hf://OWNER/NAME/FOLDER of an SAE in any format"
     )
     parser.add_argument("--rows", type=int, help="held-out rows to evaluate on")
+    parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="which rows")
+    parser.add_argument("--fast", action="store_true", dest="is_fast", help="without KL and r_L0")
     parser.add_argument("--rows_per_batch", type=int, help="rows in one pass of the model")
     files = parser.add_argument_group(
         "of SAEs in files, where they do not say it themselves or it shall be another"
@@ -27,10 +29,9 @@ def main() -> None:
     files.add_argument("--target_site", help="what a transcoder predicts, for example layer_20_mlp_out")
     files.add_argument("--text", help="to evaluate on, as in config.data.text")
     files.add_argument("--weights", help="Gemma's, as in config.weights")
+    files.add_argument("--tokenizer", help="Gemma's, as in config.tokenizer")
     files.add_argument("--dtype", choices=("float32", "bfloat16"), help="Gemma's")
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder for evaluation.json and .png (default: the path)"
-    )
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results (default: the path)")
     args = parser.parse_args()
     from gemma_scope_jax import report  # Imported late: --help should not take seconds.
 

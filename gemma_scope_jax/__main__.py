@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from gemma_scope_jax import cli
+from gemma_scope_jax.formats import PUBLISHED
 from gemma_scope_jax.formats import WRITTEN as FORMATS
 
 
@@ -21,7 +22,9 @@ def main() -> None:
     convert = commands.add_parser("convert", help="write an SAE of a file in another format")
     convert.add_argument("sae", help="a path or hf://OWNER/NAME/FOLDER, in any format")
     convert.add_argument("--format", choices=FORMATS, required=True)
-    convert.add_argument("--model", default="", help="if the file does not say it, for example gemma2_2b")
+    convert.add_argument(
+        "--model", default="", help="if the file does not say it or is wrong, for example gemma2_2b"
+    )
     convert.add_argument("--site", default="", help="likewise what it reads, for example layer_20_resid_post")
     convert.add_argument("--target_site", default="", help="likewise what a transcoder predicts")
     convert.add_argument(
@@ -32,7 +35,7 @@ def main() -> None:
     publish = commands.add_parser("publish", help="write, and perhaps upload, a repository of a run's SAEs")
     publish.add_argument("run", type=pathlib.Path, help="the directory of a run that has been evaluated")
     publish.add_argument("--repo", required=True, help="OWNER/NAME on Hugging Face's hub")
-    publish.add_argument("--format", choices=("saelens", "gemma_scope"), default="saelens")
+    publish.add_argument("--format", choices=PUBLISHED, default="saelens")
     publish.add_argument("--license", default="cc-by-4.0", help="as the hub calls it")
     publish.add_argument("--push", action="store_true", help="upload it, too")
     for command in (export, convert, publish):

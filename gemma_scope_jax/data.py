@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -94,7 +95,12 @@ def name_of(folder: pathlib.Path) -> str:
 
 
 def cached(config: DataConfig, name: str) -> pathlib.Path | None:
-    """The folder of a stored dataset by its name, if it is there."""
+    """The folder of a stored dataset by its name, if it is there.
+
+    Any other name is none: files of others name it, and TFDS runs what a dataset's folder tells it to.
+    """
+    if not re.fullmatch(r"rows_[0-9a-f]{16}", name):
+        return None
     folder = pathlib.Path(config.folder).expanduser() / name / "1.0.0"
     return folder if (folder / "dataset_info.json").exists() else None
 

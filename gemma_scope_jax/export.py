@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, data, gemma, hosts, runs, sae, step, stored
+from gemma_scope_jax import bank, data, files, gemma, hosts, runs, sae, step, stored
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.formats import (
     circuit_tracer,
@@ -127,15 +127,57 @@ def obstacle(
         return dictionary_learning.NO_TRANSCODER
     if file_format == "circuit_tracer" and not is_transcoder:
         return "is no transcoder, and circuit-tracer reads nothing else"
-    if file_format == "gemma_scope_2" and "mlp_in_gain_free" in (
-        target_site.kind,
-        is_transcoder or site.kind,
-    ):
+    if file_format == "circuit_tracer" and site.layer != target_site.layer:
+        return f"reads layer {site.layer} and predicts layer {target_site.layer}; it knows one alone"
+    if file_format == "gemma_scope_2" and target_site.kind == "mlp_in_gain_free":
         return "is of mlp_in_gain_free, for which Hugging Face has no name"
     wanted = _TRANSCODERS_READ.get(file_format)
     if is_transcoder and wanted and site.kind not in _TRANSCODERS_READ.values():
         return f"reads {site}; --format={file_format} is for transcoders of {wanted}"
     return None
+
+
+def obstacles(
+    wanted: list[tuple[str, str, gemma.Site, gemma.Site, bool]],
+    dtype: str,
+    model: str,
+    weights: str,
+    gemma_dtype: jax.typing.DTypeLike,
+) -> tuple[dict[tuple[str, str], str], dict[int, jax.Array]]:
+    """What keeps SAEs out of formats, by format and name, and the gains that it takes to convert the others.
+
+    Args:
+      wanted: format, name, site, target site, and whether there is a skip connection.
+      dtype: of the matrices.
+      model: its name.
+      weights: Gemma's; read only if a transcoder has to be converted.
+      gemma_dtype: that they are read in.
+    """
+    found = {(f, name): obstacle(f, *sites, skip, dtype) for f, name, *sites, skip in wanted}
+    layers = {
+        site.layer
+        for f, name, site, target, _ in wanted
+        if _needs_gain(f, site, target) and not found[f, name]
+    }
+    gains = mlp_gains(model, weights, gemma_dtype, sorted(layers))
+    for f, name, site, target, _ in wanted:
+        found[f, name] = found[f, name] or _lost_gain(f, site, target, gains)
+    return {key: why for key, why in found.items() if why}, gains
+
+
+def without_paths(about: common.About) -> common.About:
+    """What is told of an SAE without what only this machine knows: of a text its file's name, of others nothing."""
+    return dataclasses.replace(
+        about,
+        text=public_name(about.text),
+        weights=about.weights if "://" in about.weights else "",
+        tokenizer=about.tokenizer if "://" in about.tokenizer else "",
+    )
+
+
+def public_name(path: str) -> str:
+    """A text without the folders of this machine."""
+    return path if "://" in path or path.startswith("tfds:") else pathlib.PurePath(path).name
 
 
 def layout(
@@ -238,6 +280,7 @@ def export_run(
     out: pathlib.Path,
     bank_name: str | None = None,
     dtype: str = "float32",
+    is_public: bool = False,
 ) -> list[pathlib.Path]:
     """Exports the newest state of a run directory in layouts such as Google's; returns the paths.
 
@@ -247,6 +290,7 @@ def export_run(
       out: the folder to write to.
       bank_name: only this bank's SAEs; None: all.
       dtype: of the matrices.
+      is_public: whether paths of this machine are kept out of the files.
 
     Raises:
       ValueError: there is no such bank, the only format has no place for a member, or a place is taken; nothing has
@@ -256,34 +300,31 @@ def export_run(
     members = {member.name: member for member in run.plan.members}
     rows = data.name_of(runs.run_rows(run.config, workdir))
     l0 = measured_l0(run.plan, state)
-    # Whatever could stop it is looked at before anything is written.
-    wanted = [(file_format, member) for file_format in formats for member in members.values()]
-    obstacles = {
-        (file_format, member.name): obstacle(file_format, member.site, member.target_site, member.skip, dtype)
-        for file_format, member in wanted
-    }
-    layers = {
-        m.site.layer for f, m in wanted if _needs_gain(f, m.site, m.target_site) and not obstacles[f, m.name]
-    }
-    gains = mlp_gains(run.config.model, run.config.weights, config_lib.dtype(run.config), sorted(layers))
+    wanted = [
+        (file_format, name, m.site, m.target_site, m.skip)
+        for file_format in formats
+        for name, m in members.items()
+    ]
+    dtype_of_gemma = config_lib.dtype(run.config)
+    found, gains = obstacles(wanted, dtype, run.config.model, run.config.weights, dtype_of_gemma)
     layouts = {file_format: layout(members, l0, file_format) for file_format in formats}
     places: dict[str, dict[str, pathlib.Path]] = {file_format: {} for file_format in formats}
-    for file_format, member in wanted:
-        why = obstacles[file_format, member.name] or _lost_gain(
-            file_format, member.site, member.target_site, gains
-        )
+    for file_format, name, *_ in wanted:
+        why = found.get((file_format, name))
         if why and len(formats) == 1:
-            raise ValueError(f"{member.name} {why}; with --bank other SAEs are exported")
+            raise ValueError(f"{name} {why}; with --bank other SAEs are exported")
         if why:
-            print(f"Left out of {file_format}: {member.name} {why}", flush=True)
+            print(f"Left out of {file_format}: {name} {why}", flush=True)
             continue
-        place = (out / file_format if len(formats) > 1 else out) / layouts[file_format][member.name]
+        place = (out / file_format if len(formats) > 1 else out) / layouts[file_format][name]
         if place.exists():
             raise ValueError(f"{place} is there already; remove it, or give another --out")
-        places[file_format][member.name] = place
+        places[file_format][name] = place
     paths = []
     for name, folded in folded_saes(run.plan, state):
         one = as_stored(run, state, members[name], folded, l0[name], rows)
+        if is_public:
+            one = dataclasses.replace(one, about=without_paths(one.about))
         for file_format, by_name in places.items():
             if name in by_name:
                 paths.append(write(by_name[name], file_format, in_convention(file_format, one, gains), dtype))
@@ -312,16 +353,15 @@ def convert(
     Raises:
       ValueError: the SAE cannot be read, or the format has no place for it.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is there already; remove it, or give another --out")
-    paths = []
+    files.check_new(out)
     found = list(stored.read(location, **sites))
+    wanted = [(file_format, one.name, one.site, one.target_site, one.sae.W_skip is not None) for one in found]
+    first = found[0]
+    hindered, gains = obstacles(wanted, dtype, first.model, weights or first.about.weights, np.float32)
+    for (_, name), why in hindered.items():
+        raise ValueError(f"{name} {why}")
+    paths = []
     for one in found:
-        if why := obstacle(file_format, one.site, one.target_site, one.sae.W_skip is not None, dtype):
-            raise ValueError(f"{one.name} {why}")
-    for one in found:
-        layers = [one.site.layer] if _needs_gain(file_format, one.site, one.target_site) else []
-        gains = mlp_gains(one.model, weights or one.about.weights, np.float32, layers)
         folder = out if len(found) == 1 or file_format == "circuit_tracer" else out / one.name
         paths.append(write(folder, file_format, in_convention(file_format, one, gains), dtype))
         print(f"Wrote {paths[-1]}", flush=True)

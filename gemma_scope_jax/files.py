@@ -40,12 +40,20 @@ def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_new(folder: pathlib.Path) -> None:
+    """Raises ValueError if a folder to be written to is something else, or holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; remove it, or give another --out")
+
+
 def read_json(path: pathlib.Path) -> dict:
     """The object in a JSON file.
 
     Raises:
       ValueError: there is no such file, or something else in it.
     """
+    if not path.exists():
+        raise ValueError(f"there is no {path}")
     try:
         if path.stat().st_size > _MAX_HEADER:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
@@ -69,6 +77,8 @@ def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
     Raises:
       ValueError: the file is not whole.
     """
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}")
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")

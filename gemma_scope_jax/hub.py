@@ -1,5 +1,6 @@
 """SAEs in Hugging Face's repositories: fetched whole and checked, without what else lies there; and published."""
 
+import fnmatch
 import hashlib
 import pathlib
 import re
@@ -28,19 +29,19 @@ def local(location: str) -> pathlib.Path:
     repository, revision, inside = match[1], match[2], (match[3] or "").strip("/")
     import huggingface_hub  # Slow to import.
 
-    # Without a folder all of its files would come; those of the repository itself may be an SAE.
-    patterns = [f"{inside}/{name}" if inside else name for name in detect.FILES]
+    # Of a file, what lies beside it comes too: it says what the SAE is of.
+    is_file = any(fnmatch.fnmatch(pathlib.PurePosixPath(inside).name, name) for name in detect.FILES)
+    folder = str(pathlib.PurePosixPath(inside).parent) if is_file else inside
+    patterns = [name if folder in ("", ".") else f"{folder}/{name}" for name in detect.FILES]
     try:
-        root = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=[*patterns, inside or patterns[0]]
-        )
+        root = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except Exception as error:  # Many kinds: no network, no such repository, terms not accepted.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot fetch {location} ({reason})") from error
     path = pathlib.Path(root, inside)
     if not path.exists():
         raise ValueError(f"{repository} has no SAE in {inside!r}")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted((path if path.is_dir() else path.parent).iterdir())
     if damaged := [file.name for file in files if not _is_whole(file)]:
         raise ValueError(
             f"{', '.join(damaged)} of {location} arrived damaged, not of the digest that the hub gives; what was "
@@ -82,5 +83,8 @@ def push(folder: pathlib.Path, repository: str) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # Many kinds: no network, not logged in, no right to.
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot push to {repository} ({reason}); log in with `hf auth login`") from error
+        raise ValueError(
+            f"cannot push to {repository} ({reason}); log in with `hf auth login`, then `hf upload "
+            f"{repository} {folder}`"
+        ) from error
     return str(url)

@@ -1,7 +1,7 @@
 """A run's SAEs as a repository for Hugging Face's hub: Gemma Scope's layout, a model card of what was measured."""
 
-import json
 import pathlib
+import re
 
 import huggingface_hub
 import jinja2
@@ -9,7 +9,6 @@ import yaml
 
 from gemma_scope_jax import bank, export, files, gemma, hub, runs, weights
 
-FORMATS = ("saelens", "gemma_scope")
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
 
@@ -36,13 +35,14 @@ def publish(
     Raises:
       ValueError: the run has not been evaluated since its newest checkpoint, or cannot be exported.
     """
-    if repository.count("/") != 1:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"--repo={repository} is not OWNER/NAME")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is there already; remove it, or give another --out")
-    measured = _measured(workdir)
-    paths = export.export_run(workdir, (file_format,), out, dtype=dtype)
+    files.check_new(out)
+    if not runs.is_run(workdir):
+        raise ValueError(f"{workdir} is no run directory")
     run, state = runs.open_run(workdir)
+    measured = _measured(workdir, run, int(state.step))
+    paths = export.export_run(workdir, (file_format,), out, dtype=dtype, is_public=True)
     folders = {
         member.name: path.parent if path.is_file() else path
         for member, path in zip(run.plan.members, paths, strict=True)
@@ -63,19 +63,20 @@ def publish(
     return paths
 
 
-def _measured(workdir: pathlib.Path) -> dict:
+def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
     """The run's evaluation.
 
     Raises:
-      ValueError: there is none, or the run has gone on since.
+      ValueError: there is none of all its SAEs as they are at this step.
     """
     path = workdir / "evaluation.json"
-    checkpoints = list((workdir / "checkpoints").glob("*"))
-    if not path.exists() or path.stat().st_mtime < max((c.stat().st_mtime for c in checkpoints), default=0):
+    measured = files.read_json(path) if path.exists() else {}
+    missing = {member.name for member in run.plan.members} - measured.get("sae", {}).keys()
+    if missing or measured.get("step") != step:
         raise ValueError(
-            f"{path} is not there or older than the newest checkpoint; run python evaluate.py {workdir} first"
+            f"{path} is not of this run at its step {step}; run python evaluate.py {workdir} first"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return measured
 
 
 def _card(
@@ -109,6 +110,7 @@ def _card(
         results={place: measured["sae"][name] for name, place in places.items()},
         banks=banks,
         trained_on=trained_on,
+        text=export.public_name(run.config.data.text),
         weights=_weights(run),
         config=run.config,
         repository=repository,
@@ -194,7 +196,7 @@ def _neuronpedia(run: runs.Run, repository: str, places: dict[str, str], registr
                 "creatorId": owner,
                 "hfRepoId": repository,
                 "hfFolderId": place,
-                "dataset": run.config.data.text,
+                "dataset": export.public_name(run.config.data.text),
                 "saelensRelease": release,
                 "saelensSaeId": place,
             }

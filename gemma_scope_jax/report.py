@@ -4,12 +4,25 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 
+import jax
 import rich.console
 import rich.table
 
-from gemma_scope_jax import bank, data, evaluation, export, gemma, hub, interrupt, runs, stored
+from gemma_scope_jax import (
+    bank,
+    data,
+    evaluation,
+    export,
+    gemma,
+    hosts,
+    hub,
+    interrupt,
+    page,
+    runs,
+    sharding,
+    stored,
+)
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.formats import detect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +33,11 @@ class Opened:
     subjects: dict[str, evaluation.Subject]
     rows: pathlib.Path  # the folder of those that the SAEs were trained on
     members: dict[str, bank.Member]  # of a run
+    step: int | None = None  # of a run, at which they are as they are here
 
 
 # What is for files: a run is evaluated as it was trained.
-_OF_FILES = ("text", "weights", "dtype", "model", "site", "target_site")
+_OF_FILES = ("text", "weights", "tokenizer", "dtype", "model", "site", "target_site")
 
 
 def open_path(location: str | pathlib.Path, **overrides: str | None) -> Opened:
@@ -38,13 +52,13 @@ def open_path(location: str | pathlib.Path, **overrides: str | None) -> Opened:
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     path = hub.local(str(location))
-    if detect.format_of(path) is None and (path / "config.json").exists():
+    if runs.is_run(path):
         if given:
             raise ValueError(
                 f"--{next(iter(given))} is for SAEs in files; a run is evaluated as it was trained"
             )
         return _open_run(path)
-    return _open_stored(path, given)
+    return _open_stored(str(location), given)
 
 
 def _open_run(path: pathlib.Path) -> Opened:
@@ -59,18 +73,25 @@ def _open_run(path: pathlib.Path) -> Opened:
         )
         for name, folded in export.folded_saes(run.plan, state)
     }
-    return Opened(run.config, subjects, runs.run_rows(run.config, path), members)
+    return Opened(run.config, subjects, runs.run_rows(run.config, path), members, int(state.step))
 
 
-def _open_stored(path: pathlib.Path, given: dict[str, str]) -> Opened:
-    found = list(stored.read(path, *(given.get(name, "") for name in ("model", "site", "target_site"))))
+def _open_stored(location: str, given: dict[str, str]) -> Opened:
+    found = list(stored.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
     about, model = found[0].about, found[0].model
+    for name in ("weights", "tokenizer"):
+        chosen = given.get(name) or getattr(about, name)
+        if chosen and "://" not in chosen and not pathlib.Path(chosen).expanduser().exists():
+            raise ValueError(f"{location}: {name} {chosen} does not exist here; give another --{name}")
+    told = {"text": about.text, "weights": about.weights, "tokenizer": about.tokenizer}
+    if says := ", ".join(f"{name} {value}" for name, value in told.items() if value and not given.get(name)):
+        print(f"The file names {says}.", flush=True)
     # Files of others do not say how they were trained: the defaults then, with Gemma in float32.
     config = config_lib.from_dict(
         {
             "model": model,
             "weights": given.get("weights", about.weights),
-            "tokenizer": about.tokenizer,
+            "tokenizer": given.get("tokenizer", about.tokenizer),
             "gemma_dtype": given.get("dtype", about.gemma_dtype),
             "data": {
                 "text": given.get("text") or about.text or data.DataConfig().text,
@@ -84,7 +105,7 @@ def _open_stored(path: pathlib.Path, given: dict[str, str]) -> Opened:
     for one in found:
         if one.site.layer != one.target_site.layer:
             raise ValueError(
-                f"{path} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
+                f"{location} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
             )
     subjects = {
         one.name: evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
@@ -99,9 +120,21 @@ def evaluate_path(
     rows: int | None = None,
     rows_per_batch: int | None = None,
     out: pathlib.Path | None = None,
+    is_fast: bool = False,
+    split: str = data.HELD_OUT,
     **overrides: str | None,
 ) -> dict[str, evaluation.Evaluation]:
-    """Evaluates what lies at a path on held-out rows; writes evaluation.json and .png and prints a table."""
+    """Evaluates what lies at a path; writes evaluation.json, .csv, .html and .png, and prints a table.
+
+    Args:
+      path: see `open_path`.
+      rows: how many, at most all of the split; None: as the config says.
+      rows_per_batch: in one pass; likewise.
+      out: the folder to write to; None: beside the SAE or in the run.
+      is_fast: without what costs most; see `evaluation.evaluate`.
+      split: of the rows, one of `data.TRAIN` and `data.HELD_OUT`.
+      **overrides: see `open_path`.
+    """
     interrupts = interrupt.Interrupts()
     interrupts.forbid_saving("an evaluation writes its results when it ends")
     try:
@@ -112,30 +145,49 @@ def evaluate_path(
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
-        loaded = gemma.load(config.model, config.weights, config_lib.dtype(config))
+        out = out or _beside(path)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out={out} is a file; give a folder")
+        out.mkdir(parents=True, exist_ok=True)  # Before an hour's work, not after it.
+        mesh, loaded = load_gemma(config)
         results = evaluation.evaluate(
             loaded,
             opened.subjects,
             data.open_rows(opened.rows, data.TRAIN),
-            data.open_rows(opened.rows, data.HELD_OUT),
+            data.open_rows(opened.rows, split),
             rows,
             rows_per_batch,
             config.data.masked_prefix,
+            is_fast,
+            mesh,
         )
-        out = out or _beside(path)
-        out.mkdir(parents=True, exist_ok=True)
+        if not hosts.is_first():
+            return results
         about = {
             "model": config.model,
             "text": config.data.text,
-            "split": data.HELD_OUT,
+            "split": split,
             "context_length": config.data.context_length,
+            "step": opened.step,
         }
         evaluation.write_json(out / "evaluation.json", results, about)
         evaluation.write_plot(out / "evaluation.png", results)
-        written = ["evaluation.json", "evaluation.png"]
+        page.write_csv(out / "evaluation.csv", results)
+        written = ["evaluation.json", "evaluation.csv", "evaluation.png"]
         if found := sweeps(opened.members):
             evaluation.write_pareto(out / "pareto.png", results, found)
             written.append("pareto.png")
+        options = {"rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides}
+        flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        page.write_html(
+            out / "evaluation.html",
+            results,
+            about,
+            " ".join(["python evaluate.py", str(path), *flags, *(["--fast"] if is_fast else [])]),
+            {name: subject.spliced.layer for name, subject in opened.subjects.items()},
+            {"Sweeps": out / "pareto.png"} if "pareto.png" in written else None,
+        )
+        written.append("evaluation.html")
         print_table(results)
         print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
         return results
@@ -143,11 +195,20 @@ def evaluate_path(
         interrupts.close()
 
 
+def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, gemma.Gemma]:
+    """The whole model, split over all devices if it is run in parallel; rows then lie over all of them."""
+    mesh = sharding.make_mesh(1, 0) if jax.devices()[0].platform != "cpu" else evaluation.one_device()
+    model = gemma.build_model(config.model)
+    layers, dtype = model.config.num_layers, config_lib.dtype(config)
+    placement = runs.placement_of(config, mesh, model, layers)
+    return mesh, gemma.load(config.model, config.weights, dtype, layers, placement)
+
+
 def _beside(location: str | pathlib.Path) -> pathlib.Path:
     """Where results go unless another place is named: to the SAE or run; of a hub's, below the current folder."""
     if str(location).startswith("hf://"):
         return pathlib.Path("evaluations", *str(location).removeprefix("hf://").split("/"))
-    path = pathlib.Path(location)
+    path = pathlib.Path(location).expanduser()
     return path.parent if path.is_file() else path
 
 
@@ -165,21 +226,7 @@ def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:
     return {label: points for label, points in found.items() if len(points) > 1}
 
 
-# Of the table, each a label and how a result shows it.
-_COLUMNS = {
-    "L0": "{r.l0:.1f}",
-    "FVU": "{r.fvu:.4f}",
-    "delta loss (nats)": "{r.delta_loss:.4f} ± {r.delta_loss_se:.4f}",
-    "clean loss": "{r.clean_loss:.4f}",
-    "spliced loss": "{r.spliced_loss:.4f}",
-    "zero ablation": "{r.zero_ablation_loss:.4f}",
-    "mean ablation": "{r.mean_ablation_loss:.4f}",
-    "loss recovered, zero": "{r.loss_recovered_zero:.4f}",
-    "loss recovered, mean": "{r.loss_recovered_mean:.4f}",
-    "never fired here": "{r.dead_fraction:.2%}",
-    "fired on over 10%": "{r.dense_fraction:.2%}",
-}
-_OF_MANY = ("L0", "FVU", "delta loss (nats)", "loss recovered, mean", "never fired here", "fired on over 10%")
+_OF_MANY = ("l0", "fvu", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction")
 
 
 def print_table(results: dict[str, evaluation.Evaluation]) -> None:
@@ -193,14 +240,14 @@ def print_table(results: dict[str, evaluation.Evaluation]) -> None:
         table.add_column("", no_wrap=True)
         # Wider than a narrow terminal, where a row then takes two lines, rather than without the names.
         console.width = max(console.width, max(map(len, results)) + 115)
-        for label in _OF_MANY:
-            table.add_column(label, justify="right")
+        for number in _OF_MANY:
+            table.add_column(page.NUMBERS[number][0], justify="right")
         for name, result in results.items():
-            table.add_row(name, *(_COLUMNS[label].format(r=result) for label in _OF_MANY))
+            table.add_row(name, *(page.shown(result, number) for number in _OF_MANY))
     else:
         table.add_column("")
         for name in results:
             table.add_column(name, justify="right", overflow="fold")
-        for label, form in _COLUMNS.items():
-            table.add_row(label, *(form.format(r=result) for result in results.values()))
+        for number, (label, _, _) in page.NUMBERS.items():
+            table.add_row(label, *(page.shown(result, number) for result in results.values()))
     console.print(table)

@@ -98,19 +98,23 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def gemma_placement(run: Run) -> weights.Placement:
+    """Where Gemma's parameters lie, up to the deepest site."""
+    return placement_of(run.config, run.mesh, run.model, gemma.depth(run.plan.sites))
+
+
+def placement_of(
+    config: config_lib.Config, mesh: jax.sharding.Mesh, model: gm.nn.Transformer, num_layers: int
+) -> weights.Placement:
     """Where Gemma's parameters lie; left open, split where whole they would take over a quarter of a device."""
-    config = run.config
     is_split = config.mesh.gemma == "split"
     if config.mesh.gemma == "auto":
-        shapes = weights.parameter_shapes(run.model, gemma.depth(run.plan.sites))
-        whole = (
-            sum(leaf.size for leaf in jax.tree.leaves(shapes)) * jnp.dtype(config_lib.dtype(config)).itemsize
-        )
-        chip = chips.chip_of(
-            run.mesh.devices.flat[0]
-        )  # That of a slice which is only planned cannot be asked.
+        shapes = weights.parameter_shapes(model, num_layers)
+        itemsize = jnp.dtype(config_lib.dtype(config)).itemsize
+        whole = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * itemsize
+        # That of a slice which is only planned cannot be asked.
+        chip = chips.chip_of(mesh.devices.flat[0])
         is_split = whole > (chip.memory if chip else planning.memory_of(jax.local_devices()[0])) / 4
-    return sharding.gemma_placement(run.mesh, is_split)
+    return sharding.gemma_placement(mesh, is_split)
 
 
 def check_weights(run: Run) -> None:
@@ -193,6 +197,11 @@ def steps_left(plan: step.Plan, state: step.State) -> int:
     harvests, occupancy = int(state.harvests), int(state.harvests) - int(state.draws)
     to_harvest = max(plan.harvests - harvests, 0)
     return to_harvest + occupancy + min(plan.ring_steps - occupancy, to_harvest)
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether a path is a run directory; other formats have a config.json too."""
+    return (path / "config.json").exists() and (path / "checkpoints").exists()
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.Config:

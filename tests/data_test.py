@@ -89,3 +89,15 @@ def test_the_held_out_documents_of_the_default_corpus_never_change():
     assert len(list(data.documents(config.text))) == 249
     held_out = [i for i in range(249) if data.is_held_out(config, i)]
     assert len(held_out) == 24 and held_out[:6] == [2, 7, 29, 38, 53, 66]
+
+
+def test_rows_are_looked_for_by_names_of_ours_alone(tmp_path):
+    """Of a file of others, any other name would be a folder whose code TFDS runs."""
+    here = tmp_path / "rows_0123456789abcdef" / "1.0.0"
+    here.mkdir(parents=True)
+    (here / "dataset_info.json").touch()
+    config = data.DataConfig(folder=str(tmp_path / "inner"))
+    (tmp_path / "inner").symlink_to(tmp_path)
+    assert data.cached(config, "rows_0123456789abcdef") is not None
+    for name in (str(here.parent), "../rows_0123456789abcdef", "rows_0123456789abcdef/", ""):
+        assert data.cached(config, name) is None

@@ -123,6 +123,14 @@ def test_what_a_format_has_no_place_for():
         ("gemma_scope_2", mlp_in, gain_free, False, "float32", "Hugging Face has no name"),
         ("dictionary_learning", mlp_in, mlp_out, False, "float32", "is a transcoder"),
         ("circuit_tracer", residual, residual, False, "float32", "is no transcoder"),
+        (
+            "circuit_tracer",
+            mlp_in,
+            gemma.Site("mlp_out", 3),
+            False,
+            "float32",
+            "reads layer 2 and predicts layer 3",
+        ),
     ):
         assert message in export.obstacle(file_format, site, target, skip, dtype)
     for file_format in formats.WRITTEN:

@@ -216,7 +216,7 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
             tensors["b_dec"][3] = np.nan
             message = "b_dec holds non-finite values"
         case _:
-            message = "not a whole safetensors file" if change == "truncated" else "is not readable JSON"
+            message = "not a whole safetensors file" if change == "truncated" else "there is no"
     config_path.write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors, weights_path)
     if change == "truncated":
@@ -284,26 +284,93 @@ def test_headers_that_promise_too_much_are_not_believed(folded, tmp_path):
 class Evil:
     """Runs code when it is unpickled."""
 
+    def __init__(self, mark):
+        self.mark = mark
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/gemma_scope_jax_was_hacked",))
+        return (os.system, (f"touch {self.mark}",))
+
+
+def write_pickle(folder, content):
+    with zipfile.ZipFile(folder / "ae.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+
+
+def test_pickles_that_state_too_much_are_refused_at_once(folded, tmp_path):
+    dictionary_learning.write(tmp_path, folded, common.About("m", "blocks.3.hook_resid_post"))
+    tracemalloc.start()
+    # A bytearray of the length that the file states: sixteen gigabytes.
+    write_pickle(tmp_path, b"\x80\x05" + pickle.BYTEARRAY8 + (2**34).to_bytes(8, "little") + b".")
+    with pytest.raises(ValueError, match="is not a whole file of tensors"):
+        dictionary_learning.read(tmp_path)
+    # A shape of very many very long numbers, whose product would take a minute.
+    number = b"\x8b" + (100_000).to_bytes(4, "little") + b"\x7f" * 100_000
+    shape = b"(" + number + b"q\x01" + b"h\x01" * 100_000 + b"t"
+    write_pickle(tmp_path, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + shape + b"R.")
+    with pytest.raises(ValueError, match="is not a whole file of tensors"):
+        dictionary_learning.read(tmp_path)
+    # Attributes of what is known here.
+    write_pickle(tmp_path, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.")
+    with pytest.raises(ValueError, match="holds something else"):
+        dictionary_learning.read(tmp_path)
+    assert not vars(dictionary_learning._rebuild)
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("context_size", 10**29),
+        ("context_size", 0),
+        ("data_seed", -1),
+        ("held_out_fraction", 2.0),
+        ("l0", 1e400),
+    ],
+)
+def test_numbers_out_of_range_are_refused(folded, tmp_path, place, value):
+    saelens.write(tmp_path, folded, ABOUT)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    own = config["metadata"]["gemma_scope_jax"]
+    (own if place in own else config["metadata"])[place] = value
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    if value == 0:  # None is given.
+        assert saelens.read(tmp_path)[1].context_length == 1024
+        return
+    with pytest.raises(ValueError, match="is not a SAELens 6 config"):
+        saelens.read(tmp_path)
+
+
+def test_a_config_of_others_types_is_refused(tmp_path):
+    for text in ('x: !!int ""', "x: !!bool zz", "x: !!timestamp zz", "- a", "a: &a [*a]"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"is not a circuit-tracer config|is not readable YAML"):
+            list(detect.read(tmp_path))
+    gemma_scope_2.write(tmp_path / "a", transcoder(True), TRANSCODER)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"l0": 10**400}))
+    assert gemma_scope_2.read(tmp_path / "a")[1].l0 is None
 
 
 def test_a_pickle_that_runs_code_does_not(folded, tmp_path):
     dictionary_learning.write(tmp_path / "a", folded, common.About("m", "blocks.3.hook_resid_post"))
-    with zipfile.ZipFile(tmp_path / "a" / "ae.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"W_enc": Evil()}))
+    mark = tmp_path / "hacked"
+    write_pickle(tmp_path / "a", pickle.dumps({"W_enc": Evil(mark)}, protocol=2))
     with pytest.raises(ValueError, match=r"it names posix\.system, and may hold nothing but tensors"):
         dictionary_learning.read(tmp_path / "a")
     np.savez(
         tmp_path / "params.npz",
-        **{name: np.array([Evil()]) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")},
+        **{
+            name: np.array([Evil(tmp_path / "hacked")])
+            for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+        },
     )
     with pytest.raises(ValueError, match="is not a whole npz file"):
         gemma_scope.read(tmp_path / "params.npz")
-    (tmp_path / "config.yaml").write_text("model_kind: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(ValueError, match="is not readable YAML"):
+    (tmp_path / "config.yaml").write_text(f"model_kind: !!python/object/apply:os.system ['touch {mark}']\n")
+    with pytest.raises(ValueError, match="is not a circuit-tracer config"):
         list(detect.read(tmp_path / "config.yaml"))
-    assert not pathlib.Path("/tmp/gemma_scope_jax_was_hacked").exists()
+    assert not mark.exists()
 
 
 def test_names_of_an_archives_members_lead_nowhere(folded, tmp_path):

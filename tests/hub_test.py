@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax import hub
-from gemma_scope_jax.formats import common, gemma_scope, gemma_scope_2
+from gemma_scope_jax.formats import common, detect, gemma_scope, gemma_scope_2
 from gemma_scope_jax.sae import SAE
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -122,6 +122,10 @@ def test_only_an_saes_own_files_are_fetched_and_only_once(server):
     assert about.hook_name == "model.layers.12.output"
     assert sorted(name for name, _ in Hub.asked) == ["config.json", "params.safetensors"]
     assert fetch(server, f"hf://test/repo@main/{PLACE}").returncode == 0 and len(Hub.asked) == 2
+    # Of a file, what lies beside it comes too: it says what the SAE is of.
+    file = fetch(server | {"HF_HOME": f"{server['HF_HOME']}2"}, f"hf://test/repo/{PLACE}/params.safetensors")
+    (beside,) = detect.read(pathlib.Path(file.stdout.strip()))
+    assert beside.about.hook_name == "model.layers.12.output"
     alone = fetch(server, "hf://test/repo/layer_1/params.npz")
     assert alone.stdout.strip().endswith("layer_1/params.npz"), alone.stderr
 

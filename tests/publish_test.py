@@ -1,7 +1,6 @@
 """What a run looks like as a repository."""
 
 import json
-import os
 import types
 
 import huggingface_hub
@@ -10,7 +9,7 @@ import pytest
 import tiny
 import yaml
 
-from gemma_scope_jax import publish, report, stored, training
+from gemma_scope_jax import formats, publish, report, stored, training
 from gemma_scope_jax.formats import saelens
 
 BANKS = {
@@ -28,7 +27,7 @@ def evaluated(inputs, tmp_path_factory):
     return workdir, report.evaluate_path(workdir, rows=8)
 
 
-@pytest.mark.parametrize("file_format", publish.FORMATS)
+@pytest.mark.parametrize("file_format", formats.PUBLISHED)
 def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, tmp_path, file_format):
     workdir, results = evaluated
     out = tmp_path / "out"
@@ -47,7 +46,9 @@ def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, t
         (found,) = stored.read(path, "tiny", f"{layer}_resid_post")
         assert np.isfinite(found.sae.W_enc).all() and l0.startswith("average_l0_")
     assert "1,280 token positions of" in card.text and "λ 0.001, 0.01" in card.text
-    assert "Gemma in float32, its weights from `weights`" in card.text  # No folder of this machine.
+    assert "Gemma in float32, its weights from `weights`" in card.text and "of `text.jsonl`" in card.text
+    for path in out.rglob("*"):  # No folder of this machine.
+        assert not path.is_file() or str(workdir.parents[1]).encode() not in path.read_bytes(), path
     assert "{{" not in card.text
     if file_format == "gemma_scope":
         return
@@ -66,13 +67,22 @@ def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, t
 def test_only_what_was_measured_is_published(evaluated, tmp_path):
     workdir, _ = evaluated
     measured = workdir / "evaluation.json"
-    when = measured.stat().st_mtime
-    os.utime(measured, (0, 0))
-    with pytest.raises(ValueError, match=r"older than the newest checkpoint; run python evaluate\.py"):
-        publish.publish(workdir, tmp_path / "out", "someone/tiny-saes")
-    os.utime(measured, (when, when))
-    with pytest.raises(ValueError, match="is not OWNER/NAME"):
-        publish.publish(workdir, tmp_path / "out", "tiny-saes")
+    whole = measured.read_text()
+    told = json.loads(whole)
+    name = next(iter(told["sae"]))
+    for changed in (
+        told | {"step": told["step"] - 1},
+        told | {"sae": {k: v for k, v in told["sae"].items() if k != name}},
+    ):
+        measured.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"is not of this run at its step 14; run python evaluate\.py"):
+            publish.publish(workdir, tmp_path / "out", "someone/tiny-saes")
+    measured.write_text(whole)
+    for repository in ("tiny-saes", "/", "someone/", "a/b/c"):
+        with pytest.raises(ValueError, match="is not OWNER/NAME"):
+            publish.publish(workdir, tmp_path / "out", repository)
+    with pytest.raises(ValueError, match="is no run directory"):
+        publish.publish(tmp_path, tmp_path / "out", "someone/tiny-saes")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="is there already"):

@@ -30,7 +30,7 @@ FILES = (
 )
 
 
-class Stored(NamedTuple):
+class Found(NamedTuple):
     """An SAE of a file, with what the file tells of it."""
 
     name: str
@@ -58,7 +58,7 @@ def format_of(path: pathlib.Path) -> str | None:
     return "gemma_scope" if path.suffix == ".npz" else None
 
 
-def read(path: pathlib.Path) -> Iterator[Stored]:
+def read(path: pathlib.Path) -> Iterator[Found]:
     """The SAE of a file or folder in any format, or one after the other the transcoders of a set.
 
     Raises:
@@ -68,20 +68,20 @@ def read(path: pathlib.Path) -> Iterator[Stored]:
     folder = path.parent if path.is_file() else path
     match file_format:
         case "saelens":
-            yield Stored(folder.resolve().name, file_format, *saelens.read(folder))
+            yield Found(folder.resolve().name, file_format, *saelens.read(folder))
         case "gemma_scope":
             file = path if path.suffix == ".npz" else path / "params.npz"
             # `average_l0_71` alone would say little.
             name = "_".join(file.resolve().parts[-4:-1]) if file.name == "params.npz" else file.stem
-            yield Stored(name, file_format, *gemma_scope.read(file))
+            yield Found(name, file_format, *gemma_scope.read(file))
         case "gemma_scope_2":
-            yield Stored(folder.resolve().name, file_format, *gemma_scope_2.read(folder))
+            yield Found(folder.resolve().name, file_format, *gemma_scope_2.read(folder))
         case "dictionary_learning":
-            yield Stored(folder.resolve().name, file_format, *dictionary_learning.read(folder))
+            yield Found(folder.resolve().name, file_format, *dictionary_learning.read(folder))
         case "circuit_tracer":
             match = re.fullmatch(r"layer_(\d+)\.safetensors", path.name)
             for name, found, about in circuit_tracer.read(folder, int(match[1]) if match else None):
-                yield Stored(name, file_format, found, about)
+                yield Found(name, file_format, found, about)
         case "multi_layer":
             raise ValueError(
                 f"{path} reads and predicts several layers at once; formats.gemma_scope_2.read_layers reads it, and "
@@ -91,6 +91,8 @@ def read(path: pathlib.Path) -> Iterator[Stored]:
             raise ValueError(
                 f"{path} is one of sparsify's TopK SAEs, which has no thresholds: it cannot be had as a JumpReLU SAE"
             )
+        case _ if (path / "checkpoints").exists():
+            raise ValueError(f"{path} is a run: export writes its SAEs, evaluate.py evaluates them")
         case _:
             raise ValueError(
                 f"{path} is neither a run directory nor an SAE: it has none of {', '.join(FILES)}"

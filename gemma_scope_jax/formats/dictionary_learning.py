@@ -81,8 +81,22 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     return common.sae_from_arrays(read_torch(folder / "ae.pt"), folder / "ae.pt"), about
 
 
-class _TensorUnpickler(pickle._Unpickler):  # The one in C would believe any length that a file states.
+# Those that torch writes a dict of tensors with. The others do more than it takes: allocate what a file states, or
+# set attributes of what is known here.
+_OPCODES = (
+    pickle.PROTO, pickle.MARK, pickle.STOP, pickle.GLOBAL, pickle.REDUCE, pickle.BINPERSID, pickle.NONE,
+    pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1,
+    pickle.TUPLE2, pickle.TUPLE3, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2,
+    pickle.LONG1, pickle.BINUNICODE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET,
+)  # fmt: skip
+
+
+class _TensorUnpickler(pickle._Unpickler):
     """Makes arrays of what torch pickles tensors as, and nothing else."""
+
+    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}  # noqa: RUF012
+    # A state dict's metadata, which would be set as an attribute.
+    dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()
 
     def __init__(self, file: io.BytesIO, storages: dict[str, np.ndarray]):
         super().__init__(file)
@@ -113,6 +127,10 @@ def _rebuild(
 ) -> np.ndarray:
     """A tensor of its storage, laid out as rows or as columns."""
     del requires_grad, hooks
+    if len(shape) > 2 or len(strides) != len(shape) or any(not 0 <= n <= storage.size for n in shape):
+        raise pickle.UnpicklingError(
+            f"a tensor of {len(shape)} dimensions in a storage of {storage.size} values"
+        )
     count = int(np.prod([int(n) for n in shape], dtype=object))
     if min(shape, default=0) < 0 or offset < 0 or offset + count > storage.size:
         raise pickle.UnpicklingError(f"a tensor of shape {shape} in a storage of {storage.size} values")

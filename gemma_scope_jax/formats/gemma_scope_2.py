@@ -83,7 +83,7 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         _model_name(model_name),
         hook,
         hook_name_out=hook_out if hook_out != hook else None,
-        l0=float(l0) if isinstance(l0, (int, float)) else None,
+        l0=float(l0) if isinstance(l0, (int, float)) and 0 <= l0 < 1e9 else None,
     )
 
 

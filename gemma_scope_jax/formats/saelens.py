@@ -146,6 +146,15 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         if not isinstance(value, kind):
             raise ValueError(f"{path} is not a SAELens 6 config: {name} is {value!r}")
     found = {name: value for name, (value, _) in fields.items()}
+    ranges = {
+        "context_length": (2, 2**20),
+        "l0": (0, 1e9),
+        "data_seed": (0, 2**63),
+        "held_out_fraction": (0, 1),
+    }
+    for name, (low, high) in ranges.items():
+        if found.get(name) is not None and not low <= found[name] <= high:
+            raise ValueError(f"{path} is not a SAELens 6 config: {name} is {found[name]!r}")
     if not own:
         # Others name a dataset of Hugging Face's, which is not read here.
         found["text"] = ""
