@@ -5,7 +5,7 @@ VENV := .venv/bin
 RUN := runs/quickstart
 PEERS := .peers
 
-.PHONY: quickstart test test-peers soak benchmark benchmark-peers lint results
+.PHONY: quickstart test test-peers test-pages soak benchmark benchmark-peers lint results
 
 quickstart: .venv/installed
 	$(VENV)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
@@ -22,6 +22,11 @@ test-peers: .venv/installed .venv-peers/installed
 	.venv-peers/bin/python tests/peers/hugging_face.py $(PEERS) \
 	  "$$($(VENV)/python -c 'from gemma_scope_jax import gemma; print(gemma.weights_path("gemma3_270m", ""))' | tail -1)"
 	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/parity_test.py tests/interop_test.py
+
+# Pages in a real browser (Debian's package chromium).
+test-pages: .venv/installed
+	@command -v chromium >/dev/null || { echo "chromium is needed: apt-get install chromium"; exit 1; }
+	$(VENV)/python -m pytest tests/page_test.py
 
 # Long fault loops: ten runs killed at random moments; four processes of which one is preempted or killed.
 soak: .venv/installed

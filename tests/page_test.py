@@ -1,0 +1,116 @@
+"""The page of an evaluation, as a reader of its text and as a browser sees it; and its table for spreadsheets."""
+
+import csv
+import dataclasses
+import pathlib
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import numpy as np
+import pytest
+
+from gemma_scope_jax import metrics, page
+
+
+def evaluation(seed=0):
+    """Numbers of no SAE."""
+    rng = np.random.default_rng(seed)
+    made = {field.name: float(rng.random()) for field in dataclasses.fields(metrics.Evaluation)}
+    return metrics.Evaluation(
+        **made
+        | {
+            "rows": 4, "activations": 1020, "tokens": 1016, "l0_quantiles": (1, 2, 3, 4, 5),
+            "kl": None, "kl_se": None,
+            "l0_counts": rng.integers(9, size=20),
+            "by_position": {name: rng.random(16) for name in ("l0", "error", "delta_loss", "activations", "tokens")},
+            **{n: rng.random(64) for n in ("frequency", "nearest_cosine", "threshold", "encoder_norm")},
+            "decoder_norm": np.ones(64) + 1e-7 * rng.random(64),
+        }
+    )  # fmt: skip
+
+
+ABOUT = {"model": "gemma3_270m", "text": "<sotu & co>", "split": "held_out", "context_length": 256}
+
+
+@pytest.fixture
+def written(tmp_path):
+    results = {f"layer_{i}_resid_post": evaluation(i) for i in (0, 1)}
+    layers = {name: i for i, name in enumerate(results)}
+    page.write_html(tmp_path / "a.html", results, ABOUT, "python evaluate.py X --rows=4", layers)
+    return tmp_path / "a.html", results
+
+
+def cells(html):
+    """What stands in the table, by SAE and number."""
+    rows = re.findall(r'<tr data-name="([^"]+)">(.*?)</tr>', html, re.DOTALL)
+    return {name: dict(re.findall(r'data-number="(\w+)">([^<]+)<', row)) for name, row in rows}
+
+
+def check(html, results):
+    found = cells(html)
+    assert list(found) == list(results)
+    for name, result in results.items():
+        assert found[name]["l0"] == f"{result.l0:.1f} ± {result.l0_se:.1f}"
+        assert found[name]["delta_loss"] == f"{result.delta_loss:.4f} ± {result.delta_loss_se:.4f}"
+        assert found[name]["kl"] == "–"
+
+
+def test_the_page_holds_every_number_and_needs_no_network(written):
+    path, results = written
+    html = path.read_text()
+    check(html, results)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
+    assert html.count("data:image/png;base64,") == 3  # Of each SAE, and by layer.
+    assert "&lt;sotu &amp; co&gt;" in html and "python evaluate.py X --rows=4" in html
+    shown = set(map(unescape, re.findall(r"<d[td]>(.*?)</d[td]>", html, re.DOTALL)))
+    for label, _, definition in page.NUMBERS.values():
+        assert {label, definition} <= shown
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_browser_shows_what_was_measured(written):
+    path, results = written
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={path.parent / 'profile'}",
+    ]
+    shown = subprocess.run(
+        [*command, "--virtual-time-budget=5000", "--dump-dom", f"file://{path}"],
+        capture_output=True, text=True, check=True, timeout=120,
+    ).stdout  # fmt: skip
+    check(shown, results)
+    picture = path.parent / "shot.png"
+    subprocess.run(
+        [*command, "--window-size=1400,1000", f"--screenshot={picture}", f"file://{path}"],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[:2] == (1000, 1400)
+    assert pixels[..., :3].std() > 0.05  # Not a blank page.
+
+
+def test_the_table_for_spreadsheets_has_a_column_for_each_number(tmp_path):
+    results = {"a": evaluation(0), "b": evaluation(1)}
+    page.write_csv(tmp_path / "a.csv", results)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["a", "b"]
+    assert float(rows[1]["fvu_se"]) == results["b"].fvu_se and rows[0]["kl"] == ""
+    assert rows[0]["l0_quantiles"] == "1 2 3 4 5"
+    assert "frequency" not in rows[0]
+
+
+def test_every_number_is_defined_in_the_documents():
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    for label, _, _ in page.NUMBERS.values():
+        first = label.split(",")[0]
+        assert first in text or first in ("clean loss", "spliced loss", "zero ablation", "mean ablation"), (
+            label
+        )
