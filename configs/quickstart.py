@@ -42,5 +42,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.sparsity_warmup_updates = 600
 
     c.log.checkpoint_every = 20
+    c.log.evaluate_every = 20
     c.evaluation.rows = 64
     return c

@@ -318,13 +318,13 @@ def metrics(
       total_updates: of the run.
     """
     weight_E = sums.weight.sum(0)
-    variance_E = sums.target_squared.sum(0) - jnp.square(sums.target_O.sum(0)).sum(-1) / weight_E
+    l0_E, fvu_E = l0_and_fvu(sums)
     own_E = state.updates_E - 1
     has_window_E = state.firing.windows_E > 0
     of_all = Metrics(
         loss_E=sums.squared_error.sum(0) / weight_E + sums.penalty.mean(0),
-        l0_E=sums.l0.sum(0) / weight_E,
-        fvu_E=sums.squared_error.sum(0) / variance_E,
+        l0_E=l0_E,
+        fvu_E=fvu_E,
         activations_E=sums.rows.sum(0),
         dead_E=jnp.where(has_window_E, (state.firing.frequency_ExM == 0).sum(1), -1),
         dense_E=jnp.where(has_window_E, (state.firing.frequency_ExM > sae.DENSE).sum(1), -1),
@@ -336,6 +336,33 @@ def metrics(
         theta_reached_E=sums.theta_reached.mean(0),
     )
     return jax.tree.map(lambda value: value[: len(plan.members)], of_all)
+
+
+def l0_and_fvu(sums: sae.BatchSums) -> tuple[jax.Array, jax.Array]:
+    """Both [E], of sums [K, E] over K batches."""
+    weight_E = sums.weight.sum(0)
+    variance_E = sums.target_squared.sum(0) - jnp.square(sums.target_O.sum(0)).sum(-1) / weight_E
+    return sums.l0.sum(0) / weight_E, sums.squared_error.sum(0) / variance_E
+
+
+def measure(
+    plan: Plan,
+    mesh: jax.sharding.Mesh,
+    normalizers: Mapping[str, Normalizer],
+    params: sae.Params,
+    batch: ring.Slots,
+) -> sae.BatchSums:
+    """What an update would sum of a batch, nothing being updated."""
+    x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)
+
+    def of_one(
+        params: sae.Params, x_BxD: jax.Array, weight_B: jax.Array, y_BxO: jax.Array | None
+    ) -> sae.BatchSums:
+        # The gradient is not used, so the compiler leaves it out.
+        penalty, precision = sae.linear_penalty(jnp.zeros(())), jax.lax.Precision(plan.precision)
+        return sae.loss_gradient(params, x_BxD, weight_B, penalty, plan.bandwidth, y_BxO, precision)[1]
+
+    return jax.vmap(of_one)(params, x_ExBxD, weight_ExB, y_ExBxO).replace(fired_M=None)
 
 
 def fold(plan: Plan, params: sae.Params, normalizers: Mapping[str, Normalizer], place: int) -> sae.SAE:

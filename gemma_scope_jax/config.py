@@ -95,6 +95,8 @@ class LogConfig:
 
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    # L0 and FVU on activations of one step's held-out rows, which stay on the devices; 0: never.
+    evaluate_every: int = 0
     # From this step on so many are traced by JAX's profiler, into WORKDIR/profile; 0: none are.
     profile_from: int = 0
     profile_steps: int = 3

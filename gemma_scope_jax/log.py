@@ -63,6 +63,8 @@ class MetricsLog:
         scalars = {f"speed/{key}": value for key, value in entry["speed"].items() if value is not None}
         for name, values in entry["sae"].items():
             scalars |= {f"{name}/{key}": value for key, value in values.items() if value is not None}
+        for name, values in entry.get("held_out", {}).items():
+            scalars |= {f"{name}/held_out_{key}": value for key, value in values.items()}
         made = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._board.write_event(_event(entry["step"], summary=summary_pb2.Summary(value=made)))
         self._board.flush()
@@ -99,8 +101,12 @@ def measure_speed(
     )
 
 
-def entry(plan: step.Plan, number: int, metrics: step.Metrics, speed: Speed) -> dict:
+def entry(
+    plan: step.Plan, number: int, metrics: step.Metrics, speed: Speed, held_out: Mapping | None = None
+) -> dict:
     """One line of `metrics.jsonl`. While the ring fills there is nothing to say of the SAEs.
+
+    `held_out` has L0 and FVU of each by name, at steps at which they were measured.
 
     Raises:
       FloatingPointError: a loss is not finite.
@@ -123,6 +129,7 @@ def entry(plan: step.Plan, number: int, metrics: step.Metrics, speed: Speed) -> 
         if metrics.trained
         else None,
         "sae": saes,
+        **({"held_out": held_out} if held_out else {}),
     }
 
 
@@ -166,6 +173,9 @@ def progress(of_step: Mapping) -> str:
     if saes:
         text += f", L0 {span('l0', '.1f')}, FVU {span('fvu', '.3f')}, "
         text += f"dead {span('dead_latents', 'd')}, dense {span('dense_latents', 'd')}"
+        if held_out := of_step.get("held_out"):
+            values = [value["fvu"] for value in held_out.values()]
+            text += f", held out FVU {min(values):.3f}" + (f"–{max(values):.3f}" if len(values) > 1 else "")
         if len(saes) > 1:
             text += f", {len(saes)} SAEs"
     return text

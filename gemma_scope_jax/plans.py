@@ -143,6 +143,10 @@ def _check_ranges(config: Config) -> None:
     )
     for name, value in at_least_one.items():
         _require(value >= 1, f"{name} is {value}; it must be at least 1")
+    _require(
+        config.log.evaluate_every >= 0,
+        f"log.evaluate_every is {config.log.evaluate_every}; it may not be negative",
+    )
     _require(config.data.documents >= 0, f"data.documents is {config.data.documents}; it may not be negative")
     optimizer = config.optimizer
     for name in ("warmup_updates", "sparsity_warmup_updates", "learning_rate", "eps"):

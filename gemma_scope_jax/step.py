@@ -197,6 +197,24 @@ def train(
     return jax.lax.scan(body, dict(state.banks), (jnp.arange(plan.updates_per_step), batches))
 
 
+def measure(
+    plan: Plan, mesh: jax.sharding.Mesh, state: State, slots: ring.Slots
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """L0 and FVU [E] of every bank, without padding, on activations as `harvest` gives them."""
+    batches = jax.tree.map(lambda value: ring.deal(value, plan.updates_per_step), slots)
+
+    def body(carry: None, batch: ring.Slots) -> tuple:
+        made = {
+            b.name: bank.measure(b, mesh, state.normalizers, state.banks[b.name].params, batch)
+            for b in plan.banks
+        }
+        return carry, made
+
+    _, sums = jax.lax.scan(body, None, batches)
+    found = {b.name: bank.l0_and_fvu(sums[b.name]) for b in plan.banks}
+    return {b.name: tuple(value_E[: len(b.members)] for value_E in found[b.name]) for b in plan.banks}
+
+
 def make_step(
     plan: Plan, mesh: jax.sharding.Mesh, model: gm.nn.Transformer, dtype: jnp.dtype
 ) -> Callable[..., tuple[State, Metrics]]:

@@ -2,10 +2,11 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import pathlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +204,10 @@ def _start_or_continue(
     if state is None:
         state = runs.init_state(run, calibrate(run, rows, gemma_params, run.plan.sites))
     if has_work:
-        state = _loop(run, workdir, rows, compiled, gemma_params, state, manager, interrupts)
+        measure = None
+        if config.log.evaluate_every:
+            measure = _held_out(run, data.open_rows(folder, data.HELD_OUT), gemma_params)
+        state = _loop(run, workdir, rows, compiled, gemma_params, state, manager, interrupts, measure)
     return state, rows
 
 
@@ -247,6 +251,7 @@ def _loop(
     state: step.State,
     manager: ocp.CheckpointManager,
     interrupts: interrupt.Interrupts,
+    measure: Callable[[step.State], dict] | None,
 ) -> step.State:
     """Steps until the ring is drained, or a signal was received; either way the state returned is saved."""
     config, plan = run.config, run.plan
@@ -278,17 +283,17 @@ def _loop(
     is_traced = False
     pending = None  # Metrics are fetched one step late, so that the host never waits for the newest step.
 
-    def flush(now: tuple[int, step.Metrics] | None) -> None:
+    def flush(now: tuple[int, step.Metrics, dict | None] | None) -> None:
         nonlocal pending, clock
         if pending is not None:
-            number, metrics = pending
+            number, metrics, held_out = pending
             metrics = jax.device_get(metrics)
             before, clock = clock, time.perf_counter()
             of_gemma, of_banks = flops
             # While the ring fills and drains only one of the two computes.
             done = of_gemma * (number <= last_harvest), sum(of_banks) * bool(metrics.trained)
             speed = log.measure_speed(plan, clock - before, data_wait_s, done, peak)
-            entry = log.entry(plan, number, metrics, speed)
+            entry = log.entry(plan, number, metrics, speed, held_out)
             if metrics_log is not None:
                 metrics_log.write(entry)
             if is_new and entry["sae"] and len(watched) < log.watched_steps(plan):
@@ -312,7 +317,8 @@ def _loop(
             if harvests < plan.harvests:
                 batch = runs.read_batch(run, rows, harvests * sequences, sequences)
             data_wait_s = time.perf_counter() - started
-            flush((number, metrics))
+            is_due = measure is not None and number % config.log.evaluate_every == 0
+            flush((number, metrics, measure(state) if is_due else None))
             if is_traced and number == config.log.profile_from + config.log.profile_steps - 1:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -334,6 +340,38 @@ def _loop(
         if metrics_log is not None:
             metrics_log.close()
     return state
+
+
+def _held_out(run: runs.Run, rows: data.Rows, gemma_params: dict) -> Callable[[step.State], dict]:
+    """A function from a state to L0 and FVU of its SAEs, by name, on held-out activations.
+
+    Gemma runs once, for it does not change.
+    """
+    config, plan, mesh = run.config, run.plan, run.mesh
+    batch = runs.read_batch(run, rows, 0, config.train.sequences_per_step)
+
+    def harvest(params: dict, batch: step.Batch, normalizers: dict) -> object:
+        dtype, prefix = config_lib.dtype(config), plan.masked_prefix
+        groups = plan.ring_groups
+        return step.harvest(mesh, run.model, params, batch, normalizers, plan.sites, groups, dtype, prefix)
+
+    placed, whole = (jax.NamedSharding(mesh, spec) for spec in (sharding.TOKENS, sharding.REPLICATED))
+    harvest = jax.jit(harvest, out_shardings=placed)
+    measure = jax.jit(functools.partial(step.measure, plan, mesh), out_shardings=whole)
+    slots = None
+
+    def of_state(state: step.State) -> dict[str, dict[str, float]]:
+        nonlocal slots
+        if slots is None:
+            slots = harvest(gemma_params, batch, state.normalizers)
+        found = jax.device_get(measure(state.replace(ring=None), slots))
+        return {
+            member.name: {"l0": float(found[b.name][0][i]), "fvu": float(found[b.name][1][i])}
+            for b in plan.banks
+            for i, member in enumerate(b.members)
+        }
+
+    return of_state
 
 
 def _fewest_updates(plan: step.Plan, state: step.State) -> int:

@@ -12,11 +12,23 @@ import time
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import checkpoint, config, export, planning, runs, sae, sharding, step, training
+from gemma_scope_jax import (
+    checkpoint,
+    config,
+    export,
+    gemma,
+    planning,
+    runs,
+    sae,
+    sharding,
+    step,
+    training,
+)
 from gemma_scope_jax import log as log_lib
 from gemma_scope_jax.formats import saelens
 
@@ -473,3 +485,38 @@ def test_soak_kills_at_random_moments(inputs, finished, tmp_path, seed):
     kill_and_resume(
         tiny.run_config(inputs, **LONG), finished, tmp_path / "run", kills=1 + seed % 3, seed=seed
     )
+
+
+def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path, tiny_gemma):
+    mlp = dict(layers=(2,), sites=("mlp_in",), target_site="mlp_out")
+    shared = dict(width=64, bandwidth=0.1, initial_threshold=0.1)
+    banks = {"main": dict(layers=(1, 2), **shared), "mlp": mlp | shared}
+    c = tiny.run_config(inputs, banks=banks, log__evaluate_every=7, mesh__data=2, mesh__latent=4)
+    assert training.train(c, tmp_path / "run") == 0
+    entries = training.log.read_metrics(tmp_path / "run")
+    assert [entry["step"] for entry in entries if "held_out" in entry] == [7, 14]
+    found = entries[-1]["held_out"]
+    assert "held out FVU" in log_lib.progress(entries[-1])
+
+    run, state = runs.open_run(tmp_path / "run")
+    rows = runs.data.open_rows(runs.run_rows(c, tmp_path / "run"), runs.data.HELD_OUT)
+    tokens = jnp.asarray(rows.read(runs.data.order(len(rows), c.seed, 0, 8)).tokens)
+    kept = np.asarray(gemma.is_kept(tokens, 0))
+    for b in run.plan.banks:
+        p = {
+            k: np.asarray(v, np.float64) for k, v in vars(state.banks[b.name].params).items() if v is not None
+        }
+        for i, member in enumerate(b.members):
+            sites = [member.site, member.target_site]
+            values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, sites)
+            read, target = (state.normalizers[str(site)] for site in sites)
+            x, y = (
+                (np.asarray(values[site], np.float64)[kept] - np.float64(of.mean_D)) / float(read.scale)
+                for site, of in zip(sites, (read, target), strict=True)
+            )
+            pre = (x if member.is_transcoder else x - p["b_dec"][i]) @ p["W_enc"][i] + p["b_enc"][i]
+            f = pre * (pre > np.exp(p["log_threshold"][i]))
+            error = f @ p["W_dec"][i] + p["b_dec"][i] - y
+            np.testing.assert_allclose(found[member.name]["l0"], (f > 0).sum(1).mean(), rtol=1e-2)
+            fvu = np.square(error).sum() / np.square(y - y.mean(0)).sum()
+            np.testing.assert_allclose(found[member.name]["fvu"], fvu, rtol=1e-3)
