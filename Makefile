@@ -9,7 +9,7 @@ PEERS := .peers
 
 quickstart: .venv/installed
 	$(VENV)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
-	$(VENV)/python evaluate.py $(RUN)
+	$(VENV)/python evaluate.py $(RUN) --fast
 
 test: .venv/installed .venv/libtpu
 	$(VENV)/python -m pytest -n 2

@@ -54,7 +54,7 @@ def quickstart() -> tuple[list[str], dict]:
         workdir = pathlib.Path(scratch) / "run"
         quickstart_s = run(f"make quickstart RUN={workdir}")
         few = json.loads((workdir / "evaluation.json").read_text())
-        run(f"python evaluate.py {workdir} --rows=512")
+        run(f"python evaluate.py {workdir} --rows=512 --fast")
         many = json.loads((workdir / "evaluation.json").read_text())
         rows = data.open_rows(runs.prepare_rows(runs.read_config(workdir)), data.TRAIN)
         ours, perfect = log.shuffle_quality(workdir, rows)
@@ -66,7 +66,7 @@ def quickstart() -> tuple[list[str], dict]:
         "rows_64": few,
         "rows_512": many,
     }
-    commands = ["make quickstart", "python evaluate.py runs/quickstart --rows=512"]
+    commands = ["make quickstart", "python evaluate.py runs/quickstart --rows=512 --fast"]
     return commands, numbers
 
 
@@ -96,7 +96,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
         began.write_text(commit())
     commands = [
         f"python train.py --config=configs/quickstart_banks.py:{name} --workdir={workdir}",
-        f"python evaluate.py {workdir} --rows={rows}",
+        f"python evaluate.py {workdir} --rows={rows} --fast",
     ]
     _, evaluate_s = (run(command) for command in commands)
     config, entries = runs.read_config(workdir), log.read_metrics(workdir)
