@@ -358,7 +358,8 @@ def convert(
     wanted = [(file_format, one.name, one.site, one.target_site, one.sae.W_skip is not None) for one in found]
     first = found[0]
     hindered, gains = obstacles(wanted, dtype, first.model, weights or first.about.weights, np.float32)
-    for (_, name), why in hindered.items():
+    if hindered:
+        (_, name), why = next(iter(hindered.items()))
         raise ValueError(f"{name} {why}")
     paths = []
     for one in found:

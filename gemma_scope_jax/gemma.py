@@ -190,11 +190,6 @@ def depth(sites: Collection[Site]) -> int:
     return max((0 if site.kind == "embed" else site.layer + 1) for site in sites)
 
 
-def hook_name(site: Site) -> str:
-    """TransformerLens' name of a site."""
-    return SITES[site.kind].transformer_lens.format(site.layer)
-
-
 def site_from_hook(name: str) -> Site:
     """The site that TransformerLens, Hugging Face or its own name calls `name`."""
     for kind, names in SITES.items():

@@ -206,7 +206,8 @@ def _start_or_continue(
     if has_work:
         measure = None
         if config.log.evaluate_every:
-            measure = _held_out(run, data.open_rows(folder, data.HELD_OUT), gemma_params)
+            held_out_rows = data.open_rows(folder, data.HELD_OUT)
+            measure = _held_out(run, held_out_rows, gemma_params, state.normalizers)
         state = _loop(run, workdir, rows, compiled, gemma_params, state, manager, interrupts, measure)
     return state, rows
 
@@ -342,7 +343,9 @@ def _loop(
     return state
 
 
-def _held_out(run: runs.Run, rows: data.Rows, gemma_params: dict) -> Callable[[step.State], dict]:
+def _held_out(
+    run: runs.Run, rows: data.Rows, gemma_params: dict, normalizers: dict
+) -> Callable[[step.State], dict]:
     """A function from a state to L0 and FVU of its SAEs, by name, on held-out activations.
 
     Gemma runs once, for it does not change.
@@ -350,20 +353,17 @@ def _held_out(run: runs.Run, rows: data.Rows, gemma_params: dict) -> Callable[[s
     config, plan, mesh = run.config, run.plan, run.mesh
     batch = runs.read_batch(run, rows, 0, config.train.sequences_per_step)
 
+    @functools.partial(jax.jit, out_shardings=jax.NamedSharding(mesh, sharding.TOKENS))
     def harvest(params: dict, batch: step.Batch, normalizers: dict) -> object:
         dtype, prefix = config_lib.dtype(config), plan.masked_prefix
         groups = plan.ring_groups
         return step.harvest(mesh, run.model, params, batch, normalizers, plan.sites, groups, dtype, prefix)
 
-    placed, whole = (jax.NamedSharding(mesh, spec) for spec in (sharding.TOKENS, sharding.REPLICATED))
-    harvest = jax.jit(harvest, out_shardings=placed)
+    slots = harvest(gemma_params, batch, normalizers)
+    whole = jax.NamedSharding(mesh, sharding.REPLICATED)
     measure = jax.jit(functools.partial(step.measure, plan, mesh), out_shardings=whole)
-    slots = None
 
     def of_state(state: step.State) -> dict[str, dict[str, float]]:
-        nonlocal slots
-        if slots is None:
-            slots = harvest(gemma_params, batch, state.normalizers)
         found = jax.device_get(measure(state.replace(ring=None), slots))
         return {
             member.name: {"l0": float(found[b.name][0][i]), "fvu": float(found[b.name][1][i])}

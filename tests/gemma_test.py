@@ -214,8 +214,3 @@ def test_unknown_names_are_refused():
         gemma.check_site(tiny.TinyGemma(), gemma.Site("resid_mid", 0))
     with pytest.raises(ValueError, match="layer 4 is out of range: TinyGemma has layers 0 to 3"):
         gemma.check_site(tiny.TinyGemma(), gemma.Site("resid_post", 4))
-
-
-@pytest.mark.parametrize("site", SITES, ids=str)
-def test_hook_names_are_read_back(site):
-    assert gemma.site_from_hook(gemma.hook_name(site)) == site
