@@ -9,8 +9,7 @@ from gemma_scope_jax.formats import PUBLISHED
 from gemma_scope_jax.formats import WRITTEN as FORMATS
 
 
-def main() -> None:
-    """Parses the command line and runs one command."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gemma_scope_jax")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the SAEs of a run in a format that other tools read")
@@ -59,6 +58,12 @@ def main() -> None:
         "--config", required=True, help="a config file, as for train.py; likewise its fields"
     )
     prepare.add_argument("--workers", type=int, help="processes (default: as many as there are cores)")
+    return parser
+
+
+def main() -> None:
+    """Parses the command line and runs one command."""
+    parser = _parser()
     args, fields = parser.parse_known_args()
     if fields and args.command in ("export", "convert", "publish"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
