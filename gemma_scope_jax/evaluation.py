@@ -6,8 +6,6 @@ from such positions are scored. `metrics` has the numbers.
 
 import dataclasses
 import functools
-import json
-import pathlib
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -17,7 +15,7 @@ import tqdm
 from gemma import gm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import data, files, gemma, hosts, metrics, sae, sharding, step, weights
+from gemma_scope_jax import data, gemma, hosts, metrics, sae, sharding, step, weights
 from gemma_scope_jax.metrics import Evaluation
 
 # The rows of a held-out split that are evaluated are the first of this order, whatever the run's seed.
@@ -329,95 +327,3 @@ def evaluate(
         name: metrics.summarize(subject.sae, of_sae[name], references[subject.spliced])
         for name, subject in subjects.items()
     }
-
-
-def write_json(path: pathlib.Path, results: Mapping[str, Evaluation], about: Mapping) -> None:
-    """Writes the numbers of every SAE, with what they were measured on."""
-    saes = {}
-    for name, result in results.items():
-        saes[name] = metrics.numbers(result)
-    with files.replacing_file(path) as partial:
-        partial.write_text(json.dumps({**about, "sae": saes}, indent=1) + "\n", encoding="utf-8")
-
-
-def _save(figure: object, path: pathlib.Path) -> None:
-    with files.replacing_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple:
-    """A figure and its axes; `width` and `height` are those of a panel, in inches."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
-    )
-
-
-def write_plot(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
-    """Draws each SAE's histogram of firing frequencies."""
-    columns = 1 if len(results) < 4 else 3
-    figure, axes = _figure(-(-len(results) // columns), columns, 7 if columns == 1 else 5, 3.2)
-    for axis in axes.flat[len(results) :]:
-        axis.set_axis_off()
-    for (name, result), axis in zip(results.items(), axes.flat, strict=False):
-        alive = result.frequency[result.frequency > 0]
-        axis.hist(np.log10(alive), bins=60, color="#1a73e8")
-        axis.set_xlabel("log₁₀ of the share of tokens a latent fires on")
-        axis.set_ylabel("latents")
-        axis.set_title(
-            f"{name}\nL0 {result.l0:.1f}, FVU {result.fvu:.3f}, delta loss {result.delta_loss:.3f} ± "
-            f"{result.delta_loss_se:.3f} nats, {result.dead_fraction:.1%} dead",
-            fontsize=10 if columns == 1 else 8,
-        )
-    _save(figure, path)
-
-
-def write_pareto(
-    path: pathlib.Path, results: Mapping[str, Evaluation], sweeps: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Draws L0 against delta loss and FVU, with a line through each sweep in the order given.
-
-    Args:
-      path: of the PNG.
-      results: by SAE.
-      sweeps: by the label of a line, its SAEs in order, each with the label of its point.
-    """
-    figure, ((left, right),) = _figure(1, 2, 5.5, 4.2)
-    for label, points in sweeps.items():
-        chosen = [results[name] for name in points]
-        l0 = [result.l0 for result in chosen]
-        left.errorbar(
-            l0,
-            [result.delta_loss for result in chosen],
-            [result.delta_loss_se for result in chosen],
-            marker="o",
-            capsize=3,
-            label=label,
-        )
-        right.plot(l0, [result.fvu for result in chosen], marker="o", label=label)
-        for axis, key in ((left, "delta_loss"), (right, "fvu")):
-            for result, text in zip(chosen, points.values(), strict=True):
-                place = (result.l0, getattr(result, key))
-                axis.annotate(text, place, (6, 6), textcoords="offset points", fontsize=7)
-    left.set_ylabel("delta loss, nats")
-    right.set_ylabel("FVU")
-    everything = [results[name] for points in sweeps.values() for name in points]
-    for axis, key in ((left, "delta_loss"), (right, "fvu")):
-        # A splice may lower the loss, and an SAE may be silent.
-        if min(result.l0 for result in everything) > 0:
-            axis.set_xscale("log")
-        if min(getattr(result, key) for result in everything) > 0:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.margins(x=0.15)  # Room for the points' labels.
-        axis.set_xlabel("L0")
-        axis.grid(alpha=0.3, which="both")
-    if len(sweeps) > 1:
-        left.legend(fontsize=7)
-    _save(figure, path)

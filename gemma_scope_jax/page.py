@@ -2,14 +2,14 @@
 
 import base64
 import csv
-import io
+import json
 import pathlib
 from collections.abc import Mapping
 
 import jinja2
 import numpy as np
 
-from gemma_scope_jax import files, metrics
+from gemma_scope_jax import files, metrics, plots
 from gemma_scope_jax.metrics import Evaluation
 
 _TEMPLATE = pathlib.Path(__file__).parent / "evaluation.html.jinja"
@@ -97,6 +97,15 @@ def shown(result: Evaluation, name: str) -> str:
     )
 
 
+def write_json(path: pathlib.Path, results: Mapping[str, Evaluation], about: Mapping) -> None:
+    """Writes the numbers of every SAE, with what they were measured on."""
+    saes = {}
+    for name, result in results.items():
+        saes[name] = metrics.numbers(result)
+    with files.replacing_file(path) as partial:
+        partial.write_text(json.dumps({**about, "sae": saes}, indent=1) + "\n", encoding="utf-8")
+
+
 def write_csv(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
     """Writes a row of numbers for each SAE, with standard errors in columns of their own."""
     rows = [{"name": name, **metrics.numbers(result)} for name, result in results.items()]
@@ -128,9 +137,9 @@ def write_html(
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    plots = {title: _data_url(image.read_bytes()) for title, image in (images or {}).items()}
+    pictures_of = {title: _data_url(image.read_bytes()) for title, image in (images or {}).items()}
     if len(set(layers.values())) > 1:
-        plots["By layer"] = _by_layer(results, layers)
+        pictures_of["By layer"] = _data_url(plots.by_layer(results, layers))
     rendered = template.render(
         about=about,
         command=command,
@@ -147,8 +156,8 @@ def write_html(
             name: ", ".join(f"{q}%: {v}" for q, v in zip(metrics.QUANTILES, result.l0_quantiles, strict=True))
             for name, result in results.items()
         },
-        pictures={name: _details(result) for name, result in results.items()},
-        plots=plots,
+        pictures={name: _data_url(plots.details(result)) for name, result in results.items()},
+        plots=pictures_of,
     )
     with files.replacing_file(path) as partial:
         partial.write_text(rendered, encoding="utf-8")
@@ -156,81 +165,3 @@ def write_html(
 
 def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _png(figure: object, dpi: int = 80) -> str:
-    import matplotlib.pyplot as plt
-
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi)
-    plt.close(figure)
-    return _data_url(out.getvalue())
-
-
-def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-
-
-def _details(result: Evaluation) -> str:
-    """Distributions of one SAE, and what changes with a token's position."""
-    figure, axes = _subplots(2, 4, (15, 5.6))
-    (frequency, l0, error, delta), (threshold, decoder, encoder, cosine) = axes
-    alive = result.frequency[result.frequency > 0]
-    frequency.hist(np.log10(alive), bins=60)
-    frequency.set_title("log₁₀ of a latent's firing frequency")
-    l0.bar(np.arange(result.l0_counts.size), result.l0_counts, width=1)
-    l0.set_title("L0 of an activation")
-    position = np.arange(len(result.by_position["error"]))
-    for axis, name, title in (
-        (error, "error", "squared error / variance, by position"),
-        (delta, "delta_loss", "delta loss by position, nats"),
-    ):
-        values = result.by_position[name]
-        axis.plot(position[1:], values[1:], lw=0.8)
-        axis.set_title(title)
-    for axis, values, title in (
-        (threshold, result.threshold, "thresholds"),
-        (decoder, result.decoder_norm, "decoder norms"),
-        (encoder, result.encoder_norm, "encoder norms"),
-        (cosine, result.nearest_cosine, "cosine with the nearest decoder"),
-    ):
-        # All alike but for rounding, as decoder norms are: one bar, not the shape of rounding.
-        low, high = float(values.min()), float(values.max())
-        near = high - low < 1e-4 * max(abs(high), 1e-30)
-        axis.hist(
-            values,
-            bins=60,
-            range=(low - 0.5 * abs(low) - 1e-3, high + 0.5 * abs(high) + 1e-3) if near else None,
-        )
-        axis.set_title(title)
-    for axis in axes.flat:
-        axis.title.set_fontsize(9)
-        axis.tick_params(labelsize=8)
-    return _png(figure)
-
-
-def _by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> str:
-    """L0, FVU and delta loss against the layer."""
-    figure, ((l0, fvu, delta),) = _subplots(1, 3, (13, 3.6))
-    # A line for what is otherwise the same, by its name without the layer.
-    lines: dict[str, list[str]] = {}
-    for name in sorted(results, key=lambda name: layers[name]):
-        lines.setdefault(name.replace(f"layer_{layers[name]}_", "", 1), []).append(name)
-    for label, names in lines.items():
-        x = [layers[name] for name in names]
-        l0.plot(x, [results[name].l0 for name in names], marker="o", label=label)
-        fvu.plot(x, [results[name].fvu for name in names], marker="o")
-        of = [results[name] for name in names]
-        delta.errorbar(x, [r.delta_loss for r in of], [r.delta_loss_se for r in of], marker="o", capsize=3)
-    for axis, title in ((l0, "L0"), (fvu, "FVU"), (delta, "delta loss, nats")):
-        axis.set_title(title)
-        axis.set_xlabel("layer")
-        axis.grid(alpha=0.3)
-    if 1 < len(lines) <= 8:
-        l0.legend(fontsize=7)
-    return _png(figure, 100)

@@ -18,6 +18,7 @@ from gemma_scope_jax import (
     hub,
     interrupt,
     page,
+    plots,
     runs,
     sharding,
     stored,
@@ -170,12 +171,12 @@ def evaluate_path(
             "context_length": config.data.context_length,
             "step": opened.step,
         }
-        evaluation.write_json(out / "evaluation.json", results, about)
-        evaluation.write_plot(out / "evaluation.png", results)
+        page.write_json(out / "evaluation.json", results, about)
+        plots.write_plot(out / "evaluation.png", results)
         page.write_csv(out / "evaluation.csv", results)
         written = ["evaluation.json", "evaluation.csv", "evaluation.png"]
         if found := sweeps(opened.members):
-            evaluation.write_pareto(out / "pareto.png", results, found)
+            plots.write_pareto(out / "pareto.png", results, found)
             written.append("pareto.png")
         options = {"rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides}
         flags = [f"--{name}={value}" for name, value in options.items() if value is not None]

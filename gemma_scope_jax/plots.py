@@ -1,0 +1,162 @@
+"""Pictures of what was measured."""
+
+import io
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from gemma_scope_jax import files
+from gemma_scope_jax.metrics import Evaluation
+
+
+def _png(figure: object, dpi: int = 80) -> bytes:
+    import matplotlib.pyplot as plt
+
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def _save(figure: object, path: pathlib.Path) -> None:
+    with files.replacing_file(path) as partial:
+        partial.write_bytes(_png(figure, 120))
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple:
+    """A figure and its axes; `width` and `height` are those of a panel, in inches."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+
+
+def write_plot(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
+    """Draws each SAE's histogram of firing frequencies."""
+    columns = 1 if len(results) < 4 else 3
+    figure, axes = _figure(-(-len(results) // columns), columns, 7 if columns == 1 else 5, 3.2)
+    for axis in axes.flat[len(results) :]:
+        axis.set_axis_off()
+    for (name, result), axis in zip(results.items(), axes.flat, strict=False):
+        alive = result.frequency[result.frequency > 0]
+        axis.hist(np.log10(alive), bins=60, color="#1a73e8")
+        axis.set_xlabel("log₁₀ of the share of tokens a latent fires on")
+        axis.set_ylabel("latents")
+        axis.set_title(
+            f"{name}\nL0 {result.l0:.1f}, FVU {result.fvu:.3f}, delta loss {result.delta_loss:.3f} ± "
+            f"{result.delta_loss_se:.3f} nats, {result.dead_fraction:.1%} dead",
+            fontsize=10 if columns == 1 else 8,
+        )
+    _save(figure, path)
+
+
+def write_pareto(
+    path: pathlib.Path, results: Mapping[str, Evaluation], sweeps: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Draws L0 against delta loss and FVU, with a line through each sweep in the order given.
+
+    Args:
+      path: of the PNG.
+      results: by SAE.
+      sweeps: by the label of a line, its SAEs in order, each with the label of its point.
+    """
+    figure, ((left, right),) = _figure(1, 2, 5.5, 4.2)
+    for label, points in sweeps.items():
+        chosen = [results[name] for name in points]
+        l0 = [result.l0 for result in chosen]
+        left.errorbar(
+            l0,
+            [result.delta_loss for result in chosen],
+            [result.delta_loss_se for result in chosen],
+            marker="o",
+            capsize=3,
+            label=label,
+        )
+        right.plot(l0, [result.fvu for result in chosen], marker="o", label=label)
+        for axis, key in ((left, "delta_loss"), (right, "fvu")):
+            for result, text in zip(chosen, points.values(), strict=True):
+                place = (result.l0, getattr(result, key))
+                axis.annotate(text, place, (6, 6), textcoords="offset points", fontsize=7)
+    left.set_ylabel("delta loss, nats")
+    right.set_ylabel("FVU")
+    everything = [results[name] for points in sweeps.values() for name in points]
+    for axis, key in ((left, "delta_loss"), (right, "fvu")):
+        # A splice may lower the loss, and an SAE may be silent.
+        if min(result.l0 for result in everything) > 0:
+            axis.set_xscale("log")
+        if min(getattr(result, key) for result in everything) > 0:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.15)  # Room for the points' labels.
+        axis.set_xlabel("L0")
+        axis.grid(alpha=0.3, which="both")
+    if len(sweeps) > 1:
+        left.legend(fontsize=7)
+    _save(figure, path)
+
+
+def details(result: Evaluation) -> bytes:
+    """Distributions of one SAE, and what changes with a token's position."""
+    figure, axes = _figure(2, 4, 3.75, 2.8)
+    (frequency, l0, error, delta), (threshold, decoder, encoder, cosine) = axes
+    alive = result.frequency[result.frequency > 0]
+    frequency.hist(np.log10(alive), bins=60)
+    frequency.set_title("log₁₀ of a latent's firing frequency")
+    l0.bar(np.arange(result.l0_counts.size), result.l0_counts, width=1)
+    l0.set_title("L0 of an activation")
+    position = np.arange(len(result.by_position["error"]))
+    for axis, name, title in (
+        (error, "error", "squared error / variance, by position"),
+        (delta, "delta_loss", "delta loss by position, nats"),
+    ):
+        values = result.by_position[name]
+        axis.plot(position[1:], values[1:], lw=0.8)
+        axis.set_title(title)
+    for axis, values, title in (
+        (threshold, result.threshold, "thresholds"),
+        (decoder, result.decoder_norm, "decoder norms"),
+        (encoder, result.encoder_norm, "encoder norms"),
+        (cosine, result.nearest_cosine, "cosine with the nearest decoder"),
+    ):
+        # All alike but for rounding, as decoder norms are: one bar, not the shape of rounding.
+        low, high = float(values.min()), float(values.max())
+        near = high - low < 1e-4 * max(abs(high), 1e-30)
+        axis.hist(
+            values,
+            bins=60,
+            range=(low - 0.5 * abs(low) - 1e-3, high + 0.5 * abs(high) + 1e-3) if near else None,
+        )
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.title.set_fontsize(9)
+        axis.tick_params(labelsize=8)
+    return _png(figure)
+
+
+def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> bytes:
+    """L0, FVU and delta loss against the layer."""
+    figure, ((l0, fvu, delta),) = _figure(1, 3, 4.3, 3.6)
+    # A line for what is otherwise the same, by its name without the layer.
+    lines: dict[str, list[str]] = {}
+    for name in sorted(results, key=lambda name: layers[name]):
+        lines.setdefault(name.replace(f"layer_{layers[name]}_", "", 1), []).append(name)
+    for label, names in lines.items():
+        x = [layers[name] for name in names]
+        l0.plot(x, [results[name].l0 for name in names], marker="o", label=label)
+        fvu.plot(x, [results[name].fvu for name in names], marker="o")
+        of = [results[name] for name in names]
+        delta.errorbar(x, [r.delta_loss for r in of], [r.delta_loss_se for r in of], marker="o", capsize=3)
+    for axis, title in ((l0, "L0"), (fvu, "FVU"), (delta, "delta loss, nats")):
+        axis.set_title(title)
+        axis.set_xlabel("layer")
+        axis.grid(alpha=0.3)
+    if 1 < len(lines) <= 8:
+        l0.legend(fontsize=7)
+    return _png(figure, 100)
