@@ -6,12 +6,13 @@ SUITE is one of
 
   sweep        layer 9, residual stream, 2,048 latents, six λ
   layers       the residual stream of all 18 layers, 1,024 latents
+  sites        the residual stream, MLP and attention outputs of all 18 layers, 512 latents
   targets      layer 9, residual stream, 1,024 latents, for a mean L0 of 25, 50 and 100: one bank by controller, one
                by quadratic penalty
   transcoders  layer 9's MLP, 2,048 latents: a transcoder as Gemma Scope's, and one with a skip connection as Gemma
                Scope 2's
 
-Hardware: two CPU cores; a quarter to half an hour each.
+Hardware: two CPU cores; a quarter to three quarters of an hour each.
 Expected: `python -m benchmarks.results SUITE` trains and evaluates it, into results/SUITE.json.
 """
 
@@ -30,9 +31,14 @@ def get_config(suite: str = "sweep") -> ml_collections.ConfigDict:
     targets = {"layers": (LAYER,), "width": 1024, "target_l0s": (25.0, 50.0, 100.0)}
     # So that λ means the same as for an autoencoder, which Gemma Scope's own scale does not give.
     mlp = {"layers": (LAYER,), "width": 2048, "target_site": "mlp_out", "scale_target_by": "target"}
+    everywhere = {"layers": tuple(range(18)), "width": 512, "sparsity_coefficients": (5e-4,)}
     banks = {
         "sweep": {"residual": {"layers": (LAYER,), "width": 2048, "sparsity_coefficients": lambdas}},
         "layers": {"residual": {"layers": tuple(range(18)), "width": 1024, "sparsity_coefficients": (5e-4,)}},
+        "sites": {
+            "residual_and_mlp": {"sites": ("resid_post", "mlp_out"), **everywhere},
+            "attention": {"sites": ("attn_out",), **everywhere},  # Of another width of activations.
+        },
         "targets": {
             "controlled": {**targets, "objective": "controlled", "sparsity_coefficients": (5e-4,)},
             "quadratic": {**targets, "objective": "quadratic", "sparsity_coefficients": (1e-3,)},
