@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--format", choices=PUBLISHED, default="saelens")
     publish.add_argument("--license", default="cc-by-4.0", help="as the hub calls it")
     publish.add_argument("--push", action="store_true", help="upload it, too")
+    compare = commands.add_parser("compare", help="evaluations side by side, each compared with the first")
+    compare.add_argument(
+        "folders", nargs="+", type=pathlib.Path, help="what evaluate.py was given, or its --out"
+    )
+    compare.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
     for command in (export, convert, publish):
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
@@ -65,7 +70,7 @@ def main() -> None:
     """Parses the command line and runs one command."""
     parser = _parser()
     args, fields = parser.parse_known_args()
-    if fields and args.command in ("export", "convert", "publish"):
+    if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
     # Imported late: --help should not take seconds.
     if args.command == "export":
@@ -86,6 +91,10 @@ def main() -> None:
         from gemma_scope_jax import publish as publish_lib
 
         publish_lib.publish(args.run, args.out, args.repo, args.format, args.dtype, args.license, args.push)
+    elif args.command == "compare":
+        from gemma_scope_jax import suites
+
+        suites.compare(args.folders, args.out)
     elif args.command == "prepare":
         if args.workers is not None and args.workers < 1:
             raise ValueError(f"--workers is {args.workers}; it must be at least 1")

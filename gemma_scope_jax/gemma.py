@@ -104,6 +104,9 @@ class Site(NamedTuple):
 # From a site's activations [S, L, D] to what takes their place.
 Write = Callable[[jax.Array], jax.Array]
 
+# gemma's own, by a block's name in the parameters: keys and values, their positions, and how many slots are taken.
+Cache = Mapping[str, Mapping[str, jax.Array]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Gemma:
@@ -166,7 +169,7 @@ def load(
     model = build_model(name)
     num_layers = model.config.num_layers if num_layers is None else num_layers
     if placement is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placement = lambda name, shape: device  # noqa: E731
     params = weights.load_params(weights_path(name, path), model, num_layers, dtype, placement)
     return Gemma(name, model, params, num_layers)
@@ -294,9 +297,28 @@ def run_blocks(
       ValueError: a site to be read or written is not in `layers`.
     """
     positions_SxL, mask_SxLxL = packed_positions(tokens_SxL), packed_mask(tokens_SxL)
+    return walk(model, params, x_SxLxD, positions_SxL, mask_SxLxL, layers, read, write)[:2]
+
+
+def walk(
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    x_SxLxD: jax.Array,
+    positions_SxL: jax.Array,
+    mask_SxLxC: jax.Array,
+    layers: range,
+    read: Collection[Site] = (),
+    write: Mapping[Site, Write] | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, dict[Site, jax.Array], Cache]:
+    """`run_blocks` at any positions and, with a cache, behind what was run before.
+
+    The mask says which slots of the cache each token may see, its own among them; without a cache slots are the
+    tokens themselves. The cache that is returned holds these tokens too.
+    """
     write = write or {}
     dtype = x_SxLxD.dtype
-    values, passed = {}, set()
+    values, passed, grown = {}, set(), {}
 
     def tap(site: Site, value: jax.Array) -> jax.Array:
         passed.add(site)
@@ -304,22 +326,24 @@ def run_blocks(
             values[site] = value.astype(dtype)
         return write[site](value.astype(dtype)).astype(value.dtype) if site in write else value
 
-    def walk(model: gm.nn.Transformer, x_SxLxD: jax.Array) -> jax.Array:
+    def through(model: gm.nn.Transformer, x_SxLxD: jax.Array) -> jax.Array:
         if layers.start == 0:
             x_SxLxD = tap(Site("embed", 0), x_SxLxD)
         for layer in layers:
+            name = f"layer_{layer}"
+            before = None if cache is None else cache[name]
             with nn.intercept_methods(functools.partial(_inside_block, layer, tap)):
-                _, x_SxLxD = model.blocks[layer](x_SxLxD, positions_SxL, None, mask_SxLxL)
+                grown[name], x_SxLxD = model.blocks[layer](x_SxLxD, positions_SxL, before, mask_SxLxC)
             x_SxLxD = tap(Site("resid_post", layer), x_SxLxD)
         return x_SxLxD
 
     with _precision(dtype):
-        x_SxLxD = model.apply({"params": params}, x_SxLxD, method=walk)
+        x_SxLxD = model.apply({"params": params}, x_SxLxD, method=through)
     if missed := (set(read) | write.keys()) - passed:
         raise ValueError(
             f"blocks {layers.start} to {layers.stop - 1} do not pass {', '.join(map(str, missed))}"
         )
-    return x_SxLxD, values
+    return x_SxLxD, values, grown
 
 
 def _inside_block(
@@ -385,13 +409,15 @@ def logits(model: gm.nn.Transformer, params: weights.Params, x: jax.Array) -> ja
     return values if cap is None else jnp.tanh(values / cap) * cap
 
 
-def next_tokens(tokens_SxL: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
-    """What is to be predicted at each position [S, L], and whether that is scored.
+def next_tokens(tokens_SxL: jax.Array) -> jax.Array:
+    """What is to be predicted at each position, [S, L]."""
+    return jnp.pad(tokens_SxL[:, 1:], ((0, 0), (0, 1)), constant_values=PAD)
 
-    It is not where the position is not kept (`is_kept`), or where the next begins another segment or is padding.
-    """
-    target_SxL = jnp.pad(tokens_SxL[:, 1:], ((0, 0), (0, 1)), constant_values=PAD)
-    return target_SxL, is_kept(tokens_SxL, prefix) & (target_SxL != PAD) & (target_SxL != BOS)
+
+def is_scored(tokens_SxL: jax.Array, is_kept_SxL: jax.Array) -> jax.Array:
+    """Which predictions [S, L] count: from positions that do, but of another segment's beginning or of padding."""
+    target_SxL = next_tokens(tokens_SxL)
+    return is_kept_SxL & (target_SxL != PAD) & (target_SxL != BOS)
 
 
 def _by_positions(compute: Callable, arrays: tuple[jax.Array, ...], chunk: int) -> object:
@@ -418,7 +444,7 @@ def next_token_loss(
     params: weights.Params,
     x_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
-    prefix: int = 0,
+    is_kept_SxL: jax.Array | None = None,
     chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats of each next token, from the residual stream behind the last block.
@@ -428,21 +454,22 @@ def next_token_loss(
       params: its parameters.
       x_SxLxD: the residual stream behind the last block.
       tokens_SxL: the packed rows.
-      prefix: see `is_kept`.
+      is_kept_SxL: positions that count; None: see `is_kept`.
       chunk: predictions whose logits [chunk, V] exist at a time; all of them would be [S, L, V].
 
     Returns:
       loss_SxL and weight_SxL in float32: the loss of predicting position t + 1 from position t, and 1 where
-      that is scored; see `next_tokens`.
+      that is scored; see `is_scored`.
     """
-    target_SxL, scored_SxL = next_tokens(tokens_SxL, prefix)
+    is_kept_SxL = is_kept(tokens_SxL, 0) if is_kept_SxL is None else is_kept_SxL
 
     def compute(x_SxCxD: jax.Array, target_SxC: jax.Array) -> jax.Array:
         logits_SxCxV = logits(model, params, x_SxCxD)
         correct_SxC = jnp.take_along_axis(logits_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits_SxCxV, axis=-1) - correct_SxC
 
-    return _by_positions(compute, (x_SxLxD, target_SxL), chunk), scored_SxL.astype(jnp.float32)
+    loss_SxL = _by_positions(compute, (x_SxLxD, next_tokens(tokens_SxL)), chunk)
+    return loss_SxL, is_scored(tokens_SxL, is_kept_SxL).astype(jnp.float32)
 
 
 def next_token_divergence(
@@ -457,7 +484,6 @@ def next_token_divergence(
 
     See `next_token_loss`; there are twice as many logits at a time.
     """
-    target_SxL, _ = next_tokens(tokens_SxL, 0)
 
     def compute(x_SxCxD: jax.Array, clean_SxCxD: jax.Array, target_SxC: jax.Array) -> tuple:
         log_p_SxCxV = jax.nn.log_softmax(logits(model, params, x_SxCxD))
@@ -465,7 +491,7 @@ def next_token_divergence(
         loss_SxC = -jnp.take_along_axis(log_p_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
         return loss_SxC, (jnp.exp(clean_log_p_SxCxV) * (clean_log_p_SxCxV - log_p_SxCxV)).sum(-1)
 
-    return _by_positions(compute, (x_SxLxD, clean_SxLxD, target_SxL), chunk)
+    return _by_positions(compute, (x_SxLxD, clean_SxLxD, next_tokens(tokens_SxL)), chunk)
 
 
 def centred_logits(
@@ -476,7 +502,6 @@ def centred_logits(
     chunk: int = 512,
 ) -> jax.Array:
     """The logit of each next token less the mean of all logits, [S, L] (Gemma Scope, appendix C)."""
-    target_SxL, _ = next_tokens(tokens_SxL, 0)
 
     @jax.checkpoint
     def compute(x_SxCxD: jax.Array, target_SxC: jax.Array) -> jax.Array:
@@ -484,4 +509,4 @@ def centred_logits(
         correct_SxC = jnp.take_along_axis(logits_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
         return correct_SxC - logits_SxCxV.mean(-1)
 
-    return _by_positions(compute, (x_SxLxD, target_SxL), chunk)
+    return _by_positions(compute, (x_SxLxD, next_tokens(tokens_SxL)), chunk)

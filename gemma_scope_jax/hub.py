@@ -10,6 +10,33 @@ from gemma_scope_jax.formats import detect
 _LOCATION = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([^@]*))?")
 
 
+def is_pattern(location: str) -> bool:
+    """Whether a location names several places, by `*`."""
+    return "*" in location
+
+
+def paths(location: str) -> list[pathlib.Path]:
+    """The places of a location as they can be opened: one, or with `*` in its folder all that hold an SAE.
+
+    Raises:
+      ValueError: there are none; else as `local`.
+    """
+    if not is_pattern(location):
+        return [local(location)]
+    if location.startswith("hf://"):
+        root, inside = _fetch(location)
+    else:
+        path = pathlib.Path(location).expanduser()
+        root, inside = pathlib.Path(path.anchor or "."), str(path.relative_to(path.anchor))
+    found = sorted(path for path in root.glob(inside) if detect.format_of(path))
+    if not found:
+        raise ValueError(f"{location} matches no SAE")
+    if location.startswith("hf://"):
+        for path in found:
+            _check_whole(location, path)
+    return found
+
+
 def local(location: str) -> pathlib.Path:
     """A location as it can be opened: `hf://OWNER/NAME/FOLDER` becomes where Hugging Face's cache keeps that folder.
 
@@ -23,6 +50,16 @@ def local(location: str) -> pathlib.Path:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         return path
+    root, inside = _fetch(location)
+    path = root / inside
+    if not path.exists():
+        raise ValueError(f"{location}: the repository has no SAE in {inside!r}")
+    _check_whole(location, path)
+    return path
+
+
+def _fetch(location: str) -> tuple[pathlib.Path, str]:
+    """Where the cache has a repository with the SAEs of a location, and the location's folder in it."""
     match = _LOCATION.fullmatch(location)
     if not match or ".." in location.split("/"):
         raise ValueError(f"{location} is not hf://OWNER/NAME/FOLDER or hf://OWNER/NAME@REVISION/FOLDER")
@@ -38,16 +75,16 @@ def local(location: str) -> pathlib.Path:
     except Exception as error:  # Many kinds: no network, no such repository, terms not accepted.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot fetch {location} ({reason})") from error
-    path = pathlib.Path(root, inside)
-    if not path.exists():
-        raise ValueError(f"{repository} has no SAE in {inside!r}")
+    return pathlib.Path(root), inside
+
+
+def _check_whole(location: str, path: pathlib.Path) -> None:
     files = sorted((path if path.is_dir() else path.parent).iterdir())
-    if damaged := [file.name for file in files if not _is_whole(file)]:
+    if damaged := [file.name for file in files if file.is_file() and not _is_whole(file)]:
         raise ValueError(
             f"{', '.join(damaged)} of {location} arrived damaged, not of the digest that the hub gives; what was "
             "fetched is removed, fetch it again"
         )
-    return path
 
 
 def _is_whole(file: pathlib.Path) -> bool:

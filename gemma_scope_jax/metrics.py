@@ -72,6 +72,7 @@ class Evaluation:
     encoder_norm: np.ndarray  # [M]
     l0_counts: np.ndarray  # [highest L0 + 1], activations on which so many latents fire
     by_position: Mapping[str, np.ndarray]  # [L]: behind a document's BOS; see `at_positions`
+    by_row: Mapping[str, np.ndarray]  # [S]: sums of each row; see `differences`
 
 
 def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
@@ -89,6 +90,7 @@ def measure(
     mean_O: jax.Array,
     is_kept_SxL: jax.Array,
     importance_SxLxO: jax.Array | None,
+    top_k: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What an SAE makes of x in place of y, and what is measured of every token, row, dimension and latent.
 
@@ -99,6 +101,7 @@ def measure(
       mean_O: the site's mean.
       is_kept_SxL: which positions count.
       importance_SxLxO: the gradient of the centred logits; see `importance`.
+      top_k: only so many latents of an activation fire, the strongest; None: those above their thresholds.
 
     Returns:
       The reconstruction [S, L, O], and sums: `_SxL` of each token, 0 where it does not count.
@@ -107,6 +110,8 @@ def measure(
     weight_B = is_kept_SxL.reshape(-1).astype(jnp.float32)
     x_BxD, y_BxO = (v.reshape(weight_B.size, -1).astype(jnp.float32) for v in (x_SxLxD, y_SxLxO))
     f_BxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
+    if top_k is not None:
+        f_BxM = sae.keep_top(f_BxM, top_k)
     recon_BxO = sae.decode(subject, f_BxM, x_BxD, jax.lax.Precision.HIGHEST)
     fired_BxM = (f_BxM > 0) * weight_B[:, None]
     error_BxO = recon_BxO - y_BxO
@@ -118,9 +123,6 @@ def measure(
     def of_tokens(value_B: jax.Array) -> jax.Array:
         return jnp.where(weight_B > 0, value_B, 0).reshape(shape)
 
-    def of_rows(value_BxO: jax.Array) -> jax.Array:
-        return (weight_B[:, None] * value_BxO).reshape(*shape, -1).sum(1)
-
     found = {
         "count_SxL": of_tokens(jnp.ones_like(weight_B)),
         "l0_SxL": of_tokens(fired_BxM.sum(1)),
@@ -128,9 +130,7 @@ def measure(
         "explained_SxL": of_tokens(1 - unexplained_B),
         "cosine_SxL": of_tokens((y_BxO * recon_BxO).sum(1) / jnp.where(norms_B > 0, norms_B, 1)),
         "norm_ratio_SxL": of_tokens(jnp.sqrt(recon_B / jnp.where(y_B > 0, y_B, 1))),
-        "y_SxO": of_rows(y_BxO),
-        "y_squared_SxO": of_rows(jnp.square(y_BxO)),
-        "error_SxO": of_rows(jnp.square(error_BxO)),
+        "error_SxO": (weight_B[:, None] * jnp.square(error_BxO)).reshape(*shape, -1).sum(1),
         "fired_M": fired_BxM.sum(0),
     }
     if importance_SxLxO is not None:
@@ -140,6 +140,12 @@ def measure(
         found["r_l0_SxL"] = of_tokens(uniformity_B)
         found["active_SxL"] = of_tokens(has_active_B.astype(jnp.float32))
     return recon_BxO.reshape(y_SxLxO.shape), found
+
+
+def measure_target(y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the positions that count of what is spliced, and of its square, of each row and dimension."""
+    y_SxLxO = jnp.where(is_kept_SxL[..., None], y_SxLxO.astype(jnp.float32), 0)
+    return {"y_SxO": y_SxLxO.sum(1), "y_squared_SxO": jnp.square(y_SxLxO).sum(1)}
 
 
 def uniformity(importance_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -230,7 +236,8 @@ def summarize(
     Args:
       subject: the SAE.
       of_sae: from `measure`, and its `loss_SxL` and perhaps `kl_SxL`.
-      references: `scored_SxL`, and the losses `clean_SxL`, `zero_SxL` and `mean_SxL`, 0 where they are not scored.
+      references: from `measure_target`; `scored_SxL`, and the losses `clean_SxL`, `zero_SxL` and `mean_SxL`, 0 where
+        they are not scored.
       nearest_cosine_M: see `nearest_cosine`; None: it is computed.
     """
     count_S, scored_S = of_sae.of_rows("count_S"), references.of_rows("scored_S")
@@ -241,7 +248,8 @@ def summarize(
         value_S = of_sae.of_rows(f"{name}_S")
         return (None, None) if value_S is None else ratio(value_S, weight_S)
 
-    y_SxO, squared_SxO, error_SxO = (of_sae.of_rows(f"{n}_SxO") for n in ("y", "y_squared", "error"))
+    y_SxO, squared_SxO = (references.of_rows(f"{name}_SxO") for name in ("y", "y_squared"))
+    error_SxO = of_sae.of_rows("error_SxO")
     mean_O = y_SxO.sum(0) / count_S.sum()
     # Each row's part of the variance around the mean of all.
     variance_SxO = squared_SxO - 2 * mean_O * y_SxO + count_S[:, None] * np.square(mean_O)
@@ -292,7 +300,44 @@ def summarize(
         encoder_norm=np.linalg.norm(subject.W_enc, axis=0),
         l0_counts=of_sae.l0_counts,
         by_position=at_positions(of_sae, references, float(variance_SxO.sum() / count_S.sum())),
+        by_row={
+            "activations": count_S,
+            "tokens": scored_S,
+            "l0": of_sae.of_rows("l0_S"),
+            "error": error_SxO.sum(1),
+            "variance": variance_SxO.sum(1),
+            "clean_loss": loss["clean"],
+            "spliced_loss": of_sae.of_rows("loss_S"),
+        },
     )
+
+
+# The numbers that two evaluations are compared by, row by row: what is summed, less what, over what.
+PAIRED = {
+    "l0": ("l0", None, "activations"),
+    "fvu": ("error", None, "variance"),
+    "delta_loss": ("spliced_loss", "clean_loss", "tokens"),
+    "spliced_loss": ("spliced_loss", None, "tokens"),
+    "clean_loss": ("clean_loss", None, "tokens"),
+}
+
+
+def difference(number: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """What a number is of `b` less what it is of `a`, and its standard error over rows, the same rows of both.
+
+    Args:
+      number: of `PAIRED`.
+      a: `by_row` of one evaluation.
+      b: of another.
+    """
+    values, residuals = [], []
+    for rows in (a, b):
+        over, less, per = PAIRED[number]
+        numerator_S = rows[over] - (rows[less] if less else 0)
+        value = numerator_S.sum() / rows[per].sum()
+        values.append(value)
+        residuals.append((numerator_S - value * rows[per]) / rows[per].sum())
+    return float(values[1] - values[0]), standard_error(residuals[1] - residuals[0])
 
 
 def at_positions(of_sae: Totals, references: Totals, variance: float) -> dict[str, np.ndarray]:

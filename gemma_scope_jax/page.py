@@ -12,8 +12,6 @@ import numpy as np
 from gemma_scope_jax import files, metrics, plots
 from gemma_scope_jax.metrics import Evaluation
 
-_TEMPLATE = pathlib.Path(__file__).parent / "evaluation.html.jinja"
-
 # Each number: its label, how it is shown, and what it is.
 NUMBERS = {
     "l0": ("L0", ".1f", "Mean number of latents that fire on an activation."),
@@ -88,12 +86,17 @@ _IN_TABLE = (
 
 def shown(result: Evaluation, name: str) -> str:
     """A number with its standard error, if it has one; a dash where it was not measured."""
-    value, error = getattr(result, name), getattr(result, f"{name}_se", None)
-    form = NUMBERS[name][1]
+    return with_error(getattr(result, name), getattr(result, f"{name}_se", None), NUMBERS[name][1])
+
+
+def with_error(value: float | None, error: float | None, form: str) -> str:
+    """A value and its standard error, where there are any, in a format."""
     if value is None or not np.isfinite(value):
         return "–"
     return (
-        f"{value:{form}} ± {error:{form}}" if error is not None and np.isfinite(error) else f"{value:{form}}"
+        f"{value:{form}} ± {abs(error):{form.lstrip('+')}}"
+        if error is not None and np.isfinite(error)
+        else f"{value:{form}}"
     )
 
 
@@ -104,6 +107,19 @@ def write_json(path: pathlib.Path, results: Mapping[str, Evaluation], about: Map
         saes[name] = metrics.numbers(result)
     with files.replacing_file(path) as partial:
         partial.write_text(json.dumps({**about, "sae": saes}, indent=1) + "\n", encoding="utf-8")
+
+
+def write_arrays(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
+    """Writes what is no single number: `SAE/frequency` and so on, `SAE/by_position/…`, `SAE/by_row/…`."""
+    arrays = {}
+    for name, result in results.items():
+        for key, value in vars(result).items():
+            if isinstance(value, np.ndarray):
+                arrays[f"{name}/{key}"] = value
+            elif isinstance(value, Mapping):
+                arrays |= {f"{name}/{key}/{inner}": array for inner, array in value.items()}
+    with files.replacing_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def write_csv(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
@@ -135,12 +151,12 @@ def write_html(
       layers: of each SAE.
       images: plots that are there already, by title.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    pictures_of = {title: _data_url(image.read_bytes()) for title, image in (images or {}).items()}
+    pictures_of = {title: data_url(image.read_bytes()) for title, image in (images or {}).items()}
     if len(set(layers.values())) > 1:
-        pictures_of["By layer"] = _data_url(plots.by_layer(results, layers))
-    rendered = template.render(
+        pictures_of["By layer"] = data_url(plots.by_layer(results, layers))
+    render(
+        path,
+        "evaluation.html.jinja",
         about=about,
         command=command,
         first=next(iter(results.values())),
@@ -156,12 +172,21 @@ def write_html(
             name: ", ".join(f"{q}%: {v}" for q, v in zip(metrics.QUANTILES, result.l0_quantiles, strict=True))
             for name, result in results.items()
         },
-        pictures={name: _data_url(plots.details(result)) for name, result in results.items()},
+        pictures={name: data_url(plots.details(result)) for name, result in results.items()},
         plots=pictures_of,
     )
+
+
+def render(path: pathlib.Path, template: str, **values: object) -> None:
+    """Writes a page made of one of this package's templates."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gemma_scope_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    rendered = environment.get_template(template).render(values)
     with files.replacing_file(path) as partial:
         partial.write_text(rendered, encoding="utf-8")
 
 
-def _data_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """A picture as the address of an image, which a page then holds itself."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -19,11 +19,6 @@ def _png(figure: object, dpi: int = 80) -> bytes:
     return out.getvalue()
 
 
-def _save(figure: object, path: pathlib.Path) -> None:
-    with files.replacing_file(path) as partial:
-        partial.write_bytes(_png(figure, 120))
-
-
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple:
     """A figure and its axes; `width` and `height` are those of a panel, in inches."""
     import matplotlib
@@ -52,54 +47,70 @@ def write_plot(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
             f"{result.delta_loss_se:.3f} nats, {result.dead_fraction:.1%} dead",
             fontsize=10 if columns == 1 else 8,
         )
-    _save(figure, path)
+    with files.replacing_file(path) as partial:
+        partial.write_bytes(_png(figure, 120))
 
 
 def write_pareto(
     path: pathlib.Path, results: Mapping[str, Evaluation], sweeps: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Draws L0 against delta loss and FVU, with a line through each sweep in the order given.
+    """Draws L0 against delta loss, FVU and r_L0, with a line through each sweep in the order given.
 
     Args:
       path: of the PNG.
       results: by SAE.
       sweeps: by the label of a line, its SAEs in order, each with the label of its point.
     """
-    figure, ((left, right),) = _figure(1, 2, 5.5, 4.2)
-    for label, points in sweeps.items():
-        chosen = [results[name] for name in points]
-        l0 = [result.l0 for result in chosen]
-        left.errorbar(
-            l0,
-            [result.delta_loss for result in chosen],
-            [result.delta_loss_se for result in chosen],
-            marker="o",
-            capsize=3,
-            label=label,
-        )
-        right.plot(l0, [result.fvu for result in chosen], marker="o", label=label)
-        for axis, key in ((left, "delta_loss"), (right, "fvu")):
-            for result, text in zip(chosen, points.values(), strict=True):
-                place = (result.l0, getattr(result, key))
-                axis.annotate(text, place, (6, 6), textcoords="offset points", fontsize=7)
-    left.set_ylabel("delta loss, nats")
-    right.set_ylabel("FVU")
-    everything = [results[name] for points in sweeps.values() for name in points]
-    for axis, key in ((left, "delta_loss"), (right, "fvu")):
+    lines = {
+        label: [(results[name], text) for name, text in points.items()] for label, points in sweeps.items()
+    }
+    with files.replacing_file(path) as partial:
+        partial.write_bytes(_against_l0(lines))
+
+
+def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> bytes:
+    """L0 against delta loss, FVU and r_L0 of several evaluations, a colour each."""
+    lines = {
+        label: [(result, "") for result in sorted(results.values(), key=lambda r: r.l0)]
+        for label, results in columns.items()
+    }
+    return _against_l0(lines, joined=False)
+
+
+def _against_l0(lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool = True) -> bytes:
+    """A panel for each number that was measured; each point is a result with its label."""
+    everything = [result for points in lines.values() for result, _ in points]
+    numbers = {"delta_loss": "delta loss, nats", "fvu": "FVU", "r_l0": "r_L0"}
+    if any(result.r_l0 is None for result in everything):
+        del numbers["r_l0"]
+    figure, (axes,) = _figure(1, len(numbers), 5.5, 4.2)
+    for axis, (number, title) in zip(axes, numbers.items(), strict=True):
+        for label, points in lines.items():
+            l0, y = ([getattr(result, name) for result, _ in points] for name in ("l0", number))
+            error = [_finite(getattr(result, f"{number}_se")) for result, _ in points]
+            style = {"marker": "o", "capsize": 3, "linestyle": "-" if joined else "none"}
+            axis.errorbar(l0, y, error, label=label, **style)
+            for x, value, (_, text) in zip(l0, y, points, strict=True):
+                axis.annotate(text, (x, value), (6, 6), textcoords="offset points", fontsize=7)
         # A splice may lower the loss, and an SAE may be silent.
         if min(result.l0 for result in everything) > 0:
             axis.set_xscale("log")
-        if min(getattr(result, key) for result in everything) > 0:
+        if min(getattr(result, number) for result in everything) > 0:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(x=0.15)  # Room for the points' labels.
         axis.set_xlabel("L0")
+        axis.set_ylabel(title)
         axis.grid(alpha=0.3, which="both")
-    if len(sweeps) > 1:
-        left.legend(fontsize=7)
-    _save(figure, path)
+    if len(lines) > 1:
+        axes[0].legend(fontsize=7)
+    return _png(figure, 120)
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and np.isfinite(value) else 0.0
 
 
 def details(result: Evaluation) -> bytes:

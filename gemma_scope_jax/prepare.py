@@ -24,6 +24,7 @@ from gemma_scope_jax.data import (
     cached,
     chat_template,
     documents,
+    encode,
     fingerprint,
     is_held_out,
     pack,
@@ -54,7 +55,7 @@ def prepare_rows(
       workers: processes to tokenise with; None: as many as there are cores.
 
     Raises:
-      ValueError: the text cannot be found or is empty, or either split would be.
+      ValueError: the text cannot be found or is empty, or either split would be (of a fraction of 1, the held-out).
     """
     identity = json.dumps(
         [
@@ -96,7 +97,8 @@ def _prepare(
     partial.mkdir(exist_ok=True)
     lengths = _write_parts(config, tokenizer, load_tokenizer, partial, workers or os.cpu_count())
     for split in (TRAIN, HELD_OUT):
-        if not sum(of_part[split] for of_part in lengths):
+        is_wanted = config.held_out_fraction < 1 or split == HELD_OUT
+        if is_wanted and not sum(of_part[split] for of_part in lengths):
             raise ValueError(
                 f"data.text {config.text!r} leaves no document for the {split} split at "
                 f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
@@ -190,7 +192,7 @@ def _write_part(
     features, lengths = _features(config), {}
     for split in (TRAIN, HELD_OUT):
         chosen = (
-            tokenizer.encode(text)
+            encode(tokenizer, text, after)
             for index, text in enumerate(texts, first)
             if is_held_out(config, index) == (split == HELD_OUT)
         )
@@ -231,7 +233,8 @@ def _write_metadata(
             if not path.exists():  # Unless interrupted here before.
                 _part_file(folder, split, part * PART).rename(path)
         shard_lengths = [lengths[part][split] for part in filled]
-        splits.append(tfds.core.SplitInfo(split, shard_lengths, num_bytes=0, filename_template=template))
+        if filled:  # Else TFDS knows no such split.
+            splits.append(tfds.core.SplitInfo(split, shard_lengths, num_bytes=0, filename_template=template))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=_features(config),

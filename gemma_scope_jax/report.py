@@ -1,119 +1,53 @@
 """From a path to a report: opens a run or an exported SAE, evaluates it, and shows and stores the numbers."""
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Mapping
+import re
+import zlib
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 import rich.console
 import rich.table
 
 from gemma_scope_jax import (
     bank,
+    baselines,
     data,
     evaluation,
-    export,
     gemma,
     hosts,
     hub,
     interrupt,
+    opening,
     page,
     plots,
-    runs,
-    sharding,
-    stored,
+    suites,
+    weights,
 )
-from gemma_scope_jax import config as config_lib
+
+# Of the training rows so many activations are what baselines are fitted to.
+BASELINE_ACTIVATIONS = 8192
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """What lies at a path."""
-
-    config: config_lib.Config  # to evaluate with
-    subjects: dict[str, evaluation.Subject]
-    rows: pathlib.Path  # the folder of those that the SAEs were trained on
-    members: dict[str, bank.Member]  # of a run
-    step: int | None = None  # of a run, at which they are as they are here
-
-
-# What is for files: a run is evaluated as it was trained.
-_OF_FILES = ("text", "weights", "tokenizer", "dtype", "model", "site", "target_site")
-
-
-def open_path(location: str | pathlib.Path, **overrides: str | None) -> Opened:
-    """The SAEs of a run's newest checkpoint, or of a file in any format, and what to evaluate them on.
-
-    Args:
-      location: a run directory, or a path or `hf://OWNER/NAME/FOLDER` of an SAE.
-      **overrides: of `_OF_FILES`; None: as the file says.
+def texts_of(given: Sequence[str]) -> dict[str, str]:
+    """Texts by their labels, of `SOURCE` or `LABEL=SOURCE` each.
 
     Raises:
-      ValueError: there is neither, or options were given that only files take.
+      ValueError: two have one label.
     """
-    given = {name: value for name, value in overrides.items() if value is not None}
-    path = hub.local(str(location))
-    if runs.is_run(path):
-        if given:
-            raise ValueError(
-                f"--{next(iter(given))} is for SAEs in files; a run is evaluated as it was trained"
-            )
-        return _open_run(path)
-    return _open_stored(str(location), given)
-
-
-def _open_run(path: pathlib.Path) -> Opened:
-    run, state = runs.open_run(path)
-    members = {member.name: member for member in run.plan.members}
-    subjects = {
-        name: evaluation.Subject(
-            folded,
-            members[name].site,
-            state.normalizers[str(members[name].target_site)].ablation_mean_D,
-            members[name].target_site,
-        )
-        for name, folded in export.folded_saes(run.plan, state)
-    }
-    return Opened(run.config, subjects, runs.run_rows(run.config, path), members, int(state.step))
-
-
-def _open_stored(location: str, given: dict[str, str]) -> Opened:
-    found = list(stored.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
-    about, model = found[0].about, found[0].model
-    for name in ("weights", "tokenizer"):
-        chosen = given.get(name) or getattr(about, name)
-        if chosen and "://" not in chosen and not pathlib.Path(chosen).expanduser().exists():
-            raise ValueError(f"{location}: {name} {chosen} does not exist here; give another --{name}")
-    told = {"text": about.text, "weights": about.weights, "tokenizer": about.tokenizer}
-    if says := ", ".join(f"{name} {value}" for name, value in told.items() if value and not given.get(name)):
-        print(f"The file names {says}.", flush=True)
-    # Files of others do not say how they were trained: the defaults then, with Gemma in float32.
-    config = config_lib.from_dict(
-        {
-            "model": model,
-            "weights": given.get("weights", about.weights),
-            "tokenizer": given.get("tokenizer", about.tokenizer),
-            "gemma_dtype": given.get("dtype", about.gemma_dtype),
-            "data": {
-                "text": given.get("text") or about.text or data.DataConfig().text,
-                "context_length": about.context_length,
-                "held_out_fraction": about.held_out_fraction,
-                "seed": about.data_seed,
-                "chat_template": about.chat_template,
-            },
-        }
-    )
-    for one in found:
-        if one.site.layer != one.target_site.layer:
-            raise ValueError(
-                f"{location} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
-            )
-    subjects = {
-        one.name: evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
-        for one in found
-    }
-    rows = data.cached(config.data, about.rows) if about.rows and "text" not in given else None
-    return Opened(config, subjects, rows or runs.prepare_rows(config), {})
+    texts: dict[str, str] = {}
+    for value in given:
+        if match := re.fullmatch(r"([\w.-]+)=(.+)", value):
+            label, source = match.groups()
+        else:
+            label, source = re.sub(r"[^\w-]+", "_", pathlib.PurePosixPath(value).stem), value
+        if label in texts:
+            raise ValueError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
+        texts[label] = source
+    return texts
 
 
 def evaluate_path(
@@ -123,23 +57,33 @@ def evaluate_path(
     out: pathlib.Path | None = None,
     is_fast: bool = False,
     split: str = data.HELD_OUT,
+    text: Sequence[str] | str | None = None,
+    has_baselines: bool = False,
     **overrides: str | None,
 ) -> dict[str, evaluation.Evaluation]:
-    """Evaluates what lies at a path; writes evaluation.json, .csv, .html and .png, and prints a table.
+    """Evaluates what lies at a path; writes evaluation.json, .csv, .npz, .html and .png, and prints a table.
+
+    Cut off and called again, it goes on behind the last batch that was whole.
 
     Args:
-      path: see `open_path`.
+      path: see `opening.open_path`.
       rows: how many, at most all of the split; None: as the config says.
       rows_per_batch: in one pass; likewise.
       out: the folder to write to; None: beside the SAE or in the run.
       is_fast: without what costs most; see `evaluation.evaluate`.
       split: of the rows, one of `data.TRAIN` and `data.HELD_OUT`.
-      **overrides: see `open_path`.
+      text: to evaluate on; of several, each has a folder of its own in `out`, and there is a table by text.
+      has_baselines: with the `baselines` of each SAE.
+      **overrides: see `opening.open_path`.
+
+    Returns:
+      The numbers by SAE; of several texts those of the last.
     """
     interrupts = interrupt.Interrupts()
-    interrupts.forbid_saving("an evaluation writes its results when it ends")
+    interrupts.forbid_saving("the same command goes on behind the last whole batch")
     try:
-        opened = open_path(path, **overrides)
+        texts = texts_of([text] if isinstance(text, str) else text or ())
+        opened = opening.open_path(path, text=next(iter(texts.values()), None), **overrides)
         config = opened.config
         rows = config.evaluation.rows if rows is None else rows
         rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
@@ -150,65 +94,146 @@ def evaluate_path(
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out={out} is a file; give a folder")
         out.mkdir(parents=True, exist_ok=True)  # Before an hour's work, not after it.
-        mesh, loaded = load_gemma(config)
-        results = evaluation.evaluate(
-            loaded,
-            opened.subjects,
-            data.open_rows(opened.rows, data.TRAIN),
-            data.open_rows(opened.rows, split),
-            rows,
-            rows_per_batch,
-            config.data.masked_prefix,
-            is_fast,
-            mesh,
-        )
-        if not hosts.is_first():
-            return results
-        about = {
-            "model": config.model,
-            "text": config.data.text,
-            "split": split,
-            "context_length": config.data.context_length,
-            "step": opened.step,
-        }
-        page.write_json(out / "evaluation.json", results, about)
-        plots.write_plot(out / "evaluation.png", results)
-        page.write_csv(out / "evaluation.csv", results)
-        written = ["evaluation.json", "evaluation.csv", "evaluation.png"]
-        if found := sweeps(opened.members):
-            plots.write_pareto(out / "pareto.png", results, found)
-            written.append("pareto.png")
-        options = {"rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides}
-        flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
-        page.write_html(
-            out / "evaluation.html",
-            results,
-            about,
-            " ".join(["python evaluate.py", str(path), *flags, *(["--fast"] if is_fast else [])]),
-            {name: subject.spliced.layer for name, subject in opened.subjects.items()},
-            {"Sweeps": out / "pareto.png"} if "pareto.png" in written else None,
-        )
-        written.append("evaluation.html")
-        print_table(results)
-        print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
-        return results
+        mesh, loaded = opening.load_gemma(config)
+        if has_baselines:
+            opened = _with_baselines(opened, loaded, rows_per_batch, mesh)
+        options = {
+            "rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides,
+            "fast": is_fast or None, "baselines": has_baselines or None,
+        }  # fmt: skip
+        by_text = {}
+        for label, source in (texts or {"": config.data.text}).items():
+            opened = opening.on_text(opened, source)
+            command = _command(path, options | {"text": f"{label}={source}" if label else None})
+            place = out / label if len(texts) > 1 else out
+            by_text[label] = _evaluate(opened, loaded, mesh, options, place, command)
+        if len(by_text) > 1 and hosts.is_first():
+            columns = {label: suites.of(label, results) for label, results in by_text.items()}
+            suites.write(out, columns, _command(path, options | {"text": list(map("=".join, texts.items()))}))
+        return by_text[label]
     finally:
         interrupts.close()
 
 
-def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, gemma.Gemma]:
-    """The whole model, split over all devices if it is run in parallel; rows then lie over all of them."""
-    mesh = sharding.make_mesh(1, 0) if jax.devices()[0].platform != "cpu" else evaluation.one_device()
-    model = gemma.build_model(config.model)
-    layers, dtype = model.config.num_layers, config_lib.dtype(config)
-    placement = runs.placement_of(config, mesh, model, layers)
-    return mesh, gemma.load(config.model, config.weights, dtype, layers, placement)
+def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
+    flags = []
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                flags.append(f"--{name}" if one is True else f"--{name}={one}")
+    return " ".join(["python evaluate.py", str(path), *flags])
+
+
+def _with_baselines(
+    opened: opening.Opened, loaded: gemma.Gemma, per_batch: int, mesh: jax.sharding.Mesh
+) -> opening.Opened:
+    """Each SAE followed by its baselines."""
+    split = data.TRAIN if opened.config.data.held_out_fraction < 1 else data.HELD_OUT
+    sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
+    count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
+    rows = data.open_rows(opened.rows, split)
+    found = evaluation.activations(
+        loaded, tuple(sorted(sites, key=str)), rows, count, per_batch, opening.counts_of(opened.config), mesh
+    )
+    subjects = {}
+    for name, subject in opened.subjects.items():
+        subjects[name] = subject
+        made = baselines.of(subject, found[subject.site], found[subject.spliced])
+        subjects |= {f"{name}_{kind}": baseline for kind, baseline in made.items()}
+    return dataclasses.replace(opened, subjects=subjects)
+
+
+def _evaluate(
+    opened: opening.Opened,
+    loaded: gemma.Gemma,
+    mesh: jax.sharding.Mesh,
+    options: Mapping[str, object],
+    out: pathlib.Path,
+    command: str,
+) -> dict[str, evaluation.Evaluation]:
+    """Evaluates on one text, and writes and prints what is found."""
+    config, is_fast, split = opened.config, bool(options["fast"]), options["split"]
+    about = {
+        "model": config.model,
+        "dtype": config.gemma_dtype,
+        "text": config.data.text,
+        "rows_of": data.name_of(opened.rows),
+        "split": split,
+        "turns": options.get("turns"),
+        "context_length": config.data.context_length,
+        "step": opened.step,
+    }
+    identity = about | {
+        "weights": weights.fingerprint(gemma.weights_path(config.model, config.weights)),
+        "rows": options["rows"],
+        "rows_in_a_batch": evaluation.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
+        "is_fast": is_fast,
+        "saes": {name: _identity(subject) for name, subject in opened.subjects.items()},
+    }
+    held_out = data.open_rows(opened.rows, split)
+    training = data.open_rows(opened.rows, data.TRAIN) if config.data.held_out_fraction < 1 else held_out
+    parts = evaluation.Parts(out / "evaluation.parts", identity)
+    results, cost = evaluation.evaluate(
+        loaded,
+        opened.subjects,
+        training,
+        held_out,
+        options["rows"],
+        options["rows_per_batch"],
+        opening.counts_of(config, options.get("turns")),
+        is_fast,
+        mesh,
+        parts,
+    )
+    if not hosts.is_first():
+        return results
+    about["cost"] = dataclasses.asdict(cost) if cost else None
+    page.write_json(out / "evaluation.json", results, about)
+    page.write_arrays(out / "evaluation.npz", results)
+    page.write_csv(out / "evaluation.csv", results)
+    plots.write_plot(out / "evaluation.png", results)
+    written = [f"evaluation.{kind}" for kind in ("json", "npz", "csv", "png")]
+    lines = sweeps(opened.members) or _lines(opened.subjects, results)
+    if lines:
+        plots.write_pareto(out / "pareto.png", results, lines)
+        written.append("pareto.png")
+    page.write_html(
+        out / "evaluation.html",
+        results,
+        about,
+        command,
+        {name: subject.spliced.layer for name, subject in opened.subjects.items()},
+        {"Sweeps": out / "pareto.png"} if lines else None,
+    )
+    written.append("evaluation.html")
+    print_table(results)
+    if cost:
+        print(
+            f"A batch took {cost.seconds:.1f} s. Its clean pass, two ablations a site and one splice an SAE, at the "
+            f"speed of the clean pass, would take {cost.bound_seconds:.1f} s.",
+            flush=True,
+        )
+    print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
+    parts.remove()
+    return results
+
+
+def _identity(subject: evaluation.Subject) -> list:
+    """What changes whenever an SAE does."""
+    arrays = (value for value in vars(subject.sae).values() if value is not None)
+    digest = 0
+    for value in itertools.chain(arrays, [] if subject.mean_O is None else [subject.mean_O]):
+        digest = zlib.crc32(np.ascontiguousarray(value), digest)
+    return [digest, str(subject.site), str(subject.spliced), subject.top_k]
 
 
 def _beside(location: str | pathlib.Path) -> pathlib.Path:
     """Where results go unless another place is named: to the SAE or run; of a hub's, below the current folder."""
     if str(location).startswith("hf://"):
-        return pathlib.Path("evaluations", *str(location).removeprefix("hf://").split("/"))
+        places = str(location).removeprefix("hf://").replace("*", "_").split("/")
+        return pathlib.Path("evaluations", *places)
+    if hub.is_pattern(str(location)):
+        return pathlib.Path(*itertools.takewhile(lambda part: "*" not in part, pathlib.Path(location).parts))
     path = pathlib.Path(location).expanduser()
     return path.parent if path.is_file() else path
 
@@ -224,6 +249,21 @@ def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:
         label = f"{member.place}{skip}, {bank.width_name(member.width)}{aim}{seed}"
         setting = f"L0* {member.target_l0:g}" if member.target_l0 else f"λ {member.sparsity_coefficient:g}"
         found.setdefault(label, {})[name] = setting
+    return {label: points for label, points in found.items() if len(points) > 1}
+
+
+def _lines(
+    subjects: Mapping[str, evaluation.Subject], results: Mapping[str, evaluation.Evaluation]
+) -> dict[str, dict[str, str]]:
+    """The same of files, which do not say their λ: those of one place and width, by their L0."""
+    found: dict[str, dict[str, str]] = {}
+    for name in sorted(subjects, key=lambda name: results[name].l0):
+        subject = subjects[name]
+        place = (
+            str(subject.site) if subject.site == subject.spliced else f"{subject.site} to {subject.spliced}"
+        )
+        label = f"{place}, {bank.width_name(subject.sae.b_enc.size)}"
+        found.setdefault(label, {})[name] = f"{results[name].l0:.0f}"
     return {label: points for label, points in found.items() if len(points) > 1}
 
 

@@ -287,7 +287,7 @@ def open_run(
                 f"{workdir} has no bank {' or '.join(map(repr, banks))}; choose one of {', '.join(config.banks)}"
             )
         config = dataclasses.replace(config, banks=opened)
-    run = build(config, mesh or sharding.make_mesh(1, 1, jax.devices()[:1]))
+    run = build(config, mesh or sharding.make_mesh(1, 1, jax.local_devices()[:1]))
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
         state = restore(run, manager, set_aside=False, what=what)
     if state is None:

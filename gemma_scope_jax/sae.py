@@ -103,6 +103,13 @@ def encode(sae: SAE, x_BxD: jax.Array, precision: jax.lax.Precision | None = Non
     return jnp.where(pre_BxM > sae.threshold[None], jax.nn.relu(pre_BxM), 0)
 
 
+def keep_top(f_BxM: jax.Array, k: int) -> jax.Array:
+    """The k strongest latents of each activation, zero in all others' place."""
+    _, top_BxK = jax.lax.top_k(f_BxM, k)
+    rows_Bx1 = jnp.arange(len(f_BxM))[:, None]
+    return jnp.zeros_like(f_BxM).at[rows_Bx1, top_BxK].set(f_BxM[rows_Bx1, top_BxK])
+
+
 def decode(
     sae: SAE,
     f_BxM: jax.Array,

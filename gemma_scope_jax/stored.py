@@ -1,6 +1,7 @@
 """SAEs of files, in any format, here or on Hugging Face's hub: what model and site they are of."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterator
 
@@ -26,7 +27,7 @@ def read(
     """The SAEs at a location, one after the other.
 
     Args:
-      location: a path, or `hf://OWNER/NAME/FOLDER`.
+      location: a path, or `hf://OWNER/NAME/FOLDER`; with `*` several.
       model: its name, for files that do not name it.
       site: what is read, as in `layer_9_resid_post`, likewise.
       target_site: what a transcoder predicts, likewise.
@@ -34,7 +35,8 @@ def read(
     Raises:
       ValueError: there is none, it is broken, or does not fit its model.
     """
-    for found in detect.read(hub.local(str(location))):
+    paths = hub.paths(str(location))
+    for found in itertools.chain.from_iterable(map(detect.read, paths)):
         about = found.about
         if not (model or about.model_name) or not (site or about.hook_name):
             raise ValueError(
@@ -48,7 +50,7 @@ def read(
         stored = found.sae
         if found.format == "gemma_scope" and reads.kind == "embed":
             stored = common.in_other_units(stored, embedding_scale(name))
-        _check(location, name, stored, reads, predicts)
+        check(location, name, stored, reads, predicts)
         yield Stored(found.name, stored, about, name, reads, predicts)
 
 
@@ -57,9 +59,10 @@ def embedding_scale(model: str) -> float:
     return gemma.build_model(model).config.embed_dim ** 0.5
 
 
-def _check(
+def check(
     location: str | pathlib.Path, name: str, stored: sae.SAE, site: gemma.Site, target_site: gemma.Site
 ) -> None:
+    """Raises ValueError if an SAE does not fit a model."""
     model = gemma.build_model(name)
     for place, width, does in (
         (site, stored.W_enc.shape[0], "takes"),

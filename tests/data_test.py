@@ -46,6 +46,19 @@ def test_in_the_chat_template_every_segment_is_a_whole_turn():
     assert turns >= len(documents)
 
 
+def test_turns_are_found_in_rows_of_several_documents():
+    tokenizer = tiny.load_tokenizer()
+    before, after = data.chat_template(tokenizer)
+    exchanges = [data.Exchange("abc", "vwxyz"), data.Exchange("d", "s" * 30), data.Exchange("efgh", "t")]
+    documents = (data.encode(tokenizer, exchange, after) for exchange in exchanges)
+    rows = np.stack([tokens for tokens, _ in data.pack(documents, 40, before, after)])
+    for whose, letters in (("user", "abcdefgh"), ("model", "vwxyzst")):
+        inside = data.in_turns(tokenizer, whose)(rows)
+        np.testing.assert_array_equal(inside, np.isin(rows, tiny.encode(letters)))
+    with pytest.raises(ValueError, match="has prompts and replies; set data"):
+        data.encode(tokenizer, exchanges[0], [])
+
+
 def test_order_is_a_permutation_of_each_epoch_and_depends_only_on_seed_and_place():
     first, second = data.order(50, 3, 0, 50), data.order(50, 3, 50, 50)
     assert sorted(first) == sorted(second) == list(range(50))

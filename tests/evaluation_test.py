@@ -1,5 +1,6 @@
 """Evaluation against slow float64 NumPy, known cases, and the command line."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -11,7 +12,19 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, gemma, metrics, report, sae, training
+from gemma_scope_jax import (
+    data,
+    evaluation,
+    gemma,
+    metrics,
+    opening,
+    passes,
+    report,
+    sae,
+    suites,
+    training,
+    weights,
+)
 from gemma_scope_jax.formats import saelens
 
 SITE = gemma.Site("resid_post", 1)
@@ -25,7 +38,7 @@ def rows():
 def evaluate(tiny_gemma, subject, rows, count=10, site=SITE, mean=None, per_batch=4):
     mean = np.full(subject.W_enc.shape[0], 0.5, np.float32) if mean is None else mean
     subjects = {"a": evaluation.Subject(subject, site, mean)}
-    return evaluation.evaluate(tiny_gemma, subjects, rows, rows, count, per_batch)["a"]
+    return evaluation.evaluate(tiny_gemma, subjects, rows, rows, count, per_batch)[0]["a"]
 
 
 def loss_in_float64(tiny_gemma, tokens, replace):
@@ -114,7 +127,7 @@ def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
         "transcoder": evaluation.Subject(subject, read, mean, target),
         "autoencoder": evaluation.Subject(random_sae(1), target, mean),
     }
-    both = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 10, 4)
+    both, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 10, 4)
     assert list(both) == ["transcoder", "autoencoder"]
     result = both["transcoder"]
     alone = evaluate(tiny_gemma, random_sae(1), rows, site=target)
@@ -177,6 +190,43 @@ def test_the_standard_error_shrinks_with_the_root_of_the_rows():
     assert np.isnan(metrics.ratio(numerator[:1], denominator[:1])[1])
 
 
+def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
+    tiny_gemma, rows, tmp_path, monkeypatch
+):
+    subjects = {
+        "a": evaluation.Subject(random_sae(), SITE, None),
+        "b/c": evaluation.Subject(random_sae(1), SITE, None),
+    }
+
+    def evaluated(parts):
+        results, cost = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 10, 4, parts=parts)
+        return results, cost
+
+    want, cost = evaluated(None)
+    assert cost.seconds > cost.bound_seconds / 3 > 0
+    asked, clean = [], passes.clean
+
+    def counted(*args):
+        asked.append(args)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return clean(*args)
+
+    means = evaluation.site_means(tiny_gemma, (SITE,), rows, 4)
+    monkeypatch.setattr(evaluation, "site_means", lambda *args: means)
+    monkeypatch.setattr(passes, "clean", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
+    assert len(list((tmp_path / "parts").glob("*.npz"))) == 2
+    found, _ = evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
+    assert len(asked) == 4  # One pass more, of the third batch.
+    for name in want:
+        assert metrics.numbers(found[name]) == metrics.numbers(want[name])
+        np.testing.assert_array_equal(found[name].l0_counts, want[name].l0_counts)
+    evaluated(evaluation.Parts(tmp_path / "parts", {"of": "another"}))
+    assert len(asked) == 7  # Nothing of the first was taken for the other's.
+
+
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
@@ -213,6 +263,85 @@ def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, in
         )
     assert (run / "sae" / name / "evaluation.json").exists()
     assert saelens.read(run / "sae" / name)
+    both = report.evaluate_path(f"{run}/sae/*", rows=8, is_fast=True)
+    assert set(both) == set(results) and (run / "sae" / "evaluation.html").exists()
+    np.testing.assert_allclose(both[name].delta_loss, result.delta_loss, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="matches no SAE"):
+        report.evaluate_path(f"{run}/checkpoints/*")
+
+
+def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"quite another text {i}"}) for i in range(5)))
+    texts = [f"speeches={inputs / 'text.jsonl'}", str(other)]
+    last = report.evaluate_path(run, rows=8, text=texts, out=tmp_path / "out", is_fast=True)
+    found = {
+        label: json.loads((tmp_path / "out" / label / "evaluation.json").read_text())
+        for label in ("speeches", "other")
+    }
+    assert next(iter(last.values())).l0 == next(iter(found["other"]["sae"].values()))["l0"]
+    # The text that was trained on keeps its held-out rows; of the other every document is one.
+    alone = report.evaluate_path(run, rows=8, out=tmp_path / "alone", is_fast=True)
+    assert {n: v["fvu"] for n, v in found["speeches"]["sae"].items()} == {n: v.fvu for n, v in alone.items()}
+    assert found["other"]["sae"].popitem()[1]["rows"] == len(
+        data.open_rows(opening.open_path(run, text=str(other)).rows, data.HELD_OUT)
+    )
+    with (tmp_path / "out" / "side_by_side.csv").open() as file:
+        cells = {(c["number"], c["sae"], c["column"]): c["value"] for c in csv.DictReader(file)}
+    for label, of in found.items():
+        for name, numbers in of["sae"].items() if label == "speeches" else ():
+            assert float(cells["delta_loss", name, label]) == numbers["delta_loss"]
+    assert not list((tmp_path / "out").rglob("evaluation.parts"))
+    with pytest.raises(ValueError, match="two texts are called 'other'"):
+        report.evaluate_path(run, text=[str(other), f"other={inputs / 'text.jsonl'}"])
+
+
+def test_only_the_models_turns_count(run, tmp_path):
+    """On replies to prompts, in the chat template, as on rollouts of an instruction-tuned model."""
+    rollouts = tmp_path / "rollouts.jsonl"
+    lines = [json.dumps({"prompt": "abc", "text": "wxyz"}) for _ in range(3)]
+    rollouts.write_text("\n".join(lines))
+    options = {"text": str(rollouts), "is_fast": True, "out": tmp_path / "out", "rows": 8}
+    counted = {
+        turns: next(iter(report.evaluate_path(run, turns=turns, **options).values()))
+        for turns in ("user", "model")
+    }
+    # Six tokens of the template stand before the reply and five behind it: of four one fits into a row of sixteen.
+    assert counted["user"].activations == 3 * 3
+    assert counted["model"].activations in range(1, 3 * 4 + 1)
+    with pytest.raises(ValueError, match="the text has prompts and replies; set data"):
+        report.evaluate_path(run, **options)
+
+
+def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_path, monkeypatch):
+    """As a base model's SAEs in the instruction-tuned one, on the same rows."""
+    monkeypatch.setitem(gemma.MODELS, "tiny-it", gemma.MODELS["tiny"])
+    same = report.evaluate_path(run, rows=8, out=tmp_path / "a", is_fast=True)
+    weights.save_orbax(str(tmp_path / "weights"), tiny.params(0.31))
+    other = report.evaluate_path(
+        run, rows=8, out=tmp_path / "b", is_fast=True, model="tiny-it", weights=str(tmp_path / "weights")
+    )
+    rounded = report.evaluate_path(run, rows=8, out=tmp_path / "c", is_fast=True, dtype="bfloat16")
+    name = next(iter(same))
+    assert same[name].tokens == other[name].tokens == rounded[name].tokens
+    assert abs(other[name].clean_loss - same[name].clean_loss) > 1e-3
+    assert 0 < abs(rounded[name].clean_loss - same[name].clean_loss) < 0.1
+    suites.compare([tmp_path / part for part in "abc"], tmp_path / "side")
+    with (tmp_path / "side" / "side_by_side.csv").open() as file:
+        cells = {(c["number"], c["sae"], c["column"]): c for c in csv.DictReader(file)}
+    cell = cells["delta_loss", name, "c"]
+    np.testing.assert_allclose(
+        float(cell["difference"]), rounded[name].delta_loss - same[name].delta_loss, rtol=1e-6
+    )
+    # Of the same rows: far below what two that know nothing of each other would have.
+    assert (
+        0
+        < float(cell["difference_se"])
+        < 0.5 * np.hypot(same[name].delta_loss_se, rounded[name].delta_loss_se)
+    )
+    shape = "takes activations of width 32, but .* has width 640"
+    with pytest.raises(ValueError, match=shape):
+        report.evaluate_path(run, model="gemma3_270m")
 
 
 def test_paths_that_hold_nothing_are_refused(tmp_path, run):
@@ -220,8 +349,8 @@ def test_paths_that_hold_nothing_are_refused(tmp_path, run):
         report.evaluate_path(tmp_path)
     with pytest.raises(ValueError, match="--rows is -1; it must be at least 1"):
         report.evaluate_path(run, rows=-1)
-    with pytest.raises(ValueError, match="--text is for SAEs in files"):
-        report.evaluate_path(run, text="sotu")
+    with pytest.raises(ValueError, match="--site is for SAEs in files"):
+        report.evaluate_path(run, site="layer_1_resid_post")
 
 
 @pytest.mark.parametrize(

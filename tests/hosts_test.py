@@ -33,11 +33,11 @@ CHANGES = dict(
 class Hosts:
     """Processes of eight devices together, on this machine, as Slurm starts them or told by three variables."""
 
-    def __init__(self, run_config: config.Config, workdir: pathlib.Path, count: int, by_slurm: bool) -> None:
+    def __init__(self, given: dict, workdir: pathlib.Path, count: int, by_slurm: bool = False) -> None:
+        """Starts them; `given` is what tests/tiny.py takes, and beside the workdir they leave what they say."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        given = json.dumps({"config": config.to_dict(run_config), "workdir": str(workdir)})
         self.workdir = workdir
         self.outputs = [workdir.with_suffix(f".{i}.out") for i in range(count)]
         self.processes = []
@@ -65,7 +65,7 @@ class Hosts:
             with output.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(ROOT / "tests" / "tiny.py"), given],
+                        [sys.executable, str(ROOT / "tests" / "tiny.py"), json.dumps(given)],
                         stdout=file,
                         stderr=subprocess.STDOUT,
                         env=os.environ | environment,
@@ -107,8 +107,12 @@ def four(inputs, tmp_path_factory):
     return finish(tiny.run_config(inputs, **CHANGES), tmp_path_factory.mktemp("runs") / "four", 4)
 
 
+def to_train(run_config, workdir):
+    return {"config": config.to_dict(run_config), "workdir": str(workdir)}
+
+
 def finish(run_config, workdir, count, by_slurm=False):
-    group = Hosts(run_config, workdir, count, by_slurm)
+    group = Hosts(to_train(run_config, workdir), workdir, count, by_slurm)
     assert group.wait() == [0] * count, group.text()
     assert "Exported" in group.outputs[0].read_text()
     for output in group.outputs[1:]:
@@ -142,6 +146,23 @@ def test_two_processes_train_what_one_trains(inputs, alone, tmp_path):
     assert_same_run(finish(tiny.run_config(inputs, **CHANGES), tmp_path / "two", 2, by_slurm=True), alone)
 
 
+def test_two_processes_evaluate_what_one_evaluates(alone, tmp_path):
+    """With latents, rows and Gemma over the devices of both, and one of them alone writing and speaking."""
+    results = {}
+    for count in (1, 2):
+        out = tmp_path / f"by_{count}"
+        group = Hosts({"evaluate": {"path": str(alone), "rows": 10, "out": str(out)}}, out, count)
+        assert group.wait() == [0] * count, group.text()
+        assert all(not re.search("Evaluating|Wrote", text.read_text()) for text in group.outputs[1:])
+        results[count] = json.loads((out / "evaluation.json").read_text())["sae"]
+    assert len(results[1]) == 3
+    for name, numbers in results[1].items():
+        for number, value in numbers.items():
+            if value is not None:
+                want = results[2][name][number]
+                np.testing.assert_allclose(want, value, rtol=1e-4, atol=1e-5, err_msg=number)
+
+
 @pytest.mark.soak
 def test_four_processes_train_what_one_trains(alone, four):
     assert_same_run(four, alone)
@@ -150,7 +171,7 @@ def test_four_processes_train_what_one_trains(alone, four):
 @pytest.mark.soak
 def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(inputs, four, tmp_path):
     c = tiny.run_config(inputs, **CHANGES)
-    group = Hosts(c, tmp_path / "run", 4, by_slurm=False)
+    group = Hosts(to_train(c, tmp_path / "run"), tmp_path / "run", 4)
     group.wait_until_logged(12)
     group.processes[2].send_signal(signal.SIGTERM)
     assert group.wait() == [143] * 4, group.text()
@@ -158,7 +179,7 @@ def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(
     assert f"SIGTERM: all hosts save step {last}, then leave." in group.outputs[0].read_text()
     assert (group.workdir / "checkpoints" / str(last)).exists()
 
-    group = Hosts(c, tmp_path / "run", 4, by_slurm=False)
+    group = Hosts(to_train(c, tmp_path / "run"), tmp_path / "run", 4)
     group.wait_until_logged(last + 12)
     group.processes[1].kill()
     killed = time.monotonic()

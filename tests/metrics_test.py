@@ -35,7 +35,7 @@ def measured(tiny_gemma):
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     mean = np.full(32, 0.5, np.float32)
     subjects = {"a": evaluation.Subject(subject, SITE, mean)}
-    result = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4)["a"]
+    result = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4)[0]["a"]
     return subject, rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, COUNT)], mean, result
 
 
@@ -233,7 +233,7 @@ def test_logits_are_made_a_few_at_a_time_and_come_out_the_same(tiny_gemma, chunk
     tokens = jnp.asarray(tiny.tokens(3, 11))
     x = jax.random.normal(jax.random.key(0), (3, 11, 32))
     logits = gemma.logits(tiny_gemma.model, tiny_gemma.params, x)
-    target, _ = gemma.next_tokens(tokens, 0)
+    target = gemma.next_tokens(tokens)
     want = jnp.take_along_axis(logits, target[..., None], -1)[..., 0] - logits.mean(-1)
     got = gemma.centred_logits(tiny_gemma.model, tiny_gemma.params, x, tokens, chunk)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -243,7 +243,7 @@ def test_fast_leaves_out_what_costs_most_and_changes_nothing_else(measured, tiny
     subject, _, mean, result = measured
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     subjects = {"a": evaluation.Subject(subject, SITE, mean)}
-    fast = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4, is_fast=True)["a"]
+    fast = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4, is_fast=True)[0]["a"]
     assert (fast.kl, fast.r_l0, fast.r_l0_se) == (None, None, None)
     full = metrics.numbers(result)
     for name, value in metrics.numbers(fast).items():
@@ -261,7 +261,7 @@ def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
     loaded = gemma.Gemma("tiny", tiny_gemma.model, split, 4)
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     subjects = {"a": evaluation.Subject(subject, SITE, mean)}
-    many = evaluation.evaluate(loaded, subjects, rows, rows, COUNT, 4, mesh=mesh)["a"]
+    many = evaluation.evaluate(loaded, subjects, rows, rows, COUNT, 4, mesh=mesh)[0]["a"]
     for name, value in metrics.numbers(many).items():
         np.testing.assert_allclose(value, metrics.numbers(result)[name], rtol=1e-4, atol=1e-5, err_msg=name)
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gemma_scope_jax import export, gemma, report, sae, stored
+from gemma_scope_jax import export, gemma, opening, sae, stored
 from gemma_scope_jax.formats import common, gemma_scope, saelens
 
 
@@ -67,7 +67,7 @@ def test_an_sae_is_evaluated_alike_in_whatever_format_it_is(file_format, inputs,
     export.write(tmp_path / "a", file_format, one)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     site = {} if file_format != "gemma_scope" else {"model": "tiny", "site": "layer_1_resid_post"}
-    opened = report.open_path(
+    opened = opening.open_path(
         tmp_path / "a", text=str(inputs / "text.jsonl"), weights=str(inputs / "weights"), **site
     )
     (subject,) = opened.subjects.values()

@@ -1,6 +1,6 @@
 """A small Gemma with the real structure, and a run that trains on it in a second or two.
 
-Also a program: `python tests/tiny.py TRAIN_JSON` does what train.py does, with the small model known.
+Also a program: `python tests/tiny.py JSON` does what train.py or evaluate.py does, with the small model known.
 """
 
 import json
@@ -124,11 +124,19 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
 
 
 def main() -> None:
-    """Trains the run whose config and workdir the JSON argument gives."""
+    """Trains the run whose config and workdir the JSON argument gives, or evaluates as its `evaluate` says."""
     register()
-    from gemma_scope_jax import cli, hosts, training
+    from gemma_scope_jax import cli, hosts, report, training
 
     given = json.loads(sys.argv[1])
+    if "evaluate" in given:
+
+        def evaluate() -> None:
+            hosts.initialize(10)
+            report.evaluate_path(**given["evaluate"] | {"out": pathlib.Path(given["evaluate"]["out"])})
+
+        cli.run(evaluate)
+        return
     made = config.from_dict(given["config"])
 
     def train() -> None:

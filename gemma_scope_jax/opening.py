@@ -1,0 +1,178 @@
+"""What lies at a path: a run's SAEs or those of files, with the model and the rows to look at them with."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from gemma_scope_jax import (
+    bank,
+    data,
+    evaluation,
+    export,
+    gemma,
+    hub,
+    runs,
+    sharding,
+    stored,
+    tokenizer,
+)
+from gemma_scope_jax import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What lies at a path."""
+
+    config: config_lib.Config  # to evaluate with
+    subjects: dict[str, evaluation.Subject]
+    rows: pathlib.Path  # the folder of those to evaluate on
+    members: dict[str, bank.Member]  # of a run
+    step: int | None = None  # of a run, at which they are as they are here
+    trained: data.DataConfig = data.DataConfig()  # what they were trained on, where it is known
+
+
+# What only files leave open.
+_OF_FILES = ("site", "target_site")
+TURNS = ("all", "user", "model")
+
+
+def open_path(location: str | pathlib.Path, **overrides: str | None) -> Opened:
+    """The SAEs of a run's newest checkpoint, or of files in any format, and what to evaluate them on.
+
+    Args:
+      location: a run directory; or a path or `hf://OWNER/NAME/FOLDER` of an SAE, or of several with `*`.
+      **overrides: `text`, `model`, `weights`, `tokenizer`, `dtype` and `turns`, and of files `site` and
+        `target_site`; None: as the run or file says.
+
+    Raises:
+      ValueError: there is neither, it does not fit the model, or options were given that only files take.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    path = None if hub.is_pattern(str(location)) else hub.local(str(location))
+    if path is None or not runs.is_run(path):
+        return _open_stored(str(location), given)
+    for name in _OF_FILES:
+        if name in given:
+            raise ValueError(f"--{name} is for SAEs in files; a run says it itself")
+    return _open_run(path, given)
+
+
+def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
+    run, state = runs.open_run(path)
+    members = {member.name: member for member in run.plan.members}
+    subjects = {
+        name: evaluation.Subject(
+            folded,
+            members[name].site,
+            state.normalizers[str(members[name].target_site)].ablation_mean_D,
+            members[name].target_site,
+        )
+        for name, folded in export.folded_saes(run.plan, state)
+    }
+    config = _changed(run.config, given)
+    for name, subject in subjects.items():
+        stored.check(name, config.model, subject.sae, subject.site, subject.spliced)
+    packed = ("text", "turns", "tokenizer")
+    # Of another model of the same tokens the same rows, so that the two can be compared.
+    rows = runs.prepare_rows_once(config) if given.keys() & set(packed) else runs.run_rows(run.config, path)
+    return Opened(config, subjects, rows, members, int(state.step), run.config.data)
+
+
+def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Config:
+    """The config with what is given in the place of what it says."""
+    if given.get("model", config.model) != config.model:
+        config = dataclasses.replace(config, model=given["model"], weights="", tokenizer="")
+    names = {"weights": "weights", "tokenizer": "tokenizer", "dtype": "gemma_dtype"}
+    changes = {names[name]: value for name, value in given.items() if name in names}
+    config = dataclasses.replace(config, **changes)
+    if "turns" in given:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=True))
+    if given.get("text", config.data.text) != config.data.text:
+        config = dataclasses.replace(config, data=_other_text(config.data, given["text"]))
+    return config
+
+
+def _other_text(trained: data.DataConfig, text: str) -> data.DataConfig:
+    """Of a text that was not trained on all is held out."""
+    return dataclasses.replace(trained, text=text, documents=0, held_out_fraction=1.0)
+
+
+def on_text(opened: Opened, text: str) -> Opened:
+    """The same with the rows of another text, or of the one that was trained on."""
+    if text == opened.config.data.text:
+        return opened
+    is_chat = opened.config.data.chat_template
+    trained = dataclasses.replace(opened.trained, chat_template=is_chat)
+    changed = trained if text == trained.text else _other_text(trained, text)
+    config = dataclasses.replace(opened.config, data=changed)
+    return dataclasses.replace(opened, config=config, rows=runs.prepare_rows_once(config))
+
+
+def _open_stored(location: str, given: dict[str, str]) -> Opened:
+    found = list(stored.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
+    about, model = found[0].about, found[0].model
+    if others := {one.model for one in found} - {model}:
+        raise ValueError(
+            f"{location} has SAEs of {model} and of {', '.join(others)}; give those of one model"
+        )
+    for name in ("weights", "tokenizer"):
+        chosen = given.get(name) or getattr(about, name)
+        if chosen and "://" not in chosen and not pathlib.Path(chosen).expanduser().exists():
+            raise ValueError(f"{location}: {name} {chosen} does not exist here; give another --{name}")
+    told = {"text": about.text, "weights": about.weights, "tokenizer": about.tokenizer}
+    if says := ", ".join(f"{name} {value}" for name, value in told.items() if value and not given.get(name)):
+        print(f"The file names {says}.", flush=True)
+    # Files of others do not say how they were trained: the defaults then, with Gemma in float32.
+    trained = config_lib.from_dict(
+        {
+            "model": model,
+            "weights": about.weights,
+            "tokenizer": about.tokenizer,
+            "gemma_dtype": about.gemma_dtype,
+            "data": {
+                "text": about.text or data.DataConfig().text,
+                "context_length": about.context_length,
+                "held_out_fraction": about.held_out_fraction,
+                "seed": about.data_seed,
+                "chat_template": about.chat_template,
+            },
+        }
+    )
+    config = _changed(trained, {name: value for name, value in given.items() if name not in _OF_FILES})
+    for one in found:
+        if one.site.layer != one.target_site.layer:
+            raise ValueError(
+                f"{location} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
+            )
+    subjects = {
+        one.name: evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
+        for one in found
+    }
+    is_as_trained = config.data == trained.data and "tokenizer" not in given
+    rows = data.cached(config.data, about.rows) if about.rows and is_as_trained else None
+    return Opened(config, subjects, rows or runs.prepare_rows_once(config), {}, trained=trained.data)
+
+
+def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, gemma.Gemma]:
+    """The whole model, split over all devices if it is run in parallel; rows then lie over all of them."""
+    is_one = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
+    mesh = evaluation.one_device() if is_one else sharding.make_mesh(1, 0)
+    model = gemma.build_model(config.model)
+    layers, dtype = model.config.num_layers, config_lib.dtype(config)
+    placement = runs.placement_of(config, mesh, model, layers)
+    return mesh, gemma.load(config.model, config.weights, dtype, layers, placement)
+
+
+def counts_of(config: config_lib.Config, turns: str | None = None) -> evaluation.Counts:
+    """Which positions count: all, or those of one side's turns."""
+    prefix = config.data.masked_prefix
+
+    def counts(tokens_SxL: np.ndarray) -> np.ndarray:
+        return np.asarray(gemma.is_kept(tokens_SxL, prefix))
+
+    if turns in (None, "all"):
+        return counts
+    is_inside = data.in_turns(tokenizer.load(config.model, config.tokenizer, config.weights), turns)
+    return lambda tokens_SxL: counts(tokens_SxL) & is_inside(tokens_SxL)

@@ -1,0 +1,157 @@
+"""The compiled passes through Gemma that an evaluation is made of: clean, with something spliced in, and backwards.
+
+Rows lie over all devices of the mesh; Gemma's blocks are gathered one after the other where they are split.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gemma import gm
+from jax.sharding import PartitionSpec as P
+
+from gemma_scope_jax import gemma, metrics, sae, sharding, step, weights
+
+
+def _whole(mesh: jax.sharding.Mesh, params: weights.Params) -> weights.Params:
+    """Blocks whole on each chip, one after the other, and the embedding too, which here makes logits."""
+    return {**step.gather_gemma(mesh, params), "embedder": sharding.constrain(mesh, params["embedder"], P())}
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
+def clean(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    sites: tuple[gemma.Site, ...],
+) -> tuple[dict[int, jax.Array], dict[gemma.Site, jax.Array], jax.Array]:
+    """One forward pass: the streams before each site's block, the sites' activations, the stream behind the last."""
+    params = step.gather_gemma(mesh, params)
+    x_SxLxD = sharding.constrain(mesh, gemma.embed(model, params, tokens_SxL), sharding.TOKENS)
+    before = {site.layer: gemma.Site("resid_post", site.layer - 1) for site in sites if site.layer}
+    layers = range(model.config.num_layers)
+    read = {*sites, *before.values()}
+    final_SxLxD, values = gemma.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=read)
+    streams = {0: x_SxLxD, **{layer: values[site] for layer, site in before.items()}}
+    return streams, {site: values[site] for site in sites}, final_SxLxD
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "site"))
+def spliced(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    before_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    is_kept_SxL: jax.Array,
+    site: gemma.Site,
+    replacement_SxLxD: jax.Array,
+) -> jax.Array:
+    """The residual stream behind the last block, with something else in the site's place."""
+
+    def replace(x_SxLxD: jax.Array) -> jax.Array:
+        return jnp.where(is_kept_SxL[..., None], replacement_SxLxD.astype(x_SxLxD.dtype), x_SxLxD)
+
+    layers = range(site.layer, model.config.num_layers)
+    params = step.gather_gemma(mesh, params)
+    return gemma.run_blocks(model, params, before_SxLxD, tokens_SxL, layers, write={site: replace})[0]
+
+
+# Apart from the blocks: XLA's CPU backend makes the two together slower than they are one after the other.
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def loss(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    final_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    is_kept_SxL: jax.Array,
+) -> dict[str, jax.Array]:
+    """The loss of each prediction, 0 where it is not scored, and where it is."""
+    params = _whole(mesh, params)
+    loss_SxL, scored_SxL = gemma.next_token_loss(
+        model, params, final_SxLxD, tokens_SxL, is_kept_SxL, 64 * mesh.size
+    )
+    return sharding.constrain(mesh, {"loss_SxL": loss_SxL * scored_SxL, "scored_SxL": scored_SxL}, P())
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def divergence(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    final_SxLxD: jax.Array,
+    clean_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    is_kept_SxL: jax.Array,
+) -> dict[str, jax.Array]:
+    """The loss of each prediction and its divergence from the clean one, 0 where it is not scored."""
+    params = _whole(mesh, params)
+    found = gemma.next_token_divergence(model, params, final_SxLxD, clean_SxLxD, tokens_SxL, 64 * mesh.size)
+    scored_SxL = gemma.is_scored(tokens_SxL, is_kept_SxL)
+    loss_SxL, kl_SxL = (jnp.where(scored_SxL, value, 0) for value in found)
+    return sharding.constrain(mesh, {"loss_SxL": loss_SxL, "kl_SxL": kl_SxL}, P())
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "site"))
+def importance(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    before_SxLxD: jax.Array,
+    value_SxLxO: jax.Array,
+    tokens_SxL: jax.Array,
+    is_kept_SxL: jax.Array,
+    site: gemma.Site,
+) -> jax.Array:
+    """The gradient [S, L, O], at the site's activations, of the sum of all scored centred logits of next tokens."""
+    scored_SxL = gemma.is_scored(tokens_SxL, is_kept_SxL)
+    layers = range(site.layer, model.config.num_layers)
+
+    def total(value_SxLxO: jax.Array) -> jax.Array:
+        gathered = _whole(mesh, params)
+        write = {site: lambda _: value_SxLxO}
+        final_SxLxD, _ = gemma.run_blocks(model, gathered, before_SxLxD, tokens_SxL, layers, write=write)
+        logits_SxL = gemma.centred_logits(model, gathered, final_SxLxD, tokens_SxL, 64 * mesh.size)
+        return jnp.where(scored_SxL, logits_SxL, 0).sum()
+
+    return jax.grad(total)(value_SxLxO)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "top_k"))
+def reconstruct(
+    mesh: jax.sharding.Mesh,
+    subject: sae.SAE,
+    x_SxLxD: jax.Array,
+    y_SxLxO: jax.Array,
+    mean_O: jax.Array,
+    is_kept_SxL: jax.Array,
+    importance_SxLxO: jax.Array | None,
+    top_k: int | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """See `metrics.measure`; what is measured is whole on every chip."""
+    recon_SxLxO, found = metrics.measure(
+        subject, x_SxLxD, y_SxLxO, mean_O, is_kept_SxL, importance_SxLxO, top_k
+    )
+    return sharding.constrain(mesh, recon_SxLxO, sharding.TOKENS), sharding.constrain(mesh, found, P())
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def target(mesh: jax.sharding.Mesh, y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
+    """See `metrics.measure_target`; whole on every chip."""
+    return sharding.constrain(mesh, metrics.measure_target(y_SxLxO, is_kept_SxL), P())
+
+
+def place(mesh: jax.sharding.Mesh, subject: sae.SAE) -> sae.SAE:
+    """An SAE on the devices, its latents over all of them where they divide."""
+    axes = ("data", "latent") if subject.b_enc.size % mesh.size == 0 else None
+    specs = {"W_enc": P(None, axes), "b_enc": P(axes), "threshold": P(axes), "W_dec": P(axes, None)}
+
+    def place(name: str, value: np.ndarray) -> jax.Array:
+        placed = jax.NamedSharding(mesh, specs.get(name, P()))
+        return jax.make_array_from_callback(value.shape, placed, lambda index: np.asarray(value[index]))
+
+    named = {name: value for name, value in vars(subject).items() if value is not None}
+    return sae.SAE(**{name: place(name, value) for name, value in named.items()})

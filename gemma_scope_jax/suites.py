@@ -1,0 +1,171 @@
+"""Evaluations side by side: of two suites of SAEs, or of one on several texts."""
+
+import csv
+import dataclasses
+import pathlib
+import types
+from collections.abc import Mapping
+
+import numpy as np
+import rich.console
+import rich.table
+
+from gemma_scope_jax import files, metrics, page, plots
+from gemma_scope_jax.metrics import Evaluation
+
+# What is shown of each.
+NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """An evaluation of some SAEs, as `report` wrote it."""
+
+    label: str
+    about: Mapping[str, object]  # what it was made of
+    # By SAE: objects with the numbers of `metrics.Evaluation`, and its `by_row`.
+    results: Mapping[str, Evaluation | types.SimpleNamespace]
+
+
+def of(label: str, results: Mapping[str, Evaluation]) -> Suite:
+    """The suite of an evaluation that was just made."""
+    return Suite(label, {}, results)
+
+
+def read(folder: pathlib.Path, label: str | None = None) -> Suite:
+    """The evaluation in a folder.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not (folder / "evaluation.json").exists():
+        raise ValueError(f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared")
+    about = files.read_json(folder / "evaluation.json")
+    by_row: dict[str, dict[str, np.ndarray]] = {name: {} for name in about["sae"]}
+    if (folder / "evaluation.npz").exists():
+        with np.load(folder / "evaluation.npz") as arrays:
+            for key in arrays.files:
+                name, _, quantity = key.rpartition("/by_row/")
+                if name:
+                    by_row[name][quantity] = arrays[key]
+    results = {
+        name: types.SimpleNamespace(**numbers, by_row=by_row[name])
+        for name, numbers in about.pop("sae").items()
+    }
+    return Suite(label or folder.resolve().name, about, results)
+
+
+def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
+    """Writes and prints evaluations side by side, each compared with the first.
+
+    SAEs are compared where they have one name in both; where no name is in both and there are as many in each, in
+    their order. Differences have a standard error where both were evaluated on the same rows.
+
+    Raises:
+      ValueError: a folder holds no evaluation.
+    """
+    shortest = _labels(folders)
+    columns = {label: read(folder, label) for label, folder in zip(shortest, folders, strict=True)}
+    out.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m gemma_scope_jax compare", *map(str, folders), f"--out={out}"])
+    write(out, columns, command, is_compared=True)
+
+
+def _labels(folders: list[pathlib.Path]) -> list[str]:
+    """The last parts of the paths that tell them apart."""
+    for depth in range(1, 20):
+        labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError("an evaluation is given twice; give different ones")
+
+
+def rows_of(columns: Mapping[str, Suite]) -> list[dict[str, str]]:
+    """Which SAEs stand side by side: by column, their names."""
+    names = [list(suite.results) for suite in columns.values()]
+    common = set(names[0]).intersection(*names[1:])
+    if not common and len({len(each) for each in names}) == 1:
+        return [dict(zip(columns, row, strict=True)) for row in zip(*names, strict=True)]
+    every = dict.fromkeys(name for each in names for name in each)
+    return [{label: name for label, suite in columns.items() if name in suite.results} for name in every]
+
+
+def difference(number: str, a: object, b: object) -> tuple[float, float] | None:
+    """What a number is of `b` less what it is of `a`; nan for the error where they are not of the same rows."""
+    first, second = getattr(a, number, None), getattr(b, number, None)
+    if first is None or second is None:
+        return None
+    if number in metrics.PAIRED and _same_rows(a.by_row, b.by_row):
+        return metrics.difference(number, a.by_row, b.by_row)
+    return second - first, float("nan")
+
+
+def _same_rows(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    return all(
+        name in a and name in b and np.array_equal(a[name], b[name]) for name in ("activations", "tokens")
+    )
+
+
+def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_compared: bool = False) -> None:
+    """Writes side_by_side.html and .csv, and prints the table.
+
+    Args:
+      out: the folder.
+      columns: by label.
+      command: that makes it again.
+      is_compared: with the difference of each to the first.
+    """
+    first = next(iter(columns))
+    tables: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    cells = []
+    for number in NUMBERS:
+        form = page.NUMBERS[number][1]
+        table = []
+        for row in rows_of(columns):
+            shown = {}
+            for column, name in row.items():
+                result = columns[column].results[name]
+                shown[column] = page.shown(result, number)
+                cell = {"number": number, "sae": name, "column": column, "value": getattr(result, number)}
+                cell["se"] = getattr(result, f"{number}_se", None)
+                if is_compared and column != first and first in row:
+                    base = columns[first].results[row[first]]
+                    found = difference(number, base, result)
+                    cell |= dict(zip(("difference", "difference_se"), found or (None, None), strict=True))
+                    shown[f"{column} − {first}"] = page.with_error(*(found or (None, None)), f"+{form}")
+                cells.append(cell)
+            table.append((next(iter(row.values())), shown))
+        if any(value != "–" for _, row in table for value in row.values()):
+            tables[number] = table
+    headings = list(columns)
+    if is_compared:
+        headings += [f"{column} − {first}" for column in headings[1:]]
+    page.render(
+        out / "side_by_side.html",
+        "side_by_side.html.jinja",
+        tables=tables,
+        headings=headings,
+        numbers=page.NUMBERS,
+        about={label: suite.about for label, suite in columns.items()},
+        picture=page.data_url(plots.side_by_side({c: suite.results for c, suite in columns.items()})),
+        command=command,
+    )
+    names = ("number", "sae", "column", "value", "se", "difference", "difference_se")
+    with files.replacing_file(out / "side_by_side.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(cells)
+    _print(tables, headings)
+    print(f"Wrote {out / 'side_by_side.html'}, {out / 'side_by_side.csv'}", flush=True)
+
+
+def _print(tables: Mapping[str, list[tuple[str, dict[str, str]]]], headings: list[str]) -> None:
+    console = rich.console.Console()
+    for number, rows in tables.items():
+        table = rich.table.Table(title=page.NUMBERS[number][0])
+        table.add_column("", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", overflow="fold")
+        for name, row in rows:
+            table.add_row(name, *(row.get(heading, "") for heading in headings))
+        console.print(table)
