@@ -136,13 +136,18 @@ def chat_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def pack(
-    documents: Iterator[list[int]], length: int, before: Sequence[int] = (), after: Sequence[int] = ()
+    documents: Iterator[list[int]],
+    length: int,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+    is_cut: bool = False,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Rows of `length` tokens and the number of the document each begins in.
 
     Each segment is BOS, `before`, a document or a part of one, `after`. Only a document's continuation begins in
     the middle of it, and always at the start of a row; so segment k of a row belongs to document
-    `first_document + k`.
+    `first_document + k`. If `is_cut`, none is continued: it begins in a row that has room for it, or is cut off at the
+    end of its own.
     """
     frame = 1 + len(before) + len(after)
     # The end of a row is padded rather than filled with a shorter piece.
@@ -152,13 +157,13 @@ def pack(
     for number, tokens in enumerate(tokens for tokens in documents if tokens):
         while tokens:
             room = length - len(row)
-            if room < min(shortest, len(tokens) + frame):
+            if room < min(length if is_cut else shortest, len(tokens) + frame):
                 yield _padded(row, length), first_document
                 row, room = [], length
             if not row:
                 first_document = number
             row += [BOS, *before, *tokens[: room - frame], *after]
-            tokens = tokens[room - frame :]
+            tokens = [] if is_cut else tokens[room - frame :]
     if row:
         yield _padded(row, length), first_document
 

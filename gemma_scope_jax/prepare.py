@@ -21,6 +21,7 @@ from gemma_scope_jax.data import (
     HELD_OUT,
     TRAIN,
     DataConfig,
+    Exchange,
     cached,
     chat_template,
     documents,
@@ -190,6 +191,8 @@ def _write_part(
         return _read_lengths(done)
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     features, lengths = _features(config), {}
+    # The rest of a reply would stand where a prompt belongs.
+    is_cut = any(isinstance(text, Exchange) for text in texts)
     for split in (TRAIN, HELD_OUT):
         chosen = (
             encode(tokenizer, text, after)
@@ -199,7 +202,7 @@ def _write_part(
         lengths[split] = 0
         with replacing_file(_part_file(folder, split, first)) as path:
             writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-            for tokens, first_document in pack(chosen, config.context_length, before, after):
+            for tokens, first_document in pack(chosen, config.context_length, before, after, is_cut):
                 row = {"tokens": tokens, "first_document": first + first_document}
                 writer.write(features.serialize_example(features.encode_example(row)))
                 lengths[split] += 1
