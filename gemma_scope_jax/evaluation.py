@@ -232,6 +232,9 @@ def evaluate(
       is_fast: without KL, which makes logits twice, and r_L0, which needs the gradient.
       mesh: of the devices that `loaded` lies on; None: the default device.
       parts: where what is measured is kept, and taken from; None: nowhere.
+
+    Raises:
+      ValueError: no prediction counts.
     """
     mesh = mesh or one_device()
     count = min(count, len(held_out_rows))
@@ -258,6 +261,10 @@ def evaluate(
                 bar.update(passes_of_batch)
             for name, sums in found.items():
                 totals[name].add(sums, rows.position_SxL)
+    if not totals[_reference(spliced[0])].of_rows("scored_S").sum():
+        raise ValueError(
+            "no prediction of these rows counts: prompts and templates may fill them; give longer rows or other turns"
+        )
     results = {
         name: metrics.summarize(subject.sae, totals[name], totals[_reference(subject.spliced)])
         for name, subject in subjects.items()

@@ -299,16 +299,18 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
 def test_only_the_models_turns_count(run, tmp_path):
     """On replies to prompts, in the chat template, as on rollouts of an instruction-tuned model."""
     rollouts = tmp_path / "rollouts.jsonl"
-    lines = [json.dumps({"prompt": "abc", "text": "wxyz"}) for _ in range(3)]
+    lines = [json.dumps({"prompt": "a", "text": "wxyz"}) for _ in range(3)]
     rollouts.write_text("\n".join(lines))
     options = {"text": str(rollouts), "is_fast": True, "out": tmp_path / "out", "rows": 8}
     counted = {
         turns: next(iter(report.evaluate_path(run, turns=turns, **options).values()))
         for turns in ("user", "model")
     }
-    # Six tokens of the template stand before the reply and five behind it: of four one fits into a row of sixteen.
-    assert counted["user"].activations == 3 * 3
-    assert counted["model"].activations in range(1, 3 * 4 + 1)
+    # Of a row's sixteen the template takes fourteen.
+    assert (counted["user"].activations, counted["model"].activations) == (3, 3)
+    rollouts.write_text(lines[0].replace("a", "abc"))
+    with pytest.raises(ValueError, match="no prediction of these rows counts"):
+        report.evaluate_path(run, turns="model", **options)
     with pytest.raises(ValueError, match="the text has prompts and replies; set data"):
         report.evaluate_path(run, **options)
 
