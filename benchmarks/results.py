@@ -2,9 +2,9 @@
 
     python -m benchmarks.results [NAME ...]
 
-Names: quickstart, step, tpu, banks (what one more SAE costs), and the suites of configs/quickstart_banks.py (sweep,
-layers, targets, transcoders); and peers and precision, which need Python 3.11 and are left out when none is given.
-`tables` makes only the tables.
+Names: quickstart, baselines, step, tpu, banks (what one more SAE costs), and the suites of
+configs/quickstart_banks.py (sweep, layers, sites, targets, transcoders); and peers and precision, which need Python
+3.11 and are left out when none is given. `tables` makes only the tables.
 
 Each file holds the commands, the commit, the time and the numbers. A test compares the documents with them.
 """
@@ -19,17 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import jax
 import numpy as np
 
-from gemma_scope_jax import data, export, gemma, log, runs, sae, weights
+from gemma_scope_jax import data, export, gemma, log, page, runs, sae, weights
 from gemma_scope_jax.formats import detect
 
 RESULTS = pathlib.Path("results")
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
-SUITES = {"sweep": 64, "layers": 16, "targets": 32, "transcoders": 64}
-DOCUMENTS = (pathlib.Path("README.md"), pathlib.Path("docs/models.md"))
+SUITES = {"sweep": 64, "layers": 16, "sites": 8, "targets": 32, "transcoders": 64}
+DOCUMENTS = (pathlib.Path("README.md"), pathlib.Path("docs/models.md"), pathlib.Path("docs/metrics.md"))
 
 
 def run(command: str) -> float:
@@ -108,6 +109,11 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
     evaluated = json.loads((workdir / "evaluation.json").read_text())
     if name == "transcoders":
         evaluated["read_back"] = read_back(workdir)
+    if name == "sites":
+        trained_on = workdir / "on_training_text"
+        commands.append(f"{commands[1]} --split=train --out={trained_on}")
+        run(commands[-1])
+        evaluated["on_training_text"] = json.loads((trained_on / "evaluation.json").read_text())["sae"]
     return commands, {
         "trained_at": began.read_text() if began.exists() else "unknown",
         "train_s": train_s,
@@ -115,6 +121,15 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
         "training": entries[-1]["sae"],
         **evaluated,
     }
+
+
+def baselines() -> tuple[list[str], dict]:
+    """The quickstart's SAE beside what learnt less or nothing."""
+    workdir = pathlib.Path("runs/quickstart")
+    commands = ["make quickstart", f"python evaluate.py {workdir} --baselines --out={workdir}/baselines"]
+    for command in commands:
+        run(command)
+    return commands, json.loads((workdir / "baselines" / "evaluation.json").read_text())
 
 
 def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
@@ -275,6 +290,82 @@ def tpu_table(numbers: dict) -> str:
             f"| {(case['gemma_flops'] + case['banks_flops']) / 1e15:.2f} | {case['tokens_per_second']:,.0f} "
             f"| {case['hours']:.1f} |"
         )
+    lines += [
+        "",
+        "| evaluation of one SAE on 2,048 rows | slice | GB at most, of | PFLOP | minutes at peak rates |",
+        "|---|---|---|---|---|",
+    ]
+    for case in numbers["evaluations"]:
+        lines.append(
+            f"| {case['model']}, layer {case['layer']}, {case['width']:,} latents | {case['topology']} "
+            f"| {case['peak_bytes'] / 1e9:.1f}, {case['memory'] / 1e9:.0f} "
+            f"| {(case['gemma_flops'] + case['sae_flops']) / 1e15:,.0f} | {case['minutes']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def numbers_table() -> str:
+    """What the numbers of an evaluation are."""
+    lines = ["| number | in the files | definition |", "|---|---|---|"]
+    for name, (label, _, definition) in page.NUMBERS.items():
+        lines.append(f"| {label} | `{name}` | {definition.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def baselines_table(numbers: dict) -> str:
+    """An SAE, and what it is held against."""
+    keys = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
+    lines = [f"| | {' | '.join(page.NUMBERS[key][0] for key in keys)} |", "|---" * (len(keys) + 1) + "|"]
+    for name, of in numbers["sae"].items():
+        result = types.SimpleNamespace(**of)
+        lines.append(f"| `{name}` | {' | '.join(page.shown(result, key) for key in keys)} |")
+    cost = numbers["cost"]
+    lines += [
+        "",
+        f"On {of['rows']} held-out rows. A batch took {cost['seconds']:.1f} s; its clean pass, two ablations and one "
+        f"splice an SAE, at the speed of the clean pass, would take {cost['bound_seconds']:.1f} s.",
+    ]
+    return "\n".join(lines)
+
+
+def sites_suite_table(numbers: dict) -> str:
+    """L0, FVU and delta loss of each layer at each site, and what is different on training text."""
+    kinds = ("resid_post", "mlp_out", "attn_out")
+    keys = ("l0", "fvu", "delta_loss")
+    lines = [
+        "| layer | " + " | ".join(f"{kind}: L0 | FVU | delta loss, nats" for kind in kinds) + " |",
+        "|---" * (1 + 3 * len(kinds)) + "|",
+    ]
+    of_site = {
+        tuple(re.match(r"layer_(\d+)_([a-z_]+?)_width", name).groups()): name for name in numbers["sae"]
+    }
+    for layer in range(18):
+        cells = [str(layer)]
+        for kind in kinds:
+            result = types.SimpleNamespace(**numbers["sae"][of_site[str(layer), kind]])
+            cells += [
+                f"{result.l0:.1f}",
+                f"{result.fvu:.3f}",
+                f"{result.delta_loss:.3f} ± {result.delta_loss_se:.3f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| mean over layers | " + " | ".join(kinds) + " |", "|---|---|---|---|"]
+    for key in keys:
+        for what, results in (("held-out", numbers["sae"]), ("training text", numbers["on_training_text"])):
+            means = [
+                np.mean([results[name][key] for (_, k), name in of_site.items() if k == kind])
+                for kind in kinds
+            ]
+            lines.append(
+                f"| {page.NUMBERS[key][0]}, {what} | {' | '.join(f'{mean:.3f}' for mean in means)} |"
+            )
+    first = next(iter(numbers["sae"].values()))
+    minutes = [f"{numbers[key] / 60:.0f}" for key in ("train_s", "evaluate_s")]
+    lines += [
+        "",
+        f"On {first['rows']} rows, {first['tokens']:,} predictions. Training took {minutes[0]} minutes, the "
+        f"evaluation on held-out rows {minutes[1]}.",
+    ]
     return "\n".join(lines)
 
 
@@ -323,12 +414,14 @@ def banks_table(numbers: dict) -> str:
 def tables() -> dict[str, str]:
     """The tables of the documents, by the name in their markers."""
     made = {path.name: json.loads(path.read_text())["numbers"] for path in sorted(RESULTS.glob("*.json"))}
-    shown = {"models": models_table(), "sites": sites_table()}
+    shown = {"models": models_table(), "sites": sites_table(), "numbers": numbers_table()}
     by_file = {
         "tpu.json": tpu_table,
         "precision.json": precision_table,
         "banks.json": banks_table,
+        "baselines.json": baselines_table,
         **dict.fromkeys((f"{name}.json" for name in SUITES), suite_table),
+        "sites.json": sites_suite_table,
     }
     for name, table in by_file.items():
         if name in made:
@@ -411,6 +504,7 @@ def main() -> None:
     """Measures what is named, or everything."""
     known = {
         "quickstart": quickstart,
+        "baselines": baselines,
         "step": step,
         "tpu": tpu,
         "banks": banks,
@@ -425,7 +519,7 @@ def main() -> None:
         "names",
         nargs="*",
         choices=[*known, "tables"],
-        default=["quickstart", "step", "tpu", "banks", *SUITES],
+        default=["quickstart", "baselines", "step", "tpu", "banks", *SUITES],
         help="results to make",
     )
     RESULTS.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
-"""What harvests and whole steps need of a TPU, compiled ahead of time on this host for slices of real chips.
+"""What harvests, whole steps and evaluations need of a TPU, compiled ahead of time on this host for real slices.
 
-    python -m benchmarks.tpu [--harvest=gemma2_2b | --step=all_16k] [--json=PATH]
+    python -m benchmarks.tpu [--harvest=gemma2_2b | --step=all_16k | --evaluation=gemma2_27b] [--json=PATH]
 
 Bytes are the compiler's, for one chip. Needs libtpu (`make .venv/libtpu`), or another as $TPU_LIBRARY_PATH.
 """
@@ -19,8 +19,8 @@ cli.find_tpu_compiler()
 import jax
 import jax.numpy as jnp
 
+from gemma_scope_jax import chips, forecast, gemma, passes, planning, runs, sae, sharding, step, weights
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import forecast, gemma, sharding, step, weights
 from gemma_scope_jax.normalizer import Normalizer
 
 
@@ -62,6 +62,26 @@ STEPS = (
     Step("gemma2_9b", "resid_post_131k", "v6e:4x4", (20,)),
     Step("gemma2_27b", "resid_post_131k", "v5p:2x4x4", (22,)),
     Step("gemma3", "270m/resid_post_16k", "v5e:2x4", (9,)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of one SAE of a residual stream, with nothing left out, on Gemma Scope's 2,048 rows."""
+
+    model: str
+    layer: int
+    width: int
+    topology: str
+    rows: int = 2048
+    sequences_per_chip: int = 1
+    length: int = 1024
+
+
+EVALUATIONS = (
+    Evaluation("gemma2_2b", 12, 2**14, "v5e:2x4"),
+    Evaluation("gemma2_9b", 20, 2**17, "v5p:2x2x2"),
+    Evaluation("gemma2_27b", 22, 2**17, "v5p:2x2x4"),
 )
 
 
@@ -129,6 +149,60 @@ def measure_step(case: Step) -> dict:
     }
 
 
+def measure_evaluation(case: Evaluation) -> dict:
+    """Every pass of an evaluation; bytes are those of the pass that needs most, with all that lies beside it."""
+    devices = forecast.slice_devices(case.topology)
+    chip = chips.CHIPS[case.topology.split(":")[0]]
+    mesh = sharding.make_mesh(1, 0, devices)
+    model, site = gemma.build_model(case.model), gemma.Site("resid_post", case.layer)
+    layers = model.config.num_layers
+    c = config_lib.from_dict({"model": case.model})
+    params = weights.placed_shapes(model, layers, jnp.bfloat16, runs.placement_of(c, mesh, model, layers))
+    d, v, m = model.config.embed_dim, model.config.num_embed, case.width
+    shape = (case.sequences_per_chip * len(devices), case.length)
+    tokens, kept = (placed(mesh, shape, dtype, sharding.TOKENS) for dtype in (jnp.int32, jnp.bool))
+    x, importance = (
+        placed(mesh, (*shape, d), dtype, sharding.TOKENS) for dtype in (jnp.bfloat16, jnp.bfloat16)
+    )
+    mean = placed(mesh, (d,), jnp.float32, sharding.REPLICATED)
+    arrays = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
+    specs = passes.latent_specs(mesh, m)
+    subject = sae.SAE(
+        **{name: placed(mesh, of, jnp.float32, specs.get(name, sharding.P())) for name, of in arrays.items()}
+    )
+    lowered = {
+        "clean": passes.clean.lower(mesh, model, params, tokens, (site,)),
+        "loss": passes.loss.lower(mesh, model, params, x, tokens, kept),
+        "spliced": passes.spliced.lower(mesh, model, params, x, tokens, kept, site, x),
+        "importance": passes.importance.lower(mesh, model, params, x, x, tokens, kept, site),
+        "reconstruct": passes.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
+        "divergence": passes.divergence.lower(mesh, model, params, x, x, tokens, kept),
+    }
+    of_passes = {name: report(one) for name, one in lowered.items()}
+    # Before the site's block, the site, the last, what is spliced, and the gradient lie there throughout.
+    resident = planning.bytes_per_device((params, subject, tokens, kept, x, x, x, x, importance))
+    peak = max(resident + of["temporary_bytes"] + of["output_bytes"] for of in of_passes.values())
+    count = case.rows * case.length
+    blocks = gemma.harvest_flops(model, case.rows, case.length, layers)
+    upper = blocks * (1 - case.layer / layers)
+    logits = 2 * count * d * v
+    # Clean; two ablations; a gradient, forward and back; the splice, whose KL makes logits twice.
+    gemma_flops = blocks + 2 * upper + 3 * upper + upper + logits * (1 + 2 + 4 + 2)
+    # Encoding, decoding and, for r_L0, one product more, each in float32.
+    sae_flops = chips.PASSES["highest"] * 2 * count * 3 * d * m
+    return {
+        **dataclasses.asdict(case),
+        "chips": len(devices),
+        "memory": chip.memory,
+        "passes": of_passes,
+        "resident_bytes": resident,
+        "peak_bytes": peak,
+        "gemma_flops": gemma_flops,
+        "sae_flops": sae_flops,
+        "minutes": (gemma_flops + sae_flops) / (len(devices) * chip.flops) / 60,
+    }
+
+
 def main() -> None:
     """Prints a line for each case, and writes all of them as JSON."""
     parser = argparse.ArgumentParser(
@@ -136,11 +210,13 @@ def main() -> None:
     )
     parser.add_argument("--harvest", help="only the harvest of this model")
     parser.add_argument("--step", help="only the steps of this suite")
+    parser.add_argument("--evaluation", help="only the evaluation of this model")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
     args = parser.parse_args()
-    measured = {"harvests": [], "steps": []}
+    is_all = not (args.harvest or args.step or args.evaluation)
+    measured = {"harvests": [], "steps": [], "evaluations": []}
     for case in HARVESTS:
-        if args.step is None and args.harvest in (None, case.model):
+        if is_all or args.harvest == case.model:
             measured["harvests"].append(result := measure_harvest(case))
             print(
                 f"harvest of {case.model} to layer {case.layer} on {case.topology}: "
@@ -149,14 +225,24 @@ def main() -> None:
                 f"compiled in {result['compile_s']:.0f} s",
                 flush=True,
             )
-    for case in STEPS if args.harvest is None else ():
-        if args.step not in (None, case.suite):
+    for case in STEPS:
+        if not (is_all or args.step == case.suite):
             continue
         measured["steps"].append(result := measure_step(case))
         told = result.get("refused") or (
             f"{result['peak_bytes'] / 1e9:.2f} GB at most, {result['hours']:.1f} hours at peak rates"
         )
         print(f"step of {case.config}:{case.suite} on {case.topology}: {told}", flush=True)
+    for case in EVALUATIONS:
+        if not (is_all or args.evaluation == case.model):
+            continue
+        measured["evaluations"].append(result := measure_evaluation(case))
+        print(
+            f"evaluation on {case.rows} rows of {case.model}, layer {case.layer}, {case.width} latents, on "
+            f"{case.topology}: {result['peak_bytes'] / 1e9:.2f} GB at most of {result['memory'] / 1e9:.0f}, "
+            f"{result['minutes']:.1f} minutes at peak rates",
+            flush=True,
+        )
     if args.json:
         args.json.write_text(json.dumps(measured))
 

@@ -146,8 +146,8 @@ def pack(
 
     Each segment is BOS, `before`, a document or a part of one, `after`. Only a document's continuation begins in
     the middle of it, and always at the start of a row; so segment k of a row belongs to document
-    `first_document + k`. If `is_cut`, none is continued: it begins in a row that has room for it, or is cut off at the
-    end of its own.
+    `first_document + k`. If `is_cut`, none is continued: it begins in a row that has room for it, or is cut off at
+    the end of its own.
     """
     frame = 1 + len(before) + len(after)
     # The end of a row is padded rather than filled with a shorter piece.

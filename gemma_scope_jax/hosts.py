@@ -51,10 +51,17 @@ def wait_for_all(what: str) -> None:
 
 
 def fetch(tree: object) -> object:
-    """Arrays whole and on the host, of every process; to be called by all of them."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """Arrays whole and on the host, of every process; to be called by all of them.
+
+    Those that lie on a process' own devices, as what each opens for itself does, are its own.
+    """
+
+    def whole(leaf: object) -> object:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return jax.device_get(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def is_preempted(step: int) -> bool:

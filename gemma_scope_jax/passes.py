@@ -144,10 +144,15 @@ def target(mesh: jax.sharding.Mesh, y_SxLxO: jax.Array, is_kept_SxL: jax.Array) 
     return sharding.constrain(mesh, metrics.measure_target(y_SxLxO, is_kept_SxL), P())
 
 
+def latent_specs(mesh: jax.sharding.Mesh, width: int) -> dict[str, P]:
+    """Where an SAE's arrays that have latents lie: over all devices where these divide."""
+    axes = ("data", "latent") if width % mesh.size == 0 else None
+    return {"W_enc": P(None, axes), "b_enc": P(axes), "threshold": P(axes), "W_dec": P(axes, None)}
+
+
 def place(mesh: jax.sharding.Mesh, subject: sae.SAE) -> sae.SAE:
-    """An SAE on the devices, its latents over all of them where they divide."""
-    axes = ("data", "latent") if subject.b_enc.size % mesh.size == 0 else None
-    specs = {"W_enc": P(None, axes), "b_enc": P(axes), "threshold": P(axes), "W_dec": P(axes, None)}
+    """An SAE on the devices; see `latent_specs`."""
+    specs = latent_specs(mesh, subject.b_enc.size)
 
     def place(name: str, value: np.ndarray) -> jax.Array:
         placed = jax.NamedSharding(mesh, specs.get(name, P()))

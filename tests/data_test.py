@@ -55,7 +55,9 @@ def test_turns_are_found_in_rows_of_several_documents():
     for whose, letters in (("user", "abcdefgh"), ("model", "vwxyzst")):
         inside = data.in_turns(tokenizer, whose)(rows)
         np.testing.assert_array_equal(inside, np.isin(rows, tiny.encode(letters)))
-    assert (rows == tiny.encode("s")[0]).sum() == 40 - (1 + 3 + 1 + 5 + 5)  # What of the long one fits in a row.
+    assert (rows == tiny.encode("s")[0]).sum() == 40 - (
+        1 + 3 + 1 + 5 + 5
+    )  # What of the long one fits in a row.
     with pytest.raises(ValueError, match="has prompts and replies; set data"):
         data.encode(tokenizer, exchanges[0], [])
 
