@@ -2,7 +2,7 @@
 
     python -m benchmarks.results [NAME ...]
 
-Names: quickstart, baselines, step, tpu, banks (what one more SAE costs), and the suites of
+Names: quickstart, baselines, step, tpu, tpu_evaluations, banks (what one more SAE costs), and the suites of
 configs/quickstart_banks.py (sweep, layers, sites, targets, transcoders); and peers and precision, which need Python
 3.11 and are left out when none is given. `tables` makes only the tables.
 
@@ -189,13 +189,25 @@ def peers() -> tuple[list[str], dict]:
     )
 
 
+def tpu_evaluations() -> tuple[list[str], dict]:
+    """Memory of evaluations on TPU slices."""
+    run("make --silent .venv/libtpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = pathlib.Path(scratch) / "tpu.json"
+        command = "python -m benchmarks.tpu --evaluation=all"
+        run(f"{command} --json={path}")
+        return ["make .venv/libtpu", command], json.loads(path.read_text())
+
+
 def tpu() -> tuple[list[str], dict]:
     """What harvests and steps need of real chips."""
     run("make --silent .venv/libtpu")
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "tpu.json"
-        run(f"python -m benchmarks.tpu --json={path}")
-        return ["make .venv/libtpu", "python -m benchmarks.tpu"], json.loads(path.read_text())
+        run(f"python -m benchmarks.tpu --harvest=all --step=all --json={path}")
+        return ["make .venv/libtpu", "python -m benchmarks.tpu --harvest=all --step=all"], json.loads(
+            path.read_text()
+        )
 
 
 def precision() -> tuple[list[str], dict]:
@@ -290,9 +302,13 @@ def tpu_table(numbers: dict) -> str:
             f"| {(case['gemma_flops'] + case['banks_flops']) / 1e15:.2f} | {case['tokens_per_second']:,.0f} "
             f"| {case['hours']:.1f} |"
         )
-    lines += [
-        "",
-        "| evaluation of one SAE on 2,048 rows | slice | GB at most, of | PFLOP | minutes at peak rates |",
+    return "\n".join(lines)
+
+
+def tpu_evaluations_table(numbers: dict) -> str:
+    """What an evaluation needs of a chip, and how long it would take."""
+    lines = [
+        "| one SAE on 2,048 rows | slice | GB at most, of | PFLOP | minutes at peak rates |",
         "|---|---|---|---|---|",
     ]
     for case in numbers["evaluations"]:
@@ -417,6 +433,7 @@ def tables() -> dict[str, str]:
     shown = {"models": models_table(), "sites": sites_table(), "numbers": numbers_table()}
     by_file = {
         "tpu.json": tpu_table,
+        "tpu_evaluations.json": tpu_evaluations_table,
         "precision.json": precision_table,
         "banks.json": banks_table,
         "baselines.json": baselines_table,
@@ -507,6 +524,7 @@ def main() -> None:
         "baselines": baselines,
         "step": step,
         "tpu": tpu,
+        "tpu_evaluations": tpu_evaluations,
         "banks": banks,
         **{name: functools.partial(suite, name, rows) for name, rows in SUITES.items()},
         "peers": peers,
@@ -519,7 +537,7 @@ def main() -> None:
         "names",
         nargs="*",
         choices=[*known, "tables"],
-        default=["quickstart", "baselines", "step", "tpu", "banks", *SUITES],
+        default=["quickstart", "baselines", "step", "tpu", "tpu_evaluations", "banks", *SUITES],
         help="results to make",
     )
     RESULTS.mkdir(exist_ok=True)

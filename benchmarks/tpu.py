@@ -1,6 +1,6 @@
 """What harvests, whole steps and evaluations need of a TPU, compiled ahead of time on this host for real slices.
 
-    python -m benchmarks.tpu [--harvest=gemma2_2b | --step=all_16k | --evaluation=gemma2_27b] [--json=PATH]
+    python -m benchmarks.tpu [--harvest=gemma2_2b] [--step=all_16k] [--evaluation=gemma2_27b] [--json=PATH]
 
 Bytes are the compiler's, for one chip. Needs libtpu (`make .venv/libtpu`), or another as $TPU_LIBRARY_PATH.
 """
@@ -208,15 +208,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--harvest", help="only the harvest of this model")
-    parser.add_argument("--step", help="only the steps of this suite")
-    parser.add_argument("--evaluation", help="only the evaluation of this model")
+    parser.add_argument("--harvest", help="only the harvest of this model, or all")
+    parser.add_argument("--step", help="only the steps of this suite, or all")
+    parser.add_argument("--evaluation", help="only the evaluation of this model, or all")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
     args = parser.parse_args()
     is_all = not (args.harvest or args.step or args.evaluation)
     measured = {"harvests": [], "steps": [], "evaluations": []}
     for case in HARVESTS:
-        if is_all or args.harvest == case.model:
+        if is_all or args.harvest in (case.model, "all"):
             measured["harvests"].append(result := measure_harvest(case))
             print(
                 f"harvest of {case.model} to layer {case.layer} on {case.topology}: "
@@ -226,7 +226,7 @@ def main() -> None:
                 flush=True,
             )
     for case in STEPS:
-        if not (is_all or args.step == case.suite):
+        if not (is_all or args.step in (case.suite, "all")):
             continue
         measured["steps"].append(result := measure_step(case))
         told = result.get("refused") or (
@@ -234,7 +234,7 @@ def main() -> None:
         )
         print(f"step of {case.config}:{case.suite} on {case.topology}: {told}", flush=True)
     for case in EVALUATIONS:
-        if not (is_all or args.evaluation == case.model):
+        if not (is_all or args.evaluation in (case.model, "all")):
             continue
         measured["evaluations"].append(result := measure_evaluation(case))
         print(

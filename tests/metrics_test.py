@@ -207,6 +207,41 @@ def test_every_standard_error_is_that_of_rows_drawn_again(measured, slow):
         np.testing.assert_allclose(getattr(result, f"{name}_se"), spread, rtol=0.3, err_msg=name)
 
 
+def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
+    """Of made-up losses, in which ablation costs much, as in a real model."""
+    rng = np.random.default_rng(0)
+    s, length = 60, 5
+    scored = rng.integers(0, 2, size=(s, length)).astype(float)
+    hard = rng.gamma(2, size=(s, 1))  # Of some rows everything costs more.
+    losses = {name: scored * hard * mean * rng.gamma(4, 0.25, size=(s, length)) for name, mean in
+              (("clean", 2), ("loss", 2.4), ("zero", 9), ("mean", 5))}  # fmt: skip
+    of_sae, references = metrics.Totals(), metrics.Totals()
+    position = np.tile(np.arange(length), (s, 1))
+    rest = {
+        f"{n}_SxL": np.ones((s, length))
+        for n in ("count", "l0", "explained", "cosine", "norm_ratio", "error")
+    }
+    of_sae.add(
+        rest | {"error_SxO": np.ones((s, 2)), "loss_SxL": losses["loss"], "fired_M": np.ones(64)}, position
+    )
+    y = {"y_SxO": rng.normal(size=(s, 2)), "y_squared_SxO": 9 + rng.random((s, 2))}
+    references.add(
+        y | {f"{n}_SxL": losses[n] for n in ("clean", "zero", "mean")} | {"scored_SxL": scored}, position
+    )
+    result = metrics.summarize(random_sae(), of_sae, references)
+    for name in ("zero", "mean"):
+        rows = {key: value.sum(1) for key, value in losses.items()}
+
+        def recovered(i, rows=rows, name=name):
+            clean = rows["clean"][i].sum()
+            return 1 - (rows["loss"][i].sum() - clean) / (rows[name][i].sum() - clean)
+
+        np.testing.assert_allclose(getattr(result, f"loss_recovered_{name}"), recovered(np.arange(s)))
+        drawn = [recovered(i) for i in rng.integers(s, size=(4000, s))]
+        found = getattr(result, f"loss_recovered_{name}_se")
+        np.testing.assert_allclose(found, np.std(drawn) * np.sqrt(s / (s - 1)), rtol=0.1)
+
+
 def test_uniformity_by_hand():
     """Four that matter equally: 1. One of four alone, but for a whisper: ¼. Two of two by 3 to 1: exp(H) / 2."""
     importance = jnp.array([[2.0, 2, 2, 2], [1, 1e-12, 1e-12, 1e-12], [3, 1, 0, 0], [0, 0, 0, 0]])
