@@ -110,11 +110,20 @@ def importance(
     scored_SxL = gemma.is_scored(tokens_SxL, is_kept_SxL)
     layers = range(site.layer, model.config.num_layers)
 
+    # Block by block, each computed again on the way back: what one needs inside, and its weights where they are split
+    # and gathered, lies on the chip for one block at a time.
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def block(layer: int, x_SxLxD: jax.Array, value_SxLxO: jax.Array) -> jax.Array:
+        write = {site: lambda _: value_SxLxO} if layer == site.layer else {}
+        gathered = step.gather_gemma(mesh, params)
+        only = range(layer, layer + 1)
+        return gemma.run_blocks(model, gathered, x_SxLxD, tokens_SxL, only, write=write)[0]
+
     def total(value_SxLxO: jax.Array) -> jax.Array:
-        gathered = _whole(mesh, params)
-        write = {site: lambda _: value_SxLxO}
-        final_SxLxD, _ = gemma.run_blocks(model, gathered, before_SxLxD, tokens_SxL, layers, write=write)
-        logits_SxL = gemma.centred_logits(model, gathered, final_SxLxD, tokens_SxL, 64 * mesh.size)
+        x_SxLxD = before_SxLxD
+        for layer in layers:
+            x_SxLxD = block(layer, x_SxLxD, value_SxLxO)
+        logits_SxL = gemma.centred_logits(model, _whole(mesh, params), x_SxLxD, tokens_SxL, 64 * mesh.size)
         return jnp.where(scored_SxL, logits_SxL, 0).sum()
 
     return jax.grad(total)(value_SxLxO)
