@@ -42,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         "folders", nargs="+", type=pathlib.Path, help="what evaluate.py was given, or its --out"
     )
     compare.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
+    explore = commands.add_parser("explore", help="which latents fire on a prompt, by token and SAE")
+    explore.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    explore.add_argument("text", help="the prompt")
+    explore.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
+    explore.add_argument("--html", type=pathlib.Path, help="a page to write, too")
     for command in (export, convert, publish):
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
@@ -95,6 +100,14 @@ def main() -> None:
         from gemma_scope_jax import suites
 
         suites.compare(args.folders, args.out)
+    elif args.command == "explore":
+        from gemma_scope_jax import explore as explore_lib
+
+        reading = explore_lib.read(explore_lib.open_scope(args.path), args.text)
+        reading.show(args.top)
+        if args.html:
+            reading.write_html(args.html)
+            print(f"Wrote {args.html}", flush=True)
     elif args.command == "prepare":
         if args.workers is not None and args.workers < 1:
             raise ValueError(f"--workers is {args.workers}; it must be at least 1")

@@ -1,0 +1,6 @@
+"""Looking inside the model: what latents fire on, and what they do."""
+
+from gemma_scope_jax.explore.reading import Reading, read
+from gemma_scope_jax.explore.scope import Scope, open_scope
+
+__all__ = ["Reading", "Scope", "open_scope", "read"]

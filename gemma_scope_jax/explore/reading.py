@@ -1,0 +1,116 @@
+"""A prompt as the SAEs read it: which latents fire on each of its tokens, at each layer."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+from gemma_scope_jax import gemma, page, passes, sae, sharding
+from gemma_scope_jax.explore.scope import Scope
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What fires on the tokens of a prompt. BOS, on which no SAE was trained, is left out."""
+
+    model: str
+    tokens: tuple[str, ...]  # L of them, as text
+    latents: Mapping[str, np.ndarray]  # by SAE: activations [L, M]
+    error: Mapping[str, np.ndarray]  # by SAE: ‖y − ŷ‖ / ‖y‖ [L]
+    frequency: Mapping[str, np.ndarray]  # by SAE, where it is known; see `scope.Scope`
+
+    def is_dense(self, name: str) -> np.ndarray:
+        """Which latents [M] are muted: they fire on over a tenth of all text, or none knows and half of this."""
+        if name in self.frequency:
+            return self.frequency[name] > sae.DENSE
+        return (self.latents[name] > 0).mean(0) > 0.5
+
+    def strongest(self, name: str, token: int, top: int = 5) -> list[tuple[int, float]]:
+        """The latents of an SAE that fire most on a token, but for dense ones: each with its activation."""
+        f_M = np.where(self.is_dense(name), 0, self.latents[name][token])
+        order = np.argsort(-f_M, kind="stable")[:top]
+        return [(int(latent), float(f_M[latent])) for latent in order if f_M[latent] > 0]
+
+    def show(self, top: int = 5) -> None:
+        """Prints a table for each SAE: the brighter a latent, the stronger it fires, of all on this prompt."""
+        console = rich.console.Console()
+        for name, f_LxM in self.latents.items():
+            table = rich.table.Table(title=name)
+            for heading in ("token", "L0", "dense", "error", f"strongest {top}"):
+                table.add_column(heading, justify="left" if heading in ("token", table.title) else "right")
+            dense_M, largest = self.is_dense(name), self._largest(name)
+            for t, token in enumerate(self.tokens):
+                line = rich.text.Text()
+                for latent, value in self.strongest(name, t, top):
+                    green = round(90 + 165 * min(value / largest, 1))
+                    line.append(f"{latent}", style=f"bold rgb(40,{green},90)")
+                    line.append(f" {value:.3g}  ", style="dim")
+                counts = (f_LxM[t] > 0).sum(), ((f_LxM[t] > 0) & dense_M).sum()
+                shown = (repr(token), *map(str, counts), f"{self.error[name][t]:.0%}")
+                table.add_row(*map(rich.text.Text, shown), line)
+            console.print(table)
+
+    def write_html(self, path: str | pathlib.Path, top: int = 12) -> None:
+        """Writes a page that needs no network: tokens across, SAEs down, a token's latents by a click."""
+        cells = {
+            name: [
+                {
+                    "l0": int((f_LxM[t] > 0).sum()),
+                    "error": float(self.error[name][t]),
+                    "latents": self.strongest(name, t, top),
+                }
+                for t in range(len(self.tokens))
+            ]
+            for name, f_LxM in self.latents.items()
+        }
+        largest = {name: self._largest(name) for name in self.latents}
+        page.render(
+            pathlib.Path(path), "explore/reading.html.jinja", model=self.model, tokens=self.tokens,
+            cells=cells, largest=largest, top=top,
+        )  # fmt: skip
+
+    def _largest(self, name: str) -> float:
+        """The strongest activation on this prompt that is not of a dense latent."""
+        return max(float(self.latents[name][:, ~self.is_dense(name)].max(initial=0)), 1e-30)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _encoded(
+    mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Latents [L, M] of the first row, and the relative error [L] of its reconstruction."""
+    x_LxD, y_LxO = x_SxLxD[0].astype(jnp.float32), y_SxLxO[0].astype(jnp.float32)
+    f_LxM = sae.encode(subject, x_LxD, jax.lax.Precision.HIGHEST)
+    recon_LxO = sae.decode(subject, f_LxM, x_LxD, jax.lax.Precision.HIGHEST)
+    error_L = jnp.linalg.norm(recon_LxO - y_LxO, axis=1) / jnp.linalg.norm(y_LxO, axis=1)
+    return sharding.constrain(mesh, (f_LxM, error_L), sharding.REPLICATED)
+
+
+def read(scope: Scope, text: str) -> Reading:
+    """Runs a prompt through Gemma and every SAE, once.
+
+    Raises:
+      ValueError: the text has no tokens.
+    """
+    tokens = scope.tokenizer.encode(text)
+    if not tokens:
+        raise ValueError("the text is empty; give one of at least one token")
+    row = np.array([gemma.BOS, *tokens], np.int32)
+    # One row for each device; of them only the first is looked at.
+    rows = jnp.broadcast_to(row[None], (scope.mesh.size, row.size))
+    placed = jax.device_put(rows, jax.NamedSharding(scope.mesh, sharding.TOKENS))
+    _, values, _ = passes.clean(scope.mesh, scope.loaded.model, scope.loaded.params, placed, scope.sites)
+    latents, error = {}, {}
+    for name, subject in scope.subjects.items():
+        found = _encoded(scope.mesh, scope.placed[name], values[subject.site], values[subject.spliced])
+        f_LxM, error_L = jax.device_get(found)
+        latents[name], error[name] = f_LxM[1:], error_L[1:]
+    words = tuple(scope.tokenizer.decode([token]) for token in tokens)
+    return Reading(scope.config.model, words, latents, error, scope.frequency)

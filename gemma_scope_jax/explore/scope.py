@@ -1,0 +1,61 @@
+"""What every look inside needs: a whole Gemma, its tokenizer, and SAEs at some of its sites."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import evaluation, gemma, opening, passes, sae, tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """A model with SAEs on the devices."""
+
+    config: config_lib.Config
+    mesh: jax.sharding.Mesh
+    loaded: gemma.Gemma
+    tokenizer: tokenizer.Tokenizer
+    subjects: Mapping[str, evaluation.Subject]
+    placed: Mapping[str, sae.SAE]  # the same SAEs on the devices
+    # [M] by SAE, of each latent's firing on the text of the run's evaluation; of those that were evaluated.
+    frequency: Mapping[str, np.ndarray]
+
+    @property
+    def sites(self) -> tuple[gemma.Site, ...]:
+        """The sites that SAEs read and give."""
+        sites = (site for s in self.subjects.values() for site in (s.site, s.spliced))
+        return tuple(dict.fromkeys(sites))
+
+
+def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
+    """Opens the SAEs of a run or of files, with their model.
+
+    Args:
+      path: a run directory; or a path or `hf://OWNER/NAME/FOLDER` of an SAE, or of several with `*`.
+      **overrides: see `opening.open_path`.
+    """
+    opened = opening.open_path(path, **overrides)
+    config = opened.config
+    mesh, loaded = opening.load_gemma(config)
+    return Scope(
+        config,
+        mesh,
+        loaded,
+        tokenizer.load(config.model, config.tokenizer, config.weights),
+        opened.subjects,
+        {name: passes.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
+        _frequencies(pathlib.Path(path), opened.subjects),
+    )
+
+
+def _frequencies(path: pathlib.Path, names: Mapping[str, object]) -> dict[str, np.ndarray]:
+    """Of an evaluation that lies beside the SAEs."""
+    file = path / "evaluation.npz"
+    if not file.exists():
+        return {}
+    with np.load(file) as arrays:
+        return {name: arrays[f"{name}/frequency"] for name in names if f"{name}/frequency" in arrays.files}
