@@ -43,8 +43,10 @@ class Reading:
         console = rich.console.Console()
         for name, f_LxM in self.latents.items():
             table = rich.table.Table(title=name)
-            for heading in ("token", "L0", "dense", "error", f"strongest {top}"):
-                table.add_column(heading, justify="left" if heading in ("token", table.title) else "right")
+            table.add_column("token")
+            for heading in ("L0", "dense", "error"):
+                table.add_column(heading, justify="right")
+            table.add_column(f"strongest {top}")
             dense_M, largest = self.is_dense(name), self._largest(name)
             for t, token in enumerate(self.tokens):
                 line = rich.text.Text()
