@@ -68,6 +68,22 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, help="a config file, as for train.py; likewise its fields"
     )
     prepare.add_argument("--workers", type=int, help="processes (default: as many as there are cores)")
+    generate = commands.add_parser("generate", help="have Gemma go on with, or answer, the texts of a file")
+    generate.add_argument("--model", required=True, help="for example gemma2_2b-it")
+    generate.add_argument("--weights", default="", help="Gemma's, as in config.weights")
+    generate.add_argument("--tokenizer", default="", help="Gemma's, as in config.tokenizer")
+    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Gemma's")
+    generate.add_argument(
+        "--prompts", type=pathlib.Path, required=True, help='a file of texts: .jsonl with {"text": …} a line'
+    )
+    generate.add_argument("--chat", action="store_true", help="each text is a user's turn, to be answered")
+    generate.add_argument("--num_tokens", type=int, default=128, help="the most for one prompt")
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, help="of the draws; 0: the likeliest token"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--rows_per_batch", type=int, default=16, help="prompts run together")
+    generate.add_argument("--out", type=pathlib.Path, required=True, help="file to write, .jsonl")
     return parser
 
 
@@ -116,6 +132,20 @@ def main() -> None:
         chosen = config.from_dict(cli.read_config(args.config, fields))
         rows = data.open_rows(runs.prepare_rows(chosen, args.workers), data.TRAIN)
         print(f"{len(rows):,} rows to train on in {rows.folder}.")
+    elif args.command == "generate":
+        from gemma_scope_jax import config, rollouts
+
+        names = {"model": args.model, "weights": args.weights, "tokenizer": args.tokenizer}
+        rollouts.write_rollouts(
+            config.from_dict(names | {"gemma_dtype": args.dtype}),
+            args.prompts,
+            args.out,
+            args.num_tokens,
+            args.temperature,
+            args.seed,
+            args.chat,
+            args.rows_per_batch,
+        )
     else:
         cli.find_tpu_compiler()
         from gemma_scope_jax import config, forecast

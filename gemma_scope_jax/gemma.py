@@ -314,7 +314,7 @@ def walk(
     """`run_blocks` at any positions and, with a cache, behind what was run before.
 
     The mask says which slots of the cache each token may see, its own among them; without a cache slots are the
-    tokens themselves. The cache that is returned holds these tokens too.
+    tokens themselves. The cache that is returned holds these tokens too; without one it holds nothing.
     """
     write = write or {}
     dtype = x_SxLxD.dtype

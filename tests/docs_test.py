@@ -4,10 +4,11 @@ import json
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import results
-from gemma_scope_jax import config, gemma, plans
+from gemma_scope_jax import config, gemma, generation, plans
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,12 +34,23 @@ def test_runs_on_tpu_slices_announce_the_memory_that_they_take_to_a_tenth():
     np.testing.assert_allclose([case["peak_bytes"] for case in steps if "needs" in case], told, rtol=0.1)
 
 
-def test_the_python_in_the_documents_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
+def test_the_python_in_the_documents_runs(capsys):
+    """And the real model's reply has the likeliest tokens of a pass without a cache."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
+    assert len(code) == 2
     names = {}
-    exec(code, names)
+    exec("\n".join(code), names)
     assert names["values"][names["mlp"]].shape == (1, 6, 640)
     assert np.isfinite(names["logits"]).all()
+    loaded, prompt, reply = names["loaded"], names["prompts"][0], names["replies"][0]
+    tokens = jnp.array([[*prompt, *reply]])
+    where = generation.Where(tokens, jnp.arange(tokens.size)[None], None)
+    write = {names["resid"]: lambda x: names["steering"](x, where)}
+    x = gemma.embed(loaded.model, loaded.params, tokens)
+    x, _ = gemma.run_blocks(loaded.model, loaded.params, x, tokens, range(loaded.num_layers), write=write)
+    logits = gemma.logits(loaded.model, loaded.params, x)
+    assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == reply
+    assert capsys.readouterr().out
 
 
 def test_the_config_in_the_documents_is_one():

@@ -50,7 +50,11 @@ def encode(text: str) -> list[int]:
 
 def load_tokenizer() -> tokenizer.Tokenizer:
     """The small model's tokenizer."""
-    return tokenizer.Tokenizer(encode, lambda ids: bytes(i - 3 for i in ids).decode(), _WORDS.get, 272)
+
+    def decode(ids: list[int]) -> str:
+        return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
+
+    return tokenizer.Tokenizer(encode, decode, _WORDS.get, 272)
 
 
 def register() -> None:

@@ -1,0 +1,64 @@
+"""The command that has Gemma go on with, or answer, the texts of a file."""
+
+import json
+import pathlib
+
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import data, files, generation, interrupt, opening, tokenizer
+
+
+def write_rollouts(
+    config: config_lib.Config,
+    prompts: pathlib.Path,
+    out: pathlib.Path,
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    is_chat: bool,
+    rows_per_batch: int,
+) -> None:
+    """Writes a JSON object for each prompt, `{"prompt": …, "text": …}`, the reply being its text.
+
+    Args:
+      config: the model, its weights, tokenizer and dtype.
+      prompts: a file of texts, of any kind that `data.documents` reads; of JSON Lines the field `text`.
+      out: the file to write, JSON Lines.
+      num_tokens: the most that are written for one prompt.
+      temperature: see `generation.generate`.
+      seed: likewise.
+      is_chat: whether a text is a user's turn to be answered; else it is gone on with.
+      rows_per_batch: see `generation.generate`.
+
+    Raises:
+      ValueError: there are no prompts, or `out` is there already.
+    """
+    interrupts = interrupt.Interrupts()
+    interrupts.forbid_saving("rollouts are written when all are there")
+    try:
+        if out.exists():  # Before an hour's work, not after it.
+            raise ValueError(f"{out} is there already; remove it, or give another --out")
+        if not prompts.is_file():
+            raise ValueError(f"--prompts: there is no file {prompts}")
+        texts = list(data.documents(str(prompts)))
+        if not texts:
+            raise ValueError(f"--prompts: {prompts} is empty")
+        found = tokenizer.load(config.model, config.tokenizer, config.weights)
+        prompt = generation.chat_prompt if is_chat else generation.text_prompt
+        mesh, loaded = opening.load_gemma(config)
+        replies = generation.generate(
+            loaded,
+            [prompt(found, text) for text in texts],
+            num_tokens,
+            temperature,
+            seed,
+            stop=generation.stop_tokens(found),
+            rows_per_batch=rows_per_batch,
+            mesh=mesh,
+        )
+        with files.replacing_file(out) as partial, partial.open("w", encoding="utf-8") as lines:
+            for text, reply in zip(texts, replies, strict=True):
+                line = {"prompt": text, "text": generation.reply_text(found, reply)}
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f"Wrote {len(replies):,} replies of {sum(map(len, replies)):,} tokens to {out}.", flush=True)
+    finally:
+        interrupts.close()
