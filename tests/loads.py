@@ -1,0 +1,67 @@
+"""A program that loads a Gemma of some megabytes a block, and says what memory that took.
+
+python tests/loads.py PATH BLOCKS COUNT...
+"""
+
+import ctypes
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gemma import gm
+from tiny import TinyGemma
+
+from gemma_scope_jax import weights
+
+
+def model(blocks: int) -> gm.nn.Transformer:
+    """Blocks of 9.4 MB in float32, and an embedding of half a megabyte."""
+    small = TinyGemma().config
+    config = dataclasses.replace(
+        small,
+        embed_dim=512,
+        hidden_dim=1280,
+        head_dim=64,
+        attention_types=tuple(small.attention_types[i % 2] for i in range(blocks)),
+    )
+    return TinyGemma(config=config)
+
+
+def params(blocks: int) -> dict:
+    """Their weights: noise, which no compression shrinks."""
+    rng = np.random.default_rng(0)
+    shapes = weights.parameter_shapes(model(blocks), blocks)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
+
+
+def resident(key: str) -> int:
+    """Bytes of this process's memory: `VmRSS` now, `VmHWM` at most."""
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+
+def main() -> None:
+    """Prints for each count of blocks the parameters' bytes, and those that were held at most beside them."""
+    path, stored, *counts = sys.argv[1], *map(int, sys.argv[2:])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def load(count: int) -> weights.Params:
+        return weights.load_params(path, model(stored), count, jnp.float32, lambda name, shape: device)
+
+    jax.block_until_ready(load(2))  # Imports, compilations and pools of threads.
+    for count in counts:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew.
+        loaded = jax.block_until_ready(load(count))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+        print(json.dumps({"blocks": count, "parameters": size, "beside": resident("VmHWM") - before - size}))
+        del loaded
+
+
+if __name__ == "__main__":
+    main()
