@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from gemma import gm
-from gemma.gm.nn import _config
+from gemma.gm.nn import _config, _modules
 
 from gemma_scope_jax import files
 
@@ -364,6 +365,18 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
         "rope_theta", found.get("rope_local_base_freq")
     )
     expected["rope_local_base_freq"] = (bases["sliding_attention"], None)
+    if "rope_parameters" in found or "rope_scaling" in found:
+        scaling = rope.get("full_attention", rope) or found.get("rope_scaling") or {}
+        found["rope_scaling factor"] = scaling.get("factor", 1.0)
+        expected["rope_scaling factor"] = (config.global_scale_factor,)
+    kinds = {
+        _modules.AttentionType.LOCAL_SLIDING: "sliding_attention",
+        _modules.AttentionType.GLOBAL: "full_attention",
+    }
+    for i, kind in enumerate(found.get("layer_types") or ()):
+        if i < config.num_layers:  # Else their number is what is wrong.
+            found[f"layer_types[{i}]"] = kind
+            expected[f"layer_types[{i}]"] = (kinds[config.attention_types[i]],)
     for key, values in expected.items():
         # Of a file that was once a GGUF, an ε is that of float32.
         is_near = isinstance(found.get(key), float) and math.isclose(found[key], values[0] or 0, rel_tol=1e-6)
@@ -383,7 +396,8 @@ def read_gguf(path: str) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # The reader maps the file unchecked: a cut shows as any kind of error.
-        raise ValueError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is not a whole GGUF file ({reason}); fetch it again") from error
 
 
 def gguf_field(path: str, name: str) -> object:
@@ -421,6 +435,9 @@ def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
 
 # --- Orbax ---------------------------------------------------------------------------------------------------
 
+# TensorStore's words for data that is not there or does not unpack; others tell of a bucket that does not answer.
+_DAMAGE = "NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION|DATA_LOSS"
+
 
 class _OnDisk(NamedTuple):
     """Where a parameter lies in a checkpoint: the keys of a leaf and, of a stacked one, the index in it."""
@@ -448,7 +465,8 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
     if metadata is None:
         if (folder / "_METADATA").exists():
             raise ValueError(
-                f"cannot read the Orbax checkpoint {path}: its files are damaged or not all there"
+                f"cannot read the Orbax checkpoint {path}: its files are damaged or not all there; "
+                "fetch it again"
             )
         raise ValueError(
             f"{path} holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file"
@@ -523,7 +541,13 @@ def _orbax_errors(path: str | epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax raises many kinds; each means the checkpoint cannot be read.
-        reason = " ".join(str(error).split())[:300]
+        # Of an array Orbax itself says only how it was opened; what is wrong with it TensorStore says.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        if found := re.match(rf'(?:{_DAMAGE}): [^"]*"([^"]+)/[\d.]+"', reason):
+            parameter = found[1].removeprefix(f"{path}/")
+            raise ValueError(
+                f"{path} is damaged: a data file of {parameter} is cut or missing; fetch it again ({reason})"
+            ) from error
         raise ValueError(f"cannot read the Orbax checkpoint {path}: {reason}") from error
 
 
