@@ -44,6 +44,11 @@ def resident(key: str) -> int:
     return 1024 * int(re.search(rf"{key}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 
+def bytes_read() -> int:
+    """What this process has read until now, from a disk or from the system's memory of one."""
+    return int(re.search(r"rchar: (\d+)", pathlib.Path("/proc/self/io").read_text())[1])
+
+
 def main() -> None:
     """Prints for each count of blocks the parameters' bytes, and those that were held at most beside them."""
     path, stored, *counts = sys.argv[1], *map(int, sys.argv[2:])

@@ -254,7 +254,7 @@ def test_parameters_come_in_their_sharding_and_dtype_and_only_as_many_as_asked_f
 
 @pytest.mark.parametrize("way", ["nested", "stacked", "hugging face"])
 def test_blocks_that_are_not_asked_for_are_not_read(way, ways, tmp_path):
-    """Their bytes are gone, and nobody notices."""
+    """What is not a number in them is not noticed; the next two tests count what is read."""
     path = tmp_path / "weights"
     shutil.copytree(ways[way], path)
     if way == "hugging face":
@@ -295,6 +295,45 @@ def test_loading_holds_no_more_than_a_block_beside_the_parameters(tmp_path):
     assert [of["parameters"] // block for of in found] == [5, 20]
     for of in found:
         assert of["beside"] < 2 * block, (found, block)
+
+
+@pytest.mark.parametrize("way", ["hugging face", "gguf"])
+def test_of_named_tensors_only_those_of_the_blocks_asked_for_are_read(way, ways, monkeypatch):
+    """A tensor's name is noted whenever its values are asked for."""
+    read = []
+
+    def spy(path, tensors, *rest):
+        def noted(name, tensor):
+            return tensor._replace(read=lambda: (read.append(name), tensor.read())[1])
+
+        return original(path, {name: noted(name, t) for name, t in tensors.items()}, *rest)
+
+    original = weights._from_matrices
+    monkeypatch.setattr(weights, "_from_matrices", spy)
+    load_tiny(str(ways[way]), num_layers=2, placement=small.on_device)
+    naming = 0 if way == "hugging face" else 1
+    names = [forms[naming] for key, forms in weights._NAMES.items() if "query_norm" != key != "key_norm"]
+    assert sorted(read) == sorted({name.format(block) for name in names for block in (0, 1)})
+
+
+@pytest.mark.parametrize("way", ["nested", "flat", "kauldron"])
+def test_of_an_orbax_checkpoint_only_the_blocks_asked_for_are_read(way, tmp_path):
+    """By the system's count of what this process read: a block more, a block's bytes more."""
+    model, path = loads.model(4), tmp_path / "weights"
+    params = loads.params(4)
+    write_orbax(path, way, params)
+    block = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layer_0"]))
+
+    def count(blocks):
+        before = loads.bytes_read()
+        jax.block_until_ready(weights.load_params(str(path), model, blocks, jnp.float32, small.on_device))
+        return loads.bytes_read() - before
+
+    count(0)
+    one, four = count(1), count(4)
+    # Noise packs to nine tenths of its size.
+    assert 0.85 * block < one < 1.5 * block, (one, block)
+    assert 3.4 * block < four < 4.5 * block, (four, block)
 
 
 def test_bfloat16_shards_are_read_as_they_are(tmp_path, capsys):
