@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import results
-from gemma_scope_jax import config, gemma, generation, plans
+from gemma_scope_jax import chips, config, gemma, generation, plans
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +32,28 @@ def test_runs_on_tpu_slices_announce_the_memory_that_they_take_to_a_tenth():
     told = [sum(need["bytes"] for need in case["needs"]) for case in steps if "needs" in case]
     assert len(told) >= 6
     np.testing.assert_allclose([case["peak_bytes"] for case in steps if "needs" in case], told, rtol=0.1)
+
+
+# Of the harvests in results/tpu.json, from the papers: vocabulary, D, hidden width F, heads N, key-value heads, H.
+SHAPES = {
+    "gemma2_2b": (256_000, 2304, 9216, 8, 4, 256),
+    "gemma2_9b": (256_000, 3584, 14_336, 16, 8, 256),
+    "gemma2_27b": (256_000, 4608, 36_864, 32, 16, 128),
+}
+
+
+def test_harvests_on_tpu_slices_hold_the_parameters_up_to_their_layer_and_nothing_twice():
+    """Two bytes for each parameter, on every chip or divided by the number of chips."""
+    harvests = json.loads((ROOT / "results" / "tpu.json").read_text())["numbers"]["harvests"]
+    assert {case["model"] for case in harvests} == set(SHAPES)
+    for case in harvests:
+        v, d, f, n, kv, h = SHAPES[case["model"]]
+        block = 2 * d * n * h + 2 * d * kv * h + 3 * d * f + 4 * d
+        assert case["parameters"] == v * d + (case["layer"] + 1) * block + d, case["model"]
+        share = 2 * case["parameters"] / (case["chips"] if case["split"] else 1)
+        assert abs(case["argument_bytes"] / share - 1) < 0.01, case["model"]
+        assert case["argument_bytes"] < case["peak_bytes"]
+        assert case["peak_bytes"] < chips.CHIPS[case["topology"].split(":")[0]].memory
 
 
 def test_the_python_in_the_documents_runs(capsys):
