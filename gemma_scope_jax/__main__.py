@@ -52,6 +52,25 @@ def _parser() -> argparse.ArgumentParser:
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
         )
         command.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
+    probe = commands.add_parser(
+        "probe", help="how well a few latents tell the classes of labelled texts apart"
+    )
+    probe.add_argument(
+        "--labelled",
+        type=pathlib.Path,
+        required=True,
+        help='a .jsonl file of a "text" and a "label" each, and perhaps a "group" that is not to be divided',
+    )
+    probe.add_argument("--seed", type=int, default=0, help="of the split into training and test texts")
+    detect = commands.add_parser(
+        "detect", help="whether what a latent's strongest passages share tells where else it fires"
+    )
+    detect.add_argument("--text", help="another than the run's, as in config.data.text")
+    detect.add_argument("--rows", type=int, help="held-out rows")
+    detect.add_argument("--latents", type=int, default=100, help="so many of each SAE are scored")
+    detect.add_argument("--seed", type=int, default=0, help="of the latents and positions that are drawn")
+    for command in (probe, detect):
+        cli.add_subject(command)
     plan = commands.add_parser(
         "plan",
         allow_abbrev=False,
@@ -91,6 +110,7 @@ def main() -> None:
     """Parses the command line and runs one command."""
     parser = _parser()
     args, fields = parser.parse_known_args()
+    options = {name: value for name, value in vars(args).items() if name != "command"}
     if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
     # Imported late: --help should not take seconds.
@@ -124,6 +144,14 @@ def main() -> None:
         if args.html:
             reading.write_html(args.html)
             print(f"Wrote {args.html}", flush=True)
+    elif args.command == "probe":
+        from gemma_scope_jax import probing
+
+        probing.probe_path(**options)
+    elif args.command == "detect":
+        from gemma_scope_jax import detection
+
+        detection.detect_path(**options)
     elif args.command == "prepare":
         if args.workers is not None and args.workers < 1:
             raise ValueError(f"--workers is {args.workers}; it must be at least 1")

@@ -1,5 +1,6 @@
 """What the scripts share: configs by flags, and errors in one line."""
 
+import argparse
 import errno
 import logging
 import os
@@ -72,6 +73,24 @@ def _unraisable_error(args: "sys.UnraisableHookArgs") -> None:
 def _is_one_of_many() -> bool:
     jax = sys.modules.get("jax")  # Not imported for this: without it there are no others.
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `opening.open_path` takes, where results go, and how many rows go at a time."""
+    parser.add_argument(
+        "path",
+        help="a run directory; or a path or hf://OWNER/NAME/FOLDER of an SAE in any format, or of several with *",
+    )
+    other = parser.add_argument_group("where it shall be another than the run or the file says")
+    other.add_argument("--model", help="for example gemma2_2b-it")
+    other.add_argument("--weights", help="Gemma's, as in config.weights")
+    other.add_argument("--tokenizer", help="Gemma's, as in config.tokenizer")
+    other.add_argument("--dtype", choices=("float32", "bfloat16"), help="Gemma's")
+    files = parser.add_argument_group("of SAEs in files that do not say it")
+    files.add_argument("--site", help="what is read, for example layer_20_resid_post")
+    files.add_argument("--target_site", help="what a transcoder predicts, for example layer_20_mlp_out")
+    parser.add_argument("--rows_per_batch", type=int, help="rows in one pass of the model")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results (default: the path)")
 
 
 def read_config(file: str, fields: list[str]) -> dict:

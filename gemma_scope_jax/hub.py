@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import itertools
 import pathlib
 import re
 
@@ -85,6 +86,27 @@ def _check_whole(location: str, path: pathlib.Path) -> None:
             f"{', '.join(damaged)} of {location} arrived damaged, not of the digest that the hub gives; what was "
             "fetched is removed, fetch it again"
         )
+
+
+def results_folder(location: str | pathlib.Path, out: pathlib.Path | None) -> pathlib.Path:
+    """The folder for results of what lies at a location, made before an hour's work and not after it.
+
+    Unless another is given, that of the SAE or run; of a hub's, one below the current folder.
+
+    Raises:
+      ValueError: it is a file.
+    """
+    if out is None and str(location).startswith("hf://"):
+        out = pathlib.Path("evaluations", *str(location).removeprefix("hf://").replace("*", "_").split("/"))
+    elif out is None:
+        path = pathlib.Path(location).expanduser()
+        if is_pattern(str(path)):
+            path = pathlib.Path(*itertools.takewhile(lambda part: not is_pattern(part), path.parts))
+        out = path.parent if path.is_file() else path
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _is_whole(file: pathlib.Path) -> bool:

@@ -7,9 +7,11 @@ With more than one process SIGTERM is JAX's, whose preemption service has all ho
 Ctrl-C ends the process at once, and the others when they miss it.
 """
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import jax
 
@@ -68,3 +70,14 @@ class Interrupts:
                 print(f"\n{name}: leaving at once; {why}.", flush=True)
                 os._exit(128 + number)
         os.close(reader)
+
+
+@contextlib.contextmanager
+def ending_at_once(why: str) -> Iterator[None]:
+    """Within it a signal ends the process at once; `why` says that nothing is saved."""
+    interrupts = Interrupts()
+    interrupts.forbid_saving(why)
+    try:
+        yield
+    finally:
+        interrupts.close()

@@ -79,9 +79,7 @@ def evaluate_path(
     Returns:
       The numbers by SAE; of several texts those of the last.
     """
-    interrupts = interrupt.Interrupts()
-    interrupts.forbid_saving("the same command goes on behind the last whole batch")
-    try:
+    with interrupt.ending_at_once("the same command goes on behind the last whole batch"):
         texts = texts_of([text] if isinstance(text, str) else text or ())
         opened = opening.open_path(path, text=next(iter(texts.values()), None), **overrides)
         config = opened.config
@@ -90,10 +88,7 @@ def evaluate_path(
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
-        out = out or _beside(path)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out={out} is a file; give a folder")
-        out.mkdir(parents=True, exist_ok=True)  # Before an hour's work, not after it.
+        out = hub.results_folder(path, out)
         mesh, loaded = opening.load_gemma(config)
         if has_baselines:
             opened = _with_baselines(opened, loaded, rows_per_batch, mesh)
@@ -111,8 +106,6 @@ def evaluate_path(
             columns = {label: suites.of(label, results) for label, results in by_text.items()}
             suites.write(out, columns, _command(path, options | {"text": list(map("=".join, texts.items()))}))
         return by_text[label]
-    finally:
-        interrupts.close()
 
 
 def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
@@ -225,17 +218,6 @@ def _identity(subject: evaluation.Subject) -> list:
     for value in itertools.chain(arrays, [] if subject.mean_O is None else [subject.mean_O]):
         digest = zlib.crc32(np.ascontiguousarray(value), digest)
     return [digest, str(subject.site), str(subject.spliced), subject.top_k]
-
-
-def _beside(location: str | pathlib.Path) -> pathlib.Path:
-    """Where results go unless another place is named: to the SAE or run; of a hub's, below the current folder."""
-    if str(location).startswith("hf://"):
-        places = str(location).removeprefix("hf://").replace("*", "_").split("/")
-        return pathlib.Path("evaluations", *places)
-    if hub.is_pattern(str(location)):
-        return pathlib.Path(*itertools.takewhile(lambda part: "*" not in part, pathlib.Path(location).parts))
-    path = pathlib.Path(location).expanduser()
-    return path.parent if path.is_file() else path
 
 
 def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:

@@ -32,9 +32,7 @@ def write_rollouts(
     Raises:
       ValueError: there are no prompts, or `out` is there already.
     """
-    interrupts = interrupt.Interrupts()
-    interrupts.forbid_saving("rollouts are written when all are there")
-    try:
+    with interrupt.ending_at_once("rollouts are written when all are there"):
         if out.exists():  # Before an hour's work, not after it.
             raise ValueError(f"{out} is there already; remove it, or give another --out")
         if not prompts.is_file():
@@ -60,5 +58,3 @@ def write_rollouts(
                 line = {"prompt": text, "text": generation.reply_text(found, reply)}
                 lines.write(json.dumps(line, ensure_ascii=False) + "\n")
         print(f"Wrote {len(replies):,} replies of {sum(map(len, replies)):,} tokens to {out}.", flush=True)
-    finally:
-        interrupts.close()

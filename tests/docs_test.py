@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import results
-from gemma_scope_jax import chips, config, gemma, generation, plans
+from gemma_scope_jax import chips, config, gemma, generation, plans, probing
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,6 +81,15 @@ def test_the_config_in_the_documents_is_one():
     exec(code, names)
     chosen = config.from_dict(names["get_config"]().to_dict())
     assert {name: len(plans.members(b)) for name, b in chosen.banks.items()} == {"residual": 6, "heads": 1}
+
+
+def test_the_labelled_texts_in_the_documents_can_be_probed_with(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    found = probing.read_labelled(tmp_path / "labelled.jsonl")
+    assert set(found.labels) == {"from 1913", "before 1913"} and len(set(found.groups)) > 240
+    probing.split(found, 0)
 
 
 def test_the_readme_names_every_module_and_only_files_that_exist():

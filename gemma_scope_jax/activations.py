@@ -1,0 +1,69 @@
+"""Gemma's activations of rows of tokens, a batch at a time, for what reads SAEs without splicing them in."""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from gemma import gm
+
+from gemma_scope_jax import gemma, sae, sharding, step, weights
+
+
+class Batch(NamedTuple):
+    """Some rows on the devices. Behind the `count` first ones is padding."""
+
+    first: int
+    count: int
+    tokens_SxL: jax.Array
+    values: dict[gemma.Site, jax.Array]  # [S, L, D]
+
+
+def encoder(mesh: jax.sharding.Mesh, subject: sae.SAE) -> sae.SAE:
+    """What encodes, whole on every device of a mesh; a decoder is not there."""
+    encodes = subject.replace(W_dec=None, b_dec=None, W_skip=None)
+    return jax.device_put(encodes, jax.NamedSharding(mesh, sharding.REPLICATED))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
+def _read(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    sites: tuple[gemma.Site, ...],
+) -> dict[gemma.Site, jax.Array]:
+    found = gemma.read_sites(model, step.gather_gemma(mesh, params), tokens_SxL, sites)
+    return sharding.constrain(mesh, found, sharding.TOKENS)
+
+
+def batches(
+    mesh: jax.sharding.Mesh,
+    loaded: gemma.Gemma,
+    sites: tuple[gemma.Site, ...],
+    tokens_RxL: np.ndarray,
+    per_batch: int,
+    what: str,
+) -> Iterator[Batch]:
+    """One pass of Gemma, to the deepest site, over all rows.
+
+    Args:
+      mesh: of the devices that `loaded` lies on.
+      loaded: the model.
+      sites: to read, all in the same pass.
+      tokens_RxL: the rows.
+      per_batch: so many at a time, rounded up to what the devices divide.
+      what: is being done, for the progress bar.
+    """
+    per_batch = -(-min(per_batch, len(tokens_RxL)) // mesh.size) * mesh.size
+    placed = jax.NamedSharding(mesh, sharding.TOKENS)
+    with tqdm.tqdm(total=len(tokens_RxL), desc=what, unit="row", dynamic_ncols=True) as bar:
+        for first in range(0, len(tokens_RxL), per_batch):
+            rows = tokens_RxL[first : first + per_batch]
+            padded = np.pad(rows, ((0, per_batch - len(rows)), (0, 0)), constant_values=gemma.PAD)
+            tokens_SxL = jax.device_put(padded, placed)
+            values = _read(mesh, loaded.model, loaded.params, tokens_SxL, sites)
+            yield Batch(first, len(rows), tokens_SxL, values)
+            bar.update(len(rows))
