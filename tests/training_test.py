@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import chex
 import jax
@@ -364,16 +365,21 @@ class Process:
     """A run in a process of its own, on eight fake devices as here."""
 
     def __init__(
-        self, run_config: config.Config, workdir: pathlib.Path, output: pathlib.Path | None = None
+        self,
+        run_config: config.Config,
+        workdir: pathlib.Path,
+        output: pathlib.Path | None = None,
+        program: Sequence[str] = (tiny.__file__,),
     ) -> None:
         given = json.dumps({"config": config.to_dict(run_config), "workdir": str(workdir)})
         self.workdir = workdir
         self.output = output or workdir.with_suffix(".out")
         root = pathlib.Path(__file__).parent.parent
-        environment = {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+        environment = {"JAX_NUM_CPU_DEVICES": "8", "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'tests'}"
         with self.output.open("w") as file:
             self.popen = subprocess.Popen(
-                [sys.executable, str(root / "tests" / "tiny.py"), given],
+                [sys.executable, *program, given],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
@@ -451,6 +457,35 @@ def test_a_signal_before_the_first_step_is_answered_at_once(inputs, tmp_path):
     assert process.send(signal.SIGTERM) == 143
     assert time.monotonic() - started < 5
     assert "SIGTERM: leaving at once; nothing has been trained yet." in process.text()
+
+
+# Gemma is loaded again and again, so that the signal comes in the midst of it.
+LOADING = """
+import tiny
+from gemma_scope_jax import weights
+
+def forever(*args, load=weights._restore):
+    print("Loading.", flush=True)
+    while True:
+        load(*args)
+
+weights._restore = forever
+tiny.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_gemma_is_loaded_is_answered_at_once_and_in_one_line(inputs, tmp_path, number):
+    c = tiny.run_config(inputs, **LONG)
+    process = Process(c, tmp_path / "run", program=("-c", LOADING))
+    process.wait_until(lambda: "Loading." in process.text())
+    time.sleep(0.5)
+    started = time.monotonic()
+    assert process.send(number) == 128 + number
+    assert time.monotonic() - started < 5
+    told = process.text().split("Loading.")[1].split("\n")
+    of_us = [line for line in told if line and "absl" not in line]
+    assert of_us == [f"{number.name}: leaving at once; nothing has been trained yet."]
 
 
 @pytest.fixture
