@@ -29,7 +29,7 @@ from gemma_scope_jax.formats import detect
 
 RESULTS = pathlib.Path("results")
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
-SUITES = {"sweep": 64, "layers": 16, "sites": 8, "targets": 32, "transcoders": 64}
+SUITES = {"sweep": 64, "layers": 16, "sites": 4, "targets": 32, "transcoders": 64}
 DOCUMENTS = (pathlib.Path("README.md"), pathlib.Path("docs/models.md"), pathlib.Path("docs/metrics.md"))
 
 

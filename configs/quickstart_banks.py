@@ -12,7 +12,7 @@ SUITE is one of
   transcoders  layer 9's MLP, 2,048 latents: a transcoder as Gemma Scope's, and one with a skip connection as Gemma
                Scope 2's
 
-Hardware: two CPU cores; a quarter to three quarters of an hour each.
+Hardware: two CPU cores; a quarter to half an hour each.
 Expected: `python -m benchmarks.results SUITE` trains and evaluates it, into results/SUITE.json.
 """
 
@@ -50,10 +50,10 @@ def get_config(suite: str = "sweep") -> ml_collections.ConfigDict:
     }
     if suite not in banks:
         raise ValueError(f"unknown suite {suite!r}; choose one of {', '.join(banks)}")
-    if suite == "sites":  # What 54 sites hold in memory is halved, and there is a third of the text.
-        c.train.sequences_per_step, c.train.tokens = 8, 80 * 2048
+    if suite == "sites":  # What 54 sites hold in memory is halved, and there is a fifth of the text.
+        c.train.sequences_per_step, c.train.tokens = 8, 48 * 2048
         c.ring.capacity = 5 * 2048
-        c.optimizer.sparsity_warmup_updates = 300  # Of 640.
+        c.optimizer.sparsity_warmup_updates = 150  # Of 384.
         c.log.evaluate_every = 0
     c.banks = {name: config.bank_fields(**recipe, **fields) for name, fields in banks[suite].items()}
     return c

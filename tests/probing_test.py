@@ -161,7 +161,7 @@ def test_features_accuracies_and_errors_equal_slow_numpy():
         assert probe.accuracy == correct.mean()
         p = correct.mean()
         np.testing.assert_allclose(probe.accuracy_se, np.sqrt(p * (1 - p) / is_test.sum()))
-    assert found[None].features == () and 0.5 < found[1].accuracy < found[None].accuracy
+    assert found[None].features == () and found[1].accuracy > 0.6
 
 
 def test_the_mean_over_tasks_counts_each_text_once():
