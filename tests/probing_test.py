@@ -232,5 +232,5 @@ def test_the_command_line_is_passed_on(run, labelled, tmp_path, monkeypatch):
     __main__.main()
     assert json.loads((tmp_path / "probing.json").read_text())["seed"] == 3
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, "--model=gemma2_2b"])
-    with pytest.raises(ValueError, match="--model is for SAEs in files"):
+    with pytest.raises(ValueError, match="but layer_1_resid_post of gemma2_2b has width 2304"):
         __main__.main()
