@@ -21,7 +21,11 @@ test-peers: .venv/installed .venv-peers/installed
 	.venv-peers/bin/python tests/peers/interop.py $(PEERS)/interop
 	.venv-peers/bin/python tests/peers/hugging_face.py $(PEERS) \
 	  "$$($(VENV)/python -c 'from gemma_scope_jax import gemma; print(gemma.weights_path("gemma3_270m", ""))' | tail -1)"
-	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/parity_test.py tests/interop_test.py
+	$(VENV)/python tests/peers_evaluation.py $(PEERS)/evaluation
+	.venv-peers/bin/python tests/peers/evaluation.py $(PEERS)
+	.venv-peers/bin/python tests/peers/bench.py $(PEERS)
+	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/parity_test.py tests/interop_test.py \
+	  tests/peers_evaluation_test.py
 
 # Pages in a real browser (Debian's package chromium).
 test-pages: .venv/installed
@@ -42,8 +46,8 @@ benchmark-peers: .venv-peers/installed
 .venv-peers/installed:
 	$(PYTHON_PEERS) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet torch==2.13.0 transformers==5.23.0 gguf==0.19.0 sae-lens==6.54.12 \
-	  dictionary-learning==0.1.0
-	.venv-peers/bin/pip install --quiet --no-deps circuit-tracer==0.5.0 sae-bench==0.6.0  # For their loaders alone.
+	  dictionary-learning==0.1.0 tabulate==0.9.0
+	.venv-peers/bin/pip install --quiet --no-deps circuit-tracer==0.5.0 sae-bench==0.6.0  # No server, no judge.
 	touch $@
 
 # The README's figures again, into results/*.json; for the peers', python -m benchmarks.results peers.
