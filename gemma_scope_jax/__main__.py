@@ -47,6 +47,22 @@ def _parser() -> argparse.ArgumentParser:
     explore.add_argument("text", help="the prompt")
     explore.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
     explore.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    boards = commands.add_parser(
+        "dashboards", help="pages of what each latent fires on, which need neither server nor network"
+    )
+    boards.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    boards.add_argument("--rows", type=int, default=512, help="of held-out text to read")
+    boards.add_argument("--rows_per_batch", type=int, help="in one pass of the model")
+    boards.add_argument(
+        "--sae", action="append", default=[], dest="saes", help="only this one; may be repeated"
+    )
+    boards.add_argument("--top", type=int, default=20, help="passages of a latent's strongest firings")
+    boards.add_argument(
+        "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
+    )
+    boards.add_argument("--out", type=pathlib.Path, help="folder to write to (default: the path/dashboards)")
+    for name in ("text", "model", "weights", "tokenizer", "site", "target_site"):
+        boards.add_argument(f"--{name}", help="as for evaluate.py")
     for command in (export, convert, publish):
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
@@ -152,6 +168,13 @@ def main() -> None:
         from gemma_scope_jax import detection
 
         detection.detect_path(**options)
+    elif args.command == "dashboards":
+        from gemma_scope_jax import config, hosts
+        from gemma_scope_jax.explore import build, dashboards
+
+        hosts.initialize(config.HostsConfig().heartbeat_timeout_seconds)
+        given = {name: value for name, value in vars(args).items() if name not in ("command", "top")}
+        build.build(**given, options=dashboards.Options(top=args.top))
     elif args.command == "prepare":
         if args.workers is not None and args.workers < 1:
             raise ValueError(f"--workers is {args.workers}; it must be at least 1")

@@ -156,16 +156,16 @@ def _evaluate(
         "context_length": config.data.context_length,
         "step": opened.step,
     }
-    identity = about | {
+    identity_of_all = about | {
         "weights": weights.fingerprint(gemma.weights_path(config.model, config.weights)),
         "rows": options["rows"],
         "rows_in_a_batch": evaluation.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
         "is_fast": is_fast,
-        "saes": {name: _identity(subject) for name, subject in opened.subjects.items()},
+        "saes": {name: identity(subject) for name, subject in opened.subjects.items()},
     }
     held_out = data.open_rows(opened.rows, split)
     training = data.open_rows(opened.rows, data.TRAIN) if config.data.held_out_fraction < 1 else held_out
-    parts = evaluation.Parts(out / "evaluation.parts", identity)
+    parts = evaluation.Parts(out / "evaluation.parts", identity_of_all)
     results, cost = evaluation.evaluate(
         loaded,
         opened.subjects,
@@ -211,7 +211,7 @@ def _evaluate(
     return results
 
 
-def _identity(subject: evaluation.Subject) -> list:
+def identity(subject: evaluation.Subject) -> list:
     """What changes whenever an SAE does."""
     arrays = (value for value in vars(subject.sae).values() if value is not None)
     digest = 0

@@ -1,0 +1,121 @@
+"""From a path to dashboards: opens SAEs, reads held-out text with them, and writes the pages."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+from gemma_scope_jax import (
+    data,
+    evaluation,
+    files,
+    gemma,
+    hosts,
+    interrupt,
+    opening,
+    report,
+    tokenizer,
+    weights,
+)
+from gemma_scope_jax.explore import dashboards, directions, neuronpedia, site
+
+_MARK = "dashboards.json"  # What lies in a folder of dashboards, and in no other.
+
+
+def build(
+    path: str | pathlib.Path,
+    rows: int = 512,
+    saes: Sequence[str] = (),
+    out: pathlib.Path | None = None,
+    options: dashboards.Options = dashboards.DEFAULTS,
+    rows_per_batch: int | None = None,
+    is_for_neuronpedia: bool = False,
+    **overrides: str | None,
+) -> dict[str, site.Dashboards]:
+    """Writes dashboards of the SAEs at a path.
+
+    Cut off and called again, it goes on behind the last state that was kept; see `dashboards.SAVE_EVERY`.
+
+    Args:
+      path: see `opening.open_path`.
+      rows: of held-out text, at most all of it.
+      saes: their names; of none, all.
+      out: the folder to write to, new or of dashboards; None: `dashboards` beside the SAE or in the run.
+      options: what is kept of each latent.
+      rows_per_batch: in one pass; None: as the config says.
+      is_for_neuronpedia: with Neuronpedia's batch files, too.
+      **overrides: see `opening.open_path`.
+
+    Raises:
+      ValueError: there is no such SAE, or the folder holds something else.
+    """
+    interrupts = interrupt.Interrupts()
+    interrupts.forbid_saving("the same command goes on behind what was kept last")
+    try:
+        opened = opening.open_path(path, **overrides)
+        config, subjects = opened.config, opened.subjects
+        if unknown := set(saes) - subjects.keys():
+            raise ValueError(f"there is no SAE {', '.join(sorted(unknown))}; there are {', '.join(subjects)}")
+        subjects = {name: subject for name, subject in subjects.items() if not saes or name in saes}
+        rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
+        for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+        out = out or report.beside(path) / "dashboards"
+        if not (out / _MARK).exists():
+            files.check_new(out)
+        mesh, loaded = opening.load_gemma(config)
+        held_out = data.open_rows(opened.rows, data.HELD_OUT)
+        about = {
+            "model": config.model,
+            "dtype": config.gemma_dtype,
+            "weights": weights.fingerprint(gemma.weights_path(config.model, config.weights)),
+            "text": config.data.text,
+            "rows_of": data.name_of(opened.rows),
+            "rows": min(rows, len(held_out)),
+            "context_length": config.data.context_length,
+            "options": vars(options),
+            "saes": {name: report.identity(subject) for name, subject in subjects.items()},
+        }
+        if hosts.is_first():
+            files.write_json(out / _MARK, about)
+        parts = evaluation.Parts(out / "partial", about)
+        counts = opening.counts_of(config)
+        gathered = dashboards.gather(
+            loaded, subjects, held_out, rows, rows_per_batch, counts, options, mesh, parts
+        )
+        passages = dashboards.Passages(dashboards.read_tokens(held_out, rows))
+        words = tokenizer.load(config.model, config.tokenizer, config.weights)
+        text_of = site.token_texts(words.decode)
+        folders = {name: re.sub(r"[^\w.-]+", "_", name) for name in subjects} if len(subjects) > 1 else {}
+        all_shown = {}
+        for name, subject in subjects.items():
+            in_stream = directions.in_stream(loaded.params, subject.spliced, subject.sae.W_dec)
+            logits = None if in_stream is None else directions.logits(mesh, loaded, in_stream)
+            nearest = directions.nearest(subject.sae.W_dec)
+            shown = site.Dashboards(
+                name, config.model, subject, config.data.text, gathered[name], logits, *nearest, passages
+            )
+            all_shown[name] = shown
+            if hosts.is_first():
+                folder = out / folders.get(name, "")
+                site.write(folder, shown, text_of)
+                if is_for_neuronpedia:
+                    neuronpedia.write(folder / "neuronpedia", shown, config.data.context_length, text_of)
+        if hosts.is_first() and folders:
+            site.write_links(out / "index.html", folders, all_shown)
+        _tell(out, all_shown)
+        parts.remove()
+        return all_shown
+    finally:
+        interrupts.close()
+
+
+def _tell(out: pathlib.Path, all_shown: dict[str, site.Dashboards]) -> None:
+    for name, shown in all_shown.items():
+        g = shown.gathered
+        print(
+            f"{name}: {shown.width:,} latents on {g.activations:,} activations; {g.is_dead_M.sum():,} never fired, "
+            f"{g.is_dense_M.sum():,} on more than a tenth.",
+            flush=True,
+        )
+    print(f"Wrote {out / 'index.html'}", flush=True)

@@ -1,0 +1,194 @@
+"use strict";
+// Everything that is shown is in the address: ?q=TEXT&show=WHICH&sort=ORDER&page=NUMBER#LATENT. Text is only ever set as
+// textContent. What is said of all latents is `about`, of each in `latents[FILE]` once its file is loaded.
+window.latents = {};
+const about = window.about, width = about.count.length, PER_PAGE = 100, MOST_FOUND = 200;
+const query = new URLSearchParams(location.search), asked = (query.get("q") || "").trim();
+const dense = new Set(about.dense);
+const place = id => document.getElementById(id);
+let shownLatent = null;
+
+function element(tag, content, className) {
+  const made = document.createElement(tag);
+  for (const part of [content].flat()) made.append(part instanceof Node ? part : String(part));
+  if (className) made.className = className;
+  return made;
+}
+const link = (address, content) => Object.assign(element("a", content), {href: address});
+const visible = text => text.replace(/\n/g, "↵").replace(/\t/g, "⇥");
+const number = value => Math.abs(value) >= 1e5 ? value.toExponential(2) : String(+value.toPrecision(3));
+const percent = latent => number(100 * about.count[latent] / Math.max(about.activations, 1)) + "%";
+
+// A file of latents, from disk the first time.
+function load(file) {
+  return new Promise((resolve, reject) => {
+    if (window.latents[file]) return resolve(window.latents[file]);
+    const script = document.createElement("script");
+    script.src = `data/latents_${file}.js`;
+    script.onload = () => { script.remove(); resolve(window.latents[file]); };
+    script.onerror = () => reject(new Error(`${script.src} cannot be read`));
+    document.head.append(script);
+  });
+}
+
+const WHICH = {
+  all: () => true, alive: i => about.count[i] > 0, dead: i => about.count[i] === 0, dense: i => dense.has(i),
+};
+const ORDERS = {
+  number: (a, b) => a - b, frequency: (a, b) => about.count[b] - about.count[a] || a - b,
+  rare: (a, b) => about.count[a] - about.count[b] || a - b, max: (a, b) => about.max[b] - about.max[a] || a - b,
+};
+const chosen = (name, of) => Object.hasOwn(of, query.get(name)) ? query.get(name) : Object.keys(of)[0];
+const show = chosen("show", WHICH), sort = chosen("sort", ORDERS);
+
+function row(latent, reason) {
+  const made = element("tr", [
+    element("td", link("#" + latent, latent)), element("td", percent(latent)), element("td", number(about.max[latent])),
+    element("td", visible(reason)),
+  ]);
+  made.dataset.latent = latent;
+  if (latent === shownLatent) made.className = "chosen";
+  return made;
+}
+
+const peaksOf = latent => about.peaks[latent].slice(0, 3).map(t => JSON.stringify(about.tokens[t])).join(" ");
+
+function list() {
+  const found = [];
+  for (let i = 0; i < width; i++) if (WHICH[show](i)) found.push(i);
+  found.sort(ORDERS[sort]);
+  const last = Math.max(Math.ceil(found.length / PER_PAGE) - 1, 0);
+  const at = Math.min(Math.max(Number(query.get("page")) || 0, 0), last);
+  place("rows").append(...found.slice(at * PER_PAGE, (at + 1) * PER_PAGE).map(i => row(i, peaksOf(i))));
+  place("status").textContent = `${found.length.toLocaleString("en")} latents`;
+  const turn = (to, content) => {
+    const address = new URLSearchParams(query);
+    address.set("page", to);
+    place("pages").append(link("?" + address, content), " ");
+  };
+  if (at > 0) turn(at - 1, "← before");
+  if (at < last) turn(at + 1, "next →");
+  return found[at * PER_PAGE];
+}
+
+// Latents by number, then by token in the index, then by the text of passages, for which all files are read in turn.
+async function search() {
+  const wanted = asked.toLowerCase(), found = new Set();
+  const add = (latent, reason) => {
+    if (found.has(latent) || found.size >= MOST_FOUND || !WHICH[show](latent)) return;
+    found.add(latent);
+    place("rows").append(row(latent, reason));
+  };
+  if (/^\d+$/.test(asked) && +asked < width) add(+asked, "its number");
+  const same = new Set(about.tokens.flatMap((text, t) => text.trim().toLowerCase() === wanted ? [t] : []));
+  const order = [...Array(width).keys()].sort(ORDERS[sort]);
+  const byToken = (tokens, reason) => {
+    for (const i of same.size ? order : []) {
+      const t = tokens[i].find(t => same.has(t));
+      if (t !== undefined) add(i, `${reason} ${JSON.stringify(about.tokens[t])}`);
+    }
+  };
+  byToken(about.peaks, "fires on");
+  if (about.raises) byToken(about.raises, "raises");
+  const first = found.values().next().value;
+  if (first !== undefined) openFirst(first);
+  for (let file = 0; file * about.per_file < width && found.size < MOST_FOUND; file++) {
+    const {tokens, latents} = await load(file);
+    latents.forEach((latent, i) => {
+      for (const [, , passage] of [...latent.top, ...latent.bands]) {
+        const text = passage.map(t => tokens[t]).join(""), at = text.toLowerCase().indexOf(wanted);
+        if (at < 0) continue;
+        add(file * about.per_file + i, "…" + text.slice(Math.max(at - 10, 0), at + wanted.length + 10) + "…");
+        break;
+      }
+    });
+    if (file !== Math.floor(shownLatent / about.per_file)) delete window.latents[file];
+    const read = Math.min((file + 1) * about.per_file, width).toLocaleString("en");
+    place("status").textContent = `${found.size} found, passages of ${read} of ${width.toLocaleString("en")} latents read`;
+    if (found.size) openFirst(found.values().next().value);
+  }
+  if (found.size >= MOST_FOUND) place("status").textContent = `the first ${MOST_FOUND} that were found`;
+}
+
+function histogram([first, ...counts]) {
+  const [lowest, perOctave] = about.histogram, most = Math.max(...counts), WIDE = 14, HIGH = 90;
+  const make = (tag, attributes, content) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    if (content !== undefined) made.append(content);
+    return made;
+  };
+  const edge = bin => number(2 ** (lowest + bin / perOctave));
+  const drawn = make("svg", {width: Math.max(counts.length * WIDE, 160) + 40, height: HIGH + 22});
+  counts.forEach((count, i) => {
+    const high = count && Math.max(HIGH * count / most, 1);
+    const bar = make("rect", {x: i * WIDE, y: HIGH - high, width: WIDE - 2, height: high});
+    bar.append(make("title", {}, `${edge(first + i)} to ${edge(first + i + 1)}: ${count.toLocaleString("en")}`));
+    drawn.append(bar);
+    if (i % 6 === 0) drawn.append(make("text", {x: i * WIDE, y: HIGH + 14}, edge(first + i)));
+  });
+  return drawn;
+}
+
+function passage([row, peak, tokens, values], texts, largest) {
+  const made = element("div", element("span", number(values[peak]), "value"), "passage");
+  tokens.forEach((t, i) => {
+    const token = element("span", visible(texts[t]));
+    if (values[i] > 0) {
+      token.style.background = `rgba(30,142,62,${(0.1 + 0.7 * Math.min(values[i] / largest, 1)).toFixed(2)})`;
+      token.title = number(values[i]);
+    }
+    if (i === peak) token.className = "peak";
+    made.append(token);
+  });
+  made.title = `row ${row}`;
+  return made;
+}
+
+function table(title, rows) {
+  return element("div", [element("h2", title), element("table", rows.map(
+    cells => element("tr", cells.map(cell => element("td", cell)))))]);
+}
+
+async function showLatent(latent) {
+  shownLatent = latent;
+  document.querySelectorAll("#rows tr").forEach(r => r.classList.toggle("chosen", +r.dataset.latent === latent));
+  const {tokens, latents} = await load(Math.floor(latent / about.per_file));
+  if (shownLatent !== latent) return;
+  const data = latents[latent % about.per_file], largest = about.max[latent], target = place("latent");
+  const kind = about.count[latent] ? (dense.has(latent) ? " (dense)" : "") : " (never fired)";
+  const move = [latent - 1, latent + 1].filter(i => i >= 0 && i < width);
+  target.replaceChildren(
+    element("h2", [`Latent ${latent}${kind} `, ...move.map(i => link("#" + i, i < latent ? "← " : " →"))]),
+    element("p", `Fires on ${percent(latent)} of activations (${about.count[latent].toLocaleString("en")}); ` +
+      `where it does, ${number(data.mean)} in the mean and ${number(largest)} at most.`));
+  if (about.count[latent]) target.append(histogram(data.histogram));
+  const columns = element("div", [], "columns");
+  const words = pairs => pairs.map(([t, value]) => [element("span", visible(tokens[t]), "token"), number(value)]);
+  if (data.up) columns.append(table("Raises", words(data.up)), table("Lowers", words(data.down)));
+  columns.append(table("Nearest decoders", data.nearest.map(([i, cosine]) => [link("#" + i, i), cosine.toFixed(2)])));
+  target.append(columns);
+  if (!data.top.length) return;
+  target.append(element("h2", "Strongest"), ...data.top.map(p => passage(p, tokens, largest)));
+  target.append(element("h2", "One of each fifth of its firings, the strongest fifth first"),
+    ...data.bands.map(p => passage(p, tokens, largest)));
+}
+
+function failed(error) { place("status").textContent = error.message; }
+function openHash() {
+  const text = location.hash.slice(1);
+  if (/^\d+$/.test(text) && +text < width) showLatent(+text).catch(failed);
+  return shownLatent !== null;
+}
+function openFirst(latent) { if (shownLatent === null && latent !== undefined) showLatent(latent).catch(failed); }
+
+const reads = about.site === about.target_site ? about.site : `${about.site} to ${about.target_site}`;
+place("about").textContent = `${about.model}, ${reads}: ${width.toLocaleString("en")} latents on ` +
+  `${about.activations.toLocaleString("en")} activations, ${about.rows.toLocaleString("en")} rows of ${about.text}.` +
+  (about.raises ? "" : " What is predicted is not added to the residual stream: no logits are shown.");
+const form = document.querySelector("form");
+form.q.value = asked; form.show.value = show; form.sort.value = sort;
+place("rows").append(element("tr", ["latent", "fires", "at most", asked ? "found by" : "fires most on"].map(h => element("th", h))));
+window.addEventListener("hashchange", openHash);
+openHash();
+if (asked) search().catch(failed); else openFirst(list());
