@@ -11,8 +11,8 @@ same whatever the batch and the devices.
 
 Memory at rest, latents being split over the devices where these divide them: for each latent
 4 · (2 + BINS + (top + sample) · (3 + T)) bytes with T = before + 1 + after. By default that is 8.4 kB: 0.14 GB for
-16k latents, 1.1 GB for 131k, 8.8 GB for a million. A row of L tokens takes some 5 · 4 · L bytes more for each latent of a
-device while it is looked at; rows are looked at one after the other, whatever the batch.
+16k latents, 1.1 GB for 131k, 8.8 GB for a million. A row of L tokens takes some 5 · 4 · L bytes more for each latent
+of a device while it is looked at; rows are looked at one after the other, whatever the batch.
 """
 
 import dataclasses
