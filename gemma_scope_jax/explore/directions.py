@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, sharding, weights
+from gemma_scope_jax import gemma, hosts, sharding, weights
 
 # So many logits exist at a time.
 _LOGITS = 2**26
@@ -34,8 +34,10 @@ def in_stream(params: weights.Params, site: gemma.Site, W_dec_MxO: np.ndarray) -
     if site.kind != "attn_out":
         return None
     block = params[f"layer_{site.layer}"]
-    w_NxHxD = np.asarray(block["attn"]["attn_vec_einsum"]["w"], np.float32)
-    gain_D = 1 + np.asarray(block["post_attention_norm"]["scale"], np.float32)
+    w_NxHxD, scale_D = hosts.fetch(
+        (block["attn"]["attn_vec_einsum"]["w"], block["post_attention_norm"]["scale"])
+    )
+    w_NxHxD, gain_D = w_NxHxD.astype(np.float32), 1 + scale_D.astype(np.float32)
     return W_dec_MxO @ w_NxHxD.reshape(-1, w_NxHxD.shape[-1]) * gain_D
 
 
