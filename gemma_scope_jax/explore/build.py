@@ -10,6 +10,7 @@ from gemma_scope_jax import (
     files,
     gemma,
     hosts,
+    hub,
     interrupt,
     opening,
     report,
@@ -48,9 +49,7 @@ def build(
     Raises:
       ValueError: there is no such SAE, or the folder holds something else.
     """
-    interrupts = interrupt.Interrupts()
-    interrupts.forbid_saving("the same command goes on behind what was kept last")
-    try:
+    with interrupt.ending_at_once("the same command goes on behind what was kept last"):
         opened = opening.open_path(path, **overrides)
         config, subjects = opened.config, opened.subjects
         if unknown := set(saes) - subjects.keys():
@@ -60,7 +59,7 @@ def build(
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
-        out = out or report.beside(path) / "dashboards"
+        out = out or hub.results_folder(path, None) / "dashboards"
         if not (out / _MARK).exists():
             files.check_new(out)
         mesh, loaded = opening.load_gemma(config)
@@ -106,8 +105,6 @@ def build(
         _tell(out, all_shown)
         parts.remove()
         return all_shown
-    finally:
-        interrupts.close()
 
 
 def _tell(out: pathlib.Path, all_shown: dict[str, site.Dashboards]) -> None:
