@@ -159,10 +159,12 @@ async function showLatent(latent) {
   const kind = about.count[latent] ? (dense.has(latent) ? " (dense)" : "") : " (never fired)";
   const move = [latent - 1, latent + 1].filter(i => i >= 0 && i < width);
   target.replaceChildren(
-    element("h2", [`Latent ${latent}${kind} `, ...move.map(i => link("#" + i, i < latent ? "← " : " →"))]),
-    element("p", `Fires on ${percent(latent)} of activations (${about.count[latent].toLocaleString("en")}); ` +
-      `where it does, ${number(data.mean)} in the mean and ${number(largest)} at most.`));
-  if (about.count[latent]) target.append(histogram(data.histogram));
+    element("h2", [`Latent ${latent}${kind} `, ...move.map(i => link("#" + i, i < latent ? "← " : " →"))]));
+  if (about.count[latent]) {
+    const share = `${percent(latent)} of activations (${about.count[latent].toLocaleString("en")})`;
+    const size = `${number(data.mean)} in the mean and ${number(largest)} at most`;
+    target.append(element("p", `Fires on ${share}; where it does, ${size}.`), histogram(data.histogram));
+  }
   const columns = element("div", [], "columns");
   const words = pairs => pairs.map(([t, value]) => [element("span", visible(tokens[t]), "token"), number(value)]);
   if (data.up) columns.append(table("Raises", words(data.up)), table("Lowers", words(data.down)));
@@ -188,7 +190,15 @@ place("about").textContent = `${about.model}, ${reads}: ${width.toLocaleString("
   (about.raises ? "" : " What is predicted is not added to the residual stream: no logits are shown.");
 const form = document.querySelector("form");
 form.q.value = asked; form.show.value = show; form.sort.value = sort;
-place("rows").append(element("tr", ["latent", "fires", "at most", asked ? "found by" : "fires most on"].map(h => element("th", h))));
+const sorted = (by, content) => {
+  const address = new URLSearchParams(query);
+  address.delete("page");
+  address.set("sort", by);
+  return link("?" + address, content);
+};
+place("rows").append(element("tr", [
+  sorted("number", "latent"), sorted("frequency", "fires"), sorted("max", "at most"), asked ? "found by" : "fires most on",
+].map(heading => element("th", heading))));
 window.addEventListener("hashchange", openHash);
 openHash();
 if (asked) search().catch(failed); else openFirst(list());
