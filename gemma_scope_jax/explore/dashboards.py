@@ -284,7 +284,7 @@ def _is_peak(f_MxL: jax.Array, radius: int) -> jax.Array:
     while 2 * span <= radius:
         largest, span = jnp.maximum(largest, ahead(largest, span)), 2 * span
     largest = jnp.maximum(largest, ahead(largest, radius - span))
-    return (f_MxL >= largest[:, :length]) & (f_MxL >= ahead(largest, radius + 1)[:, :length])
+    return (f_MxL > largest[:, :length]) & (f_MxL >= ahead(largest, radius + 1)[:, :length])
 
 
 def _gathered(options: Options, rows: int, activations: int, state: Mapping[str, np.ndarray]) -> Gathered:
