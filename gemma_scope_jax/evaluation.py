@@ -307,16 +307,14 @@ def _measure(
 
     for site in dict.fromkeys(subject.spliced for subject in subjects.values()):
         y_SxLxO, before_SxLxD = values[site], streams[site.layer]
-        mean_O = jnp.asarray(means[site])
+        mean_O = means[site]
         splice = functools.partial(passes.spliced, *gemma_of, before_SxLxD, *tokens, site)
-        ablations = {
-            "zero": jnp.zeros_like(y_SxLxO),
-            "mean": jnp.broadcast_to(mean_O[None, None].astype(y_SxLxO.dtype), y_SxLxO.shape),
-        }
+        # On the host, since an array of this host's devices alone could not meet one of all hosts'.
+        ablations = {"zero": np.zeros_like(mean_O), "mean": mean_O}
         found = passes.target(mesh, y_SxLxO, rows.is_kept_SxL)
         found |= {"clean_SxL": clean["loss_SxL"], "scored_SxL": clean["scored_SxL"]}
-        for name, replacement_SxLxO in ablations.items():
-            found[f"{name}_SxL"] = passes.loss(*gemma_of, splice(replacement_SxLxO), *tokens)["loss_SxL"]
+        for name, value_O in ablations.items():
+            found[f"{name}_SxL"] = passes.loss(*gemma_of, splice(value_O[None, None]), *tokens)["loss_SxL"]
             done()
         keep(_reference(site), found)
         importance_SxLxO = None

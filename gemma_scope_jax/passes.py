@@ -49,7 +49,7 @@ def spliced(
     site: gemma.Site,
     replacement_SxLxD: jax.Array,
 ) -> jax.Array:
-    """The residual stream behind the last block, with something else in the site's place."""
+    """The residual stream behind the last block, with something else in the site's place, or [1, 1, D] everywhere."""
 
     def replace(x_SxLxD: jax.Array) -> jax.Array:
         return jnp.where(is_kept_SxL[..., None], replacement_SxLxD.astype(x_SxLxD.dtype), x_SxLxD)
