@@ -249,7 +249,10 @@ def evaluate(
     per_batch = padded_rows(mesh, count, per_batch)
     passes_of_batch = 1 + (2 if is_fast else 3) * len(spliced) + len(subjects)
     total = -(-count // per_batch) * passes_of_batch
-    with tqdm.tqdm(total=total, desc="Evaluating", unit="pass", dynamic_ncols=True) as bar:
+    speaks = hosts.is_first()
+    with tqdm.tqdm(
+        total=total, desc="Evaluating", unit="pass", dynamic_ncols=True, disable=not speaks
+    ) as bar:
         for index, rows in enumerate(batches(mesh, held_out_rows, count, per_batch, counts)):
             found = parts.read(index) if parts else None
             if found is None:
@@ -307,7 +310,7 @@ def _measure(
 
     for site in dict.fromkeys(subject.spliced for subject in subjects.values()):
         y_SxLxO, before_SxLxD = values[site], streams[site.layer]
-        mean_O = means[site]
+        mean_O = np.asarray(means[site])
         splice = functools.partial(passes.spliced, *gemma_of, before_SxLxD, *tokens, site)
         # On the host, since an array of this host's devices alone could not meet one of all hosts'.
         ablations = {"zero": np.zeros_like(mean_O), "mean": mean_O}
