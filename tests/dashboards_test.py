@@ -255,19 +255,21 @@ def test_what_is_planted_is_found(tiny_gemma):
     planted = sae.SAE(W_enc, np.zeros(64, np.float32), np.full(64, 0.99, np.float32), W_dec, one.b_dec)
     tokens = np.full((4, 30), 50, np.int32)
     tokens[:, 0] = gemma.BOS
-    tokens[1, 7] = tokens[3, 20] = tokens[3, 23] = 77
+    tokens[1, 7] = tokens[3, 20] = tokens[3, 23] = tokens[2, 0] = 77
     subjects = {"a": evaluation.Subject(planted, SITES["embed"], None)}
-    found = dashboards.gather(tiny_gemma, subjects, Rows(tokens), 4, 4, options=OPTIONS)["a"]
+    found = dashboards.gather(
+        tiny_gemma, subjects, Rows(tokens), 4, 4, lambda tokens: tokens != gemma.PAD, options=OPTIONS
+    )["a"]
     order = data.order(4, evaluation.ORDER_SEED, 0, 4)
-    assert found.count_M[5] == 3 and found.count_M.sum() == 3
+    assert found.count_M[5] == 4 and found.count_M.sum() == 4
     top = {
         (int(order[r]), int(p))
         for r, p in zip(found.top.row_MxK[5], found.top.position_MxK[5], strict=True)
         if r >= 0
     }
-    assert top == {(1, 7), (3, 20)}  # The third is in the second's passage, which shows it.
+    assert top == {(1, 7), (2, 0), (3, 20)}  # The other is in the second's passage, which shows it.
     drawn = (found.sample.row_MxK[5] >= 0).sum()
-    assert drawn == 3
+    assert drawn == 4
     said = directions.logits(evaluation.one_device(), tiny_gemma, W_dec, 1)
     logits = W_dec[5] / np.sqrt(np.square(W_dec[5]).mean()) * gain @ table.T
     assert said.highest_token_MxT[5, 0] == logits.argmax()
