@@ -27,6 +27,8 @@ class Where(NamedTuple):
     tokens_SxL: jax.Array
     positions_SxL: jax.Array  # Behind the prompt's BOS, which is at 0; below 0 is padding.
     is_prompt_SxL: jax.Array
+    # What the sites written before this one became, in this pass.
+    passed: Mapping[gemma.Site, jax.Array]
 
 
 # From a site's activations [S, L, D] to what takes their place: of whole prompts first, then of one token at a time.
@@ -73,8 +75,7 @@ def advance(
     # From slots and not from tokens: a BOS or PAD that the model writes is a token like any other.
     positions_SxL = slot_L[None] - cache.start_S[:, None]
     mask_SxLxC = (slot_1x1xC <= slot_L[None, :, None]) & (slot_1x1xC >= cache.start_S[:, None, None])
-    where = Where(tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, is_prompt))
-    replace = {site: functools.partial(_intervene, function, where) for site, function in write.items()}
+    replace = at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, is_prompt))
 
     # Prompts are run as a harvest is: each chip its own rows, blocks gathered. One token of each row is less to send
     # about than weights are, and those the compiler would gather before its loop, and keep.
@@ -90,8 +91,21 @@ def advance(
     return Cache(blocks, cache.start_S), sharding.constrain(mesh, logits_SxV, sharding.REPLICATED)
 
 
-def _intervene(function: Intervention, where: Where, x_SxLxD: jax.Array) -> jax.Array:
-    return function(x_SxLxD, where)
+def at(
+    write: Mapping[gemma.Site, Intervention],
+    tokens_SxL: jax.Array,
+    positions_SxL: jax.Array,
+    is_prompt_SxL: jax.Array,
+) -> dict[gemma.Site, gemma.Write]:
+    """Interventions on one pass over these tokens, for `gemma.walk`."""
+    passed: dict[gemma.Site, jax.Array] = {}
+    where = Where(tokens_SxL, positions_SxL, is_prompt_SxL, passed)
+
+    def intervene(site: gemma.Site, x_SxLxD: jax.Array) -> jax.Array:
+        passed[site] = write[site](x_SxLxD, where)
+        return passed[site]
+
+    return {site: functools.partial(intervene, site) for site in write}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_tokens", "mesh"))

@@ -52,9 +52,8 @@ INTERVENTIONS = {
 @functools.partial(jax.jit, static_argnames="model")
 def whole_pass(model, params, tokens, prompt_length, write):
     index = jnp.arange(tokens.shape[1])[None]
-    where = generation.Where(tokens, index, index < prompt_length)
+    bound = generation.at(write, tokens, index, index < prompt_length)
     x = gemma.embed(model, params, tokens)
-    bound = {site: functools.partial(lambda f, x: f(x, where), function) for site, function in write.items()}
     layers = range(model.config.num_layers)
     x, _ = gemma.run_blocks(model, params, x, tokens, layers, write=bound)
     return gemma.logits(model, params, x)

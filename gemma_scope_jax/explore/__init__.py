@@ -1,6 +1,7 @@
 """Looking inside the model: what latents fire on, and what they do."""
 
+from gemma_scope_jax.explore.edits import Edit, ablate, add, clamp, scale
 from gemma_scope_jax.explore.reading import Reading, read
 from gemma_scope_jax.explore.scope import Scope, open_scope
 
-__all__ = ["Reading", "Scope", "open_scope", "read"]
+__all__ = ["Edit", "Reading", "Scope", "ablate", "add", "clamp", "open_scope", "read", "scale"]

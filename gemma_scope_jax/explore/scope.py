@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import evaluation, gemma, opening, passes, sae, tokenizer
+from gemma_scope_jax import evaluation, gemma, opening, passes, sae, sharding, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,22 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
         opened.subjects,
         {name: passes.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(pathlib.Path(path), opened.subjects),
+    )
+
+
+def place_prompts(scope: Scope, prompts: Sequence[Sequence[int]]) -> jax.Array:
+    """Token ids, each with its BOS, as rows [S, L] on the devices.
+
+    They are padded behind, so that each token sees what it would see alone; and with rows of PAD alone to as many as
+    the devices divide. L is a multiple of 16, so that prompts of about one length are of one shape.
+    """
+    length = -(-max(map(len, prompts)) // 16) * 16
+    rows = -(-len(prompts) // scope.mesh.size) * scope.mesh.size
+    tokens_SxL = np.full((rows, length), gemma.PAD, np.int32)
+    for row_L, prompt in zip(tokens_SxL, prompts, strict=False):
+        row_L[: len(prompt)] = prompt
+    return jax.make_array_from_callback(
+        tokens_SxL.shape, jax.NamedSharding(scope.mesh, sharding.TOKENS), lambda index: tokens_SxL[index]
     )
 
 
