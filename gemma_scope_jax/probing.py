@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+from scipy import sparse
 from sklearn import linear_model, model_selection
 
 from gemma_scope_jax import (
@@ -109,14 +110,30 @@ def read_labelled(path: pathlib.Path) -> Labelled:
     return Labelled(texts, np.array(labels), np.array(groups))
 
 
+def _joined(labelled: Labelled) -> np.ndarray:
+    """Numbers [T] of groups that share no text."""
+    _, text_T = np.unique(labelled.texts, return_inverse=True)
+    _, group_T = np.unique(labelled.groups, return_inverse=True)
+    # A graph of texts and groups, in which each line of the file ties its text to its group.
+    edges = (np.ones(len(text_T)), (text_T, text_T.max() + 1 + group_T))
+    count = text_T.max() + group_T.max() + 2
+    _, component = sparse.csgraph.connected_components(sparse.coo_array(edges, shape=(count, count)), False)
+    return component[text_T]
+
+
 def split(labelled: Labelled, seed: int) -> np.ndarray:
     """Which texts [T] are for testing: a third, whole groups, with the classes' shares as near as groups allow.
 
     Raises:
-      ValueError: a class is not in both parts.
+      ValueError: there are too few groups, or a class is not in both parts.
     """
+    groups = _joined(labelled)
+    if (count := len(set(groups))) < PARTS:
+        raise ValueError(
+            f"the texts are of {count} groups, which are not divided; give at least {PARTS} groups"
+        )
     folds = model_selection.StratifiedGroupKFold(PARTS, shuffle=True, random_state=seed)
-    _, test = next(folds.split(np.zeros(len(labelled.labels)), labelled.labels, labelled.groups))
+    _, test = next(folds.split(np.zeros(len(labelled.labels)), labelled.labels, groups))
     is_test_T = np.isin(np.arange(len(labelled.labels)), test)
     for label in np.unique(labelled.labels).tolist():
         for part, is_in_T in (("test", is_test_T), ("training", ~is_test_T)):

@@ -7,7 +7,7 @@ import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, export, files, gemma, hub, runs, weights
+from gemma_scope_jax import bank, data, export, files, gemma, hub, runs, weights
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
@@ -75,6 +75,17 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
     if missing or measured.get("step") != step:
         raise ValueError(
             f"{path} is not of this run at its step {step}; run python evaluate.py {workdir} first"
+        )
+    config = run.config
+    own = {
+        "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text, "split": data.HELD_OUT,
+        "turns": None, "context_length": config.data.context_length,
+    }  # fmt: skip
+    if other := {name: measured.get(name) for name, value in own.items() if measured.get(name) != value}:
+        said = ", ".join(f"{name} {value}" for name, value in other.items())
+        raise ValueError(
+            f"{path} is of {said}, and not of the run's own held-out rows; run python evaluate.py {workdir} again, "
+            "and give other evaluations an --out"
         )
     return measured
 

@@ -90,17 +90,25 @@ def rows_of(columns: Mapping[str, Suite]) -> list[dict[str, str]]:
     return [{label: name for label, suite in columns.items() if name in suite.results} for name in every]
 
 
-def difference(number: str, a: object, b: object) -> tuple[float, float] | None:
+def difference(number: str, a: object, b: object, is_same_text: bool) -> tuple[float, float] | None:
     """What a number is of `b` less what it is of `a`; nan for the error where they are not of the same rows."""
     first, second = getattr(a, number, None), getattr(b, number, None)
     if first is None or second is None:
         return None
-    if number in metrics.PAIRED and _same_rows(a.by_row, b.by_row):
+    if number in metrics.PAIRED and is_same_text and _same_counts(a.by_row, b.by_row):
         return metrics.difference(number, a.by_row, b.by_row)
     return second - first, float("nan")
 
 
-def _same_rows(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+def _same_text(a: Suite, b: Suite) -> bool:
+    """Whether both took their rows from one split of one text; then they begin with the same ones."""
+    return all(
+        name in a.about and a.about[name] == b.about.get(name)
+        for name in ("rows_of", "split", "turns", "context_length")
+    )
+
+
+def _same_counts(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
     return all(
         name in a and name in b and np.array_equal(a[name], b[name]) for name in ("activations", "tokens")
     )
@@ -130,7 +138,8 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
                 cell["se"] = getattr(result, f"{number}_se", None)
                 if is_compared and column != first and first in row:
                     base = columns[first].results[row[first]]
-                    found = difference(number, base, result)
+                    is_same = _same_text(columns[first], columns[column])
+                    found = difference(number, base, result, is_same)
                     cell |= dict(zip(("difference", "difference_se"), found or (None, None), strict=True))
                     shown[f"{column} − {first}"] = page.with_error(*(found or (None, None)), f"+{form}")
                 cells.append(cell)

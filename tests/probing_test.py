@@ -85,7 +85,7 @@ def test_labels_are_strings_or_whole_numbers(tmp_path):
 
 def test_a_third_is_for_testing_with_the_shares_of_the_classes_and_whole_groups(tmp_path):
     labels = np.repeat(["a", "b", "c"], [120, 60, 30])
-    single = probing.Labelled([""] * 210, labels, np.arange(210).astype(str))
+    single = probing.Labelled(list(map(str, range(210))), labels, np.arange(210).astype(str))
     is_test_T = probing.split(single, 0)
     assert [is_test_T[labels == label].sum() for label in "abc"] == [40, 20, 10]
     assert np.array_equal(is_test_T, probing.split(single, 0))
@@ -98,6 +98,14 @@ def test_a_third_is_for_testing_with_the_shares_of_the_classes_and_whole_groups(
     # A class that is one group cannot be on both sides.
     with pytest.raises(ValueError, match=r"no text of class '[abc]' is in the (test|training) part"):
         probing.split(single._replace(groups=labels), 0)
+    with pytest.raises(ValueError, match="the texts are of 2 groups, which are not divided"):
+        probing.split(single._replace(groups=(np.arange(210) % 2).astype(str)), 0)
+    # Groups that have a text in common are as one.
+    tied = grouped._replace(
+        texts=["both" if i in (0, 7, 14) else text for i, text in enumerate(single.texts)]
+    )
+    for seed in range(20):
+        assert probing.split(tied, seed)[:15].sum() in (0, 15)
     # The same text twice, once for training and once for testing, would be known by heart.
     path = write(tmp_path / "twice.jsonl", [{"text": f"{i % 30}", "label": i % 2} for i in range(60)])
     found = probing.read_labelled(path)

@@ -51,10 +51,31 @@ def test_saes_stand_side_by_side_by_name_or_else_in_order():
 
 def test_other_rows_leave_a_difference_without_an_error():
     a = types.SimpleNamespace(l0=4.0, by_row=by_row(1))
-    b = types.SimpleNamespace(l0=6.0, by_row={**by_row(2), "tokens": np.ones(40)})
-    found, error = suites.difference("l0", a, b)
-    assert found == 2 and np.isnan(error)
-    assert suites.difference("kl", a, b) is None
+    b = types.SimpleNamespace(l0=6.0, by_row=by_row(2))
+    fewer = types.SimpleNamespace(l0=6.0, by_row={**by_row(2), "tokens": np.ones(40)})
+    assert np.isfinite(suites.difference("l0", a, b, is_same_text=True)[1])
+    for other, is_same_text in ((b, False), (fewer, True)):
+        found, error = suites.difference("l0", a, other, is_same_text)
+        assert found == 2 and np.isnan(error)
+    assert suites.difference("kl", a, b, True) is None
+
+    about = {
+        "rows_of": "sotu-1",
+        "split": "held_out",
+        "turns": None,
+        "context_length": 256,
+        "dtype": "float32",
+    }
+    first = suites.Suite("a", about, {})
+    assert suites._same_text(first, suites.Suite("b", about | {"dtype": "bfloat16"}, {}))
+    for name, value in {
+        "rows_of": "other",
+        "split": "train",
+        "turns": "model",
+        "context_length": 128,
+    }.items():
+        assert not suites._same_text(first, suites.Suite("b", about | {name: value}, {}))
+    assert not suites._same_text(suites.Suite("a", {}, {}), suites.Suite("b", {}, {}))
 
 
 def test_folders_are_told_apart(tmp_path):
