@@ -79,6 +79,8 @@ def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> bytes:
 
 def _against_l0(lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool = True) -> bytes:
     """A panel for each number that was measured; each point is a result with its label."""
+    from matplotlib import ticker
+
     everything = [result for points in lines.values() for result, _ in points]
     numbers = {"delta_loss": "delta loss, nats", "fvu": "FVU", "r_l0": "r_L0"}
     if any(result.r_l0 is None for result in everything):
@@ -93,17 +95,19 @@ def _against_l0(lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool 
             for x, value, (_, text) in zip(l0, y, points, strict=True):
                 axis.annotate(text, (x, value), (6, 6), textcoords="offset points", fontsize=7)
         # A splice may lower the loss, and an SAE may be silent.
-        if min(result.l0 for result in everything) > 0:
-            axis.set_xscale("log")
-        if min(getattr(result, number) for result in everything) > 0:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-        axis.xaxis.set_major_formatter("{x:g}")
+        for scale, of, name in ((axis.set_xscale, axis.xaxis, "l0"), (axis.set_yscale, axis.yaxis, number)):
+            values = [getattr(result, name) for result in everything]
+            if min(values) > 0:
+                scale("log")
+                # Of less than a decade few numbers would have a tick, of several decades too many.
+                is_wide = max(values) > 4 * min(values)
+                of.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if is_wide else ticker.MaxNLocator(5))
+                of.set_minor_locator(ticker.NullLocator())
+            of.set_major_formatter("{x:g}")
         axis.margins(x=0.15)  # Room for the points' labels.
         axis.set_xlabel("L0")
         axis.set_ylabel(title)
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
     if len(lines) > 1:
         axes[0].legend(fontsize=7)
     return _png(figure, 120)

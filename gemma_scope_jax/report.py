@@ -186,7 +186,8 @@ def _evaluate(
     page.write_csv(out / "evaluation.csv", results)
     plots.write_plot(out / "evaluation.png", results)
     written = [f"evaluation.{kind}" for kind in ("json", "npz", "csv", "png")]
-    lines = sweeps(opened.members) or _lines(opened.subjects, results)
+    # Baselines are of no sweep.
+    lines = sweeps(opened.members) or (_lines(opened.subjects, results) if not options["baselines"] else {})
     if lines:
         plots.write_pareto(out / "pareto.png", results, lines)
         written.append("pareto.png")

@@ -170,6 +170,9 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
 
 def _print(tables: Mapping[str, list[tuple[str, dict[str, str]]]], headings: list[str]) -> None:
     console = rich.console.Console()
+    names = max(len(name) for rows in tables.values() for name, _ in rows)
+    # Wider than a narrow terminal, where a row then takes two lines, rather than a digit on each.
+    console.width = max(console.width, names + sum(max(len(heading), 20) + 3 for heading in headings) + 5)
     for number, rows in tables.items():
         table = rich.table.Table(title=page.NUMBERS[number][0])
         table.add_column("", no_wrap=True)
