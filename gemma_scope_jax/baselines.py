@@ -16,7 +16,8 @@ THRESHOLD_ACTIVATIONS = 2048
 def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) -> dict[str, Subject]:
     """The baselines of an SAE by what they are called, each with its L0 on these activations.
 
-    - `top_k`: the same SAE, of whose latents those k fire that are strongest, k being its L0 rounded.
+    - `top_k`: the same SAE without its thresholds: of each activation the k strongest latents fire, k being its L0
+      rounded.
     - `random_decoder`: its encoder, with random directions for a decoder.
     - `untrained`: an autoencoder as training starts with it, its thresholds one that gives the L0.
     - `pca`: the first k principal components; of each activation exactly k latents fire.
@@ -38,7 +39,9 @@ def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) ->
     m, o = subject.sae.W_dec.shape
     random_MxO = np.asarray(sae.init(decoder_key, o, m, 1.0).W_dec)
     found = {
-        "top_k": dataclasses.replace(subject, top_k=k),
+        "top_k": dataclasses.replace(
+            subject, sae=subject.sae.replace(threshold=np.zeros(m, np.float32)), top_k=k
+        ),
         "random_decoder": subject.sae.replace(W_dec=random_MxO, W_skip=None),
     }
     if subject.target_site is None or subject.target_site == subject.site:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
+import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import rich.console
 import rich.table
+import rich.text
 
 from gemma_scope_jax import (
     bank,
@@ -88,13 +90,13 @@ def evaluate_path(
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
-        out = hub.results_folder(path, out)
+        given_out, out = out, hub.results_folder(path, out)
         mesh, loaded = opening.load_gemma(config)
         if has_baselines:
             opened = _with_baselines(opened, loaded, rows_per_batch, mesh)
         options = {
             "rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides,
-            "fast": is_fast or None, "baselines": has_baselines or None,
+            "fast": is_fast or None, "baselines": has_baselines or None, "out": given_out,
         }  # fmt: skip
         by_text = {}
         for label, source in (texts or {"": config.data.text}).items():
@@ -109,12 +111,13 @@ def evaluate_path(
 
 
 def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
+    """What makes it again, as it is typed."""
     flags = []
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
                 flags.append(f"--{name}" if one is True else f"--{name}={one}")
-    return " ".join(["python evaluate.py", str(path), *flags])
+    return shlex.join(["python", "evaluate.py", str(path), *flags])
 
 
 def _with_baselines(
@@ -200,7 +203,7 @@ def _evaluate(
         {"Sweeps": out / "pareto.png"} if lines else None,
     )
     written.append("evaluation.html")
-    print_table(results)
+    print_table(results, f"{config.data.text}, {split}")
     if cost:
         print(
             f"A batch took {cost.seconds:.1f} s. Its clean pass, two ablations a site and one splice an SAE, at the "
@@ -253,12 +256,11 @@ def _lines(
 _OF_MANY = ("l0", "fvu", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction")
 
 
-def print_table(results: dict[str, evaluation.Evaluation]) -> None:
+def print_table(results: dict[str, evaluation.Evaluation], of: str) -> None:
     """The numbers of every SAE: a column each, or of more than three a row each with those that matter most."""
     first = next(iter(results.values()))
-    table = rich.table.Table(
-        title=f"Held-out text: {first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"
-    )
+    counts = f"{first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"
+    table = rich.table.Table(title=rich.text.Text(f"{of}: {counts}"))
     console = rich.console.Console()
     if len(results) > 3:
         table.add_column("", no_wrap=True)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import pathlib
+import shlex
 import types
 from collections.abc import Mapping
 
@@ -62,12 +63,16 @@ def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
     their order. Differences have a standard error where both were evaluated on the same rows.
 
     Raises:
-      ValueError: a folder holds no evaluation.
+      ValueError: a folder holds no evaluation, there is but one, or `out` is no folder.
     """
+    if len(folders) < 2:
+        raise ValueError(f"{folders[0]} alone cannot be compared; give two folders or more")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; give a folder")
     shortest = _labels(folders)
     columns = {label: read(folder, label) for label, folder in zip(shortest, folders, strict=True)}
     out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m gemma_scope_jax compare", *map(str, folders), f"--out={out}"])
+    command = shlex.join(["python", "-m", "gemma_scope_jax", "compare", *map(str, folders), f"--out={out}"])
     write(out, columns, command, is_compared=True)
 
 

@@ -83,5 +83,10 @@ def test_folders_are_told_apart(tmp_path):
     assert suites._labels(folders) == ["one/eval", "two/eval"]
     with pytest.raises(ValueError, match="given twice"):
         suites._labels([folders[0], folders[0]])
+    with pytest.raises(ValueError, match="alone cannot be compared"):
+        suites.compare(folders[:1], tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file; give a folder"):
+        suites.compare(folders, tmp_path / "file")
     with pytest.raises(ValueError, match="has no evaluation"):
         suites.compare(folders, tmp_path / "out")
