@@ -252,11 +252,33 @@ def _files(text: str) -> list[pathlib.Path]:
     return files
 
 
+def files_of(text: str) -> set[pathlib.Path]:
+    """The files of a text that is here, in full; none of a dataset's."""
+    if text == DEFAULT_TEXT or text.startswith("tfds:"):
+        return set()
+    pattern = os.path.expanduser(text)
+    return {
+        pathlib.Path(path).resolve()
+        for path in [pattern, *glob.glob(pattern, recursive=True)]
+        if os.path.exists(path)
+    }
+
+
+def is_same_text(a: str, b: str) -> bool:
+    """Whether they are one text, also where its files are called differently."""
+    return a == b or (bool(files_of(a)) and files_of(a) == files_of(b))
+
+
 def _read_file(path: pathlib.Path) -> Iterator[str | Exchange]:
     suffixes = path.suffixes
     match "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else path.suffix:
         case ".txt":
-            yield path.read_text(encoding="utf-8")
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); convert it"
+                ) from error
         case ".jsonl" | ".jsonl.gz" | ".json.gz":
             opener = gzip.open if path.suffix == ".gz" else open
             with opener(path, "rt", encoding="utf-8") as lines:
@@ -266,7 +288,9 @@ def _read_file(path: pathlib.Path) -> Iterator[str | Exchange]:
                         text = _checked(found["text"])
                         yield Exchange(_checked(found["prompt"]), text) if "prompt" in found else text
                     except (ValueError, KeyError, TypeError) as error:
-                        raise ValueError(f'{path}:{number} is not a JSON object with a "text"') from error
+                        raise ValueError(
+                            f'{path}:{number} is not a JSON object with a "text", and perhaps a "prompt", of strings'
+                        ) from error
         case ".parquet":
             table = pyarrow.parquet.ParquetFile(path)
             if "text" not in table.schema_arrow.names:

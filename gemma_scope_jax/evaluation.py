@@ -239,7 +239,13 @@ def evaluate(
     mesh = mesh or one_device()
     count = min(count, len(held_out_rows))
     spliced = tuple(dict.fromkeys(subject.spliced for subject in subjects.values()))
-    known = {s.spliced: s.mean_O for s in subjects.values() if s.mean_O is not None}
+    said = {site: [s.mean_O for s in subjects.values() if s.spliced == site] for site in spliced}
+    # SAEs that were trained on other texts, or filed without it, are all held against one mean.
+    known = {
+        site: means[0]
+        for site, means in said.items()
+        if means[0] is not None and all(np.array_equal(means[0], mean) for mean in means)
+    }
     unknown = tuple(site for site in spliced if site not in known)
     means = known | site_means(loaded, unknown, training_rows, per_batch, counts, mesh)
     placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}

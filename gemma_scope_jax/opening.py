@@ -1,7 +1,9 @@
 """What lies at a path: a run's SAEs or those of files, with the model and the rows to look at them with."""
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -27,10 +29,15 @@ class Opened:
 
     config: config_lib.Config  # to evaluate with
     subjects: dict[str, evaluation.Subject]
-    rows: pathlib.Path  # the folder of those to evaluate on
+    prepare_rows: Callable[[], pathlib.Path]  # of the text to evaluate on
     members: dict[str, bank.Member]  # of a run
     step: int | None = None  # of a run, at which they are as they are here
     trained: data.DataConfig = data.DataConfig()  # what they were trained on, where it is known
+
+    @functools.cached_property
+    def rows(self) -> pathlib.Path:
+        """The folder of the rows to evaluate on, made when it is first asked for: not all look at text of its own."""
+        return self.prepare_rows()
 
 
 # What only files leave open.
@@ -76,7 +83,11 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
         stored.check(name, config.model, subject.sae, subject.site, subject.spliced)
     packed = ("text", "turns", "tokenizer")
     # Of another model of the same tokens the same rows, so that the two can be compared.
-    rows = runs.prepare_rows_once(config) if given.keys() & set(packed) else runs.run_rows(run.config, path)
+    is_other = bool(given.keys() & set(packed))
+
+    def rows() -> pathlib.Path:
+        return runs.prepare_rows_once(config) if is_other else runs.run_rows(run.config, path)
+
     return Opened(config, subjects, rows, members, int(state.step), run.config.data)
 
 
@@ -89,25 +100,33 @@ def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Con
     config = dataclasses.replace(config, **changes)
     if "turns" in given:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=True))
-    if given.get("text", config.data.text) != config.data.text:
+    if not data.is_same_text(given.get("text", config.data.text), config.data.text):
         config = dataclasses.replace(config, data=_other_text(config.data, given["text"]))
     return config
 
 
 def _other_text(trained: data.DataConfig, text: str) -> data.DataConfig:
     """Of a text that was not trained on all is held out."""
+    if shared := data.files_of(trained.text) & data.files_of(text):
+        print(
+            f"Of the files of {text} {len(shared)} are of the text that was trained on, {min(shared)} among them: "
+            "what is measured on them is not held out.",
+            flush=True,
+        )
     return dataclasses.replace(trained, text=text, documents=0, held_out_fraction=1.0)
 
 
 def on_text(opened: Opened, text: str) -> Opened:
     """The same with the rows of another text, or of the one that was trained on."""
-    if text == opened.config.data.text:
+    if data.is_same_text(text, opened.config.data.text):
         return opened
     is_chat = opened.config.data.chat_template
     trained = dataclasses.replace(opened.trained, chat_template=is_chat)
-    changed = trained if text == trained.text else _other_text(trained, text)
+    changed = trained if data.is_same_text(text, trained.text) else _other_text(trained, text)
     config = dataclasses.replace(opened.config, data=changed)
-    return dataclasses.replace(opened, config=config, rows=runs.prepare_rows_once(config))
+    return dataclasses.replace(
+        opened, config=config, prepare_rows=functools.partial(runs.prepare_rows_once, config)
+    )
 
 
 def _open_stored(location: str, given: dict[str, str]) -> Opened:
@@ -151,8 +170,12 @@ def _open_stored(location: str, given: dict[str, str]) -> Opened:
         for one in found
     }
     is_as_trained = config.data == trained.data and "tokenizer" not in given
-    rows = data.cached(config.data, about.rows) if about.rows and is_as_trained else None
-    return Opened(config, subjects, rows or runs.prepare_rows_once(config), {}, trained=trained.data)
+
+    def rows() -> pathlib.Path:
+        made = data.cached(config.data, about.rows) if about.rows and is_as_trained else None
+        return made or runs.prepare_rows_once(config)
+
+    return Opened(config, subjects, rows, {}, trained=trained.data)
 
 
 def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, gemma.Gemma]:

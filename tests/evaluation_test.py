@@ -296,6 +296,32 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
         report.evaluate_path(run, text=[str(other), f"other={inputs / 'text.jsonl'}"])
 
 
+def test_the_text_that_was_trained_on_is_known_by_any_name(run, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(inputs)
+    rows = opening.open_path(run).rows
+    assert len(data.open_rows(opening.open_path(run, text="./text.jsonl").rows, data.HELD_OUT)) == len(
+        data.open_rows(rows, data.HELD_OUT)
+    )
+    assert "is not held out" not in capsys.readouterr().out
+    (inputs / "text.jsonl").with_name("more.jsonl").write_text('{"text": "more"}')
+    opening.open_path(run, text="*.jsonl")
+    assert "1 are of the text that was trained on" in capsys.readouterr().out
+
+
+def test_saes_that_are_filed_with_other_means_are_held_against_one(tiny_gemma):
+    rows = Rows(tiny.tokens(8, 16))
+    means = {"first": np.zeros(32, np.float32), "second": np.ones(32, np.float32), "none": None}
+
+    def ablated(*names):
+        subjects = {n: evaluation.Subject(random_sae(), SITE, means[n]) for n in names}
+        found, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 8, 8, is_fast=True)
+        return [found[name].mean_ablation_loss for name in names]
+
+    (measured,) = ablated("none")
+    assert ablated("first", "second") == ablated("none", "first") == [measured, measured]
+    assert ablated("first") != [measured]
+
+
 def test_only_the_models_turns_count(run, tmp_path):
     """On replies to prompts, in the chat template, as on rollouts of an instruction-tuned model."""
     rollouts = tmp_path / "rollouts.jsonl"

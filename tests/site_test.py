@@ -228,7 +228,7 @@ def opened(tiny_gemma, inputs, monkeypatch):
         name: evaluation.Subject(random_sae(seed), place, None)
         for seed, (name, place) in enumerate(zip(("a/b", "c"), places, strict=True))
     }
-    found = opening.Opened(config, subjects, runs.prepare_rows_once(config), {})
+    found = opening.Opened(config, subjects, lambda: runs.prepare_rows_once(config), {})
     monkeypatch.setattr(opening, "open_path", lambda path, **_: found)
     words = dataclasses.replace(tiny.load_tokenizer(), decode=decode)
     monkeypatch.setattr(tokenizer, "load", lambda *_: words)
