@@ -186,8 +186,9 @@ def measure_evaluation(case: Evaluation) -> dict:
     blocks = gemma.harvest_flops(model, case.rows, case.length, layers)
     upper = blocks * (1 - case.layer / layers)
     logits = 2 * count * d * v
-    # Clean; two ablations; a gradient, forward, again, and back; the splice, whose KL makes logits twice.
-    gemma_flops = blocks + 2 * upper + 4 * upper + upper + logits * (1 + 2 + 4 + 2)
+    # Clean; two ablations; a gradient of the activations alone, forward, again, and back; the splice, whose KL makes
+    # logits twice.
+    gemma_flops = blocks + 2 * upper + 3 * upper + upper + logits * (1 + 2 + 3 + 2)
     # Encoding, decoding and, for r_L0, one product more, each in float32.
     sae_flops = chips.PASSES["highest"] * 2 * count * 3 * d * m
     return {

@@ -1,6 +1,7 @@
 """What an SAE's numbers are to be held against: others as sparse as it is, that learnt less or nothing."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) ->
       seed: of what is random.
     """
     x_BxD, y_BxO = (np.asarray(v, np.float32) for v in (x_BxD, y_BxO))
-    f_BxM = np.asarray(sae.encode(subject.sae, jnp.asarray(x_BxD[:THRESHOLD_ACTIVATIONS])))
-    l0 = float((f_BxM > 0).sum(1).mean())
+    fired = sum((f_BxM > 0).sum() for f_BxM in _encoded(subject.sae, x_BxD[:THRESHOLD_ACTIVATIONS]))
+    l0 = float(fired / len(x_BxD[:THRESHOLD_ACTIVATIONS]))
     k = max(round(l0), 1)
     decoder_key, init_key = jax.random.split(jax.random.key(seed))
     m, o = subject.sae.W_dec.shape
@@ -54,6 +55,12 @@ def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) ->
         name: made if isinstance(made, Subject) else dataclasses.replace(subject, sae=made, top_k=None)
         for name, made in found.items()
     }
+
+
+def _encoded(subject: sae.SAE, x_BxD: np.ndarray) -> Iterator[np.ndarray]:
+    """Latents of some activations at a time: of all they may be more than there is memory."""
+    for start in range(0, len(x_BxD), 256):
+        yield np.asarray(sae.encode(subject, jnp.asarray(x_BxD[start : start + 256])))
 
 
 def _untrained(key: jax.Array, x_BxD: np.ndarray, m: int, l0: float) -> sae.SAE:
@@ -85,8 +92,7 @@ def _principal(x_BxD: np.ndarray, k: int) -> sae.SAE:
 
 def _fitted(subject: sae.SAE, x_BxD: np.ndarray, y_BxO: np.ndarray) -> sae.SAE:
     """The SAE with the scale of its decoder and the bias that give the least squared error."""
-    f_BxM = np.asarray(sae.encode(subject, jnp.asarray(x_BxD)))
-    recon_BxO = f_BxM @ subject.W_dec
+    recon_BxO = np.concatenate([f_BxM @ subject.W_dec for f_BxM in _encoded(subject, x_BxD)])
     mean_O, target_O = recon_BxO.mean(0), y_BxO.mean(0)
     centred_BxO = recon_BxO - mean_O
     squared = np.square(centred_BxO).sum(dtype=np.float64)

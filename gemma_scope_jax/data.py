@@ -180,7 +180,10 @@ def encode(tokenizer: Tokenizer, document: str | Exchange, between: Sequence[int
     if isinstance(document, str):
         return tokenizer.encode(document)
     if not between:
-        raise ValueError('the text has prompts and replies; set data.chat_template, or remove each "prompt"')
+        raise ValueError(
+            "the text has prompts and replies; set data.chat_template, or --turns of evaluate.py, or remove "
+            'each "prompt"'
+        )
     return [*tokenizer.encode(document.prompt), *between, *tokenizer.encode(document.reply)]
 
 
@@ -240,7 +243,10 @@ def documents(text: str) -> Iterator[str | Exchange]:
             yield value.decode() if isinstance(value, bytes) else value
     else:
         for path in _files(text):
-            yield from _read_file(path)
+            try:
+                yield from _read_file(path)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not in UTF-8 ({error.reason}); convert it") from error
 
 
 def _files(text: str) -> list[pathlib.Path]:
@@ -273,12 +279,7 @@ def _read_file(path: pathlib.Path) -> Iterator[str | Exchange]:
     suffixes = path.suffixes
     match "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else path.suffix:
         case ".txt":
-            try:
-                yield path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); convert it"
-                ) from error
+            yield path.read_text(encoding="utf-8")
         case ".jsonl" | ".jsonl.gz" | ".json.gz":
             opener = gzip.open if path.suffix == ".gz" else open
             with opener(path, "rt", encoding="utf-8") as lines:

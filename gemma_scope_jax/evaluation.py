@@ -6,6 +6,7 @@ BOS, EOS and PAD. `passes` has the compiled passes, `metrics` the numbers.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -152,16 +153,11 @@ class Parts:
     """What was measured of each batch, kept in a folder so that a long evaluation goes on where it was cut off."""
 
     def __init__(self, folder: pathlib.Path, identity: Mapping[str, object]) -> None:
-        """Opens the folder; one that an evaluation of another `identity` left is emptied."""
-        self.folder = folder
-        said = folder / "identity.json"
-        wanted = json.loads(json.dumps(identity))
+        """Opens what lies in the folder of this `identity`, beside that of others, which were cut off, too."""
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.folder = folder / digest[:16]
         if hosts.is_first():
-            if folder.exists() and not (said.exists() and files.read_json(said) == wanted):
-                shutil.rmtree(folder)
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                files.write_json(said, wanted)
+            self.folder.mkdir(parents=True, exist_ok=True)
         hosts.wait_for_all("the parts of an evaluation are opened")
 
     def read(self, index: int) -> dict[str, dict[str, np.ndarray]] | None:
@@ -189,6 +185,8 @@ class Parts:
         """To be called when nothing can be lost any more."""
         if hosts.is_first():
             shutil.rmtree(self.folder)
+            if not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
 
     def _path(self, index: int) -> pathlib.Path:
         return self.folder / f"batch_{index:06}.npz"

@@ -42,7 +42,6 @@ class Opened:
 
 # What only files leave open.
 _OF_FILES = ("site", "target_site")
-TURNS = ("all", "user", "model")
 
 
 def open_path(location: str | pathlib.Path, **overrides: str | None) -> Opened:

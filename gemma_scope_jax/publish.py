@@ -79,7 +79,8 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
     config = run.config
     own = {
         "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text, "split": data.HELD_OUT,
-        "turns": None, "context_length": config.data.context_length,
+        "turns": None, "context_length": config.data.context_length, "weights": config.weights,
+        "tokenizer": config.tokenizer,
     }  # fmt: skip
     if other := {name: measured.get(name) for name, value in own.items() if measured.get(name) != value}:
         said = ", ".join(f"{name} {value}" for name, value in other.items())

@@ -38,14 +38,17 @@ def texts_of(given: Sequence[str]) -> dict[str, str]:
     """Texts by their labels, of `SOURCE` or `LABEL=SOURCE` each.
 
     Raises:
-      ValueError: two have one label.
+      ValueError: two have one label, or one is none that a folder may have.
     """
     texts: dict[str, str] = {}
     for value in given:
-        if match := re.fullmatch(r"([\w.-]+)=(.+)", value):
+        match = re.fullmatch(r"([\w.-]+)=(.+)", value)
+        if match and not pathlib.Path(value).exists():  # A file's name may have a = in it.
             label, source = match.groups()
         else:
             label, source = re.sub(r"[^\w-]+", "_", pathlib.PurePosixPath(value).stem), value
+        if label.startswith("."):
+            raise ValueError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
         if label in texts:
             raise ValueError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
         texts[label] = source
@@ -85,29 +88,45 @@ def evaluate_path(
         texts = texts_of([text] if isinstance(text, str) else text or ())
         opened = opening.open_path(path, text=next(iter(texts.values()), None), **overrides)
         config = opened.config
+        # All of them before anything takes long.
+        by_label = {
+            label: opening.on_text(opened, source)
+            for label, source in (texts or {"": config.data.text}).items()
+        }
+        for one in by_label.values():
+            data.open_rows(one.rows, split)
         rows = config.evaluation.rows if rows is None else rows
         rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
         given_out, out = out, hub.results_folder(path, out)
+        places = {label: out / label if len(texts) > 1 else out for label in by_label}
+        for place in places.values():
+            if place != out and place.exists() and not list(place.glob("evaluation.*")):
+                raise ValueError(f"{place} is there already and no evaluation; name the text otherwise")
         mesh, loaded = opening.load_gemma(config)
         if has_baselines:
-            opened = _with_baselines(opened, loaded, rows_per_batch, mesh)
+            subjects = _with_baselines(opened, loaded, rows_per_batch, mesh)
+            by_label = {label: dataclasses.replace(one, subjects=subjects) for label, one in by_label.items()}
         options = {
             "rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides,
             "fast": is_fast or None, "baselines": has_baselines or None, "out": given_out,
         }  # fmt: skip
-        by_text = {}
-        for label, source in (texts or {"": config.data.text}).items():
-            opened = opening.on_text(opened, source)
-            command = _command(path, options | {"text": f"{label}={source}" if label else None})
-            place = out / label if len(texts) > 1 else out
-            by_text[label] = _evaluate(opened, loaded, mesh, options, place, command)
-        if len(by_text) > 1 and hosts.is_first():
-            columns = {label: suites.of(label, results) for label, results in by_text.items()}
-            suites.write(out, columns, _command(path, options | {"text": list(map("=".join, texts.items()))}))
-        return by_text[label]
+        found, parts = {}, []
+        for label, one in by_label.items():
+            place = places[label]
+            of_text = options | {"text": f"{label}={texts[label]}" if label else None}
+            of_text["out"] = given_out if place == out else place
+            parts.append(evaluation.Parts(place / "evaluation.parts", _identity(one, mesh, options)))
+            found[label] = _evaluate(one, loaded, mesh, options, place, _command(path, of_text), parts[-1])
+        if len(found) > 1 and hosts.is_first():
+            suites.write(out, found, _command(path, options | {"text": list(map("=".join, texts.items()))}))
+        for (
+            of_one
+        ) in parts:  # Not before all texts are done, or the same command would begin with the first again.
+            of_one.remove()
+        return dict(found[label].results)
 
 
 def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
@@ -122,7 +141,7 @@ def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
 
 def _with_baselines(
     opened: opening.Opened, loaded: gemma.Gemma, per_batch: int, mesh: jax.sharding.Mesh
-) -> opening.Opened:
+) -> dict[str, evaluation.Subject]:
     """Each SAE followed by its baselines."""
     split = data.TRAIN if opened.config.data.held_out_fraction < 1 else data.HELD_OUT
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
@@ -136,7 +155,38 @@ def _with_baselines(
         subjects[name] = subject
         made = baselines.of(subject, found[subject.site], found[subject.spliced])
         subjects |= {f"{name}_{kind}": baseline for kind, baseline in made.items()}
-    return dataclasses.replace(opened, subjects=subjects)
+    return subjects
+
+
+def _about(opened: opening.Opened, options: Mapping[str, object]) -> dict[str, object]:
+    """What was evaluated, and on what."""
+    config = opened.config
+    return {
+        "model": config.model,
+        "weights": config.weights,
+        "tokenizer": config.tokenizer,
+        "dtype": config.gemma_dtype,
+        "text": config.data.text,
+        "rows_of": data.name_of(opened.rows),
+        "split": options["split"],
+        "turns": options.get("turns"),
+        "context_length": config.data.context_length,
+        "step": opened.step,
+    }
+
+
+def _identity(
+    opened: opening.Opened, mesh: jax.sharding.Mesh, options: Mapping[str, object]
+) -> dict[str, object]:
+    """What changes whenever what would be measured of a batch does."""
+    config = opened.config
+    return _about(opened, options) | {
+        "weights": weights.fingerprint(gemma.weights_path(config.model, config.weights)),
+        "rows": options["rows"],
+        "rows_in_a_batch": evaluation.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
+        "is_fast": bool(options["fast"]),
+        "saes": {name: identity(subject) for name, subject in opened.subjects.items()},
+    }
 
 
 def _evaluate(
@@ -146,29 +196,13 @@ def _evaluate(
     options: Mapping[str, object],
     out: pathlib.Path,
     command: str,
-) -> dict[str, evaluation.Evaluation]:
+    parts: evaluation.Parts,
+) -> suites.Suite:
     """Evaluates on one text, and writes and prints what is found."""
-    config, is_fast, split = opened.config, bool(options["fast"]), options["split"]
-    about = {
-        "model": config.model,
-        "dtype": config.gemma_dtype,
-        "text": config.data.text,
-        "rows_of": data.name_of(opened.rows),
-        "split": split,
-        "turns": options.get("turns"),
-        "context_length": config.data.context_length,
-        "step": opened.step,
-    }
-    identity_of_all = about | {
-        "weights": weights.fingerprint(gemma.weights_path(config.model, config.weights)),
-        "rows": options["rows"],
-        "rows_in_a_batch": evaluation.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
-        "is_fast": is_fast,
-        "saes": {name: identity(subject) for name, subject in opened.subjects.items()},
-    }
+    config, split = opened.config, options["split"]
+    about = _about(opened, options)
     held_out = data.open_rows(opened.rows, split)
     training = data.open_rows(opened.rows, data.TRAIN) if config.data.held_out_fraction < 1 else held_out
-    parts = evaluation.Parts(out / "evaluation.parts", identity_of_all)
     results, cost = evaluation.evaluate(
         loaded,
         opened.subjects,
@@ -177,12 +211,13 @@ def _evaluate(
         options["rows"],
         options["rows_per_batch"],
         opening.counts_of(config, options.get("turns")),
-        is_fast,
+        bool(options["fast"]),
         mesh,
         parts,
     )
+    suite = suites.Suite(out.name, about, results)
     if not hosts.is_first():
-        return results
+        return suite
     about["cost"] = dataclasses.asdict(cost) if cost else None
     page.write_json(out / "evaluation.json", results, about)
     page.write_arrays(out / "evaluation.npz", results)
@@ -190,7 +225,8 @@ def _evaluate(
     plots.write_plot(out / "evaluation.png", results)
     written = [f"evaluation.{kind}" for kind in ("json", "npz", "csv", "png")]
     # Baselines are of no sweep.
-    lines = sweeps(opened.members) or (_lines(opened.subjects, results) if not options["baselines"] else {})
+    is_of_files = not opened.members and not options["baselines"]
+    lines = sweeps(opened.members) or (_lines(opened.subjects, results) if is_of_files else {})
     if lines:
         plots.write_pareto(out / "pareto.png", results, lines)
         written.append("pareto.png")
@@ -211,8 +247,7 @@ def _evaluate(
             flush=True,
         )
     print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
-    parts.remove()
-    return results
+    return suite
 
 
 def identity(subject: evaluation.Subject) -> list:

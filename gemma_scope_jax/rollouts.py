@@ -40,6 +40,10 @@ def write_rollouts(
         texts = list(data.documents(str(prompts)))
         if not texts:
             raise ValueError(f"--prompts: {prompts} is empty")
+        if any(isinstance(text, data.Exchange) for text in texts):
+            raise ValueError(
+                f'--prompts: {prompts} has a "prompt" beside a "text"; give lines of {{"text": …}} alone'
+            )
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt
         mesh, loaded = opening.load_gemma(config)

@@ -28,11 +28,6 @@ class Suite:
     results: Mapping[str, Evaluation | types.SimpleNamespace]
 
 
-def of(label: str, results: Mapping[str, Evaluation]) -> Suite:
-    """The suite of an evaluation that was just made."""
-    return Suite(label, {}, results)
-
-
 def read(folder: pathlib.Path, label: str | None = None) -> Suite:
     """The evaluation in a folder.
 

@@ -70,6 +70,13 @@ def test_order_is_a_permutation_of_each_epoch_and_depends_only_on_seed_and_place
     assert data.order(50, 4, 0, 50).tolist() != first.tolist()
 
 
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    for name, text in (("a.txt", "naïve"), ("a.jsonl", '{"text": "naïve"}')):
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=rf"{name} is not in UTF-8 .* convert it"):
+            list(data.documents(str(tmp_path / name)))
+
+
 def test_a_glob_may_cross_folders_and_a_name_may_hold_brackets(tmp_path):
     for name in ("a/x.txt", "b/c/y.txt"):
         (tmp_path / name).parent.mkdir(parents=True)

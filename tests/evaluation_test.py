@@ -217,14 +217,18 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
     monkeypatch.setattr(passes, "clean", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
-    assert len(list((tmp_path / "parts").glob("*.npz"))) == 2
+    assert len(list((tmp_path / "parts").rglob("*.npz"))) == 2
     found, _ = evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(asked) == 4  # One pass more, of the third batch.
     for name in want:
         assert metrics.numbers(found[name]) == metrics.numbers(want[name])
         np.testing.assert_array_equal(found[name].l0_counts, want[name].l0_counts)
-    evaluated(evaluation.Parts(tmp_path / "parts", {"of": "another"}))
-    assert len(asked) == 7  # Nothing of the first was taken for the other's.
+    another = evaluation.Parts(tmp_path / "parts", {"of": "another"})
+    evaluated(another)
+    assert len(asked) == 7  # Nothing of the first was taken for the other's,
+    another.remove()
+    evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
+    assert len(asked) == 7  # which is there still.
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +274,7 @@ def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, in
         report.evaluate_path(f"{run}/checkpoints/*")
 
 
-def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsys):
+def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"quite another text {i}"}) for i in range(5)))
     texts = [f"speeches={inputs / 'text.jsonl'}", str(other)]
@@ -292,8 +296,44 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
         for name, numbers in of["sae"].items() if label == "speeches" else ():
             assert float(cells["delta_loss", name, label]) == numbers["delta_loss"]
     assert not list((tmp_path / "out").rglob("evaluation.parts"))
+    html = (tmp_path / "out" / "other" / "evaluation.html").read_text()
+    assert f"--text=other={other}" in html and f"--out={tmp_path / 'out' / 'other'}" in html
     with pytest.raises(ValueError, match="two texts are called 'other'"):
         report.evaluate_path(run, text=[str(other), f"other={inputs / 'text.jsonl'}"])
+    monkeypatch.setattr(opening, "load_gemma", lambda _: pytest.fail("loaded"))  # All is said before.
+    for texts, message in (
+        (["..=sotu"], "cannot be called '..'"),
+        (
+            [str(other), f"checkpoints={inputs / 'text.jsonl'}"],
+            "checkpoints is there already and no evaluation",
+        ),
+        ([str(other), f"{inputs / 'none.txt'}"], "matches no file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.evaluate_path(run, text=texts)
+
+
+def test_texts_that_are_done_are_not_evaluated_again(run, inputs, tmp_path, monkeypatch):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"other words {i}"}) for i in range(12)))
+    options = {"text": [f"a={inputs / 'text.jsonl'}", f"b={other}"], "rows": 8, "out": tmp_path / "out"}
+    evaluate, calls = evaluation.evaluate, []
+
+    def once(*args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return evaluate(*args)
+
+    monkeypatch.setattr(evaluation, "evaluate", once)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        report.evaluate_path(run, is_fast=True, **options)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    measured, measure = [], evaluation._measure
+    monkeypatch.setattr(evaluation, "_measure", lambda *args: measured.append(args) or measure(*args))
+    report.evaluate_path(run, is_fast=True, **options)
+    assert len(measured) == 1  # The one batch of b.
+    assert not list((tmp_path / "out").rglob("evaluation.parts"))
 
 
 def test_the_text_that_was_trained_on_is_known_by_any_name(run, inputs, tmp_path, capsys, monkeypatch):

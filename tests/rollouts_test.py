@@ -59,6 +59,9 @@ def test_nothing_is_overwritten_and_mistakes_are_said_before_gemma_is_loaded(run
     with pytest.raises(ValueError, match="is empty"):
         run(f"--prompts={tmp_path / 'empty.jsonl'}")
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "text": "b"}')
+    with pytest.raises(ValueError, match=r'pairs\.jsonl has a "prompt" beside a "text"'):
+        run(f"--prompts={tmp_path / 'pairs.jsonl'}")
     with pytest.raises(ValueError, match=r'other\.jsonl:1 is not a JSON object with a "text"'):
         run(f"--prompts={tmp_path / 'other.jsonl'}")
     assert not (tmp_path / "out.jsonl").exists()
