@@ -33,8 +33,8 @@ def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) ->
       seed: of what is random.
     """
     x_BxD, y_BxO = (np.asarray(v, np.float32) for v in (x_BxD, y_BxO))
-    fired = sum((f_BxM > 0).sum() for f_BxM in _encoded(subject.sae, x_BxD[:THRESHOLD_ACTIVATIONS]))
-    l0 = float(fired / len(x_BxD[:THRESHOLD_ACTIVATIONS]))
+    first_BxD = x_BxD[:THRESHOLD_ACTIVATIONS]
+    l0 = sum(int((f_BxM > 0).sum()) for f_BxM in _encoded(subject.sae, first_BxD)) / len(first_BxD)
     k = max(round(l0), 1)
     decoder_key, init_key = jax.random.split(jax.random.key(seed))
     m, o = subject.sae.W_dec.shape

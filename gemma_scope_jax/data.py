@@ -249,25 +249,23 @@ def documents(text: str) -> Iterator[str | Exchange]:
                 raise ValueError(f"{path} is not in UTF-8 ({error.reason}); convert it") from error
 
 
-def _files(text: str) -> list[pathlib.Path]:
+def _matches(text: str) -> list[pathlib.Path]:
     pattern = os.path.expanduser(text)
     found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    files = [pathlib.Path(path) for path in sorted(found)]
+    return [pathlib.Path(path) for path in sorted(found)]
+
+
+def _files(text: str) -> list[pathlib.Path]:
+    files = _matches(text)
     if not files:
         raise ValueError(f"data.text {text!r} matches no file")
     return files
 
 
 def files_of(text: str) -> set[pathlib.Path]:
-    """The files of a text that is here, in full; none of a dataset's."""
-    if text == DEFAULT_TEXT or text.startswith("tfds:"):
-        return set()
-    pattern = os.path.expanduser(text)
-    return {
-        pathlib.Path(path).resolve()
-        for path in [pattern, *glob.glob(pattern, recursive=True)]
-        if os.path.exists(path)
-    }
+    """The files of a text by their full paths; none of a dataset's, or where they are not here."""
+    is_dataset = text == DEFAULT_TEXT or text.startswith("tfds:")
+    return set() if is_dataset else {path.resolve() for path in _matches(text)}
 
 
 def is_same_text(a: str, b: str) -> bool:

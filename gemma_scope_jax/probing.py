@@ -41,7 +41,7 @@ class Labelled(NamedTuple):
 
     texts: list[str]
     labels: np.ndarray  # [T], strings
-    groups: np.ndarray  # [T], numbers of them
+    groups: np.ndarray  # [T], numbers from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +101,24 @@ def read_labelled(path: pathlib.Path) -> Labelled:
         texts.append(text)
         labels.append(str(label))
         groups.append(str(group))
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     counts = {label: labels.count(label) for label in sorted(set(labels))}
     if len(counts) < 2:
         raise ValueError(f"{path} has texts of {len(counts)} classes; it takes two to tell apart")
     if few := {label: count for label, count in counts.items() if count < FEWEST}:
         named = ", ".join(f"{label!r} {count}" for label, count in few.items())
         raise ValueError(f"{path} has too few texts of {named}; give at least {FEWEST} of each class")
-    return Labelled(texts, np.array(labels), np.array([numbers[group] for group in groups]))
+    return Labelled(texts, np.array(labels), _numbered(groups))
+
+
+def _numbered(names: Sequence[str]) -> np.ndarray:
+    """Equal names as equal numbers from 0: an array of strings would give each the room of the longest."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names])
 
 
 def _joined(labelled: Labelled) -> np.ndarray:
     """Numbers [T] of groups that share no text."""
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(labelled.texts))}
-    text_T = np.array([numbers[text] for text in labelled.texts])
-    _, group_T = np.unique(labelled.groups, return_inverse=True)
+    text_T, group_T = _numbered(labelled.texts), labelled.groups
     # A graph of texts and groups, in which each line of the file ties its text to its group.
     edges = (np.ones(len(text_T)), (text_T, text_T.max() + 1 + group_T))
     count = text_T.max() + group_T.max() + 2

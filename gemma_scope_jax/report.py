@@ -118,13 +118,12 @@ def evaluate_path(
             place = places[label]
             of_text = options | {"text": f"{label}={texts[label]}" if label else None}
             of_text["out"] = given_out if place == out else place
-            parts.append(evaluation.Parts(place / "evaluation.parts", _identity(one, mesh, options)))
+            parts.append(evaluation.Parts(place / "evaluation.parts", _identity_of_all(one, mesh, options)))
             found[label] = _evaluate(one, loaded, mesh, options, place, _command(path, of_text), parts[-1])
         if len(found) > 1 and hosts.is_first():
             suites.write(out, found, _command(path, options | {"text": list(map("=".join, texts.items()))}))
-        for (
-            of_one
-        ) in parts:  # Not before all texts are done, or the same command would begin with the first again.
+        # Not before all texts are done, or the same command would begin with the first again.
+        for of_one in parts:
             of_one.remove()
         return dict(found[label].results)
 
@@ -175,7 +174,7 @@ def _about(opened: opening.Opened, options: Mapping[str, object]) -> dict[str, o
     }
 
 
-def _identity(
+def _identity_of_all(
     opened: opening.Opened, mesh: jax.sharding.Mesh, options: Mapping[str, object]
 ) -> dict[str, object]:
     """What changes whenever what would be measured of a batch does."""
@@ -215,7 +214,7 @@ def _evaluate(
         mesh,
         parts,
     )
-    suite = suites.Suite(out.name, about, results)
+    suite = suites.Suite(about, results)
     if not hosts.is_first():
         return suite
     about["cost"] = dataclasses.asdict(cost) if cost else None

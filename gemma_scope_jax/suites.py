@@ -22,13 +22,12 @@ NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
 class Suite:
     """An evaluation of some SAEs, as `report` wrote it."""
 
-    label: str
     about: Mapping[str, object]  # what it was made of
     # By SAE: objects with the numbers of `metrics.Evaluation`, and its `by_row`.
     results: Mapping[str, Evaluation | types.SimpleNamespace]
 
 
-def read(folder: pathlib.Path, label: str | None = None) -> Suite:
+def read(folder: pathlib.Path) -> Suite:
     """The evaluation in a folder.
 
     Raises:
@@ -48,7 +47,7 @@ def read(folder: pathlib.Path, label: str | None = None) -> Suite:
         name: types.SimpleNamespace(**numbers, by_row=by_row[name])
         for name, numbers in about.pop("sae").items()
     }
-    return Suite(label or folder.resolve().name, about, results)
+    return Suite(about, results)
 
 
 def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
@@ -65,7 +64,7 @@ def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file; give a folder")
     shortest = _labels(folders)
-    columns = {label: read(folder, label) for label, folder in zip(shortest, folders, strict=True)}
+    columns = {label: read(folder) for label, folder in zip(shortest, folders, strict=True)}
     out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "gemma_scope_jax", "compare", *map(str, folders), f"--out={out}"])
     write(out, columns, command, is_compared=True)

@@ -345,7 +345,15 @@ def test_the_text_that_was_trained_on_is_known_by_any_name(run, inputs, tmp_path
     assert "is not held out" not in capsys.readouterr().out
     (inputs / "text.jsonl").with_name("more.jsonl").write_text('{"text": "more"}')
     opening.open_path(run, text="*.jsonl")
+    (inputs / "more.jsonl").unlink()
     assert "1 are of the text that was trained on" in capsys.readouterr().out
+
+
+def test_what_looks_at_no_text_needs_none(run):
+    opened = opening.open_path(run, text="not/here.jsonl")
+    assert opened.subjects
+    with pytest.raises(ValueError, match="matches no file"):
+        _ = opened.rows
 
 
 def test_saes_that_are_filed_with_other_means_are_held_against_one(tiny_gemma):

@@ -77,7 +77,8 @@ def test_only_what_was_measured_is_published(evaluated, tmp_path):
         measured.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=r"is not of this run at its step 14; run python evaluate\.py"):
             publish.publish(workdir, tmp_path / "out", "someone/tiny-saes")
-    for name, value in {"split": "train", "text": "papers", "dtype": "bfloat16", "turns": "model"}.items():
+    others = {"split": "train", "text": "papers", "dtype": "bfloat16", "turns": "model", "weights": "other"}
+    for name, value in others.items():
         measured.write_text(json.dumps(told | {name: value}))
         with pytest.raises(ValueError, match=f"is of {name} {value}, and not of the run's own held-out rows"):
             publish.publish(workdir, tmp_path / "out", "someone/tiny-saes")

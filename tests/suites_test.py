@@ -38,15 +38,15 @@ def test_a_difference_has_the_error_of_rows_drawn_again(number):
     np.testing.assert_allclose(error, np.std(drawn), rtol=0.1, atol=1e-9)
 
 
-def suite(label, *names):
-    return suites.Suite(label, {}, {name: types.SimpleNamespace() for name in names})
+def suite(*names):
+    return suites.Suite({}, {name: types.SimpleNamespace() for name in names})
 
 
 def test_saes_stand_side_by_side_by_name_or_else_in_order():
-    a, b = suite("a", "x", "y"), suite("b", "y", "z")
+    a, b = suite("x", "y"), suite("y", "z")
     assert suites.rows_of({"a": a, "b": b}) == [{"a": "x"}, {"a": "y", "b": "y"}, {"b": "z"}]
-    assert suites.rows_of({"a": a, "b": suite("b", "p", "q")}) == [{"a": "x", "b": "p"}, {"a": "y", "b": "q"}]
-    assert suites.rows_of({"a": a, "b": suite("b", "p")}) == [{"a": "x"}, {"a": "y"}, {"b": "p"}]
+    assert suites.rows_of({"a": a, "b": suite("p", "q")}) == [{"a": "x", "b": "p"}, {"a": "y", "b": "q"}]
+    assert suites.rows_of({"a": a, "b": suite("p")}) == [{"a": "x"}, {"a": "y"}, {"b": "p"}]
 
 
 def test_other_rows_leave_a_difference_without_an_error():
@@ -66,16 +66,16 @@ def test_other_rows_leave_a_difference_without_an_error():
         "context_length": 256,
         "dtype": "float32",
     }
-    first = suites.Suite("a", about, {})
-    assert suites._same_text(first, suites.Suite("b", about | {"dtype": "bfloat16"}, {}))
+    first = suites.Suite(about, {})
+    assert suites._same_text(first, suites.Suite(about | {"dtype": "bfloat16"}, {}))
     for name, value in {
         "rows_of": "other",
         "split": "train",
         "turns": "model",
         "context_length": 128,
     }.items():
-        assert not suites._same_text(first, suites.Suite("b", about | {name: value}, {}))
-    assert not suites._same_text(suites.Suite("a", {}, {}), suites.Suite("b", {}, {}))
+        assert not suites._same_text(first, suites.Suite(about | {name: value}, {}))
+    assert not suites._same_text(suites.Suite({}, {}), suites.Suite({}, {}))
 
 
 def test_folders_are_told_apart(tmp_path):

@@ -62,8 +62,8 @@ def build(
         out = out or hub.results_folder(path, None) / "dashboards"
         if not (out / _MARK).exists():
             files.check_new(out)
-        mesh, loaded = opening.load_gemma(config)
         held_out = data.open_rows(opened.rows, data.HELD_OUT)
+        mesh, loaded = opening.load_gemma(config)
         about = {
             "model": config.model,
             "dtype": config.gemma_dtype,

@@ -8,7 +8,7 @@ Shapes: S rows, L tokens, K latents that are changed, D and O widths of the site
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -168,7 +168,7 @@ def _unchanged(x_SxLxD: jax.Array, where: generation.Where) -> jax.Array:
 
 # Cached: what was compiled with a function is found again by the same function.
 @functools.cache
-def _changed(site: gemma.Site, reads: tuple[gemma.Site, ...]) -> jax.tree_util.Partial:
+def _changed(site: gemma.Site, reads: tuple[gemma.Site, ...]) -> Callable[..., jax.Array]:
     def change(edits: tuple[Edits, ...], y_SxLxO: jax.Array, where: generation.Where) -> jax.Array:
         changed_SxLxO = y_SxLxO.astype(jnp.float32)
         for read, of in zip(reads, edits, strict=True):
