@@ -66,7 +66,7 @@ def test_the_python_in_the_documents_runs(capsys):
     assert np.isfinite(names["logits"]).all()
     loaded, prompt, reply = names["loaded"], names["prompts"][0], names["replies"][0]
     tokens = jnp.array([[*prompt, *reply]])
-    where = generation.Where(tokens, jnp.arange(tokens.size)[None], None)
+    where = generation.Where(tokens, jnp.arange(tokens.size)[None], None, {})
     write = {names["resid"]: lambda x: names["steering"](x, where)}
     x = gemma.embed(loaded.model, loaded.params, tokens)
     x, _ = gemma.run_blocks(loaded.model, loaded.params, x, tokens, range(loaded.num_layers), write=write)
