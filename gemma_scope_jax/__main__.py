@@ -85,9 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument(
         "--strengths",
         type=_numbers,
-        default=[-4, -2, -1, 0, 1, 2, 4, 8],
         dest="multiples",
-        help="of a sweep, so many times the edit each: numbers with commas",
+        help="of a sweep, so many times the edit each (default: -4,-2,-1,0,1,2,4,8)",
     )
     steer.add_argument(
         "--token",

@@ -237,20 +237,21 @@ def test_what_is_steered_equals_generation_by_hand(scope, values, temperature, s
 
 STEERED = explore.Steered(
     "<tiny>", (explore.add("a<b>", 3, 2.5, range(2, 4)),), ("say <b>", "[red]"),
-    (("so & so", "[dim]x"), ("", "")), (("so <i>", "[dim]y"), ("", "[/]")),
+    (("so & so", "[dim]x"), ("", "")), (("so <i>", "[dim]y"), ("", "[/]\n\na")), 0.7, 4,
 )  # fmt: skip
 
 
 def test_replies_are_shown_side_by_side_as_text(capsys, tmp_path):
     STEERED.show()
     shown = capsys.readouterr().out
-    assert "a<b>:3+2.5@2:4" in shown and "say <b>" in shown and "[red]" in shown
+    assert "a<b>:3+2.5@2:4" in shown and "[/]↵↵a" in shown and "say <b>" in shown and "[red]" in shown
     (line,) = [line for line in shown.splitlines() if "so & so" in line]
     assert line.index("so & so") < line.index("so <i>")
     STEERED.write_html(tmp_path / "a.html")
     html = (tmp_path / "a.html").read_text()
     assert "<i>" not in html and "<b>" not in html and "<tiny>" not in html
     assert '<span class="alike">so </span>&lt;i&gt;' in html and "a&lt;b&gt;:3+2.5@2:4" in html
+    assert "at temperature 0.7, seed 4" in html and "at temperature 0.7, seed 4" in shown
     assert not any(of in html for of in ("src=", "href=", "http"))
 
 

@@ -24,6 +24,15 @@ class Steered:
     # Each prompt's replies, as many as there are samples.
     clean: tuple[tuple[str, ...], ...]
     changed: tuple[tuple[str, ...], ...]
+    temperature: float = 0.0
+    seed: int = 0
+
+    @property
+    def how(self) -> str:
+        """How tokens were chosen."""
+        if self.temperature == 0:
+            return "the likeliest tokens"
+        return f"tokens drawn at temperature {self.temperature:g}, seed {self.seed}"
 
     @property
     def pairs(self) -> list[tuple[str, list[tuple[str, str, str]]]]:
@@ -34,10 +43,11 @@ class Steered:
         ]
 
     def show(self) -> None:
-        """Prints the replies side by side; what they begin with alike is dim."""
+        """Prints the replies side by side, ↵ for a new line; what they begin with alike is dim."""
         console = rich.console.Console()
         for edit in self.edits:
             console.print(rich.text.Text(specs.written(edit), "bold"))
+        console.print(rich.text.Text(self.how, "dim"))
         for prompt, pairs in self.pairs:
             title = rich.text.Text(prompt)
             table = rich.table.Table(
@@ -45,14 +55,16 @@ class Steered:
             )
             for heading in ("as it is", "changed"):
                 table.add_column(heading, ratio=1, overflow="fold")
-            for alike, *rest in pairs:
+            for replies in pairs:
+                # A steered model may write nothing but new lines.
+                alike, *rest = (text.replace("\n", "↵") for text in replies)
                 table.add_row(*(rich.text.Text.assemble((alike, "dim"), one) for one in rest))
             console.print(table)
 
     def write_html(self, path: str | pathlib.Path) -> None:
         """Writes a page of the same that needs no network."""
         page.render(
-            pathlib.Path(path), "explore/steered.html.jinja", model=self.model,
+            pathlib.Path(path), "explore/steered.html.jinja", model=self.model, how=self.how,
             edits=[specs.written(edit) for edit in self.edits], pairs=self.pairs,
         )  # fmt: skip
 
@@ -109,7 +121,7 @@ def steer(
         )
         texts = [generation.reply_text(scope.tokenizer, reply) for reply in written]
         replies.append(tuple(tuple(texts[i : i + samples]) for i in range(0, len(texts), samples)))
-    return Steered(scope.config.model, tuple(changes), prompts, *replies)
+    return Steered(scope.config.model, tuple(changes), prompts, *replies, temperature, seed)
 
 
 def steer_path(
@@ -123,7 +135,7 @@ def steer_path(
     chat: bool,
     html: pathlib.Path | None,
     sweep: bool,
-    multiples: Sequence[float],
+    multiples: Sequence[float] | None,
     tokens: Sequence[str],
     png: pathlib.Path | None,
     rows: int,
@@ -142,7 +154,7 @@ def steer_path(
       chat: likewise.
       html: a page to write.
       sweep: whether the edit is swept over.
-      multiples: of the edit.
+      multiples: of the edit; None: `strengths.STRENGTHS`.
       tokens: see `strengths.sweep`.
       png: of the sweep's figure.
       rows: of held-out text that typical activations are measured on, and a sweep.
@@ -168,7 +180,7 @@ def steer_path(
         else:
             once = specs.named(scope, made[0].edit)
             kind = "add" if once.scale else "clamp"
-            by = [once.add * multiple for multiple in multiples]
+            by = [once.add * multiple for multiple in multiples or strengths.STRENGTHS]
             swept = strengths.sweep(scope, once.sae, once.latent, by, kind, rows, tokens)
             swept.show()
             if png:
