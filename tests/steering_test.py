@@ -355,6 +355,7 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
     [
         ({"edit": ["1+t"], "sweep": True, "prompts": ["a"]}, "a prompt is not for --sweep"),
         ({"edit": ["1+t"], "png": "a.png", "prompts": ["a"]}, "--png is only for --sweep"),
+        ({"edit": ["1+t"]}, "there is no prompt to go on with"),
         ({"edit": ["1+2"], "sweep": True}, r"--edit is 1\+2, but a sweep is of one latent at all tokens"),
         ({"edit": ["1+t", "2+t"], "sweep": True}, "a sweep is of one latent"),
         ({"edit": ["1+t@reply"], "sweep": True}, "a sweep is of one latent"),

@@ -169,6 +169,8 @@ def steer_path(
         raise ValueError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
     if sweep:
         _check_swept(edit, made)
+    elif not prompts:
+        raise ValueError("there is no prompt to go on with; give one, or --sweep")
     with interrupt.ending_at_once("what is asked for is shown when all of it is there"):
         scope = open_scope(path, **overrides)
         if not sweep:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import io
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +192,7 @@ def _measure(
     """Sums over each row's scored predictions, and by edit what becomes of them."""
     subject, mesh = scope.subjects[name], scope.mesh
     site = subject.spliced
+    sites = tuple(dict.fromkeys((subject.site, site)))
     gemma_of = (mesh, scope.loaded.model, scope.loaded.params)
     writes = [edits.writes(scope, [edit]) for edit in changes]
     held_out = scope.held_out()
@@ -202,26 +203,34 @@ def _measure(
     bar = {"desc": "Sweeping", "unit": "row", "dynamic_ncols": True, "disable": not hosts.is_first()}
     with tqdm.tqdm(total=rows * (1 + len(changes)), **bar) as progress:
         for batch in batches:
-            of_batch = (batch.tokens_SxL, batch.is_kept_SxL)
-            streams, values, _ = passes.clean(*gemma_of, batch.tokens_SxL, tuple({subject.site, site}))
-            splice = functools.partial(passes.spliced, *gemma_of, streams[site.layer], *of_batch, site)
-
-            def scores(
-                y_SxLxO: jax.Array, splice: Callable = splice, batch: evaluation.Rows = batch
-            ) -> dict[str, np.ndarray]:
-                on = (splice(y_SxLxO), batch.tokens_SxL, batch.is_kept_SxL, chosen_T)
-                found = hosts.fetch(passes.likelihoods(*gemma_of, *on))
-                progress.update(batch.count)
-                return {k: np.asarray(v[: batch.count], np.float64) for k, v in found.items()}
-
+            streams, values, _ = passes.clean(*gemma_of, batch.tokens_SxL, sites)
+            scores = functools.partial(_scores, gemma_of, batch, streams[site.layer], site, chosen_T)
             # From the site on, as the changed ones: an edit that changes nothing is exactly that.
-            clean = scores(values[site])
-            changed = [scores(_written(mesh, write, values, batch.tokens_SxL, site)) for write in writes]
+            clean, changed = scores(values[site]), []
+            progress.update(batch.count)
+            for write in writes:
+                changed.append(scores(_written(mesh, write, values, batch.tokens_SxL, site)))
+                progress.update(batch.count)
             parts["clean_S"].append(clean["loss_SxL"].sum(1))
             parts["scored_S"].append(clean["scored_SxL"].sum(1))
             for part, of in (("effect_NxS", "chosen_SxL"), ("damage_NxS", "loss_SxL")):
                 parts[part].append(np.stack([(one[of] - clean[of]).sum(1) for one in changed]))
     return {key: np.concatenate(values, axis=-1) for key, values in parts.items()}
+
+
+def _scores(
+    gemma_of: tuple,
+    batch: evaluation.Rows,
+    before_SxLxD: jax.Array,
+    site: gemma.Site,
+    chosen_T: np.ndarray,
+    y_SxLxO: jax.Array,
+) -> dict[str, np.ndarray]:
+    """See `passes.likelihoods`; with y in the site's place, where positions count."""
+    of_batch = (batch.tokens_SxL, batch.is_kept_SxL)
+    final_SxLxD = passes.spliced(*gemma_of, before_SxLxD, *of_batch, site, y_SxLxO)
+    found = hosts.fetch(passes.likelihoods(*gemma_of, final_SxLxD, *of_batch, chosen_T))
+    return {name: np.asarray(value[: batch.count], np.float64) for name, value in found.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "site"))
