@@ -167,6 +167,9 @@ def main() -> None:
     """Parses the command line and runs one command."""
     parser = _parser()
     args, fields = parser.parse_known_args()
+    if args.command == "steer":  # Of prompts argparse leaves over those that stand behind options.
+        args.prompts = [*args.prompts, *(text for text in fields if not text.startswith("-"))]
+        fields = [text for text in fields if text.startswith("-")]
     options = {name: value for name, value in vars(args).items() if name != "command"}
     if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")

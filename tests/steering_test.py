@@ -10,8 +10,8 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
+from gemma_scope_jax import __main__, evaluation, explore, gemma, generation, passes, sharding
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import evaluation, explore, gemma, generation, passes, sharding
 from gemma_scope_jax.explore import edits, specs, steering, strengths
 
 RESID, READ, MLP = gemma.Site("resid_post", 1), gemma.Site("mlp_in", 2), gemma.Site("mlp_out", 2)
@@ -364,3 +364,16 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
 def test_options_that_do_not_go_together_are_refused_before_anything_is_opened(arguments, message):
     with pytest.raises(ValueError, match=message):
         steering.steer_path(**DEFAULTS | arguments)
+
+
+def test_prompts_may_stand_before_and_behind_options(monkeypatch):
+    asked = ["steer", "run", "a b", "--edit=1+2t", "--edit=2=ablate", "--strengths=-1,2", "c"]
+    monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
+    called = {}
+    monkeypatch.setattr(steering, "steer_path", lambda **options: called.update(options))
+    __main__.main()
+    assert called["prompts"] == ["a b", "c"] and called["edit"] == ["1+2t", "2=ablate"]
+    assert called.keys() >= DEFAULTS.keys() and called["multiples"] == [-1, 2] and called["model"] is None
+    monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, "--nothing"])
+    with pytest.raises(SystemExit):
+        __main__.main()
