@@ -61,8 +61,45 @@ def _parser() -> argparse.ArgumentParser:
         "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
     )
     boards.add_argument("--out", type=pathlib.Path, help="folder to write to (default: the path/dashboards)")
+    steer = commands.add_parser("steer", help="change latents, and see what Gemma then writes")
+    steer.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    steer.add_argument("prompts", nargs="*", help="to go on with")
+    steer.add_argument(
+        "--edit",
+        action="append",
+        required=True,
+        help="NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps "
+        "@prompt, @reply or, of tokens from one up to another, @3:7. May be repeated; of one SAE without its name",
+    )
+    steer.add_argument("--num_tokens", type=int, default=40, help="the most for one prompt")
+    steer.add_argument("--temperature", type=float, default=0.0, help="of the draws; 0: the likeliest token")
+    steer.add_argument("--samples", type=int, default=1, help="replies to each prompt")
+    steer.add_argument("--seed", type=int, default=0, help="of the draws")
+    steer.add_argument("--chat", action="store_true", help="a prompt is a user's turn, to be answered")
+    steer.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    steer.add_argument(
+        "--sweep",
+        action="store_true",
+        help="measure the edit NAME:LATENT+t, or =t, at several strengths instead",
+    )
+    steer.add_argument(
+        "--strengths",
+        type=_numbers,
+        dest="multiples",
+        help="of a sweep, so many times the edit each (default: -4,-2,-1,0,1,2,4,8)",
+    )
+    steer.add_argument(
+        "--token",
+        action="append",
+        default=[],
+        dest="tokens",
+        help="of a sweep, one whose likelihood is looked at; may be repeated (default: what the decoder raises most)",
+    )
+    steer.add_argument("--png", type=pathlib.Path, help="a figure of the sweep to write, too")
+    steer.add_argument("--rows", type=int, default=16, help="of held-out text to measure on")
     for name in ("text", "model", "weights", "tokenizer", "site", "target_site"):
-        boards.add_argument(f"--{name}", help="as for evaluate.py")
+        for command in (boards, steer):
+            command.add_argument(f"--{name}", help="as for evaluate.py")
     for command in (export, convert, publish):
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
@@ -122,10 +159,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
 def main() -> None:
     """Parses the command line and runs one command."""
     parser = _parser()
     args, fields = parser.parse_known_args()
+    if args.command == "steer":  # Of prompts argparse leaves over those that stand behind options.
+        args.prompts = [*args.prompts, *(text for text in fields if not text.startswith("-"))]
+        fields = [text for text in fields if text.startswith("-")]
     options = {name: value for name, value in vars(args).items() if name != "command"}
     if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
@@ -160,6 +204,10 @@ def main() -> None:
         if args.html:
             reading.write_html(args.html)
             print(f"Wrote {args.html}", flush=True)
+    elif args.command == "steer":
+        from gemma_scope_jax.explore import steering
+
+        steering.steer_path(**options)
     elif args.command == "probe":
         from gemma_scope_jax import probing
 

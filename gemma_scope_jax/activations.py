@@ -28,13 +28,14 @@ def encoder(mesh: jax.sharding.Mesh, subject: sae.SAE) -> sae.SAE:
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
-def _read(
+def read(
     mesh: jax.sharding.Mesh,
     model: gm.nn.Transformer,
     params: weights.Params,
     tokens_SxL: jax.Array,
     sites: tuple[gemma.Site, ...],
 ) -> dict[gemma.Site, jax.Array]:
+    """The activations [S, L, D] of sites; nothing behind the deepest of them is computed."""
     found = gemma.read_sites(model, step.gather_gemma(mesh, params), tokens_SxL, sites)
     return sharding.constrain(mesh, found, sharding.TOKENS)
 
@@ -64,6 +65,6 @@ def batches(
             rows = tokens_RxL[first : first + per_batch]
             padded = np.pad(rows, ((0, per_batch - len(rows)), (0, 0)), constant_values=gemma.PAD)
             tokens_SxL = jax.device_put(padded, placed)
-            values = _read(mesh, loaded.model, loaded.params, tokens_SxL, sites)
+            values = read(mesh, loaded.model, loaded.params, tokens_SxL, sites)
             yield Batch(first, len(rows), tokens_SxL, values)
             bar.update(len(rows))

@@ -462,14 +462,25 @@ def next_token_loss(
       that is scored; see `is_scored`.
     """
     is_kept_SxL = is_kept(tokens_SxL, 0) if is_kept_SxL is None else is_kept_SxL
+    log_p_SxLx1 = log_probabilities(model, params, x_SxLxD, next_tokens(tokens_SxL)[..., None], chunk)
+    return -log_p_SxLx1[..., 0], is_scored(tokens_SxL, is_kept_SxL).astype(jnp.float32)
 
-    def compute(x_SxCxD: jax.Array, target_SxC: jax.Array) -> jax.Array:
+
+def log_probabilities(
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    x_SxLxD: jax.Array,
+    tokens_SxLxT: jax.Array,
+    chunk: int = 512,
+) -> jax.Array:
+    """Log-probabilities [S, L, T] of some tokens as the next of each position; see `next_token_loss`."""
+
+    def compute(x_SxCxD: jax.Array, tokens_SxCxT: jax.Array) -> jax.Array:
         logits_SxCxV = logits(model, params, x_SxCxD)
-        correct_SxC = jnp.take_along_axis(logits_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits_SxCxV, axis=-1) - correct_SxC
+        chosen_SxCxT = jnp.take_along_axis(logits_SxCxV, tokens_SxCxT, axis=-1)
+        return chosen_SxCxT - jax.nn.logsumexp(logits_SxCxV, axis=-1, keepdims=True)
 
-    loss_SxL = _by_positions(compute, (x_SxLxD, next_tokens(tokens_SxL)), chunk)
-    return loss_SxL, is_scored(tokens_SxL, is_kept_SxL).astype(jnp.float32)
+    return _by_positions(compute, (x_SxLxD, tokens_SxLxT), chunk)
 
 
 def next_token_divergence(

@@ -78,6 +78,31 @@ def loss(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def likelihoods(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    final_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    is_kept_SxL: jax.Array,
+    chosen_T: jax.Array,
+) -> dict[str, jax.Array]:
+    """`loss`, and the mean log-probability that each prediction gives to some tokens, from the same logits."""
+    next_SxLx1 = gemma.next_tokens(tokens_SxL)[..., None]
+    chosen_SxLxT = jnp.broadcast_to(chosen_T[None, None], (*tokens_SxL.shape, chosen_T.size))
+    asked_SxLxT = jnp.concatenate([next_SxLx1, chosen_SxLxT], axis=-1)
+    params = _whole(mesh, params)
+    log_p_SxLxT = gemma.log_probabilities(model, params, final_SxLxD, asked_SxLxT, 64 * mesh.size)
+    scored_SxL = gemma.is_scored(tokens_SxL, is_kept_SxL).astype(jnp.float32)
+    found = {
+        "loss_SxL": -log_p_SxLxT[..., 0] * scored_SxL,
+        "chosen_SxL": log_p_SxLxT[..., 1:].mean(-1) * scored_SxL,
+        "scored_SxL": scored_SxL,
+    }
+    return sharding.constrain(mesh, found, P())
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
 def divergence(
     mesh: jax.sharding.Mesh,
     model: gm.nn.Transformer,

@@ -1,7 +1,27 @@
 """Looking inside the model: what latents fire on, and what they do."""
 
+from gemma_scope_jax.explore.activities import Activity, activity, typical
 from gemma_scope_jax.explore.edits import Edit, ablate, add, clamp, scale
 from gemma_scope_jax.explore.reading import Reading, read
 from gemma_scope_jax.explore.scope import Scope, open_scope
+from gemma_scope_jax.explore.steering import Steered, steer
+from gemma_scope_jax.explore.strengths import Sweep, sweep
 
-__all__ = ["Edit", "Reading", "Scope", "ablate", "add", "clamp", "open_scope", "read", "scale"]
+__all__ = [
+    "Activity",
+    "Edit",
+    "Reading",
+    "Scope",
+    "Steered",
+    "Sweep",
+    "ablate",
+    "activity",
+    "add",
+    "clamp",
+    "open_scope",
+    "read",
+    "scale",
+    "steer",
+    "sweep",
+    "typical",
+]

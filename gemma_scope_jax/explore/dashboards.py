@@ -25,7 +25,7 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import data, evaluation, gemma, hosts, passes, sae, sharding
+from gemma_scope_jax import activations, data, evaluation, gemma, hosts, passes, sae, sharding
 
 # Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
 BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE = 112, 4, -10
@@ -144,26 +144,26 @@ def gather(
     placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}
     found = parts.read(0) if parts else None
     progress = found.pop("progress") if found else {"rows": 0, "activations": 0}
-    done, activations = int(progress["rows"]), int(progress["activations"])
+    done, counted = int(progress["rows"]), int(progress["activations"])
     kept = found or {name: _empty(one.sae.b_enc.size, options) for name, one in subjects.items()}
     states = {name: _place(mesh, state) for name, state in kept.items()}
     with tqdm.tqdm(total=count, initial=done, desc="Reading", unit="row", dynamic_ncols=True) as bar:
         batches = evaluation.batches(mesh, rows, count, per_batch, counts, done)
         for index, batch in enumerate(batches, 1):
-            _, values, _ = passes.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
+            values = activations.read(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
             places = done + np.arange(batch.tokens_SxL.shape[0], dtype=np.int32)
             for name, subject in subjects.items():
                 states[name] = _add(
                     mesh, options, subject.top_k, states[name], placed[name], values[subject.site],
                     batch.is_kept_SxL, places,
                 )  # fmt: skip
-            activations += int(hosts.fetch(batch.is_kept_SxL).sum())
+            counted += int(hosts.fetch(batch.is_kept_SxL).sum())
             done += batch.count
             bar.update(batch.count)
             if parts and index % SAVE_EVERY == 0 and done < count:
-                progress = {"rows": np.int64(done), "activations": np.int64(activations)}
+                progress = {"rows": np.int64(done), "activations": np.int64(counted)}
                 parts.write(0, {**hosts.fetch(states), "progress": progress})
-    return {name: _gathered(options, done, activations, hosts.fetch(states[name])) for name in subjects}
+    return {name: _gathered(options, done, counted, hosts.fetch(states[name])) for name in subjects}
 
 
 def _empty(width: int, options: Options) -> dict[str, np.ndarray]:

@@ -1,14 +1,19 @@
 """What every look inside needs: a whole Gemma, its tokenizer, and SAEs at some of its sites."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import evaluation, gemma, opening, passes, sae, sharding, tokenizer
+from gemma_scope_jax import data, evaluation, gemma, opening, passes, sae, sharding, tokenizer
+
+
+def _no_text() -> data.Rows:
+    raise ValueError("these SAEs were put together without a text; open_scope opens them with one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Scope:
     placed: Mapping[str, sae.SAE]  # the same SAEs on the devices
     # [M] by SAE, of each latent's firing on the text of the run's evaluation; of those that were evaluated.
     frequency: Mapping[str, np.ndarray]
+    held_out: Callable[[], data.Rows] = _no_text  # Opens the rows that evaluations are on.
 
     @property
     def sites(self) -> tuple[gemma.Site, ...]:
@@ -49,6 +55,7 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
         opened.subjects,
         {name: passes.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(pathlib.Path(path), opened.subjects),
+        functools.partial(data.open_rows, opened.rows, data.HELD_OUT),
     )
 
 
