@@ -115,7 +115,7 @@ class Flow:
                 "From the SAEs’ reconstructions": lens.grid(lens.reconstruction),
             }
         page.render(
-            pathlib.Path(path), "explore/flow.html.jinja", model=self.model, tokens=self.tokens,
+            pathlib.Path(path), "explore/flow.html.jinja", model=self.model, tokens=self.tokens, seen=pictures.seen,
             picture=page.data_url(pictures.png(self.figure(), 110)), measured=list(_MEASURED), means=means,
             rows=lens.rows if lens else (), grids=grids,
             answer=lens.texts[int(lens.answer_L[0])] if lens and lens.is_given else None,

@@ -123,7 +123,7 @@ class Lens:
                     corner, size = (x - 0.47, y - 0.44), (0.94, 0.88)
                     axis.add_patch(_frame(corner, *size))
                 else:
-                    axis.text(x, y + 0.27, _short(cell["rank"]), fontsize=5, color="#555555", **style)
+                    axis.text(x, y + 0.27, _short(cell["rank"]), fontsize=5, color="#333333", **style)
         pictures.label_tokens(axis, self.tokens, most=len(self.tokens))
         pictures.label_rows(axis, self.rows)
 

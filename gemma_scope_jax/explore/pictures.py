@@ -41,10 +41,15 @@ def _font() -> object:
     return matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans"))
 
 
+def seen(text: str) -> str:
+    """A token's text whose spaces and line ends are seen."""
+    return text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+
+
 def label(text: str, most: int = 12) -> str:
-    """A token's text in a picture: spaces and line ends are seen, what the font has not is a box."""
-    seen = text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
-    cut = seen if len(seen) <= most else seen[: most - 1] + "…"
+    """A token's text in a picture: as `seen`, cut, what the font has not a box."""
+    shown = seen(text)
+    cut = shown if len(shown) <= most else shown[: most - 1] + "…"
     return "".join(c if c.isprintable() and _font().get_char_index(ord(c)) else "□" for c in cut)
 
 
