@@ -164,7 +164,7 @@ def links(
             f"latent {latent} of {name} does not fire on these {activations:,} activations; give more rows, or a "
             "text on which it does"
         )
-    by_weight = {other: _weights(scope, subject, latent, scope.subjects[other]) for other in later}
+    by_weight = {other: virtual_weights(scope, subject, latent, scope.subjects[other]) for other in later}
     return Links(
         name=name,
         latent=latent,
@@ -296,7 +296,7 @@ def _sums(
     return sharding.constrain(mesh, found, sharding.REPLICATED)
 
 
-def _weights(
+def virtual_weights(
     scope: Scope, subject: evaluation.Subject, latent: int, later: evaluation.Subject
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """W_dec[latent] · W_enc of a later SAE and their cosine, both [M]; None where they do not meet in the stream.
