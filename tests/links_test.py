@@ -112,6 +112,7 @@ def test_effects_are_those_of_ablation_by_hand(linked):
         f, without = (latents(later.sae, values[later.site][0]) for values in (clean, ablated))
         np.testing.assert_allclose(effect_M, (f - without).sum(0) / fires, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(found.frequency[name], (f > 0)[1:].mean(0), atol=1e-6)
+        np.testing.assert_allclose(found.unit[name], f[f > 0].mean(), rtol=1e-4)
         assert np.abs(effect_M).max() > 0.01
 
 
@@ -166,8 +167,9 @@ def test_what_heads_write_meets_the_stream_behind_their_projection(scope):
 def test_the_strongest_and_their_correlations(linked):
     _, _, found = linked
     strongest = found.strongest(5)
-    sizes = [abs(found.effect[name][latent]) for name, latent in strongest]
-    every = np.sort(np.abs(np.concatenate(list(found.effect.values()))))[::-1]
+    sizes = [abs(found.effect[name][latent]) / found.unit[name] for name, latent in strongest]
+    in_units = [np.abs(effect_M) / found.unit[name] for name, effect_M in found.effect.items()]
+    every = np.sort(np.concatenate(in_units))[::-1]
     np.testing.assert_array_equal(sizes, every[:5])
     reached = (found.effect["last"] != 0) | (found.attribution["last"] != 0)
     for what in (found.attribution, found.weight):
@@ -185,7 +187,7 @@ def test_the_terminal_and_a_picture_show_them(linked, capsys, monkeypatch):
     line = next(line for line in shown.splitlines() if f" {later} " in line and name in line)
     assert f"{found.effect[name][later]:+.3g}" in line and f"{found.attribution[name][later]:+.3g}" in line
     left, right = found.figure().axes[:2]
-    assert (left.get_xlabel(), right.get_xlabel()) == ("attribution", "weight, W_dec · W_enc")
+    assert right.get_xlabel() == "weight, W_dec · W_enc" and "attribution" in left.get_xlabel()
     points = sum(len(drawn.get_offsets()) for drawn in left.collections)
     assert points == sum(found.is_reached(name).sum() for name in found.effect)
     assert f"{name} {later}" in [text.get_text() for text in left.texts]

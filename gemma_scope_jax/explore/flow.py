@@ -24,7 +24,7 @@ from gemma import gm
 from gemma_scope_jax import evaluation, gemma, page, passes, sae, sharding, step, weights
 from gemma_scope_jax.explore import lens as lens_lib
 from gemma_scope_jax.explore import pictures, site
-from gemma_scope_jax.explore.scope import Scope, place_prompts
+from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
 
 # What is measured: of each its field of `Flow`, and its scale in pictures.
 _MEASURED = {
@@ -140,13 +140,10 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     Raises:
       ValueError: the text has no tokens, or the answer is not one token.
     """
-    tokens = scope.tokenizer.encode(text)
-    if not tokens:
-        raise ValueError("the text is empty; give one of at least one token")
+    row = prompt(scope, text)
     answer_token = None if answer is None else one_token(scope, answer)
-    prompt = [gemma.BOS, *tokens]
     model, params = scope.loaded.model, scope.loaded.params
-    placed = place_prompts(scope, [prompt])
+    placed = place_prompts(scope, [row])
     _, values, final_SxLxD = passes.clean(scope.mesh, model, params, placed, scope.sites)
     names = sorted(scope.subjects, key=lambda name: _order(scope.subjects[name]))
     found, streams = {}, {}
@@ -156,17 +153,17 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
         found[name] = jax.device_get(_reconstructed(scope.mesh, scope.placed[name], x, y))
         if subject.site == subject.spliced and subject.site.kind == "resid_post":
             streams[name] = found[name]["y_LxO"]
-    here = slice(1, len(prompt))
-    delta = _delta_losses(scope, prompt, {name: found[name]["recon_LxO"] for name in names})
+    here = slice(1, len(row))
+    delta = _delta_losses(scope, row, {name: found[name]["recon_LxO"] for name in names})
     followed = None
     if streams:
         recon = {name: found[name]["recon_LxO"] for name in streams}
         final_LxD = jax.device_get(_first(scope.mesh, final_SxLxD))
         streams, recon = ({name: x[here] for name, x in of.items()} for of in (streams, recon))
-        followed = _lens(scope, tokens, streams, recon, final_LxD[here], answer_token)
+        followed = _lens(scope, row[1:], streams, recon, final_LxD[here], answer_token)
     return Flow(
         model=scope.config.model,
-        tokens=tuple(scope.tokenizer.decode([token]) for token in tokens),
+        tokens=tuple(scope.tokenizer.decode([token]) for token in row[1:]),
         names=tuple(names),
         kinds=tuple(_kind(scope.subjects[name]) for name in names),
         layers=tuple(scope.subjects[name].spliced.layer for name in names),
@@ -253,7 +250,7 @@ def _spliced(
 
 
 def _delta_losses(
-    scope: Scope, prompt: Sequence[int], recon: Mapping[str, np.ndarray]
+    scope: Scope, row_L: Sequence[int], recon: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """By SAE: what its reconstruction [L, O] costs each prediction [L]; NaN where none is scored."""
     by_kind: dict[str, list[str]] = {}
@@ -265,12 +262,12 @@ def _delta_losses(
             sites = tuple(dict.fromkeys(scope.subjects[name].spliced for name in names))
             # As many tokens at a time as in an evaluation, and always a row that is left as it is.
             config = scope.config
-            most = config.evaluation.rows_per_batch * config.data.context_length // len(prompt)
+            most = config.evaluation.rows_per_batch * config.data.context_length // len(row_L)
             rows = -(-min(max(most, 2), len(names) + 1) // scope.mesh.size) * scope.mesh.size
             rows = max(rows, 2)
             for first in range(0, len(names), rows - 1):
                 some = names[first : first + rows - 1]
-                delta_RxL = _delta_losses_of(scope, prompt, sites, some, recon, rows)
+                delta_RxL = _delta_losses_of(scope, row_L, sites, some, recon, rows)
                 made |= dict(zip(some, delta_RxL, strict=True))
                 bar.update(len(some))
     return made
@@ -278,14 +275,14 @@ def _delta_losses(
 
 def _delta_losses_of(
     scope: Scope,
-    prompt: Sequence[int],
+    row_L: Sequence[int],
     sites: tuple[gemma.Site, ...],
     names: Sequence[str],
     recon: Mapping[str, np.ndarray],
     rows: int,
 ) -> np.ndarray:
     """[R, L] of one batch of `rows`, of which the last ones are clean: to be compared within one program."""
-    tokens_SxL = place_prompts(scope, [prompt] * rows)
+    tokens_SxL = place_prompts(scope, [row_L] * rows)
     number_S = np.full(rows, -1, np.int32)
     replacement_SxLxO = np.zeros((*tokens_SxL.shape, recon[names[0]].shape[-1]), recon[names[0]].dtype)
     for row, name in enumerate(names):
@@ -297,14 +294,9 @@ def _delta_losses_of(
     )
     of = (scope.mesh, scope.loaded.model, scope.loaded.params)
     final_SxLxD = _spliced(*of, tokens_SxL, number_S, replacement_SxLxO, sites)
-    found = jax.device_get(passes.loss(*of, final_SxLxD, tokens_SxL, _is_kept(scope.mesh, tokens_SxL)))
+    found = jax.device_get(passes.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL)))
     loss_SxL = np.where(found["scored_SxL"] > 0, found["loss_SxL"], np.nan)
     return loss_SxL[: len(names)] - loss_SxL[-1:]
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def _is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
-    return sharding.constrain(mesh, gemma.is_kept(tokens_SxL, 0), sharding.TOKENS)
 
 
 def _lens(

@@ -21,14 +21,15 @@ from gemma import gm
 from gemma_scope_jax import data, evaluation, gemma, opening, sae, sharding, step, weights
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
-from gemma_scope_jax.explore.scope import Scope, place_prompts
+from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Links:
     """What later SAEs' latents have of one latent; by SAE, in the order in which Gemma passes them, arrays [M].
 
-    Attributions and effects are sums over tokens for each firing of the latent, in units of the later activation.
+    Attributions and effects are sums over tokens for each firing of the latent. Streams grow from layer to layer, and
+    with them activations, so SAEs are compared in units of each one's mean activation.
     """
 
     name: str
@@ -42,13 +43,19 @@ class Links:
     attribution: Mapping[str, np.ndarray]  # of the pre-activation where the later latent fires, linearised
     effect: Mapping[str, np.ndarray]  # f_later as it is less f_later with the latent ablated
     frequency: Mapping[str, np.ndarray]  # of the later latents' firing
+    unit: Mapping[str, float]  # the mean activation of all that fire in a later SAE
+    layer: Mapping[str, int]  # of the later SAEs
 
     def strongest(self, top: int = 20) -> list[tuple[str, int]]:
-        """The later latents, each with its SAE, on which ablation has the largest effect of either sign."""
-        size = {name: np.abs(effect_M) for name, effect_M in self.effect.items()}
+        """The later latents, each with its SAE, with the largest effects of either sign in their SAE's units."""
+        size = {name: np.abs(self.in_units(self.effect, name)) for name in self.effect}
         places = [(name, int(latent)) for name, of in size.items() for latent in np.argsort(-of)[:top]]
         places.sort(key=lambda place: -size[place[0]][place[1]])
         return [(name, latent) for name, latent in places[:top] if size[name][latent] > 0]
+
+    def in_units(self, of: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        """Attributions or effects [M] over the later SAE's mean activation; 0 where nothing fires."""
+        return of[name] / (self.unit[name] or 1)
 
     def is_reached(self, name: str) -> np.ndarray:
         """Which latents [M] of a later SAE have an attribution or an effect at all."""
@@ -71,10 +78,11 @@ class Links:
         )
         table = rich.table.Table(title=rich.text.Text(title))
         table.add_column("SAE")
-        for heading in ("latent", "effect", "attribution", "weight", "cosine", "fires on"):
+        for heading in ("latent", "effect", "attribution", "effect in units", "weight", "cosine", "fires on"):
             table.add_column(heading, justify="right")
         for name, latent in self.strongest(top):
             numbers = [self.effect[name][latent], self.attribution[name][latent]]
+            numbers += [self.in_units(self.effect, name)[latent]]
             numbers += [None if of[name] is None else of[name][latent] for of in (self.weight, self.cosine)]
             shown = ["–" if number is None else f"{number:+.3g}" for number in numbers]
             fires = f"{self.frequency[name][latent]:.1%}"
@@ -95,29 +103,33 @@ class Links:
         figure, ((left, right),) = pictures.new_figure(1, 2, 6, 5)
         figure.suptitle(f"latent {self.latent} of {self.name}", fontsize=10, parse_math=False)
         image = None
+        layers = self.layer.values()
         for axis, what, title in (
-            (left, self.attribution, "attribution"),
+            (left, self.attribution, "attribution, in mean activations of the later SAE"),
             (right, self.weight, "weight, W_dec · W_enc"),
         ):
             axis.axhline(0, color="#bbbbbb", lw=0.8)
             axis.axvline(0, color="#bbbbbb", lw=0.8)
-            for number, name in enumerate(self.effect):
-                if what[name] is None:
-                    continue
+            known = [name for name in self.effect if what[name] is not None]
+            for name in known:
                 reached_M = self.is_reached(name)
-                x, y = what[name][reached_M], self.effect[name][reached_M]
-                of_sae = {"c": np.full(len(x), number), "vmin": 0, "vmax": max(len(self.effect) - 1, 1)}
+                x_M = self.in_units(what, name) if axis is left else what[name]
+                x, y = x_M[reached_M], self.in_units(self.effect, name)[reached_M]
+                of_sae = {"c": np.full(len(x), self.layer[name]), "vmin": min(layers), "vmax": max(layers)}
                 image = axis.scatter(x, y, s=7, cmap="viridis", alpha=0.7, linewidths=0, **of_sae)
+            r = [self.correlation(what, name) for name in known]
+            if not np.isnan(r).all():
+                axis.set_title(f"median correlation over SAEs {np.nanmedian(r):.2f}", fontsize=9)
             axis.set_xlabel(title)
-            axis.set_ylabel("effect of ablation")
-        for name, latent in self.strongest(6):
-            place = (self.attribution[name][latent], self.effect[name][latent])
-            left.annotate(f"{name} {latent}", place, (4, 2), textcoords="offset points", fontsize=6)
+            axis.set_ylabel("effect of ablation, likewise")
+        for name, latent in self.strongest(4):
+            x, y = (float(self.in_units(of, name)[latent]) for of in (self.attribution, self.effect))
+            side = {"xytext": (-4, 2), "ha": "right"} if x > 0 else {"xytext": (4, 2), "ha": "left"}
+            left.annotate(f"{name} {latent}", (x, y), textcoords="offset points", fontsize=6, **side)
         low, high = left.get_xlim()
         left.plot([low, high], [low, high], color="#d93025", lw=0.8, zorder=0)
-        if image is not None and len(self.effect) > 1:
-            bar = figure.colorbar(image, ax=right)
-            bar.set_label("later SAEs, in the order in which Gemma passes them", fontsize=8)
+        if image is not None and len(set(layers)) > 1:
+            figure.colorbar(image, ax=right).set_label("layer of the later SAE", fontsize=8)
         return figure
 
 
@@ -176,6 +188,8 @@ def links(
         attribution={other: sums["attribution_M"] / firings for other, sums in totals.items()},
         effect={other: sums["effect_M"] / firings for other, sums in totals.items()},
         frequency={other: sums["fired_M"] / activations for other, sums in totals.items()},
+        unit={other: float(s["f_M"].sum() / max(s["fired_M"].sum(), 1)) for other, s in totals.items()},
+        layer={other: scope.subjects[other].site.layer for other in later},
     )
 
 
@@ -200,11 +214,8 @@ def _later(scope: Scope, name: str, to: str | None) -> list[str]:
 def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Rows of tokens on the devices, and which of their positions count; one row for each device at a time."""
     if text is not None:
-        tokens = scope.tokenizer.encode(text)
-        if not tokens:
-            raise ValueError("the text is empty; give one of at least one token")
-        tokens_SxL = place_prompts(scope, [[gemma.BOS, *tokens]])
-        yield tokens_SxL, _is_kept(scope.mesh, tokens_SxL)
+        tokens_SxL = place_prompts(scope, [prompt(scope, text)])
+        yield tokens_SxL, is_kept(scope.mesh, tokens_SxL)
         return
     if rows < 1:
         raise ValueError(f"rows is {rows}; it must be at least 1")
@@ -217,11 +228,6 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
         for batch in evaluation.batches(scope.mesh, held_out, count, 1, counts):
             yield batch.tokens_SxL, batch.is_kept_SxL
             bar.update(batch.count)
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def _is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
-    return sharding.constrain(mesh, gemma.is_kept(tokens_SxL, 0), sharding.TOKENS)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "site", "spliced", "later"))
@@ -292,6 +298,7 @@ def _sums(
         "attribution_M": jnp.where(is_kept_Bx1, slope_BxM, 0).sum(0),
         "effect_M": jnp.where(is_kept_Bx1, difference_BxM, 0).sum(0),
         "fired_M": ((f_BxM > 0) & is_kept_Bx1).sum(0),
+        "f_M": jnp.where(is_kept_Bx1, f_BxM, 0).sum(0),
     }
     return sharding.constrain(mesh, found, sharding.REPLICATED)
 
