@@ -47,6 +47,21 @@ def _parser() -> argparse.ArgumentParser:
     explore.add_argument("text", help="the prompt")
     explore.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
     explore.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    flow = commands.add_parser("flow", help="a prompt through SAEs at many layers, with a logit lens")
+    flow.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    flow.add_argument("text", help="the prompt")
+    flow.add_argument("--answer", help="the token that the lens follows, for example ' union'")
+    flow.add_argument("--png", type=pathlib.Path, help="a picture to write, and beside it one of the lens")
+    flow.add_argument("--html", type=pathlib.Path, help="a page to write")
+    links = commands.add_parser("links", help="which latents of later SAEs a latent feeds")
+    links.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    links.add_argument("--sae", required=True, help="the latent's")
+    links.add_argument("--latent", type=int, required=True)
+    links.add_argument("--to", help="only this later SAE (default: all that are)")
+    links.add_argument("--rows", type=int, default=8, help="of held-out text")
+    links.add_argument("--prompt", help="in their place")
+    links.add_argument("--top", type=int, default=20, help="latents that are listed")
+    links.add_argument("--png", type=pathlib.Path, help="a picture to write")
     boards = commands.add_parser(
         "dashboards", help="pages of what each latent fires on, which need neither server nor network"
     )
@@ -208,6 +223,32 @@ def main() -> None:
         from gemma_scope_jax.explore import steering
 
         steering.steer_path(**options)
+    elif args.command == "flow":
+        from gemma_scope_jax import explore as explore_lib
+        from gemma_scope_jax.explore import pictures
+
+        found = explore_lib.flow(explore_lib.open_scope(args.path), args.text, args.answer)
+        found.show()
+        if args.png:
+            pictures.write_png(args.png, found.figure())
+            print(f"Wrote {args.png}", flush=True)
+            if found.lens:
+                beside = args.png.with_stem(f"{args.png.stem}_lens")
+                pictures.write_png(beside, found.lens.figure())
+                print(f"Wrote {beside}", flush=True)
+        if args.html:
+            found.write_html(args.html)
+            print(f"Wrote {args.html}", flush=True)
+    elif args.command == "links":
+        from gemma_scope_jax import explore as explore_lib
+        from gemma_scope_jax.explore import pictures
+
+        scope = explore_lib.open_scope(args.path)
+        found = explore_lib.links(scope, args.sae, args.latent, args.to, args.rows, args.prompt)
+        found.show(args.top)
+        if args.png:
+            pictures.write_png(args.png, found.figure())
+            print(f"Wrote {args.png}", flush=True)
     elif args.command == "probe":
         from gemma_scope_jax import probing
 

@@ -2,6 +2,8 @@
 
 from gemma_scope_jax.explore.activities import Activity, activity, typical
 from gemma_scope_jax.explore.edits import Edit, ablate, add, clamp, scale
+from gemma_scope_jax.explore.flows import Flow, flow
+from gemma_scope_jax.explore.linking import Links, links
 from gemma_scope_jax.explore.reading import Reading, read
 from gemma_scope_jax.explore.scope import Scope, open_scope
 from gemma_scope_jax.explore.steering import Steered, steer
@@ -10,6 +12,8 @@ from gemma_scope_jax.explore.strengths import Sweep, sweep
 __all__ = [
     "Activity",
     "Edit",
+    "Flow",
+    "Links",
     "Reading",
     "Scope",
     "Steered",
@@ -18,6 +22,8 @@ __all__ = [
     "activity",
     "add",
     "clamp",
+    "flow",
+    "links",
     "open_scope",
     "read",
     "scale",

@@ -12,8 +12,8 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import gemma, page, passes, sae, sharding
-from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax import page, passes, sae, sharding
+from gemma_scope_jax.explore.scope import Scope, prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,7 @@ def read(scope: Scope, text: str) -> Reading:
     Raises:
       ValueError: the text has no tokens.
     """
-    tokens = scope.tokenizer.encode(text)
-    if not tokens:
-        raise ValueError("the text is empty; give one of at least one token")
-    row = np.array([gemma.BOS, *tokens], np.int32)
+    row = np.array(prompt(scope, text), np.int32)
     # One row for each device; of them only the first is looked at.
     rows = jnp.broadcast_to(row[None], (scope.mesh.size, row.size))
     placed = jax.device_put(rows, jax.NamedSharding(scope.mesh, sharding.TOKENS))
@@ -114,5 +111,5 @@ def read(scope: Scope, text: str) -> Reading:
         found = _encoded(scope.mesh, scope.placed[name], values[subject.site], values[subject.spliced])
         f_LxM, error_L = jax.device_get(found)
         latents[name], error[name] = f_LxM[1:], error_L[1:]
-    words = tuple(scope.tokenizer.decode([token]) for token in tokens)
+    words = tuple(scope.tokenizer.decode([token]) for token in row[1:].tolist())
     return Reading(scope.config.model, words, latents, error, scope.frequency)

@@ -59,6 +59,34 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
     )
 
 
+def prompt(scope: Scope, text: str) -> list[int]:
+    """The token ids of a text, behind BOS.
+
+    Raises:
+      ValueError: it has none.
+    """
+    tokens = scope.tokenizer.encode(text)
+    if not tokens:
+        raise ValueError("the text is empty; give one of at least one token")
+    return [gemma.BOS, *tokens]
+
+
+def one_token(scope: Scope, text: str) -> int:
+    """The token that a text is.
+
+    Raises:
+      ValueError: it is several, or none.
+    """
+    tokens = scope.tokenizer.encode(text)
+    if len(tokens) != 1:
+        pieces = " + ".join(repr(scope.tokenizer.decode([token])) for token in tokens)
+        raise ValueError(
+            f"{text!r} is {len(tokens)} tokens ({pieces or 'none'}); give one that is one, "
+            "most words with the space before them"
+        )
+    return tokens[0]
+
+
 def place_prompts(scope: Scope, prompts: Sequence[Sequence[int]]) -> jax.Array:
     """Token ids, each with its BOS, as rows [S, L] on the devices.
 
@@ -73,6 +101,12 @@ def place_prompts(scope: Scope, prompts: Sequence[Sequence[int]]) -> jax.Array:
     return jax.make_array_from_callback(
         tokens_SxL.shape, jax.NamedSharding(scope.mesh, sharding.TOKENS), lambda index: tokens_SxL[index]
     )
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
+    """Which positions of placed prompts count, [S, L]: all but those of BOS, EOS and PAD."""
+    return sharding.constrain(mesh, gemma.is_kept(tokens_SxL, 0), sharding.TOKENS)
 
 
 def _frequencies(path: pathlib.Path, names: Mapping[str, object]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import rich.table
 import rich.text
 
 from gemma_scope_jax import generation, interrupt, page
-from gemma_scope_jax.explore import edits, specs, strengths
+from gemma_scope_jax.explore import edits, pictures, specs, strengths
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope, open_scope
 
@@ -186,7 +186,7 @@ def steer_path(
             swept = strengths.sweep(scope, once.sae, once.latent, by, kind, rows, tokens)
             swept.show()
             if png:
-                strengths.write_png(png, swept.figure())
+                pictures.write_png(png, swept.figure())
         if html or png:
             print(f"Wrote {html or png}", flush=True)
 

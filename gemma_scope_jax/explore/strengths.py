@@ -5,8 +5,6 @@ Shapes: N strengths, S rows, L tokens, T chosen tokens.
 
 import dataclasses
 import functools
-import io
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -20,7 +18,6 @@ import tqdm
 
 from gemma_scope_jax import (
     evaluation,
-    files,
     gemma,
     generation,
     hosts,
@@ -32,7 +29,7 @@ from gemma_scope_jax import (
 )
 from gemma_scope_jax.explore import activities, directions, edits
 from gemma_scope_jax.explore.edits import Edit
-from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.explore.scope import Scope, one_token
 
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 # What a latent becomes by a strength: its scale, and so many times the strength is added.
@@ -167,15 +164,7 @@ def _chosen(scope: Scope, name: str, latent: int, tokens: Sequence[str] | None) 
     """The ids [T] of the tokens given, or of those that a latent raises most."""
     subject = scope.subjects[name]
     if tokens:
-        ids = [scope.tokenizer.encode(text) for text in tokens]
-        for text, some in zip(tokens, ids, strict=True):
-            if len(some) != 1:
-                pieces = [scope.tokenizer.decode([token]) for token in some]
-                raise ValueError(
-                    f"{text!r} is not one token but {pieces}; give texts of one token each, such as {' the'!r} with "
-                    "its space"
-                )
-        return np.array(ids, np.int32)[:, 0]
+        return np.array([one_token(scope, text) for text in tokens], np.int32)
     direction_1xO = np.asarray(subject.sae.W_dec[latent : latent + 1])
     in_stream = directions.in_stream(scope.loaded.params, subject.spliced, direction_1xO)
     if in_stream is None:
@@ -245,11 +234,3 @@ def _written(
     all_SxL = jnp.full(tokens_SxL.shape, True)
     where = generation.Where(tokens_SxL, gemma.packed_positions(tokens_SxL), all_SxL, values)
     return sharding.constrain(mesh, write[site](values[site], where), sharding.TOKENS)
-
-
-def write_png(path: pathlib.Path, figure: matplotlib.figure.Figure) -> None:
-    """Writes a figure."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120)
-    with files.replacing_file(path) as partial:
-        partial.write_bytes(out.getvalue())
