@@ -223,13 +223,13 @@ def test_integrated_parts_equal_an_integral_in_float64_and_add_up(scope, name):
     assert abs(integral.gap) < 1e-4 * abs(gain) and integral.nodes <= 64
     np.testing.assert_allclose(parts.total_L.sum(), together, rtol=1e-4)
     assert not parts.bias_L.any() and not parts.skip_L.any()
-    x, weight = np.polynomial.legendre.leggauss(100)
+    x, wtwo_devices = np.polynomial.legendre.leggauss(100)
     for n in np.argsort(-np.abs(parts.part_N))[:3]:
         way = np.zeros_like(whole)
         token, latent = parts.token_N[n] + 1, parts.latent_N[n]
         way[token] = f[token, latent] * W_dec[latent]
         slopes = [(on_path(a, 1e-5 * way) - on_path(a, -1e-5 * way)) / 2e-5 for a in (x + 1) / 2]
-        np.testing.assert_allclose(parts.part_N[n], (weight / 2 * slopes).sum(), rtol=1e-3)
+        np.testing.assert_allclose(parts.part_N[n], (wtwo_devices / 2 * slopes).sum(), rtol=1e-3)
 
 
 def test_what_gap_too_few_nodes_leave_is_said(scope, capsys):
@@ -290,6 +290,9 @@ def test_correlations_are_those_of_numpy(ablated):
         np.testing.assert_allclose(got.pearson, np.corrcoef(x, y)[0, 1])
         ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
         np.testing.assert_allclose(got.spearman, np.corrcoef(*ranks)[0, 1])
+    two = dataclasses.replace(ablated, prompt_N=np.arange(24) % 2)
+    x, y = ablated.attributed_N[1:12:2], ablated.effect_N[1:12:2]
+    np.testing.assert_allclose(two.correlation("strongest", 1).pearson, np.corrcoef(x, y)[0, 1])
     flat = dataclasses.replace(ablated, effect_N=np.zeros(24))
     assert np.isnan(flat.correlation().pearson)
 
@@ -304,18 +307,20 @@ def test_ablations_of_prompts_are_those_of_each(scope, ablated):
 
 
 def test_several_devices_give_what_one_gives(scope, found, tiny_gemma):
-    eight = scope_on(sharding.make_mesh(2, 4), tiny_gemma)
-    with jax.set_mesh(eight.mesh):
-        params = jax.device_put(tiny_gemma.params, jax.NamedSharding(eight.mesh, sharding.REPLICATED))
-    eight = dataclasses.replace(eight, loaded=dataclasses.replace(tiny_gemma, params=params))
-    got = explore.attribute(eight, TEXT)
+    two_devices = scope_on(sharding.make_mesh(1, 2, jax.devices()[:2]), tiny_gemma)
+    placement = sharding.gemma_placement(two_devices.mesh, split=True)
+    params = jax.tree.map_with_path(
+        lambda path, value: jax.device_put(value, placement(path[-1].key, value.shape)), tiny_gemma.params
+    )
+    two_devices = dataclasses.replace(two_devices, loaded=dataclasses.replace(tiny_gemma, params=params))
+    got = explore.attribute(two_devices, TEXT)
     assert got.answer == found.answer
     for name, parts in found.parts.items():
         scale = np.abs(parts.part_N).max()
         np.testing.assert_array_equal(got.parts[name].latent_N, parts.latent_N)
         np.testing.assert_allclose(got.parts[name].part_N, parts.part_N, atol=1e-4 * scale)
     few = dataclasses.replace(got, parts={name: got.parts[name] for name in ("resid", "skip")})
-    one, many = (explore.ablations(on, few, 6) for on in (scope, eight))
+    one, many = (explore.ablations(on, few, 6) for on in (scope, two_devices))
     assert one.sae == many.sae
     np.testing.assert_allclose(many.effect_N, one.effect_N, atol=1e-5)
 
@@ -405,7 +410,9 @@ def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_
     command(prompts=tmp_path / "texts.jsonl", ablate=24, png=tmp_path / "b.png")
     shown = capsys.readouterr().out
     pooled = explore.ablations_of_prompts(scope, [TEXT, "bread and law"], 24)
-    assert f"{pooled.correlation().pearson:.3f}" in shown and "2 prompts" in shown
+    assert f"{pooled.correlation().pearson:.3f}" in shown
+    apart = sorted(pooled.correlation(prompt=number).spearman for number in range(2))
+    assert re.search(rf"2 prompts apart .* {apart[0]:.3f} to {apart[1]:.3f} ", shown)
     assert (tmp_path / "b.png").exists()
 
 

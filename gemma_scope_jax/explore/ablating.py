@@ -51,35 +51,44 @@ class Ablations:
     attributed_N: np.ndarray  # Over all tokens.
     effect_N: np.ndarray  # The difference of logits as it is, less that without the latent.
 
-    def correlation(self, of: Literal["all", "strongest", "random"] = "all") -> Correlation:
-        """Pearson's and Spearman's; NaN of under three latents or of values that are all alike."""
-        chosen_N = {"all": self.is_strongest_N | True, "strongest": self.is_strongest_N}.get(
-            of, ~self.is_strongest_N
+    def correlation(
+        self, of: Literal["all", "strongest", "random"] = "all", prompt: int | None = None
+    ) -> Correlation:
+        """Pearson's and Spearman's, of all prompts or of one; NaN of under three latents or of values all alike."""
+        chosen_N = {"strongest": self.is_strongest_N, "random": ~self.is_strongest_N}.get(
+            of, np.full(len(self.sae), True)
         )
+        if prompt is not None:
+            chosen_N = chosen_N & (self.prompt_N == prompt)
         x, y = self.attributed_N[chosen_N], self.effect_N[chosen_N]
         if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
             return Correlation(len(x), np.nan, np.nan)
-        return Correlation(
-            len(x), float(stats.pearsonr(x, y).statistic), float(stats.spearmanr(x, y).statistic)
-        )
+        pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
+        return Correlation(len(x), float(pearson), float(spearman))
 
     def show(self, top: int = 10) -> None:
         """Prints the correlations, and the latents whose ablation does most."""
         console = rich.console.Console()
+        prompts = np.unique(self.prompt_N)
         table = rich.table.Table(title="attributed and done by ablation")
         for number, heading in enumerate(("latents", "number", "Pearson", "Spearman")):
             table.add_column(heading, justify="right" if number else "left")
         for of, label in _KINDS.items():
             found = self.correlation(of)
             table.add_row(label, f"{found.latents}", f"{found.pearson:.3f}", f"{found.spearman:.3f}")
+        if len(prompts) > 1:
+            apart = np.sort([self.correlation("all", prompt)[1:] for prompt in prompts], 0)
+            ends = (f"{least:.3f} to {most:.3f}" for least, most in zip(apart[0], apart[-1], strict=True))
+            table.add_row(f"{len(prompts)} prompts apart", "", *ends)
         console.print(table)
         table = rich.table.Table(title=f"largest {top} effects")
         table.add_column("SAE", overflow="fold")
-        for heading in ("latent", "attributed", "effect"):
+        for heading in ("latent", "prompt", "attributed", "effect"):
             table.add_column(heading, justify="right")
         for n in np.argsort(-np.abs(self.effect_N), kind="stable")[:top]:
+            where = (f"{self.latent_N[n]}", f"{self.prompt_N[n]}")
             numbers = (f"{self.attributed_N[n]:+.4f}", f"{self.effect_N[n]:+.4f}")
-            table.add_row(*map(rich.text.Text, (self.sae[n], f"{self.latent_N[n]}", *numbers)))
+            table.add_row(*map(rich.text.Text, (self.sae[n], *where, *numbers)))
         console.print(table)
 
     def figure(self) -> matplotlib.figure.Figure:
@@ -262,7 +271,6 @@ def attribute_path(
         if prompts:
             texts = list(data.documents(str(prompts)))
             made = ablations_of_prompts(scope, texts, ablate, seed, **question)
-            print(f"{len(texts)} prompts", flush=True)
             made.show(top)
             _write_png(png, made.figure())
             return
