@@ -293,6 +293,9 @@ def test_correlations_are_those_of_numpy(ablated):
     two = dataclasses.replace(ablated, prompt_N=np.arange(24) % 2)
     x, y = ablated.attributed_N[1:12:2], ablated.effect_N[1:12:2]
     np.testing.assert_allclose(two.correlation("strongest", 1).pearson, np.corrcoef(x, y)[0, 1])
+    x, y = (values[ablated.layer_N == 2] for values in (ablated.attributed_N, ablated.effect_N))
+    assert {"mlp", "skip"} >= {name for name, at in zip(ablated.sae, ablated.layer_N, strict=True) if at == 2}
+    np.testing.assert_allclose(ablated.correlation(layer=2).pearson, np.corrcoef(x, y)[0, 1])
     flat = dataclasses.replace(ablated, effect_N=np.zeros(24))
     assert np.isnan(flat.correlation().pearson)
 
@@ -306,7 +309,7 @@ def test_ablations_of_prompts_are_those_of_each(scope, ablated):
     assert pooled.sae == ablated.sae + alone.sae
 
 
-def test_several_devices_give_what_one_gives(scope, found, tiny_gemma):
+def test_several_devices_give_what_one_gives(found, ablated, tiny_gemma):
     two_devices = scope_on(sharding.make_mesh(1, 2, jax.devices()[:2]), tiny_gemma)
     placement = sharding.gemma_placement(two_devices.mesh, split=True)
     params = jax.tree.map_with_path(
@@ -319,10 +322,9 @@ def test_several_devices_give_what_one_gives(scope, found, tiny_gemma):
         scale = np.abs(parts.part_N).max()
         np.testing.assert_array_equal(got.parts[name].latent_N, parts.latent_N)
         np.testing.assert_allclose(got.parts[name].part_N, parts.part_N, atol=1e-4 * scale)
-    few = dataclasses.replace(got, parts={name: got.parts[name] for name in ("resid", "skip")})
-    one, many = (explore.ablations(on, few, 6) for on in (scope, two_devices))
-    assert one.sae == many.sae
-    np.testing.assert_allclose(many.effect_N, one.effect_N, atol=1e-5)
+    many = explore.ablations(two_devices, got, 24)
+    assert many.sae == ablated.sae
+    np.testing.assert_allclose(many.effect_N, ablated.effect_N, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -363,10 +365,15 @@ def test_the_strongest_and_the_sums_are_shown(found, ablated, capsys, tmp_path):
     )
     sums = found.sums()["heads"]
     assert re.search(
-        rf"heads .*{re.escape(f'{sums["error"]:+.3f}')}.*{re.escape(f'{sums["total"]:+.3f}')}", shown
+        rf"heads .*{re.escape(f'{sums["error"]:+.3f}')}.*{re.escape(f'{sums["all"]:+.3f}')}", shown
     )
+    assert "skip" in sums
+    without = dataclasses.replace(found, parts={"heads": found.parts["heads"]})
+    assert list(without.sums()["heads"]) == ["latents", "error", "b_dec", "all"]
     ablated.show(3)
-    assert f"{ablated.correlation().pearson:.3f}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{ablated.correlation().pearson:.3f}" in shown
+    assert re.search(rf"layer 0 .* {ablated.correlation(layer=0).spearman:.3f} ", shown)
     maps = found.figure().axes[:2]
     for axis, column in zip(maps, ("latents_L", "error_L"), strict=True):
         values = np.asarray(axis.images[0].get_array())

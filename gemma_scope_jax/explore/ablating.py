@@ -46,20 +46,26 @@ class Ablations:
 
     sae: tuple[str, ...]
     latent_N: np.ndarray
+    layer_N: np.ndarray
     prompt_N: np.ndarray
     is_strongest_N: np.ndarray  # The others were drawn of those that fire.
     attributed_N: np.ndarray  # Over all tokens.
     effect_N: np.ndarray  # The difference of logits as it is, less that without the latent.
 
     def correlation(
-        self, of: Literal["all", "strongest", "random"] = "all", prompt: int | None = None
+        self,
+        of: Literal["all", "strongest", "random"] = "all",
+        prompt: int | None = None,
+        layer: int | None = None,
     ) -> Correlation:
-        """Pearson's and Spearman's, of all prompts or of one; NaN of under three latents or of values all alike."""
-        chosen_N = {"strongest": self.is_strongest_N, "random": ~self.is_strongest_N}.get(
-            of, np.full(len(self.sae), True)
-        )
+        """Pearson's and Spearman's, of all or of a part; NaN of under three latents or of values all alike."""
+        chosen_N = np.full(len(self.sae), True)
+        if of != "all":
+            chosen_N &= self.is_strongest_N == (of == "strongest")
         if prompt is not None:
-            chosen_N = chosen_N & (self.prompt_N == prompt)
+            chosen_N &= self.prompt_N == prompt
+        if layer is not None:
+            chosen_N &= self.layer_N == layer
         x, y = self.attributed_N[chosen_N], self.effect_N[chosen_N]
         if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
             return Correlation(len(x), np.nan, np.nan)
@@ -73,8 +79,11 @@ class Ablations:
         table = rich.table.Table(title="attributed and done by ablation")
         for number, heading in enumerate(("latents", "number", "Pearson", "Spearman")):
             table.add_column(heading, justify="right" if number else "left")
-        for of, label in _KINDS.items():
-            found = self.correlation(of)
+        found_of = {label: self.correlation(of) for of, label in _KINDS.items()}
+        layers = np.unique(self.layer_N)
+        if len(layers) > 1:
+            found_of |= {f"layer {layer}": self.correlation(layer=layer) for layer in layers}
+        for label, found in found_of.items():
             table.add_row(label, f"{found.latents}", f"{found.pearson:.3f}", f"{found.spearman:.3f}")
         if len(prompts) > 1:
             apart = np.sort([self.correlation("all", prompt)[1:] for prompt in prompts], 0)
@@ -132,6 +141,7 @@ def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: i
     return Ablations(
         names,
         latent_N,
+        np.array([scope.subjects[name].spliced.layer for name in names], int),
         np.zeros(len(chosen), int),
         is_strongest_N,
         np.array([attributed[name][latent] for name, latent in chosen]),
@@ -160,6 +170,7 @@ def ablations_of_prompts(
     return Ablations(
         tuple(name for of in made for name in of.sae),
         joined("latent_N"),
+        joined("layer_N"),
         np.repeat(np.arange(len(made)), [len(of.sae) for of in made]),
         *(joined(name) for name in ("is_strongest_N", "attributed_N", "effect_N")),
     )

@@ -111,10 +111,18 @@ class Attribution:
         return sorted(found, key=lambda row: -abs(row[-1]))[:top]
 
     def sums(self) -> dict[str, dict[str, float]]:
-        """By SAE, over all tokens: of latents, the error, b_dec and the skip connection, and of all together."""
-        columns = ("latents_L", "error_L", "bias_L", "skip_L", "total_L")
+        """By SAE, over all tokens: of latents, the error, b_dec, a skip connection if any has one, and of all."""
+        columns = {
+            "latents": "latents_L",
+            "error": "error_L",
+            "b_dec": "bias_L",
+            "skip": "skip_L",
+            "all": "total_L",
+        }
+        if not any(parts.skip_L.any() for parts in self.parts.values()):
+            del columns["skip"]
         return {
-            name: {column[:-2]: float(getattr(parts, column).sum()) for column in columns}
+            name: {heading: float(getattr(parts, column).sum()) for heading, column in columns.items()}
             for name, parts in self.parts.items()
         }
 
@@ -141,9 +149,11 @@ class Attribution:
             table.add_row(*map(rich.text.Text, shown))
         console.print(table)
         table = rich.table.Table(title="in all")
-        for number, heading in enumerate(("SAE", "latents", "error", "b_dec", "skip", "together")):
-            table.add_column(heading, justify="right" if number else "left", overflow="fold")
-        for name, sums in self.sums().items():
+        table.add_column("SAE", overflow="fold")
+        sums_of = self.sums()
+        for heading in next(iter(sums_of.values())):
+            table.add_column(heading, justify="right")
+        for name, sums in sums_of.items():
             table.add_row(*map(rich.text.Text, (name, *(f"{value:+.3f}" for value in sums.values()))))
         console.print(table)
 
