@@ -62,6 +62,32 @@ def _parser() -> argparse.ArgumentParser:
     links.add_argument("--prompt", help="in their place")
     links.add_argument("--top", type=int, default=20, help="latents that are listed")
     links.add_argument("--png", type=pathlib.Path, help="a picture to write")
+    attribute = commands.add_parser(
+        "attribute", help="which latents have a part in a prediction, and how much"
+    )
+    attribute.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    attribute.add_argument("prompt", nargs="?", help="the text whose next token is predicted")
+    attribute.add_argument(
+        "--prompts", type=pathlib.Path, help='instead, a file of texts: .jsonl with {"text": …} a line'
+    )
+    attribute.add_argument("--answer", help="the token whose logit it is (default: the likeliest)")
+    attribute.add_argument(
+        "--against", help="the token whose logit is taken off, or mean, of all (default: the next likeliest)"
+    )
+    attribute.add_argument(
+        "--token", type=int, default=-1, help="behind which token, from 0, or from the end below 0"
+    )
+    attribute.add_argument("--sae", help="of --integrated, where there are several")
+    attribute.add_argument(
+        "--integrated", action="store_true", dest="is_integrated", help="integrated gradients, of one SAE"
+    )
+    attribute.add_argument(
+        "--ablate", type=int, default=0, help="take out so many latents, too, one by one, and compare"
+    )
+    attribute.add_argument("--seed", type=int, default=0, help="of the latents that are drawn for that")
+    attribute.add_argument("--top", type=int, default=20, help="latents that are listed")
+    attribute.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    attribute.add_argument("--png", type=pathlib.Path, help="a picture to write, too")
     boards = commands.add_parser(
         "dashboards", help="pages of what each latent fires on, which need neither server nor network"
     )
@@ -249,6 +275,10 @@ def main() -> None:
         if args.png:
             pictures.write_png(args.png, found.figure())
             print(f"Wrote {args.png}", flush=True)
+    elif args.command == "attribute":
+        from gemma_scope_jax.explore import ablating
+
+        ablating.attribute_path(**options)
     elif args.command == "probe":
         from gemma_scope_jax import probing
 

@@ -1,8 +1,11 @@
 """Looking inside the model: what latents fire on, and what they do."""
 
+from gemma_scope_jax.explore.ablating import Ablations, ablations, ablations_of_prompts
 from gemma_scope_jax.explore.activities import Activity, activity, typical
+from gemma_scope_jax.explore.attribution import Attribution, attribute
 from gemma_scope_jax.explore.edits import Edit, ablate, add, clamp, scale
 from gemma_scope_jax.explore.flows import Flow, flow
+from gemma_scope_jax.explore.integrated import integrate
 from gemma_scope_jax.explore.linking import Links, links
 from gemma_scope_jax.explore.reading import Reading, read
 from gemma_scope_jax.explore.scope import Scope, open_scope
@@ -10,7 +13,9 @@ from gemma_scope_jax.explore.steering import Steered, steer
 from gemma_scope_jax.explore.strengths import Sweep, sweep
 
 __all__ = [
+    "Ablations",
     "Activity",
+    "Attribution",
     "Edit",
     "Flow",
     "Links",
@@ -19,10 +24,14 @@ __all__ = [
     "Steered",
     "Sweep",
     "ablate",
+    "ablations",
+    "ablations_of_prompts",
     "activity",
     "add",
+    "attribute",
     "clamp",
     "flow",
+    "integrate",
     "links",
     "open_scope",
     "read",

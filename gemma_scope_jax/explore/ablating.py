@@ -1,0 +1,308 @@
+"""What attributions are held against: latents taken out one by one, and what that does to the difference of logits.
+
+Shapes: N latents taken out, S rows, L tokens, K latents of an SAE that an edit knows.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import matplotlib.figure
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+from gemma import gm
+from scipy import stats
+
+from gemma_scope_jax import data, hosts, interrupt, sharding, weights
+from gemma_scope_jax.explore import attribution as attribution_lib
+from gemma_scope_jax.explore import edits, integrated, pictures
+from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax.explore.attribution import Attribution, Metric
+from gemma_scope_jax.explore.scope import Scope, open_scope
+
+# Rows of a pass; the first is left as it is.
+_ROWS = 16
+
+_KINDS = {"all": "all", "strongest": "strongest attributed", "random": "drawn of the others"}
+
+
+class Correlation(NamedTuple):
+    """Of what was attributed with what ablation did."""
+
+    latents: int
+    pearson: float
+    spearman: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablations:
+    """Latents of one prompt or of several, each kept from firing on all tokens, with its SAE's error as it was."""
+
+    sae: tuple[str, ...]
+    latent_N: np.ndarray
+    layer_N: np.ndarray
+    prompt_N: np.ndarray
+    is_strongest_N: np.ndarray  # The others were drawn of those that fire.
+    attributed_N: np.ndarray  # Over all tokens.
+    effect_N: np.ndarray  # The difference of logits as it is, less that without the latent.
+
+    def correlation(
+        self,
+        of: Literal["all", "strongest", "random"] = "all",
+        prompt: int | None = None,
+        layer: int | None = None,
+    ) -> Correlation:
+        """Pearson's and Spearman's, of all or of a part; NaN of under three latents or of values all alike."""
+        chosen_N = np.full(len(self.sae), True)
+        if of != "all":
+            chosen_N &= self.is_strongest_N == (of == "strongest")
+        if prompt is not None:
+            chosen_N &= self.prompt_N == prompt
+        if layer is not None:
+            chosen_N &= self.layer_N == layer
+        x, y = self.attributed_N[chosen_N], self.effect_N[chosen_N]
+        if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+            return Correlation(len(x), np.nan, np.nan)
+        pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
+        return Correlation(len(x), float(pearson), float(spearman))
+
+    def show(self, top: int = 10) -> None:
+        """Prints the correlations, and the latents whose ablation does most."""
+        console = rich.console.Console()
+        prompts = np.unique(self.prompt_N)
+        table = rich.table.Table(title="attributed and done by ablation")
+        for number, heading in enumerate(("latents", "number", "Pearson", "Spearman")):
+            table.add_column(heading, justify="right" if number else "left")
+        found_of = {label: self.correlation(of) for of, label in _KINDS.items()}
+        layers = np.unique(self.layer_N)
+        if len(layers) > 1:
+            found_of |= {f"layer {layer}": self.correlation(layer=layer) for layer in layers}
+        for label, found in found_of.items():
+            table.add_row(label, f"{found.latents}", f"{found.pearson:.3f}", f"{found.spearman:.3f}")
+        if len(prompts) > 1:
+            apart = np.sort([self.correlation("all", prompt)[1:] for prompt in prompts], 0)
+            ends = (f"{least:.3f} to {most:.3f}" for least, most in zip(apart[0], apart[-1], strict=True))
+            table.add_row(f"{len(prompts)} prompts apart", "", *ends)
+        console.print(table)
+        table = rich.table.Table(title=f"largest {top} effects")
+        table.add_column("SAE", overflow="fold")
+        for heading in ("latent", "prompt", "attributed", "effect"):
+            table.add_column(heading, justify="right")
+        for n in np.argsort(-np.abs(self.effect_N), kind="stable")[:top]:
+            where = (f"{self.latent_N[n]}", f"{self.prompt_N[n]}")
+            numbers = (f"{self.attributed_N[n]:+.4f}", f"{self.effect_N[n]:+.4f}")
+            table.add_row(*map(rich.text.Text, (self.sae[n], *where, *numbers)))
+        console.print(table)
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """A point for each latent: what was attributed across, what its ablation does up."""
+        figure = matplotlib.figure.Figure(figsize=(5.2, 4.4), layout="constrained")
+        axis = figure.subplots()
+        values = np.concatenate([self.attributed_N, self.effect_N])
+        ends = (values.min(), values.max())
+        axis.plot(ends, ends, color="#80868b", lw=0.8, label="equal")
+        for of, colour in (("strongest", "#1a73e8"), ("random", "#e8710a")):
+            chosen_N = self.is_strongest_N == (of == "strongest")
+            x, y = self.attributed_N[chosen_N], self.effect_N[chosen_N]
+            label = f"{_KINDS[of]}: Pearson {self.correlation(of).pearson:.2f}"
+            axis.scatter(x, y, 14, color=colour, alpha=0.7, label=label)
+        axis.set_xlabel("attributed")
+        axis.set_ylabel("effect: difference of logits, less that without")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        return figure
+
+
+def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: int = 0) -> Ablations:
+    """Takes latents out, one by one: half of them the strongest attributed, the others drawn of those that fire.
+
+    Args:
+      scope: the model and SAEs.
+      attribution: of a prompt, by this scope.
+      latents: how many at most, of all SAEs together.
+      seed: of the draw.
+
+    Raises:
+      ValueError: `latents` is below 1.
+    """
+    if latents < 1:
+        raise ValueError(f"latents is {latents}; it must be at least 1")
+    chosen, is_strongest_N = _choose(attribution, latents, seed)
+    names = tuple(name for name, _ in chosen)
+    latent_N = np.array([latent for _, latent in chosen], int)
+    metric_N = _without(scope, attribution, names, latent_N)
+    attributed = {name: parts.latents_M for name, parts in attribution.parts.items()}
+    return Ablations(
+        names,
+        latent_N,
+        np.array([scope.subjects[name].spliced.layer for name in names], int),
+        np.zeros(len(chosen), int),
+        is_strongest_N,
+        np.array([attributed[name][latent] for name, latent in chosen]),
+        metric_N[0] - metric_N[1:],
+    )
+
+
+def ablations_of_prompts(
+    scope: Scope, prompts: Sequence[str], latents: int = 32, seed: int = 0, **options: str | int | None
+) -> Ablations:
+    """`ablations` of several prompts, `latents` of each; options are those of `attribute`.
+
+    Raises:
+      ValueError: see `ablations` and `attribute`; or there are no prompts.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts; give at least one")
+    made = [
+        ablations(scope, attribution_lib.attribute(scope, prompt, **options), latents, seed + number)
+        for number, prompt in enumerate(prompts)
+    ]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(of, name) for of in made])
+
+    return Ablations(
+        tuple(name for of in made for name in of.sae),
+        joined("latent_N"),
+        joined("layer_N"),
+        np.repeat(np.arange(len(made)), [len(of.sae) for of in made]),
+        *(joined(name) for name in ("is_strongest_N", "attributed_N", "effect_N")),
+    )
+
+
+def _choose(attribution: Attribution, latents: int, seed: int) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """Latents by SAE, and which of them are the strongest."""
+    fire = [
+        (abs(sums_M[latent]), name, int(latent))
+        for name, parts in attribution.parts.items()
+        for sums_M in (parts.latents_M,)
+        for latent in np.unique(parts.latent_N)
+    ]
+    fire.sort(key=lambda found: -found[0])
+    half = -(-latents // 2)
+    strongest, others = fire[:half], fire[half:]
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(others), min(latents - len(strongest), len(others)), replace=False)
+    chosen = [*strongest, *(others[n] for n in np.sort(drawn))]
+    return [(name, latent) for _, name, latent in chosen], np.arange(len(chosen)) < len(strongest)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def _measured(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    final_SxLxD: jax.Array,
+    metric: Metric,
+) -> jax.Array:
+    found = attribution_lib.read_metric(model, params, final_SxLxD, metric)[0]
+    return sharding.constrain(mesh, found, sharding.REPLICATED)
+
+
+def _without(
+    scope: Scope, attribution: Attribution, names: Sequence[str], latent_N: np.ndarray
+) -> np.ndarray:
+    """The difference of logits [1 + N] as it is, and without each latent."""
+    placed = scope_lib.place_prompts(scope, [attribution.ids] * _ROWS)
+    rows, loaded = len(placed), scope.loaded
+    against = attribution_lib.MEAN if attribution.against is None else attribution.against[0]
+    metric = attribution_lib.metric_of_rows(rows, attribution.ids, attribution.answer[0], against)
+    # The first row of all takes out nothing. In every pass all SAEs may be edited, so that all are one program.
+    names, latent_N = (None, *names), np.append(0, latent_N)
+    found = []
+    for start in range(0, len(names), rows):
+        latent_K, of_K = np.zeros(rows, int), np.full(rows, None)
+        here = slice(start, start + rows)
+        latent_K[: len(latent_N[here])], of_K[: len(latent_N[here])] = latent_N[here], names[here]
+        made = {}
+        for name in attribution.parts:
+            is_of_K = of_K == name
+            made[name] = edits.of_sae(
+                scope.subjects[name].sae,
+                np.where(is_of_K, latent_K, 0),
+                1.0 - np.diag(is_of_K),
+                np.zeros((rows, rows)),
+            )
+        write = edits.writes_of_saes(scope, made)
+        final_SxLxD, _ = edits.final_stream(scope.mesh, loaded.model, loaded.params, placed, write)
+        found.append(hosts.fetch(_measured(scope.mesh, loaded.model, loaded.params, final_SxLxD, metric)))
+    return np.concatenate(found)[: len(names)]
+
+
+def attribute_path(
+    path: str,
+    prompt: str | None,
+    prompts: pathlib.Path | None,
+    answer: str | None,
+    against: str | None,
+    token: int,
+    sae: str | None,
+    is_integrated: bool,
+    ablate: int,
+    seed: int,
+    top: int,
+    html: pathlib.Path | None,
+    png: pathlib.Path | None,
+) -> None:
+    """The command: attributes at one prompt, or holds attributions at many against ablation.
+
+    Args:
+      path: see `open_scope`.
+      prompt: one.
+      prompts: instead of it, a file of them, of any kind that `data.documents` reads.
+      answer: see `attribute`, also for the next two.
+      against: see above.
+      token: see above.
+      sae: of integrated gradients, where there are several.
+      is_integrated: integrated gradients, of one SAE.
+      ablate: so many latents of each prompt are taken out; 0: none.
+      seed: see `ablations`.
+      top: how many latents are shown.
+      html: a page to write.
+      png: a picture to write, of the parts or, of many prompts, of the ablations.
+
+    Raises:
+      ValueError: options that do not go together; see also `attribute`, `integrate` and `ablations`.
+    """
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give a prompt, or --prompts=FILE, and not both")
+    if prompts and (not ablate or is_integrated or html):
+        raise ValueError("--prompts goes with --ablate=N and without --integrated and --html")
+    if prompts and not prompts.is_file():
+        raise ValueError(f"--prompts: there is no file {prompts}")
+    with interrupt.ending_at_once("nothing was written"):
+        scope = open_scope(path)
+        question = {"answer": answer, "against": against, "token": token}
+        if prompts:
+            texts = list(data.documents(str(prompts)))
+            made = ablations_of_prompts(scope, texts, ablate, seed, **question)
+            made.show(top)
+            _write_png(png, made.figure())
+            return
+        if is_integrated:
+            if sae is None and len(scope.subjects) > 1:
+                raise ValueError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
+            found = integrated.integrate(scope, prompt, sae or next(iter(scope.subjects)), **question)
+        else:
+            found = attribution_lib.attribute(scope, prompt, **question)
+        found.show(top)
+        shown = {}
+        if ablate:
+            made = ablations(scope, found, ablate, seed)
+            made.show(top)
+            shown = {"Held against ablation": pictures.png(made.figure())}
+        if html:
+            found.write_html(html, top, shown)
+            print(f"Wrote {html}", flush=True)
+        _write_png(png, found.figure())
+
+
+def _write_png(path: pathlib.Path | None, figure: matplotlib.figure.Figure) -> None:
+    if path:
+        pictures.write_png(path, figure)
+        print(f"Wrote {path}", flush=True)

@@ -1,0 +1,398 @@
+"""What has a part in a prediction: each latent's activation times the gradient of a difference of two logits.
+
+The gradient g at a site is of the model as it is, with nothing spliced. A latent's part at a token is f (g · W_dec).
+What else an activation y is made of has a part, too: the SAE's error, b_dec, and what a skip connection passes. All
+of them add up to y · g.
+
+Shapes: S rows, L tokens, N firings, D and O widths of the sites read and given, M latents, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+from gemma import gm
+
+from gemma_scope_jax import gemma, hosts, page, sae, sharding, step, weights
+from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax.explore.scope import Scope
+
+# In the place of a token's id.
+LIKELIEST = -1  # But for the other of the two.
+MEAN = -2  # Of all logits.
+
+
+class Metric(NamedTuple):
+    """The logit of one token less that of another, or less the mean of all; each row's."""
+
+    last_S: np.ndarray  # The position whose next token the logits are of.
+    answer_S: np.ndarray
+    against_S: np.ndarray
+
+
+class Parts(NamedTuple):
+    """Those of one SAE, by token behind BOS."""
+
+    # Of each firing.
+    token_N: np.ndarray
+    latent_N: np.ndarray
+    activation_N: np.ndarray
+    part_N: np.ndarray
+    width: int
+    # Of what else there is in an activation.
+    error_L: np.ndarray
+    bias_L: np.ndarray
+    skip_L: np.ndarray
+    total_L: np.ndarray  # y · g
+
+    @property
+    def latents_L(self) -> np.ndarray:
+        """Those of all latents."""
+        return np.bincount(self.token_N, self.part_N, len(self.total_L))
+
+    @property
+    def latents_M(self) -> np.ndarray:
+        """Each latent's on all tokens."""
+        return np.bincount(self.latent_N, self.part_N, self.width)
+
+    def strongest(self, token: int, top: int) -> list[tuple[int, float, float]]:
+        """The latents with the largest parts on a token: each with its activation and part."""
+        here = np.flatnonzero(self.token_N == token)
+        here = here[np.argsort(-np.abs(self.part_N[here]), kind="stable")[:top]]
+        return [(int(self.latent_N[n]), float(self.activation_N[n]), float(self.part_N[n])) for n in here]
+
+
+class Integral(NamedTuple):
+    """What integrated gradients are held against."""
+
+    baseline: float  # The difference of logits where they begin.
+    nodes: int
+    gap: float  # The sum of all parts less what it should be.
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribution:
+    """What has a part in a difference of two logits. BOS, on which no SAE was trained, has none."""
+
+    model: str
+    tokens: tuple[
+        str, ...
+    ]  # As text, up to the one whose next token the logits are of; those behind do nothing.
+    ids: tuple[int, ...]  # With BOS.
+    answer: tuple[int, str]
+    against: tuple[int, str] | None  # None: the mean of all logits.
+    metric: float  # The logit of `answer` less that of `against`.
+    parts: Mapping[str, Parts]  # by SAE
+    integral: Integral | None = None  # Of integrated gradients.
+
+    @property
+    def question(self) -> str:
+        """What was asked."""
+        against = "the mean of all" if self.against is None else f"that of {self.against[1]!r}"
+        return f"the logit of {self.answer[1]!r} less {against} behind {''.join(self.tokens[-8:])!r}"
+
+    def strongest(self, top: int = 20) -> list[tuple[str, int, int, float, float]]:
+        """The firings with the largest parts, of either sign: SAE, latent, token, activation, part."""
+        found = [
+            (name, int(parts.latent_N[n]), int(parts.token_N[n]), *map(float, (parts.activation_N[n], part)))
+            for name, parts in self.parts.items()
+            for n in np.argsort(-np.abs(parts.part_N), kind="stable")[:top]
+            for part in (parts.part_N[n],)
+        ]
+        return sorted(found, key=lambda row: -abs(row[-1]))[:top]
+
+    def sums(self) -> dict[str, dict[str, float]]:
+        """By SAE, over all tokens: of latents, the error, b_dec, a skip connection if any has one, and of all."""
+        columns = {
+            "latents": "latents_L",
+            "error": "error_L",
+            "b_dec": "bias_L",
+            "skip": "skip_L",
+            "all": "total_L",
+        }
+        if not any(parts.skip_L.any() for parts in self.parts.values()):
+            del columns["skip"]
+        return {
+            name: {heading: float(getattr(parts, column).sum()) for heading, column in columns.items()}
+            for name, parts in self.parts.items()
+        }
+
+    def show(self, top: int = 20) -> None:
+        """Prints the strongest latents, and what each SAE's parts add up to."""
+        console = rich.console.Console()
+        console.print(rich.text.Text(f"{self.question}: {self.metric:.3f}"))
+        if self.integral:
+            told = f"baseline {self.integral.baseline:.3f}; {self.integral.nodes} nodes leave a gap of "
+            console.print(rich.text.Text(f"{told}{self.integral.gap:.2g}"))
+        table = rich.table.Table(title=f"strongest {top}")
+        for heading in ("SAE", "latent", "token", "activation", "part"):
+            table.add_column(
+                heading, justify="left" if heading in ("SAE", "token") else "right", overflow="fold"
+            )
+        for name, latent, token, activation, part in self.strongest(top):
+            shown = (
+                name,
+                f"{latent}",
+                f"{token} {self.tokens[token]!r}",
+                f"{activation:.4g}",
+                f"{part:+.4f}",
+            )
+            table.add_row(*map(rich.text.Text, shown))
+        console.print(table)
+        table = rich.table.Table(title="in all")
+        table.add_column("SAE", overflow="fold")
+        sums_of = self.sums()
+        for heading in next(iter(sums_of.values())):
+            table.add_column(heading, justify="right")
+        for name, sums in sums_of.items():
+            table.add_row(*map(rich.text.Text, (name, *(f"{value:+.3f}" for value in sums.values()))))
+        console.print(table)
+
+    def write_html(
+        self, path: str | pathlib.Path, top: int = 20, pictures: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Writes a page that needs no network: maps of parts, a token's latents by a click, PNGs by their titles."""
+        maps = {"latents": "latents_L", "errors": "error_L"}
+        sums = {
+            title: {name: getattr(parts, column).tolist() for name, parts in self.parts.items()}
+            for title, column in maps.items()
+        }
+        page.render(
+            pathlib.Path(path),
+            "explore/attribution.html.jinja",
+            about=self,
+            strongest=self.strongest(top),
+            sums=self.sums(),
+            maps=sums,
+            largest=max(abs(v) for rows in sums.values() for row in rows.values() for v in row) or 1.0,
+            cells=[
+                [parts.strongest(t, 12) for t in range(len(self.tokens))] for parts in self.parts.values()
+            ],
+            pictures={title: page.data_url(png) for title, png in (pictures or {}).items()},
+        )
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """Two maps, of latents and of errors: SAEs down, tokens across, the sum of parts as colour."""
+        maps = {
+            "latents": np.stack([parts.latents_L for parts in self.parts.values()]),
+            "error": np.stack([parts.error_L for parts in self.parts.values()]),
+        }
+        largest = max(max(np.abs(values).max() for values in maps.values()), 1e-30)
+        names, length = list(self.parts), len(self.tokens)
+        size = (2 * max(0.32 * length, 3) + 0.09 * max(map(len, names)) + 1.2, 0.24 * len(names) + 1.8)
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        for axis, (title, values) in zip(figure.subplots(1, 2, sharey=True), maps.items(), strict=True):
+            image = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+            axis.set_title(title, fontsize=10)
+            axis.set_xticks(
+                range(length), [repr(token)[1:-1] for token in self.tokens], rotation=90, fontsize=8
+            )
+            axis.set_yticks(range(len(names)), names, fontsize=8)
+        for text in (*axis.get_xticklabels(), *figure.axes[0].get_xticklabels(), *axis.get_yticklabels()):
+            text.set_parse_math(False)  # A $ is a $.
+        figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01)
+        figure.suptitle(f"{self.question}: {self.metric:.3f}", fontsize=10, parse_math=False)
+        return figure
+
+
+def read_metric(
+    model: gm.nn.Transformer, params: weights.Params, final_SxLxD: jax.Array, metric: Metric
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The difference [S] of logits, from the stream behind the last block, and the tokens [S] that it is of."""
+    rows_S = jnp.arange(len(final_SxLxD))
+    logits_SxV = gemma.logits(model, params, final_SxLxD[rows_S, metric.last_S])
+    tokens_1xV = jnp.arange(logits_SxV.shape[1])[None]
+
+    def likeliest_but(token_S: jax.Array) -> jax.Array:
+        return jnp.where(tokens_1xV == token_S[:, None], -jnp.inf, logits_SxV).argmax(1)
+
+    answer_S = jnp.where(metric.answer_S == LIKELIEST, likeliest_but(metric.against_S), metric.answer_S)
+    against_S = jnp.where(metric.against_S == LIKELIEST, likeliest_but(answer_S), metric.against_S)
+    less_S = jnp.where(against_S == MEAN, logits_SxV.mean(1), logits_SxV[rows_S, against_S])
+    return logits_SxV[rows_S, answer_S] - less_S, answer_S, against_S
+
+
+class Pass(NamedTuple):
+    metric_S: jax.Array
+    answer_S: jax.Array
+    against_S: jax.Array
+    values: dict[gemma.Site, jax.Array]  # [S, L, D] of the sites read, before anything was added
+    gradients: dict[gemma.Site, jax.Array]  # [S, L, O], float32, by site that something was added to
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "read"))
+def _gradients(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    metric: Metric,
+    added: Mapping[gemma.Site, jax.Array],
+    read: tuple[gemma.Site, ...],
+) -> Pass:
+    """One pass forwards and one back, for the gradient of each row's metric by what is added [S, L, O] at sites."""
+
+    # Each block is computed again on the way back, as in `passes.importance`: what it needs inside lies on a chip for
+    # one block at a time.
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def block(layer: int, x_SxLxD: jax.Array, added: Mapping[gemma.Site, jax.Array]) -> tuple:
+        def add(more_SxLxO: jax.Array, y_SxLxO: jax.Array) -> jax.Array:
+            return (y_SxLxO.astype(jnp.float32) + more_SxLxO).astype(y_SxLxO.dtype)
+
+        write = {site: functools.partial(add, more) for site, more in added.items()}
+        here = [site for site in read if site.layer == layer]
+        gathered, only = step.gather_gemma(mesh, params), range(layer, layer + 1)
+        return gemma.run_blocks(model, gathered, x_SxLxD, tokens_SxL, only, read=here, write=write)
+
+    def total(added: Mapping[gemma.Site, jax.Array]) -> tuple[jax.Array, tuple]:
+        x_SxLxD = gemma.embed(model, step.gather_gemma(mesh, params), tokens_SxL)
+        x_SxLxD = sharding.constrain(mesh, x_SxLxD, sharding.TOKENS)
+        values = {}
+        for layer in range(model.config.num_layers):
+            here = {site: more for site, more in added.items() if site.layer == layer}
+            x_SxLxD, found = block(layer, x_SxLxD, here)
+            values |= found
+        measured = read_metric(model, params, x_SxLxD, metric)
+        return measured[0].sum(), (*measured, values)
+
+    (_, (*measured, values)), gradients = jax.value_and_grad(total, has_aux=True)(added)
+    measured = sharding.constrain(mesh, measured, sharding.REPLICATED)
+    return Pass(*measured, *sharding.constrain(mesh, (values, gradients), sharding.TOKENS))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _divided(
+    mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array, g_SxLxO: jax.Array
+) -> dict[str, jax.Array]:
+    """Activations and parts of the first row."""
+    highest = jax.lax.Precision.HIGHEST
+    x_LxD, y_LxO, g_LxO = (of[0].astype(jnp.float32) for of in (x_SxLxD, y_SxLxO, g_SxLxO))
+    f_LxM = sae.encode(subject, x_LxD, highest)
+    skip_LxO = jnp.zeros_like(y_LxO)
+    if subject.W_skip is not None:
+        skip_LxO = jnp.matmul(x_LxD, subject.W_skip, precision=highest)
+    found = {
+        "f_LxM": f_LxM,
+        "part_LxM": f_LxM * jnp.matmul(g_LxO, subject.W_dec.T, precision=highest),
+        "error_L": ((y_LxO - sae.decode(subject, f_LxM, x_LxD, highest)) * g_LxO).sum(1),
+        "bias_L": (subject.b_dec[None] * g_LxO).sum(1),
+        "skip_L": (skip_LxO * g_LxO).sum(1),
+        "total_L": (y_LxO * g_LxO).sum(1),
+    }
+    return sharding.constrain(mesh, found, sharding.REPLICATED)
+
+
+def parts_of(
+    scope: Scope, name: str, values: Mapping[gemma.Site, jax.Array], g_SxLxO: jax.Array, length: int
+) -> Parts:
+    """Those of one SAE on the `length` tokens behind BOS of the first row."""
+    subject = scope.subjects[name]
+    x_SxLxD, y_SxLxO = values[subject.site], values[subject.spliced]
+    found = hosts.fetch(_divided(scope.mesh, scope.placed[name], x_SxLxD, y_SxLxO, g_SxLxO))
+    found = {key: value[1 : 1 + length] for key, value in found.items()}
+    f_LxM, part_LxM = found.pop("f_LxM"), found.pop("part_LxM")
+    token_N, latent_N = np.nonzero(f_LxM)
+    at = (token_N, latent_N)
+    return Parts(token_N, latent_N, f_LxM[at], part_LxM[at], f_LxM.shape[1], **found)
+
+
+def attribute(
+    scope: Scope, prompt: str, answer: str | None = None, against: str | None = None, token: int = -1
+) -> Attribution:
+    """What has a part in a difference of two logits, by every SAE of a scope: gradient times activation.
+
+    Args:
+      scope: the model and SAEs.
+      prompt: the text.
+      answer: the token whose logit it is; None: the likeliest.
+      against: the token whose logit is taken off, or "mean", of all; None: the likeliest but for the answer.
+      token: behind which of the prompt's tokens; below 0 from its end on.
+
+    Raises:
+      ValueError: there is no such token, or an answer is none or several.
+    """
+    ids, chosen = ask(scope, prompt, answer, against, token)
+    placed = scope_lib.place_prompts(scope, [ids])
+    sites = tuple(dict.fromkeys(subject.spliced for subject in scope.subjects.values()))
+    passed = differentiate(
+        scope, placed, metric_of_rows(len(placed), ids, *chosen), zeros(scope, placed, sites)
+    )
+    parts = {
+        name: parts_of(scope, name, passed.values, passed.gradients[subject.spliced], len(ids) - 1)
+        for name, subject in scope.subjects.items()
+    }
+    return tell(scope, ids, passed, parts)
+
+
+def differentiate(
+    scope: Scope, tokens_SxL: jax.Array, metric: Metric, added: Mapping[gemma.Site, jax.Array]
+) -> Pass:
+    """One pass forwards and one back, with the sites read that SAEs of those in `added` read and give."""
+    read = {site for s in scope.subjects.values() if s.spliced in added for site in (s.site, s.spliced)}
+    loaded = scope.loaded
+    return _gradients(scope.mesh, loaded.model, loaded.params, tokens_SxL, metric, added, tuple(sorted(read)))
+
+
+def zeros(scope: Scope, tokens_SxL: jax.Array, sites: Sequence[gemma.Site]) -> dict[gemma.Site, jax.Array]:
+    """What adds nothing to rows of these tokens, at sites."""
+    device = jax.NamedSharding(scope.mesh, sharding.TOKENS)
+    widths = {site: gemma.site_width(scope.loaded.model, site) for site in sites}
+    return {
+        site: jnp.zeros((*tokens_SxL.shape, width), jnp.float32, device=device)
+        for site, width in widths.items()
+    }
+
+
+def ask(
+    scope: Scope, prompt: str, answer: str | None, against: str | None, token: int
+) -> tuple[list[int], tuple[int, int]]:
+    """The prompt's ids up to the token, with BOS, and the ids of the two answers or what stands for them."""
+    ids = scope_lib.prompt(scope, prompt)[1:]
+    if not -len(ids) <= token < len(ids):
+        raise ValueError(f"there is no token {token}; the prompt has {len(ids)}, counted from 0")
+    chosen_answer = LIKELIEST if answer is None else scope_lib.one_token(scope, answer)
+    if against == "mean":
+        chosen_against = MEAN
+    else:
+        chosen_against = LIKELIEST if against is None else scope_lib.one_token(scope, against)
+    if chosen_answer == chosen_against >= 0:
+        raise ValueError(f"answer and against are both {answer!r}; give two tokens, or leave one of them out")
+    return [gemma.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)
+
+
+def metric_of_rows(rows: int, ids: Sequence[int], answer: int, against: int) -> Metric:
+    """The same of all rows."""
+    return Metric(*(np.full(rows, value, np.int32) for value in (len(ids) - 1, answer, against)))
+
+
+def tell(
+    scope: Scope,
+    ids: Sequence[int],
+    passed: Pass,
+    parts: Mapping[str, Parts],
+    integral: Integral | None = None,
+) -> Attribution:
+    """What is said of the first row of a pass."""
+    text = scope.tokenizer.decode
+    metric, answer, against = (
+        value[0].item() for value in hosts.fetch((passed.metric_S, passed.answer_S, passed.against_S))
+    )
+    return Attribution(
+        scope.config.model,
+        tuple(text([token]) for token in ids[1:]),
+        tuple(ids),
+        (answer, text([answer])),
+        None if against == MEAN else (against, text([against])),
+        metric,
+        parts,
+        integral,
+    )
