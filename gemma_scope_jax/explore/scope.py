@@ -23,6 +23,8 @@ class Scope:
     placed: Mapping[str, sae.SAE]  # the same SAEs on the devices
     # [M] by SAE, of each latent's firing on the text of the run's evaluation; of those that were evaluated.
     frequency: Mapping[str, np.ndarray]
+    # The folder of the rows of the run's text; None: there are none.
+    rows: pathlib.Path | None = None
 
     @property
     def sites(self) -> tuple[gemma.Site, ...]:
@@ -49,6 +51,7 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
         opened.subjects,
         {name: passes.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(pathlib.Path(path), opened.subjects),
+        opened.rows,
     )
 
 
