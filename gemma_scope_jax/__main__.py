@@ -47,6 +47,29 @@ def _parser() -> argparse.ArgumentParser:
     explore.add_argument("text", help="the prompt")
     explore.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
     explore.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    contrast = commands.add_parser(
+        "contrast",
+        help="which latents tell two sets of prompts apart, and what is left of a bias without them",
+    )
+    contrast.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    for name in ("first", "second"):
+        contrast.add_argument(
+            f"--{name}", type=pathlib.Path, required=True, help="prompts: .txt with one a line, or .jsonl"
+        )
+    contrast.add_argument(
+        "--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens"
+    )
+    contrast.add_argument("--rate", type=float, default=0.05, help="of false discoveries")
+    contrast.add_argument(
+        "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
+    )
+    contrast.add_argument("--answer", help='a token whose logit is the behaviour, such as " she"')
+    contrast.add_argument("--against", help="the token whose logit is taken off it")
+    contrast.add_argument("--top", type=int, help="ablate only so many latents, the strongest")
+    contrast.add_argument("--seed", type=int, default=0, help="of shuffles, halves and random sets")
+    contrast.add_argument("--out", type=pathlib.Path, help="folder for contrast.json, .png, correction.json")
+    for name in ("text", "model", "weights", "tokenizer", "site", "target_site"):
+        contrast.add_argument(f"--{name}", help="as for evaluate.py")
     boards = commands.add_parser(
         "dashboards", help="pages of what each latent fires on, which need neither server nor network"
     )
@@ -160,6 +183,10 @@ def main() -> None:
         if args.html:
             reading.write_html(args.html)
             print(f"Wrote {args.html}", flush=True)
+    elif args.command == "contrast":
+        from gemma_scope_jax.explore import audit
+
+        audit.audit(**options)
     elif args.command == "probe":
         from gemma_scope_jax import probing
 

@@ -225,7 +225,8 @@ def _check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_
     # Twice the same would be taken for two that agree.
     for these in [list(zip(first, second, strict=True))] if is_paired else [first, second]:
         if twice := [one for number, one in enumerate(these) if one in these[:number]]:
-            raise ValueError(f"the prompt {twice[0]!r} is there twice; give each once")
+            what = "pair" if is_paired else "prompt"
+            raise ValueError(f"the {what} {twice[0]!r} is there twice; give each once")
     smallest = min(2 / rank_tests.labelings(len(first), len(second), is_paired), 1.0)
     if smallest > rate:
         needed = rank_tests.prompts_needed(rate, is_paired)

@@ -1,4 +1,4 @@
-"""What a model does of one set of prompts and not of another, and what is left of it without the latents between them.
+"""What a model makes of one set of prompts and not of another, and what is left of it without the latents between.
 
 The latents that tell the sets apart are ablated, exactly those, and as many others that fire as strongly, drawn at
 random: what any such damage does. Latents are chosen on other prompts than those that are measured.
@@ -100,8 +100,8 @@ class Correction:
         p = (1 + self.as_good) / (1 + len(self.random))
         return (
             f"Without {len(self.latents):,} latents the gap is {self.ablated.gap:.3f} instead of "
-            f"{self.clean.gap:.3f}, {share:.0%} of it. {self.as_good} of {len(self.random)} random sets narrow it by as "
-            f"much (p = {p:.2g})."
+            f"{self.clean.gap:.3f}, {share:.0%} of it. {self.as_good} of {len(self.random)} random sets narrow it by "
+            f"as much (p = {p:.2g})."
         )
 
     def show(self) -> None:
@@ -170,11 +170,12 @@ def behaviour(
     Raises:
       ValueError: `answer` or `against` is not one token, or a prompt is empty.
     """
-    tokens = _token(scope, answer), _token(scope, against)
+    tokens = check_token(scope, answer), check_token(scope, against)
     return _behaviour(scope, rows_of(scope, prompts), tokens, write or {})
 
 
-def _token(scope: Scope, text: str) -> int:
+def check_token(scope: Scope, text: str) -> int:
+    """The token that a text is; raises ValueError if it is none or several."""
     tokens = scope.tokenizer.encode(text)
     if len(tokens) != 1:
         pieces = ", ".join(repr(scope.tokenizer.decode([token])) for token in tokens)
@@ -243,17 +244,17 @@ def correct(
       first: prompts like the contrast's first, but none of them.
       second: likewise.
       top: only so many latents, the strongest; None: all.
-      random_sets: so many sets of as many latents of the same SAEs that fire on the contrast's prompts; each stands for
-        one of those found, and is one of the `NEAREST` by the mean activation times the length of the decoder direction.
+      random_sets: so many sets of as many latents of the same SAEs that fire on the contrast's prompts. Each stands
+        for one of those ablated, and is one of the `NEAREST` by mean activation times length of decoder direction.
       seed: of the draws.
       rows: of held-out text, on which the delta loss is measured, of random sets' that of the first `DAMAGE_SETS`; at
         most all; 0: it is not measured.
 
     Raises:
-      ValueError: there are no latents or no prompts, prompts are among those that latents were chosen on, too few other
-        latents fire, or `answer` or `against` is not one token.
+      ValueError: there are no latents or no prompts, prompts are among those that latents were chosen on, too few
+        other latents fire, or `answer` or `against` is not one token.
     """
-    tokens = _token(scope, answer), _token(scope, against)
+    tokens = check_token(scope, answer), check_token(scope, against)
     _check(scope, found, first, second, top, random_sets, rows)
     latents = found.found()[:top]
     chosen: dict[str, list[int]] = {}
@@ -346,8 +347,8 @@ def _alike(
     others = np.setdiff1d(np.flatnonzero(strength_M > 0), found.latents(name))
     if len(others) < len(latents_K):
         raise ValueError(
-            f"only {len(others)} other latents of {name} fire on these prompts, too few for random sets of as many as "
-            f"the {len(latents_K)} that are ablated; set top to {len(others)} or less"
+            f"only {len(others)} other latents of {name} fire on these prompts, too few for random sets of as many "
+            f"as the {len(latents_K)} that are ablated; set top to {len(others)} or less"
         )
     sets = []
     for _ in range(count):

@@ -1,8 +1,8 @@
 """Rank tests of many features at once, whose p-values hold where most values are equal.
 
 The normal approximation does not hold there. A latent that fires in three of 110 prompts, all of them among the ten
-of the first set, would have p = 4e-8, though of such latents one in 1,800 does so by chance. What it calls significant
-is therefore tested anew by shuffling the sets, which is exact whatever is equal.
+of the first set, would have p = 4e-8, though of such latents one in 1,800 does so by chance. What it calls
+significant is therefore tested anew by shuffling the sets, which is exact whatever is equal.
 
 Shapes: N prompts, A of the first set and B of the second (A = B = N where they are pairs), M features, C of them that
 are shuffled, R shuffles at a time.
