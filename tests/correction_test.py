@@ -19,10 +19,9 @@ STREAM, MLP = gemma.Site("resid_post", 1), gemma.Site("mlp_out", 2)
 WORDS = "ash elm oak fir yew bay fig box gum ivy".split()
 FIRST = [f"rivers of {word}" for word in WORDS]
 SECOND = [f"{word} and law!" for word in WORDS]
-NEW_FIRST, NEW_SECOND = (
-    ["rivers of bread", "rivers of song"],
-    ["bread and law!", "song and law!", "a and law!"],
-)
+# Of one length: Gemma run slowly is compiled for each.
+NEW_FIRST = ["rivers of sun", "rivers of ice"]
+NEW_SECOND = ["wood and law!", "iron and law!", "gold and law!"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def corrected(scope, found, rows):
         patch.setattr(data, "open_rows", lambda folder, split: rows if folder == "where rows lie" else None)
         before = edits.final_stream._cache_size()
         made = explore.correct(
-            scope, found, "x", "y", NEW_FIRST, NEW_SECOND, top=6, random_sets=7, seed=1, rows=5
+            scope, found, "x", "y", NEW_FIRST, NEW_SECOND, top=13, random_sets=7, seed=1, rows=5
         )
         # One program for prompts and one for rows of text, whatever is ablated.
         assert edits.final_stream._cache_size() - before <= 2
@@ -87,7 +86,7 @@ def slow_behaviour(scope, prompt, ablated=()):
 
 
 def test_a_behaviour_is_a_difference_of_logits_behind_each_prompt(scope):
-    prompts = ["rivers", *NEW_SECOND, "q"]
+    prompts = ["q", *NEW_SECOND, "rivers of sun"]
     expected = [slow_behaviour(scope, prompt) for prompt in prompts]
     np.testing.assert_allclose(explore.behaviour(scope, prompts, "x", "y"), expected, atol=1e-4)
     np.testing.assert_allclose(
@@ -96,10 +95,8 @@ def test_a_behaviour_is_a_difference_of_logits_behind_each_prompt(scope):
 
 
 def test_ablation_equals_gemma_with_the_sites_replaced(scope, found, corrected):
-    assert corrected.latents == tuple(found.found()[:6]) and {name for name, _ in corrected.latents} == {
-        "stream",
-        "mlp",
-    }
+    assert corrected.latents == tuple(found.found()[:13])
+    assert {name for name, _ in corrected.latents} == {"stream", "mlp"}
     for outcome, ablated in ((corrected.clean, ()), (corrected.ablated, corrected.latents)):
         for values, prompts in ((outcome.first_A, NEW_FIRST), (outcome.second_B, NEW_SECOND)):
             expected = [slow_behaviour(scope, prompt, ablated) for prompt in prompts]
@@ -178,8 +175,13 @@ def test_gaps_and_their_errors_by_hand():
 def test_it_shows_and_writes_what_came_out(corrected, tmp_path, capsys):
     corrected.show()
     shown = capsys.readouterr().out
-    assert "logit of 'x' less that of 'y'" in shown and "random set 7" in shown
-    assert f"{corrected.ablated.gap:.3f}" in shown and corrected.about() in " ".join(shown.split())
+    assert "logit of 'x' less that of 'y'" in shown and corrected.about() in " ".join(shown.split())
+    row = rf"13 latents found .* {corrected.ablated.gap:.3f} .* {corrected.ablated.delta_loss:.4f} ± "
+    assert re.search(row, shown), shown
+    changes = [one.gap - corrected.clean.gap for one in corrected.random]
+    losses = [one.delta_loss for one in corrected.random[:5]]
+    row = f"{np.mean(changes):+.3f}, {min(changes):+.3f} to {max(changes):+.3f}"
+    assert re.search(f"mean of 7 .* {re.escape(row)} .* {np.mean(losses):.4f}, mean of 5", shown), shown
     corrected.write_json(tmp_path / "a.json")
     stored = json.loads((tmp_path / "a.json").read_text())
     assert stored["latents"] == [list(one) for one in corrected.latents]

@@ -1,10 +1,14 @@
 """From files of prompts to what tells them apart, and to what is left of a behaviour without it."""
 
+import math
 import pathlib
+from collections.abc import Sequence
+
+import numpy as np
 
 from gemma_scope_jax import data, files, interrupt
 from gemma_scope_jax.explore.contrast import At, Contrast, contrast
-from gemma_scope_jax.explore.correction import Correction, check_token, correct, halves
+from gemma_scope_jax.explore.correction import Correction, check_token, correct
 from gemma_scope_jax.explore.scope import open_scope
 
 
@@ -73,6 +77,25 @@ def audit(
         if out is not None:
             _write(out, found, corrected)
         return found, corrected
+
+
+def halves(
+    first: Sequence[str], second: Sequence[str], is_paired: bool = False, seed: int = 0
+) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
+    """Both sets divided at random: one half of each to choose latents on, the other to measure what they do.
+
+    Pairs stay together. Of an odd number the first half has one more.
+    """
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(first)), rng.permutation(len(second))]
+    if is_paired:
+        orders[1] = orders[0]
+    parts = []
+    for prompts, order in zip((first, second), orders, strict=True):
+        middle = math.ceil(len(order) / 2)
+        parts.append([[prompts[i] for i in some] for some in (order[:middle], order[middle:])])
+    (first_a, first_b), (second_a, second_b) = parts
+    return (first_a, second_a), (first_b, second_b)
 
 
 def _write(out: pathlib.Path, found: Contrast, corrected: Correction | None) -> None:

@@ -8,7 +8,6 @@ Shapes: A prompts of the first set and B of the second, N in all, S rows in one 
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -106,22 +105,31 @@ class Correction:
 
     def show(self) -> None:
         """Prints the behaviour of both sets without ablation, with it, and with random sets ablated."""
+        changes = [one.gap - self.clean.gap for one in self.random]
+        random = f"{np.mean(changes):+.3f}, {min(changes):+.3f} to {max(changes):+.3f}"
         table = rich.table.Table(title=f"logit of {self.answer!r} less that of {self.against!r}")
         table.add_column("ablated")
         for heading in ("first", "second", "gap", "change of the gap", "activation", "delta loss, nats"):
             table.add_column(heading, justify="right")
-        gap = f"{self.clean.gap:.3f} ± {self.gap_se:.3f}"
-        table.add_row("nothing", *_means(self.clean), gap, "", "", "")
-        for label, one in (
-            (f"{len(self.latents):,} latents found", self.ablated),
-            *((f"random set {number}", one) for number, one in enumerate(self.random, 1)),
+        for label, some, error, change in (
+            ("nothing", [self.clean], f" ± {self.gap_se:.3f}", ""),
+            (
+                f"{len(self.latents):,} latents found",
+                [self.ablated],
+                "",
+                f"{self.change:+.3f} ± {self.change_se:.3f}",
+            ),
+            (f"random sets, mean of {len(self.random)}", self.random, "", random),
         ):
-            change = f"{one.gap - self.clean.gap:+.3f}"
-            if one is self.ablated:
-                change += f" ± {self.change_se:.3f}"
-            loss = "" if one.delta_loss is None else f"{one.delta_loss:.4f} ± {one.delta_loss_se:.4f}"
-            table.add_row(label, *_means(one), f"{one.gap:.3f}", change, f"{one.activation:.4g}", loss)
-        rich.console.Console().print(table)
+            first, second = (np.mean([value.mean() for value in of]) for of in _behaviours(some))
+            activation = np.mean([one.activation for one in some])
+            table.add_row(
+                label, f"{first:.3f}", f"{second:.3f}", f"{first - second:.3f}{error}", change,
+                f"{activation:.4g}", _shown_loss(some),
+            )  # fmt: skip
+        console = rich.console.Console()
+        console.width = max(console.width, 130)
+        console.print(table)
         print(self.about(), flush=True)
 
     def write_json(self, path: str | pathlib.Path) -> None:
@@ -151,8 +159,17 @@ class Correction:
         files.write_json(pathlib.Path(path), about)
 
 
-def _means(outcome: Outcome) -> tuple[str, str]:
-    return f"{outcome.first_A.mean():.3f}", f"{outcome.second_B.mean():.3f}"
+def _behaviours(some: Sequence[Outcome]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return [one.first_A for one in some], [one.second_B for one in some]
+
+
+def _shown_loss(some: Sequence[Outcome]) -> str:
+    """The delta loss with its standard error, of several their mean; of those that it was measured of."""
+    measured = [one.delta_loss for one in some if one.delta_loss is not None]
+    if not measured:
+        return ""
+    error = f" ± {some[0].delta_loss_se:.4f}" if len(some) == 1 else f", mean of {len(measured)}"
+    return f"{np.mean(measured):.4f}{error}"
 
 
 def behaviour(
@@ -308,25 +325,6 @@ def _check(
         )
     if rows and scope.rows is None:
         raise ValueError("the scope has no rows of text to measure the delta loss on; set rows to 0")
-
-
-def halves(
-    first: Sequence[str], second: Sequence[str], is_paired: bool = False, seed: int = 0
-) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
-    """Both sets divided at random: one half of each to choose latents on, the other to measure what they do.
-
-    Pairs stay together. Of an odd number the first half has one more.
-    """
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(first)), rng.permutation(len(second))]
-    if is_paired:
-        orders[1] = orders[0]
-    parts = []
-    for prompts, order in zip((first, second), orders, strict=True):
-        middle = math.ceil(len(order) / 2)
-        parts.append([[prompts[i] for i in some] for some in (order[:middle], order[middle:])])
-    (first_a, first_b), (second_a, second_b) = parts
-    return (first_a, second_a), (first_b, second_b)
 
 
 def _strength(scope: Scope, found: Contrast, name: str) -> np.ndarray:
