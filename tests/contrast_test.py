@@ -184,7 +184,7 @@ def test_few_prompts_say_what_they_can_show(monkeypatch, scope):
     # By hand: the smallest p is 2 / 70, which with 30 latents 18 have to reach; one alone would need 0.05 / 30.
     assert result.smallest_p == 2 / 70 and not result.found()
     assert "18 latents have to reach it for any to be found" in result.about()
-    assert result.about().endswith("for one alone it would take 0.0017, 7 prompts of each.")
+    assert result.about().endswith("One alone would have to reach 0.0017, which takes 7 prompts of each.")
     features["a"][:4, :17] += 2
     assert not contrast_of(monkeypatch, scope, features, 4).found()
     features["a"][:4, 17] += 2

@@ -83,7 +83,7 @@ class Contrast:
         for name, one in self.of.items():
             for latent in np.flatnonzero(one.q_M <= self.rate).tolist():
                 difference = abs(float(one.first_M[latent] - one.second_M[latent]))
-                ranked.append((-abs(float(one.auroc_M[latent]) - 0.5), -difference, name, latent))
+                ranked.append((-round(abs(float(one.auroc_M[latent]) - 0.5), 9), -difference, name, latent))
         return [(name, latent) for _, _, name, latent in sorted(ranked)]
 
     def about(self) -> str:
@@ -101,12 +101,12 @@ class Contrast:
         alone = self.rate / max(self.tested, 1)
         if self.smallest_p > alone:
             together = math.ceil(self.smallest_p / alone)
-            needed = rank_tests.prompts_needed(alone, self.is_paired)
-            what = "pairs" if self.is_paired else "prompts of each"
-            said += (
-                f" With that, {together} latents have to reach it for any to be found; for one alone "
-                f"it would take {alone:.2g}, {needed} {what}."
-            )
+            said += f" With that, {together} latents have to reach it for any to be found."
+            sizes = len(self.first), len(self.second), self.is_paired
+            if 2 / rank_tests.labelings(*sizes) > alone:  # Else it is the shuffles that are too few.
+                needed = rank_tests.prompts_needed(alone, self.is_paired)
+                what = "pairs" if self.is_paired else "prompts of each"
+                said += f" One alone would have to reach {alone:.2g}, which takes {needed} {what}."
         return said
 
     def show(self, top: int = 10) -> None:
@@ -134,12 +134,14 @@ class Contrast:
             for is_shown_M, color in ((one.is_tested_M & ~is_found_M, "#9aa0a6"), (is_found_M, "#1a73e8")):
                 y = -np.log10(one.q_M[is_shown_M])
                 axis.scatter(one.auroc_M[is_shown_M], y, s=12, color=color, alpha=0.5, linewidths=0)
-        for name, latent in self.found()[:label]:
+        for place, (name, latent) in enumerate(self.found()[:label]):
             at = self.of[name].auroc_M[latent], -np.log10(self.of[name].q_M[latent])
             text = str(latent) if len(self.of) == 1 else f"{name} {latent}"
-            axis.annotate(text, at, (3, 3), textcoords="offset points", fontsize=7)
+            # Many have one q and nearly one AUROC: their numbers go above each other.
+            axis.annotate(text, at, (3, 3 + 8 * (place % 5)), textcoords="offset points", fontsize=7)
         axis.axhline(-np.log10(self.rate), color="#d93025", lw=0.8)
-        axis.set_xlim(-0.02, 1.02)
+        axis.set_xlim(-0.08, 1.08)
+        axis.margins(y=0.12)  # Room for the numbers.
         axis.set_xlabel("AUROC: ← larger in the second set, larger in the first →")
         axis.set_ylabel("−log₁₀ q")
         axis.set_title(

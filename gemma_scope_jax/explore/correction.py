@@ -269,7 +269,7 @@ def correct(
 
     Raises:
       ValueError: there are no latents or no prompts, prompts are among those that latents were chosen on, too few
-        other latents fire, or `answer` or `against` is not one token.
+        other latents fire, `answer` or `against` is not one token, or the scope is another.
     """
     tokens = check_token(scope, answer), check_token(scope, against)
     _check(scope, found, first, second, top, random_sets, rows)
@@ -312,6 +312,8 @@ def _check(
     for name, value, least in (("top", top, 1), ("random_sets", random_sets, 1), ("rows", rows, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+    for name, latent in found.found():
+        edits.check_latent(scope, name, latent)
     if not found.found():
         raise ValueError(f"there is no latent to ablate: none was found at a rate of {found.rate:g}")
     if not first or not second:
