@@ -114,7 +114,7 @@ class Contrast:
         console = rich.console.Console()
         for name, one in self.of.items():
             latents = self.latents(name)
-            table = rich.table.Table(title=f"{name}: {len(latents):,} latents")
+            table = rich.table.Table(title=f"{name}: {counted(len(latents))} found")
             for heading in ("latent", "AUROC", "q", "first", "second", "in first", "in second"):
                 table.add_column(heading, justify="right")
             for i in latents[:top]:
@@ -167,6 +167,11 @@ class Contrast:
         files.write_json(
             pathlib.Path(path), about | {"tested": self.tested, "silent": self.silent, "sae": saes}
         )
+
+
+def counted(latents: int) -> str:
+    """So many latents, in words."""
+    return f"{latents:,} latent{'' if latents == 1 else 's'}"
 
 
 def contrast(

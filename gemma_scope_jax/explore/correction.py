@@ -22,7 +22,7 @@ from gemma import gm
 from gemma_scope_jax import data, evaluation, files, gemma, metrics, opening, passes, sharding, weights
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
-from gemma_scope_jax.explore.contrast import Contrast, last_token, rows_of
+from gemma_scope_jax.explore.contrast import Contrast, counted, last_token, rows_of
 from gemma_scope_jax.explore.scope import Scope
 
 NEAREST = (
@@ -98,7 +98,7 @@ class Correction:
         share = self.ablated.gap / self.clean.gap if self.clean.gap else float("nan")
         p = (1 + self.as_good) / (1 + len(self.random))
         return (
-            f"Without {len(self.latents):,} latents the gap is {self.ablated.gap:.3f} instead of "
+            f"Without {counted(len(self.latents))} the gap is {self.ablated.gap:.3f} instead of "
             f"{self.clean.gap:.3f}, {share:.0%} of it. {self.as_good} of {len(self.random)} random sets narrow it by "
             f"as much (p = {p:.2g})."
         )
@@ -114,7 +114,7 @@ class Correction:
         for label, some, error, change in (
             ("nothing", [self.clean], f" ± {self.gap_se:.3f}", ""),
             (
-                f"{len(self.latents):,} latents found",
+                f"{counted(len(self.latents))} found",
                 [self.ablated],
                 "",
                 f"{self.change:+.3f} ± {self.change_se:.3f}",
