@@ -88,6 +88,29 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--top", type=int, default=20, help="latents that are listed")
     attribute.add_argument("--html", type=pathlib.Path, help="a page to write, too")
     attribute.add_argument("--png", type=pathlib.Path, help="a picture to write, too")
+    contrast = commands.add_parser(
+        "contrast",
+        help="which latents tell two sets of prompts apart, and what is left of a bias without them",
+    )
+    contrast.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    for name in ("first", "second"):
+        contrast.add_argument(
+            f"--{name}", type=pathlib.Path, required=True, help="prompts: .txt with one a line, or .jsonl"
+        )
+    contrast.add_argument(
+        "--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens"
+    )
+    contrast.add_argument("--rate", type=float, default=0.05, help="of false discoveries")
+    contrast.add_argument(
+        "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
+    )
+    contrast.add_argument("--answer", help='a token whose logit is the behaviour, such as " she"')
+    contrast.add_argument("--against", help="the token whose logit is taken off it")
+    contrast.add_argument("--top", type=int, help="ablate only so many latents, the strongest")
+    contrast.add_argument("--seed", type=int, default=0, help="of shuffles, halves and random sets")
+    contrast.add_argument("--out", type=pathlib.Path, help="folder for contrast.json, .png, correction.json")
+    for name in ("text", "model", "weights", "tokenizer", "site", "target_site"):
+        contrast.add_argument(f"--{name}", help="as for evaluate.py")
     boards = commands.add_parser(
         "dashboards", help="pages of what each latent fires on, which need neither server nor network"
     )
@@ -279,6 +302,10 @@ def main() -> None:
         from gemma_scope_jax.explore import ablating
 
         ablating.attribute_path(**options)
+    elif args.command == "contrast":
+        from gemma_scope_jax.explore import audit
+
+        audit.audit(**options)
     elif args.command == "probe":
         from gemma_scope_jax import probing
 

@@ -7,12 +7,12 @@ import re
 import jax
 import numpy as np
 import pytest
+import scopes
 import tiny
 from scipy import special
 from toys import random_sae
 
-from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import evaluation, explore, gemma, passes, sae, sharding
+from gemma_scope_jax import evaluation, explore, gemma, sae, sharding
 from gemma_scope_jax.explore import ablating, attribution
 from gemma_scope_jax.explore import scope as scope_lib
 
@@ -44,9 +44,7 @@ IDS = [gemma.BOS, *tiny.encode(TEXT)]
 
 
 def scope_on(mesh, tiny_gemma):
-    placed = {name: passes.place(mesh, subject.sae) for name, subject in SUBJECTS.items()}
-    config = config_lib.from_dict({"model": "tiny"})
-    return explore.Scope(config, mesh, tiny_gemma, tiny.load_tokenizer(), SUBJECTS, placed, {})
+    return scopes.make(tiny_gemma, SUBJECTS, mesh)
 
 
 @pytest.fixture(scope="module")

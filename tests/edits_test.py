@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import evaluation, explore, gemma, generation, passes
+from gemma_scope_jax import evaluation, explore, gemma, generation
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
 
@@ -27,10 +27,7 @@ PROMPT = [gemma.BOS, *tiny.encode("rivers of bread")]
 
 @pytest.fixture(scope="module")
 def scope(tiny_gemma):
-    mesh = evaluation.one_device()
-    placed = {name: passes.place(mesh, subject.sae) for name, subject in SUBJECTS.items()}
-    config = config_lib.from_dict({"model": "tiny"})
-    return explore.Scope(config, mesh, tiny_gemma, tiny.load_tokenizer(), SUBJECTS, placed, {})
+    return scopes.make(tiny_gemma, SUBJECTS)
 
 
 def run(scope, made, tokens=PROMPT, read=()):

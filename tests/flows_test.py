@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import evaluation, explore, gemma, passes, sae, sharding
+from gemma_scope_jax import evaluation, explore, gemma, sae, sharding
 from gemma_scope_jax.explore import pictures
 
 TEXT = "law & <i>bread</i>"
@@ -43,10 +43,7 @@ SUBJECTS = {
 
 
 def open_scope(loaded, mesh, names=tuple(SUBJECTS)):
-    subjects = {name: SUBJECTS[name] for name in names}
-    placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}
-    config = config_lib.from_dict({"model": "tiny"})
-    return explore.Scope(config, mesh, loaded, tiny.load_tokenizer(), subjects, placed, {})
+    return scopes.make(loaded, {name: SUBJECTS[name] for name in names}, mesh)
 
 
 @pytest.fixture(scope="module")

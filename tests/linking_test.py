@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, evaluation, explore, gemma, passes, sae, sharding
+from gemma_scope_jax import evaluation, explore, gemma, sae, sharding
 from gemma_scope_jax.explore.linking import virtual_weights
 
 TEXT = "rivers of bread and laws"
@@ -39,11 +39,8 @@ SUBJECTS = {
 }
 
 
-def open_scope(loaded, mesh, names=tuple(SUBJECTS), held_out=explore.Scope.held_out):
-    subjects = {name: SUBJECTS[name] for name in names}
-    placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}
-    config = config_lib.from_dict({"model": "tiny"})
-    return explore.Scope(config, mesh, loaded, tiny.load_tokenizer(), subjects, placed, {}, held_out)
+def open_scope(loaded, mesh, names=tuple(SUBJECTS), held_out=None):
+    return scopes.make(loaded, {name: SUBJECTS[name] for name in names}, mesh, held_out=held_out)
 
 
 @pytest.fixture(scope="module")
@@ -196,15 +193,8 @@ def test_the_terminal_and_a_picture_show_them(linked, capsys, monkeypatch):
 def test_held_out_rows_on_several_devices(tiny_gemma):
     rows = tiny.tokens(3, len(PROMPT), seed=4)
 
-    class Rows:
-        def __len__(self):
-            return 3
-
-        def read(self, indices):
-            return data.Batch(rows[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
-
     mesh = sharding.make_mesh(2, 1, jax.devices()[:2])
-    scope = open_scope(tiny_gemma, mesh, ("source", "last"), Rows)
+    scope = open_scope(tiny_gemma, mesh, ("source", "last"), rows)
     found = explore.links(scope, "source", 5, rows=3)
     kept = np.asarray(gemma.is_kept(jnp.asarray(rows), 0))
     effect, firings = 0, 0

@@ -8,11 +8,11 @@ import subprocess
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import evaluation, explore, gemma, passes
+from gemma_scope_jax import evaluation, explore, gemma
 
 SITES = {"first": gemma.Site("resid_post", 0), "<b>second</b>": gemma.Site("mlp_out", 2)}
 TEXT = "law & <i>bread</i>"
@@ -20,15 +20,12 @@ TEXT = "law & <i>bread</i>"
 
 @pytest.fixture(scope="module")
 def scope(tiny_gemma):
-    mesh = evaluation.one_device()
     subjects = {
         name: evaluation.Subject(random_sae(seed), site, None)
         for seed, (name, site) in enumerate(SITES.items())
     }
-    placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}
     frequency = {"first": np.where(np.arange(64) % 4 == 0, 0.5, 0.01)}
-    config = config_lib.from_dict({"model": "tiny"})
-    return explore.Scope(config, mesh, tiny_gemma, tiny.load_tokenizer(), subjects, placed, frequency)
+    return scopes.make(tiny_gemma, subjects, frequency=frequency)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scopes
 import tiny
-from toys import Rows, random_sae
+from toys import random_sae
 
 from gemma_scope_jax import __main__, evaluation, explore, gemma, generation, passes, sharding
-from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.explore import edits, specs, steering, strengths
 
 RESID, READ, MLP = gemma.Site("resid_post", 1), gemma.Site("mlp_in", 2), gemma.Site("mlp_out", 2)
@@ -25,14 +25,10 @@ COUNTED = np.array(TOKENS > 2)
 
 
 def make_scope(tiny_gemma, mesh):
-    placed = {name: passes.place(mesh, subject.sae) for name, subject in SUBJECTS.items()}
-    config = config_lib.from_dict({"model": "tiny", "evaluation": {"rows_per_batch": 4}})
     loaded = dataclasses.replace(
         tiny_gemma, params=jax.device_put(tiny_gemma.params, jax.NamedSharding(mesh, sharding.REPLICATED))
     )
-    return explore.Scope(
-        config, mesh, loaded, tiny.load_tokenizer(), SUBJECTS, placed, {}, lambda: Rows(TOKENS)
-    )
+    return scopes.make(loaded, SUBJECTS, mesh, held_out=TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,9 @@
 from gemma_scope_jax.explore.ablating import Ablations, ablations, ablations_of_prompts
 from gemma_scope_jax.explore.activities import Activity, activity, typical
 from gemma_scope_jax.explore.attribution import Attribution, attribute
+from gemma_scope_jax.explore.audit import halves
+from gemma_scope_jax.explore.contrasts import Contrast, contrast
+from gemma_scope_jax.explore.correction import Correction, behaviour, correct
 from gemma_scope_jax.explore.edits import Edit, ablate, add, clamp, scale
 from gemma_scope_jax.explore.flows import Flow, flow
 from gemma_scope_jax.explore.integrated import integrate
@@ -16,6 +19,8 @@ __all__ = [
     "Ablations",
     "Activity",
     "Attribution",
+    "Contrast",
+    "Correction",
     "Edit",
     "Flow",
     "Links",
@@ -29,8 +34,12 @@ __all__ = [
     "activity",
     "add",
     "attribute",
+    "behaviour",
     "clamp",
+    "contrast",
+    "correct",
     "flow",
+    "halves",
     "integrate",
     "links",
     "open_scope",

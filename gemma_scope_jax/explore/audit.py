@@ -1,0 +1,128 @@
+"""From files of prompts to what tells them apart, and to what is left of a behaviour without it."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from gemma_scope_jax import data, interrupt
+from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.explore.contrasts import At, Contrast, contrast
+from gemma_scope_jax.explore.correction import Correction, correct
+from gemma_scope_jax.explore.scope import one_token, open_scope
+
+
+def audit(
+    path: str | pathlib.Path,
+    first: pathlib.Path,
+    second: pathlib.Path,
+    at: At = "mean",
+    rate: float = 0.05,
+    is_paired: bool = False,
+    answer: str | None = None,
+    against: str | None = None,
+    top: int | None = None,
+    seed: int = 0,
+    out: pathlib.Path | None = None,
+    **overrides: str | None,
+) -> tuple[Contrast, Correction | None]:
+    """Contrasts two files of prompts; with an answer, on half of them, and measures on the others what latents do.
+
+    Args:
+      path: see `opening.open_path`.
+      first: a file of prompts; see `read_prompts`.
+      second: the other.
+      at: see `contrast`, as of the next two.
+      rate: of false discoveries.
+      is_paired: whether line by line the prompts are counterparts.
+      answer: see `correct`, as of the next two; None: nothing is ablated.
+      against: as much.
+      top: only so many latents are ablated.
+      seed: of shuffles, of the halves and of random sets.
+      out: the folder for contrast.json, contrast.png and correction.json; None: nothing is written.
+      **overrides: see `opening.open_path`.
+
+    Raises:
+      ValueError: of answer and against one is missing, or the prompts cannot be contrasted.
+    """
+    if (answer is None) != (against is None):
+        raise ValueError(
+            "--answer and --against go together: a behaviour is the logit of one less the other's"
+        )
+    if answer is None and top is not None:
+        raise ValueError("--top says how many latents are ablated, which takes --answer and --against")
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}; it must be at least 0")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; give a folder")
+    sets = read_prompts(first), read_prompts(second)
+    if is_paired and len(sets[0]) != len(sets[1]):
+        raise ValueError(f"--paired: {first} has {len(sets[0])} prompts, {second} has {len(sets[1])}")
+    with interrupt.ending_at_once("a contrast writes its results when it ends"):
+        scope = open_scope(path, **overrides)
+        if answer is None:
+            found, corrected = contrast(scope, *sets, at, rate, is_paired, seed), None
+            found.show()
+        else:
+            for text in (answer, against):
+                one_token(scope, text)
+            choosing, measured = halves(*sets, is_paired, seed)
+            found, corrected = contrast(scope, *choosing, at, rate, is_paired, seed), None
+            found.show()
+            if found.found():
+                corrected = correct(scope, found, answer, against, *measured, top, seed=seed)
+                corrected.show()
+            else:
+                print("There is nothing to ablate.", flush=True)
+        if out is not None:
+            _write(out, found, corrected)
+        return found, corrected
+
+
+def halves(
+    first: Sequence[str], second: Sequence[str], is_paired: bool = False, seed: int = 0
+) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
+    """Both sets divided at random: one half of each to choose latents on, the other to measure what they do.
+
+    Pairs stay together. Of an odd number the first half has one more.
+    """
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(first)), rng.permutation(len(second))]
+    if is_paired:
+        orders[1] = orders[0]
+    parts = []
+    for prompts, order in zip((first, second), orders, strict=True):
+        middle = math.ceil(len(order) / 2)
+        parts.append([[prompts[i] for i in some] for some in (order[:middle], order[middle:])])
+    (first_a, first_b), (second_a, second_b) = parts
+    return (first_a, second_a), (first_b, second_b)
+
+
+def _write(out: pathlib.Path, found: Contrast, corrected: Correction | None) -> None:
+    written = ["contrast.json", "contrast.png"]
+    found.write_json(out / written[0])
+    pictures.write_png(out / written[1], found.figure())
+    if corrected is not None:
+        written.append("correction.json")
+        corrected.write_json(out / written[2])
+    print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+    """The prompts of a file: of .txt each line that is not blank, of others each text that `data.documents` gives.
+
+    Raises:
+      ValueError: there is no such file, or no prompt in it, or one is an exchange.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give one of prompts, .txt with one a line or .jsonl")
+    if path.suffix == ".txt":
+        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        found = list(data.documents(str(path)))
+    if not found:
+        raise ValueError(f"{path} has no prompts")
+    if exchanges := [number for number, one in enumerate(found, 1) if not isinstance(one, str)]:
+        raise ValueError(f'{path}: line {exchanges[0]} has a "prompt" beside its "text"; give texts alone')
+    return found

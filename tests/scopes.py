@@ -1,0 +1,32 @@
+"""The small model with SAEs on the devices, put together in memory where `explore.open_scope` reads files."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import tiny
+import toys
+
+from gemma_scope_jax import config, evaluation, explore, gemma, passes
+
+
+def make(
+    loaded: gemma.Gemma,
+    subjects: Mapping[str, evaluation.Subject],
+    mesh: jax.sharding.Mesh | None = None,
+    frequency: Mapping[str, np.ndarray] | None = None,
+    held_out: np.ndarray | None = None,
+    rows_per_batch: int = 4,
+) -> explore.Scope:
+    """A scope, on the first device by default, whose held-out rows are tokens [S, L]; None: it has no text."""
+    mesh = mesh or evaluation.one_device()
+    return explore.Scope(
+        config.from_dict({"model": "tiny", "evaluation": {"rows_per_batch": rows_per_batch}}),
+        mesh,
+        loaded,
+        tiny.load_tokenizer(),
+        subjects,
+        {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()},
+        frequency or {},
+        explore.Scope.held_out if held_out is None else lambda: toys.Rows(held_out),
+    )
