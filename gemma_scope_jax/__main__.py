@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 
-from gemma_scope_jax import cli
+from gemma_scope_jax import cli, explore_cli
 from gemma_scope_jax.formats import PUBLISHED
 from gemma_scope_jax.formats import WRITTEN as FORMATS
 
@@ -42,128 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "folders", nargs="+", type=pathlib.Path, help="what evaluate.py was given, or its --out"
     )
     compare.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
-    explore = commands.add_parser("explore", help="which latents fire on a prompt, by token and SAE")
-    explore.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    explore.add_argument("text", help="the prompt")
-    explore.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
-    explore.add_argument("--html", type=pathlib.Path, help="a page to write, too")
-    flow = commands.add_parser("flow", help="a prompt through SAEs at many layers, with a logit lens")
-    flow.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    flow.add_argument("text", help="the prompt")
-    flow.add_argument("--answer", help="the token that the lens follows, for example ' union'")
-    flow.add_argument("--png", type=pathlib.Path, help="a picture to write, and beside it one of the lens")
-    flow.add_argument("--html", type=pathlib.Path, help="a page to write")
-    links = commands.add_parser("links", help="which latents of later SAEs a latent feeds")
-    links.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    links.add_argument("--sae", required=True, help="the latent's")
-    links.add_argument("--latent", type=int, required=True)
-    links.add_argument("--to", help="only this later SAE (default: all that are)")
-    links.add_argument("--rows", type=int, default=8, help="of held-out text")
-    links.add_argument("--prompt", help="in their place")
-    links.add_argument("--top", type=int, default=20, help="latents that are listed")
-    links.add_argument("--png", type=pathlib.Path, help="a picture to write")
-    attribute = commands.add_parser(
-        "attribute", help="which latents have a part in a prediction, and how much"
-    )
-    attribute.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    attribute.add_argument("prompt", nargs="?", help="the text whose next token is predicted")
-    attribute.add_argument(
-        "--prompts", type=pathlib.Path, help='instead, a file of texts: .jsonl with {"text": …} a line'
-    )
-    attribute.add_argument("--answer", help="the token whose logit it is (default: the likeliest)")
-    attribute.add_argument(
-        "--against", help="the token whose logit is taken off, or mean, of all (default: the next likeliest)"
-    )
-    attribute.add_argument(
-        "--token", type=int, default=-1, help="behind which token, from 0, or from the end below 0"
-    )
-    attribute.add_argument("--sae", help="of --integrated, where there are several")
-    attribute.add_argument(
-        "--integrated", action="store_true", dest="is_integrated", help="integrated gradients, of one SAE"
-    )
-    attribute.add_argument(
-        "--ablate", type=int, default=0, help="take out so many latents, too, one by one, and compare"
-    )
-    attribute.add_argument("--seed", type=int, default=0, help="of the latents that are drawn for that")
-    attribute.add_argument("--top", type=int, default=20, help="latents that are listed")
-    attribute.add_argument("--html", type=pathlib.Path, help="a page to write, too")
-    attribute.add_argument("--png", type=pathlib.Path, help="a picture to write, too")
-    contrast = commands.add_parser(
-        "contrast",
-        help="which latents tell two sets of prompts apart, and what is left of a bias without them",
-    )
-    contrast.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    for name in ("first", "second"):
-        contrast.add_argument(
-            f"--{name}", type=pathlib.Path, required=True, help="prompts: .txt with one a line, or .jsonl"
-        )
-    contrast.add_argument(
-        "--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens"
-    )
-    contrast.add_argument("--rate", type=float, default=0.05, help="of false discoveries")
-    contrast.add_argument(
-        "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
-    )
-    contrast.add_argument("--answer", help='a token whose logit is the behaviour, such as " she"')
-    contrast.add_argument("--against", help="the token whose logit is taken off it")
-    contrast.add_argument("--top", type=int, help="ablate only so many latents, the strongest")
-    contrast.add_argument("--seed", type=int, default=0, help="of shuffles, halves and random sets")
-    contrast.add_argument("--out", type=pathlib.Path, help="folder for contrast.json, .png, correction.json")
-    for name in ("text", "model", "weights", "tokenizer", "site", "target_site"):
-        contrast.add_argument(f"--{name}", help="as for evaluate.py")
-    boards = commands.add_parser(
-        "dashboards", help="pages of what each latent fires on, which need neither server nor network"
-    )
-    boards.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    boards.add_argument("--rows", type=int, default=512, help="of held-out text to read")
-    boards.add_argument("--rows_per_batch", type=int, help="in one pass of the model")
-    boards.add_argument(
-        "--sae", action="append", default=[], dest="saes", help="only this one; may be repeated"
-    )
-    boards.add_argument("--top", type=int, default=20, help="passages of a latent's strongest firings")
-    boards.add_argument(
-        "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
-    )
-    boards.add_argument("--out", type=pathlib.Path, help="folder to write to (default: the path/dashboards)")
-    steer = commands.add_parser("steer", help="change latents, and see what Gemma then writes")
-    steer.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    steer.add_argument("prompts", nargs="*", help="to go on with")
-    steer.add_argument(
-        "--edit",
-        action="append",
-        required=True,
-        help="NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps "
-        "@prompt, @reply or, of tokens from one up to another, @3:7. May be repeated; of one SAE without its name",
-    )
-    steer.add_argument("--num_tokens", type=int, default=40, help="the most for one prompt")
-    steer.add_argument("--temperature", type=float, default=0.0, help="of the draws; 0: the likeliest token")
-    steer.add_argument("--samples", type=int, default=1, help="replies to each prompt")
-    steer.add_argument("--seed", type=int, default=0, help="of the draws")
-    steer.add_argument("--chat", action="store_true", help="a prompt is a user's turn, to be answered")
-    steer.add_argument("--html", type=pathlib.Path, help="a page to write, too")
-    steer.add_argument(
-        "--sweep",
-        action="store_true",
-        help="measure the edit NAME:LATENT+t, or =t, at several strengths instead",
-    )
-    steer.add_argument(
-        "--strengths",
-        type=_numbers,
-        dest="multiples",
-        help="of a sweep, so many times the edit each (default: -4,-2,-1,0,1,2,4,8)",
-    )
-    steer.add_argument(
-        "--token",
-        action="append",
-        default=[],
-        dest="tokens",
-        help="of a sweep, one whose likelihood is looked at; may be repeated (default: what the decoder raises most)",
-    )
-    steer.add_argument("--png", type=pathlib.Path, help="a figure of the sweep to write, too")
-    steer.add_argument("--rows", type=int, default=16, help="of held-out text to measure on")
-    for name in ("text", "model", "weights", "tokenizer", "site", "target_site"):
-        for command in (boards, steer):
-            command.add_argument(f"--{name}", help="as for evaluate.py")
+    explore_cli.add_commands(commands)
     for command in (export, convert, publish):
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
@@ -223,10 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
-
-
 def main() -> None:
     """Parses the command line and runs one command."""
     parser = _parser()
@@ -234,11 +109,13 @@ def main() -> None:
     if args.command == "steer":  # Of prompts argparse leaves over those that stand behind options.
         args.prompts = [*args.prompts, *(text for text in fields if not text.startswith("-"))]
         fields = [text for text in fields if text.startswith("-")]
-    options = {name: value for name, value in vars(args).items() if name != "command"}
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "call")}
     if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
     # Imported late: --help should not take seconds.
-    if args.command == "export":
+    if "call" in args:
+        args.call(**options)
+    elif args.command == "export":
         from gemma_scope_jax import export as export_lib
 
         formats = FORMATS if args.format == "all" else tuple(args.format.split(","))
@@ -260,52 +137,6 @@ def main() -> None:
         from gemma_scope_jax import suites
 
         suites.compare(args.folders, args.out)
-    elif args.command == "explore":
-        from gemma_scope_jax import explore as explore_lib
-
-        reading = explore_lib.read(explore_lib.open_scope(args.path), args.text)
-        reading.show(args.top)
-        if args.html:
-            reading.write_html(args.html)
-            print(f"Wrote {args.html}", flush=True)
-    elif args.command == "steer":
-        from gemma_scope_jax.explore import steering
-
-        steering.steer_path(**options)
-    elif args.command == "flow":
-        from gemma_scope_jax import explore as explore_lib
-        from gemma_scope_jax.explore import pictures
-
-        found = explore_lib.flow(explore_lib.open_scope(args.path), args.text, args.answer)
-        found.show()
-        if args.png:
-            pictures.write_png(args.png, found.figure())
-            print(f"Wrote {args.png}", flush=True)
-            if found.lens:
-                beside = args.png.with_stem(f"{args.png.stem}_lens")
-                pictures.write_png(beside, found.lens.figure())
-                print(f"Wrote {beside}", flush=True)
-        if args.html:
-            found.write_html(args.html)
-            print(f"Wrote {args.html}", flush=True)
-    elif args.command == "links":
-        from gemma_scope_jax import explore as explore_lib
-        from gemma_scope_jax.explore import pictures
-
-        scope = explore_lib.open_scope(args.path)
-        found = explore_lib.links(scope, args.sae, args.latent, args.to, args.rows, args.prompt)
-        found.show(args.top)
-        if args.png:
-            pictures.write_png(args.png, found.figure())
-            print(f"Wrote {args.png}", flush=True)
-    elif args.command == "attribute":
-        from gemma_scope_jax.explore import ablating
-
-        ablating.attribute_path(**options)
-    elif args.command == "contrast":
-        from gemma_scope_jax.explore import audit
-
-        audit.audit(**options)
     elif args.command == "probe":
         from gemma_scope_jax import probing
 
@@ -314,13 +145,6 @@ def main() -> None:
         from gemma_scope_jax import detection
 
         detection.detect_path(**options)
-    elif args.command == "dashboards":
-        from gemma_scope_jax import config, hosts
-        from gemma_scope_jax.explore import build, dashboards
-
-        hosts.initialize(config.HostsConfig().heartbeat_timeout_seconds)
-        given = {name: value for name, value in vars(args).items() if name not in ("command", "top")}
-        build.build(**given, options=dashboards.Options(top=args.top))
     elif args.command == "prepare":
         if args.workers is not None and args.workers < 1:
             raise ValueError(f"--workers is {args.workers}; it must be at least 1")

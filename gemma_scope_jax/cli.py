@@ -81,6 +81,13 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         "path",
         help="a run directory; or a path or hf://OWNER/NAME/FOLDER of an SAE in any format, or of several with *",
     )
+    add_overrides(parser)
+    parser.add_argument("--rows_per_batch", type=int, help="rows in one pass of the model")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results (default: the path)")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """What `opening.open_path` can be told of a path."""
     other = parser.add_argument_group("where it shall be another than the run or the file says")
     other.add_argument("--model", help="for example gemma2_2b-it")
     other.add_argument("--weights", help="Gemma's, as in config.weights")
@@ -89,8 +96,6 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("of SAEs in files that do not say it")
     files.add_argument("--site", help="what is read, for example layer_20_resid_post")
     files.add_argument("--target_site", help="what a transcoder predicts, for example layer_20_mlp_out")
-    parser.add_argument("--rows_per_batch", type=int, help="rows in one pass of the model")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for the results (default: the path)")
 
 
 def read_config(file: str, fields: list[str]) -> dict:

@@ -328,11 +328,11 @@ def test_several_devices_give_what_one_gives(found, ablated, tiny_gemma):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": ""}, "the text is empty"),
         ({"token": 15}, "there is no token 15; the prompt has 15"),
         ({"token": -16}, "there is no token -16"),
-        ({"answer": "law"}, "answer is 'law', which is 3 tokens: 'l', 'a', 'w'; give a text of one token"),
-        ({"against": ""}, "against is '', which is 0 tokens; give"),
+        ({"answer": "law"}, "'law' is 3 tokens ('l' + 'a' + 'w'); give a text of one token"),
+        ({"against": ""}, "'' is 0 tokens (none); give"),
         ({"answer": "a", "against": "a"}, "answer and against are both 'a'"),
     ],
 )

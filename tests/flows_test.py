@@ -207,7 +207,7 @@ def test_the_terminal_shows_means_and_the_last_token(flow, capsys, monkeypatch):
     ("text", "answer", "message"),
     [
         ("", None, "the text is empty"),
-        ("law", "union", r"the answer 'union' is 5 tokens \('u' \+ 'n' \+ 'i'"),
+        ("law", "union", r"'union' is 5 tokens \('u' \+ 'n' \+ 'i'"),
         ("law", "", "is 0 tokens"),
     ],
 )

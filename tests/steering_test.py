@@ -192,8 +192,8 @@ def test_a_sweep_is_shown(scope, values, capsys):
         ({"kind": "scale"}, "kind is 'scale'.*give one of add, clamp"),
         ({"strengths": ()}, "at least one row and strength"),
         ({"rows": 0}, "rows 0"),
-        ({"tokens": ["bread"]}, r"'bread' is not one token but \['b', 'r', 'e', 'a', 'd'\]"),
-        ({"tokens": [""]}, r"'' is not one token but \[\]"),
+        ({"tokens": ["bread"]}, r"'bread' is 5 tokens \('b' \+ 'r' \+ 'e' \+ 'a' \+ 'd'\)"),
+        ({"tokens": [""]}, r"'' is 0 tokens \(none\)"),
         ({"name": "input"}, "input gives layer_2_mlp_in, which is not added to the residual stream"),
     ],
 )

@@ -248,6 +248,7 @@ def attribute_path(
     top: int,
     html: pathlib.Path | None,
     png: pathlib.Path | None,
+    **overrides: str | None,
 ) -> None:
     """The command: attributes at one prompt, or holds attributions at many against ablation.
 
@@ -265,6 +266,7 @@ def attribute_path(
       top: how many latents are shown.
       html: a page to write.
       png: a picture to write, of the parts or, of many prompts, of the ablations.
+      **overrides: see `opening.open_path`.
 
     Raises:
       ValueError: options that do not go together; see also `attribute`, `integrate` and `ablations`.
@@ -276,7 +278,7 @@ def attribute_path(
     if prompts and not prompts.is_file():
         raise ValueError(f"--prompts: there is no file {prompts}")
     with interrupt.ending_at_once("nothing was written"):
-        scope = open_scope(path)
+        scope = open_scope(path, **overrides)
         question = {"answer": answer, "against": against, "token": token}
         if prompts:
             texts = list(data.documents(str(prompts)))

@@ -81,8 +81,8 @@ def one_token(scope: Scope, text: str) -> int:
     if len(tokens) != 1:
         pieces = " + ".join(repr(scope.tokenizer.decode([token])) for token in tokens)
         raise ValueError(
-            f"{text!r} is {len(tokens)} tokens ({pieces or 'none'}); give one that is one, "
-            "most words with the space before them"
+            f"{text!r} is {len(tokens)} tokens ({pieces or 'none'}); give a text of one token, most words with the "
+            "space before them"
         )
     return tokens[0]
 

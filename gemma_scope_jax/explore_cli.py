@@ -1,0 +1,257 @@
+"""The commands that look inside the model, of `python -m gemma_scope_jax`.
+
+Each imports what it runs when it runs: --help should not take seconds.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+
+from gemma_scope_jax import cli
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds the commands; each sets `call`, to be called with all of its options."""
+    for add in (
+        _add_explore,
+        _add_flow,
+        _add_links,
+        _add_attribute,
+        _add_steer,
+        _add_contrast,
+        _add_dashboards,
+    ):
+        add(commands)
+
+
+def _add(
+    commands: argparse._SubParsersAction, name: str, call: Callable[..., None], about: str
+) -> argparse.ArgumentParser:
+    """A command that opens a path as evaluate.py does, with what it can say of it."""
+    command = commands.add_parser(name, help=about)
+    command.set_defaults(call=call)
+    command.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
+    cli.add_overrides(command)
+    return command
+
+
+def _add_explore(commands: argparse._SubParsersAction) -> None:
+    command = _add(commands, "explore", _explore, "which latents fire on a prompt, by token and SAE")
+    command.add_argument("prompt")
+    command.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
+    command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+
+
+def _add_flow(commands: argparse._SubParsersAction) -> None:
+    command = _add(commands, "flow", _flow, "a prompt through SAEs at many layers, with a logit lens")
+    command.add_argument("prompt")
+    command.add_argument("--answer", help="the token that the lens follows, for example ' union'")
+    command.add_argument("--png", type=pathlib.Path, help="a picture to write, and beside it one of the lens")
+    command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+
+
+def _add_links(commands: argparse._SubParsersAction) -> None:
+    command = _add(commands, "links", _links, "which latents of later SAEs a latent feeds")
+    command.add_argument("--sae", required=True, help="the latent's")
+    command.add_argument("--latent", type=int, required=True)
+    command.add_argument("--to", help="only this later SAE (default: all that are)")
+    command.add_argument("--text", help="another than the run's, as in config.data.text")
+    command.add_argument("--rows", type=int, default=8, help="of held-out text")
+    command.add_argument("--prompt", help="in their place")
+    command.add_argument("--top", type=int, default=20, help="latents that are listed")
+    command.add_argument("--png", type=pathlib.Path, help="a picture to write, too")
+
+
+def _add_attribute(commands: argparse._SubParsersAction) -> None:
+    about = "which latents have a part in a prediction, and how much"
+    command = _add(commands, "attribute", _attribute, about)
+    command.add_argument("prompt", nargs="?", help="the text whose next token is predicted")
+    command.add_argument(
+        "--prompts", type=pathlib.Path, help='instead, a file of texts: .jsonl with {"text": …} a line'
+    )
+    command.add_argument("--answer", help="the token whose logit it is (default: the likeliest)")
+    command.add_argument(
+        "--against", help="the token whose logit is taken off, or mean, of all (default: the next likeliest)"
+    )
+    command.add_argument(
+        "--token", type=int, default=-1, help="behind which token, from 0, or from the end below 0"
+    )
+    command.add_argument("--sae", help="of --integrated, where there are several")
+    command.add_argument(
+        "--integrated", action="store_true", dest="is_integrated", help="integrated gradients, of one SAE"
+    )
+    command.add_argument(
+        "--ablate", type=int, default=0, help="take out so many latents, too, one by one, and compare"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the latents that are drawn for that")
+    command.add_argument("--top", type=int, default=20, help="latents that are listed")
+    command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    command.add_argument("--png", type=pathlib.Path, help="a picture to write, too")
+
+
+def _add_steer(commands: argparse._SubParsersAction) -> None:
+    command = _add(commands, "steer", _steer, "change latents, and see what Gemma then writes")
+    command.add_argument("prompts", nargs="*", help="to go on with")
+    command.add_argument(
+        "--edit",
+        action="append",
+        required=True,
+        help="NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps "
+        "@prompt, @reply or, of tokens from one up to another, @3:7. May be repeated; of one SAE without its name",
+    )
+    command.add_argument("--num_tokens", type=int, default=40, help="the most for one prompt")
+    command.add_argument(
+        "--temperature", type=float, default=0.0, help="of the draws; 0: the likeliest token"
+    )
+    command.add_argument("--samples", type=int, default=1, help="replies to each prompt")
+    command.add_argument("--seed", type=int, default=0, help="of the draws")
+    command.add_argument("--chat", action="store_true", help="a prompt is a user's turn, to be answered")
+    command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    command.add_argument("--text", help="another than the run's to measure on, as in config.data.text")
+    command.add_argument("--rows", type=int, default=16, help="of held-out text to measure on")
+    sweep = command.add_argument_group("in place of replies")
+    sweep.add_argument(
+        "--sweep", action="store_true", help="measure the edit NAME:LATENT+t, or =t, at several strengths"
+    )
+    sweep.add_argument(
+        "--strengths",
+        type=_numbers,
+        dest="multiples",
+        metavar="N,N",
+        help="so many times the edit each (default: -4,-2,-1,0,1,2,4,8)",
+    )
+    sweep.add_argument(
+        "--token",
+        action="append",
+        default=[],
+        dest="tokens",
+        metavar="TEXT",
+        help="one whose likelihood is looked at; may be repeated (default: what the decoder raises most)",
+    )
+    sweep.add_argument("--png", type=pathlib.Path, help="a figure to write, too")
+
+
+def _add_contrast(commands: argparse._SubParsersAction) -> None:
+    about = "which latents tell two sets of prompts apart, and what is left of a bias without them"
+    command = _add(commands, "contrast", _contrast, about)
+    for name in ("first", "second"):
+        command.add_argument(
+            f"--{name}", type=pathlib.Path, required=True, help="prompts: .txt with one a line, or .jsonl"
+        )
+    command.add_argument("--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens")
+    command.add_argument("--rate", type=float, default=0.05, help="of false discoveries")
+    command.add_argument(
+        "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
+    )
+    command.add_argument("--answer", help='a token whose logit is the behaviour, such as " she"')
+    command.add_argument("--against", help="the token whose logit is taken off it")
+    command.add_argument("--top", type=int, help="ablate only so many latents, the strongest")
+    command.add_argument("--seed", type=int, default=0, help="of shuffles, halves and random sets")
+    command.add_argument("--text", help="another than the run's to measure the delta loss on")
+    command.add_argument("--out", type=pathlib.Path, help="folder for contrast.json, .png, correction.json")
+
+
+def _add_dashboards(commands: argparse._SubParsersAction) -> None:
+    about = "pages of what each latent fires on, which need neither server nor network"
+    command = _add(commands, "dashboards", _dashboards, about)
+    command.add_argument("--text", help="another than the run's, as in config.data.text")
+    command.add_argument("--rows", type=int, default=512, help="of held-out text to read")
+    command.add_argument("--rows_per_batch", type=int, help="in one pass of the model")
+    command.add_argument(
+        "--sae", action="append", default=[], dest="saes", help="only this one; may be repeated"
+    )
+    command.add_argument("--top", type=int, default=20, help="passages of a latent's strongest firings")
+    command.add_argument(
+        "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
+    )
+    command.add_argument("--out", type=pathlib.Path, help="folder to write to (default: the path/dashboards)")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **overrides: str | None) -> None:
+    from gemma_scope_jax import explore
+
+    reading = explore.read(explore.open_scope(path, **overrides), prompt)
+    reading.show(top)
+    if html:
+        reading.write_html(html)
+        _tell(html)
+
+
+def _flow(
+    path: str,
+    prompt: str,
+    answer: str | None,
+    png: pathlib.Path | None,
+    html: pathlib.Path | None,
+    **overrides: str | None,
+) -> None:
+    from gemma_scope_jax import explore
+    from gemma_scope_jax.explore import pictures
+
+    found = explore.flow(explore.open_scope(path, **overrides), prompt, answer)
+    found.show()
+    if png:
+        pictures.write_png(png, found.figure())
+        _tell(png)
+        if found.lens:
+            beside = png.with_stem(f"{png.stem}_lens")
+            pictures.write_png(beside, found.lens.figure())
+            _tell(beside)
+    if html:
+        found.write_html(html)
+        _tell(html)
+
+
+def _links(
+    path: str,
+    sae: str,
+    latent: int,
+    to: str | None,
+    rows: int,
+    prompt: str | None,
+    top: int,
+    png: pathlib.Path | None,
+    **overrides: str | None,
+) -> None:
+    from gemma_scope_jax import explore
+    from gemma_scope_jax.explore import pictures
+
+    found = explore.links(explore.open_scope(path, **overrides), sae, latent, to, rows, prompt)
+    found.show(top)
+    if png:
+        pictures.write_png(png, found.figure())
+        _tell(png)
+
+
+def _tell(written: pathlib.Path) -> None:
+    print(f"Wrote {written}", flush=True)
+
+
+def _attribute(**options: object) -> None:
+    from gemma_scope_jax.explore import ablating
+
+    ablating.attribute_path(**options)
+
+
+def _steer(**options: object) -> None:
+    from gemma_scope_jax.explore import steering
+
+    steering.steer_path(**options)
+
+
+def _contrast(**options: object) -> None:
+    from gemma_scope_jax.explore import audit
+
+    audit.audit(**options)
+
+
+def _dashboards(top: int, **options: object) -> None:
+    from gemma_scope_jax import config, hosts
+    from gemma_scope_jax.explore import build, dashboards
+
+    hosts.initialize(config.HostsConfig().heartbeat_timeout_seconds)
+    build.build(**options, options=dashboards.Options(top=top))
