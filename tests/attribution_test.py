@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import browser
 import jax
 import numpy as np
 import pytest
@@ -394,6 +395,20 @@ def test_a_page_holds_text_as_text_and_each_tokens_latents(scope, found, tmp_pat
     first = here[np.abs(parts.part_N[here]).argmax()]
     assert cells[1][5][0][0] == parts.latent_N[first]
     np.testing.assert_allclose(cells[1][5][0][1:], (parts.activation_N[first], parts.part_N[first]))
+
+
+@browser.needs_chromium
+def test_a_browser_lists_the_latents_of_a_clicked_token(found, tmp_path):
+    found.write_html(tmp_path / "a.html")
+    (place,) = (number for number, name in enumerate(found.parts) if name == "beside")
+    html = browser.dump(tmp_path / "a.html", then=browser.click(f'[data-sae="{place}"][data-token="5"]'))
+    assert f'beside on "{found.tokens[5]}"' in html
+    table = re.search(r'<table id="latents">(.*?)</table>', html, re.DOTALL)[1]
+    expected = [(latent, f"{part:+.4f}") for latent, _, part in found.parts["beside"].strongest(5, 12)]
+    assert [
+        (int(latent), part.replace("\u2212", "-"))
+        for latent, part in re.findall(r"<tr><td>(\d+)</td><td>[^<]*</td><td>([^<]*)</td>", table)
+    ] == expected
 
 
 def command(**options):

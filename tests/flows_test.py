@@ -2,6 +2,7 @@
 
 import re
 
+import browser
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +193,23 @@ def test_a_page_holds_text_as_text(flow, tmp_path):
     assert html.count("<tr><th>") == 2 * (1 + 3 + 1) + 1
     rank = flow.lens.stream.answer_rank[0, 5]
     assert rank == 1 or f", rank {rank}" in html
+
+
+@browser.needs_chromium
+def test_a_browser_shows_the_picture_and_a_cells_probabilities(flow, tmp_path):
+    flow.write_html(tmp_path / "a.html")
+    pointed = """
+      const cell = document.querySelector(".lens td");
+      cell.scrollIntoView();
+      const at = cell.getBoundingClientRect();
+      document.title = document.elementFromPoint(at.x + at.width / 2, at.y + at.height / 2).closest("td").title
+        + "; picture " + document.querySelector("img").naturalWidth;
+    """
+    html = browser.dump(tmp_path / "a.html", then=pointed)
+    title = re.search(r"<title>(.*?)</title>", html, re.DOTALL)[1]
+    likeliest = flow.lens.output.probability[0, 0]
+    assert f"{likeliest:.3g}; " in title and int(title.split("; picture ")[1]) > 500
+    assert "<i>bread" not in html and "<b>shallow" not in html
 
 
 def test_the_terminal_shows_means_and_the_last_token(flow, capsys, monkeypatch):

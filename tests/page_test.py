@@ -4,10 +4,10 @@ import csv
 import dataclasses
 import pathlib
 import re
-import shutil
-import subprocess
 from html import unescape
 
+import browser
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -69,28 +69,12 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
         assert {label, definition} <= shown
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@browser.needs_chromium
 def test_a_browser_shows_what_was_measured(written):
     path, results = written
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={path.parent / 'profile'}",
-    ]
-    shown = subprocess.run(
-        [*command, "--virtual-time-budget=5000", "--dump-dom", f"file://{path}"],
-        capture_output=True, text=True, check=True, timeout=120,
-    ).stdout  # fmt: skip
-    check(shown, results)
-    picture = path.parent / "shot.png"
-    subprocess.run(
-        [*command, "--window-size=1400,1000", f"--screenshot={picture}", f"file://{path}"],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    import matplotlib.image
-
+    check(browser.dump(path), results)
+    picture = path.with_name("shot.png")
+    browser.screenshot(path, picture)
     pixels = matplotlib.image.imread(picture)
     assert pixels.shape[:2] == (1000, 1400)
     assert pixels[..., :3].std() > 0.05  # Not a blank page.

@@ -2,9 +2,8 @@
 
 import json
 import re
-import shutil
-import subprocess
 
+import browser
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,25 +77,22 @@ def test_a_page_holds_text_as_text_and_what_fires(reading, tmp_path):
     ]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-def test_a_browser_lists_the_latents_of_the_chosen_token(reading, tmp_path):
+def listed(html):
+    """The latents in the table beside the grid."""
+    table = re.search(r'<table id="latents">(.*?)</table>', html, re.DOTALL)[1]
+    return [int(latent) for latent in re.findall(r"<tr><td>(\d+)</td>", table)]
+
+
+@browser.needs_chromium
+def test_a_browser_lists_the_latents_of_the_first_token_and_of_one_that_is_clicked(reading, tmp_path):
     reading.write_html(tmp_path / "a.html", top=3)
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    shown = subprocess.run(
-        [*command, "--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path / 'a.html'}"],
-        capture_output=True, text=True, check=True, timeout=120,
-    ).stdout  # fmt: skip
+    shown = browser.dump(tmp_path / "a.html")
     assert '<h2 id="chosen">first on "l"</h2>' in shown
-    listed = re.search(r'<table id="latents">(.*?)</table>', shown, re.DOTALL)[1]
-    assert [int(i) for i in re.findall(r"<tr><td>(\d+)</td>", listed)] == [
-        i for i, _ in reading.strongest("first", 0, 3)
-    ]
+    assert listed(shown) == [latent for latent, _ in reading.strongest("first", 0, 3)]
+    name = list(reading.latents)[1]
+    shown = browser.dump(tmp_path / "a.html", then=browser.click('[data-sae="1"][data-token="2"]'))
+    assert re.search(r'<h2 id="chosen">&lt;b&gt;second&lt;/b&gt; on "', shown) and "<b>second" not in shown
+    assert listed(shown) == [latent for latent, _ in reading.strongest(name, 2, 3)]
 
 
 def test_an_empty_text_is_refused(scope):

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
 import urllib.parse
 
+import browser
 import numpy as np
 import pytest
 import tiny
@@ -17,7 +16,6 @@ from gemma_scope_jax.explore import build, dashboards, directions, neuronpedia, 
 
 NAME = "layer_1 </script><b>x</b>"
 HOSTILE = "a bread </script><b>x</b> & 'song'\n"
-needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 
 
 def decode(tokens):
@@ -98,18 +96,10 @@ def test_no_text_can_end_a_script(folder):
     assert re.findall(r'(?:src|href)="([^"]*)"', html) == ["data/index.js"]
 
 
-def dump(path, address, tmp_path):
-    """The page as the browser has it when its scripts are done, which must not fail."""
-    found = subprocess.run(
-        [
-            "chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-            "--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000", "--dump-dom", f"file://{path}{address}",
-        ],
-        capture_output=True, text=True, check=True, timeout=180,
-    )  # fmt: skip
-    assert "Uncaught" not in found.stderr and "CONSOLE" not in found.stderr, found.stderr
-    assert "<b>x" not in found.stdout
-    return found.stdout
+def dump(path, address="", then=""):
+    html = browser.dump(path, address, then)
+    assert "<b>x" not in html
+    return html
 
 
 def listed(html):
@@ -125,11 +115,11 @@ def plain(html):
     return re.sub(r"<[^>]*>", "", html).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
 
 
-@needs_chromium
-def test_a_browser_shows_the_latent_of_the_address(shown, folder, tmp_path):
+@browser.needs_chromium
+def test_a_browser_shows_the_latent_of_the_address(shown, folder):
     g = shown.gathered
     latent = int(np.flatnonzero(g.count_M)[-1])
-    html = dump(folder / "index.html", f"?sort=max&show=alive#{latent}", tmp_path)
+    html = dump(folder / "index.html", f"?sort=max&show=alive#{latent}")
     assert f"Latent {latent}" in html
     alive = np.flatnonzero(g.count_M)
     assert listed(html) == sorted(alive, key=lambda i: (-float(f"{g.max_M[i]:.3g}"), i))
@@ -147,8 +137,8 @@ def test_a_browser_shows_the_latent_of_the_address(shown, folder, tmp_path):
     assert decode([int(shown.logits.highest_token_MxT[latent, 0])]) in plain(html)
 
 
-@needs_chromium
-def test_a_browser_finds_text_tokens_and_numbers(shown, folder, tmp_path):
+@browser.needs_chromium
+def test_a_browser_finds_text_tokens_and_numbers(shown, folder):
     g = shown.gathered
 
     def texts(latent):
@@ -157,28 +147,50 @@ def test_a_browser_finds_text_tokens_and_numbers(shown, folder, tmp_path):
         for band in dashboards.bands(g, latent):
             yield decode(shown.passages(g.options, g.sample, latent, int(band[0])).tokens)
 
-    html = dump(folder / "index.html", "?q=%3C%2Fscript%3E%3Cb%3EX", tmp_path)
+    html = dump(folder / "index.html", "?q=%3C%2Fscript%3E%3Cb%3EX")
     holding = {i for i in range(64) if any("</script><b>x" in text for text in texts(i))}
     assert 0 < len(holding) < 64 and set(listed(html)) == holding
     assert "64 of 64 latents read" in html and "&lt;/script&gt;&lt;b&gt;x" in html
     about = read(folder / "data" / "index.js")
     words = [{about["tokens"][t].strip().lower() for t in peaks} for peaks in about["peaks"]]
     letter = next(word for word in words[int(np.flatnonzero(g.count_M)[-1])] if word)
-    html = dump(folder / "index.html", f"?q={urllib.parse.quote(letter)}", tmp_path)
+    html = dump(folder / "index.html", f"?q={urllib.parse.quote(letter)}")
     fires = [i for i in range(64) if letter in words[i]]
     assert 0 < len(fires) < 64 and listed(html)[: len(fires)] == fires
     assert html.count(">fires on ") == len(fires)
-    assert listed(dump(folder / "index.html", "?q=7", tmp_path))[0] == 7
+    assert listed(dump(folder / "index.html", "?q=7"))[0] == 7
 
 
-@needs_chromium
-def test_a_browser_lists_dead_and_dense_latents(shown, folder, tmp_path):
-    html = dump(folder / "index.html", "?show=dead", tmp_path)
+@browser.needs_chromium
+def test_a_browser_lists_dead_and_dense_latents(shown, folder):
+    html = dump(folder / "index.html", "?show=dead")
     dead = np.flatnonzero(shown.gathered.is_dead_M).tolist()
     assert dead and listed(html) == dead and "(never fired)" in html
-    html = dump(folder / "index.html", "?show=dense&sort=frequency", tmp_path)
+    html = dump(folder / "index.html", "?show=dense&sort=frequency")
     count = shown.gathered.count_M
     assert listed(html) == sorted(np.flatnonzero(shown.gathered.is_dense_M), key=lambda i: (-count[i], i))
+
+
+@browser.needs_chromium
+def test_a_browser_answers_to_clicks_typing_and_pointing(shown, folder):
+    alive = np.flatnonzero(shown.gathered.count_M)
+    first, second = alive[:2]
+    html = dump(folder / "index.html", f"#{first}", browser.click(f'a[href="#{second}"]'))
+    assert f"Latent {second}" in html and f"Latent {first}" not in html
+    assert f'<tr data-latent="{second}" class="chosen">' in html
+    typed = "document.querySelector('[name=q]').value = '7'; document.querySelector('form').requestSubmit();"
+    submitted = dump(folder / "index.html", "", f"if (!location.search) {{ {typed} }}")
+    assert listed(submitted)[0] == 7
+    pointed = """
+      setTimeout(() => {
+        const peak = document.querySelector(".passage .peak");
+        peak.scrollIntoView();
+        const at = peak.getBoundingClientRect();
+        document.title = document.elementFromPoint(at.x + at.width / 2, at.y + at.height / 2).title;
+      }, 500);
+    """
+    html = dump(folder / "index.html", f"#{first}", pointed)
+    assert f"<title>{float(f'{shown.gathered.max_M[first]:.3g}'):g}</title>" in html
 
 
 def test_neuronpedias_files_hold_what_was_gathered(shown, tmp_path):

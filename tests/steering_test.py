@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import re
 
+import browser
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,6 +251,17 @@ def test_replies_are_shown_side_by_side_as_text(capsys, tmp_path):
     assert '<span class="alike">so </span>&lt;i&gt;' in html and "a&lt;b&gt;:3+2.5@2:4" in html
     assert "at temperature 0.7, seed 4" in html and "at temperature 0.7, seed 4" in shown
     assert not any(of in html for of in ("src=", "href=", "http"))
+
+
+@browser.needs_chromium
+def test_a_browser_shows_replies_beside_each_other(tmp_path):
+    STEERED.write_html(tmp_path / "a.html")
+    measured = (
+        "document.title = [...document.querySelectorAll('td')].slice(0, 2).map(c => c.offsetTop).join();"
+    )
+    html = browser.dump(tmp_path / "a.html", then=measured)
+    left, right = re.search(r"<title>(\d+),(\d+)</title>", html).groups()
+    assert left == right and "so &lt;i&gt;" in html and "<i>" not in html
 
 
 @pytest.mark.parametrize(

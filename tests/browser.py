@@ -1,0 +1,57 @@
+"""Pages as a browser shows them: Debian's package chromium, without a window."""
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+
+
+def _run(page: pathlib.Path, address: str, *options: str) -> subprocess.CompletedProcess:
+    profile = page.parent / "profile"
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={profile}",
+        *options,
+    ]
+    return subprocess.run(
+        [*command, f"file://{page}{address}"], capture_output=True, text=True, check=True, timeout=180
+    )
+
+
+def dump(page: pathlib.Path, address: str = "", then: str = "") -> str:
+    """The page's HTML when its scripts are done, none of which may fail.
+
+    Args:
+      page: its file.
+      address: what follows the file's name in its address.
+      then: a script that is run at the end, such as a click.
+    """
+    if then:
+        acted = page.with_name("acted.html")
+        acted.write_text(page.read_text() + f"<script>addEventListener('load', () => {{ {then} }});</script>")
+        page = acted
+    logged = ("--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000", "--dump-dom")
+    found = _run(page, address, *logged)
+    assert "Uncaught" not in found.stderr and "CONSOLE" not in found.stderr, found.stderr
+    return found.stdout
+
+
+def click(selector: str) -> str:
+    """A script that clicks what a reader sees in the middle of the first element of a CSS selector."""
+    return f"""
+      const wanted = document.querySelector({selector!r});
+      wanted.scrollIntoView();
+      const at = wanted.getBoundingClientRect();
+      document.elementFromPoint(at.x + at.width / 2, at.y + at.height / 2).click();
+    """
+
+
+def screenshot(page: pathlib.Path, picture: pathlib.Path, address: str = "", size: str = "1400,1000") -> None:
+    """Writes a PNG of what a window of a size shows."""
+    _run(page, address, f"--window-size={size}", f"--screenshot={picture}", "--virtual-time-budget=5000")
