@@ -10,6 +10,7 @@ from gemma_scope_jax.explore.edits import Edit, ablate, add, clamp, scale
 from gemma_scope_jax.explore.flows import Flow, flow
 from gemma_scope_jax.explore.integrated import integrate
 from gemma_scope_jax.explore.linking import Links, links
+from gemma_scope_jax.explore.looking import Look, look_at
 from gemma_scope_jax.explore.reading import Reading, read
 from gemma_scope_jax.explore.scope import Scope, open_scope
 from gemma_scope_jax.explore.steering import Steered, steer
@@ -24,6 +25,7 @@ __all__ = [
     "Edit",
     "Flow",
     "Links",
+    "Look",
     "Reading",
     "Scope",
     "Steered",
@@ -42,6 +44,7 @@ __all__ = [
     "halves",
     "integrate",
     "links",
+    "look_at",
     "open_scope",
     "read",
     "scale",

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import rich.console
 import rich.table
@@ -20,7 +21,7 @@ import tqdm
 from gemma import gm
 
 from gemma_scope_jax import evaluation, files, gemma, metrics, opening, passes, sharding, weights
-from gemma_scope_jax.explore import edits
+from gemma_scope_jax.explore import edits, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
 from gemma_scope_jax.explore.scope import Scope
@@ -131,6 +132,27 @@ class Correction:
         console.width = max(console.width, 130)
         console.print(table)
         print(self.about(), flush=True)
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """The gap with each set of latents ablated, and without; random sets in no order."""
+        figure, ((axis,),) = pictures.new_figure(1, 1, 6, 2.2)
+        gaps = [one.gap for one in self.random]
+        axis.scatter(gaps, np.zeros(len(gaps)), s=24, color="#9aa0a6", alpha=0.7, label="random sets ablated")
+        for y, gap, error, color, label in (
+            (0, self.clean.gap, None, "#202124", "nothing ablated"),
+            (1, self.ablated.gap, self.change_se, "#1a73e8", f"{counted(len(self.latents))} found ablated"),
+        ):
+            axis.axvline(gap, color=color, lw=0.8, ls=":")
+            # The error is of the change, which prompts share most of.
+            axis.errorbar([gap], [y], xerr=error, fmt="o", color=color, capsize=3, label=label)
+        axis.axvline(0, color="#dadce0", lw=0.8)
+        axis.set_ylim(-0.6, 1.6)
+        axis.set_yticks([])
+        axis.set_xlabel(
+            f"gap in the logit of {self.answer!r} less that of {self.against!r}", parse_math=False
+        )
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        return figure
 
     def write_json(self, path: str | pathlib.Path) -> None:
         """Writes all that was measured, prompt by prompt."""

@@ -46,9 +46,9 @@ def seen(text: str) -> str:
     return text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
 
 
-def label(text: str, most: int = 12) -> str:
+def label(text: str, most: int = 12, space: str = "·") -> str:
     """A token's text in a picture: as `seen`, cut, what the font has not a box."""
-    shown = seen(text)
+    shown = seen(text).replace("·", space)
     cut = shown if len(shown) <= most else shown[: most - 1] + "…"
     return "".join(c if c.isprintable() and _font().get_char_index(ord(c)) else "□" for c in cut)
 
@@ -84,7 +84,8 @@ def heat_map(
     known = values[np.isfinite(values)]
     known = known if known.size else np.zeros(1)
     colours = {"linear": "viridis", "log": "viridis", "signed": "RdBu_r"}[scale]
-    high = max(float(np.percentile(np.abs(known), 98)), 1e-6)
+    # Of those that are not 0, which may be few.
+    high = max(float(np.percentile(np.abs(known[known != 0]), 98)) if known.any() else 0.0, 1e-6)
     if scale == "log":
         low = max(float(np.percentile(known, 2)), 1e-6)
         norm = matplotlib.colors.LogNorm(low, max(high, 1.01 * low))

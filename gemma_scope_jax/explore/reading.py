@@ -7,12 +7,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import rich.console
 import rich.table
 import rich.text
 
 from gemma_scope_jax import page, passes, sae, sharding
+from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.scope import Scope, prompt
 
 
@@ -58,6 +60,27 @@ class Reading:
                 shown = (repr(token), *map(str, counts), f"{self.error[name][t]:.0%}")
                 table.add_row(*map(rich.text.Text, shown), line)
             console.print(table)
+
+    def figure(self, name: str | None = None, top: int = 20) -> matplotlib.figure.Figure:
+        """A heat map: tokens across; down the `top` latents that fire most on any of them, but for dense ones.
+
+        Args:
+          name: of the SAE; None: the first.
+          top: how many latents.
+        """
+        name = next(iter(self.latents)) if name is None else name
+        f_LxM = np.where(self.is_dense(name)[None], 0, self.latents[name])
+        chosen = np.argsort(-f_LxM.max(0), kind="stable")[:top]
+        chosen = chosen[f_LxM[:, chosen].max(0) > 0]
+        # In the order in which they are the strongest, so that the picture has a diagonal.
+        chosen = chosen[np.argsort(f_LxM[:, chosen].argmax(0), kind="stable")][::-1]
+        size = (max(0.3 * len(self.tokens) + 1.6, 4), 0.19 * len(chosen) + 1.4)
+        figure, ((axis,),) = pictures.new_figure(1, 1, *size)
+        pictures.heat_map(figure, axis, f_LxM[:, chosen].T, "linear", f"{name}: latents by token")
+        pictures.label_tokens(axis, self.tokens)
+        pictures.label_rows(axis, list(map(str, chosen)))
+        axis.set_ylabel("latent", fontsize=8)
+        return figure
 
     def write_html(self, path: str | pathlib.Path, top: int = 12) -> None:
         """Writes a page that needs no network: tokens across, SAEs down, a token's latents by a click."""
