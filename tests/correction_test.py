@@ -176,6 +176,11 @@ def test_it_shows_and_writes_what_came_out(corrected, tmp_path, capsys):
     losses = [one.delta_loss for one in corrected.random[:5]]
     row = f"{np.mean(changes):+.3f}, {min(changes):+.3f} to {max(changes):+.3f}"
     assert re.search(f"mean of 7 .* {re.escape(row)} .* {np.mean(losses):.4f}, mean of 5", shown), shown
+    (axis,) = corrected.figure().axes
+    (cloud,) = axis.collections[:1]
+    np.testing.assert_allclose(cloud.get_offsets()[:, 0], [one.gap for one in corrected.random])
+    marked = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(marked, [corrected.clean.gap, corrected.ablated.gap])
     corrected.write_json(tmp_path / "a.json")
     stored = json.loads((tmp_path / "a.json").read_text())
     assert stored["latents"] == [list(one) for one in corrected.latents]
@@ -195,7 +200,7 @@ def test_halves_hold_each_prompt_once_and_keep_pairs():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": " she"}, r"' she' is 4 tokens \(' ', 's', 'h', 'e'\); give one that is a single token"),
+        ({"answer": " she"}, r"' she' is 4 tokens \(' ' \+ 's' \+ 'h' \+ 'e'\); give a text of one token"),
         ({"against": ""}, "'' is 0 tokens"),
         ({"first": [*NEW_FIRST, FIRST[3]]}, "latents were chosen on the prompt 'rivers of fir'"),
         ({"second": []}, "there are 2 and 0 prompts to measure"),

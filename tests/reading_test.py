@@ -66,6 +66,19 @@ def test_the_terminal_shows_each_token(reading, capsys):
     assert shown.count("'b'") >= 2
 
 
+def test_the_figure_has_the_latents_that_fire_most_in_the_order_of_the_text(reading):
+    figure = reading.figure("first", top=6)
+    axis = figure.axes[0]
+    latents = [int(label.get_text()) for label in axis.get_yticklabels()]
+    f_LxM = np.where(reading.is_dense("first")[None], 0, reading.latents["first"])
+    assert set(latents) == set(np.argsort(-f_LxM.max(0))[:6].tolist())
+    np.testing.assert_array_equal(axis.images[0].get_array(), f_LxM[:, latents].T)
+    peaks = f_LxM[:, latents].argmax(0)  # From the bottom up.
+    assert (np.diff(peaks) <= 0).all()
+    assert "first" in axis.get_title() and "&" not in axis.get_title()
+    assert reading.figure().axes[0].get_title() == f"{next(iter(reading.latents))}: latents by token"
+
+
 def test_a_page_holds_text_as_text_and_what_fires(reading, tmp_path):
     reading.write_html(tmp_path / "a.html", top=3)
     html = (tmp_path / "a.html").read_text()

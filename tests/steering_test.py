@@ -261,7 +261,7 @@ def test_a_browser_shows_replies_beside_each_other(tmp_path):
     )
     html = browser.dump(tmp_path / "a.html", then=measured)
     left, right = re.search(r"<title>(\d+),(\d+)</title>", html).groups()
-    assert left == right and "so &lt;i&gt;" in html and "<i>" not in html
+    assert left == right and "so </span>&lt;i&gt;" in html and "<i>" not in html
 
 
 @pytest.mark.parametrize(

@@ -98,4 +98,4 @@ def heat_map(
     beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     extend = beyond[bool(known.min() < norm.vmin), bool(known.max() > norm.vmax)]
     figure.colorbar(image, ax=axis, extend=extend, pad=0.01).ax.tick_params(labelsize=7)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, parse_math=False)

@@ -55,7 +55,7 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
         opened.subjects,
         {name: passes.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(pathlib.Path(path), opened.subjects),
-        functools.partial(data.open_rows, opened.rows, data.HELD_OUT),
+        lambda: data.open_rows(opened.rows, data.HELD_OUT),
     )
 
 

@@ -1,0 +1,206 @@
+"""What docs/explore.md shows of looking inside: on the quickstart's SAE, and on the 54 of the suite `sites`."""
+
+import dataclasses
+import pathlib
+import resource
+import runpy
+import tempfile
+
+import numpy as np
+
+from benchmarks.results import RESULTS, run
+from gemma_scope_jax import data, detection, explore
+from gemma_scope_jax.explore import looking
+
+RUN, SITES = "runs/quickstart", "runs/sites"
+NOTEBOOKS = pathlib.Path("docs/notebooks")
+ROWS = 128  # To pick a latent on, and as many to measure it on.
+RANDOM = 20  # Latents that it is held against.
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some rows of others, in their order."""
+
+    whole: data.Rows
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: np.ndarray) -> data.Batch:
+        """Those rows."""
+        return self.whole.read(self.first + np.asarray(indices))
+
+
+def latent() -> tuple[list[str], dict]:
+    """A latent that is picked by how well its passages describe it, on other text, beside latents drawn at random."""
+    scope = explore.open_scope(RUN)
+    ((name, subject),) = scope.subjects.items()
+    held_out = scope.held_out()
+    ends = [Part(held_out, first, ROWS) for first in (0, len(held_out) - ROWS)]
+    batches = [end.read(np.arange(ROWS)) for end in ends]
+    # Rows follow each other in the order of documents: none is in both.
+    assert batches[0].first_document.max() + 1 < batches[1].first_document.min()
+
+    def detect(subject: object, rows: data.Batch, latents: int) -> detection.Detection:
+        config = scope.config
+        options = (
+            latents,
+            0,
+            config.evaluation.rows_per_batch,
+            scope.tokenizer.decode,
+            config.data.masked_prefix,
+        )
+        return detection.detect(scope.mesh, scope.loaded, {name: subject}, rows, *options)[name]
+
+    scored = detect(subject, batches[0], 100).latents
+    best = max(scored, key=lambda one: one.auroc)
+    others = [one.latent for one in scored if one is not best]
+    chosen = [best.latent, *np.random.default_rng(0).choice(others, RANDOM, replace=False).tolist()]
+    again = detect(looking.alone(subject, chosen), batches[1], len(chosen)).latents
+    by_latent = {chosen[one.latent]: one for one in again}
+    unseen = dataclasses.replace(scope, held_out=lambda: ends[1])
+    look = explore.look_at(unseen, name, best.latent, rows=ROWS)
+    look.figure().savefig(RESULTS / "latent.png", dpi=120)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = f"python -m gemma_scope_jax dashboards {RUN}"
+        dashboards_s = run(f"{command} --out={pathlib.Path(scratch) / 'dashboards'}")
+    return ["make quickstart", command], {
+        "sae": name,
+        "rows": ROWS,
+        "latent": best.latent,
+        "auroc_picked_on": best.auroc,
+        "auroc": by_latent[best.latent].auroc,
+        "control": by_latent[best.latent].control,
+        "random": {latent: by_latent[latent].auroc for latent in chosen[1:] if latent in by_latent},
+        "random_control": {latent: by_latent[latent].control for latent in chosen[1:] if latent in by_latent},
+        "words": by_latent[best.latent].words,
+        "frequency": look.frequency,
+        "latents": len(subject.sae.b_enc),
+        "dashboards_s": dashboards_s,
+        "dashboards_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }
+
+
+def prompts(scope: explore.Scope) -> list[str]:
+    """Ten of 24 tokens each, of held-out addresses."""
+    rows = scope.held_out().read(np.arange(0, 800, 80))
+    return [scope.tokenizer.decode(row[100:124].tolist()) for row in rows.tokens]
+
+
+def attribution() -> tuple[list[str], dict]:
+    """How attributions agree with ablations, and what integrated gradients leave."""
+    numbers = {}
+    for path, latents in ((RUN, 32), (SITES, 48)):
+        scope = explore.open_scope(path)
+        texts = prompts(scope)
+        found = explore.ablations_of_prompts(scope, texts, latents)
+        numbers[path] = {
+            "saes": len(scope.subjects),
+            "width": len(next(iter(scope.subjects.values())).sae.b_enc),
+            **{of: found.correlation(of) for of in ("all", "strongest", "random")},
+            "prompts": [found.correlation(prompt=number) for number in range(len(texts))],
+            "layers": {int(layer): found.correlation(layer=layer) for layer in np.unique(found.layer_N)},
+        }
+    scope = explore.open_scope(RUN)
+    (name,) = scope.subjects
+    integrals = []
+    for text in prompts(scope):
+        found = explore.integrate(scope, text, name)
+        gain = found.metric - found.integral.baseline
+        plain = explore.attribute(scope, text)
+        integrals.append(
+            {
+                "gap_of_gain": found.integral.gap / gain,
+                "nodes": found.integral.nodes,
+                "correlation": explore.ablations(scope, found, 32).correlation(),
+                "correlation_of_plain": explore.ablations(scope, plain, 32).correlation(),
+                "sum_off_total": _off(plain.parts[name]),
+            }
+        )
+    return ["python -m benchmarks.results attribution"], numbers | {"integrals": integrals}
+
+
+def _off(parts: explore.attribution.Parts) -> float:
+    """How far the parts of gradient × activation are from y · g, of the largest of that."""
+    summed_L = parts.latents_L + parts.error_L + parts.bias_L + parts.skip_L
+    return float(np.abs(summed_L - parts.total_L).max() / np.abs(parts.total_L).max())
+
+
+def steering(latent: int) -> tuple[list[str], dict]:
+    """A latent added to what Gemma writes, and effect against damage."""
+    scope = explore.open_scope(RUN)
+    (name,) = scope.subjects
+    typical = explore.typical(scope, name, latent)
+    texts = ["Once upon a time", "My fellow Americans"]
+    steered = explore.steer(scope, texts, [explore.add(name, latent, 3 * typical)], num_tokens=30)
+    swept = explore.sweep(scope, name, latent, rows=8)
+    numbers = {
+        key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(swept).items()
+    }
+    commands = [
+        f'python -m gemma_scope_jax steer {RUN} "Once upon a time" --edit={latent}+3t --num_tokens=30',
+        f"python -m gemma_scope_jax steer {RUN} --edit={latent}+t --sweep --rows=8",
+    ]
+    replies = [
+        {"prompt": text, "clean": clean, "changed": changed}
+        for text, ((clean,), (changed,)) in zip(
+            texts, zip(steered.clean, steered.changed, strict=True), strict=True
+        )
+    ]
+    return commands, {"latent": latent, "typical": typical, "replies": replies, "sweep": numbers}
+
+
+def bias() -> tuple[list[str], dict]:
+    """What is left of a gap without the latents that tell two sets of prompts apart, as the notebook has it."""
+    script = NOTEBOOKS / "correct_a_bias.py"
+    names = runpy.run_path(str(script))
+    scope, women, men, asked = (names[name] for name in ("scope", "women", "men", "asked"))
+    made = {"seed 0": _corrected(names["found"], names["corrected"])}
+    for label, is_paired, seed in (("seed 1", False, 1), ("seed 2", False, 2), ("pairs", True, 0)):
+        choosing, measured = explore.halves(women, men, is_paired, seed)
+        found = explore.contrast(scope, *choosing, is_paired=is_paired, seed=seed)
+        made[label] = _corrected(found, explore.correct(scope, found, *asked, *measured, seed=seed))
+    return [f"python {script}"], made
+
+
+def _corrected(found: explore.Contrast, corrected: explore.Correction) -> dict:
+    changes = [corrected.change, *(one.gap - corrected.clean.gap for one in corrected.random)]
+    return {
+        "tested": found.tested,
+        "prompts": [len(found.first), len(found.second)],
+        "found": [
+            {"sae": name, "latent": latent, "auroc": float(found.of[name].auroc_M[latent]),
+             "q": float(found.of[name].q_M[latent])}
+            for name, latent in found.found()
+        ],
+        "first": [float(one.first_A.mean()) for one in (corrected.clean, corrected.ablated)],
+        "second": [float(one.second_B.mean()) for one in (corrected.clean, corrected.ablated)],
+        "gap": [corrected.clean.gap, corrected.ablated.gap],
+        "gap_se": corrected.gap_se,
+        "change": changes[0],
+        "change_se": corrected.change_se,
+        "random": changes[1:],
+        "as_good": corrected.as_good,
+        "delta_loss": corrected.ablated.delta_loss,
+        "delta_loss_se": corrected.ablated.delta_loss_se,
+        "random_delta_loss": [one.delta_loss for one in corrected.random if one.delta_loss is not None],
+    }  # fmt: skip
+
+
+def links() -> tuple[list[str], dict]:
+    """How well attributions and weights tell what ablation does to later latents."""
+    scope = explore.open_scope(SITES)
+    names = {s.site.layer: name for name, s in scope.subjects.items() if s.site.kind == "resid_post"}
+    of = explore.activity(scope, 8, [names[6]])[names[6]]
+    latents = np.random.default_rng(0).choice(np.flatnonzero(of.frequency_M > 0), 5, replace=False).tolist()
+    layers: dict[int, dict[str, list[float]]] = {}
+    for latent in latents:
+        found = explore.links(scope, names[6], latent)
+        for layer in range(7, 18):
+            kept = layers.setdefault(layer, {"attribution": [], "weight": []})
+            kept["attribution"].append(found.correlation(found.attribution, names[layer]))
+            kept["weight"].append(found.correlation(found.weight, names[layer]))
+    return ["python -m benchmarks.results links"], {"latents": latents, "rows": 8, "layers": layers}
