@@ -1,6 +1,7 @@
 """What docs/explore.md shows of looking inside: on the quickstart's SAE, and on the 54 of the suite `sites`."""
 
 import dataclasses
+import json
 import pathlib
 import resource
 import runpy
@@ -8,7 +9,7 @@ import tempfile
 
 import numpy as np
 
-from benchmarks.results import RESULTS, run
+from benchmarks.commands import RESULTS, run
 from gemma_scope_jax import data, detection, explore
 from gemma_scope_jax.explore import looking
 
@@ -16,6 +17,14 @@ RUN, SITES = "runs/quickstart", "runs/sites"
 NOTEBOOKS = pathlib.Path("docs/notebooks")
 ROWS = 128  # To pick a latent on, and as many to measure it on.
 RANDOM = 20  # Latents that it is held against.
+# Professions, by whether Gemma and the censuses have more women or men in them.
+PROFESSIONS = (
+    "nurse secretary librarian receptionist nanny maid hairdresser dancer teacher typist housekeeper "
+    "seamstress midwife "
+    "babysitter cleaner cashier florist nutritionist therapist counselor stylist caregiver",
+    "engineer carpenter plumber mechanic soldier general captain doctor lawyer judge pilot surgeon farmer miner "
+    "blacksmith butcher sailor programmer architect electrician firefighter sheriff banker senator governor",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +138,9 @@ def _off(parts: explore.attribution.Parts) -> float:
     return float(np.abs(summed_L - parts.total_L).max() / np.abs(parts.total_L).max())
 
 
-def steering(latent: int) -> tuple[list[str], dict]:
-    """A latent added to what Gemma writes, and effect against damage."""
+def steering() -> tuple[list[str], dict]:
+    """The latent that `latent` picked added to what Gemma writes, and effect against damage."""
+    latent = json.loads((RESULTS / "latent.json").read_text())["numbers"]["latent"]
     scope = explore.open_scope(RUN)
     (name,) = scope.subjects
     typical = explore.typical(scope, name, latent)
@@ -163,6 +173,17 @@ def bias() -> tuple[list[str], dict]:
         choosing, measured = explore.halves(women, men, is_paired, seed)
         found = explore.contrast(scope, *choosing, is_paired=is_paired, seed=seed)
         made[label] = _corrected(found, explore.correct(scope, found, *asked, *measured, seed=seed))
+    found = explore.contrast(scope, women, men)
+    professions = [[f"The {word} said that" for word in words.split()] for words in PROFESSIONS]
+    made["professions, latents of the words"] = _corrected(
+        found, explore.correct(scope, found, *asked, *professions)
+    )
+    choosing, measured = explore.halves(*professions)
+    found = explore.contrast(scope, *choosing)
+    if found.found():
+        made["professions, latents of their own"] = _corrected(
+            found, explore.correct(scope, found, *asked, *measured)
+        )
     return [f"python {script}"], made
 
 
@@ -204,3 +225,171 @@ def links() -> tuple[list[str], dict]:
             kept["attribution"].append(found.correlation(found.attribution, names[layer]))
             kept["weight"].append(found.correlation(found.weight, names[layer]))
     return ["python -m benchmarks.results links"], {"latents": latents, "rows": 8, "layers": layers}
+
+
+def latent_table(numbers: dict) -> str:
+    """How the picked latent is described, beside others."""
+    random, control = (list(numbers[key].values()) for key in ("random", "random_control"))
+    better = sum(value >= numbers["auroc"] for value in random)
+    on, before = (" ".join(f"`{word}`" for word in numbers["words"][part]) for part in ("on", "before"))
+    return "\n".join(
+        [
+            f"Of 100 latents of the quickstart's SAE that `detect` scores on {numbers['rows']} held-out rows "
+            "it describes "
+            f"latent {numbers['latent']} best, with an AUROC of {numbers['auroc_picked_on']:.3f}. The picture "
+            "and the "
+            f"following are of {numbers['rows']} other rows, of other documents:",
+            "",
+            "| | AUROC | by another latent's description |",
+            "|---|---|---|",
+            f"| latent {numbers['latent']} | {numbers['auroc']:.3f} | {numbers['control']:.3f} |",
+            f"| {len(random)} latents drawn at random from the 99 others: mean | {np.mean(random):.3f} "
+            f"| {np.mean(control):.3f} |",
+            f"| lowest and highest | {min(random):.3f} and {max(random):.3f} | {min(control):.3f} and "
+            f"{max(control):.3f} |",
+            "",
+            f"{better or 'None'} of the {len(random)} {'reaches' if better < 2 else 'reach'} it. What "
+            "describes it, on the "
+            f"firing token: {on}; before it: {before}.",
+        ]
+    )
+
+
+def _shown(correlation: list) -> str:
+    latents, pearson, spearman = correlation
+    return f"{latents} | {pearson:.3f} | {spearman:.3f}"
+
+
+def attribution_table(numbers: dict) -> str:
+    """Correlations of attributions with ablations, and what integrated gradients leave."""
+    one, many = numbers[RUN], numbers[SITES]
+    lines = ["| SAEs | latents | taken out | Pearson | Spearman |", "|---|---|---|---|---|"]
+    label = f"`configs/quickstart.py`: layer 9, `resid_post`, {one['width']:,} latents"
+    for of, what in (
+        ("all", "all"),
+        ("strongest", "strongest attributed"),
+        ("random", "drawn of the others"),
+    ):
+        lines.append(f"| {label} | {what} | {_shown(one[of])} |")
+        label = ""
+
+    def spread(found: list[list]) -> str:
+        ends = [f"{min(one[k] for one in found):.3f} to {max(one[k] for one in found):.3f}" for k in (1, 2)]
+        counts = sorted({one[0] for one in found})
+        return f"{' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} each | {' | '.join(ends)}"
+
+    lines.append(f"| | all, {len(one['prompts'])} prompts one by one | {spread(one['prompts'])} |")
+    label = f"{many['saes']} SAEs of {many['width']} latents, 18 layers × `resid_post`, `mlp_out`, `attn_out`"
+    lines.append(f"| {label} | all | {_shown(many['all'])} |")
+    for first, last in ((0, 1), (2, 9), (10, 17)):
+        found = [
+            many["layers"][str(layer)] for layer in range(first, last + 1) if str(layer) in many["layers"]
+        ]
+        lines.append(f"| | of layers {first} to {last}, one by one | {spread(found)} |")
+    integrals = numbers["integrals"]
+    gaps = [abs(one["gap_of_gain"]) for one in integrals]
+    r, plain = (
+        np.mean([one[key][1] for one in integrals]) for key in ("correlation", "correlation_of_plain")
+    )
+    lines += [
+        "",
+        "The parts of gradient times activation are off y · g by "
+        f"{max(one['sum_off_total'] for one in integrals):.1e} of "
+        f"its largest at most. Integrated gradients leave a gap of {max(gaps):.1e} of the gain at most, with "
+        f"{min(one['nodes'] for one in integrals)} to {max(one['nodes'] for one in integrals)} nodes. With "
+        "ablations they "
+        f"agree less than the plain gradient: Pearson is {r:.3f} in the mean over the prompts, against "
+        f"{plain:.3f}. Their path "
+        "begins far from where the model is with one latent less.",
+    ]
+    return "\n".join(lines)
+
+
+def steering_table(numbers: dict) -> str:
+    """Replies side by side, and the sweep."""
+    sweep = numbers["sweep"]
+    lines = [
+        f"| behind | as it is | with {3 * numbers['typical']:.0f} of latent {numbers['latent']} |",
+        "|---|---|---|",
+    ]
+    for of in numbers["replies"]:
+        lines.append("| " + " | ".join(of[key].replace("\n", "↵").replace("|", "\\|") for key in of) + " |")
+    tokens = ", ".join(f"`{token}`" for token in sweep["tokens"])
+    lines += [
+        "",
+        f"On {tokens}, which its decoder raises most, and on {sweep['predictions']:,} predictions of "
+        f"{sweep['rows']} rows, "
+        f"whose loss is {sweep['clean_loss']:.3f}:",
+        "",
+        f"| times {sweep['unit']:.4g} added | effect, nats | damage, nats |",
+        "|---|---|---|",
+    ]
+    columns = ("strengths_N", "effect_N", "effect_se_N", "damage_N", "damage_se_N")
+    for strength, effect, effect_se, damage, damage_se in zip(
+        *(sweep[name] for name in columns), strict=True
+    ):
+        lines.append(f"| {strength:g} | {effect:.3f} ± {effect_se:.3f} | {damage:.3f} ± {damage_se:.3f} |")
+    return "\n".join(lines)
+
+
+def bias_table(numbers: dict) -> str:
+    """The gap as it is, without the latents found, and without others; and by seed what is left."""
+    of = numbers["seed 0"]
+    found = ", ".join(f"{one['latent']} (AUROC {one['auroc']:.2f}, q {one['q']:.2g})" for one in of["found"])
+    random = of["random"]
+    lines = [
+        f"On {of['prompts'][0]} and {of['prompts'][1]} of the prompts {of['tested']} latents fire. Found are "
+        f"{found}. On the "
+        "others:",
+        "",
+        "| ablated | women | men | gap | change of the gap | delta loss, nats |",
+        "|---|---|---|---|---|---|",
+        f"| nothing | {of['first'][0]:.3f} | {of['second'][0]:.3f} | {of['gap'][0]:.3f} ± {of['gap_se']:.3f} | | |",
+        f"| {len(of['found'])} latents found | {of['first'][1]:.3f} | {of['second'][1]:.3f} | {of['gap'][1]:.3f} "
+        f"| {of['change']:.3f} ± {of['change_se']:.3f} | {of['delta_loss']:.4f} ± {of['delta_loss_se']:.4f} |",
+        f"| {len(random)} random sets | | | {of['gap'][0] + np.mean(random):.3f} | {np.mean(random):.3f} in "
+        "the mean, "
+        f"{min(random):.3f} to {max(random):.3f} | {np.mean(of['random_delta_loss']):.4f}, mean of "
+        f"{len(of['random_delta_loss'])} |",
+        "",
+    ]
+    for label, one in numbers.items():
+        share = one["gap"][1] / one["gap"][0]
+        count = len(one["found"])
+        lines.append(
+            f"- {label}: {count} latent{'' if count == 1 else 's'} found; without "
+            f"{'it' if count == 1 else 'them'} {share:.0%} "
+            f"of the gap is left; {one['as_good'] or 'none'} of {len(one['random'])} random sets narrow it by "
+            "as much."
+        )
+    return "\n".join(lines)
+
+
+def links_table(numbers: dict) -> str:
+    """Correlations with ablation's effects, by layer."""
+    lines = ["| at layer | attributions | weights |", "|---|---|---|"]
+    for layer, of in numbers["layers"].items():
+        shown = [
+            f"{np.nanmedian(of[key]):.2f} ({np.nanmin(of[key]):.2f} to {np.nanmax(of[key]):.2f})"
+            for key in of
+        ]
+        lines.append(f"| {layer} | {' | '.join(shown)} |")
+    return "\n".join(
+        [
+            f"Correlations with what ablation does, median (lowest to highest) over {len(numbers['latents'])} "
+            "latents of the "
+            f"residual stream behind layer 6 drawn of those that fire, on {numbers['rows']} rows:",
+            "",
+            *lines,
+        ]
+    )
+
+
+# By the name of its file in results/: what measures it, and what shows it.
+LOOKS = {
+    "latent": (latent, latent_table),
+    "attribution": (attribution, attribution_table),
+    "steering": (steering, steering_table),
+    "bias": (bias, bias_table),
+    "links": (links, links_table),
+}

@@ -2,9 +2,10 @@
 
     python -m benchmarks.results [NAME ...]
 
-Names: quickstart, baselines, step, tpu, tpu_evaluations, banks (what one more SAE costs), and the suites of
-configs/quickstart_banks.py (sweep, layers, sites, targets, transcoders); and peers and precision, which need Python
-3.11 and are left out when none is given. `tables` makes only the tables.
+Names: quickstart, baselines, step, tpu, tpu_evaluations, banks (what one more SAE costs); the suites of
+configs/quickstart_banks.py (sweep, layers, sites, targets, transcoders); what is seen inside (latent, attribution,
+steering, bias, links), of runs/quickstart as `make quickstart` makes it and runs/sites as `sites` does; and peers and
+precision, which need Python 3.11 and are left out when none is given. `tables` makes only the tables.
 
 Each file holds the commands, the commit, the time and the numbers. A test compares the documents with them.
 """
@@ -16,30 +17,22 @@ import json
 import pathlib
 import re
 import subprocess
-import sys
 import tempfile
-import time
 import types
 
 import jax
 import numpy as np
 
+from benchmarks import looks
+from benchmarks.commands import RESULTS, run
 from gemma_scope_jax import data, export, gemma, log, page, runs, sae, weights
 from gemma_scope_jax.formats import detect
 
-RESULTS = pathlib.Path("results")
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
 SUITES = {"sweep": 64, "layers": 16, "sites": 4, "targets": 32, "transcoders": 64}
-DOCUMENTS = (pathlib.Path("README.md"), pathlib.Path("docs/models.md"), pathlib.Path("docs/metrics.md"))
-
-
-def run(command: str) -> float:
-    """Runs a command, shows it and its output; returns the seconds it took. `python` is this Python."""
-    print(f"$ {command}", flush=True)
-    start = time.perf_counter()
-    program, *arguments = command.split()
-    subprocess.run([sys.executable if program == "python" else program, *arguments], check=True)
-    return time.perf_counter() - start
+DOCUMENTS = [
+    pathlib.Path(name) for name in ("README.md", "docs/models.md", "docs/metrics.md", "docs/explore.md")
+]
 
 
 def commit() -> str:
@@ -439,6 +432,7 @@ def tables() -> dict[str, str]:
         "baselines.json": baselines_table,
         **dict.fromkeys((f"{name}.json" for name in SUITES), suite_table),
         "sites.json": sites_suite_table,
+        **{f"{name}.json": table for name, (_, table) in looks.LOOKS.items()},
     }
     for name, table in by_file.items():
         if name in made:
@@ -527,6 +521,7 @@ def main() -> None:
         "tpu_evaluations": tpu_evaluations,
         "banks": banks,
         **{name: functools.partial(suite, name, rows) for name, rows in SUITES.items()},
+        **{name: measure for name, (measure, _) in looks.LOOKS.items()},
         "peers": peers,
         "precision": precision,
     }
@@ -537,7 +532,7 @@ def main() -> None:
         "names",
         nargs="*",
         choices=[*known, "tables"],
-        default=["quickstart", "baselines", "step", "tpu", "tpu_evaluations", "banks", *SUITES],
+        default=["quickstart", "baselines", "step", "tpu", "tpu_evaluations", "banks", *SUITES, *looks.LOOKS],
         help="results to make",
     )
     RESULTS.mkdir(exist_ok=True)

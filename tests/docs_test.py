@@ -9,7 +9,6 @@ import numpy as np
 
 from benchmarks import results
 from gemma_scope_jax import chips, config, gemma, generation, plans, probing
-from gemma_scope_jax.explore import audit
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,15 +90,6 @@ def test_the_labelled_texts_in_the_documents_can_be_probed_with(tmp_path, monkey
     found = probing.read_labelled(tmp_path / "labelled.jsonl")
     assert set(found.labels) == {"from 1913", "before 1913"} and len(set(found.groups)) > 240
     probing.split(found, 0)
-
-
-def test_the_prompts_in_the_documents_can_be_contrasted(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "explore.md").read_text(), re.DOTALL)
-    (code,) = (block for block in blocks if "women" in block)
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    sets = [audit.read_prompts(tmp_path / name) for name in ("women.txt", "men.txt")]
-    assert [len(set(prompts)) for prompts in sets] == [32, 32] and not set(sets[0]) & set(sets[1])
 
 
 def test_the_readme_names_every_module_and_only_files_that_exist():

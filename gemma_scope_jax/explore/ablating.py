@@ -90,13 +90,22 @@ class Ablations:
             table.add_row(f"{len(prompts)} prompts apart", "", *ends)
         console.print(table)
         table = rich.table.Table(title=f"largest {top} effects")
-        table.add_column("SAE", overflow="fold")
-        for heading in ("latent", "prompt", "attributed", "effect"):
-            table.add_column(heading, justify="right")
+        # Where there is one SAE or one prompt the column would say the same all over.
+        several = {"SAE": len(set(self.sae)) > 1, "prompt": len(prompts) > 1}
+        columns = [
+            one for one in ("SAE", "latent", "prompt", "attributed", "effect") if several.get(one, True)
+        ]
+        for heading in columns:
+            table.add_column(heading, justify="left" if heading == "SAE" else "right", overflow="fold")
         for n in np.argsort(-np.abs(self.effect_N), kind="stable")[:top]:
-            where = (f"{self.latent_N[n]}", f"{self.prompt_N[n]}")
-            numbers = (f"{self.attributed_N[n]:+.4f}", f"{self.effect_N[n]:+.4f}")
-            table.add_row(*map(rich.text.Text, (self.sae[n], *where, *numbers)))
+            cells = {
+                "SAE": self.sae[n],
+                "latent": f"{self.latent_N[n]}",
+                "prompt": f"{self.prompt_N[n]}",
+                "attributed": f"{self.attributed_N[n]:+.4f}",
+                "effect": f"{self.effect_N[n]:+.4f}",
+            }
+            table.add_row(*(rich.text.Text(cells[column]) for column in columns))
         console.print(table)
 
     def figure(self) -> matplotlib.figure.Figure:

@@ -133,14 +133,16 @@ class Attribution:
         if self.integral:
             told = f"baseline {self.integral.baseline:.3f}; {self.integral.nodes} nodes leave a gap of "
             console.print(rich.text.Text(f"{told}{self.integral.gap:.2g}"))
-        table = rich.table.Table(title=f"strongest {top}")
-        for heading in ("SAE", "latent", "token", "activation", "part"):
+        are_several = len(self.parts) > 1
+        title = f"strongest {top}" if are_several else f"strongest {top} of {next(iter(self.parts))}"
+        table = rich.table.Table(title=rich.text.Text(title))
+        for heading in (*["SAE"] * are_several, "latent", "token", "activation", "part"):
             table.add_column(
                 heading, justify="left" if heading in ("SAE", "token") else "right", overflow="fold"
             )
         for name, latent, token, activation, part in self.strongest(top):
             shown = (
-                name,
+                *[name] * are_several,
                 f"{latent}",
                 f"{token} {self.tokens[token]!r}",
                 f"{activation:.4g}",
