@@ -1,5 +1,6 @@
-"""What those who measure share: where results lie, and commands that are shown and timed."""
+"""What those who measure share: where results lie, and commands that are shown and measured."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,9 +10,21 @@ RESULTS = pathlib.Path("results")
 
 
 def run(command: str) -> float:
-    """Runs a command, shows it and its output; returns the seconds it took. `python` is this Python."""
+    """See `measure`; the seconds alone."""
+    return measure(command)[0]
+
+
+def measure(command: str) -> tuple[float, int]:
+    """Runs a command, shows it and its output; the seconds it took, and bytes it had in memory at most.
+
+    `python` is this Python.
+    """
     print(f"$ {command}", flush=True)
     start = time.perf_counter()
     program, *arguments = command.split()
-    subprocess.run([sys.executable if program == "python" else program, *arguments], check=True)
-    return time.perf_counter() - start
+    process = subprocess.Popen([sys.executable if program == "python" else program, *arguments])
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.perf_counter() - start, used.ru_maxrss * 1024

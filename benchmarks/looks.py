@@ -1,22 +1,24 @@
 """What docs/explore.md shows of looking inside: on the quickstart's SAE, and on the 54 of the suite `sites`."""
 
 import dataclasses
+import html
 import json
 import pathlib
-import resource
 import runpy
 import tempfile
 
 import numpy as np
 
-from benchmarks.commands import RESULTS, run
+from benchmarks.commands import RESULTS, measure
 from gemma_scope_jax import data, detection, explore
-from gemma_scope_jax.explore import looking
+from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.explore import scope as scope_lib
 
 RUN, SITES = "runs/quickstart", "runs/sites"
 NOTEBOOKS = pathlib.Path("docs/notebooks")
 ROWS = 128  # To pick a latent on, and as many to measure it on.
 RANDOM = 20  # Latents that it is held against.
+PROMPT, ANSWER = "Fellow citizens of the Senate and of the House of", " Representatives"
 # Professions, by whether Gemma and the censuses have more women or men in them.
 PROFESSIONS = (
     "nurse secretary librarian receptionist nanny maid hairdresser dancer teacher typist housekeeper "
@@ -67,29 +69,34 @@ def latent() -> tuple[list[str], dict]:
     scored = detect(subject, batches[0], 100).latents
     best = max(scored, key=lambda one: one.auroc)
     others = [one.latent for one in scored if one is not best]
-    chosen = [best.latent, *np.random.default_rng(0).choice(others, RANDOM, replace=False).tolist()]
-    again = detect(looking.alone(subject, chosen), batches[1], len(chosen)).latents
+    # Of those that can be scored on the other rows too, which takes firings in both halves of their documents.
+    drawn = np.random.default_rng(0).permutation(others).tolist()
+    chosen = [best.latent, *drawn]
+    again = detect(scope_lib.alone(subject, chosen), batches[1], len(chosen)).latents
     by_latent = {chosen[one.latent]: one for one in again}
+    random = [by_latent[latent] for latent in drawn if latent in by_latent][:RANDOM]
+    picked = by_latent[best.latent]
     unseen = dataclasses.replace(scope, held_out=lambda: ends[1])
     look = explore.look_at(unseen, name, best.latent, rows=ROWS)
-    look.figure().savefig(RESULTS / "latent.png", dpi=120)
+    pictures.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
     with tempfile.TemporaryDirectory() as scratch:
         command = f"python -m gemma_scope_jax dashboards {RUN}"
-        dashboards_s = run(f"{command} --out={pathlib.Path(scratch) / 'dashboards'}")
+        seconds, memory = measure(f"{command} --out={pathlib.Path(scratch) / 'dashboards'}")
     return ["make quickstart", command], {
         "sae": name,
         "rows": ROWS,
+        "scored": len(scored),
         "latent": best.latent,
         "auroc_picked_on": best.auroc,
-        "auroc": by_latent[best.latent].auroc,
-        "control": by_latent[best.latent].control,
-        "random": {latent: by_latent[latent].auroc for latent in chosen[1:] if latent in by_latent},
-        "random_control": {latent: by_latent[latent].control for latent in chosen[1:] if latent in by_latent},
-        "words": by_latent[best.latent].words,
+        "auroc": picked.auroc,
+        "control": picked.control,
+        "random": [one.auroc for one in random],
+        "random_control": [one.control for one in random],
+        "words": picked.words,
         "frequency": look.frequency,
         "latents": len(subject.sae.b_enc),
-        "dashboards_s": dashboards_s,
-        "dashboards_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "dashboards_s": seconds,
+        "dashboards_peak_bytes": memory,
     }
 
 
@@ -117,15 +124,16 @@ def attribution() -> tuple[list[str], dict]:
     (name,) = scope.subjects
     integrals = []
     for text in prompts(scope):
-        found = explore.integrate(scope, text, name)
-        gain = found.metric - found.integral.baseline
-        plain = explore.attribute(scope, text)
+        whole, plain = explore.integrate(scope, text, name), explore.attribute(scope, text)
+        # The same latents for both: those that the plain gradient chooses.
+        ablated = explore.ablations(scope, plain, 32)
+        parts_N = whole.parts[name].latents_M[ablated.latent_N]
         integrals.append(
             {
-                "gap_of_gain": found.integral.gap / gain,
-                "nodes": found.integral.nodes,
-                "correlation": explore.ablations(scope, found, 32).correlation(),
-                "correlation_of_plain": explore.ablations(scope, plain, 32).correlation(),
+                "gap_of_gain": whole.integral.gap / (whole.metric - whole.integral.baseline),
+                "nodes": whole.integral.nodes,
+                "pearson": dataclasses.replace(ablated, attributed_N=parts_N).correlation().pearson,
+                "pearson_of_plain": ablated.correlation().pearson,
                 "sum_off_total": _off(plain.parts[name]),
             }
         )
@@ -169,22 +177,20 @@ def bias() -> tuple[list[str], dict]:
     names = runpy.run_path(str(script))
     scope, women, men, asked = (names[name] for name in ("scope", "women", "men", "asked"))
     made = {"seed 0": _corrected(names["found"], names["corrected"])}
-    for label, is_paired, seed in (("seed 1", False, 1), ("seed 2", False, 2), ("pairs", True, 0)):
-        choosing, measured = explore.halves(women, men, is_paired, seed)
+
+    def add(label: str, choosing: tuple, measured: tuple, is_paired: bool = False, seed: int = 0) -> None:
         found = explore.contrast(scope, *choosing, is_paired=is_paired, seed=seed)
-        made[label] = _corrected(found, explore.correct(scope, found, *asked, *measured, seed=seed))
-    found = explore.contrast(scope, women, men)
+        made[label] = None
+        if found.found():
+            made[label] = _corrected(found, explore.correct(scope, found, *asked, *measured, seed=seed))
+
+    for seed in (1, 2):
+        add(f"seed {seed}", *explore.halves(women, men, seed=seed), seed=seed)
+    add("pairs", *explore.halves(women, men, True), is_paired=True)
     professions = [[f"The {word} said that" for word in words.split()] for words in PROFESSIONS]
-    made["professions, latents of the words"] = _corrected(
-        found, explore.correct(scope, found, *asked, *professions)
-    )
-    choosing, measured = explore.halves(*professions)
-    found = explore.contrast(scope, *choosing)
-    if found.found():
-        made["professions, latents of their own"] = _corrected(
-            found, explore.correct(scope, found, *asked, *measured)
-        )
-    return [f"python {script}"], made
+    add("latents of all the words, on professions", (women, men), professions)
+    add("latents of professions, on others", *explore.halves(*professions))
+    return [f"python {script}", "python -m benchmarks.results bias"], made
 
 
 def _corrected(found: explore.Contrast, corrected: explore.Correction) -> dict:
@@ -224,33 +230,51 @@ def links() -> tuple[list[str], dict]:
             kept = layers.setdefault(layer, {"attribution": [], "weight": []})
             kept["attribution"].append(found.correlation(found.attribution, names[layer]))
             kept["weight"].append(found.correlation(found.weight, names[layer]))
-    return ["python -m benchmarks.results links"], {"latents": latents, "rows": 8, "layers": layers}
+    flow = explore.flow(scope, PROMPT, ANSWER)
+    lens = {
+        "stream": flow.lens.stream,
+        "reconstruction": flow.lens.reconstruction,
+        "output": flow.lens.output,
+    }
+    followed = {
+        of: [
+            [float(p), int(rank)]
+            for p, rank in zip(made.answer_probability[:, -1], made.answer_rank[:, -1], strict=True)
+        ]
+        for of, made in lens.items()
+    }
+    command = f'python -m gemma_scope_jax flow {SITES} "{PROMPT}" --answer="{ANSWER}"'
+    return [command, "python -m benchmarks.results links"], {
+        "latents": latents, "rows": 8, "layers": layers, "flow": followed
+    }  # fmt: skip
 
 
 def latent_table(numbers: dict) -> str:
     """How the picked latent is described, beside others."""
-    random, control = (list(numbers[key].values()) for key in ("random", "random_control"))
+    latent, rows, random, control = (numbers[key] for key in ("latent", "rows", "random", "random_control"))
     better = sum(value >= numbers["auroc"] for value in random)
     on, before = (" ".join(f"`{word}`" for word in numbers["words"][part]) for part in ("on", "before"))
     return "\n".join(
         [
-            f"Of 100 latents of the quickstart's SAE that `detect` scores on {numbers['rows']} held-out rows "
-            "it describes "
-            f"latent {numbers['latent']} best, with an AUROC of {numbers['auroc_picked_on']:.3f}. The picture "
-            "and the "
-            f"following are of {numbers['rows']} other rows, of other documents:",
+            f"Of {numbers['scored']} latents of the quickstart's SAE that `detect` scores on {rows} held-out "
+            "rows, it "
+            f"describes latent {latent} best, with an AUROC of {numbers['auroc_picked_on']:.3f}. The picture "
+            "and what "
+            f"follows are of {rows} other rows, of other documents:",
             "",
             "| | AUROC | by another latent's description |",
             "|---|---|---|",
-            f"| latent {numbers['latent']} | {numbers['auroc']:.3f} | {numbers['control']:.3f} |",
-            f"| {len(random)} latents drawn at random from the 99 others: mean | {np.mean(random):.3f} "
+            f"| latent {latent} | {numbers['auroc']:.3f} | {numbers['control']:.3f} |",
+            f"| {len(random)} latents drawn at random from the others, mean | {np.mean(random):.3f} "
             f"| {np.mean(control):.3f} |",
-            f"| lowest and highest | {min(random):.3f} and {max(random):.3f} | {min(control):.3f} and "
-            f"{max(control):.3f} |",
+            f"| their lowest and highest | {min(random):.3f}, {max(random):.3f} "
+            f"| {min(control):.3f}, {max(control):.3f} |",
             "",
-            f"{better or 'None'} of the {len(random)} {'reaches' if better < 2 else 'reach'} it. What "
-            "describes it, on the "
-            f"firing token: {on}; before it: {before}.",
+            f"As high are {better or 'none'} of the {len(random)}. On the firing token its description has "
+            f"{on}; before "
+            f"it {before}. Dashboards of all {numbers['latents']:,} latents on 512 rows take "
+            f"{numbers['dashboards_s'] / 60:.1f} minutes on two cores, and "
+            f"{numbers['dashboards_peak_bytes'] / 1e9:.1f} GB.",
         ]
     )
 
@@ -275,8 +299,8 @@ def attribution_table(numbers: dict) -> str:
 
     def spread(found: list[list]) -> str:
         ends = [f"{min(one[k] for one in found):.3f} to {max(one[k] for one in found):.3f}" for k in (1, 2)]
-        counts = sorted({one[0] for one in found})
-        return f"{' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} each | {' | '.join(ends)}"
+        fewest, most = min(one[0] for one in found), max(one[0] for one in found)
+        return f"{fewest}{f' to {most}' if most > fewest else ''} each | {' | '.join(ends)}"
 
     lines.append(f"| | all, {len(one['prompts'])} prompts one by one | {spread(one['prompts'])} |")
     label = f"{many['saes']} SAEs of {many['width']} latents, 18 layers × `resid_post`, `mlp_out`, `attn_out`"
@@ -287,33 +311,30 @@ def attribution_table(numbers: dict) -> str:
         ]
         lines.append(f"| | of layers {first} to {last}, one by one | {spread(found)} |")
     integrals = numbers["integrals"]
-    gaps = [abs(one["gap_of_gain"]) for one in integrals]
-    r, plain = (
-        np.mean([one[key][1] for one in integrals]) for key in ("correlation", "correlation_of_plain")
-    )
+    off, gap = (max(abs(one[key]) for one in integrals) for key in ("sum_off_total", "gap_of_gain"))
+    nodes = [one["nodes"] for one in integrals]
+    r, plain = (np.mean([one[key] for one in integrals]) for key in ("pearson", "pearson_of_plain"))
     lines += [
         "",
-        "The parts of gradient times activation are off y · g by "
-        f"{max(one['sum_off_total'] for one in integrals):.1e} of "
-        f"its largest at most. Integrated gradients leave a gap of {max(gaps):.1e} of the gain at most, with "
-        f"{min(one['nodes'] for one in integrals)} to {max(one['nodes'] for one in integrals)} nodes. With "
-        "ablations they "
-        f"agree less than the plain gradient: Pearson is {r:.3f} in the mean over the prompts, against "
-        f"{plain:.3f}. Their path "
-        "begins far from where the model is with one latent less.",
+        f"The parts of gradient times activation are off y · g by {off:.1e} of its largest at most. Integrated "
+        "gradients "
+        f"leave a gap of {gap:.1e} of the gain at most, with {min(nodes)} to {max(nodes)} nodes. Of the same "
+        "latents, Pearson "
+        f"with ablation is {r:.3f} for integrated gradients and {plain:.3f} for the plain gradient, in the "
+        "mean over the "
+        "prompts.",
     ]
     return "\n".join(lines)
 
 
 def steering_table(numbers: dict) -> str:
     """Replies side by side, and the sweep."""
-    sweep = numbers["sweep"]
-    lines = [
-        f"| behind | as it is | with {3 * numbers['typical']:.0f} of latent {numbers['latent']} |",
-        "|---|---|---|",
-    ]
+    sweep, latent = numbers["sweep"], numbers["latent"]
+    lines = [f"| behind | as it is | with {3 * numbers['typical']:.0f} of latent {latent} |", "|---|---|---|"]
     for of in numbers["replies"]:
-        lines.append("| " + " | ".join(of[key].replace("\n", "↵").replace("|", "\\|") for key in of) + " |")
+        # Text of the model, which is no Markdown.
+        cells = [html.escape(of[key]).replace("\n", "↵").replace("|", "&#124;") for key in of]
+        lines.append("| " + " | ".join(f"<code>{cell}</code>" for cell in cells) + " |")
     tokens = ", ".join(f"`{token}`" for token in sweep["tokens"])
     lines += [
         "",
@@ -354,15 +375,26 @@ def bias_table(numbers: dict) -> str:
         "",
     ]
     for label, one in numbers.items():
-        share = one["gap"][1] / one["gap"][0]
-        count = len(one["found"])
+        if one is None:
+            lines.append(f"- {label}: none found.")
+            continue
+        count, share = len(one["found"]), one["gap"][1] / one["gap"][0]
         lines.append(
-            f"- {label}: {count} latent{'' if count == 1 else 's'} found; without "
-            f"{'it' if count == 1 else 'them'} {share:.0%} "
-            f"of the gap is left; {one['as_good'] or 'none'} of {len(one['random'])} random sets narrow it by "
-            "as much."
+            f"- {label}: {count} found; {share:.0%} of a gap of {one['gap'][0]:.3f} is left, and "
+            f"{one['as_good'] or 'none'} of "
+            f"{len(one['random'])} random sets narrow it by as much."
         )
     return "\n".join(lines)
+
+
+def flow_table(numbers: dict) -> str:
+    """Where the answer appears."""
+    lines = ["| layer | p by the stream | rank | p by its reconstruction | rank |", "|---|---|---|---|---|"]
+    of = numbers["flow"]
+    for layer, pair in enumerate(zip(of["stream"], of["reconstruction"], strict=True)):
+        lines.append(f"| {layer} | " + " | ".join(f"{p:.2g} | {rank:,}" for p, rank in pair) + " |")
+    ((p, rank),) = of["output"]
+    return "\n".join([*lines, f"| output | {p:.2g} | {rank} | | |"])
 
 
 def links_table(numbers: dict) -> str:

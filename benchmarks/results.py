@@ -437,6 +437,8 @@ def tables() -> dict[str, str]:
     for name, table in by_file.items():
         if name in made:
             shown[f"results/{name}"] = table(made[name])
+    if "links.json" in made:
+        shown["flow"] = looks.flow_table(made["links.json"])
     if numbers := made.get("quickstart.json"):
         few, many = (next(iter(numbers[rows]["sae"].values())) for rows in ("rows_64", "rows_512"))
 

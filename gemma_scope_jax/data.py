@@ -249,6 +249,25 @@ def documents(text: str) -> Iterator[str | Exchange]:
                 raise ValueError(f"{path} is not in UTF-8 ({error.reason}); convert it") from error
 
 
+def read_prompts(path: pathlib.Path) -> list[str]:
+    """The prompts of a file: of .txt each line that is not blank, of others each text that `documents` gives.
+
+    Raises:
+      ValueError: there is no such file, or no prompt in it, or one is an exchange.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give one of prompts, .txt with one a line or .jsonl")
+    found = list(documents(str(path)))
+    if path.suffix == ".txt":
+        # Not by what Python takes for the end of a line, which may stand within a prompt.
+        found = [line.strip("\r") for line in found[0].split("\n") if line.strip()]
+    if not found:
+        raise ValueError(f"{path} has no prompts")
+    if any(isinstance(one, Exchange) for one in found):
+        raise ValueError(f'{path} has a "prompt" beside a "text"; give lines of {{"text": …}} alone')
+    return found
+
+
 def _matches(text: str) -> list[pathlib.Path]:
     pattern = os.path.expanduser(text)
     found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)

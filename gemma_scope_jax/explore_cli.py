@@ -67,7 +67,9 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "attribute", _attribute, about)
     command.add_argument("prompt", nargs="?", help="the text whose next token is predicted")
     command.add_argument(
-        "--prompts", type=pathlib.Path, help='instead, a file of texts: .jsonl with {"text": …} a line'
+        "--prompts",
+        type=pathlib.Path,
+        help='instead, a file of them: .txt with one a line, or .jsonl of {"text": …}',
     )
     command.add_argument("--answer", help="the token whose logit it is (default: the likeliest)")
     command.add_argument(
@@ -76,7 +78,7 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--token", type=int, default=-1, help="behind which token, from 0, or from the end below 0"
     )
-    command.add_argument("--sae", help="of --integrated, where there are several")
+    command.add_argument("--sae", help="only this one (default: all; --integrated is of one)")
     command.add_argument(
         "--integrated", action="store_true", dest="is_integrated", help="integrated gradients, of one SAE"
     )
@@ -99,7 +101,7 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
         help="NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps "
         "@prompt, @reply or, of tokens from one up to another, @3:7. May be repeated; of one SAE without its name",
     )
-    command.add_argument("--num_tokens", type=int, default=40, help="the most for one prompt")
+    command.add_argument("--num_tokens", type=int, help="the most for one prompt (default: 40)")
     command.add_argument(
         "--temperature", type=float, default=0.0, help="of the draws; 0: the likeliest token"
     )

@@ -21,7 +21,7 @@ def write_rollouts(
 
     Args:
       config: the model, its weights, tokenizer and dtype.
-      prompts: a file of texts, of any kind that `data.documents` reads; of JSON Lines the field `text`.
+      prompts: a file of texts; see `data.read_prompts`.
       out: the file to write, JSON Lines.
       num_tokens: the most that are written for one prompt.
       temperature: see `generation.generate`.
@@ -35,15 +35,7 @@ def write_rollouts(
     with interrupt.ending_at_once("rollouts are written when all are there"):
         if out.exists():  # Before an hour's work, not after it.
             raise ValueError(f"{out} is there already; remove it, or give another --out")
-        if not prompts.is_file():
-            raise ValueError(f"--prompts: there is no file {prompts}")
-        texts = list(data.documents(str(prompts)))
-        if not texts:
-            raise ValueError(f"--prompts: {prompts} is empty")
-        if any(isinstance(text, data.Exchange) for text in texts):
-            raise ValueError(
-                f'--prompts: {prompts} has a "prompt" beside a "text"; give lines of {{"text": …}} alone'
-            )
+        texts = data.read_prompts(prompts)
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt
         mesh, loaded = opening.load_gemma(config)

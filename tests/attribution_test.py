@@ -14,7 +14,7 @@ from scipy import special
 from toys import random_sae
 
 from gemma_scope_jax import evaluation, explore, gemma, sae, sharding
-from gemma_scope_jax.explore import ablating, attribution
+from gemma_scope_jax.explore import ablating, attribution, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 
 RESID, MLP, EMBED = gemma.Site("resid_post", 1), gemma.Site("mlp_out", 2), gemma.Site("embed", 0)
@@ -127,7 +127,7 @@ def latents(name, values):
 def gradients(scope, found, answer=None, against=None):
     placed = scope_lib.place_prompts(scope, [found.ids])
     chosen = (answer or found.answer[0], against or found.against[0])
-    metric = attribution.metric_of_rows(1, found.ids, *chosen)
+    metric = attribution.metric_behind(found.ids, *chosen)
     return attribution.differentiate(scope, placed, metric, attribution.zeros(scope, placed, SPLICED))
 
 
@@ -222,13 +222,13 @@ def test_integrated_parts_equal_an_integral_in_float64_and_add_up(scope, name):
     assert abs(integral.gap) < 1e-4 * abs(gain) and integral.nodes <= 64
     np.testing.assert_allclose(parts.total_L.sum(), together, rtol=1e-4)
     assert not parts.bias_L.any() and not parts.skip_L.any()
-    x, wtwo_devices = np.polynomial.legendre.leggauss(100)
+    x, weight = np.polynomial.legendre.leggauss(100)
     for n in np.argsort(-np.abs(parts.part_N))[:3]:
         way = np.zeros_like(whole)
         token, latent = parts.token_N[n] + 1, parts.latent_N[n]
         way[token] = f[token, latent] * W_dec[latent]
         slopes = [(on_path(a, 1e-5 * way) - on_path(a, -1e-5 * way)) / 2e-5 for a in (x + 1) / 2]
-        np.testing.assert_allclose(parts.part_N[n], (wtwo_devices / 2 * slopes).sum(), rtol=1e-3)
+        np.testing.assert_allclose(parts.part_N[n], (weight / 2 * slopes).sum(), rtol=1e-3)
 
 
 def test_what_gap_too_few_nodes_leave_is_said(scope, capsys):
@@ -308,22 +308,28 @@ def test_ablations_of_prompts_are_those_of_each(scope, ablated):
     assert pooled.sae == ablated.sae + alone.sae
 
 
-def test_several_devices_give_what_one_gives(found, ablated, tiny_gemma):
-    two_devices = scope_on(sharding.make_mesh(1, 2, jax.devices()[:2]), tiny_gemma)
-    placement = sharding.gemma_placement(two_devices.mesh, split=True)
+def test_several_devices_give_what_one_gives(scope, found, ablated, tiny_gemma):
+    # Of three, which do not divide the rows of a pass.
+    several = scope_on(sharding.make_mesh(1, 3, jax.devices()[:3]), tiny_gemma)
+    placement = sharding.gemma_placement(several.mesh, split=True)
     params = jax.tree.map_with_path(
         lambda path, value: jax.device_put(value, placement(path[-1].key, value.shape)), tiny_gemma.params
     )
-    two_devices = dataclasses.replace(two_devices, loaded=dataclasses.replace(tiny_gemma, params=params))
-    got = explore.attribute(two_devices, TEXT)
+    several = dataclasses.replace(several, loaded=dataclasses.replace(tiny_gemma, params=params))
+    got = explore.attribute(several, TEXT)
     assert got.answer == found.answer
     for name, parts in found.parts.items():
         scale = np.abs(parts.part_N).max()
         np.testing.assert_array_equal(got.parts[name].latent_N, parts.latent_N)
         np.testing.assert_allclose(got.parts[name].part_N, parts.part_N, atol=1e-4 * scale)
-    many = explore.ablations(two_devices, got, 24)
+    many = explore.ablations(several, got, 24)
     assert many.sae == ablated.sae
     np.testing.assert_allclose(many.effect_N, ablated.effect_N, atol=1e-5)
+    one, got = (explore.integrate(of, TEXT, "resid") for of in (scope, several))
+    assert one.integral.nodes == got.integral.nodes
+    np.testing.assert_allclose(got.integral.baseline, one.integral.baseline, atol=1e-5)
+    scale = np.abs(one.parts["resid"].part_N).max()
+    np.testing.assert_allclose(got.parts["resid"].part_N, one.parts["resid"].part_N, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +440,35 @@ def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_
     apart = sorted(pooled.correlation(prompt=number).spearman for number in range(2))
     assert re.search(rf"2 prompts apart .* {apart[0]:.3f} to {apart[1]:.3f} ", shown)
     assert (tmp_path / "b.png").exists()
+    command(prompt=TEXT, sae="beside")
+    shown = capsys.readouterr().out
+    assert "beside" in shown and "resid" not in shown and "SAE" in shown
+    with pytest.raises(ValueError, match="there is no SAE 'other'"):
+        command(prompt=TEXT, sae="other")
+
+
+def test_parts_do_not_depend_on_how_many_tokens_are_divided_at_a_time(scope, found, monkeypatch):
+    monkeypatch.setattr(attribution, "_DENSE", 64 * 4)
+    got = explore.attribute(scope, TEXT)
+    for name, parts in found.parts.items():
+        for part, expected in zip(got.parts[name], parts, strict=True):
+            np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_where_nothing_fires_there_is_nothing_to_take_out(tiny_gemma):
+    silent = SUBJECTS["resid"].sae.replace(threshold=np.full(64, 1e9, np.float32))
+    scope = scopes.make(tiny_gemma, {"silent": evaluation.Subject(silent, RESID, None)})
+    found = explore.attribute(scope, TEXT)
+    found.show()
+    with pytest.raises(ValueError, match=f"no latent fires on '{TEXT}'"):
+        explore.ablations(scope, found)
+
+
+def test_names_are_drawn_as_text(found):
+    parts = {r"$\q$ [/]": next(iter(found.parts.values()))}
+    named = dataclasses.replace(found, parts=parts, answer=(1, r"$\q$"))
+    pictures.png(named.figure())
+    named.show()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A behaviour with and without latents, against Gemma run slowly with the site replaced; and the command."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -12,8 +13,8 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import data, evaluation, explore, gemma, metrics, training
-from gemma_scope_jax.explore import audit, correction, edits
+from gemma_scope_jax import data, evaluation, explore, gemma, generation, metrics, training
+from gemma_scope_jax.explore import correction, edits, pictures
 
 STREAM, MLP = gemma.Site("resid_post", 1), gemma.Site("mlp_out", 2)
 WORDS = "ash elm oak fir yew bay fig box gum ivy".split()
@@ -121,6 +122,26 @@ def test_the_damage_equals_gemma_with_the_sites_replaced(scope, corrected, rows)
     assert measured == [True] * correction.DAMAGE_SETS + [False] * 2
 
 
+def test_in_text_with_a_chat_template_it_is_left_as_it_is(scope, found, corrected):
+    config = scope.config
+    chat = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=True))
+    scope = dataclasses.replace(scope, config=chat)
+    first = chat.data.masked_prefix
+    write = correction._write(scope, {"stream": [1, 2]}, 0, first)
+    x = jnp.asarray(np.random.default_rng(0).normal(scale=9, size=(1, 12, 32)), jnp.float32)
+    tokens = jnp.asarray([[gemma.BOS, *range(10, 21)]])
+    (changed,) = (write[STREAM](x, generation.Where(tokens, jnp.arange(12)[None], tokens > 0, {})),)
+    differs = np.flatnonzero(np.abs(np.asarray(changed - x)).max(-1)[0])
+    assert first == 3 and differs.min() > first
+    given = dict(
+        answer="x", against="y", first=NEW_FIRST, second=NEW_SECOND, top=13, random_sets=1, seed=1, rows=5
+    )
+    made = explore.correct(scope, found, **given)
+    # Prompts have no template, and text that has one loses less where that is spared.
+    np.testing.assert_allclose(made.ablated.gap, corrected.ablated.gap, atol=1e-5)
+    assert made.ablated.delta_loss != corrected.ablated.delta_loss
+
+
 def test_random_sets_are_of_as_many_that_fire_as_strongly_and_were_not_found(scope, found):
     latents = found.latents("stream")[:5]
     strength_M = correction._strength(scope, found, "stream")
@@ -150,7 +171,7 @@ def outcome(first, second, **others):
     return correction.Outcome(np.array(first, float), np.array(second, float), 1.0, **others)
 
 
-def test_gaps_and_their_errors_by_hand():
+def test_gaps_and_their_errors_by_hand(tmp_path):
     clean, ablated = outcome([3, 5], [0, 1, 2]), outcome([2, 2], [1, 1, 1])
     random = (outcome([3, 4], [0, 1, 2]), outcome([0, 0], [1, 1, 1]), outcome([1, 1], [3, 3, 3]))
     made = correction.Correction("x", "y", False, (("a", 1),), clean, ablated, random)
@@ -161,6 +182,13 @@ def test_gaps_and_their_errors_by_hand():
     assert made.as_good == 1
     assert "the gap is 1.000 instead of 3.000, 33% of it. 1 of 3 random sets" in made.about()
     assert "(p = 0.5)" in made.about()
+    few = correction.Correction(
+        "[/]", "$\\q$", False, (("a", 1),), outcome([3], [0, 1]), outcome([1], [0, 1]), random
+    )
+    few.write_json(tmp_path / "few.json")  # Of one prompt there is no standard error.
+    assert json.loads((tmp_path / "few.json").read_text())["gap_se"] is None
+    few.show()
+    pictures.png(few.figure())
     pairs = correction.Correction("x", "y", True, (), outcome([3, 5], [0, 1]), outcome([2, 2], [1, 1]), ())
     np.testing.assert_allclose(pairs.gap_se, np.std([3, 4], ddof=1) / np.sqrt(2))
     np.testing.assert_allclose(pairs.change_se, np.std([-2, -3], ddof=1) / np.sqrt(2))
@@ -234,10 +262,10 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     after = json.loads((out / "correction.json").read_text())
     assert (out / "contrast.png").read_bytes().startswith(b"\x89PNG")
     assert (len(stored["first"]), len(after["clean"]["first"]), len(after["random"])) == (10, 10, 20)
-    halves = explore.halves(*(audit.read_prompts(tmp_path / name) for name in ("a.txt", "b.jsonl")), seed=3)
+    halves = explore.halves(*(data.read_prompts(tmp_path / name) for name in ("a.txt", "b.jsonl")), seed=3)
     assert (stored["first"], stored["second"]) == tuple(map(list, halves[0]))
     assert f"the gap is {after['ablated']['gap']:.3f} instead of {after['clean']['gap']:.3f}" in shown
-    assert after["ablated"]["delta_loss"] is not None and f"Wrote {out / 'contrast.json'}" in shown
+    assert after["ablated"]["delta_loss"] is not None and f"Wrote {out}" in shown
     # Without an answer all prompts are contrasted and nothing is ablated or written.
     shown = main("--at=last", "--paired")
     assert re.search(r"latents tell 20 pairs\s+apart", shown) and "gap" not in shown
@@ -245,22 +273,9 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
         (("--answer=x",), "--answer and --against go together"),
         (("--top=3",), "--top says how many"),
         (("--seed=-1",), "--seed is -1"),
-        ((f"--out={tmp_path / 'a.txt'}",), "is a file; give a folder"),
+        ((f"--out={tmp_path / 'a.txt'}",), "is there already"),
+        ((f"--out={out}",), "is there already"),
         (("--answer=xx", "--against=y"), "'xx' is 2 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             main(*flags)
-
-
-def test_files_of_prompts(tmp_path):
-    (tmp_path / "a.txt").write_text("one \n\n  \ntwo\n")
-    assert audit.read_prompts(tmp_path / "a.txt") == ["one ", "two"]
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "turns.jsonl").write_text('{"text": "a"}\n{"prompt": "b", "text": "c"}\n')
-    for name, message in (
-        ("none.txt", "there is no file"),
-        ("empty.txt", "has no prompts"),
-        ("turns.jsonl", 'line 2 has a "prompt" beside its "text"'),
-    ):
-        with pytest.raises(ValueError, match=message):
-            audit.read_prompts(tmp_path / name)

@@ -124,3 +124,23 @@ def test_rows_are_looked_for_by_names_of_ours_alone(tmp_path):
     assert data.cached(config, "rows_0123456789abcdef") is not None
     for name in (str(here.parent), "../rows_0123456789abcdef", "rows_0123456789abcdef/", ""):
         assert data.cached(config, name) is None
+
+
+def test_files_of_prompts(tmp_path):
+    path = tmp_path / "a.txt"
+    # What Python takes for the ends of lines may stand within a prompt.
+    path.write_bytes("one \r\n\n  \ntwo\u2028still\x0ctwo\n".encode())
+    assert data.read_prompts(path) == ["one ", "two\u2028still\x0ctwo"]
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\nb"}\n{"text": "c"}\n')
+    assert data.read_prompts(tmp_path / "a.jsonl") == ["a\nb", "c"]
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
+    (tmp_path / "turns.jsonl").write_text('{"text": "a"}\n{"prompt": "b", "text": "c"}\n')
+    for name, message in (
+        ("none.txt", "there is no file"),
+        ("empty.txt", "has no prompts"),
+        ("latin.txt", "is not in UTF-8"),
+        ("turns.jsonl", 'has a "prompt" beside a "text"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.read_prompts(tmp_path / name)

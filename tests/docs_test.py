@@ -6,9 +6,12 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+import scopes
+import tiny
+import toys
 
 from benchmarks import results
-from gemma_scope_jax import chips, config, gemma, generation, plans, probing
+from gemma_scope_jax import chips, config, evaluation, explore, gemma, generation, plans, probing
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +76,20 @@ def test_the_python_in_the_documents_runs(capsys):
     logits = gemma.logits(loaded.model, loaded.params, x)
     assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == reply
     assert capsys.readouterr().out
+
+
+def test_the_python_of_looking_inside_runs(tiny_gemma, tmp_path, monkeypatch, capsys):
+    """On the small model, of which a letter is a token."""
+    subjects = {"layer_1": evaluation.Subject(toys.random_sae(), gemma.Site("resid_post", 1), None)}
+    scope = scopes.make(tiny_gemma, subjects, held_out=tiny.tokens(4, 24, seed=4))
+    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
+    monkeypatch.chdir(tmp_path)
+    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "explore.md").read_text(), re.DOTALL))
+    names = {}
+    exec(code.replace('" strong"', '"s"').replace('" weak"', '"w"'), names)
+    assert names["found"].against[1] == "w" and "layer_1" in capsys.readouterr().out
+    for name in ("reading.png", "sweep.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_config_in_the_documents_is_one():

@@ -1,5 +1,7 @@
 """What a latent feeds, against finite differences and ablation by hand on Gemma with a site replaced."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import evaluation, explore, gemma, sae, sharding
+from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.linking import virtual_weights
 
 TEXT = "rivers of bread and laws"
@@ -188,6 +191,14 @@ def test_the_terminal_and_a_picture_show_them(linked, capsys, monkeypatch):
     points = sum(len(drawn.get_offsets()) for drawn in left.collections)
     assert points == sum(found.is_reached(name).sum() for name in found.effect)
     assert f"{name} {later}" in [text.get_text() for text in left.texts]
+    by_name = ("weight", "cosine", "attribution", "effect", "frequency", "unit", "layer")
+    renamed = {
+        field: {rf"$\q$ [/] {name}": value for name, value in getattr(found, field).items()}
+        for field in by_name
+    }
+    odd = dataclasses.replace(found, **renamed)
+    odd.show(3)
+    pictures.png(odd.figure())
 
 
 def test_held_out_rows_on_several_devices(tiny_gemma):

@@ -10,12 +10,11 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import evaluation, explore, gemma
-from gemma_scope_jax.explore import looking
+from gemma_scope_jax.explore import scope as scope_lib
 
 SITE = gemma.Site("resid_post", 1)
 SUBJECTS = {
     "stream": evaluation.Subject(random_sae(0), SITE, None),
-    "few": evaluation.Subject(random_sae(0), SITE, None, top_k=2),
     "read": evaluation.Subject(random_sae(1), gemma.Site("mlp_in", 1), None),
 }
 TEXTS = ["rivers of bread, $x$ and <b>", "laws of\nstars and songs", "no bread today"]
@@ -52,17 +51,14 @@ def test_a_latent_is_shown_as_slow_numpy_finds_it(scope, f_SxLxM):
     assert [value for _, value in look.raises] == sorted((value for _, value in look.raises), reverse=True)
 
 
-def test_where_only_the_strongest_fire_a_latent_is_not_looked_at_alone(scope, f_SxLxM):
-    strongest = np.argsort(-f_SxLxM, axis=-1)[..., :2]
-    kept = np.zeros_like(f_SxLxM)
-    np.put_along_axis(kept, strongest, np.take_along_axis(f_SxLxM, strongest, -1), -1)
-    latent = int((kept > 0).sum((0, 1)).argmax())
-    assert explore.look_at(scope, "few", latent).histogram_H.sum() == (kept[..., latent] > 0).sum()
-    assert (kept[..., latent] > 0).sum() < (f_SxLxM[..., latent] > 0).sum()
+def test_saes_that_keep_the_strongest_latents_are_refused(tiny_gemma):
+    few = evaluation.Subject(random_sae(0), SITE, None, top_k=2)
+    with pytest.raises(ValueError, match="few keeps the 2 strongest latents"):
+        scopes.make(tiny_gemma, {"few": few})
 
 
 def test_latents_of_a_subject_alone_are_in_the_order_asked_for():
-    made = looking.alone(SUBJECTS["stream"], [5, 2]).sae
+    made = scope_lib.alone(SUBJECTS["stream"], [5, 2]).sae
     of = SUBJECTS["stream"].sae
     np.testing.assert_array_equal(made.W_enc, np.stack([of.W_enc[:, 5], of.W_enc[:, 2]], 1))
     np.testing.assert_array_equal(made.W_dec, np.stack([of.W_dec[5], of.W_dec[2]]))
@@ -77,12 +73,12 @@ def test_what_is_not_in_the_stream_raises_nothing(scope):
 
 def test_text_is_shown_as_text(scope, f_SxLxM, capsys):
     look = explore.look_at(scope, "stream", int((f_SxLxM > 0).sum((0, 1)).argmax()))
-    look = dataclasses.replace(look, sae="[red]$x$")
+    look = dataclasses.replace(look, sae=r"[red]$\q$")  # No mathematics: drawn as such it is an error.
     look.show()
     shown = capsys.readouterr().out
-    assert "latent" in shown and "[red]$x$" in shown and "↵" in shown
+    assert "latent" in shown and r"[red]$\q$" in shown and "↵" in shown
     figure = look.figure(top=3)
-    assert figure.axes[0].texts and "[red]$x$" in figure.get_suptitle()
+    assert figure.axes[0].texts and r"[red]$\q$" in figure.get_suptitle()
     figure.savefig("/dev/null", format="png")
     values = [text.get_text() for text in figure.axes[0].texts if text.get_ha() == "right"]
     assert values == [f"{one.values[one.peak]:.4g}" for one in look.strongest[:3]]

@@ -53,10 +53,10 @@ def test_nothing_is_overwritten_and_mistakes_are_said_before_gemma_is_loaded(run
     with pytest.raises(ValueError, match=r"there\.jsonl is there already; remove it"):
         run(out="there.jsonl")
     assert (tmp_path / "there.jsonl").read_text() == "kept"
-    with pytest.raises(ValueError, match=r"--prompts: there is no file .*none\.jsonl"):
+    with pytest.raises(ValueError, match=r"there is no file .*none\.jsonl"):
         run(f"--prompts={tmp_path / 'none.jsonl'}")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="has no prompts"):
         run(f"--prompts={tmp_path / 'empty.jsonl'}")
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "text": "b"}')

@@ -23,7 +23,7 @@ from gemma_scope_jax.explore import attribution as attribution_lib
 from gemma_scope_jax.explore import edits, integrated, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.attribution import Attribution, Metric
-from gemma_scope_jax.explore.scope import Scope, open_scope
+from gemma_scope_jax.explore.scope import Scope, only, open_scope
 
 # Rows of a pass; the first is left as it is.
 _ROWS = 16
@@ -85,9 +85,14 @@ class Ablations:
         for label, found in found_of.items():
             table.add_row(label, f"{found.latents}", f"{found.pearson:.3f}", f"{found.spearman:.3f}")
         if len(prompts) > 1:
-            apart = np.sort([self.correlation("all", prompt)[1:] for prompt in prompts], 0)
-            ends = (f"{least:.3f} to {most:.3f}" for least, most in zip(apart[0], apart[-1], strict=True))
-            table.add_row(f"{len(prompts)} prompts apart", "", *ends)
+            apart = np.array([self.correlation("all", prompt)[1:] for prompt in prompts])
+            known = apart[np.isfinite(apart).all(1)]  # Not of a prompt on which hardly anything fires.
+            if len(known):
+                ends = [
+                    f"{least:.3f} to {most:.3f}"
+                    for least, most in zip(known.min(0), known.max(0), strict=True)
+                ]
+                table.add_row(f"{len(known)} prompts apart", "", *ends)
         console.print(table)
         table = rich.table.Table(title=f"largest {top} effects")
         # Where there is one SAE or one prompt the column would say the same all over.
@@ -137,11 +142,13 @@ def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: i
       seed: of the draw.
 
     Raises:
-      ValueError: `latents` is below 1.
+      ValueError: `latents` is below 1, or none fires.
     """
     if latents < 1:
         raise ValueError(f"latents is {latents}; it must be at least 1")
     chosen, is_strongest_N = _choose(attribution, latents, seed)
+    if not chosen:
+        raise ValueError(f"no latent fires on {''.join(attribution.tokens)!r}, so there is none to take out")
     names = tuple(name for name, _ in chosen)
     latent_N = np.array([latent for _, latent in chosen], int)
     metric_N = _without(scope, attribution, names, latent_N)
@@ -217,10 +224,10 @@ def _without(
     scope: Scope, attribution: Attribution, names: Sequence[str], latent_N: np.ndarray
 ) -> np.ndarray:
     """The difference of logits [1 + N] as it is, and without each latent."""
-    placed = scope_lib.place_prompts(scope, [attribution.ids] * _ROWS)
+    placed = scope_lib.place_copies(scope, attribution.ids, _ROWS)
     rows, loaded = len(placed), scope.loaded
     against = attribution_lib.MEAN if attribution.against is None else attribution.against[0]
-    metric = attribution_lib.metric_of_rows(rows, attribution.ids, attribution.answer[0], against)
+    metric = attribution_lib.metric_behind(attribution.ids, attribution.answer[0], against)
     # The first row of all takes out nothing. In every pass all SAEs may be edited, so that all are one program.
     names, latent_N = (None, *names), np.append(0, latent_N)
     found = []
@@ -264,11 +271,11 @@ def attribute_path(
     Args:
       path: see `open_scope`.
       prompt: one.
-      prompts: instead of it, a file of them, of any kind that `data.documents` reads.
+      prompts: instead of it, a file of them; see `data.read_prompts`.
       answer: see `attribute`, also for the next two.
       against: see above.
       token: see above.
-      sae: of integrated gradients, where there are several.
+      sae: only this one; None: all.
       is_integrated: integrated gradients, of one SAE.
       ablate: so many latents of each prompt are taken out; 0: none.
       seed: see `ablations`.
@@ -284,21 +291,21 @@ def attribute_path(
         raise ValueError("give a prompt, or --prompts=FILE, and not both")
     if prompts and (not ablate or is_integrated or html):
         raise ValueError("--prompts goes with --ablate=N and without --integrated and --html")
-    if prompts and not prompts.is_file():
-        raise ValueError(f"--prompts: there is no file {prompts}")
+    texts = data.read_prompts(prompts) if prompts else None
     with interrupt.ending_at_once("nothing was written"):
         scope = open_scope(path, **overrides)
+        if sae is not None:
+            scope = only(scope, sae)
         question = {"answer": answer, "against": against, "token": token}
         if prompts:
-            texts = list(data.documents(str(prompts)))
             made = ablations_of_prompts(scope, texts, ablate, seed, **question)
             made.show(top)
             _write_png(png, made.figure())
             return
         if is_integrated:
-            if sae is None and len(scope.subjects) > 1:
+            if len(scope.subjects) > 1:
                 raise ValueError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
-            found = integrated.integrate(scope, prompt, sae or next(iter(scope.subjects)), **question)
+            found = integrated.integrate(scope, prompt, next(iter(scope.subjects)), **question)
         else:
             found = attribution_lib.attribute(scope, prompt, **question)
         found.show(top)

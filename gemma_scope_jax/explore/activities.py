@@ -1,14 +1,15 @@
 """How often and how strongly latents fire on held-out text: the measure of what is much and what is little."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gemma_scope_jax import opening
+from gemma_scope_jax import evaluation, opening, sae
 from gemma_scope_jax.explore import dashboards, edits
-from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.explore.scope import Scope, alone
 
+ROWS = 16  # Of held-out text, unless more or fewer are asked for.
 # Of what dashboards gather only the sums are wanted.
 _LEAST = dashboards.Options(top=1, sample=1, before=1, after=0)
 
@@ -23,21 +24,8 @@ class Activity:
     mean_M: np.ndarray  # its activation where it fires
     largest_M: np.ndarray
 
-    def typical(self, latent: int) -> float:
-        """A latent's mean activation where it fires, the unit in which it is changed.
 
-        Raises:
-          ValueError: it never fired.
-        """
-        if not self.frequency_M[latent]:
-            raise ValueError(
-                f"latent {latent} of {self.sae} fires nowhere on {self.rows} held-out rows, so none knows what is "
-                "much for it; measure on more rows, or choose another"
-            )
-        return float(self.mean_M[latent])
-
-
-def activity(scope: Scope, rows: int = 16, names: Sequence[str] = ()) -> dict[str, Activity]:
+def activity(scope: Scope, rows: int = ROWS, names: Sequence[str] = ()) -> dict[str, Activity]:
     """Measures the latents of all SAEs, or those named, in the same passes over held-out rows.
 
     Args:
@@ -48,32 +36,41 @@ def activity(scope: Scope, rows: int = 16, names: Sequence[str] = ()) -> dict[st
     Raises:
       ValueError: there is no such SAE or no row.
     """
-    if rows < 1:
-        raise ValueError(f"rows is {rows}; it must be at least 1")
     for name in names:
         edits.check_latent(scope, name, 0)
     subjects = {name: subject for name, subject in scope.subjects.items() if not names or name in names}
-    gathered = dashboards.gather(
-        scope.loaded,
-        subjects,
-        scope.held_out(),
-        rows,
-        scope.config.evaluation.rows_per_batch,
-        opening.counts_of(scope.config),
-        _LEAST,
-        scope.mesh,
-    )
+    gathered = _gather(scope, subjects, rows, scope.placed)
     return {
         name: Activity(name, g.rows, g.frequency_M, g.mean_M, np.where(g.is_dead_M, 0, g.max_M))
         for name, g in gathered.items()
     }
 
 
-def typical(scope: Scope, name: str, latent: int, rows: int = 16) -> float:
-    """See `Activity.typical`; measured on so many held-out rows.
+def _gather(
+    scope: Scope,
+    subjects: Mapping[str, evaluation.Subject],
+    rows: int,
+    placed: Mapping[str, sae.SAE] | None = None,
+) -> dict[str, dashboards.Gathered]:
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; it must be at least 1")
+    per_batch, counts = scope.config.evaluation.rows_per_batch, opening.counts_of(scope.config)
+    return dashboards.gather(
+        scope.loaded, subjects, scope.held_out(), rows, per_batch, counts, _LEAST, scope.mesh, placed=placed
+    )
+
+
+def typical(scope: Scope, name: str, latent: int, rows: int = ROWS) -> float:
+    """A latent's mean activation where it fires on so many held-out rows, the unit in which it is changed.
 
     Raises:
       ValueError: there is no such SAE or latent, or it never fired there.
     """
     edits.check_latent(scope, name, latent)
-    return activity(scope, rows, [name])[name].typical(latent)
+    found = _gather(scope, {name: alone(scope.subjects[name], [latent])}, rows)[name]
+    if not found.count_M[0]:
+        raise ValueError(
+            f"latent {latent} of {name} fires nowhere on {found.rows} held-out rows, so none knows what is much for "
+            "it; measure on more rows, or choose another"
+        )
+    return float(found.mean_M[0])

@@ -23,6 +23,7 @@ import rich.text
 from gemma import gm
 
 from gemma_scope_jax import gemma, hosts, page, sae, sharding, step, weights
+from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.scope import Scope
 
@@ -32,11 +33,11 @@ MEAN = -2  # Of all logits.
 
 
 class Metric(NamedTuple):
-    """The logit of one token less that of another, or less the mean of all; each row's."""
+    """The logit of one token less that of another, or less the mean of all; the same of all rows."""
 
-    last_S: np.ndarray  # The position whose next token the logits are of.
-    answer_S: np.ndarray
-    against_S: np.ndarray
+    last: np.int32  # The position whose next token the logits are of.
+    answer: np.int32
+    against: np.int32
 
 
 class Parts(NamedTuple):
@@ -84,9 +85,7 @@ class Attribution:
     """What has a part in a difference of two logits. BOS, on which no SAE was trained, has none."""
 
     model: str
-    tokens: tuple[
-        str, ...
-    ]  # As text, up to the one whose next token the logits are of; those behind do nothing.
+    tokens: tuple[str, ...]  # As text, up to the one whose next token the logits are of: others do nothing.
     ids: tuple[int, ...]  # With BOS.
     answer: tuple[int, str]
     against: tuple[int, str] | None  # None: the mean of all logits.
@@ -160,13 +159,12 @@ class Attribution:
         console.print(table)
 
     def write_html(
-        self, path: str | pathlib.Path, top: int = 20, pictures: Mapping[str, bytes] | None = None
+        self, path: str | pathlib.Path, top: int = 20, pngs: Mapping[str, bytes] | None = None
     ) -> None:
         """Writes a page that needs no network: maps of parts, a token's latents by a click, PNGs by their titles."""
-        maps = {"latents": "latents_L", "errors": "error_L"}
-        sums = {
+        maps = {
             title: {name: getattr(parts, column).tolist() for name, parts in self.parts.items()}
-            for title, column in maps.items()
+            for title, column in (("latents", "latents_L"), ("errors", "error_L"))
         }
         page.render(
             pathlib.Path(path),
@@ -174,33 +172,29 @@ class Attribution:
             about=self,
             strongest=self.strongest(top),
             sums=self.sums(),
-            maps=sums,
-            largest=max(abs(v) for rows in sums.values() for row in rows.values() for v in row) or 1.0,
+            maps=maps,
+            largest=max(abs(v) for rows in maps.values() for row in rows.values() for v in row) or 1.0,
             cells=[
                 [parts.strongest(t, 12) for t in range(len(self.tokens))] for parts in self.parts.values()
             ],
-            pictures={title: page.data_url(png) for title, png in (pictures or {}).items()},
+            pictures={title: page.data_url(png) for title, png in (pngs or {}).items()},
         )
 
     def figure(self) -> matplotlib.figure.Figure:
         """Two maps, of latents and of errors: SAEs down, tokens across, the sum of parts as colour."""
-        maps = {
-            "latents": np.stack([parts.latents_L for parts in self.parts.values()]),
-            "error": np.stack([parts.error_L for parts in self.parts.values()]),
-        }
-        largest = max(max(np.abs(values).max() for values in maps.values()), 1e-30)
         names, length = list(self.parts), len(self.tokens)
-        size = (2 * max(0.32 * length, 3) + 0.09 * max(map(len, names)) + 1.2, 0.24 * len(names) + 1.8)
-        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-        for axis, (title, values) in zip(figure.subplots(1, 2, sharey=True), maps.items(), strict=True):
+        width = min(max(0.32 * length, 3), 14) + 0.05 * max(map(len, names)) + 0.6
+        figure, axes = pictures.new_figure(1, 2, width, 0.24 * len(names) + 1.8, sharey=True)
+        maps = [
+            np.stack([getattr(parts, column) for parts in self.parts.values()])
+            for column in ("latents_L", "error_L")
+        ]
+        largest = max(max(np.abs(values).max() for values in maps), 1e-30)
+        for axis, title, values in zip(axes[0], ("latents", "error"), maps, strict=True):
             image = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
             axis.set_title(title, fontsize=10)
-            axis.set_xticks(
-                range(length), [repr(token)[1:-1] for token in self.tokens], rotation=90, fontsize=8
-            )
-            axis.set_yticks(range(len(names)), names, fontsize=8)
-        for text in (*axis.get_xticklabels(), *figure.axes[0].get_xticklabels(), *axis.get_yticklabels()):
-            text.set_parse_math(False)  # A $ is a $.
+            pictures.label_tokens(axis, self.tokens)
+        pictures.label_rows(axes[0, 0], names)
         figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01)
         figure.suptitle(f"{self.question}: {self.metric:.3f}", fontsize=10, parse_math=False)
         return figure
@@ -211,14 +205,14 @@ def read_metric(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The difference [S] of logits, from the stream behind the last block, and the tokens [S] that it is of."""
     rows_S = jnp.arange(len(final_SxLxD))
-    logits_SxV = gemma.logits(model, params, final_SxLxD[rows_S, metric.last_S])
+    logits_SxV = gemma.logits(model, params, final_SxLxD[:, metric.last])
     tokens_1xV = jnp.arange(logits_SxV.shape[1])[None]
 
-    def likeliest_but(token_S: jax.Array) -> jax.Array:
-        return jnp.where(tokens_1xV == token_S[:, None], -jnp.inf, logits_SxV).argmax(1)
+    def likeliest_but(token: jax.Array) -> jax.Array:
+        return jnp.where(tokens_1xV == token.reshape(-1, 1), -jnp.inf, logits_SxV).argmax(1)
 
-    answer_S = jnp.where(metric.answer_S == LIKELIEST, likeliest_but(metric.against_S), metric.answer_S)
-    against_S = jnp.where(metric.against_S == LIKELIEST, likeliest_but(answer_S), metric.against_S)
+    answer_S = jnp.where(metric.answer == LIKELIEST, likeliest_but(metric.against), metric.answer)
+    against_S = jnp.where(metric.against == LIKELIEST, likeliest_but(answer_S), metric.against)
     less_S = jnp.where(against_S == MEAN, logits_SxV.mean(1), logits_SxV[rows_S, against_S])
     return logits_SxV[rows_S, answer_S] - less_S, answer_S, against_S
 
@@ -272,25 +266,35 @@ def _gradients(
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
+def _first(mesh: jax.sharding.Mesh, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The first row of each [S, L, D], in float32."""
+    first = tuple(x_SxLxD[0].astype(jnp.float32) for x_SxLxD in rows)
+    return sharding.constrain(mesh, first, sharding.REPLICATED)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
 def _divided(
-    mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array, g_SxLxO: jax.Array
+    mesh: jax.sharding.Mesh, subject: sae.SAE, x_CxD: jax.Array, y_CxO: jax.Array, g_CxO: jax.Array
 ) -> dict[str, jax.Array]:
-    """Activations and parts of the first row."""
+    """Activations and parts on some tokens."""
     highest = jax.lax.Precision.HIGHEST
-    x_LxD, y_LxO, g_LxO = (of[0].astype(jnp.float32) for of in (x_SxLxD, y_SxLxO, g_SxLxO))
-    f_LxM = sae.encode(subject, x_LxD, highest)
-    skip_LxO = jnp.zeros_like(y_LxO)
+    f_CxM = sae.encode(subject, x_CxD, highest)
+    skip_CxO = jnp.zeros_like(y_CxO)
     if subject.W_skip is not None:
-        skip_LxO = jnp.matmul(x_LxD, subject.W_skip, precision=highest)
+        skip_CxO = jnp.matmul(x_CxD, subject.W_skip, precision=highest)
     found = {
-        "f_LxM": f_LxM,
-        "part_LxM": f_LxM * jnp.matmul(g_LxO, subject.W_dec.T, precision=highest),
-        "error_L": ((y_LxO - sae.decode(subject, f_LxM, x_LxD, highest)) * g_LxO).sum(1),
-        "bias_L": (subject.b_dec[None] * g_LxO).sum(1),
-        "skip_L": (skip_LxO * g_LxO).sum(1),
-        "total_L": (y_LxO * g_LxO).sum(1),
+        "f": f_CxM,
+        "part": f_CxM * jnp.matmul(g_CxO, subject.W_dec.T, precision=highest),
+        "error_L": ((y_CxO - sae.decode(subject, f_CxM, x_CxD, highest)) * g_CxO).sum(1),
+        "bias_L": (subject.b_dec[None] * g_CxO).sum(1),
+        "skip_L": (skip_CxO * g_CxO).sum(1),
+        "total_L": (y_CxO * g_CxO).sum(1),
     }
     return sharding.constrain(mesh, found, sharding.REPLICATED)
+
+
+# So many activations are on the host at a time, fired or not.
+_DENSE = 2**24
 
 
 def parts_of(
@@ -298,13 +302,23 @@ def parts_of(
 ) -> Parts:
     """Those of one SAE on the `length` tokens behind BOS of the first row."""
     subject = scope.subjects[name]
-    x_SxLxD, y_SxLxO = values[subject.site], values[subject.spliced]
-    found = hosts.fetch(_divided(scope.mesh, scope.placed[name], x_SxLxD, y_SxLxO, g_SxLxO))
-    found = {key: value[1 : 1 + length] for key, value in found.items()}
-    f_LxM, part_LxM = found.pop("f_LxM"), found.pop("part_LxM")
-    token_N, latent_N = np.nonzero(f_LxM)
-    at = (token_N, latent_N)
-    return Parts(token_N, latent_N, f_LxM[at], part_LxM[at], f_LxM.shape[1], **found)
+    width = len(subject.sae.b_enc)
+    rows = hosts.fetch(_first(scope.mesh, (values[subject.site], values[subject.spliced], g_SxLxO)))
+    rows = [row_LxD[1 : 1 + length] for row_LxD in rows]
+    # Of one shape, so that they are compiled once.
+    chunk = min(max(_DENSE // width, 1), -(-length // 16) * 16)
+    fired, rest = [], []
+    for start in range(0, length, chunk):
+        some = [row_LxD[start : start + chunk] for row_LxD in rows]
+        here = len(some[0])
+        filled = [np.pad(row_CxD, ((0, chunk - here), (0, 0))) for row_CxD in some]
+        found = hosts.fetch(_divided(scope.mesh, scope.placed[name], *filled))
+        found = {key: value[:here] for key, value in found.items()}
+        at = np.nonzero(found["f"])
+        fired.append((start + at[0], at[1], found.pop("f")[at], found.pop("part")[at]))
+        rest.append(found)
+    joined = {key: np.concatenate([found[key] for found in rest]) for key in rest[0]}
+    return Parts(*map(np.concatenate, zip(*fired, strict=True)), width, **joined)
 
 
 def attribute(
@@ -323,11 +337,9 @@ def attribute(
       ValueError: there is no such token, or an answer is none or several.
     """
     ids, chosen = ask(scope, prompt, answer, against, token)
-    placed = scope_lib.place_prompts(scope, [ids])
+    placed = scope_lib.place_copies(scope, ids, 1)
     sites = tuple(dict.fromkeys(subject.spliced for subject in scope.subjects.values()))
-    passed = differentiate(
-        scope, placed, metric_of_rows(len(placed), ids, *chosen), zeros(scope, placed, sites)
-    )
+    passed = differentiate(scope, placed, metric_behind(ids, *chosen), zeros(scope, placed, sites))
     parts = {
         name: parts_of(scope, name, passed.values, passed.gradients[subject.spliced], len(ids) - 1)
         for name, subject in scope.subjects.items()
@@ -371,9 +383,9 @@ def ask(
     return [gemma.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)
 
 
-def metric_of_rows(rows: int, ids: Sequence[int], answer: int, against: int) -> Metric:
-    """The same of all rows."""
-    return Metric(*(np.full(rows, value, np.int32) for value in (len(ids) - 1, answer, against)))
+def metric_behind(ids: Sequence[int], answer: int, against: int) -> Metric:
+    """Behind the last of these tokens."""
+    return Metric(*map(np.int32, (len(ids) - 1, answer, against)))
 
 
 def tell(

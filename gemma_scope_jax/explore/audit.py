@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_scope_jax import data, interrupt
-from gemma_scope_jax.explore import pictures
-from gemma_scope_jax.explore.contrasts import At, Contrast, contrast
+from gemma_scope_jax import data, files, interrupt
+from gemma_scope_jax.explore import contrasts, pictures
+from gemma_scope_jax.explore.contrasts import At, Contrast
 from gemma_scope_jax.explore.correction import Correction, correct
 from gemma_scope_jax.explore.scope import one_token, open_scope
 
@@ -31,7 +31,7 @@ def audit(
 
     Args:
       path: see `opening.open_path`.
-      first: a file of prompts; see `read_prompts`.
+      first: a file of prompts; see `data.read_prompts`.
       second: the other.
       at: see `contrast`, as of the next two.
       rate: of false discoveries.
@@ -40,7 +40,7 @@ def audit(
       against: as much.
       top: only so many latents are ablated.
       seed: of shuffles, of the halves and of random sets.
-      out: the folder for contrast.json, contrast.png and correction.json; None: nothing is written.
+      out: a new folder for contrast.json, contrast.png and correction.json; None: nothing is written.
       **overrides: see `opening.open_path`.
 
     Raises:
@@ -54,29 +54,36 @@ def audit(
         raise ValueError("--top says how many latents are ablated, which takes --answer and --against")
     if seed < 0:
         raise ValueError(f"--seed is {seed}; it must be at least 0")
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out={out} is a file; give a folder")
-    sets = read_prompts(first), read_prompts(second)
+    if out is not None:
+        files.check_new(out)
+    sets = data.read_prompts(first), data.read_prompts(second)
     if is_paired and len(sets[0]) != len(sets[1]):
         raise ValueError(f"--paired: {first} has {len(sets[0])} prompts, {second} has {len(sets[1])}")
+    choosing, measured = (sets, None) if answer is None else halves(*sets, is_paired, seed)
+    # Before Gemma is loaded.
+    contrasts.check(*choosing, at, rate, is_paired)
+    if measured and not all(measured):
+        raise ValueError(
+            f"{first} and {second} have {len(sets[0])} and {len(sets[1])} prompts, too few for two halves"
+        )
     with interrupt.ending_at_once("a contrast writes its results when it ends"):
         scope = open_scope(path, **overrides)
-        if answer is None:
-            found, corrected = contrast(scope, *sets, at, rate, is_paired, seed), None
-            found.show()
-        else:
-            for text in (answer, against):
-                one_token(scope, text)
-            choosing, measured = halves(*sets, is_paired, seed)
-            found, corrected = contrast(scope, *choosing, at, rate, is_paired, seed), None
-            found.show()
-            if found.found():
-                corrected = correct(scope, found, answer, against, *measured, top, seed=seed)
-                corrected.show()
-            else:
-                print("There is nothing to ablate.", flush=True)
+        for text in () if answer is None else (answer, against):
+            one_token(scope, text)
+        found, corrected = contrasts.contrast(scope, *choosing, at, rate, is_paired, seed), None
+        found.show()
+        if out is not None:  # Now: what follows takes its time, and may be refused.
+            found.write_json(out / "contrast.json")
+            pictures.write_png(out / "contrast.png", found.figure())
+        if measured and found.found():
+            corrected = correct(scope, found, answer, against, *measured, top, seed=seed)
+            corrected.show()
+            if out is not None:
+                corrected.write_json(out / "correction.json")
+        elif measured:
+            print("There is nothing to ablate.", flush=True)
         if out is not None:
-            _write(out, found, corrected)
+            print(f"Wrote {out}", flush=True)
         return found, corrected
 
 
@@ -97,32 +104,3 @@ def halves(
         parts.append([[prompts[i] for i in some] for some in (order[:middle], order[middle:])])
     (first_a, first_b), (second_a, second_b) = parts
     return (first_a, second_a), (first_b, second_b)
-
-
-def _write(out: pathlib.Path, found: Contrast, corrected: Correction | None) -> None:
-    written = ["contrast.json", "contrast.png"]
-    found.write_json(out / written[0])
-    pictures.write_png(out / written[1], found.figure())
-    if corrected is not None:
-        written.append("correction.json")
-        corrected.write_json(out / written[2])
-    print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
-
-
-def read_prompts(path: pathlib.Path) -> list[str]:
-    """The prompts of a file: of .txt each line that is not blank, of others each text that `data.documents` gives.
-
-    Raises:
-      ValueError: there is no such file, or no prompt in it, or one is an exchange.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; give one of prompts, .txt with one a line or .jsonl")
-    if path.suffix == ".txt":
-        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        found = list(data.documents(str(path)))
-    if not found:
-        raise ValueError(f"{path} has no prompts")
-    if exchanges := [number for number, one in enumerate(found, 1) if not isinstance(one, str)]:
-        raise ValueError(f'{path}: line {exchanges[0]} has a "prompt" beside its "text"; give texts alone')
-    return found

@@ -19,11 +19,12 @@ import matplotlib.figure
 import numpy as np
 import rich.console
 import rich.table
+import rich.text
 from scipy import stats
 
-from gemma_scope_jax import activations, files, gemma, generation, sae, sharding
+from gemma_scope_jax import activations, files, gemma, generation, hosts, sae, sharding
 from gemma_scope_jax.explore import rank_tests
-from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.explore.scope import Scope, padded
 
 # What stands for a prompt: a latent's mean or largest activation over its tokens, or that on its last.
 At = Literal["mean", "max", "last"]
@@ -114,7 +115,9 @@ class Contrast:
         console = rich.console.Console()
         for name, one in self.of.items():
             latents = self.latents(name)
-            table = rich.table.Table(title=f"{name}: {counted(len(latents))} found")
+            if not latents and len(self.of) > 1:
+                continue
+            table = rich.table.Table(title=rich.text.Text(f"{name}: {counted(len(latents))} found"))
             for heading in ("latent", "AUROC", "q", "first", "second", "in first", "in second"):
                 table.add_column(heading, justify="right")
             for i in latents[:top]:
@@ -138,7 +141,8 @@ class Contrast:
             at = self.of[name].auroc_M[latent], -np.log10(self.of[name].q_M[latent])
             text = str(latent) if len(self.of) == 1 else f"{name} {latent}"
             # Many have one q and nearly one AUROC: their numbers go above each other.
-            axis.annotate(text, at, (3, 3 + 8 * (place % 5)), textcoords="offset points", fontsize=7)
+            style = {"textcoords": "offset points", "fontsize": 7, "parse_math": False}
+            axis.annotate(text, at, (3, 3 + 8 * (place % 5)), **style)
         axis.axhline(-np.log10(self.rate), color="#d93025", lw=0.8)
         axis.set_xlim(-0.08, 1.08)
         axis.margins(y=0.12)  # Room for the numbers.
@@ -197,7 +201,7 @@ def contrast(
     Raises:
       ValueError: a prompt is empty or there twice, pairs do not match, or there are too few prompts to find anything.
     """
-    _check(first, second, at, rate, is_paired)
+    check(first, second, at, rate, is_paired)
     features, means = features_of(scope, [*first, *second], at)
     fires = {name: (f_NxM > 0).any(0) for name, f_NxM in features.items()}
     tested = sum(int(of.sum()) for of in fires.values())
@@ -222,7 +226,8 @@ def contrast(
     return Contrast(scope.config.model, tuple(first), tuple(second), at, rate, is_paired, smallest, of)
 
 
-def _check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_paired: bool) -> None:
+def check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_paired: bool) -> None:
+    """Raises ValueError if `contrast` would refuse to compare these, whatever the SAEs."""
     if at not in AT:
         raise ValueError(f"at is {at!r}; choose one of {', '.join(AT)}")
     if not 0 < rate < 1:
@@ -253,18 +258,17 @@ def _pooled(
     mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, tokens_SxL: jax.Array, at: At
 ) -> tuple[jax.Array, jax.Array]:
     """What stands for each prompt, and means over its tokens, both [S, M]."""
-    kept_SxL = gemma.is_kept(tokens_SxL, 0)
-    x_BxD = x_SxLxD.astype(jnp.float32).reshape(-1, x_SxLxD.shape[-1])
-    f_SxLxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST).reshape(*kept_SxL.shape, -1)
-    f_SxLxM = jnp.where(kept_SxL[..., None], f_SxLxM, 0)
-    # A row of padding has no token.
-    mean_SxM = f_SxLxM.sum(1) / jnp.maximum(kept_SxL.sum(1), 1)[:, None]
-    if at == "mean":
-        pooled_SxM = mean_SxM
-    elif at == "max":
-        pooled_SxM = f_SxLxM.max(1)
-    else:
-        pooled_SxM = jnp.take_along_axis(f_SxLxM, last_token(tokens_SxL)[:, None, None], axis=1)[:, 0]
+    last_S = last_token(tokens_SxL)
+
+    # Row by row: the latents of many rows of a wide SAE are too many at once.
+    def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_LxD, kept_L, last = row
+        f_LxM = sae.encode(subject, x_LxD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
+        f_LxM = jnp.where(kept_L[:, None], f_LxM, 0)
+        mean_M = f_LxM.sum(0) / jnp.maximum(kept_L.sum(), 1)  # A row of padding has no token.
+        return {"mean": mean_M, "max": f_LxM.max(0), "last": f_LxM[last]}[at], mean_M
+
+    pooled_SxM, mean_SxM = jax.lax.map(of_row, (x_SxLxD, gemma.is_kept(tokens_SxL, 0), last_S))
     return sharding.constrain(mesh, (pooled_SxM, mean_SxM), sharding.REPLICATED)
 
 
@@ -285,7 +289,7 @@ def features_of(
     for batch in activations.batches(scope.mesh, scope.loaded, sites, tokens_NxL, per_batch, "Reading"):
         for name, subject in scope.subjects.items():
             x_SxLxD = batch.values[subject.site]
-            found = jax.device_get(_pooled(scope.mesh, scope.placed[name], x_SxLxD, batch.tokens_SxL, at))
+            found = hosts.fetch(_pooled(scope.mesh, scope.placed[name], x_SxLxD, batch.tokens_SxL, at))
             for into, value_SxM in zip((features, means), found, strict=True):
                 into[name].append(value_SxM[: batch.count])
     features, means = (
@@ -295,7 +299,7 @@ def features_of(
 
 
 def rows_of(scope: Scope, prompts: Sequence[str]) -> np.ndarray:
-    """The tokens [N, L] of prompts, each behind its BOS, padded behind to a multiple of 16.
+    """The tokens [N, L] of prompts, each behind its BOS, `padded`.
 
     All of one length: what is the same in two prompts is then computed in the same way, and comes out equal.
 
@@ -305,7 +309,4 @@ def rows_of(scope: Scope, prompts: Sequence[str]) -> np.ndarray:
     rows = [generation.text_prompt(scope.tokenizer, prompt) for prompt in prompts]
     if empty := [number for number, row in enumerate(rows) if len(row) < 2]:
         raise ValueError(f"prompt {empty[0]} is empty; give prompts of at least one token")
-    tokens_NxL = np.full((len(rows), -(-max(map(len, rows)) // 16) * 16), gemma.PAD, np.int32)
-    for tokens_L, row in zip(tokens_NxL, rows, strict=True):
-        tokens_L[: len(row)] = row
-    return tokens_NxL
+    return padded(rows)

@@ -17,18 +17,17 @@ import matplotlib.figure
 import numpy as np
 import rich.console
 import rich.table
+import rich.text
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, files, gemma, metrics, opening, passes, sharding, weights
+from gemma_scope_jax import evaluation, files, gemma, hosts, metrics, opening, passes, sharding, weights
 from gemma_scope_jax.explore import edits, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
 from gemma_scope_jax.explore.scope import Scope
 
-NEAREST = (
-    10  # A random latent is one of so many whose mean activation is nearest to that of the one it stands for.
-)
+NEAREST = 10  # A random latent is one of so many that are nearest in strength to the one it stands for.
 DAMAGE_SETS = 5  # Of so many random sets the delta loss is measured, too.
 
 Write = Mapping[gemma.Site, jax.tree_util.Partial]
@@ -108,7 +107,8 @@ class Correction:
         """Prints the behaviour of both sets without ablation, with it, and with random sets ablated."""
         changes = [one.gap - self.clean.gap for one in self.random]
         random = f"{np.mean(changes):+.3f}, {min(changes):+.3f} to {max(changes):+.3f}"
-        table = rich.table.Table(title=f"logit of {self.answer!r} less that of {self.against!r}")
+        title = f"logit of {self.answer!r} less that of {self.against!r}"
+        table = rich.table.Table(title=rich.text.Text(title))
         table.add_column("ablated")
         for heading in ("first", "second", "gap", "change of the gap", "activation", "delta loss, nats"):
             table.add_column(heading, justify="right")
@@ -162,7 +162,9 @@ class Correction:
                 key: value.tolist() if isinstance(value, np.ndarray) else value
                 for key, value in vars(one).items()
             }
-            values = {key.removesuffix("_A").removesuffix("_B"): value for key, value in values.items()}
+            values = {
+                key.removesuffix("_A").removesuffix("_B"): _finite(value) for key, value in values.items()
+            }
             return {"gap": one.gap, **values}
 
         about = {
@@ -170,15 +172,20 @@ class Correction:
             "against": self.against,
             "is_paired": self.is_paired,
             "latents": self.latents,
-            "gap_se": self.gap_se,
+            "gap_se": _finite(self.gap_se),
             "change": self.change,
-            "change_se": self.change_se,
+            "change_se": _finite(self.change_se),
             "as_good": self.as_good,
             "clean": outcome(self.clean),
             "ablated": outcome(self.ablated),
             "random": [outcome(one) for one in self.random],
         }
         files.write_json(pathlib.Path(path), about)
+
+
+def _finite(value: object) -> object:
+    """None in the place of a number that JSON has not."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _behaviours(some: Sequence[Outcome]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -243,7 +250,7 @@ def _behaviour(scope: Scope, tokens_NxL: np.ndarray, tokens: tuple[int, int], wr
         placed = scope_lib.place_prompts(scope, padded)
         final_SxLxD, _ = edits.final_stream(*model, placed, write)
         found_S = _at_end(*model, final_SxLxD, placed, *map(np.int32, tokens))
-        parts.append(np.asarray(jax.device_get(found_S))[: len(some)])
+        parts.append(np.asarray(hosts.fetch(found_S))[: len(some)])
     return np.concatenate(parts).astype(np.float64)
 
 
@@ -294,7 +301,9 @@ def correct(
     tokens_NxL = rows_of(scope, [*first, *second])
     text = _held_out(scope, rows) if rows else None
 
-    clean_loss = None if text is None else _losses(scope, text, _write(scope, chosen, 1))
+    # In text, not where a chat template has what no SAE was trained on; prompts have no template.
+    prefix = scope.config.data.masked_prefix
+    clean_loss = None if text is None else _losses(scope, text, _write(scope, chosen, 1, prefix))
     clean_N = _behaviour(scope, tokens_NxL, tokens, _write(scope, chosen, 1))
     outcomes = [Outcome(clean_N[: len(first)], clean_N[len(first) :], 0.0)]
     for number, some in enumerate(tqdm.tqdm(sets, desc="Ablating", unit="set", dynamic_ncols=True)):
@@ -302,7 +311,7 @@ def correct(
         value_N = _behaviour(scope, tokens_NxL, tokens, write)
         delta = (None, None)
         if text is not None and number <= DAMAGE_SETS:
-            loss_S, scored_S = _losses(scope, text, write)
+            loss_S, scored_S = _losses(scope, text, _write(scope, some, 0, prefix))
             delta = metrics.ratio(loss_S - clean_loss[0], scored_S)
         activation = sum(float(found.of[name].activation_M[list(of)].sum()) for name, of in some.items())
         outcomes.append(Outcome(value_N[: len(first)], value_N[len(first) :], activation, *delta))
@@ -339,7 +348,7 @@ def _check(
 
 def _strength(scope: Scope, found: Contrast, name: str) -> np.ndarray:
     """The mean length [M] of what each latent adds to an activation."""
-    norm_M = np.linalg.norm(np.asarray(scope.subjects[name].sae.W_dec, np.float64), axis=1)
+    norm_M = np.linalg.norm(np.asarray(scope.subjects[name].sae.W_dec), axis=1).astype(np.float64)
     return found.of[name].activation_M * norm_M
 
 
@@ -371,12 +380,12 @@ def _alike(
     return sets
 
 
-def _write(scope: Scope, latents: Mapping[str, Sequence[int]], scale: float) -> Write:
-    """The latents so many times as strong: ablated by 0, as they are by 1."""
+def _write(scope: Scope, latents: Mapping[str, Sequence[int]], scale: float, first: int = 0) -> Write:
+    """The latents so many times as strong from a token on: ablated by 0, as they are by 1."""
     made = {}
     for name, of in latents.items():
-        every_1xK = np.ones((1, len(of)))
-        made[name] = edits.of_sae(scope.subjects[name].sae, of, scale * every_1xK, 0 * every_1xK)
+        every_1xK, tokens = np.ones((1, len(of))), [edits.from_token(first)] * len(of)
+        made[name] = edits.of_sae(scope.subjects[name].sae, of, scale * every_1xK, 0 * every_1xK, tokens)
     return edits.writes_of_saes(scope, made)
 
 
@@ -396,7 +405,7 @@ def _losses(scope: Scope, text: Sequence[evaluation.Rows], write: Write) -> tupl
     sums = []
     for rows in text:
         final_SxLxD, _ = edits.final_stream(*model, rows.tokens_SxL, write)
-        found = jax.device_get(passes.loss(*model, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
+        found = hosts.fetch(passes.loss(*model, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
         sums.append([np.float64(found[key]).sum(1)[: rows.count] for key in ("loss_SxL", "scored_SxL")])
     loss_S, scored_S = (np.concatenate(part) for part in zip(*sums, strict=True))
     return loss_S, scored_S

@@ -124,6 +124,7 @@ def gather(
     options: Options = DEFAULTS,
     mesh: jax.sharding.Mesh | None = None,
     parts: evaluation.Parts | None = None,
+    placed: Mapping[str, sae.SAE] | None = None,
 ) -> dict[str, Gathered]:
     """Gathers what the latents of SAEs fire on, all of them in the same forward passes.
 
@@ -137,11 +138,13 @@ def gather(
       options: what is kept.
       mesh: of the devices that `loaded` lies on; None: the default device.
       parts: where the state is kept after every `SAVE_EVERY` batches, and taken from; None: nowhere.
+      placed: the same SAEs where they lie on the devices already; None: they are placed.
     """
     mesh = mesh or evaluation.one_device()
     count = min(count, len(rows))
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
-    placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}
+    if placed is None:
+        placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}
     found = parts.read(0) if parts else None
     progress = found.pop("progress") if found else {"rows": 0, "activations": 0}
     done, counted = int(progress["rows"]), int(progress["activations"])

@@ -64,7 +64,7 @@ def logits(mesh: jax.sharding.Mesh, loaded: gemma.Gemma, directions_MxD: np.ndar
         x_CxD = directions_MxD[np.minimum(start + np.arange(chunk), len(directions_MxD) - 1)]
         x_CxD = np.asarray(x_CxD, table.dtype)
         put = jax.make_array_from_callback(x_CxD.shape, placed, lambda index, x=x_CxD: x[index])
-        parts.append(jax.device_get(_extremes(mesh, loaded.model, params, put, top)))
+        parts.append(hosts.fetch(_extremes(mesh, loaded.model, params, put, top)))
     return Logits(*(np.concatenate(part)[: len(directions_MxD)] for part in zip(*parts, strict=True)))
 
 
@@ -80,6 +80,6 @@ def nearest(W_dec_MxO: np.ndarray, top: int = 5, block: int = 1024) -> tuple[np.
         cosines = jnp.matmul(unit_MxO[rows], unit_MxO.T, precision=jax.lax.Precision.HIGHEST)
         return jax.lax.top_k(jnp.where(rows[:, None] == jnp.arange(count)[None], -2, cosines), top)
 
-    parts = [jax.device_get(of_block(unit_MxO, jnp.asarray(start))) for start in range(0, count, block)]
+    parts = [hosts.fetch(of_block(unit_MxO, jnp.asarray(start))) for start in range(0, count, block)]
     cosine, latent = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
     return latent, cosine

@@ -101,6 +101,11 @@ def of_sae(
     )
 
 
+def from_token(first: int) -> range:
+    """All tokens from one on, in prompts and in replies."""
+    return range(first, int(_END) - 1)
+
+
 def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
     """From which position on, before which, whether in prompts, whether in replies."""
     if isinstance(tokens, range):

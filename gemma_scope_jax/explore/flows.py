@@ -21,10 +21,10 @@ import rich.text
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, page, passes, sae, sharding, step, weights
+from gemma_scope_jax import evaluation, gemma, hosts, page, passes, sharding, step, weights
 from gemma_scope_jax.explore import lens as lens_lib
 from gemma_scope_jax.explore import pictures, site
-from gemma_scope_jax.explore.scope import Scope, is_kept, one_token, place_prompts, prompt
+from gemma_scope_jax.explore.scope import Scope, is_kept, one_token, place_copies, prompt, reconstruct
 
 # What is measured: of each its field of `Flow`, and its scale in pictures.
 _MEASURED = {
@@ -143,14 +143,16 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     row = prompt(scope, text)
     answer_token = None if answer is None else one_token(scope, answer)
     model, params = scope.loaded.model, scope.loaded.params
-    placed = place_prompts(scope, [row])
+    placed = place_copies(scope, row, 1)
     _, values, final_SxLxD = passes.clean(scope.mesh, model, params, placed, scope.sites)
     names = sorted(scope.subjects, key=lambda name: _order(scope.subjects[name]))
     found, streams = {}, {}
     for name in names:
         subject = scope.subjects[name]
         x, y = values[subject.site], values[subject.spliced]
-        found[name] = jax.device_get(_reconstructed(scope.mesh, scope.placed[name], x, y))
+        made = reconstruct(scope.mesh, scope.placed[name], x, y)
+        made["l0_L"] = (made.pop("f_LxM") > 0).sum(1)
+        found[name] = hosts.fetch(made)
         if subject.site == subject.spliced and subject.site.kind == "resid_post":
             streams[name] = found[name]["y_LxO"]
     here = slice(1, len(row))
@@ -158,7 +160,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     followed = None
     if streams:
         recon = {name: found[name]["recon_LxO"] for name in streams}
-        final_LxD = jax.device_get(_first(scope.mesh, final_SxLxD))
+        final_LxD = hosts.fetch(_first(scope.mesh, final_SxLxD))
         streams, recon = ({name: x[here] for name, x in of.items()} for of in (streams, recon))
         followed = _lens(scope, row[1:], streams, recon, final_LxD[here], answer_token)
     return Flow(
@@ -188,25 +190,6 @@ def _kind(subject: evaluation.Subject) -> str:
 @functools.partial(jax.jit, static_argnames="mesh")
 def _first(mesh: jax.sharding.Mesh, x_SxLxD: jax.Array) -> jax.Array:
     return sharding.constrain(mesh, x_SxLxD[0], sharding.REPLICATED)
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def _reconstructed(
-    mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array
-) -> dict[str, jax.Array]:
-    """Of the first row: y and its reconstruction, both in Gemma's dtype, and what is measured of them."""
-    x_LxD, y_LxO = x_SxLxD[0].astype(jnp.float32), y_SxLxO[0].astype(jnp.float32)
-    f_LxM = sae.encode(subject, x_LxD, jax.lax.Precision.HIGHEST)
-    recon_LxO = sae.decode(subject, f_LxM, x_LxD, jax.lax.Precision.HIGHEST)
-    norm_L = jnp.linalg.norm(y_LxO, axis=1)
-    found = {
-        "y_LxO": y_SxLxO[0],
-        "recon_LxO": recon_LxO.astype(y_SxLxO.dtype),
-        "norm_L": norm_L,
-        "l0_L": (f_LxM > 0).sum(1),
-        "error_L": jnp.linalg.norm(recon_LxO - y_LxO, axis=1) / norm_L,
-    }
-    return sharding.constrain(mesh, found, sharding.REPLICATED)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
@@ -247,8 +230,7 @@ def _delta_losses(
             # As many tokens at a time as in an evaluation, and always a row that is left as it is.
             config = scope.config
             most = config.evaluation.rows_per_batch * config.data.context_length // len(row_L)
-            rows = -(-min(max(most, 2), len(names) + 1) // scope.mesh.size) * scope.mesh.size
-            rows = max(rows, 2)
+            rows = -(-max(2, min(most, len(names) + 1)) // scope.mesh.size) * scope.mesh.size
             for first in range(0, len(names), rows - 1):
                 some = names[first : first + rows - 1]
                 delta_RxL = _delta_losses_of(scope, row_L, sites, some, recon, rows)
@@ -266,7 +248,7 @@ def _delta_losses_of(
     rows: int,
 ) -> np.ndarray:
     """[R, L] of one batch of `rows`, of which the last ones are clean: to be compared within one program."""
-    tokens_SxL = place_prompts(scope, [row_L] * rows)
+    tokens_SxL = place_copies(scope, row_L, rows)
     number_S = np.full(rows, -1, np.int32)
     replacement_SxLxO = np.zeros((*tokens_SxL.shape, recon[names[0]].shape[-1]), recon[names[0]].dtype)
     for row, name in enumerate(names):
@@ -278,7 +260,7 @@ def _delta_losses_of(
     )
     of = (scope.mesh, scope.loaded.model, scope.loaded.params)
     final_SxLxD = _spliced(*of, tokens_SxL, number_S, replacement_SxLxO, sites)
-    found = jax.device_get(passes.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL)))
+    found = hosts.fetch(passes.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL)))
     loss_SxL = np.where(found["scored_SxL"] > 0, found["loss_SxL"], np.nan)
     return loss_SxL[: len(names)] - loss_SxL[-1:]
 

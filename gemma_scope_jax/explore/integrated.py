@@ -50,15 +50,15 @@ def integrate(
         raise ValueError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
     ids, chosen = attribution.ask(scope, prompt, answer, against, token)
     site = scope.subjects[name].spliced
-    placed = scope_lib.place_prompts(scope, [ids] * rows_per_batch)
+    placed = scope_lib.place_copies(scope, ids, rows_per_batch)
     rows = len(placed)
     whole = attribution.differentiate(
         scope,
         placed,
-        attribution.metric_of_rows(rows, ids, *chosen),
+        attribution.metric_behind(ids, *chosen),
         attribution.zeros(scope, placed, [site]),
     )
-    fixed = attribution.metric_of_rows(rows, ids, int(whole.answer_S[0]), int(whole.against_S[0]))
+    fixed = attribution.metric_behind(ids, int(whole.answer_S[0]), int(whole.against_S[0]))
 
     def mean(alphas: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, jax.Array]:
         """The metric [N] at points of the path, and the gradient [L, O] in shares of each."""

@@ -18,7 +18,7 @@ import rich.table
 import rich.text
 from gemma import gm
 
-from gemma_scope_jax import gemma, sharding, weights
+from gemma_scope_jax import gemma, hosts, sharding, weights
 from gemma_scope_jax.explore import pictures
 
 
@@ -186,5 +186,5 @@ def predictions(
     x_RxLxD = streams_RxLxD[np.minimum(np.arange(padded), count - 1)]
     placed = jax.NamedSharding(mesh, sharding.TOKENS)
     put = jax.make_array_from_callback(x_RxLxD.shape, placed, lambda index: x_RxLxD[index])
-    found = jax.device_get(_predictions(mesh, loaded.model, params, put, np.asarray(answer_L, np.int32)))
+    found = hosts.fetch(_predictions(mesh, loaded.model, params, put, np.asarray(answer_L, np.int32)))
     return Predictions(*(part[:count] for part in found))

@@ -18,10 +18,12 @@ import rich.text
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, opening, sae, sharding, step, weights
+from gemma_scope_jax import evaluation, gemma, hosts, opening, sae, sharding, step, weights
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
+
+_BLOCK = 2**14  # So many latents' weights are in float64 at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,9 @@ class Links:
         for name, latent in self.strongest(4):
             x, y = (float(self.in_units(of, name)[latent]) for of in (self.attribution, self.effect))
             side = {"xytext": (-4, 2), "ha": "right"} if x > 0 else {"xytext": (4, 2), "ha": "left"}
-            left.annotate(f"{name} {latent}", (x, y), textcoords="offset points", fontsize=6, **side)
+            left.annotate(
+                f"{name} {latent}", (x, y), textcoords="offset points", fontsize=6, parse_math=False, **side
+            )
         low, high = left.get_xlim()
         left.plot([low, high], [low, high], color="#d93025", lw=0.8, zorder=0)
         if image is not None and len(set(layers)) > 1:
@@ -162,13 +166,13 @@ def links(
         (f_SxL, kept_SxL), passed = _passed_on(
             *of, tokens_SxL, is_kept_SxL, reader, W_dec[latent], subject.site, subject.spliced, sites
         )
-        f_SxL, kept_SxL = jax.device_get((f_SxL, kept_SxL))
+        f_SxL, kept_SxL = hosts.fetch((f_SxL, kept_SxL))
         activations += int(kept_SxL.sum())
         firings += int((f_SxL > 0).sum())
         strength += float(f_SxL.sum(dtype=np.float64))
         for other in later:
             site = scope.subjects[other].site
-            found = jax.device_get(_sums(scope.mesh, scope.placed[other], is_kept_SxL, *passed[site]))
+            found = hosts.fetch(_sums(scope.mesh, scope.placed[other], is_kept_SxL, *passed[site]))
             for key, value_M in found.items():
                 totals[other][key] = totals[other].get(key, 0) + value_M.astype(np.float64)
     if not firings:
@@ -311,16 +315,15 @@ def virtual_weights(
     """
     params = scope.loaded.params
     written = directions.in_stream(params, subject.spliced, np.asarray(subject.sae.W_dec)[[latent]])
-    reads_DxM = np.asarray(later.sae.W_enc, np.float64)
-    match later.site.kind:
-        case "mlp_in":
-            gain_D = jax.device_get(gemma.mlp_in_gain(params, later.site.layer))
-            reads_DxM = reads_DxM * gain_D[:, None]
-        case "mlp_out" | "attn_out":
-            return None, None
-    if written is None:
+    if written is None or later.site.kind in ("mlp_out", "attn_out"):
         return None, None
-    written_D = np.float64(written[0])
-    weight_M = written_D @ reads_DxM
-    lengths_M = np.linalg.norm(reads_DxM, axis=0) * np.linalg.norm(written_D)
-    return weight_M, weight_M / np.maximum(lengths_M, 1e-30)
+    written_D, gain_D = np.float64(written[0]), 1.0
+    if later.site.kind == "mlp_in":
+        gain_D = np.float64(hosts.fetch(gemma.mlp_in_gain(params, later.site.layer)))
+    weights, lengths = [], []
+    for start in range(0, len(later.sae.b_enc), _BLOCK):
+        reads_DxC = np.float64(np.asarray(later.sae.W_enc)[:, start : start + _BLOCK])
+        weights.append((written_D * gain_D) @ reads_DxC)
+        lengths.append(np.sqrt(np.square(np.ones_like(written_D) * gain_D) @ np.square(reads_DxC)))
+    weight_M, length_M = np.concatenate(weights), np.concatenate(lengths)
+    return weight_M, weight_M / np.maximum(length_M * np.linalg.norm(written_D), 1e-30)

@@ -13,10 +13,10 @@ import rich.style
 import rich.table
 import rich.text
 
-from gemma_scope_jax import evaluation, opening
+from gemma_scope_jax import opening
 from gemma_scope_jax.explore import dashboards, directions, pictures, site
 from gemma_scope_jax.explore.edits import check_latent
-from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.explore.scope import Scope, alone
 
 _GREEN = (30, 142, 62)
 # Of text in pictures, in inches at its size in points.
@@ -155,15 +155,13 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
     check_latent(scope, name, latent)
     if rows < 1:
         raise ValueError(f"rows is {rows}; it must be at least 1")
-    subject, place = scope.subjects[name], latent
-    if subject.top_k is None:  # Else whether it fires depends on the others.
-        subject, place = alone(subject, [latent]), 0
+    subject = alone(scope.subjects[name], [latent])
     held_out = scope.held_out()
     gathered = dashboards.gather(
         scope.loaded, {name: subject}, held_out, rows, scope.config.evaluation.rows_per_batch,
         opening.counts_of(scope.config), dashboards.Options(top=top), scope.mesh,
     )[name]  # fmt: skip
-    if not gathered.count_M[place]:
+    if not gathered.count_M[0]:
         raise ValueError(
             f"latent {latent} of {name} fires nowhere on {gathered.rows} held-out rows; read more rows"
         )
@@ -171,12 +169,11 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
     text_of = site.token_texts(scope.tokenizer.decode)
 
     def excerpts(firings: dashboards.Firings, indices: Sequence[int]) -> tuple[Excerpt, ...]:
-        found = [cut(gathered.options, firings, place, int(index)) for index in indices]
+        found = [cut(gathered.options, firings, 0, int(index)) for index in indices]
         return tuple(Excerpt(tuple(map(text_of, one.tokens.tolist())), one.values, one.peak) for one in found)
 
     raises = lowers = None
-    direction_1xO = np.asarray(scope.subjects[name].sae.W_dec)[[latent]]
-    in_stream = directions.in_stream(scope.loaded.params, subject.spliced, direction_1xO)
+    in_stream = directions.in_stream(scope.loaded.params, subject.spliced, subject.sae.W_dec)
     if in_stream is not None:
         up_T, raised_T, down_T, lowered_T = (
             part[0].tolist() for part in directions.logits(scope.mesh, scope.loaded, in_stream)
@@ -188,27 +185,12 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
         name,
         latent,
         gathered.activations,
-        float(gathered.frequency_M[place]),
-        float(gathered.mean_M[place]),
-        float(gathered.max_M[place]),
-        gathered.histogram_MxH[place],
-        excerpts(gathered.top, np.flatnonzero(gathered.top.row_MxK[place] >= 0)),
-        excerpts(gathered.sample, [band[0] for band in dashboards.bands(gathered, place)]),
+        float(gathered.frequency_M[0]),
+        float(gathered.mean_M[0]),
+        float(gathered.max_M[0]),
+        gathered.histogram_MxH[0],
+        excerpts(gathered.top, np.flatnonzero(gathered.top.row_MxK[0] >= 0)),
+        excerpts(gathered.sample, [band[0] for band in dashboards.bands(gathered, 0)]),
         raises,
         lowers,
-    )
-
-
-def alone(subject: evaluation.Subject, latents: Sequence[int]) -> evaluation.Subject:
-    """A subject whose SAE has these latents alone, in this order."""
-    of = subject.sae
-    latents = np.asarray(latents)
-    return dataclasses.replace(
-        subject,
-        sae=of.replace(
-            W_enc=np.asarray(of.W_enc)[:, latents],
-            b_enc=np.asarray(of.b_enc)[latents],
-            threshold=np.asarray(of.threshold)[latents],
-            W_dec=np.asarray(of.W_dec)[latents],
-        ),
     )

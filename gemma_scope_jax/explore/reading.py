@@ -1,21 +1,18 @@
 """A prompt as the SAEs read it: which latents fire on each of its tokens, at each layer."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import page, passes, sae, sharding
+from gemma_scope_jax import hosts, page, passes, sae
 from gemma_scope_jax.explore import pictures
-from gemma_scope_jax.explore.scope import Scope, prompt
+from gemma_scope_jax.explore.scope import Scope, place_copies, prompt, reconstruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,33 +103,20 @@ class Reading:
         return max(float(self.latents[name][:, ~self.is_dense(name)].max(initial=0)), 1e-30)
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _encoded(
-    mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Latents [L, M] of the first row, and the relative error [L] of its reconstruction."""
-    x_LxD, y_LxO = x_SxLxD[0].astype(jnp.float32), y_SxLxO[0].astype(jnp.float32)
-    f_LxM = sae.encode(subject, x_LxD, jax.lax.Precision.HIGHEST)
-    recon_LxO = sae.decode(subject, f_LxM, x_LxD, jax.lax.Precision.HIGHEST)
-    error_L = jnp.linalg.norm(recon_LxO - y_LxO, axis=1) / jnp.linalg.norm(y_LxO, axis=1)
-    return sharding.constrain(mesh, (f_LxM, error_L), sharding.REPLICATED)
-
-
 def read(scope: Scope, text: str) -> Reading:
     """Runs a prompt through Gemma and every SAE, once.
 
     Raises:
       ValueError: the text has no tokens.
     """
-    row = np.array(prompt(scope, text), np.int32)
-    # One row for each device; of them only the first is looked at.
-    rows = jnp.broadcast_to(row[None], (scope.mesh.size, row.size))
-    placed = jax.device_put(rows, jax.NamedSharding(scope.mesh, sharding.TOKENS))
+    row = prompt(scope, text)
+    placed = place_copies(scope, row, 1)
     _, values, _ = passes.clean(scope.mesh, scope.loaded.model, scope.loaded.params, placed, scope.sites)
     latents, error = {}, {}
     for name, subject in scope.subjects.items():
-        found = _encoded(scope.mesh, scope.placed[name], values[subject.site], values[subject.spliced])
-        f_LxM, error_L = jax.device_get(found)
-        latents[name], error[name] = f_LxM[1:], error_L[1:]
-    words = tuple(scope.tokenizer.decode([token]) for token in row[1:].tolist())
+        x, y = values[subject.site], values[subject.spliced]
+        found = reconstruct(scope.mesh, scope.placed[name], x, y)
+        f_LxM, error_L = hosts.fetch((found["f_LxM"], found["error_L"]))
+        latents[name], error[name] = f_LxM[1 : len(row)], error_L[1 : len(row)]
+    words = tuple(scope.tokenizer.decode([token]) for token in row[1:])
     return Reading(scope.config.model, words, latents, error, scope.frequency)

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
@@ -29,6 +30,14 @@ class Scope:
     # [M] by SAE, of each latent's firing on the text of the run's evaluation; of those that were evaluated.
     frequency: Mapping[str, np.ndarray]
     held_out: Callable[[], data.Rows] = _no_text  # Opens the rows that evaluations are on.
+
+    def __post_init__(self) -> None:
+        # Whether a latent fires would depend on all others, which few of the looks inside ask.
+        if of_top_k := [name for name, subject in self.subjects.items() if subject.top_k is not None]:
+            raise ValueError(
+                f"{of_top_k[0]} keeps the {self.subjects[of_top_k[0]].top_k} strongest latents; only "
+                "SAEs with thresholds are looked into"
+            )
 
     @property
     def sites(self) -> tuple[gemma.Site, ...]:
@@ -87,26 +96,82 @@ def one_token(scope: Scope, text: str) -> int:
     return tokens[0]
 
 
+def only(scope: Scope, name: str) -> Scope:
+    """A scope of one of its SAEs.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in scope.subjects:
+        raise ValueError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
+    by_name = ("subjects", "placed", "frequency")
+    chosen = {field: {k: v for k, v in getattr(scope, field).items() if k == name} for field in by_name}
+    return dataclasses.replace(scope, **chosen)
+
+
 def place_prompts(scope: Scope, prompts: Sequence[Sequence[int]]) -> jax.Array:
     """Token ids, each with its BOS, as rows [S, L] on the devices.
 
-    They are padded behind, so that each token sees what it would see alone; and with rows of PAD alone to as many as
-    the devices divide. L is a multiple of 16, so that prompts of about one length are of one shape.
+    They are `padded`, and with rows of PAD alone to as many as the devices divide.
     """
-    length = -(-max(map(len, prompts)) // 16) * 16
     rows = -(-len(prompts) // scope.mesh.size) * scope.mesh.size
-    tokens_SxL = np.full((rows, length), gemma.PAD, np.int32)
-    for row_L, prompt in zip(tokens_SxL, prompts, strict=False):
-        row_L[: len(prompt)] = prompt
+    tokens_SxL = padded([*prompts, *[[]] * (rows - len(prompts))])
     return jax.make_array_from_callback(
         tokens_SxL.shape, jax.NamedSharding(scope.mesh, sharding.TOKENS), lambda index: tokens_SxL[index]
     )
+
+
+def place_copies(scope: Scope, prompt: Sequence[int], at_least: int) -> jax.Array:
+    """The same prompt in at least so many rows [S, L], as many as the devices divide: none is of PAD alone."""
+    return place_prompts(scope, [prompt] * (-(-at_least // scope.mesh.size) * scope.mesh.size))
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Prompts as rows [N, L], padded behind, so that each token sees what it would see alone.
+
+    L is a multiple of 16, so that prompts of about one length are of one shape.
+    """
+    length = -(-max(map(len, prompts)) // 16) * 16
+    tokens_NxL = np.full((len(prompts), length), gemma.PAD, np.int32)
+    for row_L, prompt in zip(tokens_NxL, prompts, strict=True):
+        row_L[: len(prompt)] = prompt
+    return tokens_NxL
+
+
+def alone(subject: evaluation.Subject, latents: Sequence[int]) -> evaluation.Subject:
+    """A subject whose SAE has these latents alone, in this order."""
+    of, latents = subject.sae, np.asarray(latents)
+    few = {
+        "W_enc": np.asarray(of.W_enc)[:, latents],
+        **{name: np.asarray(getattr(of, name))[latents] for name in ("b_enc", "threshold", "W_dec")},
+    }
+    return dataclasses.replace(subject, sae=of.replace(**few))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
     """Which positions of placed prompts count, [S, L]: all but those of BOS, EOS and PAD."""
     return sharding.constrain(mesh, gemma.is_kept(tokens_SxL, 0), sharding.TOKENS)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def reconstruct(
+    mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array
+) -> dict[str, jax.Array]:
+    """An SAE on the first row: latents, y and its reconstruction in Gemma's dtype, ‖y‖ and ‖y − ŷ‖ / ‖y‖."""
+    highest = jax.lax.Precision.HIGHEST
+    x_LxD, y_LxO = x_SxLxD[0].astype(jnp.float32), y_SxLxO[0].astype(jnp.float32)
+    f_LxM = sae.encode(subject, x_LxD, highest)
+    recon_LxO = sae.decode(subject, f_LxM, x_LxD, highest)
+    norm_L = jnp.linalg.norm(y_LxO, axis=1)
+    found = {
+        "f_LxM": f_LxM,
+        "y_LxO": y_SxLxO[0],
+        "recon_LxO": recon_LxO.astype(y_SxLxO.dtype),
+        "norm_L": norm_L,
+        "error_L": jnp.linalg.norm(recon_LxO - y_LxO, axis=1) / norm_L,
+    }
+    return sharding.constrain(mesh, found, sharding.REPLICATED)
 
 
 def _frequencies(path: pathlib.Path, names: Mapping[str, object]) -> dict[str, np.ndarray]:

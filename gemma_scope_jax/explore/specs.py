@@ -92,7 +92,7 @@ def named(scope: Scope, edit: Edit) -> Edit:
     if not edit.sae:
         if len(scope.subjects) > 1:
             raise ValueError(
-                f"the edit {written(edit)!r} names no SAE; begin it with a colon behind one of "
+                f"the edit {written(edit)!r} names no SAE; write NAME: before it, NAME being one of "
                 f"{', '.join(scope.subjects)}"
             )
         edit = dataclasses.replace(edit, sae=next(iter(scope.subjects)))
@@ -100,18 +100,17 @@ def named(scope: Scope, edit: Edit) -> Edit:
     return edit
 
 
-def resolve(scope: Scope, specs: Sequence[Spec], rows: int = 16) -> list[Edit]:
+def resolve(scope: Scope, specs: Sequence[Spec], rows: int = activities.ROWS) -> list[Edit]:
     """Edits in units of activations, typical ones being measured on so many held-out rows where they are asked for.
 
     Raises:
       ValueError: there is no such SAE or latent, or it never fired there.
     """
-    made = [named(scope, spec.edit) for spec in specs]
-    names = {edit.sae for edit, spec in zip(made, specs, strict=True) if spec.is_typical}
-    found = activities.activity(scope, rows, sorted(names)) if names else {}
-    return [
-        dataclasses.replace(edit, add=edit.add * found[edit.sae].typical(edit.latent))
-        if spec.is_typical
-        else edit
-        for edit, spec in zip(made, specs, strict=True)
-    ]
+    made = []
+    for spec in specs:
+        edit = named(scope, spec.edit)
+        if spec.is_typical:
+            unit = activities.typical(scope, edit.sae, edit.latent, rows)
+            edit = dataclasses.replace(edit, add=edit.add * unit)
+        made.append(edit)
+    return made

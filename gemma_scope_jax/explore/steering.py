@@ -13,6 +13,8 @@ from gemma_scope_jax.explore import edits, pictures, specs, strengths
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope, open_scope
 
+NUM_TOKENS = 40  # The most that are written behind a prompt, unless another number is given.
+
 
 @dataclasses.dataclass(frozen=True)
 class Steered:
@@ -79,7 +81,7 @@ def steer(
     scope: Scope,
     prompts: str | Sequence[str],
     changes: Sequence[Edit],
-    num_tokens: int = 40,
+    num_tokens: int = NUM_TOKENS,
     temperature: float = 0.0,
     samples: int = 1,
     seed: int = 0,
@@ -128,7 +130,7 @@ def steer_path(
     path: str,
     prompts: Sequence[str],
     edit: Sequence[str],
-    num_tokens: int,
+    num_tokens: int | None,
     temperature: float,
     samples: int,
     seed: int,
@@ -147,7 +149,7 @@ def steer_path(
       path: see `opening.open_path`.
       prompts: see `steer`.
       edit: edits as `specs` writes them.
-      num_tokens: see `steer`.
+      num_tokens: see `steer`; None: `NUM_TOKENS`.
       temperature: likewise.
       samples: likewise.
       seed: likewise.
@@ -164,7 +166,11 @@ def steer_path(
       ValueError: an edit is not written as one, or options do not go together.
     """
     made = [specs.parse(text) for text in edit]
-    others = {"a prompt": prompts, "--html": html} if sweep else {"--token": tokens, "--png": png}
+    of_replies = {
+        "a prompt": prompts, "--html": html, "--chat": chat, "--temperature": temperature, "--samples": samples > 1,
+        "--num_tokens": num_tokens,
+    }  # fmt: skip
+    others = of_replies if sweep else {"--token": tokens, "--strengths": multiples, "--png": png}
     if wrong := [name for name, value in others.items() if value]:
         raise ValueError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
     if sweep:
@@ -175,7 +181,8 @@ def steer_path(
         scope = open_scope(path, **overrides)
         if not sweep:
             changes = specs.resolve(scope, made, rows)
-            steered = steer(scope, prompts, changes, num_tokens, temperature, samples, seed, chat)
+            length = NUM_TOKENS if num_tokens is None else num_tokens
+            steered = steer(scope, prompts, changes, length, temperature, samples, seed, chat)
             steered.show()
             if html:
                 steered.write_html(html)

@@ -5,6 +5,7 @@ Shapes: N strengths, S rows, L tokens, T chosen tokens.
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -93,9 +94,9 @@ class Sweep:
         axis.axvline(0, color="#9aa0a6", lw=0.8)
         axis.set_xlabel("damage: change of the loss of next tokens, nats")
         axis.set_ylabel("effect: change of the mean log-\nprobability of the tokens, nats")
-        # Tokens of the corpus are text, whatever mathematics a dollar sign may begin.
-        shown = f"{self.title}\n{' '.join(map(repr, self.tokens))}"
-        axis.set_title(shown, fontsize=8, wrap=True, parse_math=False)
+        # Text, whatever mathematics a dollar sign may begin, of which `wrap=True` would take no notice.
+        lines = (*textwrap.wrap(self.title, 90), *textwrap.wrap(" ".join(map(repr, self.tokens)), 90))
+        axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
         axis.grid(alpha=0.3)
         axis.margins(0.1)
         return figure
@@ -107,7 +108,7 @@ def sweep(
     latent: int,
     strengths: Sequence[float] = STRENGTHS,
     kind: str = "add",
-    rows: int = 8,
+    rows: int = activities.ROWS,
     tokens: Sequence[str] | None = None,
     unit: float | None = None,
 ) -> Sweep:
@@ -124,7 +125,7 @@ def sweep(
       kind: `add` or `clamp`, which tells the two apart.
       rows: of held-out text, at most all.
       tokens: texts of one token each; None: the ten that the decoder direction raises most, see `directions.logits`.
-      unit: an activation; None: the latent's typical one.
+      unit: an activation; None: the latent's typical one on the same rows.
 
     Raises:
       ValueError: there is no such SAE, latent or kind, the latent never fired, a text is not one token, or none is
@@ -137,7 +138,7 @@ def sweep(
             "least one row and strength"
         )
     chosen_T = _chosen(scope, name, latent, tokens)
-    unit = activities.typical(scope, name, latent, max(rows, 16)) if unit is None else unit
+    unit = activities.typical(scope, name, latent, rows) if unit is None else unit
     changes = [Edit(name, latent, KINDS[kind], float(strength) * unit) for strength in strengths]
     found = _measure(scope, name, changes, chosen_T, rows)
     scored_S = found["scored_S"]
