@@ -22,6 +22,7 @@ def test_a_config_is_read_with_the_fields_given(monkeypatch):
         ("quickstart", ["--config.seed=many"], "many"),
         ("quickstart", ["seed=3"], "unexpected argument 'seed=3'; fields are set by"),
         ("nothing", [], r"configs/nothing\.py"),
+        ("gemma3.py:2b", [], "unknown size '2b'; choose one of"),
         ("gemma2_2b.py:resid_mid_16k", [], "gemma2_2b has no suite 'resid_mid_16k'"),
     ],
 )

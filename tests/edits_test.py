@@ -165,15 +165,16 @@ def test_generation_with_edits_equals_running_everything_again(scope, tokens):
     write = edits.writes(scope, made)
     (reply,) = generation.generate(scope.loaded, [PROMPT], 6, temperature=0, write=write)
     clean = generation.generate(scope.loaded, [PROMPT], 6, temperature=0)[0]
-    so_far = list(PROMPT)
-    for _ in reply:
-        tokens_1xL = jnp.asarray([so_far])
-        index = jnp.arange(len(so_far))[None]
-        bound = generation.at(write, tokens_1xL, index, index < len(PROMPT))
-        x = gemma.embed(scope.loaded.model, scope.loaded.params, tokens_1xL)
-        x, _ = gemma.run_blocks(scope.loaded.model, scope.loaded.params, x, tokens_1xL, range(4), write=bound)
-        so_far.append(int(gemma.logits(scope.loaded.model, scope.loaded.params, x[:, -1]).argmax()))
-    assert reply == so_far[len(PROMPT) :]
+    # What is still to come is PAD, which no token before it sees: so all passes have one length.
+    tokens_1xL = np.array([[*PROMPT, *[gemma.PAD] * len(reply)]], np.int32)
+    index = jnp.arange(tokens_1xL.size)[None]
+    for place in range(len(PROMPT), tokens_1xL.size):
+        tokens = jnp.asarray(tokens_1xL)
+        bound = generation.at(write, tokens, index, index < len(PROMPT))
+        x = gemma.embed(scope.loaded.model, scope.loaded.params, tokens)
+        x, _ = gemma.run_blocks(scope.loaded.model, scope.loaded.params, x, tokens, range(4), write=bound)
+        tokens_1xL[0, place] = gemma.logits(scope.loaded.model, scope.loaded.params, x[:, place - 1]).argmax()
+    assert reply == tokens_1xL[0, len(PROMPT) :].tolist()
     assert reply != clean
 
 

@@ -437,15 +437,6 @@ def test_paths_that_hold_nothing_are_refused(tmp_path, run):
             ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.banks.main.widht=3"],
             "Error: the config has no field 'widht', named by --config.banks.main.widht=3; did you mean 'width'?",
         ),
-        (
-            ["train.py", "--config=configs/gemma3.py:2b", "--workdir=x"],
-            "Error: unknown size '2b'; choose one of",
-        ),
-        (["train.py", "--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
-        (
-            ["train.py", "--config=configs/quickstart.py", "--workdir=x", "--config.banks.main.layers=(18,)"],
-            "Error: layer 18 is out of range: Gemma3_270M has layers 0 to 17",
-        ),
     ],
 )
 def test_the_scripts_say_in_one_line_what_is_wrong(command, message, tmp_path):

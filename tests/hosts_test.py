@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import config, hosts, log, runs, training
+from gemma_scope_jax import config, hosts, log, report, runs, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Three members, padded to four; Gemma split over all devices; a mesh of 2 × 4.
@@ -148,18 +148,19 @@ def test_two_processes_train_what_one_trains(inputs, alone, tmp_path):
 
 def test_two_processes_evaluate_what_one_evaluates(alone, tmp_path):
     """With latents, rows and Gemma over the devices of both, and one of them alone writing and speaking."""
-    results = {}
-    for count in (1, 2):
-        out = tmp_path / f"by_{count}"
-        group = Hosts({"evaluate": {"path": str(alone), "rows": 10, "out": str(out)}}, out, count)
-        assert group.wait() == [0] * count, group.text()
-        assert all(not re.search("Evaluating|Wrote", text.read_text()) for text in group.outputs[1:])
-        results[count] = json.loads((out / "evaluation.json").read_text())["sae"]
-    assert len(results[1]) == 3
-    for name, numbers in results[1].items():
+    out = tmp_path / "by_two"
+    group = Hosts({"evaluate": {"path": str(alone), "rows": 10, "out": str(out)}}, out, 2)
+    report.evaluate_path(alone, rows=10, out=tmp_path / "by_one")  # Meanwhile, here.
+    assert group.wait() == [0, 0], group.text()
+    assert not re.search("Evaluating|Wrote", group.outputs[1].read_text())
+    by_one, by_two = (
+        json.loads((tmp_path / by / "evaluation.json").read_text())["sae"] for by in ("by_one", "by_two")
+    )
+    assert len(by_one) == 3
+    for name, numbers in by_one.items():
         for number, value in numbers.items():
             if value is not None:
-                want = results[2][name][number]
+                want = by_two[name][number]
                 np.testing.assert_allclose(want, value, rtol=1e-4, atol=1e-5, err_msg=number)
 
 

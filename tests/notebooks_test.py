@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from toys import Rows
 
-from gemma_scope_jax import data, explore, export, gemma, sae, stored, tokenizer
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import data, explore, export, gemma, opening, sae, stored, tokenizer
 from gemma_scope_jax.explore import scope
 from gemma_scope_jax.formats import common
 
@@ -58,7 +59,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
     texts = list(itertools.islice(data.documents(data.DEFAULT_TEXT), 24))
     encode = tokenizer.load("gemma3_270m", "", "").encode
-    loaded = gemma.load("gemma3_270m", "", jnp.float32, SITE.layer + 1)
+    mesh, loaded = opening.load_gemma(
+        config_lib.from_dict({"model": "gemma3_270m", "gemma_dtype": "float32"})
+    )
     people = ("woman", "girl", "mother", "queen"), ("man", "boy", "father", "king")
     prompts = [[f"The {word}" for word in words] for words in people]
     made = planted(loaded, encode, [[text[:300] for text in texts], *prompts, ["strength of our navy"]])
@@ -72,6 +75,7 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(opening, "load_gemma", lambda config: (mesh, loaded))
         patch.setattr(explore, "open_scope", open_scope)
         yield lambda name: runpy.run_path(str(NOTEBOOKS / f"{name}.py"))
 
