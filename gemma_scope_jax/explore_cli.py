@@ -5,7 +5,7 @@ Each imports what it runs when it runs: --help should not take seconds.
 
 import argparse
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gemma_scope_jax import cli
 
@@ -36,14 +36,14 @@ def _add(
 
 
 def _add_explore(commands: argparse._SubParsersAction) -> None:
-    command = _add(commands, "explore", _explore, "which latents fire on a prompt, by token and SAE")
+    command = _add(commands, "explore", run_explore, "which latents fire on a prompt, by token and SAE")
     command.add_argument("prompt")
     command.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
     command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
 
 
 def _add_flow(commands: argparse._SubParsersAction) -> None:
-    command = _add(commands, "flow", _flow, "a prompt through SAEs at many layers, with a logit lens")
+    command = _add(commands, "flow", run_flow, "a prompt through SAEs at many layers, with a logit lens")
     command.add_argument("prompt")
     command.add_argument("--answer", help="the token that the lens follows, for example ' union'")
     command.add_argument("--png", type=pathlib.Path, help="a picture to write, and beside it one of the lens")
@@ -51,7 +51,7 @@ def _add_flow(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_links(commands: argparse._SubParsersAction) -> None:
-    command = _add(commands, "links", _links, "which latents of later SAEs a latent feeds")
+    command = _add(commands, "links", run_links, "which latents of later SAEs a latent feeds")
     command.add_argument("--sae", required=True, help="the latent's")
     command.add_argument("--latent", type=int, required=True)
     command.add_argument("--to", help="only this later SAE (default: all that are)")
@@ -64,7 +64,7 @@ def _add_links(commands: argparse._SubParsersAction) -> None:
 
 def _add_attribute(commands: argparse._SubParsersAction) -> None:
     about = "which latents have a part in a prediction, and how much"
-    command = _add(commands, "attribute", _attribute, about)
+    command = _add(commands, "attribute", run_attribute, about)
     command.add_argument("prompt", nargs="?", help="the text whose next token is predicted")
     command.add_argument(
         "--prompts",
@@ -92,7 +92,7 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_steer(commands: argparse._SubParsersAction) -> None:
-    command = _add(commands, "steer", _steer, "change latents, and see what Gemma then writes")
+    command = _add(commands, "steer", run_steer, "change latents, and see what Gemma then writes")
     command.add_argument("prompts", nargs="*", help="to go on with")
     command.add_argument(
         "--edit",
@@ -135,7 +135,7 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
 
 def _add_contrast(commands: argparse._SubParsersAction) -> None:
     about = "which latents tell two sets of prompts apart, and what is left of a bias without them"
-    command = _add(commands, "contrast", _contrast, about)
+    command = _add(commands, "contrast", run_contrast, about)
     for name in ("first", "second"):
         command.add_argument(
             f"--{name}", type=pathlib.Path, required=True, help="prompts: .txt with one a line, or .jsonl"
@@ -155,7 +155,7 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
 
 def _add_dashboards(commands: argparse._SubParsersAction) -> None:
     about = "pages of what each latent fires on, which need neither server nor network"
-    command = _add(commands, "dashboards", _dashboards, about)
+    command = _add(commands, "dashboards", run_dashboards, about)
     command.add_argument("--text", help="another than the run's, as in config.data.text")
     command.add_argument("--rows", type=int, default=512, help="of held-out text to read")
     command.add_argument("--rows_per_batch", type=int, help="in one pass of the model")
@@ -173,7 +173,8 @@ def _numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
 
 
-def _explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **overrides: str | None) -> None:
+def run_explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **overrides: str | None) -> None:
+    """A prompt as the SAEs read it; see `explore.read`."""
     from gemma_scope_jax import explore
 
     reading = explore.read(explore.open_scope(path, **overrides), prompt)
@@ -183,7 +184,7 @@ def _explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **over
         _tell(html)
 
 
-def _flow(
+def run_flow(
     path: str,
     prompt: str,
     answer: str | None,
@@ -191,24 +192,20 @@ def _flow(
     html: pathlib.Path | None,
     **overrides: str | None,
 ) -> None:
+    """A prompt through the layers; see `explore.flow`."""
     from gemma_scope_jax import explore
-    from gemma_scope_jax.explore import pictures
 
     found = explore.flow(explore.open_scope(path, **overrides), prompt, answer)
     found.show()
-    if png:
-        pictures.write_png(png, found.figure())
-        _tell(png)
-        if found.lens:
-            beside = png.with_stem(f"{png.stem}_lens")
-            pictures.write_png(beside, found.lens.figure())
-            _tell(beside)
+    _write_png(png, found.figure)
+    if png and found.lens:
+        _write_png(png.with_stem(f"{png.stem}_lens"), found.lens.figure)
     if html:
         found.write_html(html)
         _tell(html)
 
 
-def _links(
+def run_links(
     path: str,
     sae: str,
     latent: int,
@@ -219,39 +216,195 @@ def _links(
     png: pathlib.Path | None,
     **overrides: str | None,
 ) -> None:
+    """What a latent feeds; see `explore.links`."""
     from gemma_scope_jax import explore
-    from gemma_scope_jax.explore import pictures
 
     found = explore.links(explore.open_scope(path, **overrides), sae, latent, to, rows, prompt)
     found.show(top)
-    if png:
-        pictures.write_png(png, found.figure())
-        _tell(png)
+    _write_png(png, found.figure)
 
 
 def _tell(written: pathlib.Path) -> None:
     print(f"Wrote {written}", flush=True)
 
 
-def _attribute(**options: object) -> None:
-    from gemma_scope_jax.explore import ablating
+def run_attribute(
+    path: str,
+    prompt: str | None,
+    prompts: pathlib.Path | None,
+    answer: str | None,
+    against: str | None,
+    token: int,
+    sae: str | None,
+    is_integrated: bool,
+    ablate: int,
+    seed: int,
+    top: int,
+    html: pathlib.Path | None,
+    png: pathlib.Path | None,
+    **overrides: str | None,
+) -> None:
+    """Attributes at one prompt, or holds attributions at many against ablation.
 
-    ablating.attribute_path(**options)
+    Args:
+      path: see `open_scope`.
+      prompt: one.
+      prompts: instead of it, a file of them; see `data.read_prompts`.
+      answer: see `attribute`, also for the next two.
+      against: see above.
+      token: see above.
+      sae: only this one; None: all.
+      is_integrated: integrated gradients, of one SAE.
+      ablate: so many latents of each prompt are taken out; 0: none.
+      seed: see `ablations`.
+      top: how many latents are shown.
+      html: a page to write.
+      png: a picture to write, of the parts or, of many prompts, of the ablations.
+      **overrides: see `opening.open_path`.
+
+    Raises:
+      ValueError: options that do not go together; see also `attribute`, `integrate` and `ablations`.
+    """
+    from gemma_scope_jax import data, explore, interrupt
+    from gemma_scope_jax.explore import pictures
+    from gemma_scope_jax.explore.scope import only
+
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give a prompt, or --prompts=FILE, and not both")
+    if prompts and (not ablate or is_integrated or html):
+        raise ValueError("--prompts goes with --ablate=N and without --integrated and --html")
+    texts = data.read_prompts(prompts) if prompts else None
+    with interrupt.ending_at_once("nothing was written"):
+        scope = explore.open_scope(path, **overrides)
+        if sae is not None:
+            scope = only(scope, sae)
+        question = {"answer": answer, "against": against, "token": token}
+        if prompts:
+            made = explore.ablations_of_prompts(scope, texts, ablate, seed, **question)
+            made.show(top)
+            _write_png(png, made.figure)
+            return
+        if is_integrated:
+            if len(scope.subjects) > 1:
+                raise ValueError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
+            found = explore.integrate(scope, prompt, next(iter(scope.subjects)), **question)
+        else:
+            found = explore.attribute(scope, prompt, **question)
+        found.show(top)
+        shown = {}
+        if ablate:
+            made = explore.ablations(scope, found, ablate, seed)
+            made.show(top)
+            shown = {"Held against ablation": pictures.png(made.figure())}
+        if html:
+            found.write_html(html, top, shown)
+            _tell(html)
+        _write_png(png, found.figure)
 
 
-def _steer(**options: object) -> None:
-    from gemma_scope_jax.explore import steering
+def _write_png(path: pathlib.Path | None, draw: Callable[[], object]) -> None:
+    from gemma_scope_jax.explore import pictures
 
-    steering.steer_path(**options)
+    if path:
+        pictures.write_png(path, draw())
+        _tell(path)
 
 
-def _contrast(**options: object) -> None:
+def run_steer(
+    path: str,
+    prompts: Sequence[str],
+    edit: Sequence[str],
+    num_tokens: int | None,
+    temperature: float,
+    samples: int,
+    seed: int,
+    chat: bool,
+    html: pathlib.Path | None,
+    sweep: bool,
+    multiples: Sequence[float] | None,
+    tokens: Sequence[str],
+    png: pathlib.Path | None,
+    rows: int,
+    **overrides: str | None,
+) -> None:
+    """`steering.steer`, or of one edit `strengths.sweep`.
+
+    Args:
+      path: see `opening.open_path`.
+      prompts: see `steer`.
+      edit: edits as `specs` writes them.
+      num_tokens: see `steer`; None: `steering.NUM_TOKENS`.
+      temperature: likewise.
+      samples: likewise.
+      seed: likewise.
+      chat: likewise.
+      html: a page to write.
+      sweep: whether the edit is swept over.
+      multiples: of the edit; None: `strengths.STRENGTHS`.
+      tokens: see `strengths.sweep`.
+      png: of the sweep's figure.
+      rows: of held-out text that typical activations are measured on, and a sweep.
+      **overrides: see `opening.open_path`.
+
+    Raises:
+      ValueError: an edit is not written as one, or options do not go together.
+    """
+    from gemma_scope_jax import explore, interrupt
+    from gemma_scope_jax.explore import specs, steering, strengths
+
+    made = [specs.parse(text) for text in edit]
+    of_replies = {
+        "a prompt": prompts, "--html": html, "--chat": chat, "--temperature": temperature, "--samples": samples > 1,
+        "--num_tokens": num_tokens,
+    }  # fmt: skip
+    others = of_replies if sweep else {"--token": tokens, "--strengths": multiples, "--png": png}
+    if wrong := [name for name, value in others.items() if value]:
+        raise ValueError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
+    if sweep:
+        _check_swept(edit, made)
+    elif not prompts:
+        raise ValueError("there is no prompt to go on with; give one, or --sweep")
+    with interrupt.ending_at_once("what is asked for is shown when all of it is there"):
+        scope = explore.open_scope(path, **overrides)
+        if not sweep:
+            changes = specs.resolve(scope, made, rows)
+            length = steering.NUM_TOKENS if num_tokens is None else num_tokens
+            steered = explore.steer(scope, prompts, changes, length, temperature, samples, seed, chat)
+            steered.show()
+            if html:
+                steered.write_html(html)
+                _tell(html)
+        else:
+            once = specs.named(scope, made[0].edit)
+            kind = "add" if once.scale else "clamp"
+            by = [once.add * multiple for multiple in multiples or strengths.STRENGTHS]
+            swept = explore.sweep(scope, once.sae, once.latent, by, kind, rows, tokens)
+            swept.show()
+            _write_png(png, swept.figure)
+
+
+def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
+    if (
+        len(made) != 1
+        or not made[0].is_typical
+        or made[0].edit.scale not in (0, 1)
+        or made[0].edit.tokens != "all"
+    ):
+        raise ValueError(
+            f"--edit is {', '.join(written)}, but a sweep is of one latent at all tokens, in typical activations; "
+            "write it as in NAME:12+t, or NAME:12=t for clamping it"
+        )
+
+
+def run_contrast(**options: object) -> None:
+    """See `audit.audit`."""
     from gemma_scope_jax.explore import audit
 
     audit.audit(**options)
 
 
-def _dashboards(top: int, **options: object) -> None:
+def run_dashboards(top: int, **options: object) -> None:
+    """See `build.build`."""
     from gemma_scope_jax import config, hosts
     from gemma_scope_jax.explore import build, dashboards
 

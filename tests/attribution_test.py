@@ -13,7 +13,7 @@ import tiny
 from scipy import special
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma, sae, sharding
+from gemma_scope_jax import evaluation, explore, explore_cli, gemma, sae, sharding
 from gemma_scope_jax.explore import ablating, attribution, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 
@@ -420,11 +420,11 @@ def test_a_browser_lists_the_latents_of_a_clicked_token(found, tmp_path):
 def command(**options):
     given = dict.fromkeys(("prompt", "prompts", "answer", "against", "sae", "html", "png"))
     given |= {"token": -1, "is_integrated": False, "ablate": 0, "seed": 0, "top": 3, "path": "run"}
-    ablating.attribute_path(**given | options)
+    explore_cli.run_attribute(**given | options)
 
 
 def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(ablating, "open_scope", lambda path: scope)
+    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
     command(prompt=TEXT, ablate=24, html=tmp_path / "a.html", png=tmp_path / "a.png")
     shown = capsys.readouterr().out
     assert f"{found.metric:.3f}" in shown and "Spearman" in shown
@@ -481,6 +481,6 @@ def test_names_are_drawn_as_text(found):
     ],
 )
 def test_options_that_do_not_go_together_are_refused(scope, monkeypatch, options, message):
-    monkeypatch.setattr(ablating, "open_scope", lambda path: scope)
+    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
     with pytest.raises(ValueError, match=message):
         command(**options)

@@ -13,8 +13,8 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, evaluation, explore, gemma, generation, passes, sharding
-from gemma_scope_jax.explore import edits, specs, steering, strengths
+from gemma_scope_jax import __main__, evaluation, explore, explore_cli, gemma, generation, passes, sharding
+from gemma_scope_jax.explore import edits, specs, strengths
 
 RESID, READ, MLP = gemma.Site("resid_post", 1), gemma.Site("mlp_in", 2), gemma.Site("mlp_out", 2)
 SUBJECTS = {
@@ -343,16 +343,16 @@ DEFAULTS = dict(
 
 
 def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(steering, "open_scope", lambda path: scope)
+    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
     latent = often("resid", values)
     edits = [f"resid:{latent}+2t@reply", "transcoder:3=ablate"]
-    steering.steer_path(**DEFAULTS | {"prompts": PROMPTS, "edit": edits, "html": tmp_path / "a.html"})
+    explore_cli.run_steer(**DEFAULTS | {"prompts": PROMPTS, "edit": edits, "html": tmp_path / "a.html"})
     unit = explore.typical(scope, "resid", latent, 4)
     assert f"resid:{latent}+{2 * unit:.6g}@reply" in (tmp_path / "a.html").read_text()
     assert "as it is" in capsys.readouterr().out
     asked = DEFAULTS | {"sweep": True, "multiples": [0.0, 2.0]}
     asked |= {"edit": [f"resid:{latent}=2t"], "png": tmp_path / "a.png"}
-    steering.steer_path(**asked)
+    explore_cli.run_steer(**asked)
     shown = capsys.readouterr().out
     assert "in the place of the activation of" in shown and f"Wrote {tmp_path / 'a.png'}" in shown
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -378,14 +378,14 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_opened(arguments, message):
     with pytest.raises(ValueError, match=message):
-        steering.steer_path(**DEFAULTS | arguments)
+        explore_cli.run_steer(**DEFAULTS | arguments)
 
 
 def test_prompts_may_stand_before_and_behind_options(monkeypatch):
     asked = ["steer", "run", "a b", "--edit=1+2t", "--edit=2=ablate", "--strengths=-1,2", "c"]
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
     called = {}
-    monkeypatch.setattr(steering, "steer_path", lambda **options: called.update(options))
+    monkeypatch.setattr(explore_cli, "run_steer", lambda **options: called.update(options))
     __main__.main()
     assert called["prompts"] == ["a b", "c"] and called["edit"] == ["1+2t", "2=ablate"]
     assert called.keys() >= DEFAULTS.keys() and called["multiples"] == [-1, 2] and called["model"] is None

@@ -5,7 +5,6 @@ Shapes: N latents taken out, S rows, L tokens, K latents of an SAE that an edit 
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -18,12 +17,12 @@ import rich.text
 from gemma import gm
 from scipy import stats
 
-from gemma_scope_jax import data, hosts, interrupt, sharding, weights
+from gemma_scope_jax import hosts, sharding, weights
 from gemma_scope_jax.explore import attribution as attribution_lib
-from gemma_scope_jax.explore import edits, integrated, pictures
+from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.attribution import Attribution, Metric
-from gemma_scope_jax.explore.scope import Scope, only, open_scope
+from gemma_scope_jax.explore.scope import Scope
 
 # Rows of a pass; the first is left as it is.
 _ROWS = 16
@@ -248,79 +247,3 @@ def _without(
         final_SxLxD, _ = edits.final_stream(scope.mesh, loaded.model, loaded.params, placed, write)
         found.append(hosts.fetch(_measured(scope.mesh, loaded.model, loaded.params, final_SxLxD, metric)))
     return np.concatenate(found)[: len(names)]
-
-
-def attribute_path(
-    path: str,
-    prompt: str | None,
-    prompts: pathlib.Path | None,
-    answer: str | None,
-    against: str | None,
-    token: int,
-    sae: str | None,
-    is_integrated: bool,
-    ablate: int,
-    seed: int,
-    top: int,
-    html: pathlib.Path | None,
-    png: pathlib.Path | None,
-    **overrides: str | None,
-) -> None:
-    """The command: attributes at one prompt, or holds attributions at many against ablation.
-
-    Args:
-      path: see `open_scope`.
-      prompt: one.
-      prompts: instead of it, a file of them; see `data.read_prompts`.
-      answer: see `attribute`, also for the next two.
-      against: see above.
-      token: see above.
-      sae: only this one; None: all.
-      is_integrated: integrated gradients, of one SAE.
-      ablate: so many latents of each prompt are taken out; 0: none.
-      seed: see `ablations`.
-      top: how many latents are shown.
-      html: a page to write.
-      png: a picture to write, of the parts or, of many prompts, of the ablations.
-      **overrides: see `opening.open_path`.
-
-    Raises:
-      ValueError: options that do not go together; see also `attribute`, `integrate` and `ablations`.
-    """
-    if (prompt is None) == (prompts is None):
-        raise ValueError("give a prompt, or --prompts=FILE, and not both")
-    if prompts and (not ablate or is_integrated or html):
-        raise ValueError("--prompts goes with --ablate=N and without --integrated and --html")
-    texts = data.read_prompts(prompts) if prompts else None
-    with interrupt.ending_at_once("nothing was written"):
-        scope = open_scope(path, **overrides)
-        if sae is not None:
-            scope = only(scope, sae)
-        question = {"answer": answer, "against": against, "token": token}
-        if prompts:
-            made = ablations_of_prompts(scope, texts, ablate, seed, **question)
-            made.show(top)
-            _write_png(png, made.figure())
-            return
-        if is_integrated:
-            if len(scope.subjects) > 1:
-                raise ValueError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
-            found = integrated.integrate(scope, prompt, next(iter(scope.subjects)), **question)
-        else:
-            found = attribution_lib.attribute(scope, prompt, **question)
-        found.show(top)
-        shown = {}
-        if ablate:
-            made = ablations(scope, found, ablate, seed)
-            made.show(top)
-            shown = {"Held against ablation": pictures.png(made.figure())}
-        if html:
-            found.write_html(html, top, shown)
-            print(f"Wrote {html}", flush=True)
-        _write_png(png, found.figure())
-
-
-def _write_png(path: pathlib.Path | None, figure: matplotlib.figure.Figure) -> None:
-    if path:
-        pictures.write_png(path, figure)
-        print(f"Wrote {path}", flush=True)

@@ -8,10 +8,10 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import generation, interrupt, page
-from gemma_scope_jax.explore import edits, pictures, specs, strengths
+from gemma_scope_jax import generation, page
+from gemma_scope_jax.explore import edits, specs
 from gemma_scope_jax.explore.edits import Edit
-from gemma_scope_jax.explore.scope import Scope, open_scope
+from gemma_scope_jax.explore.scope import Scope
 
 NUM_TOKENS = 40  # The most that are written behind a prompt, unless another number is given.
 
@@ -124,88 +124,3 @@ def steer(
         texts = [generation.reply_text(scope.tokenizer, reply) for reply in written]
         replies.append(tuple(tuple(texts[i : i + samples]) for i in range(0, len(texts), samples)))
     return Steered(scope.config.model, tuple(changes), prompts, *replies, temperature, seed)
-
-
-def steer_path(
-    path: str,
-    prompts: Sequence[str],
-    edit: Sequence[str],
-    num_tokens: int | None,
-    temperature: float,
-    samples: int,
-    seed: int,
-    chat: bool,
-    html: pathlib.Path | None,
-    sweep: bool,
-    multiples: Sequence[float] | None,
-    tokens: Sequence[str],
-    png: pathlib.Path | None,
-    rows: int,
-    **overrides: str | None,
-) -> None:
-    """The command: `steer`, or of one edit `strengths.sweep`.
-
-    Args:
-      path: see `opening.open_path`.
-      prompts: see `steer`.
-      edit: edits as `specs` writes them.
-      num_tokens: see `steer`; None: `NUM_TOKENS`.
-      temperature: likewise.
-      samples: likewise.
-      seed: likewise.
-      chat: likewise.
-      html: a page to write.
-      sweep: whether the edit is swept over.
-      multiples: of the edit; None: `strengths.STRENGTHS`.
-      tokens: see `strengths.sweep`.
-      png: of the sweep's figure.
-      rows: of held-out text that typical activations are measured on, and a sweep.
-      **overrides: see `opening.open_path`.
-
-    Raises:
-      ValueError: an edit is not written as one, or options do not go together.
-    """
-    made = [specs.parse(text) for text in edit]
-    of_replies = {
-        "a prompt": prompts, "--html": html, "--chat": chat, "--temperature": temperature, "--samples": samples > 1,
-        "--num_tokens": num_tokens,
-    }  # fmt: skip
-    others = of_replies if sweep else {"--token": tokens, "--strengths": multiples, "--png": png}
-    if wrong := [name for name, value in others.items() if value]:
-        raise ValueError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
-    if sweep:
-        _check_swept(edit, made)
-    elif not prompts:
-        raise ValueError("there is no prompt to go on with; give one, or --sweep")
-    with interrupt.ending_at_once("what is asked for is shown when all of it is there"):
-        scope = open_scope(path, **overrides)
-        if not sweep:
-            changes = specs.resolve(scope, made, rows)
-            length = NUM_TOKENS if num_tokens is None else num_tokens
-            steered = steer(scope, prompts, changes, length, temperature, samples, seed, chat)
-            steered.show()
-            if html:
-                steered.write_html(html)
-        else:
-            once = specs.named(scope, made[0].edit)
-            kind = "add" if once.scale else "clamp"
-            by = [once.add * multiple for multiple in multiples or strengths.STRENGTHS]
-            swept = strengths.sweep(scope, once.sae, once.latent, by, kind, rows, tokens)
-            swept.show()
-            if png:
-                pictures.write_png(png, swept.figure())
-        if html or png:
-            print(f"Wrote {html or png}", flush=True)
-
-
-def _check_swept(written: Sequence[str], made: Sequence[specs.Spec]) -> None:
-    if (
-        len(made) != 1
-        or not made[0].is_typical
-        or made[0].edit.scale not in (0, 1)
-        or made[0].edit.tokens != "all"
-    ):
-        raise ValueError(
-            f"--edit is {', '.join(written)}, but a sweep is of one latent at all tokens, in typical activations; "
-            "write it as in NAME:12+t, or NAME:12=t for clamping it"
-        )
