@@ -16,7 +16,7 @@ from gemma_scope_jax.explore import scope as scope_lib
 
 RUN, SITES = "runs/quickstart", "runs/sites"
 NOTEBOOKS = pathlib.Path("docs/notebooks")
-ROWS = 128  # To pick a latent on, and as many to measure it on.
+ROWS = 256  # To pick a latent on, and as many to measure it on.
 RANDOM = 20  # Latents that it is held against.
 PROMPT, ANSWER = "Fellow citizens of the Senate and of the House of", " Representatives"
 # Professions, by whether Gemma and the censuses have more women or men in them.
@@ -66,18 +66,18 @@ def latent() -> tuple[list[str], dict]:
         )
         return detection.detect(scope.mesh, scope.loaded, {name: subject}, rows, *options)[name]
 
-    scored = detect(subject, batches[0], 100).latents
-    best = max(scored, key=lambda one: one.auroc)
-    others = [one.latent for one in scored if one is not best]
-    # Of those that can be scored on the other rows too, which takes firings in both halves of their documents.
-    drawn = np.random.default_rng(0).permutation(others).tolist()
-    chosen = [best.latent, *drawn]
-    again = detect(scope_lib.alone(subject, chosen), batches[1], len(chosen)).latents
-    by_latent = {chosen[one.latent]: one for one in again}
-    random = [by_latent[latent] for latent in drawn if latent in by_latent][:RANDOM]
-    picked = by_latent[best.latent]
+    first = {one.latent: one for one in detect(subject, batches[0], 100).latents}
+    latents = list(first)
+    other = {
+        latents[one.latent]: one
+        for one in detect(scope_lib.alone(subject, latents), batches[1], len(latents)).latents
+    }
+    # Of those that fire often enough on both to be scored; how well they are there has no part in the choice.
+    best = max(other, key=lambda latent: first[latent].auroc)
+    drawn = np.random.default_rng(0).permutation([latent for latent in other if latent != best])[:RANDOM]
+    picked, random = other[best], [other[latent] for latent in drawn.tolist()]
     unseen = dataclasses.replace(scope, held_out=lambda: ends[1])
-    look = explore.look_at(unseen, name, best.latent, rows=ROWS)
+    look = explore.look_at(unseen, name, best, rows=ROWS)
     pictures.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
     with tempfile.TemporaryDirectory() as scratch:
         command = f"python -m gemma_scope_jax dashboards {RUN}"
@@ -85,9 +85,9 @@ def latent() -> tuple[list[str], dict]:
     return ["make quickstart", command], {
         "sae": name,
         "rows": ROWS,
-        "scored": len(scored),
-        "latent": best.latent,
-        "auroc_picked_on": best.auroc,
+        "scored": len(other),
+        "latent": best,
+        "auroc_picked_on": first[best].auroc,
         "auroc": picked.auroc,
         "control": picked.control,
         "random": [one.auroc for one in random],
@@ -270,9 +270,10 @@ def latent_table(numbers: dict) -> str:
             f"| their lowest and highest | {min(random):.3f}, {max(random):.3f} "
             f"| {min(control):.3f}, {max(control):.3f} |",
             "",
-            f"As high are {better or 'none'} of the {len(random)}. On the firing token its description has "
-            f"{on}; before "
-            f"it {before}. Dashboards of all {numbers['latents']:,} latents on 512 rows take "
+            f"Of the {len(random)}, {better or 'none'} reach{'es' if better == 1 else ''} as much. On the "
+            "firing token its "
+            f"description has {on}; before it {before}. Dashboards of all {numbers['latents']:,} latents on "
+            "512 rows take "
             f"{numbers['dashboards_s'] / 60:.1f} minutes on two cores, and "
             f"{numbers['dashboards_peak_bytes'] / 1e9:.1f} GB.",
         ]

@@ -110,7 +110,6 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--chat", action="store_true", help="a prompt is a user's turn, to be answered")
     command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
     command.add_argument("--text", help="another than the run's to measure on, as in config.data.text")
-    command.add_argument("--rows", type=int, default=16, help="of held-out text to measure on")
     sweep = command.add_argument_group("in place of replies")
     sweep.add_argument(
         "--sweep", action="store_true", help="measure the edit NAME:LATENT+t, or =t, at several strengths"
@@ -130,6 +129,7 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
         metavar="TEXT",
         help="one whose likelihood is looked at; may be repeated (default: what the decoder raises most)",
     )
+    sweep.add_argument("--rows", type=int, help="of held-out text to measure on (default: 16)")
     sweep.add_argument("--png", type=pathlib.Path, help="a figure to write, too")
 
 
@@ -324,7 +324,7 @@ def run_steer(
     multiples: Sequence[float] | None,
     tokens: Sequence[str],
     png: pathlib.Path | None,
-    rows: int,
+    rows: int | None,
     **overrides: str | None,
 ) -> None:
     """`steering.steer`, or of one edit `strengths.sweep`.
@@ -343,7 +343,7 @@ def run_steer(
       multiples: of the edit; None: `strengths.STRENGTHS`.
       tokens: see `strengths.sweep`.
       png: of the sweep's figure.
-      rows: of held-out text that typical activations are measured on, and a sweep.
+      rows: see `strengths.sweep`; None: `strengths.ROWS`.
       **overrides: see `opening.open_path`.
 
     Raises:
@@ -357,7 +357,9 @@ def run_steer(
         "a prompt": prompts, "--html": html, "--chat": chat, "--temperature": temperature, "--samples": samples > 1,
         "--num_tokens": num_tokens,
     }  # fmt: skip
-    others = of_replies if sweep else {"--token": tokens, "--strengths": multiples, "--png": png}
+    others = (
+        of_replies if sweep else {"--token": tokens, "--strengths": multiples, "--rows": rows, "--png": png}
+    )
     if wrong := [name for name, value in others.items() if value]:
         raise ValueError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
     if sweep:
@@ -367,7 +369,7 @@ def run_steer(
     with interrupt.ending_at_once("what is asked for is shown when all of it is there"):
         scope = explore.open_scope(path, **overrides)
         if not sweep:
-            changes = specs.resolve(scope, made, rows)
+            changes = specs.resolve(scope, made)
             length = steering.NUM_TOKENS if num_tokens is None else num_tokens
             steered = explore.steer(scope, prompts, changes, length, temperature, samples, seed, chat)
             steered.show()
@@ -378,7 +380,9 @@ def run_steer(
             once = specs.named(scope, made[0].edit)
             kind = "add" if once.scale else "clamp"
             by = [once.add * multiple for multiple in multiples or strengths.STRENGTHS]
-            swept = explore.sweep(scope, once.sae, once.latent, by, kind, rows, tokens)
+            swept = explore.sweep(
+                scope, once.sae, once.latent, by, kind, strengths.ROWS if rows is None else rows, tokens
+            )
             swept.show()
             _write_png(png, swept.figure)
 

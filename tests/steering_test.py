@@ -271,6 +271,7 @@ def test_a_browser_shows_replies_beside_each_other(tmp_path):
     ("arguments", "message"),
     [
         ({"prompts": []}, "there is no prompt"),
+        ({"prompts": ["a", ""]}, "prompt 1 is empty"),
         ({"changes": []}, "there is no change"),
         ({"samples": 0}, "samples must be at least 1"),
         ({"samples": 2}, "with several the temperature above 0"),
@@ -338,7 +339,7 @@ def test_typical_activations_are_measured_for_edits_that_ask_for_them(scope, val
 
 DEFAULTS = dict(
     path="run", prompts=[], num_tokens=None, temperature=0.0, samples=1, seed=0, chat=False, html=None, sweep=False,
-    multiples=None, tokens=[], png=None, rows=4,
+    multiples=None, tokens=[], png=None, rows=None,
 )  # fmt: skip
 
 
@@ -347,10 +348,10 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
     latent = often("resid", values)
     edits = [f"resid:{latent}+2t@reply", "transcoder:3=ablate"]
     explore_cli.run_steer(**DEFAULTS | {"prompts": PROMPTS, "edit": edits, "html": tmp_path / "a.html"})
-    unit = explore.typical(scope, "resid", latent, 4)
+    unit = explore.typical(scope, "resid", latent)
     assert f"resid:{latent}+{2 * unit:.6g}@reply" in (tmp_path / "a.html").read_text()
     assert "as it is" in capsys.readouterr().out
-    asked = DEFAULTS | {"sweep": True, "multiples": [0.0, 2.0]}
+    asked = DEFAULTS | {"sweep": True, "multiples": [0.0, 2.0], "rows": 4}
     asked |= {"edit": [f"resid:{latent}=2t"], "png": tmp_path / "a.png"}
     explore_cli.run_steer(**asked)
     shown = capsys.readouterr().out
@@ -367,6 +368,7 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
         ({"edit": ["1+t"], "sweep": True, "prompts": ["a"]}, "a prompt is not for --sweep"),
         ({"edit": ["1+t"], "png": "a.png", "prompts": ["a"]}, "--png is only for --sweep"),
         ({"edit": ["1+t"], "multiples": [1.0], "prompts": ["a"]}, "--strengths is only for --sweep"),
+        ({"edit": ["1+t"], "rows": 4, "prompts": ["a"]}, "--rows is only for --sweep"),
         ({"edit": ["1+t"], "sweep": True, "chat": True}, "--chat is not for --sweep"),
         ({"edit": ["1+t"], "sweep": True, "samples": 2}, "--samples is not for --sweep"),
         ({"edit": ["1+t"], "sweep": True, "num_tokens": 3}, "--num_tokens is not for --sweep"),

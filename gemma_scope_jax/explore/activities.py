@@ -9,7 +9,7 @@ from gemma_scope_jax import evaluation, opening, sae
 from gemma_scope_jax.explore import dashboards, edits
 from gemma_scope_jax.explore.scope import Scope, alone
 
-ROWS = 16  # Of held-out text, unless more or fewer are asked for.
+ROWS = 64  # Of held-out text, unless more or fewer are asked for: a rare latent fires a few dozen times.
 # Of what dashboards gather only the sums are wanted.
 _LEAST = dashboards.Options(top=1, sample=1, before=1, after=0)
 

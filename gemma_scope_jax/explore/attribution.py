@@ -195,7 +195,7 @@ class Attribution:
             axis.set_title(title, fontsize=10)
             pictures.label_tokens(axis, self.tokens)
         pictures.label_rows(axes[0, 0], names)
-        figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01)
+        figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01).set_label("part, logits", fontsize=8)
         figure.suptitle(f"{self.question}: {self.metric:.3f}", fontsize=10, parse_math=False)
         return figure
 

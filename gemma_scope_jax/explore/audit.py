@@ -9,7 +9,7 @@ import numpy as np
 from gemma_scope_jax import data, files, interrupt
 from gemma_scope_jax.explore import contrasts, pictures
 from gemma_scope_jax.explore.contrasts import At, Contrast
-from gemma_scope_jax.explore.correction import Correction, correct
+from gemma_scope_jax.explore.correction import Correction, behaviour, correct
 from gemma_scope_jax.explore.scope import one_token, open_scope
 
 
@@ -70,6 +70,13 @@ def audit(
         scope = open_scope(path, **overrides)
         for text in () if answer is None else (answer, against):
             one_token(scope, text)
+        if measured:
+            print(
+                f"Latents are found on {len(choosing[0])} and {len(choosing[1])} prompts drawn at random; the "
+                "others are "
+                "to measure what they do.",
+                flush=True,
+            )
         found, corrected = contrasts.contrast(scope, *choosing, at, rate, is_paired, seed), None
         found.show()
         if out is not None:  # Now: what follows takes its time, and may be refused.
@@ -81,7 +88,13 @@ def audit(
             if out is not None:
                 corrected.write_json(out / "correction.json")
         elif measured:
-            print("There is nothing to ablate.", flush=True)
+            first, second = (behaviour(scope, prompts, answer, against).mean() for prompts in measured)
+            print(
+                f"The logit of {answer!r} less that of {against!r} is {first:.3f} and {second:.3f} behind the "
+                "others, a gap "
+                f"of {first - second:.3f}. There is nothing to ablate.",
+                flush=True,
+            )
         if out is not None:
             print(f"Wrote {out}", flush=True)
         return found, corrected

@@ -65,6 +65,11 @@ class Contrast:
     of: Mapping[str, Latents]  # by SAE
 
     @property
+    def size(self) -> str:
+        """What says how far apart the sets are: of pairs the share in which the first's value is larger."""
+        return "pairs won" if self.is_paired else "AUROC"
+
+    @property
     def tested(self) -> int:
         """Latents of all SAEs that fire in any prompt."""
         return sum(int(one.is_tested_M.sum()) for one in self.of.values())
@@ -117,8 +122,9 @@ class Contrast:
             latents = self.latents(name)
             if not latents and len(self.of) > 1:
                 continue
-            table = rich.table.Table(title=rich.text.Text(f"{name}: {counted(len(latents))} found"))
-            for heading in ("latent", "AUROC", "q", "first", "second", "in first", "in second"):
+            shown = f", {top} shown" if len(latents) > top else ""
+            table = rich.table.Table(title=rich.text.Text(f"{name}: {counted(len(latents))} found{shown}"))
+            for heading in ("latent", self.size, "q", "first", "second", "in first", "in second"):
                 table.add_column(heading, justify="right")
             for i in latents[:top]:
                 table.add_row(
@@ -137,16 +143,22 @@ class Contrast:
             for is_shown_M, color in ((one.is_tested_M & ~is_found_M, "#9aa0a6"), (is_found_M, "#1a73e8")):
                 y = -np.log10(one.q_M[is_shown_M])
                 axis.scatter(one.auroc_M[is_shown_M], y, s=12, color=color, alpha=0.5, linewidths=0)
-        for place, (name, latent) in enumerate(self.found()[:label]):
-            at = self.of[name].auroc_M[latent], -np.log10(self.of[name].q_M[latent])
-            text = str(latent) if len(self.of) == 1 else f"{name} {latent}"
-            # Many have one q and nearly one AUROC: their numbers go above each other.
+        # Many have one q and nearly one AUROC: those that lie together have one label.
+        together: dict[tuple[float, float], list[tuple[str, int]]] = {}
+        for name, latent in self.found()[:label]:
+            place = self.of[name].auroc_M[latent], -np.log10(self.of[name].q_M[latent])
+            near = next((at for at in together if np.hypot(at[0] - place[0], at[1] - place[1]) < 0.12), place)
+            together.setdefault(near, []).append((name, latent))
+        for (x, y), latents in together.items():
+            names = [str(latent) if len(self.of) == 1 else f"{name} {latent}" for name, latent in latents]
+            lines = "\n".join(names[:3] + [f"and {len(names) - 3} more"] * (len(names) > 3))
             style = {"textcoords": "offset points", "fontsize": 7, "parse_math": False}
-            axis.annotate(text, at, (3, 3 + 8 * (place % 5)), **style)
+            side = {"xytext": (-5, -3), "ha": "right"} if x > 0.5 else {"xytext": (5, -3), "ha": "left"}
+            axis.annotate(lines, (x, y), va="top", **style, **side)
         axis.axhline(-np.log10(self.rate), color="#d93025", lw=0.8)
         axis.set_xlim(-0.08, 1.08)
         axis.margins(y=0.12)  # Room for the numbers.
-        axis.set_xlabel("AUROC: ← larger in the second set, larger in the first →")
+        axis.set_xlabel(f"{self.size}: ← larger in the second set, larger in the first →")
         axis.set_ylabel("−log₁₀ q")
         axis.set_title(
             f"{len(self.found()):,} of {self.tested:,} latents at a rate of {self.rate:g}", fontsize=10

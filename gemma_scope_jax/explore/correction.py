@@ -93,14 +93,19 @@ class Correction:
         """How many random sets narrow the gap by as much."""
         return sum(self.narrowed(one) >= self.narrowed(self.ablated) for one in self.random)
 
+    @property
+    def strength(self) -> float:
+        """How strongly the latents of random sets fire, of how strongly those ablated do."""
+        return float(np.mean([one.activation for one in self.random])) / (self.ablated.activation or 1.0)
+
     def about(self) -> str:
-        """What came out, in two sentences."""
+        """What came out, in three sentences."""
         share = self.ablated.gap / self.clean.gap if self.clean.gap else float("nan")
         p = (1 + self.as_good) / (1 + len(self.random))
         return (
             f"Without {counted(len(self.latents))} the gap is {self.ablated.gap:.3f} instead of "
             f"{self.clean.gap:.3f}, {share:.0%} of it. {self.as_good} of {len(self.random)} random sets narrow it by "
-            f"as much (p = {p:.2g})."
+            f"as much (p = {p:.2g}). They fire {self.strength:.0%} as strongly."
         )
 
     def show(self) -> None:

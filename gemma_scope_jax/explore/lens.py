@@ -85,7 +85,7 @@ class Lens:
     @property
     def rows(self) -> tuple[str, ...]:
         """Labels of the rows of a grid."""
-        return ("output", *self.layers[::-1])
+        return ("Gemma's own", *self.layers[::-1])
 
     def figure(self) -> matplotlib.figure.Figure:
         """Two grids of tokens × layers: the likeliest next token, the darker the likelier, of streams above.

@@ -179,8 +179,9 @@ async function showLatent(latent) {
 function failed(error) { place("status").textContent = error.message; }
 function openHash() {
   const text = location.hash.slice(1);
-  if (/^\d+$/.test(text) && +text < width) showLatent(+text).catch(failed);
-  return shownLatent !== null;
+  if (!/^\d+$/.test(text)) return;
+  if (+text < width) showLatent(+text).catch(failed);
+  else failed(new Error(`there is no latent ${text}; there are 0 to ${(width - 1).toLocaleString("en")}`));
 }
 function openFirst(latent) { if (shownLatent === null && latent !== undefined) showLatent(latent).catch(failed); }
 

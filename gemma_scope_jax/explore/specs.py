@@ -100,8 +100,8 @@ def named(scope: Scope, edit: Edit) -> Edit:
     return edit
 
 
-def resolve(scope: Scope, specs: Sequence[Spec], rows: int = activities.ROWS) -> list[Edit]:
-    """Edits in units of activations, typical ones being measured on so many held-out rows where they are asked for.
+def resolve(scope: Scope, specs: Sequence[Spec]) -> list[Edit]:
+    """Edits in units of activations, typical ones being measured where they are asked for.
 
     Raises:
       ValueError: there is no such SAE or latent, or it never fired there.
@@ -110,7 +110,7 @@ def resolve(scope: Scope, specs: Sequence[Spec], rows: int = activities.ROWS) ->
     for spec in specs:
         edit = named(scope, spec.edit)
         if spec.is_typical:
-            unit = activities.typical(scope, edit.sae, edit.latent, rows)
+            unit = activities.typical(scope, edit.sae, edit.latent)
             edit = dataclasses.replace(edit, add=edit.add * unit)
         made.append(edit)
     return made

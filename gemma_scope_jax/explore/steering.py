@@ -110,6 +110,8 @@ def steer(
             f"samples is {samples}, temperature {temperature:g}; samples must be at least 1, and with several the "
             "temperature above 0, or they would all be the same"
         )
+    if empty := [number for number, text in enumerate(prompts) if not text]:
+        raise ValueError(f"prompt {empty[0]} is empty; give a text of at least one token")
     as_prompt = generation.chat_prompt if chat else generation.text_prompt
     tokens = [as_prompt(scope.tokenizer, prompt) for prompt in prompts for _ in range(samples)]
     # Unchanged it is the same compiled program, with latents that keep their values: only edits make a difference.

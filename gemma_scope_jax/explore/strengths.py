@@ -35,6 +35,7 @@ from gemma_scope_jax.explore.scope import Scope, one_token
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 # What a latent becomes by a strength: its scale, and so many times the strength is added.
 KINDS = {"add": 1.0, "clamp": 0.0}
+ROWS = 16  # Of held-out text that predictions are measured on, unless more or fewer are asked for.
 _RAISED = 10  # Tokens whose log-probability is looked at where none are given.
 
 
@@ -108,7 +109,7 @@ def sweep(
     latent: int,
     strengths: Sequence[float] = STRENGTHS,
     kind: str = "add",
-    rows: int = activities.ROWS,
+    rows: int = ROWS,
     tokens: Sequence[str] | None = None,
     unit: float | None = None,
 ) -> Sweep:
@@ -125,7 +126,7 @@ def sweep(
       kind: `add` or `clamp`, which tells the two apart.
       rows: of held-out text, at most all.
       tokens: texts of one token each; None: the ten that the decoder direction raises most, see `directions.logits`.
-      unit: an activation; None: the latent's typical one on the same rows.
+      unit: an activation; None: the latent's typical one, whatever `rows` is.
 
     Raises:
       ValueError: there is no such SAE, latent or kind, the latent never fired, a text is not one token, or none is
@@ -138,7 +139,7 @@ def sweep(
             "least one row and strength"
         )
     chosen_T = _chosen(scope, name, latent, tokens)
-    unit = activities.typical(scope, name, latent, rows) if unit is None else unit
+    unit = activities.typical(scope, name, latent) if unit is None else unit
     changes = [Edit(name, latent, KINDS[kind], float(strength) * unit) for strength in strengths]
     found = _measure(scope, name, changes, chosen_T, rows)
     scored_S = found["scored_S"]
