@@ -56,7 +56,7 @@ def logits(mesh: jax.sharding.Mesh, loaded: gemma.Gemma, directions_MxD: np.ndar
     """What each direction does to the next token if it alone is the stream: final norm, unembedding, soft-cap."""
     params = {name: loaded.params[name] for name in ("embedder", "final_norm")}
     table = params["embedder"]["input_embedding"]
-    chunk = -(-max(_LOGITS // len(table), 1) // mesh.size) * mesh.size
+    chunk = -(-min(max(_LOGITS // len(table), 1), len(directions_MxD)) // mesh.size) * mesh.size
     placed = jax.NamedSharding(mesh, sharding.TOKENS)
     parts = []
     for start in range(0, len(directions_MxD), chunk):
