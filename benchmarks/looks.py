@@ -19,11 +19,10 @@ NOTEBOOKS = pathlib.Path("docs/notebooks")
 ROWS = 256  # To pick a latent on, and as many to measure it on.
 RANDOM = 20  # Latents that it is held against.
 PROMPT, ANSWER = "Fellow citizens of the Senate and of the House of", " Representatives"
-# Professions, by whether Gemma and the censuses have more women or men in them.
+# Professions that are thought of as women's, and as men's.
 PROFESSIONS = (
-    "nurse secretary librarian receptionist nanny maid hairdresser dancer teacher typist housekeeper "
-    "seamstress midwife "
-    "babysitter cleaner cashier florist nutritionist therapist counselor stylist caregiver",
+    "nurse secretary librarian receptionist nanny maid hairdresser dancer teacher typist housekeeper seamstress "
+    "midwife babysitter cleaner cashier florist nutritionist therapist counselor stylist caregiver",
     "engineer carpenter plumber mechanic soldier general captain doctor lawyer judge pilot surgeon farmer miner "
     "blacksmith butcher sailor programmer architect electrician firefighter sheriff banker senator governor",
 )
@@ -256,11 +255,10 @@ def latent_table(numbers: dict) -> str:
     on, before = (" ".join(f"`{word}`" for word in numbers["words"][part]) for part in ("on", "before"))
     return "\n".join(
         [
-            f"Of {numbers['scored']} latents of the quickstart's SAE that `detect` scores on {rows} held-out "
-            "rows, it "
-            f"describes latent {latent} best, with an AUROC of {numbers['auroc_picked_on']:.3f}. The picture "
-            "and what "
-            f"follows are of {rows} other rows, of other documents:",
+            f"Of {numbers['scored']} latents of the quickstart's SAE that fire often enough to be scored on both of two "
+            f"parts of the held-out text, `detect` describes latent {latent} best on the first, {rows} rows: AUROC "
+            f"{numbers['auroc_picked_on']:.3f}. The picture and what follows are of the second, as many rows of other "
+            "documents:",
             "",
             "| | AUROC | by another latent's description |",
             "|---|---|---|",
@@ -270,11 +268,9 @@ def latent_table(numbers: dict) -> str:
             f"| their lowest and highest | {min(random):.3f}, {max(random):.3f} "
             f"| {min(control):.3f}, {max(control):.3f} |",
             "",
-            f"Of the {len(random)}, {better or 'none'} reach{'es' if better == 1 else ''} as much. On the "
-            "firing token its "
-            f"description has {on}; before it {before}. Dashboards of all {numbers['latents']:,} latents on "
-            "512 rows take "
-            f"{numbers['dashboards_s'] / 60:.1f} minutes on two cores, and "
+            f"Of the {len(random)}, {better or 'none'} reach{'es' if better == 1 else ''} as much. On the firing "
+            f"token its description has {on}; before it {before}. Dashboards of all {numbers['latents']:,} latents "
+            f"on 512 rows take {numbers['dashboards_s'] / 60:.1f} minutes on two cores, and "
             f"{numbers['dashboards_peak_bytes'] / 1e9:.1f} GB.",
         ]
     )
@@ -318,12 +314,9 @@ def attribution_table(numbers: dict) -> str:
     lines += [
         "",
         f"The parts of gradient times activation are off y · g by {off:.1e} of its largest at most. Integrated "
-        "gradients "
-        f"leave a gap of {gap:.1e} of the gain at most, with {min(nodes)} to {max(nodes)} nodes. Of the same "
-        "latents, Pearson "
-        f"with ablation is {r:.3f} for integrated gradients and {plain:.3f} for the plain gradient, in the "
-        "mean over the "
-        "prompts.",
+        f"gradients leave a gap of {gap:.1e} of the gain at most, with {min(nodes)} to {max(nodes)} nodes. Of the "
+        f"same latents, Pearson with ablation is {r:.3f} for integrated gradients and {plain:.3f} for the plain "
+        "gradient, in the mean over the prompts.",
     ]
     return "\n".join(lines)
 
@@ -340,8 +333,7 @@ def steering_table(numbers: dict) -> str:
     lines += [
         "",
         f"On {tokens}, which its decoder raises most, and on {sweep['predictions']:,} predictions of "
-        f"{sweep['rows']} rows, "
-        f"whose loss is {sweep['clean_loss']:.3f}:",
+        f"{sweep['rows']} rows, whose loss is {sweep['clean_loss']:.3f}:",
         "",
         f"| times {sweep['unit']:.4g} added | effect, nats | damage, nats |",
         "|---|---|---|",
@@ -361,17 +353,15 @@ def bias_table(numbers: dict) -> str:
     random = of["random"]
     lines = [
         f"On {of['prompts'][0]} and {of['prompts'][1]} of the prompts {of['tested']} latents fire. Found are "
-        f"{found}. On the "
-        "others:",
+        f"{found}. On the others:",
         "",
         "| ablated | women | men | gap | change of the gap | delta loss, nats |",
         "|---|---|---|---|---|---|",
         f"| nothing | {of['first'][0]:.3f} | {of['second'][0]:.3f} | {of['gap'][0]:.3f} ± {of['gap_se']:.3f} | | |",
         f"| {len(of['found'])} latents found | {of['first'][1]:.3f} | {of['second'][1]:.3f} | {of['gap'][1]:.3f} "
         f"| {of['change']:.3f} ± {of['change_se']:.3f} | {of['delta_loss']:.4f} ± {of['delta_loss_se']:.4f} |",
-        f"| {len(random)} random sets | | | {of['gap'][0] + np.mean(random):.3f} | {np.mean(random):.3f} in "
-        "the mean, "
-        f"{min(random):.3f} to {max(random):.3f} | {np.mean(of['random_delta_loss']):.4f}, mean of "
+        f"| {len(random)} random sets | | | {of['gap'][0] + np.mean(random):.3f} | {np.mean(random):.3f} in the "
+        f"mean, {min(random):.3f} to {max(random):.3f} | {np.mean(of['random_delta_loss']):.4f}, mean of "
         f"{len(of['random_delta_loss'])} |",
         "",
     ]
@@ -382,8 +372,7 @@ def bias_table(numbers: dict) -> str:
         count, share = len(one["found"]), one["gap"][1] / one["gap"][0]
         lines.append(
             f"- {label}: {count} found; {share:.0%} of a gap of {one['gap'][0]:.3f} is left, and "
-            f"{one['as_good'] or 'none'} of "
-            f"{len(one['random'])} random sets narrow it by as much."
+            f"{one['as_good'] or 'none'} of {len(one['random'])} random sets narrow it by as much."
         )
     return "\n".join(lines)
 
@@ -410,8 +399,7 @@ def links_table(numbers: dict) -> str:
     return "\n".join(
         [
             f"Correlations with what ablation does, median (lowest to highest) over {len(numbers['latents'])} "
-            "latents of the "
-            f"residual stream behind layer 6 drawn of those that fire, on {numbers['rows']} rows:",
+            f"latents of the residual stream behind layer 6 drawn of those that fire, on {numbers['rows']} rows:",
             "",
             *lines,
         ]

@@ -464,11 +464,12 @@ def test_where_nothing_fires_there_is_nothing_to_take_out(tiny_gemma):
         explore.ablations(scope, found)
 
 
-def test_names_are_drawn_as_text(found):
+def test_names_are_drawn_as_text(found, capsys):
     parts = {r"$\q$ [/]": next(iter(found.parts.values()))}
     named = dataclasses.replace(found, parts=parts, answer=(1, r"$\q$"))
-    pictures.png(named.figure())
+    assert pictures.png(named.figure()).startswith(b"\x89PNG")  # As mathematics it would raise.
     named.show()
+    assert r"$\q$ [/]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,9 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     # Without an answer all prompts are contrasted and nothing is ablated or written.
     shown = main("--at=last", "--paired")
     assert re.search(r"latents tell 20 pairs\s+apart", shown) and "gap" not in shown
+    # At so low a rate nothing is found: the gap is told all the same.
+    shown = main("--answer=x", "--against=y", "--rate=0.00005")
+    assert "There is nothing to ablate" in shown and "a gap of" in shown
     for flags, message in (
         (("--answer=x",), "--answer and --against go together"),
         (("--top=3",), "--top says how many"),

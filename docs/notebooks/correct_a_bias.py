@@ -23,7 +23,7 @@ women, men = ([template.format(word) for word in words.split()] for words in (wo
 # %%
 asked = (" she", " he")
 gap = explore.behaviour(scope, women, *asked).mean() - explore.behaviour(scope, men, *asked).mean()
-print(f"{gap:.3f} nats lie between the sets")
+print(f"a gap of {gap:.3f} between the sets")
 
 # %% [markdown]
 # On half of the prompts: latents that fire differently, by rank tests whose false discoveries are held to 5 %.

@@ -10,7 +10,7 @@ from gemma_scope_jax import data, files, interrupt
 from gemma_scope_jax.explore import contrasts, pictures
 from gemma_scope_jax.explore.contrasts import At, Contrast
 from gemma_scope_jax.explore.correction import Correction, behaviour, correct
-from gemma_scope_jax.explore.scope import one_token, open_scope
+from gemma_scope_jax.explore.scope import Scope, one_token, open_scope
 
 
 def audit(
@@ -71,33 +71,43 @@ def audit(
         for text in () if answer is None else (answer, against):
             one_token(scope, text)
         if measured:
-            print(
-                f"Latents are found on {len(choosing[0])} and {len(choosing[1])} prompts drawn at random; the "
-                "others are "
-                "to measure what they do.",
-                flush=True,
-            )
+            sizes = f"{len(choosing[0])} and {len(choosing[1])} prompts"
+            print(f"Latents are found on {sizes} drawn at random, and measured on the others.", flush=True)
         found, corrected = contrasts.contrast(scope, *choosing, at, rate, is_paired, seed), None
         found.show()
         if out is not None:  # Now: what follows takes its time, and may be refused.
             found.write_json(out / "contrast.json")
             pictures.write_png(out / "contrast.png", found.figure())
-        if measured and found.found():
-            corrected = correct(scope, found, answer, against, *measured, top, seed=seed)
-            corrected.show()
-            if out is not None:
-                corrected.write_json(out / "correction.json")
-        elif measured:
-            first, second = (behaviour(scope, prompts, answer, against).mean() for prompts in measured)
-            print(
-                f"The logit of {answer!r} less that of {against!r} is {first:.3f} and {second:.3f} behind the "
-                "others, a gap "
-                f"of {first - second:.3f}. There is nothing to ablate.",
-                flush=True,
-            )
+        if measured:
+            corrected = _correct(scope, found, answer, against, measured, top, seed)
+        if corrected and out is not None:
+            corrected.write_json(out / "correction.json")
         if out is not None:
             print(f"Wrote {out}", flush=True)
         return found, corrected
+
+
+def _correct(
+    scope: Scope,
+    found: Contrast,
+    answer: str,
+    against: str,
+    measured: tuple[Sequence[str], Sequence[str]],
+    top: int | None,
+    seed: int,
+) -> Correction | None:
+    """Shows what the latents do; where none was found, the gap as it is."""
+    if found.found():
+        corrected = correct(scope, found, answer, against, *measured, top, seed=seed)
+        corrected.show()
+        return corrected
+    first, second = (behaviour(scope, prompts, answer, against).mean() for prompts in measured)
+    print(
+        f"The logit of {answer!r} less that of {against!r} is {first:.3f} and {second:.3f} behind the others, a gap "
+        f"of {first - second:.3f}. There is nothing to ablate.",
+        flush=True,
+    )
+    return None
 
 
 def halves(
