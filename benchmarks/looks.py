@@ -255,10 +255,10 @@ def latent_table(numbers: dict) -> str:
     on, before = (" ".join(f"`{word}`" for word in numbers["words"][part]) for part in ("on", "before"))
     return "\n".join(
         [
-            f"Of {numbers['scored']} latents of the quickstart's SAE that fire often enough to be scored on both of two "
-            f"parts of the held-out text, `detect` describes latent {latent} best on the first, {rows} rows: AUROC "
-            f"{numbers['auroc_picked_on']:.3f}. The picture and what follows are of the second, as many rows of other "
-            "documents:",
+            f"Of {numbers['scored']} latents of the quickstart's SAE that fire often enough to be scored on both of "
+            f"two parts of the held-out text, `detect` describes latent {latent} best on the first, {rows} rows: "
+            f"AUROC {numbers['auroc_picked_on']:.3f}. The picture and what follows are of the second, as many rows "
+            "of other documents:",
             "",
             "| | AUROC | by another latent's description |",
             "|---|---|---|",
