@@ -11,10 +11,14 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from gemma_scope_jax.printing import printable
+
 # Gemma's package imports TensorFlow, which else opens every run with its own notices.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+
+_LONGEST_MESSAGE = 480  # Of an error, which is one line.
 
 _TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
 
@@ -139,9 +143,11 @@ def _is_full_disk(error: object) -> bool:
 
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for a defect of the program."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()), _LONGEST_MESSAGE)
     if _is_full_disk(error):
         return f"the disk is full; the last whole checkpoint is untouched. Free space and run again ({text[:150]})"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return printable(f"{error.filename}: {error.strerror}", _LONGEST_MESSAGE)
     return text if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_us(error) else None
 
 

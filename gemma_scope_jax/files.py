@@ -1,18 +1,27 @@
 """Files that are written whole or not at all, and tensors in safetensors files without copies of them."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import stat
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
+from gemma_scope_jax.printing import printable
+
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-_MAX_HEADER = 16 * 2**20  # Gemma 27B's longest takes 100 kB.
+_MAX_HEADER = 2**20  # Gemma 27B's longest takes 100 kB.
+_MAX_JSON = 16 * 2**20
+
+# What reading a damaged or forbidden file raises. Libraries add errors of their own; PyArrow's are ValueErrors.
+READING_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error)
 
 
 class Tensor(NamedTuple):
@@ -26,6 +35,54 @@ class Tensor(NamedTuple):
 def parts(value: np.ndarray) -> list[np.ndarray]:
     """An array in parts of some 16 MB, for what would make a copy of all of it: a million latents take gigabytes."""
     return np.array_split(value, max(value.nbytes // 2**24, 1))
+
+
+def open_regular(path: str | pathlib.Path, max_bytes: int | None = None) -> BinaryIO:
+    """Opens a file of others to read: what a link leads to must be a regular file of bounded size.
+
+    A pipe would keep the reader waiting for ever, a device never ends.
+
+    Args:
+      path: of the file, or of a link to it.
+      max_bytes: the most that it may have; None: any number.
+
+    Raises:
+      ValueError: it is not there, not to be read, no regular file, or larger.
+    """
+    with reading(path):
+        # Without O_NONBLOCK, to open a pipe is to wait for its writer.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or (max_bytes is not None and found.st_size > max_bytes):
+            file.close()
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no regular file")
+            raise ValueError(f"it has {found.st_size:,} bytes, at most {max_bytes:,} are read")
+        return file
+
+
+@contextlib.contextmanager
+def reading(path: str | pathlib.Path, kind: str = "") -> Iterator[None]:
+    """Makes what goes wrong within it a ValueError that names the file.
+
+    Args:
+      path: of the file that is read.
+      kind: what it should be, such as "JSON".
+
+    Raises:
+      ValueError: of `READING_ERRORS` any but that of a full disk.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path}") from error
+    except READING_ERRORS as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        # An OSError names the file itself, a second time.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = printable(reason) or type(error).__name__
+        raise ValueError(f"cannot read {path}{f' as {kind}' if kind else ''}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -52,14 +109,8 @@ def read_json(path: pathlib.Path) -> dict:
     Raises:
       ValueError: there is no such file, or something else in it.
     """
-    if not path.exists():
-        raise ValueError(f"there is no {path}")
-    try:
-        if path.stat().st_size > _MAX_HEADER:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error!r}") from error
+    with open_regular(path, _MAX_JSON) as file, reading(path, "JSON"):
+        found = json.load(file)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, expected an object")
     return found
@@ -77,18 +128,16 @@ def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
     Raises:
       ValueError: the file is not whole.
     """
-    if not os.path.exists(path):
-        raise ValueError(f"there is no {path}")
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > _MAX_HEADER:
-                raise ValueError(f"its header has {size:,} bytes")
-            header = json.loads(file.read(size))
-        with safetensors.safe_open(path, framework="numpy"):  # Checks that header and length agree.
-            pass
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    with open_regular(path) as file, reading(path, "safetensors"):
+        size = int.from_bytes(file.read(8), "little")
+        if size > _MAX_HEADER:
+            raise ValueError(f"its header has {size:,} bytes, at most {_MAX_HEADER:,} are read")
+        header = json.loads(file.read(size))
+        try:
+            with safetensors.safe_open(path, framework="numpy"):  # Checks that header and length agree.
+                pass
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{error}; fetch it again") from error
     header.pop("__metadata__", None)
     is_empty = os.path.getsize(path) == 8 + size  # NumPy maps no file of no bytes.
     data = np.zeros(0, np.uint8) if is_empty else np.memmap(path, np.uint8, mode="r", offset=8 + size)

@@ -216,7 +216,7 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
             tensors["b_dec"][3] = np.nan
             message = "b_dec holds non-finite values"
         case _:
-            message = "not a whole safetensors file" if change == "truncated" else "there is no"
+            message = "as safetensors: " if change == "truncated" else "there is no"
     config_path.write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors, weights_path)
     if change == "truncated":
@@ -271,7 +271,7 @@ def test_headers_that_promise_too_much_are_not_believed(folded, tmp_path):
     with pytest.raises(ValueError, match="its header has 1,099,511,627,776 bytes"):
         saelens.read(tmp_path / "a")
     (tmp_path / "a" / "cfg.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="is not readable JSON"):
+    with pytest.raises(ValueError, match="as JSON: "):
         saelens.read(tmp_path / "a")
     # An array that claims more than its member of the archive has.
     gemma_scope.write(tmp_path / "params.npz", folded)

@@ -401,7 +401,7 @@ DAMAGE = {
     ),
     "cut shard": (
         lambda path: _cut(path / "model-00002-of-00003.safetensors"),
-        "model-00002-of-00003.safetensors is not a whole safetensors file",
+        "cannot read .*model-00002-of-00003.safetensors as safetensors",
     ),
     "no shard but an index": (
         lambda path: _cut(path / "model.safetensors.index.json"),

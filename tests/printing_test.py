@@ -1,0 +1,21 @@
+import pytest
+
+from gemma_scope_jax import printing
+
+
+def test_what_a_terminal_obeys_is_escaped():
+    assert printing.printable("a\x1b[2Jb\r\nc\u202ed\ud800\u2028") == r"a\x1b[2Jb\r\nc\u202ed\ud800\u2028"
+
+
+def test_letters_of_all_languages_stay():
+    assert printing.printable("λ 日本 café 🙂") == "λ 日本 café 🙂"
+
+
+@pytest.mark.parametrize("letter", ["x", "\x1b", "\U000e0001"])
+def test_long_text_is_cut_and_its_length_told(letter):
+    shown = printing.printable(letter * 10**6)
+    assert len(shown) <= printing.LONGEST and shown.endswith("… (1,000,000 characters)")
+
+
+def test_a_dollar_is_no_formula():
+    assert printing.plottable("$x_1$") == r"\$x_1\$"
