@@ -34,6 +34,7 @@ def main() -> None:
         "--turns", choices=("all", "user", "model"), help="in the chat template, whose turns count"
     )
     args = parser.parse_args()
+    cli.check_outputs(args)
     from gemma_scope_jax import config, hosts, report  # Imported late: --help should not take seconds.
 
     hosts.initialize(config.HostsConfig().heartbeat_timeout_seconds)

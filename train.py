@@ -6,7 +6,6 @@ On a slice of several hosts, the same command on each of them; see docs/pods.md.
 """
 
 import argparse
-import pathlib
 import sys
 
 from gemma_scope_jax import cli
@@ -21,10 +20,11 @@ def main() -> None:
     parser.add_argument(
         "--workdir",
         required=True,
-        type=pathlib.Path,
+        type=cli.path,
         help="the run's directory; an unfinished run is continued",
     )
     args, fields = parser.parse_known_args()
+    cli.check_outputs(args)
     values = cli.read_config(args.config, fields)
     # Imported late: a mistyped flag should not cost the seconds that JAX and Gemma take.
     from gemma_scope_jax import config, hosts, training

@@ -1,7 +1,6 @@
 """python -m gemma_scope_jax COMMAND"""
 
 import argparse
-import pathlib
 import sys
 
 from gemma_scope_jax import cli, explore_cli
@@ -13,7 +12,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gemma_scope_jax")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the SAEs of a run in a format that other tools read")
-    export.add_argument("run", type=pathlib.Path, help="a run directory")
+    export.add_argument("run", type=cli.path, help="a run directory")
     export.add_argument(
         "--format", default="saelens", help=f"of {', '.join(FORMATS)}; several with commas, or all"
     )
@@ -32,28 +31,26 @@ def _parser() -> argparse.ArgumentParser:
         help="Gemma's, where formats differ in the gain that a transcoder reads behind",
     )
     publish = commands.add_parser("publish", help="write, and perhaps upload, a repository of a run's SAEs")
-    publish.add_argument("run", type=pathlib.Path, help="the directory of a run that has been evaluated")
+    publish.add_argument("run", type=cli.path, help="the directory of a run that has been evaluated")
     publish.add_argument("--repo", required=True, help="OWNER/NAME on Hugging Face's hub")
     publish.add_argument("--format", choices=PUBLISHED, default="saelens")
     publish.add_argument("--license", default="cc-by-4.0", help="as the hub calls it")
     publish.add_argument("--push", action="store_true", help="upload it, too")
     compare = commands.add_parser("compare", help="evaluations side by side, each compared with the first")
-    compare.add_argument(
-        "folders", nargs="+", type=pathlib.Path, help="what evaluate.py was given, or its --out"
-    )
-    compare.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
+    compare.add_argument("folders", nargs="+", type=cli.path, help="what evaluate.py was given, or its --out")
+    compare.add_argument("--out", type=cli.path, required=True, help="folder to write to")
     explore_cli.add_commands(commands)
     for command in (export, convert, publish):
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
         )
-        command.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
+        command.add_argument("--out", type=cli.path, required=True, help="folder to write to")
     probe = commands.add_parser(
         "probe", help="how well a few latents tell the classes of labelled texts apart"
     )
     probe.add_argument(
         "--labelled",
-        type=pathlib.Path,
+        type=cli.path,
         required=True,
         help='a .jsonl file of a "text" and a "label" each, and perhaps a "group" that is not to be divided',
     )
@@ -89,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokenizer", default="", help="Gemma's, as in config.tokenizer")
     generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Gemma's")
     generate.add_argument(
-        "--prompts", type=pathlib.Path, required=True, help='a file of texts: .jsonl with {"text": …} a line'
+        "--prompts", type=cli.path, required=True, help='a file of texts: .jsonl with {"text": …} a line'
     )
     generate.add_argument("--chat", action="store_true", help="each text is a user's turn, to be answered")
     generate.add_argument("--num_tokens", type=int, default=128, help="the most for one prompt")
@@ -98,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, help="of the draws")
     generate.add_argument("--rows_per_batch", type=int, default=16, help="prompts run together")
-    generate.add_argument("--out", type=pathlib.Path, required=True, help="file to write, .jsonl")
+    generate.add_argument("--out", type=cli.path, required=True, help="file to write, .jsonl")
     return parser
 
 
@@ -112,6 +109,7 @@ def main() -> None:
     options = {name: value for name, value in vars(args).items() if name not in ("command", "call")}
     if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
+    cli.check_outputs(args)
     # Imported late: --help should not take seconds.
     if "call" in args:
         args.call(**options)

@@ -15,14 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gemma_scope_jax import files
 from gemma_scope_jax import step as step_lib
+from gemma_scope_jax.printing import printable
 
 
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     """A manager that saves in the background and keeps the newest `keep` checkpoints."""
     _quiet()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))
+    return ocp.CheckpointManager(
+        files.for_orbax(folder.absolute()), options=options, item_names=("state", "about")
+    )
 
 
 def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
@@ -35,7 +39,9 @@ def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
         raise ValueError(f"{folder.parent} has no checkpoint yet")
     _quiet()
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))
+    return ocp.CheckpointManager(
+        files.for_orbax(folder.absolute()), options=options, item_names=("state", "about")
+    )
 
 
 def _quiet() -> None:
@@ -108,15 +114,42 @@ def save(manager: ocp.CheckpointManager, state: step_lib.State, config: Mapping)
 
     Raises:
       FloatingPointError: the state is not finite; nothing is saved.
+      ValueError: the first checkpoint cannot be opened, and so no other could.
     """
-    step = int(state.step)
-    if step in manager.all_steps():
+    step, saved = int(state.step), manager.all_steps()
+    if step in saved:
         return
+    if len(saved) == 1:
+        check_saved(manager)
     shapes = {name: list(leaf.shape) for name, leaf in _named_leaves(state).items()}
     about = {"digests": digests(state), "shapes": shapes, "config": dict(config)}
     manager.save(
         step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
     )
+
+
+def check_saved(manager: ocp.CheckpointManager) -> None:
+    """Waits until the newest checkpoint is saved, and opens it: Orbax has said so of some that nothing could read.
+
+    Raises:
+      ValueError: it cannot be opened.
+    """
+    manager.wait_until_finished()
+    if (step := manager.latest_step()) is None:
+        return
+    item, options = {"step": jax.ShapeDtypeStruct((), np.int32)}, {"step": ocp.RestoreArgs(np.ndarray)}
+    wanted = ocp.args.PyTreeRestore(item, restore_args=options, partial_restore=True)
+    try:
+        found = manager.restore(step, args=ocp.args.Composite(state=wanted, about=ocp.args.JsonRestore()))
+        is_whole = int(found.state["step"]) == step and bool(found.about["digests"])
+        reason = "it holds another step"
+    except Exception as error:  # Orbax raises many kinds.
+        is_whole, reason = False, printable(repr(error), 200)
+    if not is_whole:
+        raise ValueError(
+            f"checkpoint {step} in {manager.directory} was saved and cannot be opened ({reason}); train in another "
+            "--workdir, on a disk of this machine"
+        )
 
 
 class OtherShapesError(ValueError):

@@ -79,6 +79,26 @@ def _is_one_of_many() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def path(text: str) -> pathlib.Path:
+    """An argument that is a path; a shell leaves the `~` of `--out=~/x` to be expanded."""
+    return pathlib.Path(os.path.expanduser(text))
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Finds out before any work whether what a command is to write can be written.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    given = {name: getattr(args, name, None) for name in ("out", "workdir", "html", "png")}
+    for name, place in given.items():
+        if place is not None:
+            from gemma_scope_jax import files  # Slow to import.
+
+            is_file = name in ("html", "png") or getattr(args, "command", "") == "generate"
+            files.check_output(place, is_folder=not is_file)
+
+
 def add_subject(parser: argparse.ArgumentParser) -> None:
     """The arguments that `opening.open_path` takes, where results go, and how many rows go at a time."""
     parser.add_argument(
@@ -87,7 +107,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser)
     parser.add_argument("--rows_per_batch", type=int, help="rows in one pass of the model")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for the results (default: the path)")
+    parser.add_argument("--out", type=path, help="folder for the results (default: the path)")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +131,7 @@ def read_config(file: str, fields: list[str]) -> dict:
     from absl import flags
     from ml_collections import config_flags
 
-    values, arguments = flags.FlagValues(), ["", f"--config={file}", *fields]
+    values, arguments = flags.FlagValues(), ["", f"--config={path(file)}", *fields]
     # Told the arguments, or it looks for them in sys.argv.
     config_flags.DEFINE_config_file("config", None, "The run's config file.", values, sys_argv=arguments)
     try:

@@ -6,11 +6,9 @@ seed and a running index, so nothing about reading is ever saved.
 """
 
 import dataclasses
-import glob
 import gzip
 import importlib.metadata
 import json
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +18,7 @@ import grain
 import numpy as np
 import pyarrow.parquet
 
+from gemma_scope_jax import files
 from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
 from gemma_scope_jax.tokenizer import Tokenizer
 
@@ -110,7 +109,7 @@ def cached(config: DataConfig, name: str) -> pathlib.Path | None:
     """
     if not re.fullmatch(r"rows_[0-9a-f]{16}", name):
         return None
-    folder = pathlib.Path(config.folder).expanduser() / name / "1.0.0"
+    folder = files.expanded(config.folder) / name / "1.0.0"
     return folder if (folder / "dataset_info.json").exists() else None
 
 
@@ -269,16 +268,14 @@ def read_prompts(path: pathlib.Path) -> list[str]:
 
 
 def _matches(text: str) -> list[pathlib.Path]:
-    pattern = os.path.expanduser(text)
-    found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    return [pathlib.Path(path) for path in sorted(found)]
+    return files.matching(text)[1]
 
 
 def _files(text: str) -> list[pathlib.Path]:
-    files = _matches(text)
-    if not files:
+    found = _matches(text)
+    if not found:
         raise ValueError(f"data.text {text!r} matches no file")
-    return files
+    return found
 
 
 def files_of(text: str) -> set[pathlib.Path]:

@@ -39,15 +39,15 @@ def _add_explore(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "explore", run_explore, "which latents fire on a prompt, by token and SAE")
     command.add_argument("prompt")
     command.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
-    command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    command.add_argument("--html", type=cli.path, help="a page to write, too")
 
 
 def _add_flow(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "flow", run_flow, "a prompt through SAEs at many layers, with a logit lens")
     command.add_argument("prompt")
     command.add_argument("--answer", help="the token that the lens follows, for example ' union'")
-    command.add_argument("--png", type=pathlib.Path, help="a picture to write, and beside it one of the lens")
-    command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    command.add_argument("--png", type=cli.path, help="a picture to write, and beside it one of the lens")
+    command.add_argument("--html", type=cli.path, help="a page to write, too")
 
 
 def _add_links(commands: argparse._SubParsersAction) -> None:
@@ -59,7 +59,7 @@ def _add_links(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--rows", type=int, default=8, help="of held-out text")
     command.add_argument("--prompt", help="in their place")
     command.add_argument("--top", type=int, default=20, help="latents that are listed")
-    command.add_argument("--png", type=pathlib.Path, help="a picture to write, too")
+    command.add_argument("--png", type=cli.path, help="a picture to write, too")
 
 
 def _add_attribute(commands: argparse._SubParsersAction) -> None:
@@ -68,7 +68,7 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
     command.add_argument("prompt", nargs="?", help="the text whose next token is predicted")
     command.add_argument(
         "--prompts",
-        type=pathlib.Path,
+        type=cli.path,
         help='instead, a file of them: .txt with one a line, or .jsonl of {"text": …}',
     )
     command.add_argument("--answer", help="the token whose logit it is (default: the likeliest)")
@@ -87,8 +87,8 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--seed", type=int, default=0, help="of the latents that are drawn for that")
     command.add_argument("--top", type=int, default=20, help="latents that are listed")
-    command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
-    command.add_argument("--png", type=pathlib.Path, help="a picture to write, too")
+    command.add_argument("--html", type=cli.path, help="a page to write, too")
+    command.add_argument("--png", type=cli.path, help="a picture to write, too")
 
 
 def _add_steer(commands: argparse._SubParsersAction) -> None:
@@ -108,7 +108,7 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--samples", type=int, default=1, help="replies to each prompt")
     command.add_argument("--seed", type=int, default=0, help="of the draws")
     command.add_argument("--chat", action="store_true", help="a prompt is a user's turn, to be answered")
-    command.add_argument("--html", type=pathlib.Path, help="a page to write, too")
+    command.add_argument("--html", type=cli.path, help="a page to write, too")
     command.add_argument("--text", help="another than the run's to measure on, as in config.data.text")
     sweep = command.add_argument_group("in place of replies")
     sweep.add_argument(
@@ -130,7 +130,7 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
         help="one whose likelihood is looked at; may be repeated (default: what the decoder raises most)",
     )
     sweep.add_argument("--rows", type=int, help="of held-out text to measure on (default: 16)")
-    sweep.add_argument("--png", type=pathlib.Path, help="a figure to write, too")
+    sweep.add_argument("--png", type=cli.path, help="a figure to write, too")
 
 
 def _add_contrast(commands: argparse._SubParsersAction) -> None:
@@ -138,7 +138,7 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "contrast", run_contrast, about)
     for name in ("first", "second"):
         command.add_argument(
-            f"--{name}", type=pathlib.Path, required=True, help="prompts: .txt with one a line, or .jsonl"
+            f"--{name}", type=cli.path, required=True, help="prompts: .txt with one a line, or .jsonl"
         )
     command.add_argument("--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens")
     command.add_argument("--rate", type=float, default=0.05, help="of false discoveries")
@@ -150,7 +150,7 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--top", type=int, help="ablate only so many latents, the strongest")
     command.add_argument("--seed", type=int, default=0, help="of shuffles, halves and random sets")
     command.add_argument("--text", help="another than the run's to measure the delta loss on")
-    command.add_argument("--out", type=pathlib.Path, help="folder for contrast.json, .png, correction.json")
+    command.add_argument("--out", type=cli.path, help="folder for contrast.json, .png, correction.json")
 
 
 def _add_dashboards(commands: argparse._SubParsersAction) -> None:
@@ -166,7 +166,7 @@ def _add_dashboards(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
     )
-    command.add_argument("--out", type=pathlib.Path, help="folder to write to (default: the path/dashboards)")
+    command.add_argument("--out", type=cli.path, help="folder to write to (default: the path/dashboards)")
 
 
 def _numbers(text: str) -> list[float]:

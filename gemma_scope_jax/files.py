@@ -2,17 +2,24 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
+import hashlib
 import json
 import os
 import pathlib
+import re
+import shutil
 import stat
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
+from etils import epath
 
 from gemma_scope_jax.printing import printable
 
@@ -85,22 +92,139 @@ def reading(path: str | pathlib.Path, kind: str = "") -> Iterator[None]:
         raise ValueError(f"cannot read {path}{f' as {kind}' if kind else ''}: {reason}") from error
 
 
+class _LiteralPath(type(epath.Path("/"))):
+    """A path of which `glob` takes no part for a pattern but what it is given; epath's own takes all of it."""
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return (self / found for found in glob.glob(pattern, root_dir=self))
+
+
+def for_orbax(path: str | pathlib.Path) -> epath.Path:
+    """A path as Orbax is to have it, which looks for the files that it is to merge by a pattern."""
+    return epath.Path(path) if "://" in str(path) else _LiteralPath(path)
+
+
+def expanded(path: str | pathlib.Path) -> pathlib.Path:
+    """A path on this machine with the home folder in the place of `~`."""
+    return pathlib.Path(os.path.expanduser(path))
+
+
+def matching(pattern: str | pathlib.Path) -> tuple[pathlib.Path, list[pathlib.Path]]:
+    """The deepest folder of a pattern that there is under its own name, and below it what matches the rest.
+
+    So only what is not there as it is written is a pattern. A path that is there is both.
+    """
+    path = expanded(pattern)
+    root = next(parent for parent in (path, *path.parents) if parent.exists())
+    if root == path:
+        return root, [path]
+    found = glob.glob(str(path.relative_to(root)), root_dir=root, recursive=True)
+    return root, [root / name for name in sorted(found)]
+
+
 @contextlib.contextmanager
 def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new file to write, which takes the place of `path` when all went well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
     try:
-        yield partial
+        partial.touch()
+        with _locked(partial) as file:
+            yield partial
+            os.fsync(file)  # Or a crash of the machine may leave the name without the content.
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def filling_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder to fill, which becomes `folder` when all went well: it is whole or not there.
+
+    Where there is one already, what is new joins it then, each folder and file in it whole.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(folder)
+    try:
+        partial.mkdir()
+        with _locked(partial):
+            yield partial
+        _move(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(source: pathlib.Path, target: pathlib.Path) -> None:
+    if not (source.is_dir() and target.is_dir() and any(target.iterdir())):
+        source.rename(target)
+        return
+    for path in source.iterdir():
+        _move(path, target / path.name)
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+    """What is written first in the place of a path; what killed processes left there is removed."""
+    for left in path.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+", left.name):
+            with contextlib.suppress(OSError), _locked(left):  # Who writes it holds its lock.
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[int]:
+    """Holds the lock of a file or folder, and gives its descriptor.
+
+    Raises:
+      BlockingIOError: another process holds it.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file
+    finally:
+        os.close(file)
+
+
+def check_output(path: pathlib.Path, is_folder: bool) -> None:
+    """Finds out, before an hour's work and not after it, whether a file or folder can be written; leaves nothing.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    try:
+        if path.exists() and path.is_dir() != is_folder:
+            raise ValueError(f"{path} is a {'file; give a folder' if is_folder else 'folder; give a file'}")
+        there = path if is_folder else path.parent
+        while not there.exists() and not there.is_symlink():
+            there = there.parent
+        # Of the names that are to come, the longest is that of a file while it is written.
+        with tempfile.TemporaryDirectory(prefix=".", dir=there) as trial:
+            for name in path.relative_to(there).parts:
+                _partial(pathlib.Path(trial, name)).mkdir()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; give another place") from error
+
+
 def check_new(folder: pathlib.Path) -> None:
-    """Raises ValueError if a folder to be written to is something else, or holds anything."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises ValueError if a folder to be written to cannot be, is something else, or holds anything."""
+    check_output(folder, is_folder=True)
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is there already; remove it, or give another --out")
+
+
+def folder_names(names: Iterable[str]) -> dict[str, str]:
+    """What the folder of each name is called: within the folder that it lies in, short, and no two alike.
+
+    Also not but for their case, which some disks do not keep apart.
+    """
+    made: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100].lstrip(".") or "_"
+        while safe.lower() in map(str.lower, made.values()):
+            safe += "_" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+        made[name] = safe
+    return made
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -2,18 +2,18 @@
 
 import fnmatch
 import hashlib
-import itertools
 import pathlib
 import re
 
+from gemma_scope_jax import files
 from gemma_scope_jax.formats import detect
 
 _LOCATION = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([^@]*))?")
 
 
 def is_pattern(location: str) -> bool:
-    """Whether a location names several places, by `*`."""
-    return "*" in location
+    """Whether a location names several places, by `*`, and is not the name of one that is there."""
+    return "*" in location and not files.expanded(location).exists()
 
 
 def paths(location: str) -> list[pathlib.Path]:
@@ -26,10 +26,10 @@ def paths(location: str) -> list[pathlib.Path]:
         return [local(location)]
     if location.startswith("hf://"):
         root, inside = _fetch(location)
+        matches = root.glob(inside)
     else:
-        path = pathlib.Path(location).expanduser()
-        root, inside = pathlib.Path(path.anchor or "."), str(path.relative_to(path.anchor))
-    found = sorted(path for path in root.glob(inside) if detect.format_of(path))
+        _, matches = files.matching(location)
+    found = sorted(path for path in matches if detect.format_of(path))
     if not found:
         raise ValueError(f"{location} matches no SAE")
     if location.startswith("hf://"):
@@ -47,7 +47,7 @@ def local(location: str) -> pathlib.Path:
       ValueError: there is no such path or repository, or a file is not what the repository says it is.
     """
     if not location.startswith("hf://"):
-        path = pathlib.Path(location).expanduser()
+        path = files.expanded(location)
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         return path
@@ -80,8 +80,8 @@ def _fetch(location: str) -> tuple[pathlib.Path, str]:
 
 
 def _check_whole(location: str, path: pathlib.Path) -> None:
-    files = sorted((path if path.is_dir() else path.parent).iterdir())
-    if damaged := [file.name for file in files if file.is_file() and not _is_whole(file)]:
+    beside = sorted((path if path.is_dir() else path.parent).iterdir())
+    if damaged := [file.name for file in beside if file.is_file() and not _is_whole(file)]:
         raise ValueError(
             f"{', '.join(damaged)} of {location} arrived damaged, not of the digest that the hub gives; what was "
             "fetched is removed, fetch it again"
@@ -94,17 +94,14 @@ def results_folder(location: str | pathlib.Path, out: pathlib.Path | None) -> pa
     Unless another is given, that of the SAE or run; of a hub's, one below the current folder.
 
     Raises:
-      ValueError: it is a file.
+      ValueError: it is a file, or nothing can be written there.
     """
     if out is None and str(location).startswith("hf://"):
         out = pathlib.Path("evaluations", *str(location).removeprefix("hf://").replace("*", "_").split("/"))
     elif out is None:
-        path = pathlib.Path(location).expanduser()
-        if is_pattern(str(path)):
-            path = pathlib.Path(*itertools.takewhile(lambda part: not is_pattern(part), path.parts))
+        path, _ = files.matching(location)
         out = path.parent if path.is_file() else path
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out={out} is a file; give a folder")
+    files.check_output(out, is_folder=True)
     out.mkdir(parents=True, exist_ok=True)
     return out
 

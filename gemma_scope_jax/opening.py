@@ -13,6 +13,7 @@ from gemma_scope_jax import (
     data,
     evaluation,
     export,
+    files,
     gemma,
     hub,
     runs,
@@ -137,7 +138,7 @@ def _open_stored(location: str, given: dict[str, str]) -> Opened:
         )
     for name in ("weights", "tokenizer"):
         chosen = given.get(name) or getattr(about, name)
-        if chosen and "://" not in chosen and not pathlib.Path(chosen).expanduser().exists():
+        if chosen and "://" not in chosen and not files.expanded(chosen).exists():
             raise ValueError(f"{location}: {name} {chosen} does not exist here; give another --{name}")
     told = {"text": about.text, "weights": about.weights, "tokenizer": about.tokenizer}
     if says := ", ".join(f"{name} {value}" for name, value in told.items() if value and not given.get(name)):

@@ -30,7 +30,7 @@ from gemma_scope_jax.data import (
     is_held_out,
     pack,
 )
-from gemma_scope_jax.files import replacing_file
+from gemma_scope_jax.files import expanded, replacing_file
 from gemma_scope_jax.tokenizer import Tokenizer
 
 # Documents that are tokenised and packed by themselves, into a file of their own.
@@ -70,7 +70,7 @@ def prepare_rows(
         ]
     )
     name = f"rows_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    root = pathlib.Path(config.folder).expanduser()
+    root = expanded(config.folder)
     if (folder := cached(config, name)) is not None:
         return folder
 
@@ -93,7 +93,7 @@ def _prepare(
     identity: str,
     workers: int | None,
 ) -> pathlib.Path:
-    folder = pathlib.Path(config.folder).expanduser() / name / "1.0.0"
+    folder = expanded(config.folder) / name / "1.0.0"
     partial = folder.with_name("partial")
     partial.mkdir(exist_ok=True)
     lengths = _write_parts(config, tokenizer, load_tokenizer, partial, workers or os.cpu_count())

@@ -35,6 +35,7 @@ def write_rollouts(
     with interrupt.ending_at_once("rollouts are written when all are there"):
         if out.exists():  # Before an hour's work, not after it.
             raise ValueError(f"{out} is there already; remove it, or give another --out")
+        files.check_output(out, is_folder=False)
         texts = data.read_prompts(prompts)
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt

@@ -61,8 +61,7 @@ def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
     """
     if len(folders) < 2:
         raise ValueError(f"{folders[0]} alone cannot be compared; give two folders or more")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out={out} is a file; give a folder")
+    files.check_output(out, is_folder=True)
     shortest = _labels(folders)
     columns = {label: read(folder) for label, folder in zip(shortest, folders, strict=True)}
     out.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def start_from(run: runs.Run, rows: data.Rows, gemma_params: dict) -> step.State
     """
     source = run.config.start_from
     named = [b.name for b in run.plan.banks]
-    old_run, old = runs.open_run(pathlib.Path(source), run.mesh, what="banks", banks=named)
+    old_run, old = runs.open_run(files.expanded(source), run.mesh, what="banks", banks=named)
     if runs.steps_left(old_run.plan, old):
         raise ValueError(f"start_from: the run in {source} is not complete; finish it first")
     new_sites = [site for site in run.plan.sites if str(site) not in old.normalizers]
@@ -185,9 +185,9 @@ def _start_or_continue(
     if state is not None:
         folder = runs.run_rows(config, workdir)
     elif config.start_from:
-        old_config = runs.read_config(pathlib.Path(config.start_from))
+        old_config = runs.read_config(files.expanded(config.start_from))
         config_lib.check_startable(old_config, config)
-        folder = runs.run_rows(config, pathlib.Path(config.start_from))
+        folder = runs.run_rows(config, files.expanded(config.start_from))
     else:
         folder = runs.prepare_rows_once(config)
     rows = data.open_rows(folder, data.TRAIN)
@@ -224,6 +224,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
         # Leaving the block waits for a save that is under way, whatever the reason for leaving.
         with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
             state, rows = _start_or_continue(run, workdir, manager, interrupts)
+            checkpoint.check_saved(manager)
         interrupts.forbid_saving(
             "the training is saved"
         )  # Before looking, so that no signal is promised a save.

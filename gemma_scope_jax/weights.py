@@ -85,9 +85,10 @@ def local(path: str) -> str:
 
 def fingerprint(path: str) -> str:
     """What changes whenever the file at a path may have changed; of anything else, the path itself."""
-    if not path or not pathlib.Path(path).is_file():
+    file = files.expanded(path)
+    if not path or not file.is_file():
         return path
-    stat = pathlib.Path(path).stat()
+    stat = file.stat()
     return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
@@ -457,7 +458,7 @@ class _OrbaxCheckpoint(NamedTuple):
 def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxCheckpoint:
     """Finds what is wanted, in any of the layouts that gemma has used."""
     model_name, blocks = type(model).__name__, model.config.num_layers
-    folder = epath.Path(path)
+    folder = files.for_orbax(path)
     if (folder / "default").exists():  # Kauldron keeps several items beside each other.
         folder /= "default"
     with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -599,4 +600,4 @@ def _nested(flat: Mapping[tuple[str, ...], object]) -> dict:
 def save_orbax(path: str, params: Params) -> None:
     """Writes parameters as an Orbax checkpoint that `load_params` and gemma's own loader read."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), params)
+        checkpointer.save(files.for_orbax(pathlib.Path(path).absolute()), params)

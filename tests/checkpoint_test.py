@@ -211,3 +211,21 @@ def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
     with pytest.raises(ValueError) as librarys:
         json.loads("{")
     assert cli.explain(librarys.value) is None
+
+
+@pytest.mark.parametrize("name", ["[v1] a", "*?"])
+def test_a_folder_whose_name_is_a_pattern_keeps_what_is_saved(name, run, state, tmp_path):
+    save_all(tmp_path / name, [at_step(state, 5)])
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / name, run), at_step(state, 5))
+
+
+def test_what_orbax_saves_and_cannot_open_is_not_called_saved(state, tmp_path, monkeypatch):
+    """Orbax looks for the parts that it merges by a pattern, and so finds none here."""
+    monkeypatch.setattr(checkpoint.files, "for_orbax", str)
+    with checkpoint.open_manager(tmp_path / "[v1]", 5) as manager:
+        checkpoint.save(manager, at_step(state, 5), {})
+        with pytest.raises(ValueError, match=r"checkpoint 5 in .* was saved and cannot be opened") as caught:
+            checkpoint.check_saved(manager)
+        assert len(str(caught.value)) < 480
+        with pytest.raises(ValueError, match="cannot be opened"):
+            checkpoint.save(manager, at_step(state, 6), {})

@@ -1,6 +1,9 @@
 """Files of others: what is opened, and what is said of those that are not."""
 
 import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -51,3 +54,114 @@ def test_what_is_no_json_object_is_said_in_a_short_line(tmp_path, content):
 def test_a_full_disk_stays_what_it_is(tmp_path):
     with pytest.raises(OSError, match="No space"), files.reading(tmp_path):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["[ab]", "a?", "*", "[v1] x"])
+def test_what_is_there_is_no_pattern(tmp_path, name):
+    (tmp_path / name / "in").mkdir(parents=True)
+    for other in ("a.txt", "b.txt", ".hidden.txt"):
+        (tmp_path / name / "in" / other).touch()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "c.txt").touch()
+    folder = tmp_path / name / "in"
+    assert files.matching(f"{folder}/*.txt") == (folder, [folder / "a.txt", folder / "b.txt"])
+    assert files.matching(folder / "a.txt") == (folder / "a.txt", [folder / "a.txt"])
+    assert files.matching(f"{tmp_path}/**/c.txt")[1] == [tmp_path / "a" / "c.txt"]
+
+
+def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").touch()
+    assert files.matching("~/*.txt") == (tmp_path, [tmp_path / "a.txt"])
+    assert files.expanded("~/x") == tmp_path / "x"
+    assert files.expanded("x/~/y") == pathlib.Path("x/~/y")
+    assert files.expanded("~nobody of that name/x") == pathlib.Path("~nobody of that name/x")
+
+
+def test_a_file_is_replaced_whole_and_what_the_killed_left_goes_away(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    for left in (".a.json.123", ".a.json.4567890"):
+        (tmp_path / left).write_text("half")
+    (tmp_path / ".a.json.keep").touch()
+    with pytest.raises(RuntimeError), files.replacing_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with files.replacing_file(path) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.keep", "a.json"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    code = (
+        "import sys, pathlib; from gemma_scope_jax import files\n"
+        "with files.filling_folder(pathlib.Path(sys.argv[1])) as made: print(made, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "x"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        theirs = pathlib.Path(other.stdout.readline().strip())
+        with files.filling_folder(tmp_path / "x") as ours:
+            assert theirs.is_dir() and theirs != ours
+        other.kill()
+        other.wait()
+        assert theirs.is_dir()
+    with files.filling_folder(tmp_path / "x"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    folder = tmp_path / "deep" / "x"
+    with pytest.raises(RuntimeError), files.filling_folder(folder) as made:
+        (made / "a").write_text("1")
+        raise RuntimeError
+    assert not list(folder.parent.iterdir())
+    with files.filling_folder(folder) as made:
+        (made / "in").mkdir()
+        (made / "in" / "a").write_text("1")
+    with files.filling_folder(folder) as made:
+        (made / "in").mkdir()
+        (made / "in" / "b").write_text("2")
+        (made / "other").mkdir()
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    assert found == ["in", "in/a", "in/b", "other"]
+
+
+@pytest.mark.parametrize(
+    ("path", "is_folder", "message"),
+    [
+        ("file/x", False, "Not a directory"),
+        ("file", True, "is a file; give a folder"),
+        ("folder", False, "is a folder; give a file"),
+        ("folder/" + "x" * 300, True, "File name too long"),
+        ("new/" + "x" * 252 + ".png", False, "File name too long"),
+        ("loop/x", False, "Too many levels"),
+        ("/proc/x", True, "cannot write /proc/x"),
+        ("nul\0", False, "null"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(tmp_path, path, is_folder, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        files.check_output(tmp_path / path, is_folder)
+    for fine, is_it in (("new/deep/x", True), ("new/x.png", False), ("file", False), ("folder", True)):
+        files.check_output(tmp_path / fine, is_it)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_each_name_has_a_folder_of_its_own_below_the_one_it_is_given():
+    names = ["layer_1", "a b", "a_b", "A b", "a/b", "..", ".", "...npz", "../../up", "/etc", "", "é", "ü", "x" * 300,
+             "x" * 301, "a\nb", "a\0b", "~", ".hidden", "\ud800"]  # fmt: skip
+    made = files.folder_names(names)
+    assert list(made) == names and made["layer_1"] == "layer_1"
+    assert len({folder.lower() for folder in made.values()}) == len(names)
+    for folder in made.values():
+        assert pathlib.PurePath(folder).parts == (folder,) and len(folder) < 128
+        assert folder.isascii() and folder[0] not in ".~" and folder.isprintable() and " " not in folder

@@ -31,7 +31,7 @@ def png(figure: matplotlib.figure.Figure, dpi: int = 100) -> bytes:
 
 def write_png(path: str | pathlib.Path, figure: matplotlib.figure.Figure, dpi: int = 100) -> None:
     """Writes a figure as a PNG."""
-    with files.replacing_file(pathlib.Path(path)) as partial:
+    with files.replacing_file(files.expanded(path)) as partial:
         partial.write_bytes(png(figure, dpi))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, evaluation, gemma, opening, passes, sae, sharding, tokenizer
+from gemma_scope_jax import data, evaluation, files, gemma, opening, passes, sae, sharding, tokenizer
 
 
 def _no_text() -> data.Rows:
@@ -63,7 +63,7 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
         tokenizer.load(config.model, config.tokenizer, config.weights),
         opened.subjects,
         {name: passes.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
-        _frequencies(pathlib.Path(path), opened.subjects),
+        _frequencies(files.expanded(path), opened.subjects),
         lambda: data.open_rows(opened.rows, data.HELD_OUT),
     )
 
