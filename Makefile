@@ -32,9 +32,12 @@ test-pages: .venv/installed
 	@command -v chromium >/dev/null || { echo "chromium is needed: apt-get install chromium"; exit 1; }
 	$(VENV)/python -m pytest tests/page_test.py
 
-# Long fault loops: ten runs killed at random moments; four processes of which one is preempted or killed.
+# Long fault loops: ten runs killed at random moments; four processes of which one is preempted or killed; and each of
+# the attacks of tests/attacks.py COUNT times. SEED makes an earlier call's again.
+COUNT := 50
 soak: .venv/installed
 	$(VENV)/python -m pytest -m soak tests/training_test.py tests/hosts_test.py
+	$(VENV)/python tests/attacks.py all --count=$(COUNT) $(if $(SEED),--seed=$(SEED))
 
 benchmark: .venv/installed
 	$(VENV)/python -m benchmarks.step

@@ -1,9 +1,6 @@
 """Eight fake devices, strict ranks, and what several tests share."""
 
-import json
-
 import jax
-import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -11,7 +8,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import tiny
 
-from gemma_scope_jax import gemma, weights
+from gemma_scope_jax import gemma
 
 tiny.register()
 
@@ -20,12 +17,7 @@ tiny.register()
 def inputs(tmp_path_factory):
     """A folder with the small model's weights and a text of forty documents."""
     folder = tmp_path_factory.mktemp("inputs")
-    weights.save_orbax(str(folder / "weights"), tiny.params())
-    rng = np.random.default_rng(1)
-    with (folder / "text.jsonl").open("w") as file:
-        for number in range(40):
-            words = [f"{number}", *rng.choice(["stars", "rivers", "laws", "bread", "song"], size=30)]
-            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    tiny.lay_out(folder)
     return folder
 
 

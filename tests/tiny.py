@@ -13,7 +13,7 @@ import numpy as np
 from gemma import gm
 from gemma.gm.nn import _config, _modules
 
-from gemma_scope_jax import config, gemma, tokenizer
+from gemma_scope_jax import config, gemma, tokenizer, weights
 
 LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
 
@@ -73,6 +73,16 @@ def params(scale: float = 0.3) -> dict:
     return jax.tree.map(lambda s: (scale * rng.normal(size=s.shape)).astype(np.float32), shapes)
 
 
+def lay_out(folder: pathlib.Path) -> None:
+    """Writes `weights` and `text.jsonl`, a text of forty documents."""
+    weights.save_orbax(str(folder / "weights"), params())
+    rng = np.random.default_rng(1)
+    with (folder / "text.jsonl").open("w") as file:
+        for number in range(40):
+            words = [f"{number}", *rng.choice(["stars", "rivers", "laws", "bread", "song"], size=30)]
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
 def tokens(rows: int, length: int, seed: int = 0, special: float = 0.0) -> np.ndarray:
     """Packed rows: some of two segments, some padded, a share of EOS among them."""
     rng = np.random.default_rng(seed)
@@ -87,7 +97,7 @@ def tokens(rows: int, length: int, seed: int = 0, special: float = 0.0) -> np.nd
 def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
     """A run on the small model; `changes` are fields by their dotted names, dots written as double underscores.
 
-    The folder holds `weights` and `text.jsonl`, as the fixture `inputs` lays them out.
+    The folder holds `weights` and `text.jsonl`, as `lay_out` writes them.
     """
     c = config.defaults()
     if "banks" in changes:
