@@ -2,10 +2,10 @@
 
     python -m benchmarks.results [NAME ...]
 
-Names: quickstart, baselines, step, tpu, tpu_evaluations, banks (what one more SAE costs); the suites of
-configs/quickstart_banks.py (sweep, layers, sites, targets, transcoders); what is seen inside (latent, attribution,
-steering, bias, links), of runs/quickstart as `make quickstart` makes it and runs/sites as `sites` does; and peers and
-precision, which need Python 3.11 and are left out when none is given. `tables` makes only the tables.
+Names: quickstart, baselines, step, tpu, tpu_evaluations, banks (what one more SAE costs), packing (long documents);
+the suites of configs/quickstart_banks.py (sweep, layers, sites, targets, transcoders); what is seen inside (latent,
+attribution, steering, bias, links), of runs/quickstart as `make quickstart` makes it and runs/sites as `sites` does;
+and peers and precision, which need Python 3.11 and are left out when none is given. `tables` makes only the tables.
 
 Each file holds the commands, the commit, the time and the numbers. A test compares the documents with them.
 """
@@ -78,6 +78,14 @@ def banks() -> tuple[list[str], dict]:
         path = pathlib.Path(scratch) / "banks.json"
         run(f"python -m benchmarks.banks --json={path}")
         return ["python -m benchmarks.banks"], json.loads(path.read_text())
+
+
+def packing() -> tuple[list[str], dict]:
+    """What a long document takes to become rows."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = pathlib.Path(scratch) / "packing.json"
+        run(f"python -m benchmarks.packing --json={path}")
+        return ["python -m benchmarks.packing"], json.loads(path.read_text())
 
 
 def suite(name: str, rows: int) -> tuple[list[str], dict]:
@@ -420,6 +428,14 @@ def banks_table(numbers: dict) -> str:
     return "\n".join(lines)
 
 
+def packing_table(numbers: dict) -> str:
+    """Seconds by the length of one document."""
+    lines = ["| one document | seconds |", "|---|---|"]
+    for kind, unit in (("tokenising", "characters"), ("packing", "tokens")):
+        lines += [f"| {kind} {row[unit]:,} {unit} | {row['seconds']:.2f} |" for row in numbers[kind]]
+    return "\n".join([*lines, "", f"On {numbers['processor']}."])
+
+
 def tables() -> dict[str, str]:
     """The tables of the documents, by the name in their markers."""
     made = {path.name: json.loads(path.read_text())["numbers"] for path in sorted(RESULTS.glob("*.json"))}
@@ -429,6 +445,7 @@ def tables() -> dict[str, str]:
         "tpu_evaluations.json": tpu_evaluations_table,
         "precision.json": precision_table,
         "banks.json": banks_table,
+        "packing.json": packing_table,
         "baselines.json": baselines_table,
         **dict.fromkeys((f"{name}.json" for name in SUITES), suite_table),
         "sites.json": sites_suite_table,
@@ -522,6 +539,7 @@ def main() -> None:
         "tpu": tpu,
         "tpu_evaluations": tpu_evaluations,
         "banks": banks,
+        "packing": packing,
         **{name: functools.partial(suite, name, rows) for name, rows in SUITES.items()},
         **{name: measure for name, (measure, _) in looks.LOOKS.items()},
         "peers": peers,
@@ -534,7 +552,17 @@ def main() -> None:
         "names",
         nargs="*",
         choices=[*known, "tables"],
-        default=["quickstart", "baselines", "step", "tpu", "tpu_evaluations", "banks", *SUITES, *looks.LOOKS],
+        default=[
+            "quickstart",
+            "baselines",
+            "step",
+            "tpu",
+            "tpu_evaluations",
+            "banks",
+            "packing",
+            *SUITES,
+            *looks.LOOKS,
+        ],
         help="results to make",
     )
     RESULTS.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import os
 import pathlib
@@ -38,6 +39,8 @@ def run(main: Callable[[], None]) -> None:
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A name that it cannot encode must not end hours of work.
+        sys.stdout.reconfigure(errors="backslashreplace")
     threading.excepthook = _threads_error
     sys.unraisablehook = _unraisable_error
     logging.getLogger("absl").addFilter(

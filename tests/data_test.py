@@ -30,6 +30,24 @@ def test_every_continuation_begins_with_its_own_bos():
     assert np.concatenate([row[1:] for row in rows])[:30].tolist() == list(range(10, 40))
 
 
+class Counted(list):
+    """A document that counts the tokens copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        Counted.copied += len(found) if isinstance(key, slice) else 1
+        return found
+
+
+def test_each_token_of_a_long_document_is_copied_once():
+    document = Counted(range(10, 50_010))
+    Counted.copied = 0
+    rows = list(data.pack(iter([document]), 64))
+    assert len(rows) == 794 and Counted.copied <= 50_000 + 794 * 64
+
+
 def test_in_the_chat_template_every_segment_is_a_whole_turn():
     before, after = data.chat_template(tiny.load_tokenizer())
     documents = [list(range(300, 340)), list(range(400, 405)), list(range(500, 503))]
@@ -70,13 +88,6 @@ def test_order_is_a_permutation_of_each_epoch_and_depends_only_on_seed_and_place
     assert data.order(50, 4, 0, 50).tolist() != first.tolist()
 
 
-def test_a_file_of_another_encoding_is_named(tmp_path):
-    for name, text in (("a.txt", "naïve"), ("a.jsonl", '{"text": "naïve"}')):
-        (tmp_path / name).write_bytes(text.encode("latin-1"))
-        with pytest.raises(ValueError, match=rf"{name} is not in UTF-8 .* convert it"):
-            list(data.documents(str(tmp_path / name)))
-
-
 def test_a_glob_may_cross_folders_and_a_name_may_hold_brackets(tmp_path):
     for name in ("a/x.txt", "b/c/y.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -104,6 +115,39 @@ def test_a_tfds_dataset_is_read_by_name_in_the_order_of_its_files(tmp_path, file
     assert list(data.documents(f"{name}[:3]")) == texts()[:3]
     with pytest.raises(ValueError, match="TFDS cannot give tfds:words_nowhere/train"):
         list(data.documents("tfds:words_nowhere/train"))
+
+
+def test_texts_of_tfds_that_are_none_are_refused_with_their_number(tmp_path):
+    text, number = tfds.features.Text(), tfds.features.Scalar(np.int64)
+    for name, feature, column, values, message in (
+        ("latin", text, "text", ["a", b"\xe9"], "latin:1.0.0/train, example 1 is not in UTF-8"),
+        (
+            "numbers",
+            number,
+            "text",
+            [5],
+            r"numbers:1.0.0/train, example 0: the text is .*5\)?, expected a string",
+        ),
+        (
+            "others",
+            text,
+            "words",
+            ["a"],
+            "TFDS cannot give .*others:1.0.0/train .its examples have no 'text'",
+        ),
+    ):
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name=name,
+            version="1.0.0",
+            features=tfds.features.FeaturesDict({column: feature}),
+            split_datasets={"train": [(i, {column: value}) for i, value in enumerate(values)]},
+            data_dir=tmp_path,
+            file_format="array_record",
+            disable_shuffling=True,
+        )
+        tfds.core.add_data_dir(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            list(data.documents(f"tfds:{name}:1.0.0/train"))
 
 
 def test_the_held_out_documents_of_the_default_corpus_never_change():

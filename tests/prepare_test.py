@@ -129,11 +129,16 @@ def test_rows_are_prepared_once_and_again_when_the_text_changes(tmp_path):
     ("name", "content", "message"),
     [
         ("missing.txt", None, "matches no file"),
-        ("empty.txt", "", "leaves no document for the train split"),
-        ("one.txt", "a single document", "leaves no document for the held_out split"),
+        ("empty.jsonl", "", "leaves no document for the train split"),
+        ("one.jsonl", '{"text": "a single document"}', "leaves no document for the held_out split"),
+        (
+            "one.txt",
+            "a single document",
+            r"none is left to hold out: .*one.txt is one document; .* give .jsonl",
+        ),
         ("bad.jsonl", '{"text": "fine"}\n{"txt": 1}\n', 'bad.jsonl:2 is not a JSON object with a "text"'),
-        ("null.jsonl", '{"text": null}\n', "null.jsonl:1 is not a JSON object"),
-        ("bad.csv", "a,b", "only .txt, .jsonl, .jsonl.gz and .parquet"),
+        ("null.jsonl", '{"text": null}\n', "null.jsonl:1: the text is None, expected a string"),
+        ("bad.csv", "a,b", "only .txt, .jsonl, .jsonl.gz, .json.gz and .parquet"),
     ],
 )
 def test_bad_text_is_refused_by_name(tmp_path, name, content, message):
@@ -141,3 +146,12 @@ def test_bad_text_is_refused_by_name(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         prepare.prepare_rows(config(tmp_path, tmp_path / name), tiny.load_tokenizer, "bytes")
+
+
+def test_one_txt_is_said_to_be_one_document(tmp_path, capsys):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a single document")
+    for text, is_said in ((tmp_path / "a.txt", True), (tmp_path / "*.txt", False)):
+        held_out = config(tmp_path, text, held_out_fraction=1.0)
+        prepare.prepare_rows(held_out, tiny.load_tokenizer, "bytes")
+        assert ("a.txt is one document; for several give .jsonl" in capsys.readouterr().out) == is_said

@@ -73,7 +73,7 @@ def test_one_class_and_no_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no such file"):
         probing.read_labelled(tmp_path / "none.jsonl")
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "\xff", "label": 1}\n')
-    with pytest.raises(ValueError, match=r"bytes.jsonl:1 is not a JSON object"):
+    with pytest.raises(ValueError, match=r"bytes.jsonl:1 is not in UTF-8"):
         probing.read_labelled(tmp_path / "bytes.jsonl")
 
 

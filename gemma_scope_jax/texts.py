@@ -1,0 +1,149 @@
+"""Texts in files: plain, JSON Lines and Parquet, all by one rule.
+
+A file is in UTF-8, and a byte order mark at its start is not part of it. Blank lines of JSON Lines are skipped. Half
+of a surrogate pair, which JSON can name, is no character: U+FFFD takes its place. What cannot be read is an error
+that names the file and the line, from 1, or the row, from 0.
+"""
+
+import functools
+import gzip
+import io
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from gemma_scope_jax import files
+from gemma_scope_jax.printing import printable, quoted, well_formed
+
+LONGEST = 2**30  # Bytes of one document: its tokens would take tens of gigabytes.
+
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # UTF-32's mark begins like one of these.
+_UTF_8_MARK = b"\xef\xbb\xbf"
+_decode_json = json.JSONDecoder().decode  # Without what json.loads asks anew for each line.
+
+
+class Exchange(NamedTuple):
+    """A document of two turns."""
+
+    prompt: str
+    reply: str
+
+
+def read(path: pathlib.Path) -> Iterator[str | Exchange]:
+    """The documents of a file; which kind it is, its name says.
+
+    Raises:
+      ValueError: it is of no known kind, cannot be read, or something in it is no text.
+    """
+    suffixes = path.suffixes
+    match "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else path.suffix:
+        case ".txt":
+            yield _read_text(path)
+        case ".jsonl" | ".jsonl.gz" | ".json.gz":
+            for line, found in read_objects(path):
+                if "text" not in found:
+                    has = printable(", ".join(found)) or "nothing"
+                    raise ValueError(f'{path}:{line} is not a JSON object with a "text"; it has {has}')
+                text = checked(found["text"], "text", path, ":", line)
+                if "prompt" in found:
+                    text = Exchange(checked(found["prompt"], "prompt", path, ":", line), text)
+                yield text
+        case ".parquet":
+            first = 0
+            for column in _parquet_columns(path):
+                for row, value in enumerate(_values(column, path, first), first):
+                    yield checked(value, "text", path, ", row ", row)
+                first += len(column)
+        case _:
+            raise ValueError(f"{path}: only .txt, .jsonl, .jsonl.gz, .json.gz and .parquet files are read")
+
+
+def read_objects(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    """The objects of a JSON Lines file, gzipped where its name says so, each with the number of its line from 1.
+
+    Raises:
+      ValueError: the file cannot be read, or a line is no JSON object.
+    """
+    for number, line in _lines(path):
+        text = line.decode() if number > 1 and line.isascii() else _decoded(line, path, number)
+        if not text or text.isspace():
+            continue
+        try:
+            found = _decode_json(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is not a JSON object: {printable(error)}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}:{number} is not a JSON object: it is {quoted(found)}")
+        yield number, found
+
+
+def checked(value: object, name: str, *where: object) -> str:
+    """A string of a file, `well_formed`.
+
+    Args:
+      value: what is in its place.
+      name: of that place.
+      where: that is; joined only where it is told, since there are millions.
+
+    Raises:
+      ValueError: it is no string.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{''.join(map(str, where))}: the {name} is {quoted(value)}, expected a string")
+    return well_formed(value)
+
+
+def _decoded(raw: bytes, path: pathlib.Path, line: int = 1) -> str:
+    """The text of a file from a line on, without the mark at the start."""
+    if line == 1:
+        # UTF-16 without a mark has zeros among the first letters.
+        if raw.startswith(_UTF_16) or 0 in raw[:2]:
+            raise ValueError(f"{path} is in UTF-16, or no text; convert it to UTF-8")
+        raw = raw.removeprefix(_UTF_8_MARK)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line} is not in UTF-8 ({error.reason}); convert it") from error
+
+
+def _read_text(path: pathlib.Path) -> str:
+    with files.open_regular(path, LONGEST) as file, files.reading(path):
+        raw = file.read()
+    return _decoded(raw, path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    is_gzip = path.suffix == ".gz"
+    with files.open_regular(path) as raw, files.reading(path, "gzip" if is_gzip else ""):
+        file = io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20) if is_gzip else raw
+        for number, line in enumerate(iter(functools.partial(file.readline, LONGEST + 1), b""), 1):
+            if len(line) > LONGEST:
+                raise ValueError(f"line {number} has more than {LONGEST:,} bytes")
+            yield number, line
+
+
+def _parquet_columns(path: pathlib.Path) -> Iterator[pyarrow.Array]:
+    """The texts of a Parquet file, batch by batch."""
+    with files.open_regular(path) as file, files.reading(path, "Parquet"):
+        table = pyarrow.parquet.ParquetFile(file)
+        if "text" not in (names := table.schema_arrow.names):
+            raise ValueError(f"it has no column 'text' but {', '.join(names)}")
+        for batch in table.iter_batches(columns=["text"]):
+            yield batch.column(0)
+
+
+def _values(column: pyarrow.Array, path: pathlib.Path, first_row: int) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        for row, value in enumerate(column, first_row):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, row {row} is not in UTF-8 ({error.reason})") from error
+        raise
