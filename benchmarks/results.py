@@ -432,7 +432,7 @@ def packing_table(numbers: dict) -> str:
     """Seconds by the length of one document."""
     lines = ["| one document | seconds |", "|---|---|"]
     for kind, unit in (("tokenising", "characters"), ("packing", "tokens")):
-        lines += [f"| {kind} {row[unit]:,} {unit} | {row['seconds']:.2f} |" for row in numbers[kind]]
+        lines += [f"| {kind} {row[unit]:,} {unit} | {row['seconds']:.2g} |" for row in numbers[kind]]
     return "\n".join([*lines, "", f"On {numbers['processor']}."])
 
 
