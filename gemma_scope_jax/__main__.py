@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("run", type=cli.path, help="the directory of a run that has been evaluated")
     publish.add_argument("--repo", required=True, help="OWNER/NAME on Hugging Face's hub")
     publish.add_argument("--format", choices=PUBLISHED, default="saelens")
-    publish.add_argument("--license", default="cc-by-4.0", help="as the hub calls it")
+    publish.add_argument(
+        "--license", default="", help="that you choose for your SAEs, as the hub calls it, such as cc-by-4.0"
+    )
     publish.add_argument("--push", action="store_true", help="upload it, too")
     compare = commands.add_parser("compare", help="evaluations side by side, each compared with the first")
     compare.add_argument("folders", nargs="+", type=cli.path, help="what evaluate.py was given, or its --out")
@@ -130,7 +132,7 @@ def main() -> None:
     elif args.command == "publish":
         from gemma_scope_jax import publish as publish_lib
 
-        publish_lib.publish(args.run, args.out, args.repo, args.format, args.dtype, args.license, args.push)
+        publish_lib.publish(args.run, args.out, args.repo, args.license, args.format, args.dtype, args.push)
     elif args.command == "compare":
         from gemma_scope_jax import suites
 

@@ -25,9 +25,9 @@ from gemma_scope_jax import (
     evaluation,
     files,
     gemma,
-    hub,
     interrupt,
     opening,
+    printing,
     sae,
     sharding,
     tokenizer,
@@ -282,7 +282,7 @@ def detect_path(
       latents: how many of each SAE, at most.
       seed: of what is drawn.
       rows_per_batch: in one pass; None: as the config says.
-      out: the folder to write to; None: beside the SAE or in the run.
+      out: the folder to write to; None: see `opening.results_folder`.
       **overrides: see `opening.open_path`.
     """
     with interrupt.ending_at_once("detection writes its results when it ends"):
@@ -299,7 +299,7 @@ def detect_path(
         for name, (value, least) in given.items():
             if value < least:
                 raise ValueError(f"--{name} is {value}; it must be at least {least}")
-        out = hub.results_folder(path, out)
+        out = opening.results_folder(opened, path, out)
         held_out = data.open_rows(opened.rows, data.HELD_OUT)
         order = data.order(len(held_out), evaluation.ORDER_SEED, 0, min(rows, len(held_out)))
         decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
@@ -318,7 +318,7 @@ def detect_path(
         about = {
             "model": config.model,
             "step": opened.step,
-            "text": config.data.text,
+            "text": printing.shareable(config.data.text),
             "context_length": config.data.context_length,
             "rows": len(order),
             "seed": seed,

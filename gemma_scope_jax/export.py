@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, data, files, gemma, hosts, runs, sae, step, stored
+from gemma_scope_jax import bank, data, files, gemma, hosts, log, printing, runs, sae, step, stored
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.formats import (
     circuit_tracer,
@@ -27,22 +27,29 @@ def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, sae.S
             yield member.name, hosts.fetch(bank.fold(b, state.banks[b.name].params, state.normalizers, i))
 
 
-def measured_l0(plan: step.Plan, state: step.State) -> dict[str, float]:
-    """Each member's mean L0 over the last whole window of training, or the one under way if it is the first."""
+def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict[str, float]:
+    """Each member's mean L0 as the state is: on held-out rows if that was evaluated, else of training's last updates.
+
+    Those are in the run's log; of a run without one, the updates since the last whole window are taken.
+    """
+    number = int(state.step)
+    evaluated, others = runs.own_evaluation(workdir, run.config, number)
+    held_out = {} if evaluated is None or others else evaluated.get("sae", {})
+    logged = log.last_values(workdir, number)
     measured = {}
-    for b in plan.banks:
+    for b in run.plan.banks:
         firing = hosts.fetch(state.banks[b.name].firing)
         for i, member in enumerate(b.members):
-            if firing.windows_E[i]:
-                measured[member.name] = float(firing.frequency_ExM[i].sum())
-            else:
-                measured[member.name] = float(firing.count_ExM[i].sum() / max(firing.rows_E[i], 1))
+            known = [of[member.name]["l0"] for of in (held_out, logged) if member.name in of]
+            rows = int(firing.rows_E[i])
+            since = firing.count_ExM[i].sum() / rows if rows else firing.frequency_ExM[i].sum()
+            measured[member.name] = float(known[0] if known else since)
     return measured
 
 
 def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str) -> list[pathlib.Path]:
     """Writes every member to `folder/<name>/` as a SAELens folder; `rows` names the dataset it was trained on."""
-    l0 = measured_l0(run.plan, state)
+    l0 = measured_l0(run, state, folder.parent)
     members = {member.name: member for member in run.plan.members}
     paths = []
     for name, folded in folded_saes(run.plan, state):
@@ -61,14 +68,14 @@ def as_stored(
     about = common.About(
         model_name=gemma.spec(config.model).hugging_face,
         context_length=config.data.context_length,
-        text=config.data.text,
+        text=printing.without_credentials(config.data.text),
         l0=round(l0, 2),
         held_out_fraction=config.data.held_out_fraction,
         data_seed=config.data.seed,
         chat_template=config.data.chat_template,
         rows=rows,
-        weights=config.weights,
-        tokenizer=config.tokenizer,
+        weights=printing.without_credentials(config.weights),
+        tokenizer=printing.without_credentials(config.tokenizer),
         gemma_dtype=config.gemma_dtype,
         site_mean_O=np.asarray(state.normalizers[str(member.target_site)].ablation_mean_D),
     )
@@ -167,17 +174,23 @@ def obstacles(
 
 def without_paths(about: common.About) -> common.About:
     """What is told of an SAE without what only this machine knows: of a text its file's name, of others nothing."""
+
+    def address(path: str) -> str:
+        return public_name(path) if "://" in path and not path.startswith("file:") else ""
+
     return dataclasses.replace(
         about,
         text=public_name(about.text),
-        weights=about.weights if "://" in about.weights else "",
-        tokenizer=about.tokenizer if "://" in about.tokenizer else "",
+        weights=address(about.weights),
+        tokenizer=address(about.tokenizer),
     )
 
 
 def public_name(path: str) -> str:
-    """A text without the folders of this machine."""
-    return path if "://" in path or path.startswith("tfds:") else pathlib.PurePath(path).name
+    """A text without the folders of this machine, or an address without who opens it."""
+    if path.startswith("tfds:") or ("://" in path and not path.startswith("file:")):
+        return printing.shareable(path)
+    return pathlib.PurePath(path).name
 
 
 def layout(
@@ -280,7 +293,6 @@ def export_run(
     out: pathlib.Path,
     bank_name: str | None = None,
     dtype: str = "float32",
-    is_public: bool = False,
 ) -> list[pathlib.Path]:
     """Exports the newest state of a run directory in layouts such as Google's; returns the paths.
 
@@ -290,16 +302,41 @@ def export_run(
       out: the folder to write to.
       bank_name: only this bank's SAEs; None: all.
       dtype: of the matrices.
-      is_public: whether paths of this machine are kept out of the files.
 
     Raises:
       ValueError: there is no such bank, the only format has no place for a member, or a place is taken; nothing has
         been written then.
     """
     run, state = runs.open_run(workdir, banks=None if bank_name is None else [bank_name])
+    return export_state(run, state, workdir, formats, out, dtype)
+
+
+def export_state(
+    run: runs.Run,
+    state: step.State,
+    workdir: pathlib.Path,
+    formats: tuple[str, ...],
+    out: pathlib.Path,
+    dtype: str = "float32",
+    is_public: bool = False,
+) -> list[pathlib.Path]:
+    """`export_run` of a run that is open.
+
+    Args:
+      run: as `runs.open_run` gives it.
+      state: likewise.
+      workdir: the run's.
+      formats: see `export_run`.
+      out: the folder to write to.
+      dtype: of the matrices.
+      is_public: whether paths of this machine are kept out of the files.
+
+    Raises:
+      ValueError: see `export_run`.
+    """
     members = {member.name: member for member in run.plan.members}
     rows = data.name_of(runs.run_rows(run.config, workdir))
-    l0 = measured_l0(run.plan, state)
+    l0 = measured_l0(run, state, workdir)
     wanted = [
         (file_format, name, m.site, m.target_site, m.skip)
         for file_format in formats

@@ -12,7 +12,7 @@ import numpy as np
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from gemma_scope_jax import bank, data, files, ring, step
+from gemma_scope_jax import bank, data, files, ring, step, verdicts
 
 # By then a threshold that can move has moved.
 WATCHED_UPDATES = 1000
@@ -35,6 +35,19 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
                     f"{path}:{number} is damaged; mend the line or move the file away"
                 ) from error
     return entries
+
+
+def last_values(workdir: pathlib.Path, step: int) -> dict[str, dict]:
+    """The last values of each SAE that were logged up to a step, L0 and FVU as means over the last fiftieth of all.
+
+    At a run's end the learning rate is near zero there; a window may hold all of its fall.
+    """
+    trained = [entry["sae"] for entry in read_metrics(workdir) if entry["sae"] and entry["step"] <= step]
+    last = trained[-max(len(trained) // 50, 1) :]
+    return {
+        name: values | {key: float(np.mean([of[name][key] for of in last])) for key in ("l0", "fvu")}
+        for name, values in (last[-1] if last else {}).items()
+    }
 
 
 def _event(step: int, **content: object) -> event_pb2.Event:
@@ -247,6 +260,25 @@ def stuck_thresholds(plan: step.Plan, entries: list[Mapping]) -> list[str]:
                     f"{at}.sparsity_coefficients"
                 )
     return warnings
+
+
+def judge(plan: step.Plan, workdir: pathlib.Path, number: int) -> dict[str, verdicts.Verdict]:
+    """What the log up to a step says of each SAE, without losses of Gemma's; of no log nothing."""
+    last, found = last_values(workdir, number), {}
+    for of_bank in plan.banks:
+        for member in of_bank.members:
+            if (values := last.get(member.name)) is None:
+                continue
+            numbers = {
+                "l0": values["l0"],
+                "fvu": values["fvu"],
+                "activations": of_bank.window_updates * plan.batch,
+            }
+            for share in ("dead", "dense"):
+                if (count := values[f"{share}_latents"]) is not None:
+                    numbers[f"{share}_fraction"] = count / member.width
+            found[member.name] = verdicts.verdict(numbers, member.width, member.target_l0)
+    return found
 
 
 def same_document_share(source_Bx3: np.ndarray, weight_B: np.ndarray) -> float:

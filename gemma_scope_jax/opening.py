@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -33,7 +34,19 @@ class Opened:
     prepare_rows: Callable[[], pathlib.Path]  # of the text to evaluate on
     members: dict[str, bank.Member]  # of a run
     step: int | None = None  # of a run, at which they are as they are here
-    trained: data.DataConfig = data.DataConfig()  # what they were trained on, where it is known
+    # As the run or the file says, whatever was given; a stranger's file leaves the most of it open.
+    own: config_lib.Config = config_lib.Config()
+    is_text_known: bool = True  # Whether `own` has the text that they were trained on.
+
+    @property
+    def text_trained_on(self) -> str | None:
+        """None where it is not known."""
+        return self.own.data.text if self.is_text_known else None
+
+    @property
+    def is_other_text(self) -> bool:
+        """Whether what they are evaluated on is known to be another text than what they were trained on."""
+        return self.is_text_known and not data.is_same_text(self.config.data.text, self.own.data.text)
 
     @functools.cached_property
     def rows(self) -> pathlib.Path:
@@ -88,7 +101,7 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
     def rows() -> pathlib.Path:
         return runs.prepare_rows_once(config) if is_other else runs.run_rows(run.config, path)
 
-    return Opened(config, subjects, rows, members, int(state.step), run.config.data)
+    return Opened(config, subjects, rows, members, int(state.step), run.config)
 
 
 def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Config:
@@ -121,7 +134,7 @@ def on_text(opened: Opened, text: str) -> Opened:
     if data.is_same_text(text, opened.config.data.text):
         return opened
     is_chat = opened.config.data.chat_template
-    trained = dataclasses.replace(opened.trained, chat_template=is_chat)
+    trained = dataclasses.replace(opened.own.data, chat_template=is_chat)
     changed = trained if data.is_same_text(text, trained.text) else _other_text(trained, text)
     config = dataclasses.replace(opened.config, data=changed)
     return dataclasses.replace(
@@ -175,7 +188,56 @@ def _open_stored(location: str, given: dict[str, str]) -> Opened:
         made = data.cached(config.data, about.rows) if about.rows and is_as_trained else None
         return made or runs.prepare_rows_once(config)
 
-    return Opened(config, subjects, rows, {}, trained=trained.data)
+    if not about.rows:  # A stranger's file leaves weights open; those given are no others.
+        trained = dataclasses.replace(trained, weights=config.weights, tokenizer=config.tokenizer)
+    if about.model_name and gemma.spec(model).hugging_face.split("/")[-1] != about.model_name.split("/")[-1]:
+        trained = dataclasses.replace(trained, model=about.model_name)
+    return Opened(config, subjects, rows, {}, own=trained, is_text_known=bool(about.text))
+
+
+def options_of(opened: Opened, split: str = data.HELD_OUT, turns: str | None = None, kind: str = "") -> str:
+    """What results are of that is not the SAEs' own, but for the text, as a folder's name: `bfloat16_train`."""
+    own, config = opened.own, opened.config
+    weights, tokens = (
+        getattr(config, n) * (getattr(config, n) != getattr(own, n)) for n in ("weights", "tokenizer")
+    )
+    parts = [
+        config.model * (config.model != own.model),
+        text_label(weights),
+        text_label(tokens),
+        config.gemma_dtype * (config.gemma_dtype != own.gemma_dtype),
+        f"turns_{turns}" * bool(turns),
+        split * (split != data.HELD_OUT),
+        kind,
+    ]
+    return "_".join(filter(None, parts))
+
+
+def results_folder(
+    opened: Opened,
+    location: str | pathlib.Path,
+    out: pathlib.Path | None,
+    text: str | None = None,
+    options: str = "",
+) -> pathlib.Path:
+    """`hub.results_folder`; results that are not of the SAEs' own text and model overwrite none that are.
+
+    Args:
+      opened: what lies at the location.
+      location: a path, or `hf://OWNER/NAME/FOLDER`.
+      out: the folder, if it is given.
+      text: what to call the text if it is another; None: by its file.
+      options: see `options_of`.
+    """
+    is_other = not data.is_same_text(opened.config.data.text, opened.own.data.text)
+    name = text or text_label(opened.config.data.text)
+    label = pathlib.Path(options or options_of(opened), name if is_other else "")
+    return hub.results_folder(location, out, None if label == pathlib.Path() else label)
+
+
+def text_label(source: str) -> str:
+    """A text or a path by its last name, without what a folder's name cannot have."""
+    return re.sub(r"[^\w-]+", "_", pathlib.PurePosixPath(source).stem)
 
 
 def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, gemma.Gemma]:

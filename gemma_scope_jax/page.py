@@ -4,12 +4,12 @@ import base64
 import csv
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jinja2
 import numpy as np
 
-from gemma_scope_jax import files, metrics, plots
+from gemma_scope_jax import files, metrics, plots, verdicts
 from gemma_scope_jax.metrics import Evaluation
 
 # Each number: its label, how it is shown, and what it is.
@@ -100,11 +100,18 @@ def with_error(value: float | None, error: float | None, form: str) -> str:
     )
 
 
-def write_json(path: pathlib.Path, results: Mapping[str, Evaluation], about: Mapping) -> None:
-    """Writes the numbers of every SAE, with what they were measured on."""
+def write_json(
+    path: pathlib.Path,
+    results: Mapping[str, Evaluation],
+    about: Mapping,
+    judgements: Mapping[str, verdicts.Verdict],
+) -> None:
+    """Writes the numbers of every SAE and the verdicts on those that have one, with what they were measured on."""
     saes = {}
     for name, result in results.items():
         saes[name] = metrics.numbers(result)
+        if name in judgements:
+            saes[name]["verdict"] = {"faults": judgements[name].faults, "line": judgements[name].line}
     with files.replacing_file(path) as partial:
         partial.write_text(json.dumps({**about, "sae": saes}, indent=1) + "\n", encoding="utf-8")
 
@@ -140,6 +147,8 @@ def write_html(
     command: str,
     layers: Mapping[str, int],
     images: Mapping[str, pathlib.Path] | None = None,
+    judgements: Mapping[str, verdicts.Verdict] | None = None,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Writes the page.
 
@@ -150,6 +159,8 @@ def write_html(
       command: that makes it again.
       layers: of each SAE.
       images: plots that are there already, by title.
+      judgements: verdicts, by SAE.
+      remarks: on all of it, a sentence each.
     """
     pictures_of = {title: data_url(image.read_bytes()) for title, image in (images or {}).items()}
     if len(set(layers.values())) > 1:
@@ -174,6 +185,8 @@ def write_html(
         },
         pictures={name: data_url(plots.details(result)) for name, result in results.items()},
         plots=pictures_of,
+        verdicts=judgements or {},
+        remarks=remarks,
     )
 
 

@@ -4,6 +4,8 @@ A name in a file may hold escape sequences that a terminal obeys, line breaks th
 that turn the rest of a line around, or a million characters. HTML needs nothing of this: Jinja escapes it.
 """
 
+import pathlib
+import re
 import unicodedata
 
 LONGEST = 200  # Characters of a name or a value that a message quotes.
@@ -41,6 +43,29 @@ def well_formed(text: str) -> str:
 def plottable(text: object, limit: int = LONGEST) -> str:
     """`printable`, and a dollar sign does not make Matplotlib read what follows as a formula."""
     return printable(text, limit).replace("$", r"\$")
+
+
+# What stands before a host, a query, which may sign, and a token of Hugging Face's.
+_CREDENTIALS = (
+    (re.compile(r"(?<=://)[^/\s]*@"), ""),
+    (re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*"), r"\1"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_…"),
+)
+
+
+def without_credentials(text: object) -> str:
+    """A path, an address or a command without user, password, query and token."""
+    found = str(text)
+    for pattern, replacement in _CREDENTIALS:
+        found = pattern.sub(replacement, found)
+    return found
+
+
+def shareable(text: object) -> str:
+    """The same without user names too: a home, of whomever it is, becomes `~`."""
+    own = pathlib.Path.home()
+    homes = [r"/(?:home|Users)/[^/\s'\"]+", *([re.escape(str(own))] if own.name else [])]
+    return re.sub(rf"(?<![\w.])(?:{'|'.join(homes)})(?![\w.-])", "~", without_credentials(text))
 
 
 def _escaped(letter: str) -> str:

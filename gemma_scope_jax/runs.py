@@ -17,11 +17,13 @@ from gemma_scope_jax import (
     checkpoint,
     chips,
     data,
+    files,
     gemma,
     hosts,
     planning,
     plans,
     prepare,
+    printing,
     sharding,
     step,
     tokenizer,
@@ -95,6 +97,44 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
             f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
         )
     return folder
+
+
+def own_evaluation(
+    folder: pathlib.Path, config: config_lib.Config, step: int | None
+) -> tuple[dict | None, dict[str, object]]:
+    """The evaluation in a folder, and what it was made of that is not the SAEs' own, by name.
+
+    Their own are the model, the text and its held-out rows, all positions, and their newest step.
+
+    Args:
+      folder: the run's, or that of an SAE in files.
+      config: as the run or the file says.
+      step: at which the run is; None: of an SAE in files.
+
+    Returns:
+      What evaluation.json holds, None if there is none; and the differences, of an own one none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return None, {}
+    found = files.read_json(path)
+    saes = found.get("sae")
+    if not isinstance(saes, dict) or not all(isinstance(of, dict) and "l0" in of for of in saes.values()):
+        raise ValueError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
+    own = {
+        "step": step, "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text,
+        "split": data.HELD_OUT, "turns": None, "context_length": config.data.context_length,
+        "weights": config.weights, "tokenizer": config.tokenizer,
+    }  # fmt: skip
+
+    def is_same(name: str) -> bool:
+        # Evaluations have their paths without the user's name, older ones with it.
+        return printing.shareable(found.get(name)) == printing.shareable(own[name])
+
+    return found, {name: found.get(name) for name in own if not is_same(name)}
 
 
 def gemma_placement(run: Run) -> weights.Placement:

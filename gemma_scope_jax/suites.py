@@ -11,11 +11,13 @@ import numpy as np
 import rich.console
 import rich.table
 
-from gemma_scope_jax import files, metrics, page, plots
+from gemma_scope_jax import files, metrics, page, plots, printing
 from gemma_scope_jax.metrics import Evaluation
 
 # What is shown of each.
 NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
+
+FVU_OF_TEXTS = "FVU is against each text's own variance: of different texts compare delta loss, not FVU."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,8 @@ def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
     shortest = _labels(folders)
     columns = {label: read(folder) for label, folder in zip(shortest, folders, strict=True)}
     out.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "gemma_scope_jax", "compare", *map(str, folders), f"--out={out}"])
+    command = ["python", "-m", "gemma_scope_jax", "compare", *map(str, folders), f"--out={out}"]
+    command = shlex.join(map(printing.shareable, command))
     write(out, columns, command, is_compared=True)
 
 
@@ -144,6 +147,8 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
             table.append((next(iter(row.values())), shown))
         if any(value != "–" for _, row in table for value in row.values()):
             tables[number] = table
+    texts = {str(suite.about.get("text")) for suite in columns.values()}
+    remark = FVU_OF_TEXTS if len(texts) > 1 else ""
     headings = list(columns)
     if is_compared:
         headings += [f"{column} − {first}" for column in headings[1:]]
@@ -154,6 +159,7 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
         headings=headings,
         numbers=page.NUMBERS,
         about={label: suite.about for label, suite in columns.items()},
+        remark=remark,
         picture=page.data_url(plots.side_by_side({c: suite.results for c, suite in columns.items()})),
         command=command,
     )
@@ -163,6 +169,8 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
         writer.writeheader()
         writer.writerows(cells)
     _print(tables, headings)
+    if remark:
+        print(remark)
     print(f"Wrote {out / 'side_by_side.html'}, {out / 'side_by_side.csv'}", flush=True)
 
 

@@ -29,6 +29,7 @@ from gemma_scope_jax import (
     runs,
     sharding,
     step,
+    verdicts,
 )
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
@@ -240,6 +241,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
                 f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
                 flush=True,
             )
+            for line in verdicts.lines(log.judge(run.plan, workdir, int(state.step))):
+                print(line, flush=True)
         export.write_own(run, state, workdir / "sae", data.name_of(rows.folder))
         return 0
 

@@ -25,6 +25,7 @@ from gemma_scope_jax import (
     training,
     weights,
 )
+from gemma_scope_jax.explore import scope
 from gemma_scope_jax.formats import saelens
 
 SITE = gemma.Site("resid_post", 1)
@@ -310,7 +311,51 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
         ([str(other), f"{inputs / 'none.txt'}"], "matches no file"),
     ):
         with pytest.raises(ValueError, match=message):
-            report.evaluate_path(run, text=texts)
+            report.evaluate_path(run, text=texts, out=run)
+
+
+def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
+    """Another text, split or dtype, and baselines, have folders of their own; the page says what it is of."""
+    other = tmp_path / "news.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"quite another text {i}"}) for i in range(5)))
+    options = {"rows": 2, "is_fast": True}
+    results = report.evaluate_path(run, **options)
+    name = next(iter(results))
+    own = (run / "evaluation.json").read_bytes()
+    about = json.loads(own)
+    assert about["text_trained_on"] == about["text"] and not about["is_other_text"]
+    verdict = about["sae"][name]["verdict"]
+    assert verdict["line"] in (run / "evaluation.html").read_text().replace("&#39;", "'")
+    assert f"{len(results)} SAEs with nothing amiss." in capsys.readouterr().out
+
+    report.evaluate_path(run, text=str(other), **options)
+    found = json.loads((run / "evaluations" / "news" / "evaluation.json").read_text())
+    assert found["is_other_text"] and found["text_trained_on"] == about["text"]
+    page = (run / "evaluations" / "news" / "evaluation.html").read_text()
+    said = "compare delta loss, not FVU"
+    assert "another text than the one trained on" in page and said in page
+    assert said in capsys.readouterr().out
+    report.evaluate_path(run, split="train", has_baselines=True, **options)
+    with_baselines = json.loads((run / "evaluations" / "train_baselines" / "evaluation.json").read_text())[
+        "sae"
+    ]
+    assert [n for n, of in with_baselines.items() if "verdict" in of] == list(results)
+    assert (run / "evaluation.json").read_bytes() == own
+    assert scope._frequencies(run, results).keys() == results.keys()
+
+    # Two texts of one name are told apart before the first is overwritten.
+    second = tmp_path / "second" / "news.jsonl"
+    second.parent.mkdir()
+    second.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=r"news/evaluation.json is of text .*call this text otherwise"):
+        report.evaluate_path(run, text=str(second), **options)
+    opened = opening.open_path(run, text=f"{other}", dtype="bfloat16")
+    place = opening.results_folder(
+        opened, run, None, options=opening.options_of(opened, "train", "model", "baselines")
+    )
+    assert place == run / "evaluations" / "bfloat16_turns_model_train_baselines" / "news"
+    assert opening.results_folder(opening.open_path(run), run, None) == run
+    assert opening.results_folder(opened, run, tmp_path / "out") == tmp_path / "out"
 
 
 def test_texts_that_are_done_are_not_evaluated_again(run, inputs, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """A run's SAEs under the names and in the conventions of other tools."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,7 +144,7 @@ def test_what_a_format_has_no_place_for():
 
 def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
     paths = export.export_run(workdir, ("gemma_scope_2",), tmp_path / "2")
-    l0 = export.measured_l0(*(lambda run, state: (run.plan, state))(*runs.open_run(workdir)))
+    l0 = export.measured_l0(*runs.open_run(workdir), workdir)
     plain, skip = (round(value) for value in l0.values())
     assert [str(path.relative_to(tmp_path / "2")) for path in paths] == [
         f"transcoder/layer_2_width_64_l0_{plain}",
@@ -167,17 +169,34 @@ def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
         export.export_run(workdir, ("gemma_scope_2",), tmp_path / "2")
 
 
-def test_the_l0_in_a_name_is_that_of_the_last_whole_window(workdir):
+def test_the_l0_in_a_name_is_that_of_held_out_rows_or_of_the_last_updates(workdir, tmp_path):
     run, state = runs.open_run(workdir)
-    measured = export.measured_l0(run.plan, state)
+    step = int(state.step)
+    logged = {name: v["l0"] for name, v in training.log.read_metrics(workdir)[-1]["sae"].items()}
+    assert export.measured_l0(run, state, workdir) == pytest.approx(logged)
+    since = export.measured_l0(run, state, tmp_path)  # Where there is no log.
     for plan in run.plan.banks:
-        name = plan.members[0].name
-        assert (
-            int(state.banks[plan.name].updates_E[0]) == 40
-        )  # Three windows of twelve, and four updates more.
-        logged = [entry["sae"][name]["l0"] for entry in training.log.read_metrics(workdir) if entry["sae"]]
-        # Four updates a step: the third window is steps seven to nine of the ten that trained.
-        np.testing.assert_allclose(measured[name], np.mean(logged[6:9]), rtol=0.02)
+        # Three windows of twelve updates and one step of four more, which the last line of the log is of.
+        assert int(state.banks[plan.name].updates_E[0]) == 40
+        np.testing.assert_allclose(since[plan.members[0].name], logged[plan.members[0].name], rtol=0.02)
+    config = run.config
+    about = {
+        "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text, "split": "held_out",
+        "turns": None, "context_length": 16, "weights": config.weights, "tokenizer": "", "step": step,
+    }  # fmt: skip
+    measured = {name: 11.0 + i for i, name in enumerate(logged)}
+    for differs, expected in (
+        ({}, measured),
+        ({"step": step - 1}, since),
+        ({"text": "news"}, since),
+        ({"split": "train"}, since),
+    ):
+        sae = {name: {"l0": value} for name, value in measured.items()}
+        (tmp_path / "evaluation.json").write_text(json.dumps(about | differs | {"sae": sae}))
+        assert export.measured_l0(run, state, tmp_path) == expected
+    (tmp_path / "evaluation.json").write_text('{"sae": [1]}')
+    with pytest.raises(ValueError, match=r"evaluation.json has no numbers of SAEs"):
+        export.measured_l0(run, state, tmp_path)
 
 
 def test_places_are_googles_and_no_two_are_one():

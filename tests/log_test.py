@@ -1,5 +1,6 @@
 """What a run says of itself, and the warnings of thresholds that nothing moves."""
 
+import json
 import pathlib
 import re
 
@@ -85,6 +86,26 @@ def test_the_progress_line_spans_the_saes_and_says_what_is_not_known():
     entry["sae"][NAMES[1]] = entry["sae"][NAMES[1]] | {"l0": 20.0, "fvu": 0.25}
     assert log.progress(entry) == "1,234 tok/s, L0 20.0–60.0, FVU 0.100–0.250, dead ?, dense 3, 2 SAEs"
     assert log.progress({"speed": SPEED, "sae": {}}) == "1,234 tok/s"
+
+
+def test_the_end_of_a_run_is_judged_by_its_last_values(tmp_path):
+    def write(**last):
+        lines = entries(l0=15.0, dead_latents=8, dense_latents=0) + entries(
+            l0=10.0, dead_latents=8, dense_latents=0
+        )
+        lines[-1] = entries(l0=12.0, dead_latents=40, dense_latents=0, **last)[0]
+        lines = [line | {"step": i} for i, line in enumerate(lines)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write()
+    assert log.last_values(tmp_path, 100)[NAMES[0]]["l0"] == 12.0
+    assert log.last_values(tmp_path, 10)[NAMES[0]]["l0"] == 10.0
+    assert log.judge(PLAN, tmp_path, 10)[NAMES[0]].faults == ()
+    (fault,) = log.judge(PLAN, tmp_path, 100)[NAMES[0]].faults
+    assert fault == "dead: 62% of latents never fired on 80,000 activations"  # Of a window.
+    write(fvu=1.5)
+    assert log.judge(PLAN, tmp_path, 100)[NAMES[1]].faults[0].startswith("FVU 1.5")
+    assert log.judge(PLAN, tmp_path / "none", 100) == {}
 
 
 def test_utilisation_is_of_the_peak_and_apart_for_gemma_and_the_saes():

@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gemma_scope_jax import metrics, page
+from gemma_scope_jax import metrics, page, verdicts
 
 
 def evaluation(seed=0):
@@ -31,14 +31,19 @@ def evaluation(seed=0):
     )  # fmt: skip
 
 
-ABOUT = {"model": "gemma3_270m", "text": "<sotu & co>", "split": "held_out", "context_length": 256}
+ABOUT = {
+    "model": "gemma3_270m", "text": "<sotu & co>", "text_trained_on": "<i>", "is_other_text": True,
+    "split": "held_out", "context_length": 256,
+}  # fmt: skip
 
 
 @pytest.fixture
 def written(tmp_path):
     results = {f"layer_{i}_resid_post": evaluation(i) for i in (0, 1)}
     layers = {name: i for i, name in enumerate(results)}
-    page.write_html(tmp_path / "a.html", results, ABOUT, "python evaluate.py X --rows=4", layers)
+    verdicts_of = {name: verdicts.Verdict(("<b>bad</b>",) * i, "wait") for i, name in enumerate(results)}
+    command = "python evaluate.py X --rows=4"
+    page.write_html(tmp_path / "a.html", results, ABOUT, command, layers, None, verdicts_of, ["<u>"])
     return tmp_path / "a.html", results
 
 
@@ -63,6 +68,10 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
     check(html, results)
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert html.count("data:image/png;base64,") == 3  # Of each SAE, and by layer.
+    assert "another text than the one trained on, <code>&lt;i&gt;</code>" in html and "&lt;u&gt;" in html
+    verdict = re.search('<ul id="verdict">(.*?)</ul>', html, re.DOTALL)[1]
+    assert "1 of 2 SAEs with nothing amiss" in verdict and "layer_0" not in verdict
+    assert "&lt;b&gt;bad&lt;/b&gt;. Next: wait." in verdict
     assert "&lt;sotu &amp; co&gt;" in html and "python evaluate.py X --rows=4" in html
     shown = set(map(unescape, re.findall(r"<d[td]>(.*?)</d[td]>", html, re.DOTALL)))
     for label, _, definition in page.NUMBERS.values():

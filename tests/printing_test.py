@@ -19,3 +19,23 @@ def test_long_text_is_cut_and_its_length_told(letter):
 
 def test_a_dollar_is_no_formula():
     assert printing.plottable("$x_1$") == r"\$x_1\$"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("https://alice:secret@host.org/a.jsonl", "https://host.org/a.jsonl"),
+        ("https://alice:p@ss@host.org/a?token=1#b", "https://host.org/a"),
+        (f"https://host.org/hf_{'x' * 34}/a", "https://host.org/hf_…/a"),
+        ("hf://google/gemma-2-2b@main/a", "hf://google/gemma-2-2b@main/a"),
+        ("--text=news=/home/alice/a.jsonl", "--text=news=~/a.jsonl"),
+        ("/Users/alice", "~"),
+        ("/srv/me/a.txt", "~/a.txt"),
+        ("/srv/menu/a.txt", "/srv/menu/a.txt"),
+        ("gs://bucket/home/models/a", "gs://bucket/home/models/a"),
+    ],
+)
+def test_what_is_shared_tells_neither_names_nor_credentials(given, shown, monkeypatch):
+    monkeypatch.setenv("HOME", "/srv/me")
+    assert printing.shareable(given) == shown
+    assert printing.shareable(shown) == shown

@@ -10,9 +10,9 @@ from gemma_scope_jax import (
     files,
     gemma,
     hosts,
-    hub,
     interrupt,
     opening,
+    printing,
     report,
     tokenizer,
     weights,
@@ -40,7 +40,7 @@ def build(
       path: see `opening.open_path`.
       rows: of held-out text, at most all of it.
       saes: their names; of none, all.
-      out: the folder to write to, new or of dashboards; None: `dashboards` beside the SAE or in the run.
+      out: the folder to write to, new or of dashboards; None: `dashboards` in that of `opening.results_folder`.
       options: what is kept of each latent.
       rows_per_batch: in one pass; None: as the config says.
       is_for_neuronpedia: with Neuronpedia's batch files, too.
@@ -59,16 +59,19 @@ def build(
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
-        out = out or hub.results_folder(path, None) / "dashboards"
+        out = out or opening.results_folder(opened, path, None) / "dashboards"
         if not (out / _MARK).exists():
             files.check_new(out)
         held_out = data.open_rows(opened.rows, data.HELD_OUT)
         mesh, loaded = opening.load_gemma(config)
+        text = printing.shareable(config.data.text)
         about = {
             "model": config.model,
             "dtype": config.gemma_dtype,
-            "weights": weights.fingerprint(gemma.weights_path(config.model, config.weights)),
-            "text": config.data.text,
+            "weights": printing.shareable(
+                weights.fingerprint(gemma.weights_path(config.model, config.weights))
+            ),
+            "text": text,
             "rows_of": data.name_of(opened.rows),
             "rows": min(rows, len(held_out)),
             "context_length": config.data.context_length,
@@ -92,7 +95,7 @@ def build(
             logits = None if in_stream is None else directions.logits(mesh, loaded, in_stream)
             nearest = directions.nearest(subject.sae.W_dec)
             shown = site.Dashboards(
-                name, config.model, subject, config.data.text, gathered[name], logits, *nearest, passages
+                name, config.model, subject, text, gathered[name], logits, *nearest, passages
             )
             all_shown[name] = shown
             if hosts.is_first():

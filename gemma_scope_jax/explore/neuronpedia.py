@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gemma_scope_jax import files, gemma
+from gemma_scope_jax import export, files, gemma
 from gemma_scope_jax.explore import dashboards
 from gemma_scope_jax.explore.site import Dashboards
 
@@ -42,7 +42,7 @@ def write(folder: pathlib.Path, shown: Dashboards, length: int, text_of: Callabl
     _write(folder / "skipped_indexes.json", about | skipped)
     settings = {
         "hook_name": gemma.SITES[shown.subject.site.kind].transformer_lens.format(shown.subject.site.layer),
-        "huggingface_dataset_path": shown.text,
+        "huggingface_dataset_path": export.public_name(shown.text),
         "n_prompts_total": shown.gathered.rows,
         "n_tokens_in_prompt": length,
         "n_features_at_a_time": PER_BATCH,
@@ -90,7 +90,7 @@ def _feature(shown: Dashboards, latent: int, length: int, text_of: Callable[[int
         "freq_hist_data_bar_heights": g.histogram_MxH[latent, bins].tolist(),
         "n_prompts_total": g.rows,
         "n_tokens_in_prompt": length,
-        "dataset": shown.text,
+        "dataset": export.public_name(shown.text),
         "activations": _activations(shown, latent, text_of),
         "vector": _round(direction_O),
     }
