@@ -123,12 +123,14 @@ def main() -> None:
             parser.error(
                 f"--format: unknown {', '.join(sorted(unknown))}; choose of {', '.join(FORMATS)}, or all"
             )
-        export_lib.export_run(args.run, formats, args.out, args.bank, args.dtype)
+        for place in export_lib.export_run(args.run, formats, args.out, args.bank, args.dtype):
+            print(f"Exported {place}")
     elif args.command == "convert":
         from gemma_scope_jax import export as export_lib
 
         sites = {"model": args.model, "site": args.site, "target_site": args.target_site}
-        export_lib.convert(args.sae, args.format, args.out, args.dtype, args.weights, **sites)
+        for place in export_lib.convert(args.sae, args.format, args.out, args.dtype, args.weights, **sites):
+            print(f"Wrote {place}")
     elif args.command == "publish":
         from gemma_scope_jax import publish as publish_lib
 

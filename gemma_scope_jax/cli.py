@@ -169,8 +169,9 @@ def explain(error: BaseException) -> str | None:
     text = printable(" ".join(str(error).split()), _LONGEST_MESSAGE)
     if _is_full_disk(error):
         return f"the disk is full; the last whole checkpoint is untouched. Free space and run again ({text[:150]})"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return printable(f"{error.filename}: {error.strerror}", _LONGEST_MESSAGE)
+    if isinstance(error, OSError):
+        named = [name for name in (error.filename, error.filename2) if name is not None]
+        return printable(": ".join(map(str, [*named, error.strerror or text])), _LONGEST_MESSAGE)
     return text if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_us(error) else None
 
 

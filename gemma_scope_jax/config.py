@@ -200,6 +200,8 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
     Raises:
       ValueError: a key that no field has, or a value of the wrong type.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config field {prefix.removesuffix('.')} is {values!r}, expected an object")
     fields = typing.get_type_hints(cls)
     unknown = values.keys() - fields.keys()
     if unknown:
@@ -212,6 +214,8 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
         if dataclasses.is_dataclass(kind):
             made[name] = from_dict(value, kind, f"{prefix}{name}.")
         elif typing.get_origin(kind) is Mapping:
+            if not isinstance(value, Mapping):
+                raise ValueError(f"config field {prefix}{name} is {value!r}, expected an object")
             element = typing.get_args(kind)[1]
             made[name] = {key: from_dict(v, element, f"{prefix}{name}.{key}.") for key, v in value.items()}
         elif typing.get_origin(kind) is tuple:

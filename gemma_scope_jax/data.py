@@ -7,12 +7,14 @@ seed and a running index, so nothing about reading is ever saved.
 
 import dataclasses
 import importlib.metadata
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
+from array_record.python import array_record_module
 
 from gemma_scope_jax import files, texts
 from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
@@ -67,7 +69,13 @@ class Rows:
 
     def read(self, indices: np.ndarray) -> Batch:
         """The rows at `indices`, in that order."""
-        examples = [self.source[int(i)] for i in indices]
+        try:
+            examples = [self.source[int(i)] for i in indices]
+        except Exception as error:  # ArrayRecord's: a damaged record, or a disk that cannot be read.
+            reason = printable(" ".join(str(error).split()), 200)
+            raise ValueError(
+                f"cannot read the rows in {self.folder} ({reason}); if it is damaged, remove it, and it is made again"
+            ) from error
         return Batch(
             tokens=np.stack([e["tokens"] for e in examples]).astype(np.int32),
             row=np.asarray(indices, np.int32),
@@ -89,10 +97,34 @@ def open_rows(folder: pathlib.Path, split: str) -> Rows:
     """
     import tensorflow_datasets as tfds  # Slow to import, and not needed by those who bring their own rows.
 
+    if why := damage(folder):
+        raise ValueError(f"cannot read the rows in {folder} ({why}); remove it, and it is made again")
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
         raise ValueError(f"{folder} has no {split} rows: all of its documents are in the other split")
     return Rows(builder.as_data_source(split), folder)
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """Why a stored dataset cannot be used, if it cannot: metadata are missing, or a file has not all of its rows.
+
+    Raises:
+      ValueError: it may not be read, which says nothing of it.
+    """
+    import tensorflow_datasets as tfds
+
+    with files.reading(folder):
+        if hidden := [path for path in folder.iterdir() if not os.access(path, os.R_OK, effective_ids=True)]:
+            raise ValueError(f"no permission to read {hidden[0].name}")
+    try:
+        for split in tfds.builder_from_directory(folder).info.splits.values():
+            for path, count in zip(split.filepaths, split.shard_lengths, strict=True):
+                found = array_record_module.ArrayRecordReader(str(path)).num_records()
+                if found != count:
+                    return f"{path.name} has {found} rows, expected {count}"
+    except Exception as error:  # TFDS and ArrayRecord raise many kinds.
+        return printable(" ".join(str(error).split()), 200)
+    return None
 
 
 def name_of(folder: pathlib.Path) -> str:
@@ -100,15 +132,25 @@ def name_of(folder: pathlib.Path) -> str:
     return folder.parent.name
 
 
+def is_name(name: str) -> bool:
+    """Whether a text is the name of a stored dataset."""
+    return re.fullmatch(r"rows_[0-9a-f]{16}", name) is not None
+
+
 def cached(config: DataConfig, name: str) -> pathlib.Path | None:
-    """The folder of a stored dataset by its name, if it is there.
+    """The folder of a stored dataset by its name, if it is there and whole.
 
     Any other name is none: files of others name it, and TFDS runs what a dataset's folder tells it to.
     """
-    if not re.fullmatch(r"rows_[0-9a-f]{16}", name):
+    if not is_name(name):
         return None
     folder = files.expanded(config.folder) / name / "1.0.0"
-    return folder if (folder / "dataset_info.json").exists() else None
+    if not folder.exists():
+        return None
+    if why := damage(folder):
+        print(f"The rows in {folder} are damaged and are made again: {why}", flush=True)
+        return None
+    return folder
 
 
 def is_held_out(config: DataConfig, document: int) -> bool:

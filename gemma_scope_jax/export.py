@@ -1,5 +1,6 @@
 """SAEs in the formats and under the names that other tools know: a run's, and those of files."""
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -51,13 +52,14 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
     """Writes every member to `folder/<name>/` as a SAELens folder; `rows` names the dataset it was trained on."""
     l0 = measured_l0(run, state, folder.parent)
     members = {member.name: member for member in run.plan.members}
-    paths = []
-    for name, folded in folded_saes(run.plan, state):
-        paths.append(folder / name)
-        if hosts.is_first():
-            write(folder / name, "saelens", as_stored(run, state, members[name], folded, l0[name], rows))
+    with files.filling_folder(folder) if hosts.is_first() else contextlib.nullcontext() as partial:
+        for name, folded in folded_saes(run.plan, state):
+            if partial is not None:
+                one = as_stored(run, state, members[name], folded, l0[name], rows)
+                write(partial / name, "saelens", one)
+    for name in members:
         print(f"Exported {folder / name}", flush=True)
-    return paths
+    return [folder / name for name in members]
 
 
 def as_stored(
@@ -353,19 +355,20 @@ def export_state(
         if why:
             print(f"Left out of {file_format}: {name} {why}", flush=True)
             continue
-        place = (out / file_format if len(formats) > 1 else out) / layouts[file_format][name]
-        if place.exists():
-            raise ValueError(f"{place} is there already; remove it, or give another --out")
+        place = pathlib.Path(file_format if len(formats) > 1 else ".", layouts[file_format][name])
+        files.check_new(out / place)
         places[file_format][name] = place
     paths = []
-    for name, folded in folded_saes(run.plan, state):
-        one = as_stored(run, state, members[name], folded, l0[name], rows)
-        if is_public:
-            one = dataclasses.replace(one, about=without_paths(one.about))
-        for file_format, by_name in places.items():
-            if name in by_name:
-                paths.append(write(by_name[name], file_format, in_convention(file_format, one, gains), dtype))
-                print(f"Exported {paths[-1]}", flush=True)
+    with files.filling_folder(out) as partial:
+        for name, folded in folded_saes(run.plan, state):
+            one = as_stored(run, state, members[name], folded, l0[name], rows)
+            if is_public:
+                one = dataclasses.replace(one, about=without_paths(one.about))
+            for file_format, by_name in places.items():
+                if name in by_name:
+                    made = in_convention(file_format, one, gains)
+                    path = write(partial / by_name[name], file_format, made, dtype)
+                    paths.append(out / path.relative_to(partial))
     return paths
 
 
@@ -398,9 +401,12 @@ def convert(
     if hindered:
         (_, name), why = next(iter(hindered.items()))
         raise ValueError(f"{name} {why}")
+    is_one = len(found) == 1 or file_format == "circuit_tracer"
+    folders = {} if is_one else files.folder_names(one.name for one in found)
     paths = []
-    for one in found:
-        folder = out if len(found) == 1 or file_format == "circuit_tracer" else out / one.name
-        paths.append(write(folder, file_format, in_convention(file_format, one, gains), dtype))
-        print(f"Wrote {paths[-1]}", flush=True)
+    with files.filling_folder(out) as partial:
+        for one in found:
+            folder = partial / folders.get(one.name, "")
+            path = write(folder, file_format, in_convention(file_format, one, gains), dtype)
+            paths.append(out / path.relative_to(partial))
     return paths

@@ -145,27 +145,29 @@ def filling_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(folder)
+    if folder.is_dir():  # Within it, for it may be a disk of its own.
+        partial = _partial(folder / folder.name)
     try:
         partial.mkdir()
         with _locked(partial):
             yield partial
-        _move(partial, folder)
+        _join(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _move(source: pathlib.Path, target: pathlib.Path) -> None:
-    if not (source.is_dir() and target.is_dir() and any(target.iterdir())):
-        source.rename(target)
-        return
-    for path in source.iterdir():
-        _move(path, target / path.name)
+def _join(source: pathlib.Path, target: pathlib.Path) -> None:
+    if source.is_dir() and target.is_dir():
+        for path in source.iterdir():
+            _join(path, target / path.name)
+    else:
+        source.replace(target)
 
 
 def _partial(path: pathlib.Path) -> pathlib.Path:
     """What is written first in the place of a path; what killed processes left there is removed."""
-    for left in path.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+", left.name):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.suffix[1:].isdigit():
             with contextlib.suppress(OSError), _locked(left):  # Who writes it holds its lock.
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     return path.with_name(f".{path.name}.{os.getpid()}")
@@ -240,10 +242,15 @@ def read_json(path: pathlib.Path) -> dict:
     return found
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text in UTF-8."""
+    with replacing_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: pathlib.Path, value: object) -> None:
     """Writes a value as indented JSON."""
-    with replacing_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:

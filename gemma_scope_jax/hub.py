@@ -1,5 +1,6 @@
 """SAEs in Hugging Face's repositories: fetched whole and checked, without what else lies there; and published."""
 
+import contextlib
 import fnmatch
 import hashlib
 import pathlib
@@ -130,7 +131,8 @@ def _is_whole(file: pathlib.Path) -> bool:
     with blob.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found == blob.name:
-        mark.touch()
+        with contextlib.suppress(OSError):  # Of a cache that may only be read.
+            mark.touch()
         return True
     file.unlink()
     blob.unlink(missing_ok=True)

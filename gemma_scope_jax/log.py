@@ -1,10 +1,12 @@
 """What a run says of itself: `metrics.jsonl`, TensorBoard, the progress line, and warnings of what goes wrong."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Mapping
 
@@ -19,22 +21,38 @@ WATCHED_UPDATES = 1000
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-    """The entries of `metrics.jsonl`; a last line that a killed process left unfinished is passed over.
+    """The entries of `metrics.jsonl` by their steps; lines that are damaged are passed over.
 
     Raises:
-      ValueError: another line is damaged.
+      ValueError: it cannot be read.
     """
-    path, entries = workdir / "metrics.jsonl", []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return _read(workdir / "metrics.jsonl")[0]
+
+
+def _read(path: pathlib.Path) -> tuple[list[dict], int]:
+    """The entries, of a step that is there twice the last, and how many lines are passed over.
+
+    A last line that a killed process left unfinished is not counted.
+    """
+    if not path.exists():
+        return [], 0
+    with files.open_regular(path) as file, files.reading(path):
+        lines = file.read().split(b"\n")
+    entries, damaged = {}, 0
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}:{number} is damaged; mend the line or move the file away"
-                ) from error
-    return entries
+            entry = json.loads(line)
+            is_whole = type(entry["step"]) is int and all(type(v) is dict for v in entry["sae"].values())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            is_whole = False
+        if is_whole:
+            damaged += entry["step"] in entries
+            entries[entry["step"]] = entry
+        else:
+            damaged += number < len(lines)
+    return [entries[step] for step in sorted(entries)], damaged
 
 
 def last_values(workdir: pathlib.Path, step: int) -> dict[str, dict]:
@@ -59,10 +77,19 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
         path = workdir / "metrics.jsonl"
-        kept = [json.dumps(entry) + "\n" for entry in read_metrics(workdir) if entry["step"] <= last_step]
+        entries, damaged = _read(path)
+        if damaged:
+            places = (path.with_name(f"{path.name}.damaged.{n}") for n in itertools.count(1))
+            aside = next(place for place in places if not place.exists())
+            shutil.copyfile(path, aside)
+            print(
+                f"{path}: {damaged} lines are damaged, or of a step that is there twice, and are left out; the file "
+                f"as it was is kept in {aside}.",
+                flush=True,
+            )
+        kept = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= last_step]
         self.is_new = not kept
-        with files.replacing_file(path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
+        files.write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
@@ -290,7 +317,9 @@ def same_document_share(source_Bx3: np.ndarray, weight_B: np.ndarray) -> float:
 
 def shuffle_quality(workdir: pathlib.Path, rows: data.Rows, sample: int = 4096) -> tuple[float, float]:
     """The share of same-document pairs in a batch, in the run's log and (estimated) under a perfect shuffle."""
-    logged = [entry["same_document_pairs"] for entry in read_metrics(workdir) if entry["sae"]]
+    logged = [
+        e["same_document_pairs"] for e in read_metrics(workdir) if e.get("same_document_pairs") is not None
+    ]
     count = min(sample, len(rows))
     first_documents = rows.read(data.order(len(rows), 0, 0, count)).first_document
     _, counts = np.unique(first_documents, return_counts=True)

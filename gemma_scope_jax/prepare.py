@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from gemma_scope_jax.data import (
     only_document,
     pack,
 )
-from gemma_scope_jax.files import expanded, replacing_file
+from gemma_scope_jax.files import expanded, read_json, replacing_file
 from gemma_scope_jax.printing import printable
 from gemma_scope_jax.tokenizer import Tokenizer
 
@@ -112,6 +113,8 @@ def _prepare(
                 f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
             )
     _write_metadata(partial, name, config, lengths, f"Packed token rows: {identity}")
+    if folder.exists():  # Damaged.
+        shutil.rmtree(folder)
     return partial.rename(folder)
 
 
@@ -182,7 +185,7 @@ def _done_file(folder: pathlib.Path, first: int) -> pathlib.Path:
 
 
 def _read_lengths(done: pathlib.Path) -> dict[str, int]:
-    return json.loads(done.read_text())
+    return read_json(done)
 
 
 def _part_file(folder: pathlib.Path, split: str, first: int) -> pathlib.Path:

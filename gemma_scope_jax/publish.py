@@ -49,24 +49,24 @@ def publish(
         raise ValueError(f"{workdir} is no run directory")
     run, state = runs.open_run(workdir)
     measured = _measured(workdir, run, int(state.step))
-    paths = export.export_state(run, state, workdir, (file_format,), out, dtype, is_public=True)
-    folders = {
-        member.name: path.parent if path.is_file() else path
-        for member, path in zip(run.plan.members, paths, strict=True)
-    }
-    places = {name: folder.relative_to(out).as_posix() for name, folder in folders.items()}
-    trained_on = int(state.draws) * run.plan.activations
-    picture = workdir / "evaluation.png"
-    if picture.exists():
-        shutil.copyfile(picture, out / picture.name)
-    card = _card(run, repository, file_format, licence, places, measured, trained_on, picture.exists())
-    (out / "README.md").write_text(card, encoding="utf-8")
-    registry = _registry(run, repository, places, measured) if file_format == "saelens" else None
-    if registry is not None:
-        (out / "saelens_registry.yaml").write_text(
-            yaml.safe_dump(registry, sort_keys=False), encoding="utf-8"
-        )
-        files.write_json(out / "neuronpedia.json", _neuronpedia(run, repository, places, registry))
+    with files.filling_folder(out) as partial:
+        paths = export.export_state(run, state, workdir, (file_format,), partial, dtype, is_public=True)
+        folders = {
+            member.name: path.parent if path.is_file() else path
+            for member, path in zip(run.plan.members, paths, strict=True)
+        }
+        places = {name: folder.relative_to(partial).as_posix() for name, folder in folders.items()}
+        trained_on = int(state.draws) * run.plan.activations
+        picture = workdir / "evaluation.png"
+        if picture.exists():
+            shutil.copyfile(picture, partial / picture.name)
+        card = _card(run, repository, file_format, licence, places, measured, trained_on, picture.exists())
+        files.write_text(partial / "README.md", card)
+        registry = _registry(run, repository, places, measured) if file_format == "saelens" else None
+        if registry is not None:
+            files.write_text(partial / "saelens_registry.yaml", yaml.safe_dump(registry, sort_keys=False))
+            files.write_json(partial / "neuronpedia.json", _neuronpedia(run, repository, places, registry))
+    paths = [out / path.relative_to(partial) for path in paths]
     print(f"Wrote {out / 'README.md'}", flush=True)
     if is_pushed:
         print(f"Pushed to {hub.push(out, repository)}", flush=True)

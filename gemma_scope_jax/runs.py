@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
@@ -87,7 +86,12 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
       ValueError: they are no longer cached, and the text has changed since.
     """
     record = workdir / "rows"
-    name = record.read_text(encoding="utf-8").strip() if record.exists() else None
+    name = None
+    if record.exists():
+        with files.reading(record):
+            name = record.read_text(encoding="utf-8").strip()
+            if not data.is_name(name):
+                raise ValueError("it names no rows; remove it, and those of data.text as it is now are taken")
     if name is not None and (folder := data.cached(config.data, name)) is not None:
         return folder
     folder = prepare_rows_once(config)
@@ -249,7 +253,9 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} is no run directory: it has no config.json")
-    return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    values = files.read_json(path)
+    with files.reading(path, "a run's config"):
+        return config_lib.from_dict(values)
 
 
 def restore(

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -198,10 +197,8 @@ def _start_or_continue(
         state = start_from(run, rows, gemma_params)
     # Only now has everything been read that a mistake in the config could spoil.
     if hosts.is_first():
-        with files.replacing_file(workdir / "config.json") as partial:
-            partial.write_text(json.dumps(config_lib.to_dict(config), indent=1) + "\n", encoding="utf-8")
-        with files.replacing_file(workdir / "rows") as partial:
-            partial.write_text(data.name_of(folder) + "\n", encoding="utf-8")
+        files.write_json(workdir / "config.json", config_lib.to_dict(config))
+        files.write_text(workdir / "rows", data.name_of(folder) + "\n")
     if state is None:
         state = runs.init_state(run, calibrate(run, rows, gemma_params, run.plan.sites))
     if has_work:

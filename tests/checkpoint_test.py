@@ -229,3 +229,15 @@ def test_what_orbax_saves_and_cannot_open_is_not_called_saved(state, tmp_path, m
         assert len(str(caught.value)) < 480
         with pytest.raises(ValueError, match="cannot be opened"):
             checkpoint.save(manager, at_step(state, 6), {})
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run, state, tmp_path, as_any_user):
+    save_all(tmp_path, [at_step(state, 5)])
+    for path in (tmp_path / "checkpoints" / "5" / "state", *array_files(tmp_path, 5)):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        with pytest.raises((ValueError, OSError), match=r"(?i)permission.denied") as caught:
+            restore(tmp_path, run)
+        assert len(cli.explain(caught.value)) < 480
+        path.chmod(mode)
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, run), at_step(state, 5))

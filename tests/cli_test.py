@@ -1,8 +1,11 @@
 """Configs are read from what is given, and from nothing else."""
 
+import pathlib
+import re
+
 import pytest
 
-from gemma_scope_jax import cli
+from gemma_scope_jax import __main__, cli
 
 # ml_collections loads config files in a way that Python 3.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -31,3 +34,38 @@ def test_mistakes_are_said_in_one_line(file, fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         cli.read_config(path, fields)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (FileExistsError(17, "File exists", "a"), "a: File exists"),
+        (OSError(39, "Directory not empty", "a", None, "b"), "a: b: Directory not empty"),
+        (OSError(30, "Read-only file system"), "Read-only file system"),
+        (OSError("Not a gzipped file"), "Not a gzipped file"),
+        (OSError(40, "Too many levels of links", "a\x1b[1m"), r"a\\x1b\[1m: Too many levels of links"),
+        (OSError(28, "No space left on device", "a"), "the disk is full; .*a"),
+        (ValueError("bad"), "bad"),
+        (KeyError("defect"), None),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_one_line_with_the_files_name(error, message):
+    found = cli.explain(error)
+    assert found is None if message is None else re.fullmatch(f".*{message}.*", found) and len(found) < 500
+
+
+def test_a_tilde_is_the_home_folder_in_every_argument(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = __main__._parser()
+    for line in (
+        "export ~/run --out=~/x", "publish ~/run --repo=a/b --out=~/x", "convert x --format=saelens --out=~/x",
+        "compare ~/a ~/b --out=~/x", "dashboards x --out=~/x", "explore x y --html=~/x", "flow x y --png=~/x",
+        "attribute x --prompts=~/x --png=~/y --html=~/z", "steer x --edit=y --html=~/x --png=~/y",
+        "contrast x --first=~/a --second=~/b --out=~/c", "links x --sae=a --latent=1 --png=~/x",
+        "generate --model=x --prompts=~/a --out=~/b", "probe x --labelled=~/x --out=~/y", "detect x --out=~/x",
+    ):  # fmt: skip
+        args = vars(parser.parse_args(line.split()))
+        given = [v for value in args.values() for v in (value if isinstance(value, list) else [value])]
+        paths = [value for value in given if isinstance(value, pathlib.Path)]
+        assert len(paths) == line.count("~") and all(p.is_relative_to("/home/me") for p in paths), line

@@ -1,5 +1,7 @@
 """Eight fake devices, strict ranks, and what several tests share."""
 
+import ctypes
+
 import jax
 import pytest
 
@@ -26,3 +28,17 @@ def tiny_gemma():
     """The small model with weights on the default device."""
     params = jax.tree.map(jax.numpy.asarray, tiny.params())
     return gemma.Gemma("tiny", tiny.TinyGemma(), params, 4)
+
+
+@pytest.fixture
+def as_any_user():
+    """Permissions hold: root may else read and write everything."""
+    libc, version, thread = ctypes.CDLL(None, use_errno=True), 0x20080522, 0
+    header, sets = (ctypes.c_uint32 * 2)(version, thread), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    effective = sets[0]
+    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+    assert libc.capset(header, sets) == 0
+    yield
+    sets[0] = effective
+    assert libc.capset(header, sets) == 0

@@ -1,6 +1,7 @@
 """A run's SAEs under the names and in the conventions of other tools."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -253,3 +254,53 @@ def test_sweeps_are_in_the_order_of_lambda_and_never_sorted_by_what_came_out():
     assert points == ["λ 0.001", "λ 0.002", "λ 0.004"]
     (points,) = (list(p.values()) for label, p in found.items() if "controlled" in label)
     assert points == ["L0* 20", "L0* 50"]
+
+
+def test_an_export_that_is_cut_off_leaves_nothing_and_can_be_made_again(workdir, tmp_path, monkeypatch):
+    written, write = [], export.write
+
+    def cut_off_at_the_second(*args):
+        written.append(write(*args))
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return written[-1]
+
+    for out in (tmp_path / "new", tmp_path / "mine"):
+        written.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(export, "write", cut_off_at_the_second)
+            export.export_run(workdir, ("saelens",), out)
+        assert len(written) == 2 and not out.exists()
+        if out.name == "mine":
+            out.mkdir()
+            (out / "notes.txt").touch()
+        places = export.export_run(workdir, ("saelens",), out)
+        assert [len(list(stored.read(place))) for place in places] == [1, 1]
+        with pytest.raises(ValueError, match="is there already; remove it, or give another --out"):
+            export.export_run(workdir, ("saelens",), out)
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "transcoder", "transcoder_skip"]
+    assert not [path for path in tmp_path.rglob(".*")]
+    # What lies beside a run's own SAEs stays when they are written once more.
+    own = workdir / "sae" / "layer_2_mlp_in_to_mlp_out_skip_width_64_lambda_0.0006"
+    (own / "evaluation.json").touch()
+    run, state = runs.open_run(workdir)
+    export.write_own(run, state, workdir / "sae", "rows")
+    assert (own / "evaluation.json").exists() and len(list(stored.read(own))) == 1
+
+
+def test_saes_whose_names_differ_in_a_space_are_converted_into_folders_of_their_own(workdir, tmp_path):
+    (first, _) = sorted((workdir / "sae").iterdir())
+    for name in ("a b", "a_b", "A b"):
+        shutil.copytree(first, tmp_path / "saes" / name)
+    places = export.convert(f"{tmp_path}/saes/*", "saelens", tmp_path / "out", model="tiny")
+    assert len({place.name.lower() for place in places}) == 3 and all(
+        p.parent == tmp_path / "out" for p in places
+    )
+    shutil.rmtree(tmp_path / "saes")
+    (tmp_path / "saes").mkdir()
+    (found,) = export.convert(first, "gemma_scope", tmp_path / "npz", model="tiny")
+    for name in ("...npz", ".. .npz"):
+        shutil.copy(found, tmp_path / "saes" / name)
+    sites = {"model": "tiny", "site": "layer_2_mlp_in_gain_free", "target_site": "layer_2_mlp_out"}
+    places = export.convert(f"{tmp_path}/saes/.*npz", "saelens", tmp_path / "held", **sites)
+    assert len(set(places)) == 2 and all(place.parent == tmp_path / "held" for place in places)

@@ -165,3 +165,13 @@ def test_each_name_has_a_folder_of_its_own_below_the_one_it_is_given():
     for folder in made.values():
         assert pathlib.PurePath(folder).parts == (folder,) and len(folder) < 128
         assert folder.isascii() and folder[0] not in ".~" and folder.isprintable() and " " not in folder
+
+
+def test_a_file_or_folder_without_permission_is_said_with_its_name(tmp_path, as_any_user):
+    (tmp_path / "secret.json").touch(mode=0)
+    (tmp_path / "fixed").mkdir(mode=0o555)
+    with pytest.raises(ValueError, match=r"cannot read .*secret\.json.*: Permission denied"):
+        files.read_json(tmp_path / "secret.json")
+    for name in ("fixed", "fixed/new/x"):
+        with pytest.raises(ValueError, match=rf"cannot write .*{name}: Permission denied"):
+            files.check_output(tmp_path / name, is_folder=True)

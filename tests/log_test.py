@@ -115,3 +115,31 @@ def test_utilisation_is_of_the_peak_and_apart_for_gemma_and_the_saes():
     of_step = {"speed": vars(speed), "sae": {}}
     assert log.progress(of_step) == "64 tok/s, MFU Gemma 30% SAEs 20%"
     assert log.measure_speed(PLAN, 2.0, 0.5, (600, 100), None).gemma_utilisation is None
+
+
+def line(step, **changes):
+    speed = {"tokens_per_second": 1.0}
+    return json.dumps(
+        {"step": step, "speed": speed, "same_document_pairs": 0.5, "sae": {}} | changes
+    ).encode()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b'{"st', b"", b"[1]", b"1", b"null", b'{"step": 2}', b'{"step": "2", "sae": {}}', b'{"step": 2, "sae": []}',
+     b'{"step": 2, "sae": {"a": 1}}', b"\xff\xfe", b"\0" * 99, b"[" * 10**5, line(1), line(3) + line(4)],
+)  # fmt: skip
+def test_a_damaged_line_costs_no_other_and_no_resume(tmp_path, capsys, damaged):
+    path = tmp_path / "metrics.jsonl"
+    content = b"\n".join([line(1), damaged, line(3), line(4), line(9)[:20]])
+    path.write_bytes(content)
+    for _ in range(2):
+        log.MetricsLog(tmp_path, 3).close()
+        assert [entry["step"] for entry in log.read_metrics(tmp_path)] == [1, 3]
+    told = capsys.readouterr().out
+    aside = tmp_path / "metrics.jsonl.damaged.1"
+    assert path.read_bytes() == line(1) + b"\n" + line(3) + b"\n"
+    if damaged:  # An empty line is no loss.
+        assert told.count("\n") == 1 and "1 lines are damaged" in told and aside.read_bytes() == content
+    else:
+        assert not told and not aside.exists()

@@ -155,3 +155,67 @@ def test_one_txt_is_said_to_be_one_document(tmp_path, capsys):
         held_out = config(tmp_path, text, held_out_fraction=1.0)
         prepare.prepare_rows(held_out, tiny.load_tokenizer, "bytes")
         assert ("a.txt is one document; for several give .jsonl" in capsys.readouterr().out) == is_said
+
+
+def repeated(folder):
+    """A text of rows that fill more than a block of a file."""
+    text = folder / "a.jsonl"
+    text.write_text("".join(json.dumps({"text": t * 30}) + "\n" for t in texts()))
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        ("dataset_info.json", None), ("dataset_info.json", 0), ("dataset_info.json", 90), ("features.json", None),
+        ("features.json", 9), ("*train*array_record*", None), ("*train*array_record*", 0),
+        ("*train*array_record*", 2**16), ("*train*array_record*", 2**16 + 9),
+    ],
+)  # fmt: skip
+def test_damaged_rows_are_made_again_and_it_is_said(tmp_path, capsys, name, keep):
+    c = config(tmp_path, repeated(tmp_path))
+    folder = prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")
+    whole = read_all(folder)
+    (path,) = folder.glob(name)
+    if keep is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="remove it, and it is made again") as caught:
+        data.open_rows(folder, data.TRAIN)
+    assert str(folder) in str(caught.value) and len(str(caught.value)) < 480
+    capsys.readouterr()
+    assert data.cached(c, data.name_of(folder)) is None
+    assert f"{folder} are damaged" in capsys.readouterr().out
+    assert read_all(prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")) == whole
+
+
+def test_a_damaged_row_is_an_error_that_names_the_folder(tmp_path):
+    folder = prepare.prepare_rows(config(tmp_path, repeated(tmp_path)), tiny.load_tokenizer, "bytes")
+    (path,) = folder.glob("*train*array_record*")
+    content = bytearray(path.read_bytes())
+    content[200] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read the rows in .*remove it, and it is made again"):
+        read_all(folder)
+
+
+def test_rows_are_read_from_a_cache_that_may_not_be_written_to(tmp_path, as_any_user):
+    c = config(tmp_path, repeated(tmp_path))
+    folder = prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")
+    whole = read_all(folder)
+    inside = [folder, folder.parent, folder.parent.parent]
+    for path in inside:
+        path.chmod(0o555)
+    try:
+        assert read_all(prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")) == whole
+        with pytest.raises(PermissionError, match="rows"):
+            prepare.prepare_rows(dataclasses.replace(c, seed=1), tiny.load_tokenizer, "bytes")
+        (path,) = folder.glob("*train*array_record*")
+        path.chmod(0)
+        # They are not damaged, and so not made again.
+        with pytest.raises(ValueError, match=f"cannot read {folder}: no permission to read {path.name}"):
+            prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")
+    finally:
+        for path in inside:
+            path.chmod(0o755)

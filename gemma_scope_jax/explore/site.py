@@ -109,8 +109,7 @@ def write_links(path: pathlib.Path, folders: Mapping[str, str], all_shown: Mappi
 def _write_script(path: pathlib.Path, variable: str, value: object) -> None:
     """A script that sets a variable; `<` is escaped, so that nothing in it ends a script or begins a tag."""
     encoded = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    with files.replacing_file(path) as partial:
-        partial.write_text(f"{variable}={encoded};\n", encoding="ascii")
+    files.write_text(path, f"{variable}={encoded};\n")
 
 
 def rounded(value: float) -> float | int:
