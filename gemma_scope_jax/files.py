@@ -166,8 +166,8 @@ def _join(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _partial(path: pathlib.Path) -> pathlib.Path:
     """What is written first in the place of a path; what killed processes left there is removed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if left.suffix[1:].isdigit():
+    for left in path.parent.glob(".*"):
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+", left.name):
             with contextlib.suppress(OSError), _locked(left):  # Who writes it holds its lock.
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     return path.with_name(f".{path.name}.{os.getpid()}")

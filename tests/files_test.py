@@ -83,7 +83,8 @@ def test_a_file_is_replaced_whole_and_what_the_killed_left_goes_away(tmp_path):
     path.write_text("old")
     for left in (".a.json.123", ".a.json.4567890"):
         (tmp_path / left).write_text("half")
-    (tmp_path / ".a.json.keep").touch()
+    for mine in (".a.json.keep", ".a.json.notes.1", ".b.json.12"):
+        (tmp_path / mine).touch()
     with pytest.raises(RuntimeError), files.replacing_file(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
@@ -92,7 +93,12 @@ def test_a_file_is_replaced_whole_and_what_the_killed_left_goes_away(tmp_path):
     with files.replacing_file(path) as partial:
         partial.write_text("new")
     assert path.read_text() == "new"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.keep", "a.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".a.json.keep",
+        ".a.json.notes.1",
+        ".b.json.12",
+        "a.json",
+    ]
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path):
