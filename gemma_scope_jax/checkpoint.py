@@ -4,11 +4,9 @@ Orbax notices a truncated file but not a flipped bit or a zeroed block, so each 
 device when it is saved and again when it is restored.
 """
 
-import errno
 import functools
 import itertools
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -214,10 +212,7 @@ def restore_newest(
         except Exception as error:  # Orbax raises many kinds; each means that this one cannot be used.
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 raise
-            folder = pathlib.Path(manager.directory) / str(step)
-            inside = (folder, *folder.rglob("*"))
-            if hidden := [path for path in inside if not os.access(path, os.R_OK, effective_ids=True)]:
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(hidden[0])) from error
+            files.check_readable(pathlib.Path(manager.directory) / str(step))
             if jax.process_count() > 1:  # Another host may see nothing wrong, and all must restore the same.
                 reason = " ".join(repr(error).split())[:200]
                 raise ValueError(

@@ -7,7 +7,6 @@ seed and a running index, so nothing about reading is ever saved.
 
 import dataclasses
 import importlib.metadata
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -109,13 +108,11 @@ def damage(folder: pathlib.Path) -> str | None:
     """Why a stored dataset cannot be used, if it cannot: metadata are missing, or a file has not all of its rows.
 
     Raises:
-      ValueError: it may not be read, which says nothing of it.
+      PermissionError: it may not be read, which says nothing of it.
     """
     import tensorflow_datasets as tfds
 
-    with files.reading(folder):
-        if hidden := [path for path in folder.iterdir() if not os.access(path, os.R_OK, effective_ids=True)]:
-            raise ValueError(f"no permission to read {hidden[0].name}")
+    files.check_readable(folder)
     try:
         for split in tfds.builder_from_directory(folder).info.splits.values():
             for path, count in zip(split.filepaths, split.shard_lengths, strict=True):

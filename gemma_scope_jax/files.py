@@ -122,6 +122,13 @@ def matching(pattern: str | pathlib.Path) -> tuple[pathlib.Path, list[pathlib.Pa
     return root, [root / name for name in sorted(found)]
 
 
+def check_readable(folder: pathlib.Path) -> None:
+    """Raises PermissionError if a folder or anything in it may not be read, which says nothing of what it holds."""
+    for path in (folder, *folder.rglob("*")):
+        if path.exists() and not os.access(path, os.R_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 @contextlib.contextmanager
 def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new file to write, which takes the place of `path` when all went well."""
@@ -195,6 +202,7 @@ def check_output(path: pathlib.Path, is_folder: bool) -> None:
       ValueError: it cannot.
     """
     try:
+        str(path.absolute()).encode()  # Orbax takes no other names.
         if path.exists() and path.is_dir() != is_folder:
             raise ValueError(f"{path} is a {'file; give a folder' if is_folder else 'folder; give a file'}")
         there = path if is_folder else path.parent
@@ -204,6 +212,8 @@ def check_output(path: pathlib.Path, is_folder: bool) -> None:
         with tempfile.TemporaryDirectory(prefix=".", dir=there) as trial:
             for name in path.relative_to(there).parts:
                 _partial(pathlib.Path(trial, name)).mkdir()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"cannot write {path}: its name is not in UTF-8; give another place") from error
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; give another place") from error
 

@@ -462,6 +462,8 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
     with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata
     if metadata is None:
+        if "://" not in path:
+            files.check_readable(pathlib.Path(path))
         if (folder / "_METADATA").exists():
             raise ValueError(
                 f"cannot read the Orbax checkpoint {path}: its files are damaged or not all there; "

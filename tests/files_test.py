@@ -148,6 +148,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         ("loop/x", False, "Too many levels"),
         ("/proc/x", True, "cannot write /proc/x"),
         ("nul\0", False, "null"),
+        ("\udcff", True, "not in UTF-8"),
     ],
 )
 def test_outputs_are_checked_before_the_work(tmp_path, path, is_folder, message):
