@@ -7,7 +7,7 @@ import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, data, export, files, gemma, hub, runs, weights
+from gemma_scope_jax import bank, data, export, files, gemma, hub, runs, suites, weights
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
@@ -70,7 +70,7 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
       ValueError: there is none of all its SAEs as they are at this step.
     """
     path = workdir / "evaluation.json"
-    measured = files.read_json(path) if path.exists() else {}
+    measured = suites.read_numbers(path) if path.exists() else {}
     missing = {member.name for member in run.plan.members} - measured.get("sae", {}).keys()
     if missing or measured.get("step") != step:
         raise ValueError(
