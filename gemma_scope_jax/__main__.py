@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, help="a config file, as for train.py; likewise its fields"
     )
     prepare.add_argument(
-        "--workers", type=cli.number(COUNT), help="processes (default: as many as there are cores)"
+        "--workers", type=cli.number(ranges.FEW), help="processes (default: as many as there are cores)"
     )
     generate = commands.add_parser("generate", help="have Gemma go on with, or answer, the texts of a file")
     generate.add_argument("--model", required=True, help="for example gemma2_2b-it")
@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", type=cli.path, required=True, help='a file of texts: .jsonl with {"text": …} a line'
     )
     generate.add_argument("--chat", action="store_true", help="each text is a user's turn, to be answered")
-    generate.add_argument("--num_tokens", type=cli.number(COUNT), default=128, help="the most for one prompt")
+    generate.add_argument(
+        "--num_tokens", type=cli.number(ranges.NEW_TOKENS), default=128, help="the most for one prompt"
+    )
     generate.add_argument(
         "--temperature",
         type=cli.number(ranges.POSITIVE_OR_ZERO, float),

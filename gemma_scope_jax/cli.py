@@ -23,6 +23,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 _LONGEST_MESSAGE = 480  # Of an error, which is one line.
 
 
+_TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that says a mistake in one line, where argparse puts the whole usage before it."""
 
@@ -45,9 +48,6 @@ def number(allowed: Range, kind: type = int) -> Callable[[str], float]:
         return value
 
     return read
-
-
-_TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
 
 
 def find_tpu_compiler() -> None:

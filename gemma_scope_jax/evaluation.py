@@ -25,9 +25,7 @@ from gemma_scope_jax.metrics import Evaluation
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0
 CALIBRATION_ROWS = 64  # On so many training rows a site's mean is measured where it is not known.
-MEASURES = (
-    2  # Another number whenever what is kept of a batch changes, so that old parts are not gone on with.
-)
+MEASURES = 2  # Raised whenever what is kept of a batch changes, so that old parts are not gone on with.
 
 # Which positions [S, L] of rows of tokens count.
 Counts = Callable[[np.ndarray], np.ndarray]
@@ -277,12 +275,12 @@ def evaluate(
             found = parts.read(index) if parts else None
             if found is None:
                 found, took = _measure(mesh, loaded, subjects, placed, means, rows, is_fast, bar.update)
+                _check_finite(found, held_out_rows, index * per_batch)
                 seconds.append(took)
                 if parts:
                     parts.write(index, found)
             else:
                 bar.update(passes_of_batch)
-            _check_finite(found, held_out_rows, index * per_batch)
             for name, sums in found.items():
                 totals[name].add(sums, rows.position_SxL)
     if not totals[_reference(spliced[0])].of_rows("scored_S").sum():
@@ -307,12 +305,12 @@ def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: data.Rows
                 continue
             number, position = places[0]
             (row,) = data.order(len(rows), ORDER_SEED, start + int(number), 1)
-            of = "Gemma's own loss" if quantity == "clean_SxL" else f"what {name} makes of an activation"
-            mend = (
-                _NOT_FINITE
-                if quantity == "clean_SxL"
-                else f"look at its weights. If they are good, {_NOT_FINITE}"
+            of, mend = (
+                f"what {name} makes of an activation",
+                f"look at its weights. If they are good, {_NOT_FINITE}",
             )
+            if quantity == "clean_SxL":
+                of, mend = "Gemma's own loss", _NOT_FINITE
             raise FloatingPointError(f"at row {row}, position {position} {of} is not finite; {mend}")
 
 

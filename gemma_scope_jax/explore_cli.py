@@ -40,7 +40,9 @@ def _add(
 def _add_explore(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "explore", run_explore, "which latents fire on a prompt, by token and SAE")
     command.add_argument("prompt", type=well_formed)
-    command.add_argument("--top", type=cli.number(COUNT), default=5, help="latents of a token that are listed")
+    command.add_argument(
+        "--top", type=cli.number(COUNT), default=5, help="latents of a token that are listed"
+    )
     command.add_argument("--html", type=cli.path, help="a page to write, too")
 
 
@@ -84,16 +86,24 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
         help="the token whose logit is taken off, or mean, of all (default: the next likeliest)",
     )
     command.add_argument(
-        "--token", type=cli.number(ranges.WHOLE), default=-1, help="behind which token, from 0, or from the end below 0"
+        "--token",
+        type=cli.number(ranges.WHOLE),
+        default=-1,
+        help="behind which token, from 0, or from the end below 0",
     )
     command.add_argument("--sae", help="only this one (default: all; --integrated is of one)")
     command.add_argument(
         "--integrated", action="store_true", dest="is_integrated", help="integrated gradients, of one SAE"
     )
     command.add_argument(
-        "--ablate", type=cli.number(COUNT_OR_NONE), default=0, help="take out so many latents, too, one by one, and compare"
+        "--ablate",
+        type=cli.number(COUNT_OR_NONE),
+        default=0,
+        help="take out so many latents, too, one by one, and compare",
     )
-    command.add_argument("--seed", type=cli.number(SEED), default=0, help="of the latents that are drawn for that")
+    command.add_argument(
+        "--seed", type=cli.number(SEED), default=0, help="of the latents that are drawn for that"
+    )
     command.add_argument("--top", type=cli.number(COUNT), default=20, help="latents that are listed")
     command.add_argument("--html", type=cli.path, help="a page to write, too")
     command.add_argument("--png", type=cli.path, help="a picture to write, too")
@@ -109,9 +119,14 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
         help="NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps "
         "@prompt, @reply or, of tokens from one up to another, @3:7. May be repeated; of one SAE without its name",
     )
-    command.add_argument("--num_tokens", type=cli.number(NEW_TOKENS), help="the most for one prompt (default: 40)")
     command.add_argument(
-        "--temperature", type=cli.number(ranges.POSITIVE_OR_ZERO, float), default=0.0, help="of the draws; 0: the likeliest token"
+        "--num_tokens", type=cli.number(NEW_TOKENS), help="the most for one prompt (default: 40)"
+    )
+    command.add_argument(
+        "--temperature",
+        type=cli.number(ranges.POSITIVE_OR_ZERO, float),
+        default=0.0,
+        help="of the draws; 0: the likeliest token",
     )
     command.add_argument("--samples", type=cli.number(FEW), default=1, help="replies to each prompt")
     command.add_argument("--seed", type=cli.number(SEED), default=0, help="of the draws")
@@ -150,7 +165,9 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
             f"--{name}", type=cli.path, required=True, help="prompts: .txt with one a line, or .jsonl"
         )
     command.add_argument("--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens")
-    command.add_argument("--rate", type=cli.number(ranges.SHARE, float), default=0.05, help="of false discoveries")
+    command.add_argument(
+        "--rate", type=cli.number(ranges.SHARE, float), default=0.05, help="of false discoveries"
+    )
     command.add_argument(
         "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
     )
@@ -159,7 +176,9 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--against", type=well_formed, help="the token whose logit is taken off it")
     command.add_argument("--top", type=cli.number(COUNT), help="ablate only so many latents, the strongest")
-    command.add_argument("--seed", type=cli.number(SEED), default=0, help="of shuffles, halves and random sets")
+    command.add_argument(
+        "--seed", type=cli.number(SEED), default=0, help="of shuffles, halves and random sets"
+    )
     command.add_argument("--text", help="another than the run's to measure the delta loss on")
     command.add_argument("--out", type=cli.path, help="folder for contrast.json, .png, correction.json")
 
@@ -173,7 +192,9 @@ def _add_dashboards(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--sae", action="append", default=[], dest="saes", help="only this one; may be repeated"
     )
-    command.add_argument("--top", type=cli.number(FEW), default=20, help="passages of a latent's strongest firings")
+    command.add_argument(
+        "--top", type=cli.number(FEW), default=20, help="passages of a latent's strongest firings"
+    )
     command.add_argument(
         "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
     )

@@ -276,7 +276,7 @@ def _check(
         raise ValueError(
             f"only {loaded.num_layers} of {loaded.name}'s {config.num_layers} blocks are loaded; load all of them"
         )
-    ranges.check("num_tokens", num_tokens, ranges.COUNT)
+    ranges.check("num_tokens", num_tokens, ranges.NEW_TOKENS)
     ranges.check("rows_per_batch", rows_per_batch, ranges.COUNT)
     ranges.check("temperature", temperature, ranges.POSITIVE_OR_ZERO)
     ranges.check("seed", seed, ranges.SEED)

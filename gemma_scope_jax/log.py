@@ -144,7 +144,11 @@ def entry(
         else None,
         "sae": saes,
         **({"held_out": held_out} if held_out else {}),
-        **({"nonfinite": skipped} if (skipped := int(metrics.nonfinite.count.sum())) else {}),
+        **(
+            {"nonfinite": skipped}
+            if (skipped := sum(int(bad.count) for bad in metrics.nonfinite.values()))
+            else {}
+        ),
     }
 
 

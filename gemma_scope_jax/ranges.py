@@ -27,6 +27,8 @@ LARGEST = 2**31 - 1
 COUNT = Range(1, LARGEST)
 COUNT_OR_NONE = Range(0, LARGEST)
 WHOLE = Range(-LARGEST, LARGEST)
+FEW = Range(1, 1000)  # Of what each takes a process, or memory for every latent.
+NEW_TOKENS = Range(1, 2**20)
 # JAX takes only 32 bits of a seed: 2³² would silently be 0.
 SEED = Range(0, LARGEST)
 SHARE = Range(0.0, 1.0)

@@ -85,10 +85,10 @@ class Batch:
 
 @flax.struct.dataclass
 class Nonfinite:
-    """Positions of a harvest that would count if their activations were finite, by site in the plan's order."""
+    """Positions of a harvest that would count if a site's activations were finite."""
 
-    count: jax.Array  # [sites], int32
-    first: jax.Array  # [sites], int32, the place of the first of them in the harvest, of T
+    count: jax.Array  # [], int32
+    first: jax.Array  # [], int32, the place of the first of them in the harvest, of T
 
 
 @flax.struct.dataclass
@@ -96,7 +96,7 @@ class Metrics:
     """What a step reports."""
 
     trained: jax.Array  # [], bool: whether the banks were updated
-    nonfinite: Nonfinite  # of what was harvested
+    nonfinite: Mapping[str, Nonfinite]  # of what was harvested, by site
     banks: Mapping[str, bank.Metrics]
     source_Bx3: jax.Array  # row, position and document of the first batch's activations
     weight_B: jax.Array  # of the first batch, at the first site
@@ -181,13 +181,16 @@ def harvest(
     return jax.tree.map(lambda value: ring.group_rows(value, groups), new)
 
 
-def leave_out(slots: ring.Slots) -> tuple[ring.Slots, Nonfinite]:
-    """What `harvest` gave with a weight of 0 where an activation is not finite, and where that is."""
-    nonfinite = {site: jnp.isnan(weight) for site, weight in slots.weight.items()}
-    weight = {site: jnp.where(nonfinite[site], 0, weight) for site, weight in slots.weight.items()}
-    bad = jnp.stack([nonfinite[site].reshape(-1) for site in slots.weight])
-    place = jnp.where(bad, jnp.arange(bad.shape[1], dtype=jnp.int32)[None], bad.shape[1])
-    return slots.replace(weight=weight), Nonfinite(bad.sum(1, dtype=jnp.int32), place.min(1))
+def leave_out(slots: ring.Slots) -> tuple[ring.Slots, dict[str, Nonfinite]]:
+    """What `harvest` gave with a weight of 0 where an activation is not finite, and where that is, by site."""
+    weights, nonfinite = {}, {}
+    for site, weight_RxT in slots.weight.items():
+        is_bad_RxT = jnp.isnan(weight_RxT)
+        place_RxT = jnp.arange(weight_RxT.size, dtype=jnp.int32).reshape(weight_RxT.shape)
+        first = jnp.where(is_bad_RxT, place_RxT, weight_RxT.size).min()
+        weights[site] = jnp.where(is_bad_RxT, 0, weight_RxT)
+        nonfinite[site] = Nonfinite(is_bad_RxT.sum(dtype=jnp.int32), first)
+    return slots.replace(weight=weights), nonfinite
 
 
 def train(
@@ -254,7 +257,7 @@ def make_step(
             )
             drawn = ring.gather(state.ring.slots, index_RxT)
 
-        def run_gemma() -> tuple[ring.Slots, Nonfinite]:
+        def run_gemma() -> tuple[ring.Slots, dict[str, Nonfinite]]:
             with jax.named_scope("gemma"):
                 new = harvest(
                     mesh,
@@ -269,9 +272,9 @@ def make_step(
                 )
                 return leave_out(new)
 
-        def run_nothing() -> tuple[ring.Slots, Nonfinite]:
-            none = jnp.zeros(len(plan.sites), jnp.int32)
-            return jax.tree.map(jnp.zeros_like, drawn), Nonfinite(none, none)
+        def run_nothing() -> tuple[ring.Slots, dict[str, Nonfinite]]:
+            none = jnp.zeros((), jnp.int32)
+            return jax.tree.map(jnp.zeros_like, drawn), {str(s): Nonfinite(none, none) for s in plan.sites}
 
         new, nonfinite = jax.lax.cond(draining, run_nothing, run_gemma)
         with jax.named_scope("ring_write"):

@@ -260,7 +260,7 @@ def _passes(run: runs.Run, rows: int) -> list[str]:
     if (read := run.plan.harvests * config.train.sequences_per_step) > rows:
         said.append(
             f"train.tokens is {config.train.tokens:,} and the text has {rows * length:,} positions: each row is read "
-            f"{read / rows:.1f} times."
+            f"{read / rows:.3g} times."
         )
     if config.normalizer.rows > rows:
         said.append(
@@ -271,7 +271,7 @@ def _passes(run: runs.Run, rows: int) -> list[str]:
 
 def _started(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Config | None:
     """The config of the run that goes on, in `workdir` or as another's `start_from`; None: this one is new."""
-    goes_on = [path for path in (workdir, pathlib.Path(config.start_from or workdir)) if runs.is_run(path)]
+    goes_on = [path for path in (workdir, files.expanded(config.start_from or workdir)) if runs.is_run(path)]
     return runs.read_config(goes_on[0]) if goes_on else None
 
 
@@ -356,12 +356,12 @@ def _loop(
         if pending is not None:
             number, first_row, metrics, held_out = pending
             metrics = jax.device_get(metrics)
-            for site, count, place in zip(plan.sites, *vars(metrics.nonfinite).values(), strict=True):
-                if count and str(site) not in told:
-                    place = first_row * config.data.context_length + int(place)
-                    text = nonfinite_text(run, rows, str(site), int(count), place)
+            for site, bad in metrics.nonfinite.items():
+                if bad.count and site not in told:
+                    place = first_row * config.data.context_length + int(bad.first)
+                    text = nonfinite_text(run, rows, site, int(bad.count), place)
                     _tell_nonfinite(config, f"in step {number} {text}", bar.write)
-                    told.add(str(site))
+                    told.add(site)
             before, clock = clock, time.perf_counter()
             of_gemma, of_banks = flops
             # While the ring fills and drains only one of the two computes.

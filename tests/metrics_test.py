@@ -1,7 +1,6 @@
 """Every number against slow float64 NumPy, one token at a time, and cases known by hand."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -319,19 +318,17 @@ def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch)
     def constant_site(mesh, model, params, tokens, sites):
         streams, values, _ = clean(mesh, model, params, tokens, sites)
         values = {SITE: jnp.broadcast_to(constant, values[SITE].shape)}
-        every = jnp.ones(tokens.shape, bool)
-        splice = functools.partial(passes.spliced, mesh, model, params, streams[SITE.layer], tokens, every)
-        return streams, values, splice(SITE, values[SITE])
+        of_gemma, is_kept = (mesh, model, params), gemma.is_kept(tokens, 0)
+        final = passes.spliced(*of_gemma, streams[SITE.layer], tokens, is_kept, SITE, values[SITE])
+        return streams, values, final
 
     monkeypatch.setattr(passes, "clean", constant_site)
     rows = Rows(tiny.tokens(4, 24, special=0.1))
     subjects = {"a": evaluation.Subject(random_sae(), SITE, np.asarray(constant))}
     results, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 4, 2)
     result = results["a"]
-    names = (
-        "fvu", "fvu_se", "fvu_per_dimension", "explained_variance_tokens", "loss_recovered_mean",
-    )  # fmt: skip
-    assert all(np.isnan(getattr(result, name)) for name in names)
+    for name in ("fvu", "fvu_se", "fvu_per_dimension", "explained_variance_tokens", "loss_recovered_mean"):
+        assert np.isnan(getattr(result, name)), name
     assert np.isfinite([result.l0, result.cosine, result.delta_loss]).all()
     fvu, recovered = metrics.undefined(results)
     assert fvu.startswith(

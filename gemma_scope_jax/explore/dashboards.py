@@ -49,8 +49,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("top", "sample", "before"):
-            ranges.check(name, getattr(self, name), ranges.COUNT)
-        ranges.check("after", self.after, ranges.COUNT_OR_NONE)
+            ranges.check(name, getattr(self, name), ranges.FEW)
+        ranges.check("after", self.after, ranges.Range(0, ranges.FEW.high))
 
     @property
     def span(self) -> int:
