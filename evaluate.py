@@ -7,16 +7,14 @@ On a slice of several hosts, the same command on each of them.
 
 import argparse
 
-from gemma_scope_jax import cli
+from gemma_scope_jax import cli, ranges
 
 
 def main() -> None:
     """Parses the command line, evaluates, and shows and stores the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_subject(parser)
-    parser.add_argument("--rows", type=int, help="how many to evaluate on")
+    parser.add_argument("--rows", type=cli.number(ranges.COUNT), help="how many to evaluate on")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="which rows")
     parser.add_argument("--fast", action="store_true", dest="is_fast", help="without KL and r_L0")
     parser.add_argument(

@@ -13,7 +13,7 @@ from gemma_scope_jax import cli
 
 def main() -> None:
     """Parses the command line, trains, and exits with the run's code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="the run's config file")

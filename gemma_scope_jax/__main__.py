@@ -3,13 +3,14 @@
 import argparse
 import sys
 
-from gemma_scope_jax import cli, explore_cli
+from gemma_scope_jax import cli, explore_cli, ranges
 from gemma_scope_jax.formats import PUBLISHED
 from gemma_scope_jax.formats import WRITTEN as FORMATS
+from gemma_scope_jax.ranges import COUNT, SEED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gemma_scope_jax")
+    parser = cli.Parser(prog="python -m gemma_scope_jax")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the SAEs of a run in a format that other tools read")
     export.add_argument("run", type=cli.path, help="a run directory")
@@ -56,14 +57,20 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help='a .jsonl file of a "text" and a "label" each, and perhaps a "group" that is not to be divided',
     )
-    probe.add_argument("--seed", type=int, default=0, help="of the split into training and test texts")
+    probe.add_argument(
+        "--seed", type=cli.number(SEED), default=0, help="of the split into training and test texts"
+    )
     detect = commands.add_parser(
         "detect", help="whether what a latent's strongest passages share tells where else it fires"
     )
     detect.add_argument("--text", help="another than the run's, as in config.data.text")
-    detect.add_argument("--rows", type=int, help="held-out rows")
-    detect.add_argument("--latents", type=int, default=100, help="so many of each SAE are scored")
-    detect.add_argument("--seed", type=int, default=0, help="of the latents and positions that are drawn")
+    detect.add_argument("--rows", type=cli.number(COUNT), help="held-out rows")
+    detect.add_argument(
+        "--latents", type=cli.number(COUNT), default=100, help="so many of each SAE are scored"
+    )
+    detect.add_argument(
+        "--seed", type=cli.number(SEED), default=0, help="of the latents and positions that are drawn"
+    )
     for command in (probe, detect):
         cli.add_subject(command)
     plan = commands.add_parser(
@@ -81,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--config", required=True, help="a config file, as for train.py; likewise its fields"
     )
-    prepare.add_argument("--workers", type=int, help="processes (default: as many as there are cores)")
+    prepare.add_argument(
+        "--workers", type=cli.number(ranges.FEW), help="processes (default: as many as there are cores)"
+    )
     generate = commands.add_parser("generate", help="have Gemma go on with, or answer, the texts of a file")
     generate.add_argument("--model", required=True, help="for example gemma2_2b-it")
     generate.add_argument("--weights", default="", help="Gemma's, as in config.weights")
@@ -91,12 +100,17 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", type=cli.path, required=True, help='a file of texts: .jsonl with {"text": …} a line'
     )
     generate.add_argument("--chat", action="store_true", help="each text is a user's turn, to be answered")
-    generate.add_argument("--num_tokens", type=int, default=128, help="the most for one prompt")
     generate.add_argument(
-        "--temperature", type=float, default=1.0, help="of the draws; 0: the likeliest token"
+        "--num_tokens", type=cli.number(ranges.NEW_TOKENS), default=128, help="the most for one prompt"
     )
-    generate.add_argument("--seed", type=int, default=0, help="of the draws")
-    generate.add_argument("--rows_per_batch", type=int, default=16, help="prompts run together")
+    generate.add_argument(
+        "--temperature",
+        type=cli.number(ranges.POSITIVE_OR_ZERO, float),
+        default=1.0,
+        help="of the draws; 0: the likeliest token",
+    )
+    generate.add_argument("--seed", type=cli.number(SEED), default=0, help="of the draws")
+    generate.add_argument("--rows_per_batch", type=cli.number(COUNT), default=16, help="prompts run together")
     generate.add_argument("--out", type=cli.path, required=True, help="file to write, .jsonl")
     return parser
 
@@ -148,11 +162,10 @@ def main() -> None:
 
         detection.detect_path(**options)
     elif args.command == "prepare":
-        if args.workers is not None and args.workers < 1:
-            raise ValueError(f"--workers is {args.workers}; it must be at least 1")
         from gemma_scope_jax import config, data, runs
 
         chosen = config.from_dict(cli.read_config(args.config, fields))
+        config.check_ranges(chosen)
         rows = data.open_rows(runs.prepare_rows(chosen, args.workers), data.TRAIN)
         print(f"{len(rows):,} rows to train on in {rows.folder}.")
     elif args.command == "generate":

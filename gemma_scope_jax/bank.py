@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gemma_scope_jax import gemma, optim, ring, sae, sharding
-from gemma_scope_jax.normalizer import Normalizer
+from gemma_scope_jax.normalizer import CONSTANT, Normalizer
 
 # How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
 # the thresholds that L0 follows with, which move by about one. `sae.controlled_penalty` acts at once and damps it.
@@ -339,10 +339,16 @@ def metrics(
 
 
 def l0_and_fvu(sums: sae.BatchSums) -> tuple[jax.Array, jax.Array]:
-    """Both [E], of sums [K, E] over K batches."""
+    """Both [E], of sums [K, E] over K batches; NaN where no activation counts, FVU also where all are the same."""
     weight_E = sums.weight.sum(0)
-    variance_E = sums.target_squared.sum(0) - jnp.square(sums.target_O.sum(0)).sum(-1) / weight_E
-    return sums.l0.sum(0) / weight_E, sums.squared_error.sum(0) / variance_E
+    mean_ExO = sums.target_O.sum(0) / weight_E[:, None]
+    # Within the batches, and of the batches' means around that of all.
+    batch_mean_KxExO = sums.target_O / jnp.where(sums.weight > 0, sums.weight, 1)[..., None]
+    apart_KxE = jnp.square(batch_mean_KxExO - mean_ExO[None]).sum(-1)
+    variance_E = (sums.target_variance + sums.weight * apart_KxE).sum(0)
+    varies_E = variance_E > CONSTANT * weight_E * jnp.square(mean_ExO).sum(-1)
+    fvu_E = jnp.where(varies_E, sums.squared_error.sum(0) / variance_E, jnp.nan)
+    return sums.l0.sum(0) / weight_E, fvu_E
 
 
 def measure(

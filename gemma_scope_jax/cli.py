@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 
 from gemma_scope_jax.printing import printable
+from gemma_scope_jax.ranges import COUNT, Range, shown
 
 # Gemma's package imports TensorFlow, which else opens every run with its own notices.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -21,7 +22,32 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 _LONGEST_MESSAGE = 480  # Of an error, which is one line.
 
+
 _TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says a mistake in one line, where argparse puts the whole usage before it."""
+
+    def error(self, message: str) -> None:
+        """Ends the program with a status of 2."""
+        self.exit(2, f"{self.prog}: error: {printable(message, 400)}; --help lists what there is\n")
+
+
+def number(allowed: Range, kind: type = int) -> Callable[[str], float]:
+    """A `type` for arguments that are numbers of a range."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{printable(text, 40)} is not {what}") from error
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"it is {shown(value)}; it must be {allowed}")
+        return value
+
+    return read
 
 
 def find_tpu_compiler() -> None:
@@ -109,7 +135,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         help="a run directory; or a path or hf://OWNER/NAME/FOLDER of an SAE in any format, or of several with *",
     )
     add_overrides(parser)
-    parser.add_argument("--rows_per_batch", type=int, help="rows in one pass of the model")
+    parser.add_argument("--rows_per_batch", type=number(COUNT), help="rows in one pass of the model")
     parser.add_argument("--out", type=path, help="folder for the results (default: the path)")
 
 

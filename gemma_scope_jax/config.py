@@ -5,14 +5,17 @@ change fields; `from_dict` turns it into the frozen dataclass that the library t
 """
 
 import dataclasses
+import math
+import re
 import typing
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import ml_collections
 
-from gemma_scope_jax import optim
+from gemma_scope_jax import optim, ranges
 from gemma_scope_jax.data import DataConfig
+from gemma_scope_jax.ranges import COUNT, COUNT_OR_NONE, POSITIVE, POSITIVE_OR_ZERO, SEED, SHARE, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,8 @@ class NormalizerConfig:
     rows: int = 64  # Rounded up to whole steps.
     center: bool = False  # Subtract the mean.
     outlier_medians: float = 0.0  # Tokens of a squared norm above so many medians weigh less; 0: none do.
+    # Leave out positions whose activation is NaN or infinite. Without it they end the run.
+    skip_nonfinite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +120,8 @@ class Config:
     """A whole run."""
 
     model: str = "gemma3_270m"
-    # An Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, or a GGUF file; empty:
-    # those that come with the requirements (gemma3_270m), Google's own in gs://gemma-data for all others.
+    # An Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, or a GGUF file.
+    # Empty: those that come with the requirements (gemma3_270m), Google's own in gs://gemma-data for all others.
     weights: str = ""
     # A SentencePiece file, a tokenizer.json or a GGUF file; empty: what lies beside the weights, else Google's own.
     tokenizer: str = ""
@@ -138,7 +143,63 @@ class Config:
 
 
 # What a run may be continued with another value of. All else decides what the numbers mean.
-FREE_FIELDS = ("mesh.", "hosts.", "log.", "evaluation.", "train.tokens", "data.folder", "start_from")
+FREE_FIELDS = (
+    "mesh.", "hosts.", "log.", "evaluation.", "train.tokens", "data.folder", "start_from",
+    "normalizer.skip_nonfinite",
+)  # fmt: skip
+
+# What the numbers of a config may be; `plans` checks what depends on several of them, or on the model.
+RANGES: Mapping[str, Range] = {
+    "seed": SEED,
+    "data.documents": COUNT_OR_NONE,
+    "data.context_length": Range(2, ranges.LARGEST),
+    "data.held_out_fraction": SHARE,
+    "data.seed": SEED,
+    "banks.*.sparsity_coefficients": POSITIVE_OR_ZERO,
+    "banks.*.target_l0s": POSITIVE,
+    "banks.*.seeds": SEED,
+    "banks.*.width": COUNT,
+    "banks.*.bandwidth": POSITIVE,
+    "banks.*.initial_threshold": POSITIVE,
+    "banks.*.window_updates": COUNT,
+    "train.tokens": Range(1, 2**62),
+    "train.sequences_per_step": COUNT,
+    "train.batch": COUNT,
+    "ring.capacity": COUNT,
+    "ring.groups": COUNT,
+    "normalizer.rows": COUNT,
+    "normalizer.outlier_medians": POSITIVE_OR_ZERO,
+    "optimizer.learning_rate": POSITIVE_OR_ZERO,
+    "optimizer.beta2": Range(0.0, 0.999999),  # Of a number closer to 1 float32 makes 1.
+    "optimizer.eps": POSITIVE,  # At 0 the step of a latent that never fired would be 0 / 0.
+    "optimizer.warmup_updates": COUNT_OR_NONE,
+    "optimizer.decay_fraction": SHARE,
+    "optimizer.sparsity_warmup_updates": COUNT_OR_NONE,
+    "mesh.data": COUNT_OR_NONE,
+    "mesh.latent": COUNT_OR_NONE,
+    "hosts.heartbeat_timeout_seconds": COUNT,
+    "log.checkpoint_every": COUNT,
+    "log.keep_checkpoints": COUNT,
+    "log.evaluate_every": COUNT_OR_NONE,
+    "log.profile_from": COUNT_OR_NONE,
+    "log.profile_steps": COUNT,
+    "evaluation.rows": COUNT,
+    "evaluation.rows_per_batch": COUNT,
+}
+
+
+def check_ranges(config: Config, started: Config | None = None) -> None:
+    """Raises ValueError if a number is out of its range, with its name, its value and the range.
+
+    What the run was `started` with is let pass: an old run goes on, also where a range has been narrowed since.
+    """
+    before = flatten(started) if started else {}
+    for name, value in flatten(config).items():
+        allowed = RANGES.get(re.sub(r"^banks\..*\.", "banks.*.", name))
+        if allowed is None or before.get(name) == value:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            ranges.check(name, one, allowed)
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -228,7 +289,7 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
 
 def _typed(value: object, kind: type, name: str) -> object:
     if kind is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
         raise ValueError(f"config field {name} is {value!r}, expected a value of type {kind.__name__}")
     return value

@@ -186,6 +186,10 @@ def pack(
     the end of its own.
     """
     frame = 1 + len(before) + len(after)
+    if length <= frame:
+        raise ValueError(
+            f"data.context_length is {length}, but BOS and the chat template alone take {frame} tokens; give more"
+        )
     # The end of a row is padded rather than filled with a shorter piece.
     shortest = max(length // 16, frame + 1)
     row: list[int] = []

@@ -28,6 +28,7 @@ from gemma_scope_jax import (
     interrupt,
     opening,
     printing,
+    ranges,
     sae,
     sharding,
     tokenizer,
@@ -290,15 +291,9 @@ def detect_path(
         config = opened.config
         rows = config.evaluation.rows if rows is None else rows
         per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-        given = {
-            "rows": (rows, 1),
-            "latents": (latents, 1),
-            "rows_per_batch": (per_batch, 1),
-            "seed": (seed, 0),
-        }
-        for name, (value, least) in given.items():
-            if value < least:
-                raise ValueError(f"--{name} is {value}; it must be at least {least}")
+        for name, value in (("rows", rows), ("latents", latents), ("rows_per_batch", per_batch)):
+            ranges.check(f"--{name}", value, ranges.COUNT)
+        ranges.check("--seed", seed, ranges.SEED)
         out = opening.results_folder(opened, path, out)
         held_out = data.open_rows(opened.rows, data.HELD_OUT)
         order = data.order(len(held_out), evaluation.ORDER_SEED, 0, min(rows, len(held_out)))

@@ -25,6 +25,7 @@ from gemma_scope_jax.metrics import Evaluation
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0
 CALIBRATION_ROWS = 64  # On so many training rows a site's mean is measured where it is not known.
+MEASURES = 2  # Raised whenever what is kept of a batch changes, so that old parts are not gone on with.
 
 # Which positions [S, L] of rows of tokens count.
 Counts = Callable[[np.ndarray], np.ndarray]
@@ -106,7 +107,12 @@ def site_means(
     counts: Counts = every_position,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[gemma.Site, np.ndarray]:
-    """The means of sites over the positions of the first training rows that count, all in the same passes."""
+    """The means of sites over the positions of the first training rows that count, all in the same passes.
+
+    Raises:
+      ValueError: no position counts.
+      FloatingPointError: an activation is not finite.
+    """
     mesh = mesh or one_device()
     totals, n = dict.fromkeys(sites, 0.0), 0
 
@@ -121,6 +127,13 @@ def site_means(
         found, kept = hosts.fetch(sums(values, batch.is_kept_SxL))
         totals = {site: totals[site] + np.asarray(found[site], np.float64) for site in sites}
         n += int(kept)
+    if sites and not n:
+        raise ValueError(f"no position of the first {count} training rows counts: {_NONE_COUNTS}")
+    for site, total in totals.items():
+        if not np.isfinite(total).all():
+            raise FloatingPointError(
+                f"activations of {site} on the first {count} training rows are not finite: {_NOT_FINITE}"
+            )
     return {site: (total / n).astype(np.float32) for site, total in totals.items()}
 
 
@@ -233,6 +246,7 @@ def evaluate(
 
     Raises:
       ValueError: no prediction counts.
+      FloatingPointError: an activation, a reconstruction or a loss is not finite.
     """
     mesh = mesh or one_device()
     count = min(count, len(held_out_rows))
@@ -261,6 +275,7 @@ def evaluate(
             found = parts.read(index) if parts else None
             if found is None:
                 found, took = _measure(mesh, loaded, subjects, placed, means, rows, is_fast, bar.update)
+                _check_finite(found, held_out_rows, index * per_batch)
                 seconds.append(took)
                 if parts:
                     parts.write(index, found)
@@ -269,14 +284,34 @@ def evaluate(
             for name, sums in found.items():
                 totals[name].add(sums, rows.position_SxL)
     if not totals[_reference(spliced[0])].of_rows("scored_S").sum():
-        raise ValueError(
-            "no prediction of these rows counts: prompts and templates may fill them; give longer rows or other turns"
-        )
+        raise ValueError(f"no prediction of these rows counts: {_NONE_COUNTS}")
     results = {
         name: metrics.summarize(subject.sae, totals[name], totals[_reference(subject.spliced)])
         for name, subject in subjects.items()
     }
     return results, _cost(subjects, loaded.num_layers, seconds)
+
+
+_NONE_COUNTS = "prompts and templates may fill them; give longer rows or other turns"
+_NOT_FINITE = "look at Gemma's weights, and give --dtype=float32"
+
+
+def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: data.Rows, start: int) -> None:
+    """Raises FloatingPointError, with the row and the position, if what was measured of a batch is not finite."""
+    for name, sums in found.items():
+        for quantity in ("clean_SxL", "error_SxL", "loss_SxL"):
+            places = np.argwhere(~np.isfinite(sums.get(quantity, 0.0)))
+            if not places.size:
+                continue
+            number, position = places[0]
+            (row,) = data.order(len(rows), ORDER_SEED, start + int(number), 1)
+            of, mend = (
+                f"what {name} makes of an activation",
+                f"look at its weights. If they are good, {_NOT_FINITE}",
+            )
+            if quantity == "clean_SxL":
+                of, mend = "Gemma's own loss", _NOT_FINITE
+            raise FloatingPointError(f"at row {row}, position {position} {of} is not finite; {mend}")
 
 
 def _reference(site: gemma.Site) -> str:

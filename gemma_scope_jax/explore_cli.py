@@ -7,8 +7,9 @@ import argparse
 import pathlib
 from collections.abc import Callable, Sequence
 
-from gemma_scope_jax import cli
+from gemma_scope_jax import cli, ranges
 from gemma_scope_jax.printing import well_formed
+from gemma_scope_jax.ranges import COUNT, COUNT_OR_NONE, FEW, NEW_TOKENS, SEED
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -39,7 +40,9 @@ def _add(
 def _add_explore(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "explore", run_explore, "which latents fire on a prompt, by token and SAE")
     command.add_argument("prompt", type=well_formed)
-    command.add_argument("--top", type=int, default=5, help="latents of a token that are listed")
+    command.add_argument(
+        "--top", type=cli.number(COUNT), default=5, help="latents of a token that are listed"
+    )
     command.add_argument("--html", type=cli.path, help="a page to write, too")
 
 
@@ -56,12 +59,12 @@ def _add_flow(commands: argparse._SubParsersAction) -> None:
 def _add_links(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "links", run_links, "which latents of later SAEs a latent feeds")
     command.add_argument("--sae", required=True, help="the latent's")
-    command.add_argument("--latent", type=int, required=True)
+    command.add_argument("--latent", type=cli.number(COUNT_OR_NONE), required=True)
     command.add_argument("--to", help="only this later SAE (default: all that are)")
     command.add_argument("--text", help="another than the run's, as in config.data.text")
-    command.add_argument("--rows", type=int, default=8, help="of held-out text")
+    command.add_argument("--rows", type=cli.number(COUNT), default=8, help="of held-out text")
     command.add_argument("--prompt", type=well_formed, help="in their place")
-    command.add_argument("--top", type=int, default=20, help="latents that are listed")
+    command.add_argument("--top", type=cli.number(COUNT), default=20, help="latents that are listed")
     command.add_argument("--png", type=cli.path, help="a picture to write, too")
 
 
@@ -83,17 +86,25 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
         help="the token whose logit is taken off, or mean, of all (default: the next likeliest)",
     )
     command.add_argument(
-        "--token", type=int, default=-1, help="behind which token, from 0, or from the end below 0"
+        "--token",
+        type=cli.number(ranges.WHOLE),
+        default=-1,
+        help="behind which token, from 0, or from the end below 0",
     )
     command.add_argument("--sae", help="only this one (default: all; --integrated is of one)")
     command.add_argument(
         "--integrated", action="store_true", dest="is_integrated", help="integrated gradients, of one SAE"
     )
     command.add_argument(
-        "--ablate", type=int, default=0, help="take out so many latents, too, one by one, and compare"
+        "--ablate",
+        type=cli.number(COUNT_OR_NONE),
+        default=0,
+        help="take out so many latents, too, one by one, and compare",
     )
-    command.add_argument("--seed", type=int, default=0, help="of the latents that are drawn for that")
-    command.add_argument("--top", type=int, default=20, help="latents that are listed")
+    command.add_argument(
+        "--seed", type=cli.number(SEED), default=0, help="of the latents that are drawn for that"
+    )
+    command.add_argument("--top", type=cli.number(COUNT), default=20, help="latents that are listed")
     command.add_argument("--html", type=cli.path, help="a page to write, too")
     command.add_argument("--png", type=cli.path, help="a picture to write, too")
 
@@ -108,12 +119,17 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
         help="NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps "
         "@prompt, @reply or, of tokens from one up to another, @3:7. May be repeated; of one SAE without its name",
     )
-    command.add_argument("--num_tokens", type=int, help="the most for one prompt (default: 40)")
     command.add_argument(
-        "--temperature", type=float, default=0.0, help="of the draws; 0: the likeliest token"
+        "--num_tokens", type=cli.number(NEW_TOKENS), help="the most for one prompt (default: 40)"
     )
-    command.add_argument("--samples", type=int, default=1, help="replies to each prompt")
-    command.add_argument("--seed", type=int, default=0, help="of the draws")
+    command.add_argument(
+        "--temperature",
+        type=cli.number(ranges.POSITIVE_OR_ZERO, float),
+        default=0.0,
+        help="of the draws; 0: the likeliest token",
+    )
+    command.add_argument("--samples", type=cli.number(FEW), default=1, help="replies to each prompt")
+    command.add_argument("--seed", type=cli.number(SEED), default=0, help="of the draws")
     command.add_argument("--chat", action="store_true", help="a prompt is a user's turn, to be answered")
     command.add_argument("--html", type=cli.path, help="a page to write, too")
     command.add_argument("--text", help="another than the run's to measure on, as in config.data.text")
@@ -123,7 +139,7 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
     )
     sweep.add_argument(
         "--strengths",
-        type=_numbers,
+        type=_strengths,
         dest="multiples",
         metavar="N,N",
         help="so many times the edit each (default: -4,-2,-1,0,1,2,4,8)",
@@ -137,7 +153,7 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
         metavar="TEXT",
         help="one whose likelihood is looked at; may be repeated (default: what the decoder raises most)",
     )
-    sweep.add_argument("--rows", type=int, help="of held-out text to measure on (default: 16)")
+    sweep.add_argument("--rows", type=cli.number(COUNT), help="of held-out text to measure on (default: 16)")
     sweep.add_argument("--png", type=cli.path, help="a figure to write, too")
 
 
@@ -149,7 +165,9 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
             f"--{name}", type=cli.path, required=True, help="prompts: .txt with one a line, or .jsonl"
         )
     command.add_argument("--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens")
-    command.add_argument("--rate", type=float, default=0.05, help="of false discoveries")
+    command.add_argument(
+        "--rate", type=cli.number(ranges.SHARE, float), default=0.05, help="of false discoveries"
+    )
     command.add_argument(
         "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
     )
@@ -157,8 +175,10 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
         "--answer", type=well_formed, help='a token whose logit is the behaviour, such as " she"'
     )
     command.add_argument("--against", type=well_formed, help="the token whose logit is taken off it")
-    command.add_argument("--top", type=int, help="ablate only so many latents, the strongest")
-    command.add_argument("--seed", type=int, default=0, help="of shuffles, halves and random sets")
+    command.add_argument("--top", type=cli.number(COUNT), help="ablate only so many latents, the strongest")
+    command.add_argument(
+        "--seed", type=cli.number(SEED), default=0, help="of shuffles, halves and random sets"
+    )
     command.add_argument("--text", help="another than the run's to measure the delta loss on")
     command.add_argument("--out", type=cli.path, help="folder for contrast.json, .png, correction.json")
 
@@ -167,20 +187,22 @@ def _add_dashboards(commands: argparse._SubParsersAction) -> None:
     about = "pages of what each latent fires on, which need neither server nor network"
     command = _add(commands, "dashboards", run_dashboards, about)
     command.add_argument("--text", help="another than the run's, as in config.data.text")
-    command.add_argument("--rows", type=int, default=512, help="of held-out text to read")
-    command.add_argument("--rows_per_batch", type=int, help="in one pass of the model")
+    command.add_argument("--rows", type=cli.number(COUNT), default=512, help="of held-out text to read")
+    command.add_argument("--rows_per_batch", type=cli.number(COUNT), help="in one pass of the model")
     command.add_argument(
         "--sae", action="append", default=[], dest="saes", help="only this one; may be repeated"
     )
-    command.add_argument("--top", type=int, default=20, help="passages of a latent's strongest firings")
+    command.add_argument(
+        "--top", type=cli.number(FEW), default=20, help="passages of a latent's strongest firings"
+    )
     command.add_argument(
         "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
     )
     command.add_argument("--out", type=cli.path, help="folder to write to (default: the path/dashboards)")
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
+def _strengths(text: str) -> list[float]:
+    return [cli.number(ranges.SIGNED, float)(one) for one in text.split(",")]
 
 
 def run_explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **overrides: str | None) -> None:

@@ -7,7 +7,6 @@ Shapes: S prompts, L tokens run at once, C slots of the cache, N new tokens, D s
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import data, evaluation, gemma, hosts, sharding, step, weights
+from gemma_scope_jax import data, evaluation, gemma, hosts, ranges, sharding, step, weights
 from gemma_scope_jax.tokenizer import Tokenizer
 
 
@@ -219,7 +218,7 @@ def generate(
         site: function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
         for site, function in (write or {}).items()
     }
-    _check(loaded, prompts, num_tokens, temperature, write, rows_per_batch)
+    _check(loaded, prompts, num_tokens, temperature, seed, write, rows_per_batch)
     if not prompts:
         return []
     model, params = loaded.model, loaded.params
@@ -268,6 +267,7 @@ def _check(
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     temperature: float,
+    seed: int,
     write: Mapping[gemma.Site, Intervention],
     rows_per_batch: int,
 ) -> None:
@@ -276,11 +276,10 @@ def _check(
         raise ValueError(
             f"only {loaded.num_layers} of {loaded.name}'s {config.num_layers} blocks are loaded; load all of them"
         )
-    for name, value in (("num_tokens", num_tokens), ("rows_per_batch", rows_per_batch)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}; it must be 0, for the likeliest token, or more")
+    ranges.check("num_tokens", num_tokens, ranges.NEW_TOKENS)
+    ranges.check("rows_per_batch", rows_per_batch, ranges.COUNT)
+    ranges.check("temperature", temperature, ranges.POSITIVE_OR_ZERO)
+    ranges.check("seed", seed, ranges.SEED)
     for site in write:
         gemma.check_site(loaded.model, site)
     for number, prompt in enumerate(prompts):

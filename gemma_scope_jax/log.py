@@ -104,7 +104,7 @@ class MetricsLog:
         for name, values in entry["sae"].items():
             scalars |= {f"{name}/{key}": value for key, value in values.items() if value is not None}
         for name, values in entry.get("held_out", {}).items():
-            scalars |= {f"{name}/held_out_{key}": value for key, value in values.items()}
+            scalars |= {f"{name}/held_out_{key}": v for key, v in values.items() if v is not None}
         made = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._board.write_event(_event(entry["step"], summary=summary_pb2.Summary(value=made)))
         self._board.flush()
@@ -156,7 +156,8 @@ def entry(
         of_bank = metrics.banks[bank_plan.name]
         for i, member in enumerate(bank_plan.members):
             saes[member.name] = _member_entry(bank_plan, of_bank, i)
-            if not math.isfinite(of_bank.loss_E[i]):
+            # Without activations there is no loss.
+            if of_bank.activations_E[i] and not math.isfinite(of_bank.loss_E[i]):
                 raise FloatingPointError(
                     f"the loss of {member.name} is {of_bank.loss_E[i]} at step {number}; the last good state is "
                     "in the newest checkpoint. In another --workdir, lower optimizer.learning_rate or set "
@@ -170,12 +171,38 @@ def entry(
         else None,
         "sae": saes,
         **({"held_out": held_out} if held_out else {}),
+        **(
+            {"nonfinite": skipped}
+            if (skipped := sum(int(bad.count) for bad in metrics.nonfinite.values()))
+            else {}
+        ),
     }
 
 
+def finite(value: float) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def undefined(of_step: Mapping) -> dict[str, str]:
+    """Which numbers of an entry's SAEs are not defined, and why, by SAE."""
+    found = {}
+    for name, values in of_step["sae"].items():
+        if not values["activations"]:
+            found[name] = (
+                f"in step {of_step['step']} no activation counts for {name}: all are of BOS, EOS, PAD or the chat "
+                "template, or not finite"
+            )
+        elif values["fvu"] is None:
+            found[name] = (
+                f"in step {of_step['step']} all activations of {name} are the same, so that its FVU is not defined"
+            )
+    return found
+
+
 def _member_entry(plan: bank.Plan, metrics: bank.Metrics, place: int) -> dict:
-    def of(values_E: np.ndarray) -> float:
-        return float(values_E[place])
+    def of(values_E: np.ndarray) -> float | None:
+        return finite(values_E[place])
 
     # Shares of the last whole window, and so unknown until the first has ended.
     counted = metrics.dead_E[place] >= 0
@@ -214,8 +241,9 @@ def progress(of_step: Mapping) -> str:
         text += f", L0 {span('l0', '.1f')}, FVU {span('fvu', '.3f')}, "
         text += f"dead {span('dead_latents', 'd')}, dense {span('dense_latents', 'd')}"
         if held_out := of_step.get("held_out"):
-            values = [value["fvu"] for value in held_out.values()]
-            text += f", held out FVU {min(values):.3f}" + (f"–{max(values):.3f}" if len(values) > 1 else "")
+            values = [value["fvu"] for value in held_out.values() if value["fvu"] is not None]
+            spread = f"–{max(values):.3f}" if len(values) > 1 else ""
+            text += f", held out FVU {min(values):.3f}{spread}" if values else ", held out FVU ?"
         if len(saes) > 1:
             text += f", {len(saes)} SAEs"
     return text
@@ -235,6 +263,12 @@ def check_plan(plan: step.Plan, updates: int, learning_rates: float) -> list[str
         for b in plan.banks
         if b.window_updates > updates
     ]
+    for field, what in (("warmup_updates", "the learning rate"), ("sparsity_warmup_updates", "λ")):
+        if (warmup := getattr(plan.optimizer, field)) > updates:
+            warnings.append(
+                f"optimizer.{field} is {warmup:,} and there will be {updates:,} updates: {what} does not rise to "
+                "what it is set to"
+            )
     if learning_rates < 0.5:
         warnings.append(
             "thresholds are trained as logarithms, which move by about optimizer.learning_rate an update: in this "
@@ -255,6 +289,7 @@ def stuck_thresholds(plan: step.Plan, entries: list[Mapping]) -> list[str]:
     for bank_plan in plan.banks:
         for member in bank_plan.members:
             values = [e["sae"][member.name] for e in entries if member.name in e["sae"]]
+            values = [v for v in values if v["l0"] is not None]
             if not values:
                 continue
             recent = values[len(values) // 2 :]

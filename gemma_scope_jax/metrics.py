@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import sae
+from gemma_scope_jax.normalizer import CONSTANT
 
 QUANTILES = (5, 25, 50, 75, 95)
 
@@ -118,7 +119,8 @@ def measure(
     # Sums and not matmuls, which on TPU would round their inputs to bfloat16.
     error_B, y_B, recon_B = (jnp.square(v).sum(1) for v in (error_BxO, y_BxO, recon_BxO))
     norms_B = jnp.sqrt(y_B * recon_B)
-    unexplained_B = error_B / jnp.square(y_BxO - mean_O[None]).sum(1)
+    distance_B = jnp.square(y_BxO - mean_O[None]).sum(1)
+    unexplained_B = error_B / jnp.where(distance_B > 0, distance_B, 1)
 
     def of_tokens(value_B: jax.Array) -> jax.Array:
         return jnp.where(weight_B > 0, value_B, 0).reshape(shape)
@@ -143,9 +145,15 @@ def measure(
 
 
 def measure_target(y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the positions that count of what is spliced, and of its square, of each row and dimension."""
-    y_SxLxO = jnp.where(is_kept_SxL[..., None], y_SxLxO.astype(jnp.float32), 0)
-    return {"y_SxO": y_SxLxO.sum(1), "y_squared_SxO": jnp.square(y_SxLxO).sum(1)}
+    """Of what is spliced, the sum and the squared distance from the row's mean, by row and dimension.
+
+    Both are sums over the positions that count. Not of squares, of which a large mean would leave rounding alone.
+    """
+    is_kept_SxLx1, y_SxLxO = is_kept_SxL[..., None], y_SxLxO.astype(jnp.float32)
+    y_SxO = jnp.where(is_kept_SxLx1, y_SxLxO, 0).sum(1)
+    mean_SxO = y_SxO / jnp.maximum(is_kept_SxL.sum(1), 1)[:, None]
+    within_SxLxO = jnp.where(is_kept_SxLx1, jnp.square(y_SxLxO - mean_SxO[:, None]), 0)
+    return {"y_SxO": y_SxO, "y_within_SxO": within_SxLxO.sum(1)}
 
 
 def uniformity(importance_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -248,19 +256,28 @@ def summarize(
         value_S = of_sae.of_rows(f"{name}_S")
         return (None, None) if value_S is None else ratio(value_S, weight_S)
 
-    y_SxO, squared_SxO = (references.of_rows(f"{name}_SxO") for name in ("y", "y_squared"))
-    error_SxO = of_sae.of_rows("error_SxO")
-    mean_O = y_SxO.sum(0) / count_S.sum()
-    # Each row's part of the variance around the mean of all.
-    variance_SxO = squared_SxO - 2 * mean_O * y_SxO + count_S[:, None] * np.square(mean_O)
-    fvu = ratio(error_SxO.sum(1), variance_SxO.sum(1))
-    varies = variance_SxO.sum(0) > 0
+    y_SxO, within_SxO = (references.of_rows(f"{name}_SxO") for name in ("y", "y_within"))
+    error_SxO, mean_O = of_sae.of_rows("error_SxO"), y_SxO.sum(0) / count_S.sum()
+    row_mean_SxO = y_SxO / np.maximum(count_S, 1)[:, None]
+
+    def distance(centre_O: np.ndarray | float) -> np.ndarray:
+        """Each row's part of the squared distance from a centre, rows by dimensions."""
+        return within_SxO + count_S[:, None] * np.square(row_mean_SxO - centre_O)
+
+    variance_SxO = distance(mean_O)
+    # Where what is spliced is always the same there is no variance to explain, but for rounding.
+    square_O = count_S.sum() * np.square(mean_O)
+    is_constant = variance_SxO.sum() <= CONSTANT * square_O.sum()
+    variance_S = 0 * count_S if is_constant else variance_SxO.sum(1)
+    fvu = ratio(error_SxO.sum(1), variance_S)
+    varies = variance_SxO.sum(0) > CONSTANT * square_O
     error_O, variance_O = error_SxO.sum(0)[varies], variance_SxO.sum(0)[varies]
     residual_SxO = (error_SxO[:, varies] - error_O / variance_O * variance_SxO[:, varies]) / variance_O
-    grand = mean_O.mean()
-    elements_S = (squared_SxO - 2 * grand * y_SxO).sum(1) + count_S * mean_O.size * grand**2
-    unexplained, unexplained_se = ratio(error_SxO.sum(1), elements_S)
-    recovered = {name: ratio(delta_S, loss[name] - loss["clean"]) for name in ("zero", "mean")}
+    per_dimension = (float("nan"), float("nan"))
+    if varies.any():
+        per_dimension = (float((error_O / variance_O).mean()), standard_error(residual_SxO.mean(1)))
+    unexplained, unexplained_se = ratio(error_SxO.sum(1), distance(mean_O.mean()).sum(1))
+    recovered = {name: _recovered(delta_S, loss[name], loss["clean"]) for name in ("zero", "mean")}
     frequency_M = of_sae.latents["fired"] / count_S.sum()
     cosine_M = nearest_cosine(np.asarray(subject.W_dec)) if nearest_cosine_M is None else nearest_cosine_M
     cumulative = np.cumsum(of_sae.l0_counts)
@@ -268,17 +285,17 @@ def summarize(
     pairs = {
         "l0": mean("l0"),
         "fvu": fvu,
-        "fvu_per_dimension": (float((error_O / variance_O).mean()), standard_error(residual_SxO.mean(1))),
+        "fvu_per_dimension": per_dimension,
         "explained_variance_elements": (1 - unexplained, unexplained_se),
-        "explained_variance_tokens": mean("explained"),
+        "explained_variance_tokens": (float("nan"), float("nan")) if is_constant else mean("explained"),
         "cosine": mean("cosine"),
         "norm_ratio": mean("norm_ratio"),
         "delta_loss": ratio(delta_S, scored_S),
         "clean_loss": ratio(loss["clean"], scored_S),
         "kl": mean("kl", scored_S),
         "r_l0": mean("r_l0", active_S),
-        "loss_recovered_zero": (1 - recovered["zero"][0], recovered["zero"][1]),
-        "loss_recovered_mean": (1 - recovered["mean"][0], recovered["mean"][1]),
+        "loss_recovered_zero": recovered["zero"],
+        "loss_recovered_mean": recovered["mean"],
     }
     return Evaluation(
         **{name: value for name, (value, _) in pairs.items()},
@@ -299,17 +316,44 @@ def summarize(
         decoder_norm=np.linalg.norm(subject.W_dec, axis=1),
         encoder_norm=np.linalg.norm(subject.W_enc, axis=0),
         l0_counts=of_sae.l0_counts,
-        by_position=at_positions(of_sae, references, float(variance_SxO.sum() / count_S.sum())),
+        by_position=at_positions(of_sae, references, float(variance_S.sum() / count_S.sum())),
         by_row={
             "activations": count_S,
             "tokens": scored_S,
             "l0": of_sae.of_rows("l0_S"),
             "error": error_SxO.sum(1),
-            "variance": variance_SxO.sum(1),
+            "variance": variance_S,
             "clean_loss": loss["clean"],
             "spliced_loss": of_sae.of_rows("loss_S"),
         },
     )
+
+
+def _recovered(delta_S: np.ndarray, ablated_S: np.ndarray, clean_S: np.ndarray) -> tuple[float, float]:
+    """1 − delta loss over what the ablation costs, and its standard error; NaN where that is rounding alone."""
+    cost_S = ablated_S - clean_S
+    if abs(cost_S.sum()) <= 1e-6 * clean_S.sum():
+        return float("nan"), float("nan")
+    lost, error = ratio(delta_S, cost_S)
+    return 1 - lost, error
+
+
+def undefined(results: Mapping[str, Evaluation]) -> list[str]:
+    """Sentences on numbers that are not defined for what SAEs were evaluated on, and why."""
+    said = []
+    for name, result in results.items():
+        if not np.isfinite(result.fvu):
+            said.append(
+                f"FVU and explained variance of {name} are not defined: what it is to reconstruct is the same at "
+                f"all {result.activations:,} positions"
+            )
+        for ablation, by in (("zero", "zeros"), ("mean", "their mean")):
+            if not np.isfinite(getattr(result, f"loss_recovered_{ablation}")):
+                said.append(
+                    f"loss recovered of {name} against {ablation} ablation is not defined: {by} in the place of the "
+                    "activations change no prediction"
+                )
+    return said
 
 
 # The numbers that two evaluations are compared by, row by row: what is summed, less what, over what.
@@ -325,14 +369,18 @@ PAIRED = {
 def difference(number: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> tuple[float, float]:
     """What a number is of `b` less what it is of `a`, and its standard error over rows, the same rows of both.
 
+    NaN where there is nothing to divide by.
+
     Args:
       number: of `PAIRED`.
       a: `by_row` of one evaluation.
       b: of another.
     """
     values, residuals = [], []
+    over, less, per = PAIRED[number]
+    if not (a[per].sum() and b[per].sum()):
+        return float("nan"), float("nan")
     for rows in (a, b):
-        over, less, per = PAIRED[number]
         numerator_S = rows[over] - (rows[less] if less else 0)
         value = numerator_S.sum() / rows[per].sum()
         values.append(value)

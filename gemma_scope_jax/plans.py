@@ -4,8 +4,9 @@ import itertools
 
 from gemma import gm
 
-from gemma_scope_jax import bank, gemma, step
-from gemma_scope_jax.config import BankConfig, Config
+from gemma_scope_jax import bank, gemma, ranges, step
+from gemma_scope_jax.config import BankConfig, Config, check_ranges
+from gemma_scope_jax.ranges import Range
 
 
 def _require(holds: bool, message: str) -> None:
@@ -64,19 +65,13 @@ def _check_bank(
             f"the sites of a bank must have one width, those of {at} have {widths}; make a bank of each width",
         )
     _require(
-        config.width > 0 and config.width % latent_axis == 0,
+        config.width % latent_axis == 0,
         f"{at}.width {config.width} is not divisible by the mesh's latent axis ({latent_axis}); "
         f"choose a multiple of {latent_axis}",
     )
     for field, choices in _CHOICES.items():
         value = getattr(config, field)
         _require(value in choices, f"{at}.{field} is {value!r}; choose one of {', '.join(choices)}")
-    for field in ("bandwidth", "initial_threshold"):
-        _require(getattr(config, field) > 0, f"{at}.{field} is {getattr(config, field)}; it must be positive")
-    _require(
-        min(config.sparsity_coefficients) >= 0,
-        f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; none may be negative",
-    )
     _require(not config.skip or bool(config.target_site), f"{at}.skip is for transcoders; set target_site")
     o = gemma.site_width(model, named[0].target_site)
     _require(
@@ -84,10 +79,8 @@ def _check_bank(
         f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}; "
         "set mesh.data",
     )
-    _require(
-        1 <= config.window_updates < 2**31 // batch,
-        f"{at}.window_updates is {config.window_updates}; choose 1 to {2**31 // batch - 1}",
-    )
+    # A window's activations are counted in int32.
+    ranges.check(f"{at}.window_updates", config.window_updates, Range(1, ranges.LARGEST // batch))
     if config.objective == "linear":
         _require(
             not config.target_l0s,
@@ -124,56 +117,21 @@ def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> 
 GEMMA_PLACEMENTS = ("auto", "whole", "split")
 
 
-def _check_ranges(config: Config) -> None:
-    at_least_one = {
-        "log.checkpoint_every": config.log.checkpoint_every,
-        "log.keep_checkpoints": config.log.keep_checkpoints,
-        "log.profile_steps": config.log.profile_steps,
-        "evaluation.rows": config.evaluation.rows,
-        "evaluation.rows_per_batch": config.evaluation.rows_per_batch,
-        "normalizer.rows": config.normalizer.rows,
-        "hosts.heartbeat_timeout_seconds": config.hosts.heartbeat_timeout_seconds,
-    }
-    for name in ("data", "latent"):
-        value = getattr(config.mesh, name)
-        _require(value >= 0, f"mesh.{name} is {value}; it may not be negative")
-    _require(
-        config.mesh.gemma in GEMMA_PLACEMENTS,
-        f"mesh.gemma is {config.mesh.gemma!r}; choose one of {', '.join(GEMMA_PLACEMENTS)}",
-    )
-    for name, value in at_least_one.items():
-        _require(value >= 1, f"{name} is {value}; it must be at least 1")
-    _require(
-        config.log.evaluate_every >= 0,
-        f"log.evaluate_every is {config.log.evaluate_every}; it may not be negative",
-    )
-    _require(config.data.documents >= 0, f"data.documents is {config.data.documents}; it may not be negative")
-    optimizer = config.optimizer
-    for name in ("warmup_updates", "sparsity_warmup_updates", "learning_rate", "eps"):
-        value = getattr(optimizer, name)
-        _require(value >= 0, f"optimizer.{name} is {value}; it may not be negative")
-    _require(
-        0 <= optimizer.decay_fraction <= 1,
-        f"optimizer.decay_fraction is {optimizer.decay_fraction}; choose 0 to 1",
-    )
-    _require(0 <= optimizer.beta2 < 1, f"optimizer.beta2 is {optimizer.beta2}; it must be in [0, 1)")
-
-
 def _check_sizes(config: Config, devices: int) -> None:
     train, ring, length = config.train, config.ring, config.data.context_length
     activations = train.sequences_per_step * length
-    _require(length >= 2, f"data.context_length is {length}; at least 2 is needed")
+    ranges.check("train.sequences_per_step × data.context_length", activations, Range(1, ranges.LARGEST))
     _require(
-        train.sequences_per_step > 0 and train.sequences_per_step % devices == 0,
+        train.sequences_per_step % devices == 0,
         f"train.sequences_per_step {train.sequences_per_step} is not a multiple of the {devices} devices",
     )
     _require(
-        train.batch > 0 and activations % train.batch == 0,
+        activations % train.batch == 0,
         f"train.sequences_per_step × data.context_length = {activations} is not a multiple of train.batch "
         f"{train.batch}",
     )
     _require(
-        ring.groups > 0 and ring.groups % devices == 0,
+        ring.groups % devices == 0,
         f"ring.groups {ring.groups} is not a multiple of the {devices} devices",
     )
     _require(
@@ -195,6 +153,8 @@ def _check_sizes(config: Config, devices: int) -> None:
         f"train.tokens {train.tokens} do not fill the ring once; give more tokens or a ring.capacity "
         f"of at most {train.tokens // activations * activations}",
     )
+    # Steps and updates are counted in int32, those that fill and drain the ring among them.
+    ranges.check("train.tokens", train.tokens, Range(1, ranges.LARGEST * train.batch - 2 * ring.capacity))
 
 
 def padded(count: int, data_axis: int) -> int:
@@ -221,16 +181,35 @@ def choose_data_axis(config: Config, devices: int) -> int:
     return max((d for d in range(1, devices + 1) if devices % d == 0 and suits(d)), default=1)
 
 
-def make_plan(config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int) -> step.Plan:
+def make_plan(
+    config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int, started: Config | None = None
+) -> step.Plan:
     """What the step is compiled for, on a mesh of `data_axis` × `latent_axis` devices.
 
+    Args:
+      config: of the run.
+      model: that it reads.
+      data_axis: of the mesh.
+      latent_axis: of the mesh.
+      started: what the run was started with, if it goes on; see `config.check_ranges`.
+
     Raises:
-      ValueError: fields that do not fit each other, the model or the mesh; names and values in the message.
+      ValueError: fields out of range, or that do not fit each other, the model or the mesh; names and values in the
+        message.
     """
-    train = config.train
-    _check_ranges(config)
+    check_ranges(config, started)
+    _require(
+        config.mesh.gemma in GEMMA_PLACEMENTS,
+        f"mesh.gemma is {config.mesh.gemma!r}; choose one of {', '.join(GEMMA_PLACEMENTS)}",
+    )
     _check_sizes(config, data_axis * latent_axis)
     _check_banks(config, model, latent_axis)
+    return plan_of(config, data_axis)
+
+
+def plan_of(config: Config, data_axis: int) -> step.Plan:
+    """The plan of a config that has been checked: a finished run opens also where checks are stricter today."""
+    train = config.train
     activations = train.sequences_per_step * config.data.context_length
     return step.Plan(
         banks=tuple(_bank_plan(name, b, data_axis) for name, b in config.banks.items()),

@@ -26,6 +26,7 @@ from gemma_scope_jax import (
     interrupt,
     opening,
     printing,
+    ranges,
     sae,
     sharding,
     texts,
@@ -296,16 +297,14 @@ def probe_path(
     Returns:
       The tasks of each SAE.
     """
-    if seed < 0:
-        raise ValueError(f"--seed is {seed}; it must be at least 0")
+    ranges.check("--seed", seed, ranges.SEED)
     given = read_labelled(labelled)
     is_test_T = split(given, seed)
     with interrupt.ending_at_once("probing writes its results when it ends"):
         opened = opening.open_path(path, **overrides)
         config = opened.config
         per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-        if per_batch < 1:
-            raise ValueError(f"--rows_per_batch is {per_batch}; it must be at least 1")
+        ranges.check("--rows_per_batch", per_batch, ranges.COUNT)
         given_out, out = out, opening.results_folder(opened, path, out)
         if given_out is None and (out / "probing.json").exists():
             before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))

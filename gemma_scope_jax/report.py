@@ -30,6 +30,7 @@ from gemma_scope_jax import (
     page,
     plots,
     printing,
+    ranges,
     runs,
     suites,
     verdicts,
@@ -105,8 +106,7 @@ def evaluate_path(
         rows = config.evaluation.rows if rows is None else rows
         rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
         for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
-            if value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
+            ranges.check(f"--{name}", value, ranges.COUNT)
         of = opening.options_of(opened, split, overrides.get("turns"), "baselines" if has_baselines else "")
         given_out = out
         if len(by_label) > 1:  # A folder of each, of the text that was trained on too.
@@ -219,6 +219,7 @@ def _identity_of_all(
         "rows": options["rows"],
         "rows_in_a_batch": evaluation.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
         "is_fast": bool(options["fast"]),
+        "measures": evaluation.MEASURES,
         "saes": {name: identity(subject) for name, subject in opened.subjects.items()},
     }
 
@@ -264,6 +265,7 @@ def _evaluate(
         for name in judged
     }
     remarks = _remarks(opened, results, own_folder) if opened.is_other_text else []
+    remarks += [f"{sentence}." for sentence in metrics.undefined(results)]
     page.write_json(out / "evaluation.json", results, about, judgements)
     page.write_arrays(out / "evaluation.npz", results)
     page.write_csv(out / "evaluation.csv", results)

@@ -46,6 +46,7 @@ def build(
     config: config_lib.Config,
     mesh: jax.sharding.Mesh | None = None,
     devices: Sequence[jax.Device] | None = None,
+    started: config_lib.Config | None = None,
 ) -> Run:
     """Checks a config before anything slow is done.
 
@@ -53,13 +54,14 @@ def build(
       config: of the run.
       mesh: to run on; None: the one that the config asks for.
       devices: of that one; None: all that there are.
+      started: see `plans.make_plan`.
     """
     if mesh is None:
         devices = jax.devices() if devices is None else devices
         data = config.mesh.data or plans.choose_data_axis(config, len(devices))
         mesh = sharding.make_mesh(data, config.mesh.latent, devices)
     model = gemma.build_model(config.model)
-    plan = plans.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"])
+    plan = plans.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"], started)
     config_lib.dtype(config)
     return Run(config, mesh, model, plan)
 
@@ -333,7 +335,10 @@ def open_run(
                 f"{workdir} has no bank {' or '.join(map(repr, banks))}; choose one of {', '.join(config.banks)}"
             )
         config = dataclasses.replace(config, banks=opened)
-    run = build(config, mesh or sharding.make_mesh(1, 1, jax.local_devices()[:1]))
+    mesh, model = mesh or sharding.make_mesh(1, 1, jax.local_devices()[:1]), gemma.build_model(config.model)
+    run = Run(config, mesh, model, plans.plan_of(config, mesh.shape["data"]))
+    for site in run.plan.sites:
+        gemma.check_site(model, site)
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
         state = restore(run, manager, set_aside=False, what=what)
     if state is None:

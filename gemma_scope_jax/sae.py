@@ -57,7 +57,7 @@ class BatchSums:
     squared_error: jax.Array  # []
     l0: jax.Array  # []
     target_O: jax.Array  # [O], of x for an autoencoder
-    target_squared: jax.Array  # []
+    target_variance: jax.Array  # [], of ‖y − mean‖², the mean being the batch's own
     penalty: jax.Array  # [], of the batch's mean L0
     rows: jax.Array  # [], int32, of a weight above 0
     fired_M: jax.Array  # [M], int32: of those rows, on how many each latent fired
@@ -340,13 +340,16 @@ def loss_gradient(
         W_skip=None if params.W_skip is None else matmul(x_BxD.T, g_recon_BxO),
     )
     has_weight_B = weight_B > 0
+    # Sums and not matmuls, which on TPU would round their inputs to bfloat16; of what is centred, since a mean square
+    # less a squared mean is nothing but rounding where the mean is large.
+    target_O = jnp.sum(weight_B[:, None] * y_BxO, axis=0)
+    mean_O = target_O / jnp.where(weight_B.sum() > 0, weight_B.sum(), 1)
     sums = BatchSums(
         weight=weight_B.sum(),
         squared_error=jnp.sum(weight_B[:, None] * jnp.square(error_BxO)),
         l0=jnp.sum(weight_B * l0_B),
-        # A sum and not a matmul, which on TPU would round its inputs to bfloat16.
-        target_O=jnp.sum(weight_B[:, None] * y_BxO, axis=0),
-        target_squared=jnp.sum(weight_B[:, None] * jnp.square(y_BxO)),
+        target_O=target_O,
+        target_variance=jnp.sum(weight_B[:, None] * jnp.square(y_BxO - mean_O[None])),
         penalty=penalty_value,
         rows=has_weight_B.sum(dtype=jnp.int32),
         fired_M=(active_BxM & has_weight_B[:, None]).sum(0, dtype=jnp.int32),

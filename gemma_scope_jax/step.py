@@ -84,10 +84,19 @@ class Batch:
 
 
 @flax.struct.dataclass
+class Nonfinite:
+    """Positions of a harvest that would count if a site's activations were finite."""
+
+    count: jax.Array  # [], int32
+    first: jax.Array  # [], int32, the place of the first of them in the harvest, of T
+
+
+@flax.struct.dataclass
 class Metrics:
     """What a step reports."""
 
     trained: jax.Array  # [], bool: whether the banks were updated
+    nonfinite: Mapping[str, Nonfinite]  # of what was harvested, by site
     banks: Mapping[str, bank.Metrics]
     source_Bx3: jax.Array  # row, position and document of the first batch's activations
     weight_B: jax.Array  # of the first batch, at the first site
@@ -137,7 +146,8 @@ def harvest(
 ) -> ring.Slots:
     """Runs Gemma to the deepest site: normalised activations of every position, as the ring takes them.
 
-    `params` may be split over the mesh.
+    `params` may be split over the mesh. Activations that are not finite come as zeros, and the weight of those that
+    would count is NaN; see `leave_out`.
     """
     tokens_SxL = batch.tokens_SxL
     params = gather_gemma(mesh, params)
@@ -151,9 +161,11 @@ def harvest(
     for site in sites:
         normalizer = normalizers[str(site)]
         x_TxD = values[site].reshape(is_kept_T.size, -1).astype(jnp.float32) - normalizer.mean_D[None]
-        weight_T = outlier_weight(jnp.square(x_TxD).sum(1), normalizer.max_squared_norm)
-        acts[str(site)] = (x_TxD / normalizer.scale).astype(dtype)
-        weight[str(site)] = is_kept_T * weight_T
+        squared_T = jnp.square(x_TxD).sum(1)
+        is_finite_T = jnp.isfinite(squared_T)
+        weight_T = outlier_weight(squared_T, normalizer.max_squared_norm)
+        acts[str(site)] = jnp.where(is_finite_T[:, None], x_TxD / normalizer.scale, 0).astype(dtype)
+        weight[str(site)] = jnp.where(is_kept_T, jnp.where(is_finite_T, weight_T, jnp.nan), 0)
 
     length = tokens_SxL.shape[1]
     segment_SxL = jnp.maximum(jnp.cumsum(tokens_SxL == gemma.BOS, axis=1) - 1, 0)
@@ -167,6 +179,18 @@ def harvest(
     )
     new = ring.Slots(acts=acts, weight=weight, source=source_SxLx3.reshape(-1, 3))
     return jax.tree.map(lambda value: ring.group_rows(value, groups), new)
+
+
+def leave_out(slots: ring.Slots) -> tuple[ring.Slots, dict[str, Nonfinite]]:
+    """What `harvest` gave with a weight of 0 where an activation is not finite, and where that is, by site."""
+    weights, nonfinite = {}, {}
+    for site, weight_RxT in slots.weight.items():
+        is_bad_RxT = jnp.isnan(weight_RxT)
+        place_RxT = jnp.arange(weight_RxT.size, dtype=jnp.int32).reshape(weight_RxT.shape)
+        first = jnp.where(is_bad_RxT, place_RxT, weight_RxT.size).min()
+        weights[site] = jnp.where(is_bad_RxT, 0, weight_RxT)
+        nonfinite[site] = Nonfinite(is_bad_RxT.sum(dtype=jnp.int32), first)
+    return slots.replace(weight=weights), nonfinite
 
 
 def train(
@@ -233,9 +257,9 @@ def make_step(
             )
             drawn = ring.gather(state.ring.slots, index_RxT)
 
-        def run_gemma() -> ring.Slots:
+        def run_gemma() -> tuple[ring.Slots, dict[str, Nonfinite]]:
             with jax.named_scope("gemma"):
-                return harvest(
+                new = harvest(
                     mesh,
                     model,
                     gemma_params,
@@ -246,8 +270,13 @@ def make_step(
                     dtype,
                     plan.masked_prefix,
                 )
+                return leave_out(new)
 
-        new = jax.lax.cond(draining, lambda: jax.tree.map(jnp.zeros_like, drawn), run_gemma)
+        def run_nothing() -> tuple[ring.Slots, dict[str, Nonfinite]]:
+            none = jnp.zeros((), jnp.int32)
+            return jax.tree.map(jnp.zeros_like, drawn), {str(s): Nonfinite(none, none) for s in plan.sites}
+
+        new, nonfinite = jax.lax.cond(draining, run_nothing, run_gemma)
         with jax.named_scope("ring_write"):
             slots = ring.scatter(state.ring.slots, index_RxT, new)
 
@@ -276,6 +305,7 @@ def make_step(
         last_update = state.draws * k + k - 1
         metrics = Metrics(
             trained=drawing,
+            nonfinite=nonfinite,
             banks={
                 b.name: bank.metrics(
                     b, plan.optimizer, banks[b.name], sums[b.name], last_update, plan.total_updates

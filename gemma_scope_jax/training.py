@@ -25,6 +25,7 @@ from gemma_scope_jax import (
     log,
     optim,
     planning,
+    ranges,
     runs,
     sharding,
     step,
@@ -37,7 +38,12 @@ from gemma_scope_jax import normalizer as normalizer_lib
 def calibrate(
     run: runs.Run, rows: data.Rows, gemma_params: dict, sites: Collection[gemma.Site]
 ) -> dict[str, normalizer_lib.Normalizer]:
-    """The normalisers of some sites, from the first rows of the training order."""
+    """The normalisers of some sites, from the first rows of the training order.
+
+    Raises:
+      ValueError: nothing can be learned of a site's activations: none counts, or all are zero or the same.
+      FloatingPointError: one is not finite, and `normalizer.skip_nonfinite` is off.
+    """
     if not sites:
         return {}
     config, count = run.config, run.config.train.sequences_per_step
@@ -53,16 +59,48 @@ def calibrate(
         for start in range(0, max(config.normalizer.rows, 1), count)
     ]
     weight_N = jnp.concatenate([weight_T for _, weight_T in parts])
+    inspect = jax.jit(normalizer_lib.inspect)
     measure = jax.jit(normalizer_lib.calibrate, static_argnames=("center", "outlier_medians"))
-    return {
-        site: measure(
-            jnp.concatenate([values[site] for values, _ in parts]),
+    made = {}
+    for site in parts[0][0]:
+        x_NxD = jnp.concatenate([values[site] for values, _ in parts])
+        sample = hosts.fetch(inspect(x_NxD, weight_N))
+        normalizer_lib.check(site, sample)
+        if sample.nonfinite_N.any():
+            first, bad = int(sample.nonfinite_N.argmax()), int(sample.nonfinite_N.sum())
+            _tell_nonfinite(config, nonfinite_text(run, rows, site, bad, first), print)
+        made[site] = measure(
+            x_NxD,
             weight_N,
             center=config.normalizer.center,
             outlier_medians=config.normalizer.outlier_medians,
         )
-        for site in parts[0][0]
-    }
+        scale = float(hosts.fetch(made[site].scale))
+        ranges.check(
+            f"with normalizer.outlier_medians = {config.normalizer.outlier_medians:g} the scale of {site}",
+            scale,
+            ranges.POSITIVE,
+        )
+    return made
+
+
+def nonfinite_text(run: runs.Run, rows: data.Rows, site: str, count: int, place: int) -> str:
+    """Which activations are not finite: how many of a site, and where the first is in the training order."""
+    length = run.config.data.context_length
+    (row,) = data.order(len(rows), run.config.seed, place // length, 1)
+    others = f" and {count - 1:,} more" if count > 1 else ""
+    return f"the activation of {site} at row {row}, position {place % length}{others} is not finite"
+
+
+def _tell_nonfinite(config: config_lib.Config, text: str, warn: Callable[[str], object]) -> None:
+    if not config.normalizer.skip_nonfinite:
+        raise FloatingPointError(
+            f"{text}: NaN, or too large for its square. To leave such positions out, run the same command with "
+            "--config.normalizer.skip_nonfinite=True; what was saved before is good. Where there are many, look at "
+            "the weights and at gemma_dtype"
+        )
+    if hosts.is_first():
+        warn(f"Warning: {text}. Such positions are left out, as normalizer.skip_nonfinite asks.")
 
 
 def lower_step(run: runs.Run, state: step.State, batch: step.Batch, gemma_params: dict) -> jax.stages.Lowered:
@@ -193,6 +231,8 @@ def _start_or_continue(
     rows = data.open_rows(folder, data.TRAIN)
     compiled = compile_step(run) if has_work else None
     gemma_params = runs.load_gemma(run).params if has_work else None
+    for sentence in _passes(run, len(rows)) if has_work else ():
+        print(sentence, flush=True)
     if state is None and config.start_from:
         state = start_from(run, rows, gemma_params)
     # Only now has everything been read that a mistake in the config could spoil.
@@ -210,6 +250,28 @@ def _start_or_continue(
     return state, rows
 
 
+def _passes(run: runs.Run, rows: int) -> list[str]:
+    """What to say where the run reads rows of its text more than once."""
+    config, length = run.config, run.config.data.context_length
+    said = []
+    if (read := run.plan.harvests * config.train.sequences_per_step) > rows:
+        said.append(
+            f"train.tokens is {config.train.tokens:,} and the text has {rows * length:,} positions: each row is read "
+            f"{read / rows:.3g} times."
+        )
+    if config.normalizer.rows > rows:
+        said.append(
+            f"normalizer.rows is {config.normalizer.rows:,} and the text has {rows:,}: some are measured twice."
+        )
+    return said
+
+
+def _started(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Config | None:
+    """The config of the run that goes on, in `workdir` or as another's `start_from`; None: this one is new."""
+    goes_on = [path for path in (workdir, files.expanded(config.start_from or workdir)) if runs.is_run(path)]
+    return runs.read_config(goes_on[0]) if goes_on else None
+
+
 def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     """Trains, or continues, the run in `workdir`; returns the exit code: 0 when it is complete.
 
@@ -217,7 +279,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
       ValueError: the config does not fit itself, its inputs, or the run that is in `workdir`.
       FloatingPointError: a loss is not finite.
     """
-    run = runs.build(config)
+    run = runs.build(config, started=_started(config, workdir))
     with _locked(workdir), contextlib.closing(interrupt.Interrupts()) as interrupts:
         # Leaving the block waits for a save that is under way, whatever the reason for leaving.
         with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
@@ -284,12 +346,19 @@ def _loop(
     data_wait_s = 0.0
     is_traced = False
     pending = None  # Metrics are fetched one step late, so that the host never waits for the newest step.
+    told: set[str] = set()  # What need not be said twice.
 
-    def flush(now: tuple[int, step.Metrics, dict | None] | None) -> None:
+    def flush(now: tuple[int, int, step.Metrics, dict | None] | None) -> None:
         nonlocal pending, clock
         if pending is not None:
-            number, metrics, held_out = pending
+            number, first_row, metrics, held_out = pending
             metrics = jax.device_get(metrics)
+            for site, bad in metrics.nonfinite.items():
+                if bad.count and site not in told:
+                    place = first_row * config.data.context_length + int(bad.first)
+                    text = nonfinite_text(run, rows, site, int(bad.count), place)
+                    _tell_nonfinite(config, f"in step {number} {text}", bar.write)
+                    told.add(site)
             before, clock = clock, time.perf_counter()
             of_gemma, of_banks = flops
             # While the ring fills and drains only one of the two computes.
@@ -298,6 +367,10 @@ def _loop(
             entry = log.entry(plan, number, metrics, speed, held_out)
             if metrics_log is not None:
                 metrics_log.write(entry)
+                for name, text in log.undefined(entry).items():
+                    if name not in told:
+                        bar.write(f"Warning: {text}.")
+                    told.add(name)
             if is_new and entry["sae"] and len(watched) < log.watched_steps(plan):
                 watched.append(entry)
                 if len(watched) == log.watched_steps(plan):
@@ -313,6 +386,7 @@ def _loop(
             if number == config.log.profile_from:
                 jax.profiler.start_trace(workdir / "profile")
                 is_traced = True
+            first_row = harvests * sequences
             state, metrics = compiled(state, batch, gemma_params)
             harvests = min(harvests + 1, plan.harvests)
             started = time.perf_counter()
@@ -320,7 +394,7 @@ def _loop(
                 batch = runs.read_batch(run, rows, harvests * sequences, sequences)
             data_wait_s = time.perf_counter() - started
             is_due = measure is not None and number % config.log.evaluate_every == 0
-            flush((number, metrics, measure(state) if is_due else None))
+            flush((number, first_row, metrics, measure(state) if is_due else None))
             if is_traced and number == config.log.profile_from + config.log.profile_steps - 1:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -358,7 +432,9 @@ def _held_out(
     def harvest(params: dict, batch: step.Batch, normalizers: dict) -> object:
         dtype, prefix = config_lib.dtype(config), plan.masked_prefix
         groups = plan.ring_groups
-        return step.harvest(mesh, run.model, params, batch, normalizers, plan.sites, groups, dtype, prefix)
+        sites = plan.sites
+        new = step.harvest(mesh, run.model, params, batch, normalizers, sites, groups, dtype, prefix)
+        return step.leave_out(new)[0]
 
     slots = harvest(gemma_params, batch, normalizers)
     whole = jax.NamedSharding(mesh, sharding.REPLICATED)
@@ -367,7 +443,7 @@ def _held_out(
     def of_state(state: step.State) -> dict[str, dict[str, float]]:
         found = jax.device_get(measure(state.replace(ring=None), slots))
         return {
-            member.name: {"l0": float(found[b.name][0][i]), "fvu": float(found[b.name][1][i])}
+            member.name: {key: log.finite(found[b.name][k][i]) for k, key in enumerate(("l0", "fvu"))}
             for b in plan.banks
             for i, member in enumerate(b.members)
         }
@@ -382,7 +458,9 @@ def _fewest_updates(plan: step.Plan, state: step.State) -> int:
 
 def _to_come(plan: step.Plan, state: step.State, youngest: int) -> tuple[int, float]:
     """All updates that the youngest SAE will have had at the end, and the sum of its learning rates to come."""
-    updates = jnp.arange(int(state.draws) * plan.updates_per_step, plan.total_updates)
-    own = youngest + jnp.arange(updates.size)
-    rates = optim.learning_rate(plan.optimizer, plan.total_updates, updates, own)
-    return youngest + updates.size, float(rates.sum())
+    first = int(state.draws) * plan.updates_per_step
+    left = max(plan.total_updates - first, 0)
+    stride = max(left // 2**20, 1)  # Of a long run an estimate.
+    updates = jnp.arange(first, plan.total_updates, stride)
+    rates = optim.learning_rate(plan.optimizer, plan.total_updates, updates, updates - first + youngest)
+    return youngest + left, float(rates.sum()) * stride

@@ -1,5 +1,6 @@
 """Configs are read from what is given, and from nothing else."""
 
+import argparse
 import pathlib
 import re
 
@@ -69,3 +70,46 @@ def test_a_tilde_is_the_home_folder_in_every_argument(monkeypatch):
         given = [v for value in args.values() for v in (value if isinstance(value, list) else [value])]
         paths = [value for value in given if isinstance(value, pathlib.Path)]
         assert len(paths) == line.count("~") and all(p.is_relative_to("/home/me") for p in paths), line
+
+
+def numbers_of(parser):
+    """Every option of all commands that takes a number, with what it is called by."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                yield from ((name, *found[1:]) for found in numbers_of(command))
+        elif isinstance(action.default, (int, float)) and action.nargs != 0:
+            yield "", action.option_strings[0], action.type
+        elif action.type in (int, float):
+            yield "", action.option_strings[0], action.type
+
+
+def test_no_option_takes_a_number_without_a_range():
+    found = list(numbers_of(__main__._parser()))
+    assert len(found) > 20
+    assert [option for option in found if option[2] in (int, float, None)] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["links", "run", "--sae=a", "--latent=-1"],
+            "argument --latent: it is -1; it must be at least 0 and",
+        ),
+        (["explore", "run", "a", "--top=0"], "argument --top: it is 0; it must be at least 1 and"),
+        (["detect", "run", "--seed=4294967296"], "--seed: it is 4294967296; .* at most 2,147,483,647"),
+        (["contrast", "run", "--first=a", "--second=b", "--rate=nan"], "argument --rate: it is nan"),
+        (["steer", "run", "a", "--edit=1+t", "--temperature=inf"], "argument --temperature: it is inf"),
+        (["steer", "run", "--edit=1+t", "--sweep", "--strengths=1,1e400"], "argument --strengths: it is inf"),
+        (["steer", "run", "a", "--edit=1+t", "--samples=two"], "--samples: two is not a whole number"),
+        (["attribute", "run", "a", "--token=" + "9" * 5000], "argument --token: 999"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_in_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and re.search(message, said)
+    assert said.count("\n") == 1 and len(said) < 500

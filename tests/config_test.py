@@ -1,7 +1,10 @@
 """Configs say what is wrong with names and values, and remember which fields a run may change."""
 
+import dataclasses
 import importlib
+import math
 import pathlib
+import typing
 
 import jax
 import pytest
@@ -131,3 +134,59 @@ def test_a_run_is_continued_only_with_what_it_was_started_with():
     other = tiny.run_config(pathlib.Path("nowhere"), banks__main__width=128)
     with pytest.raises(ValueError, match=r"started with config\.banks\.main\.width = 64, now it is 128"):
         config.check_resumable(old, other)
+
+
+def _numbers(cls, prefix=""):
+    """The dotted names of all fields that are numbers, with a bank's under any name."""
+    for name, kind in typing.get_type_hints(cls).items():
+        inner = typing.get_args(kind)
+        if dataclasses.is_dataclass(kind):
+            yield from _numbers(kind, f"{prefix}{name}.")
+        elif typing.get_origin(kind) is not tuple and inner:
+            yield from _numbers(inner[1], f"{prefix}{name}.*.")
+        elif {kind, *inner} & {int, float}:
+            yield prefix + name
+
+
+def test_every_number_of_a_config_has_a_range():
+    assert set(_numbers(config.Config)) == config.RANGES.keys() | {
+        "banks.*.layers"
+    }  # Which the model bounds.
+
+
+def _with(name, value):
+    """A whole config of which one field has another value."""
+    values = config.to_dict(tiny.run_config(pathlib.Path("nowhere")))
+    *sections, field = name.replace("*", "main").split(".")
+    section = values
+    for one in sections:
+        section = section[one]
+    section[field] = (value,) if isinstance(section[field], tuple) else value
+    return config.from_dict(values)
+
+
+@pytest.mark.parametrize("name", config.RANGES)
+def test_a_number_out_of_its_range_is_refused_with_the_range(name):
+    allowed = config.RANGES[name]
+    config.check_ranges(_with(name, allowed.low))
+    config.check_ranges(_with(name, allowed.high))
+    is_whole = isinstance(allowed.high, int)
+    beyond = [allowed.low - 1, allowed.high + 1, 2**62 + 1] if is_whole else [math.nan, math.inf, -1.0, 1e39]
+    for value in beyond:
+        with pytest.raises(ValueError) as caught:
+            config.check_ranges(_with(name, value))
+        said = str(caught.value)
+        assert said.startswith(f"{name.replace('*', 'main')} is {value}; it must be ") and len(said) < 200
+        assert f"at most {allowed.high:,}" in said or not is_whole
+
+
+def test_numbers_that_a_run_was_started_with_are_let_pass_and_others_are_not():
+    old = _with("seed", 2**32)
+    config.check_ranges(old, started=old)
+    with pytest.raises(ValueError, match=r"log\.checkpoint_every is 0"):
+        changed = dataclasses.replace(old, log=dataclasses.replace(old.log, checkpoint_every=0))
+        config.check_ranges(changed, started=old)
+
+
+def test_a_whole_number_too_large_for_a_float_is_infinite():
+    assert config.from_dict({"optimizer": {"eps": 10**400}}).optimizer.eps == math.inf

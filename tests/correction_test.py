@@ -275,7 +275,6 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     for flags, message in (
         (("--answer=x",), "--answer and --against go together"),
         (("--top=3",), "--top says how many"),
-        (("--seed=-1",), "--seed is -1"),
         ((f"--out={tmp_path / 'a.txt'}",), "is there already"),
         ((f"--out={out}",), "is there already"),
         (("--answer=xx", "--against=y"), "'xx' is 2 tokens"),

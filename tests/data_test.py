@@ -188,3 +188,9 @@ def test_files_of_prompts(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             data.read_prompts(tmp_path / name)
+
+
+def test_rows_that_the_chat_template_fills_are_refused():
+    with pytest.raises(ValueError, match=r"data.context_length is 6, but BOS and the chat .* take 6 tokens"):
+        list(data.pack(iter([[7, 8]]), 6, before=[3, 4, 5], after=[9, 9]))
+    assert len(list(data.pack(iter([[7, 8]]), 7, before=[3, 4, 5], after=[9, 9]))) == 2

@@ -303,5 +303,6 @@ def test_the_command_scores_a_run(inputs, tmp_path, capsys, monkeypatch):
         assert f"{result['auroc']:.3f} ± {result['auroc_se']:.3f}" in shown and name in shown
     for option in ("--rows", "--latents", "--rows_per_batch"):
         monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, f"{option}=0"])
-        with pytest.raises(ValueError, match=f"{option} is 0; it must be at least 1"):
+        with pytest.raises(SystemExit):
             __main__.main()
+        assert f"argument {option}: it is 0; it must be at least 1 and" in capsys.readouterr().err

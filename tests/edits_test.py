@@ -196,6 +196,9 @@ def test_nothing_is_compiled_anew_for_other_values(scope):
             "the tokens of an edit are 'answer'; give a range or one of",
         ),
         ([explore.ablate("resid", 1, range(-1, 2))], "give a range of step 1 from 0"),
+        ([explore.ablate("resid", 1, range(5, 2))], "tokens of an edit are 5:2"),
+        ([explore.clamp("resid", 1, float("inf"))], "what an edit adds is inf"),
+        ([explore.scale("resid", 1, float("nan"))], "the scale of an edit is nan"),
     ],
 )
 def test_what_cannot_be_is_refused(scope, made, message):

@@ -1,13 +1,15 @@
 """What a run says of itself, and the warnings of thresholds that nothing moves."""
 
+import dataclasses
 import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import log, optim, plans
+from gemma_scope_jax import bank, log, optim, plans, step
 
 PLAN = plans.make_plan(
     tiny.run_config(pathlib.Path("nowhere"), banks__main__sparsity_coefficients=(0.0, 1e-3)),
@@ -143,3 +145,36 @@ def test_a_damaged_line_costs_no_other_and_no_resume(tmp_path, capsys, damaged):
         assert told.count("\n") == 1 and "1 lines are damaged" in told and aside.read_bytes() == content
     else:
         assert not told and not aside.exists()
+
+
+def test_warmups_that_do_not_end_are_warned_of():
+    long = dataclasses.replace(PLAN.optimizer, warmup_updates=41, sparsity_warmup_updates=100)
+    _, of_rate, of_lambda = log.check_plan(dataclasses.replace(PLAN, optimizer=long), 40, 1.0)
+    assert (
+        "optimizer.warmup_updates is 41 and there will be 40 updates: the learning rate does not" in of_rate
+    )
+    assert "optimizer.sparsity_warmup_updates is 100" in of_lambda and "λ does not rise" in of_lambda
+
+
+def test_numbers_that_are_not_defined_are_none_and_said():
+    e = len(NAMES)
+    values = {field.name: np.ones(e) for field in dataclasses.fields(bank.Metrics)}
+    values |= {"activations_E": np.array([0, 7]), "fvu_E": np.full(e, np.nan)}
+    values |= {"loss_E": np.array([np.nan, 1.0]), "l0_E": np.array([np.nan, 2.0])}
+    nonfinite = {"layer_1_resid_post": step.Nonfinite(np.int32(3), np.int32(0))}
+    metrics = step.Metrics(
+        np.bool_(True), nonfinite, {"main": bank.Metrics(**values)}, np.zeros((4, 3), int), np.ones(4)
+    )
+    speed = log.measure_speed(PLAN, 1.0, 0.0, (0, 0), None)
+    found = log.entry(PLAN, 5, metrics, speed, {NAMES[0]: {"l0": None, "fvu": None}})
+    assert found["nonfinite"] == 3 and "NaN" not in json.dumps(found)
+    assert found["sae"][NAMES[0]]["loss"] is None and found["sae"][NAMES[1]]["l0"] == 2
+    assert "L0 2.0, FVU ?" in log.progress(found) and "held out FVU ?" in log.progress(found)
+    first, second = log.undefined(found).values()
+    assert f"in step 5 no activation counts for {NAMES[0]}" in first
+    assert f"in step 5 all activations of {NAMES[1]} are the same" in second
+    (of_second,) = log.stuck_thresholds(PLAN, [found])
+    assert of_second.startswith(NAMES[1])
+    values["loss_E"][1] = np.nan
+    with pytest.raises(FloatingPointError, match="is nan at step 5"):
+        log.entry(PLAN, 5, metrics, speed)

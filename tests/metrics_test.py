@@ -1,5 +1,7 @@
 """Every number against slow float64 NumPy, one token at a time, and cases known by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, gemma, metrics, sharding
+from gemma_scope_jax import data, evaluation, gemma, metrics, passes, sharding
 
 SITE = gemma.Site("resid_post", 1)
 COUNT = 10
@@ -224,7 +226,7 @@ def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
     of_sae.add(
         rest | {"error_SxO": np.ones((s, 2)), "loss_SxL": losses["loss"], "fired_M": np.ones(64)}, position
     )
-    y = {"y_SxO": rng.normal(size=(s, 2)), "y_squared_SxO": 9 + rng.random((s, 2))}
+    y = {"y_SxO": rng.normal(size=(s, 2)), "y_within_SxO": 9 + rng.random((s, 2))}
     references.add(
         y | {f"{n}_SxL": losses[n] for n in ("clean", "zero", "mean")} | {"scored_SxL": scored}, position
     )
@@ -306,3 +308,56 @@ def test_a_silent_sae_has_no_uniformity():
     x = jnp.ones((1, 3, 32))
     _, found = metrics.measure(silent, x, x, jnp.zeros(32), jnp.ones((1, 3), bool), x)
     assert found["active_SxL"].sum() == 0 and found["l0_SxL"].sum() == 0
+
+
+def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch):
+    """At the site there is one vector, whatever the token; its mean in its place changes no prediction."""
+    constant = jnp.asarray(100 + np.random.default_rng(0).normal(size=32), jnp.float32)
+    clean = passes.clean
+
+    def constant_site(mesh, model, params, tokens, sites):
+        streams, values, _ = clean(mesh, model, params, tokens, sites)
+        values = {SITE: jnp.broadcast_to(constant, values[SITE].shape)}
+        of_gemma, is_kept = (mesh, model, params), gemma.is_kept(tokens, 0)
+        final = passes.spliced(*of_gemma, streams[SITE.layer], tokens, is_kept, SITE, values[SITE])
+        return streams, values, final
+
+    monkeypatch.setattr(passes, "clean", constant_site)
+    rows = Rows(tiny.tokens(4, 24, special=0.1))
+    subjects = {"a": evaluation.Subject(random_sae(), SITE, np.asarray(constant))}
+    results, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 4, 2)
+    result = results["a"]
+    for name in ("fvu", "fvu_se", "fvu_per_dimension", "explained_variance_tokens", "loss_recovered_mean"):
+        assert np.isnan(getattr(result, name)), name
+    assert np.isfinite([result.l0, result.cosine, result.delta_loss]).all()
+    fvu, recovered = metrics.undefined(results)
+    assert fvu.startswith(
+        "FVU and explained variance of a are not defined: what it is to reconstruct is the same at"
+    )
+    assert "recovered of a against mean ablation is not defined" in recovered
+    assert np.isnan(metrics.difference("fvu", result.by_row, result.by_row)).all()
+
+
+def test_what_is_not_finite_is_named_by_row_and_position(tiny_gemma):
+    rows = Rows(tiny.tokens(12, 24, special=0.1))
+    table = np.array(tiny_gemma.params["embedder"]["input_embedding"])
+    table[rows.tokens[5, 2]] = np.nan
+    broken = dataclasses.replace(
+        tiny_gemma, params=tiny_gemma.params | {"embedder": {"input_embedding": jnp.asarray(table)}}
+    )
+    mean = np.full(32, 0.5, np.float32)
+    with pytest.raises(
+        FloatingPointError, match=r"at row \d+, position \d+ Gemma's own loss is not finite; look"
+    ):
+        evaluation.evaluate(broken, {"a": evaluation.Subject(random_sae(), SITE, mean)}, rows, rows, COUNT, 4)
+    with pytest.raises(
+        FloatingPointError, match="activations of layer_1_resid_post on the first 12 training rows"
+    ):
+        evaluation.evaluate(broken, {"a": evaluation.Subject(random_sae(), SITE, None)}, rows, rows, COUNT, 4)
+    subject = random_sae().replace(b_dec=np.full(32, np.nan, np.float32))
+    first = rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 1)[0]]
+    with pytest.raises(
+        FloatingPointError,
+        match=f"position {np.flatnonzero(first > gemma.BOS)[0]} what a makes of an activation is not finite",
+    ):
+        evaluation.evaluate(tiny_gemma, {"a": evaluation.Subject(subject, SITE, mean)}, rows, rows, COUNT, 4)

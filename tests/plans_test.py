@@ -75,7 +75,28 @@ def test_counts_add_up():
         ),
         ({"banks__main__window_updates": 0}, (1, 1), "banks.main.window_updates is 0"),
         ({"optimizer__decay_fraction": 2.0}, (1, 1), "optimizer.decay_fraction is 2.0"),
-        ({"banks__main__sparsity_coefficients": (-1.0,)}, (1, 1), "none may be negative"),
+        (
+            {"banks__main__sparsity_coefficients": (1e-3, float("nan"))},
+            (1, 1),
+            r"banks.main.sparsity_coefficients is nan; it must be 0, or at least 1e-30 and at most 1e\+30",
+        ),
+        ({"banks__main__seeds": (0, 2**31)}, (1, 1), "banks.main.seeds is 2147483648; .* 2,147,483,647"),
+        (
+            {"normalizer__outlier_medians": -1.0},
+            (1, 1),
+            "normalizer.outlier_medians is -1.0; it must be 0, or",
+        ),
+        ({"train__tokens": 2**62}, (1, 1), "train.tokens is 4611686018427387904; it must be at least 1 and"),
+        (
+            {"train__sequences_per_step": 2**28},
+            (1, 1),
+            "data.context_length is 4294967296; it must be at least",
+        ),
+        (
+            {"banks__main__window_updates": 2**27},
+            (1, 1),
+            "window_updates is 134217728; .* at most 67,108,863",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_names_and_values(changes, mesh, message):

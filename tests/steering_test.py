@@ -317,6 +317,11 @@ def test_edits_are_read_as_they_are_written(text, edit, is_typical):
         ("a:12*t", r"'\*t' is no change"),
         ("a:12+3@answer", "'answer' are no tokens; there are @prompt, @reply"),
         ("a:12+3@3", "'3' are no tokens"),
+        ("3*1e400", r"the scale of an edit is inf; it must be at least -1e\+30 and at most 1e\+30"),
+        ("3+1e39t", r"what an edit adds is 1e\+39"),
+        ("3+1@5:2", "tokens of an edit are 5:2; the second .* after the last, 6 to 2,147,483,646"),
+        ("3+1@5:5", "tokens of an edit are 5:5"),
+        ("3+1@0:2147483647", "tokens of an edit are 0:2147483647"),
     ],
 )
 def test_what_is_no_edit_is_said(text, message):

@@ -529,3 +529,99 @@ def test_calibration_equals_numpy():
         robust.scale, np.sqrt(np.average(np.square(x - mean).sum(1), weights=w)), rtol=1e-5
     )
     np.testing.assert_allclose(robust.ablation_mean_D, x[kept].mean(0), rtol=1e-5)
+
+
+def spoil(params, row, position, value=np.nan):
+    """Parameters with which the embedding of the token there, and of no other, is not finite."""
+    table = np.array(params["embedder"]["input_embedding"])
+    table[row[position]] = value
+    return {**params, "embedder": params["embedder"] | {"input_embedding": jnp.asarray(table)}}
+
+
+def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
+    """One at a site and another at BOS, which does not count; all others are as they were."""
+    sites = dict(banks__main__layers=(0,), banks__main__sites=("embed",))
+    run, rows, params, state = build(inputs, **sites)
+    batch = runs.read_batch(run, rows, 0, 8)
+    tokens = np.asarray(batch.tokens_SxL)
+    kept = np.asarray(gemma.is_kept(tokens, 0))
+
+    def harvest(params):
+        plan = run.plan
+        new = step.harvest(run.mesh, run.model, params, batch, state.normalizers, plan.sites, 8, jnp.float32)
+        return jax.device_get(step.leave_out(new))
+
+    clean, none = harvest(params)
+    assert none["embed"].count == 0
+    position = int(np.flatnonzero(kept[3])[4])
+    token = tokens[3, position]
+    for value in (np.nan, np.inf, 1e30):  # The square of the last is infinite.
+        found, nonfinite = harvest(spoil(spoil(params, tokens[3], position, value), [gemma.BOS], 0, value))
+        is_bad = ((tokens == token) & kept).reshape(-1)
+        assert nonfinite["embed"].count == is_bad.sum()
+        assert nonfinite["embed"].first == np.flatnonzero(is_bad)[0]
+        weight = found.weight["embed"].reshape(-1)
+        np.testing.assert_array_equal(weight, np.where(is_bad, 0, clean.weight["embed"].reshape(-1)))
+        zero = is_bad | (tokens == gemma.BOS).reshape(-1)
+        expected = np.where(zero[:, None], 0, clean.acts["embed"].reshape(zero.size, -1))
+        np.testing.assert_array_equal(found.acts["embed"].reshape(zero.size, -1), expected)
+
+
+def sums_of(batches, params):
+    """The sums of several batches of one SAE, as a bank of one has them: [K, E]."""
+    made = [
+        sae.loss_gradient(params, x, weight, sae.linear_penalty(0.0), 0.1)[1].replace(fired_M=None)
+        for x, weight in batches
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves)[:, None], *made)
+
+
+def test_fvu_is_exact_beside_a_large_mean_and_not_defined_for_constants():
+    """Squares of these are a hundred million times their variance, of which float32 leaves nothing."""
+    rng = np.random.default_rng(0)
+    params = sae.init(jax.random.key(0), 6, 16, 0.1)
+    x = (1e4 + rng.normal(size=(3, 50, 6))).astype(np.float32)
+    weight = rng.random((3, 50)).astype(np.float32)
+    weight[1] = 0  # A batch of which nothing counts.
+    sums = sums_of(zip(x, weight, strict=True), params)
+    kept, w = np.float64(x.reshape(-1, 6)), np.float64(weight.reshape(-1))
+    mean = np.average(kept, axis=0, weights=w)
+    variance = (w[:, None] * np.square(kept - mean)).sum()
+    _, fvu = bank.l0_and_fvu(sums)
+    np.testing.assert_allclose(fvu, sums.squared_error.sum() / variance, rtol=1e-3)
+
+    _, fvu = bank.l0_and_fvu(sums_of([(np.full((50, 6), 1234.567, np.float32), weight[0])] * 3, params))
+    assert np.isnan(fvu).all()
+    l0, fvu = bank.l0_and_fvu(sums_of([(x[0], weight[1])], params))
+    assert np.isnan(l0).all() and np.isnan(fvu).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (np.zeros((40, 6)), np.ones(40), "activations of embed are zero at all 40 positions"),
+        (np.full((40, 6), 1234.567), np.ones(40), "activations of embed are the same at all 40 positions"),
+        (np.arange(240.0).reshape(40, 6), np.zeros(40), "no position of the rows .* counts: all are BOS"),
+        (np.full((40, 6), np.nan), np.ones(40), "no activation of embed is finite, at 40 positions"),
+    ],
+)
+def test_what_nothing_can_be_learned_of_is_said(x, weight, message):
+    sample = jax.jit(normalizer.inspect)(jnp.float32(x), jnp.float32(weight))
+    with pytest.raises(ValueError, match=message):
+        normalizer.check("embed", jax.device_get(sample))
+
+
+def test_calibration_leaves_out_what_is_not_finite():
+    rng = np.random.default_rng(0)
+    x = (3 + rng.normal(size=(50, 6))).astype(np.float32)
+    weight = np.ones(50, np.float32)
+    bad = x.copy()
+    bad[7, 2], bad[9] = np.nan, np.inf
+    weight[7] = 0  # Masked, and so none of those that are reported.
+    sample = jax.jit(normalizer.inspect)(bad, weight)
+    assert np.flatnonzero(sample.nonfinite_N).tolist() == [9] and sample.kept == 49
+    left = np.delete(x, [7, 9], axis=0)
+    np.testing.assert_allclose(sample.variance, np.square(left - left.mean(0)).sum(1).mean(), rtol=1e-5)
+    calibrate = functools.partial(normalizer.calibrate, center=True, outlier_medians=4.0)
+    found, expected = (jax.jit(calibrate)(*v) for v in ((bad, weight), (left, np.ones(48, np.float32))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)

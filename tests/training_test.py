@@ -1,9 +1,11 @@
 """Whole runs: what is written, exact resume after any kind of end, and answers to signals and bad input."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -229,9 +231,9 @@ def on_devices(patch, count):
     """Makes the next runs of so many devices."""
     build = runs.build
 
-    def build_on(run_config, mesh=None):
+    def build_on(run_config, started):
         c = run_config.mesh
-        return build(run_config, mesh=mesh or sharding.make_mesh(c.data, c.latent, jax.devices()[:count]))
+        return build(run_config, sharding.make_mesh(c.data, c.latent, jax.devices()[:count]), started=started)
 
     patch.setattr(runs, "build", build_on)
 
@@ -320,6 +322,64 @@ def test_wrong_weights_are_said_before_the_text_is_tokenised(inputs, tmp_path):
     with pytest.raises(ValueError, match="holds no weights"):
         training.train(tiny.run_config(inputs, **changes), tmp_path / "run")
     assert not (tmp_path / "rows").exists()
+
+
+def test_a_run_of_before_ranges_were_checked_opens_and_goes_on(inputs, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    old = dataclasses.replace(tiny.run_config(inputs, **LONG), seed=2**32)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(old)))
+    run, state = runs.open_run(workdir)
+    assert run.config.seed == 2**32 and int(state.step) == logged_steps(finished)[-1]
+    assert training.train(old, workdir) == 0
+    with pytest.raises(
+        ValueError, match="seed is 4294967296; it must be at least 0 and at most 2,147,483,647"
+    ):
+        training.train(old, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    """The embedding of a token that first comes after calibration; its run goes on without it when asked to."""
+    sites = dict(banks__main__layers=(0,), banks__main__sites=("embed",), log__checkpoint_every=1)
+    c = tiny.run_config(inputs, normalizer__rows=8, **sites)
+    rows = runs.data.open_rows(runs.prepare_rows(c), runs.data.TRAIN)
+    order = runs.data.order(len(rows), c.seed, 0, 80)
+    tokens = rows.read(order).tokens
+    late = sorted({*tokens[16:].flatten().tolist()} - {*tokens[:16].flatten().tolist()})
+    place = min(int(np.flatnonzero(tokens.reshape(-1) == token)[0]) for token in late)
+    token = tokens.reshape(-1)[place]
+    load = runs.load_gemma
+
+    def spoiled(run):
+        loaded = load(run)
+        table = loaded.params["embedder"]["input_embedding"].at[token].set(jnp.nan)
+        return dataclasses.replace(loaded, params=loaded.params | {"embedder": {"input_embedding": table}})
+
+    monkeypatch.setattr(runs, "load_gemma", spoiled)
+    at = f"at row {order[place // 16]}, position {place % 16}"
+    place_text = f"in step {place // 128 + 1} the activation of embed {at}"
+    with pytest.raises(FloatingPointError, match=rf"{place_text}.* is not finite: NaN.*skip_nonfinite=True"):
+        training.train(c, tmp_path / "run")
+    skips = dataclasses.replace(c, normalizer=dataclasses.replace(c.normalizer, skip_nonfinite=True))
+    assert training.train(skips, tmp_path / "run") == 0
+    entries = log_lib.read_metrics(tmp_path / "run")
+    assert sum(entry.get("nonfinite", 0) for entry in entries) == (tokens == token).sum()
+    assert all(np.isfinite(value["loss"]) for entry in entries for value in entry["sae"].values())
+    assert re.search(
+        rf"{place_text}.*Such positions are left out", capsys.readouterr().out.replace("\n", " ")
+    )
+
+
+def test_how_often_the_text_is_read_is_said(inputs, tmp_path):
+    run = runs.build(tiny.run_config(inputs, train__tokens=128 * 12, normalizer__rows=64))
+    assert training._passes(run, 96) == []
+    assert training._passes(run, 60) == [
+        "train.tokens is 1,536 and the text has 960 positions: each row is read 1.6 times.",
+        "normalizer.rows is 64 and the text has 60: some are measured twice.",
+    ]
 
 
 def test_two_processes_do_not_train_in_one_directory(inputs, tmp_path):

@@ -17,7 +17,7 @@ import rich.text
 from gemma import gm
 from scipy import stats
 
-from gemma_scope_jax import hosts, sharding, weights
+from gemma_scope_jax import hosts, ranges, sharding, weights
 from gemma_scope_jax.explore import attribution as attribution_lib
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
@@ -143,8 +143,8 @@ def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: i
     Raises:
       ValueError: `latents` is below 1, or none fires.
     """
-    if latents < 1:
-        raise ValueError(f"latents is {latents}; it must be at least 1")
+    ranges.check("latents", latents, ranges.COUNT)
+    ranges.check("seed", seed, ranges.SEED)
     chosen, is_strongest_N = _choose(attribution, latents, seed)
     if not chosen:
         raise ValueError(f"no latent fires on {''.join(attribution.tokens)!r}, so there is none to take out")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gemma_scope_jax import evaluation, opening, sae
+from gemma_scope_jax import evaluation, opening, ranges, sae
 from gemma_scope_jax.explore import dashboards, edits
 from gemma_scope_jax.explore.scope import Scope, alone
 
@@ -52,8 +52,7 @@ def _gather(
     rows: int,
     placed: Mapping[str, sae.SAE] | None = None,
 ) -> dict[str, dashboards.Gathered]:
-    if rows < 1:
-        raise ValueError(f"rows is {rows}; it must be at least 1")
+    ranges.check("rows", rows, ranges.COUNT)
     per_batch, counts = scope.config.evaluation.rows_per_batch, opening.counts_of(scope.config)
     return dashboards.gather(
         scope.loaded, subjects, scope.held_out(), rows, per_batch, counts, _LEAST, scope.mesh, placed=placed

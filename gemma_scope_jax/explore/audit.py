@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_scope_jax import data, files, interrupt
+from gemma_scope_jax import data, files, interrupt, ranges
 from gemma_scope_jax.explore import contrasts, pictures
 from gemma_scope_jax.explore.contrasts import At, Contrast
 from gemma_scope_jax.explore.correction import Correction, behaviour, correct
@@ -52,8 +52,7 @@ def audit(
         )
     if answer is None and top is not None:
         raise ValueError("--top says how many latents are ablated, which takes --answer and --against")
-    if seed < 0:
-        raise ValueError(f"--seed is {seed}; it must be at least 0")
+    ranges.check("--seed", seed, ranges.SEED)
     if out is not None:
         files.check_new(out)
     sets = data.read_prompts(first), data.read_prompts(second)

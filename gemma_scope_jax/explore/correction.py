@@ -21,7 +21,18 @@ import rich.text
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, files, gemma, hosts, metrics, opening, passes, sharding, weights
+from gemma_scope_jax import (
+    evaluation,
+    files,
+    gemma,
+    hosts,
+    metrics,
+    opening,
+    passes,
+    ranges,
+    sharding,
+    weights,
+)
 from gemma_scope_jax.explore import edits, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
@@ -333,9 +344,10 @@ def _check(
     random_sets: int,
     rows: int,
 ) -> None:
-    for name, value, least in (("top", top, 1), ("random_sets", random_sets, 1), ("rows", rows, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if top is not None:
+        ranges.check("top", top, ranges.COUNT)
+    ranges.check("random_sets", random_sets, ranges.COUNT)
+    ranges.check("rows", rows, ranges.COUNT_OR_NONE)
     for name, latent in found.found():
         edits.check_latent(scope, name, latent)
     if not found.found():

@@ -25,7 +25,7 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import activations, data, evaluation, gemma, hosts, passes, sae, sharding
+from gemma_scope_jax import activations, data, evaluation, gemma, hosts, passes, ranges, sae, sharding
 
 # Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
 BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE = 112, 4, -10
@@ -48,9 +48,9 @@ class Options:
     seed: int = 0  # of the sample
 
     def __post_init__(self) -> None:
-        for name, least in (("top", 1), ("sample", 1), ("before", 1), ("after", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("top", "sample", "before"):
+            ranges.check(name, getattr(self, name), ranges.FEW)
+        ranges.check("after", self.after, ranges.Range(0, ranges.FEW.high))
 
     @property
     def span(self) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, generation, sae, sharding, step, weights
+from gemma_scope_jax import gemma, generation, ranges, sae, sharding, step, weights
 from gemma_scope_jax.explore.scope import Scope
 
 # Of a prompt, counted as a `Reading`'s tokens are, from the first behind BOS on; replies count on behind it.
@@ -111,7 +111,12 @@ def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
     if isinstance(tokens, range):
         if tokens.step != 1 or tokens.start < 0:
             raise ValueError(f"the tokens of an edit are {tokens}; give a range of step 1 from 0 or more on")
-        return tokens.start + 1, max(tokens.stop, tokens.start) + 1, True, True
+        if not tokens or tokens.stop >= _END:
+            raise ValueError(
+                f"the tokens of an edit are {tokens.start}:{ranges.shown(tokens.stop)}; the second number is that of "
+                f"the token after the last, {tokens.start + 1:,} to {_END - 1:,}"
+            )
+        return tokens.start + 1, tokens.stop + 1, True, True
     spans = {"all": (True, True), "prompt": (True, False), "reply": (False, True)}
     if tokens not in spans:
         raise ValueError(f"the tokens of an edit are {tokens!r}; give a range or one of {', '.join(spans)}")
@@ -122,11 +127,12 @@ def writes(scope: Scope, edits: Sequence[Edit]) -> dict[gemma.Site, jax.tree_uti
     """Edits as `generation.generate` and `final_stream` take them, the same in all rows.
 
     Raises:
-      ValueError: there is no such SAE or latent, or one is edited twice.
+      ValueError: there is no such SAE or latent, one is edited twice, or a number is out of range.
     """
     by_sae: dict[str, list[Edit]] = {}
     for edit in edits:
         check_latent(scope, edit.sae, edit.latent)
+        check_change(edit)
         by_sae.setdefault(edit.sae, []).append(edit)
     made = {}
     for name, some in by_sae.items():
@@ -141,6 +147,13 @@ def writes(scope: Scope, edits: Sequence[Edit]) -> dict[gemma.Site, jax.tree_uti
             [edit.tokens for edit in some],
         )
     return writes_of_saes(scope, made)
+
+
+def check_change(edit: Edit) -> None:
+    """Raises ValueError if what becomes of the latent is no number, or its tokens are none."""
+    ranges.check("the scale of an edit", edit.scale, ranges.SIGNED)
+    ranges.check("what an edit adds", edit.add, ranges.SIGNED)
+    _span(edit.tokens)
 
 
 def check_latent(scope: Scope, name: str, latent: int) -> None:

@@ -18,7 +18,7 @@ import rich.text
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, hosts, opening, sae, sharding, step, weights
+from gemma_scope_jax import evaluation, gemma, hosts, opening, ranges, sae, sharding, step, weights
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
@@ -221,8 +221,7 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
         tokens_SxL = place_prompts(scope, [prompt(scope, text)])
         yield tokens_SxL, is_kept(scope.mesh, tokens_SxL)
         return
-    if rows < 1:
-        raise ValueError(f"rows is {rows}; it must be at least 1")
+    ranges.check("rows", rows, ranges.COUNT)
     held_out = scope.held_out()
     counts = opening.counts_of(scope.config)
     count = min(rows, len(held_out))

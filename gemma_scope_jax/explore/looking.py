@@ -13,7 +13,7 @@ import rich.style
 import rich.table
 import rich.text
 
-from gemma_scope_jax import opening
+from gemma_scope_jax import opening, ranges
 from gemma_scope_jax.explore import dashboards, directions, pictures, site
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, alone
@@ -153,8 +153,7 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
       ValueError: there is no such SAE or latent, no row, or it never fires.
     """
     check_latent(scope, name, latent)
-    if rows < 1:
-        raise ValueError(f"rows is {rows}; it must be at least 1")
+    ranges.check("rows", rows, ranges.COUNT)
     subject = alone(scope.subjects[name], [latent])
     held_out = scope.held_out()
     gathered = dashboards.gather(

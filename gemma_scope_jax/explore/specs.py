@@ -11,6 +11,7 @@ from typing import NamedTuple
 from gemma_scope_jax.explore import activities, edits
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.printing import printable
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _ABLATED = re.compile(r"=ablate")
@@ -29,7 +30,7 @@ def parse(text: str) -> Spec:
     """An edit from what is written.
 
     Raises:
-      ValueError: it is not written as an edit is.
+      ValueError: it is not written as an edit is, or a number is out of range.
     """
     head, at, where = text.partition("@")
     name, colon, change = head.rpartition(":")
@@ -37,7 +38,12 @@ def parse(text: str) -> Spec:
     if latent is None or (colon and not name):
         raise _error(text, f"{change!r} does not begin with a latent's number")
     scale, add, is_typical = _change(text, change[latent.end() :])
-    return Spec(Edit(name, int(latent[0]), scale, add, _tokens(text, where) if at else "all"), is_typical)
+    edit = Edit(name, int(latent[0]), scale, add, _tokens(text, where) if at else "all")
+    try:
+        edits.check_change(edit)
+    except ValueError as error:
+        raise _error(text, str(error)) from error
+    return Spec(edit, is_typical)
 
 
 def _change(text: str, change: str) -> tuple[float, float, bool]:
@@ -68,7 +74,7 @@ def _tokens(text: str, where: str) -> edits.Tokens:
 
 
 def _error(text: str, what: str) -> ValueError:
-    return ValueError(f"the edit {text!r}: {what}; write it as in NAME:12+3t@reply")
+    return ValueError(f"the edit {printable(text, 80)!r}: {what}; write it as in NAME:12+3t@reply")
 
 
 def written(edit: Edit) -> str:

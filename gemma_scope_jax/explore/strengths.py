@@ -26,6 +26,7 @@ from gemma_scope_jax import (
     opening,
     page,
     passes,
+    ranges,
     sharding,
 )
 from gemma_scope_jax.explore import activities, directions, edits
@@ -138,6 +139,8 @@ def sweep(
             f"kind is {kind!r}, rows {rows}, strengths {tuple(strengths)}; give one of {', '.join(KINDS)}, and at "
             "least one row and strength"
         )
+    for strength in strengths:
+        ranges.check("a strength", strength, ranges.SIGNED)
     chosen_T = _chosen(scope, name, latent, tokens)
     unit = activities.typical(scope, name, latent) if unit is None else unit
     changes = [Edit(name, latent, KINDS[kind], float(strength) * unit) for strength in strengths]
