@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from gemma_scope_jax import cli
-from gemma_scope_jax.printing import well_formed
+from gemma_scope_jax.printing import say, well_formed
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -235,7 +235,7 @@ def run_links(
 
 
 def _tell(written: pathlib.Path) -> None:
-    print(f"Wrote {written}", flush=True)
+    say(f"Wrote {written}")
 
 
 def run_attribute(

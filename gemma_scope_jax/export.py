@@ -18,6 +18,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
+from gemma_scope_jax.printing import say
 
 
 def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, sae.SAE]]:
@@ -56,7 +57,7 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
         paths.append(folder / name)
         if hosts.is_first():
             write(folder / name, "saelens", as_stored(run, state, members[name], folded, l0[name], rows))
-        print(f"Exported {folder / name}", flush=True)
+        say(f"Exported {folder / name}")
     return paths
 
 
@@ -351,7 +352,7 @@ def export_state(
         if why and len(formats) == 1:
             raise ValueError(f"{name} {why}; with --bank other SAEs are exported")
         if why:
-            print(f"Left out of {file_format}: {name} {why}", flush=True)
+            say(f"Left out of {file_format}: {name} {why}")
             continue
         place = (out / file_format if len(formats) > 1 else out) / layouts[file_format][name]
         if place.exists():
@@ -365,7 +366,7 @@ def export_state(
         for file_format, by_name in places.items():
             if name in by_name:
                 paths.append(write(by_name[name], file_format, in_convention(file_format, one, gains), dtype))
-                print(f"Exported {paths[-1]}", flush=True)
+                say(f"Exported {paths[-1]}")
     return paths
 
 
@@ -402,5 +403,5 @@ def convert(
     for one in found:
         folder = out if len(found) == 1 or file_format == "circuit_tracer" else out / one.name
         paths.append(write(folder, file_format, in_convention(file_format, one, gains), dtype))
-        print(f"Wrote {paths[-1]}", flush=True)
+        say(f"Wrote {paths[-1]}")
     return paths

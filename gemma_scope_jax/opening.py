@@ -23,6 +23,7 @@ from gemma_scope_jax import (
     tokenizer,
 )
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.printing import printable, say, well_formed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +122,9 @@ def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Con
 def _other_text(trained: data.DataConfig, text: str) -> data.DataConfig:
     """Of a text that was not trained on all is held out."""
     if shared := data.files_of(trained.text) & data.files_of(text):
-        print(
+        say(
             f"Of the files of {text} {len(shared)} are of the text that was trained on, {min(shared)} among them: "
-            "what is measured on them is not held out.",
-            flush=True,
+            "what is measured on them is not held out."
         )
     return dataclasses.replace(trained, text=text, documents=0, held_out_fraction=1.0)
 
@@ -154,8 +154,10 @@ def _open_stored(location: str, given: dict[str, str]) -> Opened:
         if chosen and "://" not in chosen and not files.expanded(chosen).exists():
             raise ValueError(f"{location}: {name} {chosen} does not exist here; give another --{name}")
     told = {"text": about.text, "weights": about.weights, "tokenizer": about.tokenizer}
-    if says := ", ".join(f"{name} {value}" for name, value in told.items() if value and not given.get(name)):
-        print(f"The file names {says}.", flush=True)
+    if says := ", ".join(
+        f"{name} {printable(value)}" for name, value in told.items() if value and not given.get(name)
+    ):
+        say(f"The file names {says}.")
     # Files of others do not say how they were trained: the defaults then, with Gemma in float32.
     trained = config_lib.from_dict(
         {
@@ -179,9 +181,11 @@ def _open_stored(location: str, given: dict[str, str]) -> Opened:
                 f"{location} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
             )
     subjects = {
-        one.name: evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
+        well_formed(one.name): evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
         for one in found
     }
+    if len(subjects) < len(found):
+        raise ValueError(f"{location} has two SAEs of one name; rename one of their folders")
     is_as_trained = config.data == trained.data and "tokenizer" not in given
 
     def rows() -> pathlib.Path:

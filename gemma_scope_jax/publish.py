@@ -9,6 +9,7 @@ import jinja2
 import yaml
 
 from gemma_scope_jax import bank, export, files, gemma, hub, runs, verdicts, weights
+from gemma_scope_jax.printing import say
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
@@ -67,9 +68,9 @@ def publish(
             yaml.safe_dump(registry, sort_keys=False), encoding="utf-8"
         )
         files.write_json(out / "neuronpedia.json", _neuronpedia(run, repository, places, registry))
-    print(f"Wrote {out / 'README.md'}", flush=True)
+    say(f"Wrote {out / 'README.md'}")
     if is_pushed:
-        print(f"Pushed to {hub.push(out, repository)}", flush=True)
+        say(f"Pushed to {hub.push(out, repository)}")
     return paths
 
 

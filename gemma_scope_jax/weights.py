@@ -25,6 +25,7 @@ from gemma import gm
 from gemma.gm.nn import _config, _modules
 
 from gemma_scope_jax import files
+from gemma_scope_jax.printing import say
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]
@@ -140,10 +141,9 @@ def load_params(
         # One after the other: on a CPU this takes a byte for each number.
         if not _is_finite(leaf):
             raise ValueError(f"{path} is damaged: {jax.tree_util.keystr(name)} holds non-finite values")
-    print(
+    say(
         f"Gemma: {num_layers} of {model.config.num_layers} blocks from {path}, "
-        f"stored in {', '.join(sorted(stored_dtypes))}, used in {jnp.dtype(dtype).name}.",
-        flush=True,
+        f"stored in {', '.join(sorted(stored_dtypes))}, used in {jnp.dtype(dtype).name}."
     )
     return params
 

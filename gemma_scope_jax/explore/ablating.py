@@ -11,13 +11,10 @@ from typing import Literal, NamedTuple
 import jax
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 from gemma import gm
 from scipy import stats
 
-from gemma_scope_jax import hosts, sharding, weights
+from gemma_scope_jax import hosts, sharding, tables, weights
 from gemma_scope_jax.explore import attribution as attribution_lib
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
@@ -72,9 +69,8 @@ class Ablations:
 
     def show(self, top: int = 10) -> None:
         """Prints the correlations, and the latents whose ablation does most."""
-        console = rich.console.Console()
         prompts = np.unique(self.prompt_N)
-        table = rich.table.Table(title="attributed and done by ablation")
+        table = tables.Table(title="attributed and done by ablation")
         for number, heading in enumerate(("latents", "number", "Pearson", "Spearman")):
             table.add_column(heading, justify="right" if number else "left")
         found_of = {label: self.correlation(of) for of, label in _KINDS.items()}
@@ -92,8 +88,8 @@ class Ablations:
                     for least, most in zip(known.min(0), known.max(0), strict=True)
                 ]
                 table.add_row(f"{len(known)} prompts apart", "", *ends)
-        console.print(table)
-        table = rich.table.Table(title=f"largest {top} effects")
+        tables.show(table)
+        table = tables.Table(title=f"largest {top} effects")
         # Where there is one SAE or one prompt the column would say the same all over.
         several = {"SAE": len(set(self.sae)) > 1, "prompt": len(prompts) > 1}
         columns = [
@@ -109,8 +105,8 @@ class Ablations:
                 "attributed": f"{self.attributed_N[n]:+.4f}",
                 "effect": f"{self.effect_N[n]:+.4f}",
             }
-            table.add_row(*(rich.text.Text(cells[column]) for column in columns))
-        console.print(table)
+            table.add_row(*(cells[column] for column in columns))
+        tables.show(table)
 
     def figure(self) -> matplotlib.figure.Figure:
         """A point for each latent: what was attributed across, what its ablation does up."""
