@@ -16,6 +16,7 @@ from flax import linen as nn
 from gemma import gm
 
 from gemma_scope_jax import weights
+from gemma_scope_jax.printing import quoted
 
 PAD, EOS, BOS = 0, 1, 2  # The same in every Gemma.
 
@@ -122,7 +123,7 @@ def spec(name: str) -> ModelSpec:
     """What is known of a model: `gemma2_2b` or `gemma2_2b-pt` is the base model, `gemma2_2b-it` the tuned one."""
     found = MODELS.get(name.removesuffix("-pt"))
     if found is None:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {quoted(name)}; known: {', '.join(MODELS)}")
     return found
 
 
@@ -133,7 +134,7 @@ def name_from_hugging_face(hugging_face: str) -> str:
         if known.hugging_face.split("/")[-1] == hugging_face.split("/")[-1]:
             return name
     raise ValueError(
-        f"unknown model {hugging_face!r}; known: {', '.join(known.hugging_face for known in MODELS.values())}"
+        f"unknown model {quoted(hugging_face)}; known: {', '.join(known.hugging_face for known in MODELS.values())}"
     )
 
 
@@ -178,7 +179,7 @@ def load(
 def check_site(model: gm.nn.Transformer, site: Site) -> None:
     """Raises ValueError if the model has no such site."""
     if site.kind not in SITES:
-        raise ValueError(f"unknown site {site.kind!r}; choose one of {', '.join(SITES)}")
+        raise ValueError(f"unknown site {quoted(site.kind)}; choose one of {', '.join(SITES)}")
     if site.kind == "embed" and site.layer != 0:
         raise ValueError(f"the site embed is that of layer 0, not of layer {site.layer}")
     layers = model.config.num_layers
@@ -201,7 +202,9 @@ def site_from_hook(name: str) -> Site:
             pattern = re.escape(form).replace(r"\{\}", r"(\d+)")
             if form and (match := re.fullmatch(pattern, name)):
                 return Site(kind, int(match[1]) if match.groups() else 0)
-    raise ValueError(f"no site is known by the name {name!r}; sites are called as in layer_9_resid_post")
+    raise ValueError(
+        f"no site is known by the name {quoted(name)}; sites are called as in layer_9_resid_post"
+    )
 
 
 def site_width(model: gm.nn.Transformer, site: Site) -> int:

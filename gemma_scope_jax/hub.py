@@ -7,6 +7,7 @@ import re
 
 from gemma_scope_jax import files
 from gemma_scope_jax.formats import detect
+from gemma_scope_jax.printing import quoted
 
 _LOCATION = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([^@]*))?")
 
@@ -54,7 +55,7 @@ def local(location: str) -> pathlib.Path:
     root, inside = _fetch(location)
     path = root / inside
     if not path.exists():
-        raise ValueError(f"{location}: the repository has no SAE in {inside!r}")
+        raise ValueError(f"{location}: the repository has no SAE in {quoted(inside)}")
     _check_whole(location, path)
     return path
 

@@ -148,7 +148,7 @@ def split(labelled: Labelled, seed: int) -> np.ndarray:
         for part, is_in_T in (("test", is_test_T), ("training", ~is_test_T)):
             if label not in labelled.labels[is_in_T]:
                 raise ValueError(
-                    f"no text of class {label!r} is in the {part} part, since groups are not divided; "
+                    f"no text of class {quoted(label)} is in the {part} part, since groups are not divided; "
                     "give more groups of that class, or another --seed"
                 )
     return is_test_T

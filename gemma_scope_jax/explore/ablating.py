@@ -20,6 +20,7 @@ from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.attribution import Attribution, Metric
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.printing import quoted
 
 # Rows of a pass; the first is left as it is.
 _ROWS = 16
@@ -143,7 +144,9 @@ def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: i
         raise ValueError(f"latents is {latents}; it must be at least 1")
     chosen, is_strongest_N = _choose(attribution, latents, seed)
     if not chosen:
-        raise ValueError(f"no latent fires on {''.join(attribution.tokens)!r}, so there is none to take out")
+        raise ValueError(
+            f"no latent fires on {quoted(''.join(attribution.tokens))}, so there is none to take out"
+        )
     names = tuple(name for name, _ in chosen)
     latent_N = np.array([latent for _, latent in chosen], int)
     metric_N = _without(scope, attribution, names, latent_N)

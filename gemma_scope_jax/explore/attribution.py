@@ -23,7 +23,7 @@ from gemma_scope_jax import gemma, hosts, page, sae, sharding, step, tables, wei
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.scope import Scope
-from gemma_scope_jax.printing import plottable
+from gemma_scope_jax.printing import plottable, quoted
 
 # In the place of a token's id.
 LIKELIEST = -1  # But for the other of the two.
@@ -376,7 +376,9 @@ def ask(
     else:
         chosen_against = LIKELIEST if against is None else scope_lib.one_token(scope, against)
     if chosen_answer == chosen_against >= 0:
-        raise ValueError(f"answer and against are both {answer!r}; give two tokens, or leave one of them out")
+        raise ValueError(
+            f"answer and against are both {quoted(answer)}; give two tokens, or leave one of them out"
+        )
     return [gemma.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)
 
 

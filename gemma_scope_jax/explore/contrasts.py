@@ -22,7 +22,7 @@ from scipy import stats
 from gemma_scope_jax import activations, files, gemma, generation, hosts, sae, sharding, tables
 from gemma_scope_jax.explore import rank_tests
 from gemma_scope_jax.explore.scope import Scope, padded
-from gemma_scope_jax.printing import plottable, printable
+from gemma_scope_jax.printing import plottable, printable, quoted
 
 # What stands for a prompt: a latent's mean or largest activation over its tokens, or that on its last.
 At = Literal["mean", "max", "last"]
@@ -250,7 +250,7 @@ def check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_p
     for these in [list(zip(first, second, strict=True))] if is_paired else [first, second]:
         if twice := [one for number, one in enumerate(these) if one in these[:number]]:
             what = "pair" if is_paired else "prompt"
-            raise ValueError(f"the {what} {twice[0]!r} is there twice; give each once")
+            raise ValueError(f"the {what} {quoted(twice[0])} is there twice; give each once")
     smallest = min(2 / rank_tests.labelings(len(first), len(second), is_paired), 1.0)
     if smallest > rate:
         needed = rank_tests.prompts_needed(rate, is_paired)

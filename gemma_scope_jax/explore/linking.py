@@ -19,7 +19,7 @@ from gemma_scope_jax import evaluation, gemma, hosts, opening, sae, sharding, st
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
-from gemma_scope_jax.printing import plottable, printable
+from gemma_scope_jax.printing import plottable, printable, quoted
 
 _BLOCK = 2**14  # So many latents' weights are in float64 at a time.
 
@@ -203,7 +203,7 @@ def _position(site: gemma.Site) -> tuple[int, int]:
 def _later(scope: Scope, name: str, to: str | None) -> list[str]:
     given = scope.subjects[name].spliced
     if to is not None and to not in scope.subjects:
-        raise ValueError(f"there is no SAE {to!r}; there are {', '.join(scope.subjects)}")
+        raise ValueError(f"there is no SAE {quoted(to)}; there are {', '.join(scope.subjects)}")
     behind = [o for o, subject in scope.subjects.items() if _position(subject.site) > _position(given)]
     if to is not None and to not in behind:
         raise ValueError(f"{to} reads {scope.subjects[to].site}, which is not behind {given} of {name}")
