@@ -9,7 +9,7 @@ import jinja2
 import yaml
 
 from gemma_scope_jax import bank, export, files, gemma, hub, runs, verdicts, weights
-from gemma_scope_jax.printing import say
+from gemma_scope_jax.printing import printable, say
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
@@ -135,7 +135,7 @@ def _card(
         licence=licence,
         banks=banks,
         trained_on=trained_on,
-        text=export.public_name(run.config.data.text),
+        text=printable(export.public_name(run.config.data.text)).replace("`", "'"),  # In backticks.
         weights=_weights(run),
         config=run.config,
         repository=repository,
