@@ -6,6 +6,7 @@ import sys
 from gemma_scope_jax import cli, explore_cli, ranges
 from gemma_scope_jax.formats import PUBLISHED
 from gemma_scope_jax.formats import WRITTEN as FORMATS
+from gemma_scope_jax.printing import say
 from gemma_scope_jax.ranges import COUNT, SEED
 
 
@@ -138,13 +139,13 @@ def main() -> None:
                 f"--format: unknown {', '.join(sorted(unknown))}; choose of {', '.join(FORMATS)}, or all"
             )
         for place in export_lib.export_run(args.run, formats, args.out, args.bank, args.dtype):
-            print(f"Exported {place}")
+            say(f"Exported {place}")
     elif args.command == "convert":
         from gemma_scope_jax import export as export_lib
 
         sites = {"model": args.model, "site": args.site, "target_site": args.target_site}
         for place in export_lib.convert(args.sae, args.format, args.out, args.dtype, args.weights, **sites):
-            print(f"Wrote {place}")
+            say(f"Wrote {place}")
     elif args.command == "publish":
         from gemma_scope_jax import publish as publish_lib
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from gemma_scope_jax import files
 from gemma_scope_jax import step as step_lib
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.printing import printable, say
 
 
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
@@ -202,7 +202,7 @@ def restore_newest(
                     if set_aside:
                         _move_aside(manager, number, reason)
                     else:
-                        print(f"Checkpoint {number} cannot be read and is passed over: {reason}", flush=True)
+                        say(f"Checkpoint {number} cannot be read and is passed over: {reason}")
                 if damaged and set_aside:
                     manager.reload()
                 return state
@@ -234,5 +234,5 @@ def _move_aside(manager: ocp.CheckpointManager, step: int, reason: str) -> None:
     # A step may be damaged, done again and damaged again.
     names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
     aside = next(folder / name for name in names if not (folder / name).exists())
-    print(f"Checkpoint {step} is damaged and was moved to {aside}: {reason}", flush=True)
+    say(f"Checkpoint {step} is damaged and was moved to {aside}: {reason}")
     (pathlib.Path(manager.directory) / str(step)).rename(aside)

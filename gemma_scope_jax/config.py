@@ -15,6 +15,7 @@ import ml_collections
 
 from gemma_scope_jax import optim, ranges
 from gemma_scope_jax.data import DataConfig
+from gemma_scope_jax.printing import quoted
 from gemma_scope_jax.ranges import COUNT, COUNT_OR_NONE, POSITIVE, POSITIVE_OR_ZERO, SEED, SHARE, Range
 
 
@@ -291,7 +292,7 @@ def _typed(value: object, kind: type, name: str) -> object:
     if kind is float and type(value) is int:
         return float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
-        raise ValueError(f"config field {name} is {value!r}, expected a value of type {kind.__name__}")
+        raise ValueError(f"config field {name} is {quoted(value)}, expected a value of type {kind.__name__}")
     return value
 
 
@@ -317,7 +318,8 @@ def check_resumable(old: Config, new: Config) -> None:
         if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS):
             go_on = "; with --config.start_from that one goes on from these SAEs" if "banks." in name else ""
             raise ValueError(
-                f"this run was started with config.{name} = {before.get(name)!r}, now it is {now.get(name)!r}; "
+                f"this run was started with config.{name} = {quoted(before.get(name))}, "
+                f"now it is {quoted(now.get(name))}; "
                 f"give it the old value, or start another run with another --workdir{go_on}"
             )
 
@@ -332,7 +334,7 @@ def check_startable(old: Config, new: Config) -> None:
     for name, value in now.items():
         if not name.startswith(("banks.", *FREE_FIELDS)) and before.get(name) != value:
             raise ValueError(
-                f"start_from: that run had config.{name} = {before.get(name)!r}, this one has {value!r}; "
+                f"start_from: that run had config.{name} = {quoted(before.get(name))}, this one has {quoted(value)}; "
                 "only banks may differ"
             )
     if new.train.tokens <= old.train.tokens:
@@ -345,7 +347,8 @@ def check_startable(old: Config, new: Config) -> None:
             value, had = getattr(new.banks[name], field.name), getattr(old.banks[name], field.name)
             if field.name not in _MEMBERSHIP and value != had:
                 raise ValueError(
-                    f"start_from: that run had config.banks.{name}.{field.name} = {had!r}, this one has {value!r}: "
+                    f"start_from: that run had config.banks.{name}.{field.name} = {quoted(had)}, "
+                    f"this one has {quoted(value)}: "
                     "its SAEs would not go on as what they were; rename the bank, or give the field its old value"
                 )
 
@@ -354,5 +357,5 @@ def dtype(config: Config) -> jnp.dtype:
     """Gemma's dtype."""
     kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if config.gemma_dtype not in kinds:
-        raise ValueError(f"gemma_dtype is {config.gemma_dtype!r}; choose one of {', '.join(kinds)}")
+        raise ValueError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")
     return kinds[config.gemma_dtype]

@@ -17,7 +17,7 @@ from array_record.python import array_record_module
 
 from gemma_scope_jax import files, texts
 from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.printing import printable, quoted
 from gemma_scope_jax.texts import Exchange
 from gemma_scope_jax.tokenizer import Tokenizer
 
@@ -317,7 +317,7 @@ def _matches(text: str) -> list[pathlib.Path]:
 def _files(text: str) -> list[pathlib.Path]:
     found = _matches(text)
     if not found:
-        raise ValueError(f"data.text {text!r} matches no file")
+        raise ValueError(f"data.text {quoted(text)} matches no file")
     return found
 
 

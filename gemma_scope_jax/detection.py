@@ -15,8 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 
 from gemma_scope_jax import (
     activations,
@@ -31,8 +29,10 @@ from gemma_scope_jax import (
     ranges,
     sae,
     sharding,
+    tables,
     tokenizer,
 )
+from gemma_scope_jax.printing import printable, say
 
 EXAMPLES = 50  # Passages that a description is made from.
 APART = 16  # No two of a latent's come from the same so many positions of a row.
@@ -321,7 +321,7 @@ def detect_path(
         written = {name: numbers(result) for name, result in results.items()}
         files.write_json(out / "detection.json", about | {"sae": written})
         print_tables(results, len(order))
-        print(f"Wrote {out / 'detection.json'}", flush=True)
+        say(f"Wrote {out / 'detection.json'}")
         return results
 
 
@@ -335,9 +335,8 @@ def numbers(result: Detection | Latent) -> dict:
 
 def print_tables(results: Mapping[str, Detection], rows: int, most: int = 5) -> None:
     """The means of every SAE, and of no more than three the best and the worst described latents."""
-    console = rich.console.Console()
-    console.width = max(console.width, max(map(len, results)) + 70)
-    table = rich.table.Table(title=f"AUROC of latents' descriptions on {rows:,} held-out rows")
+    width = tables.width(results) + 70
+    table = tables.Table(title=f"AUROC of latents' descriptions on {rows:,} held-out rows")
     table.add_column("", no_wrap=True)
     for column in ("latents", "all firings", "strongest quarter", "another's description"):
         table.add_column(column, justify="right")
@@ -345,13 +344,12 @@ def print_tables(results: Mapping[str, Detection], rows: int, most: int = 5) -> 
         pairs = ("auroc", "auroc_strongest", "control")
         shown = [f"{getattr(result, key):.3f} ± {getattr(result, f'{key}_se'):.3f}" for key in pairs]
         table.add_row(name, str(len(result.latents)), *shown)
-    console.print(table)
+    tables.show(table, least_width=width)
     for name, result in results.items() if len(results) <= 3 else ():
-        table = rich.table.Table(
-            "latent", "fires", "AUROC", "on", "behind", title=f"Best and worst of {name}"
-        )
+        title = f"Best and worst of {printable(name)}"
+        table = tables.Table("latent", "fires", "AUROC", "on", "behind", title=title)
         ordered = sorted(result.latents, key=lambda latent: -latent.auroc)
         for latent in ordered if len(ordered) <= 2 * most else ordered[:most] + ordered[-most:]:
-            said = (rich.text.Text(" ".join(map(repr, latent.words[part]))) for part in ("on", "before"))
+            said = (" ".join(map(repr, latent.words[part])) for part in ("on", "before"))
             table.add_row(str(latent.latent), f"{latent.frequency:.2%}", f"{latent.auroc:.3f}", *said)
-        console.print(table)
+        tables.show(table, least_width=width)

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from gemma_scope_jax import cli, ranges
-from gemma_scope_jax.printing import well_formed
+from gemma_scope_jax.printing import say, well_formed
 from gemma_scope_jax.ranges import COUNT, COUNT_OR_NONE, FEW, NEW_TOKENS, SEED
 
 
@@ -257,7 +257,7 @@ def run_links(
 
 
 def _tell(written: pathlib.Path) -> None:
-    print(f"Wrote {written}", flush=True)
+    say(f"Wrote {written}")
 
 
 def run_attribute(

@@ -19,7 +19,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.printing import printable, say
 
 
 def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, sae.SAE]]:
@@ -59,7 +59,7 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
                 one = as_stored(run, state, members[name], folded, l0[name], rows)
                 write(partial / name, "saelens", one)
     for name in members:
-        print(f"Exported {folder / name}", flush=True)
+        say(f"Exported {folder / name}")
     return [folder / name for name in members]
 
 
@@ -354,7 +354,7 @@ def export_state(
         if why and len(formats) == 1:
             raise ValueError(f"{name} {why}; with --bank other SAEs are exported")
         if why:
-            print(f"Left out of {file_format}: {name} {why}", flush=True)
+            say(f"Left out of {file_format}: {name} {why}")
             continue
         place = pathlib.Path(file_format if len(formats) > 1 else ".", layouts[file_format][name])
         files.check_new(out / place)

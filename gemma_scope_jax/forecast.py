@@ -10,11 +10,9 @@ import math
 import re
 
 import jax
-import rich.console
-import rich.table
 from jax.experimental import topologies
 
-from gemma_scope_jax import chips, planning, runs, training
+from gemma_scope_jax import chips, planning, runs, tables, training
 from gemma_scope_jax import config as config_lib
 
 
@@ -168,21 +166,20 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
 
 def show(found: Forecast) -> bool:
     """Prints a forecast as tables; returns whether the run fits."""
-    console = rich.console.Console()
     title = (
         f"{found.topology}: {found.devices} devices, mesh {found.data} × {found.latent}, SAEs: {found.saes}"
     )
-    table = rich.table.Table("on each device", "GB", title=title)
+    table = tables.Table("on each device", "GB", title=title)
     for need in found.needs:
         table.add_row(need.what, f"{need.bytes / 1e9:.2f}")
     table.add_row("at most, says the compiler", f"{found.peak_bytes / 1e9:.2f}")
     table.add_row("there is", f"{found.memory / 1e9:.0f}")
-    console.print(table)
-    table = rich.table.Table("collectives of a step", "in", "times", "GB on each device")
+    tables.show(table)
+    table = tables.Table("collectives of a step", "in", "times", "GB on each device")
     for c in found.collectives:
         table.add_row(c.kind, c.where, str(c.times), f"{c.bytes / 1e9:.3f}")
-    console.print(table)
-    table = rich.table.Table("a step, at peak rates", "TFLOP", "ms")
+    tables.show(table)
+    table = tables.Table("a step, at peak rates", "TFLOP", "ms")
     rows = (
         ("Gemma", f"{found.gemma_flops / 1e12:.1f}", found.gemma_s),
         ("SAEs' matrix products", f"{found.banks_flops / 1e12:.1f}", found.banks_s),
@@ -192,7 +189,7 @@ def show(found: Forecast) -> bool:
     )
     for what, flops, seconds in rows:
         table.add_row(what, flops, f"{1000 * seconds:.1f}")
-    console.print(table)
+    tables.show(table)
     unit, factor = ("hours", 1) if found.hours >= 1 else ("minutes", 60)
     print(
         f"{found.tokens_per_step:,} tokens a step, {found.tokens_per_second:,.0f} a second: {found.tokens:,} take "

@@ -16,7 +16,7 @@ from flax import linen as nn
 from gemma import gm
 
 from gemma_scope_jax import weights
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.printing import quoted
 
 PAD, EOS, BOS = 0, 1, 2  # The same in every Gemma.
 
@@ -123,7 +123,7 @@ def spec(name: str) -> ModelSpec:
     """What is known of a model: `gemma2_2b` or `gemma2_2b-pt` is the base model, `gemma2_2b-it` the tuned one."""
     found = MODELS.get(name.removesuffix("-pt"))
     if found is None:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {quoted(name)}; known: {', '.join(MODELS)}")
     return found
 
 
@@ -134,7 +134,7 @@ def name_from_hugging_face(hugging_face: str) -> str:
         if known.hugging_face.split("/")[-1] == hugging_face.split("/")[-1]:
             return name
     every = ", ".join(known.hugging_face for known in MODELS.values())
-    raise ValueError(f"unknown model {printable(repr(hugging_face), 80)}; known: {every}")
+    raise ValueError(f"unknown model {quoted(hugging_face, 80)}; known: {every}")
 
 
 def build_model(name: str) -> gm.nn.Transformer:
@@ -178,7 +178,7 @@ def load(
 def check_site(model: gm.nn.Transformer, site: Site) -> None:
     """Raises ValueError if the model has no such site."""
     if site.kind not in SITES:
-        raise ValueError(f"unknown site {site.kind!r}; choose one of {', '.join(SITES)}")
+        raise ValueError(f"unknown site {quoted(site.kind)}; choose one of {', '.join(SITES)}")
     if site.kind == "embed" and site.layer != 0:
         raise ValueError(f"the site embed is that of layer 0, not of layer {site.layer}")
     layers = model.config.num_layers
@@ -205,7 +205,7 @@ def site_from_hook(name: str) -> Site:
             if form and (match := re.fullmatch(pattern, bare)):
                 return Site(kind, int(match[1]) if match.groups() else 0)
     raise ValueError(
-        f"no site is known by the name {printable(repr(name))}; sites are called as in layer_9_resid_post"
+        f"no site is known by the name {quoted(name)}; sites are called as in layer_9_resid_post"
     )
 
 

@@ -24,7 +24,7 @@ from gemma_scope_jax import (
 )
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.formats import common
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.printing import printable, say, well_formed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +125,9 @@ def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Con
 def _other_text(trained: data.DataConfig, text: str) -> data.DataConfig:
     """Of a text that was not trained on all is held out."""
     if shared := data.files_of(trained.text) & data.files_of(text):
-        print(
+        say(
             f"Of the files of {text} {len(shared)} are of the text that was trained on, {min(shared)} among them: "
-            "what is measured on them is not held out.",
-            flush=True,
+            "what is measured on them is not held out."
         )
     return dataclasses.replace(trained, text=text, documents=0, held_out_fraction=1.0)
 
@@ -157,12 +156,9 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
     says = ", ".join(f"{name} {printable(value)}" for name, value in named.items() if name not in given)
     is_used = trust or found[0].is_of_run
     if says and is_used:
-        print(f"The file names {says}.", flush=True)
+        say(f"The file names {says}.")
     elif says:
-        print(
-            f"The file names {says}. They are not used unless you give --trust, or each by its own flag.",
-            flush=True,
-        )
+        say(f"The file names {says}. They are not used unless you give --trust, or each by its own flag.")
     if not is_used:
         about = _without_named(about, keep={name for name in named if given.get(name) == named[name]})
     for name in ("weights", "tokenizer"):
@@ -194,9 +190,11 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
                 f"{location} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
             )
     subjects = {
-        one.name: evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
+        well_formed(one.name): evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
         for one in found
     }
+    if len(subjects) < len(found):
+        raise ValueError(f"{location} has two SAEs of one name; rename one of their folders")
     is_as_trained = config.data == trained.data and "tokenizer" not in given
 
     def rows() -> pathlib.Path:

@@ -11,6 +11,7 @@ import numpy as np
 
 from gemma_scope_jax import files, metrics, plots, verdicts
 from gemma_scope_jax.metrics import Evaluation
+from gemma_scope_jax.printing import lines, printable
 
 # Each number: its label, how it is shown, and what it is.
 NUMBERS = {
@@ -193,8 +194,12 @@ def write_html(
 def render(path: pathlib.Path, template: str, **values: object) -> None:
     """Writes a page made of one of this package's templates."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gemma_scope_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("gemma_scope_jax", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: lines(value) if type(value) is str else value,
     )
+    environment.filters["line"] = printable
     rendered = environment.get_template(template).render(values)
     with files.replacing_file(path) as partial:
         partial.write_text(rendered, encoding="utf-8")

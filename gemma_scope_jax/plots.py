@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma_scope_jax import files
 from gemma_scope_jax.metrics import Evaluation
+from gemma_scope_jax.printing import plottable
 
 
 def _png(figure: object, dpi: int = 80) -> bytes:
@@ -43,7 +44,7 @@ def write_plot(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
         axis.set_xlabel("log₁₀ of the share of tokens a latent fires on")
         axis.set_ylabel("latents")
         axis.set_title(
-            f"{name}\nL0 {result.l0:.1f}, FVU {result.fvu:.3f}, delta loss {result.delta_loss:.3f} ± "
+            f"{plottable(name)}\nL0 {result.l0:.1f}, FVU {result.fvu:.3f}, delta loss {result.delta_loss:.3f} ± "
             f"{result.delta_loss_se:.3f} nats, {result.dead_fraction:.1%} dead",
             fontsize=10 if columns == 1 else 8,
         )
@@ -91,9 +92,9 @@ def _against_l0(lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool 
             l0, y = ([getattr(result, name) for result, _ in points] for name in ("l0", number))
             error = [_finite(getattr(result, f"{number}_se")) for result, _ in points]
             style = {"marker": "o", "capsize": 3, "linestyle": "-" if joined else "none"}
-            axis.errorbar(l0, y, error, label=label, **style)
+            axis.errorbar(l0, y, error, label=plottable(label), **style)
             for x, value, (_, text) in zip(l0, y, points, strict=True):
-                axis.annotate(text, (x, value), (6, 6), textcoords="offset points", fontsize=7)
+                axis.annotate(plottable(text), (x, value), (6, 6), textcoords="offset points", fontsize=7)
         # A splice may lower the loss, and an SAE may be silent.
         for scale, of, name in ((axis.set_xscale, axis.xaxis, "l0"), (axis.set_yscale, axis.yaxis, number)):
             values = [getattr(result, name) for result in everything]
@@ -164,7 +165,7 @@ def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> by
         lines.setdefault(name.replace(f"layer_{layers[name]}_", "", 1), []).append(name)
     for label, names in lines.items():
         x = [layers[name] for name in names]
-        l0.plot(x, [results[name].l0 for name in names], marker="o", label=label)
+        l0.plot(x, [results[name].l0 for name in names], marker="o", label=plottable(label))
         fvu.plot(x, [results[name].fvu for name in names], marker="o")
         of = [results[name] for name in names]
         delta.errorbar(x, [r.delta_loss for r in of], [r.delta_loss_se for r in of], marker="o", capsize=3)

@@ -1,9 +1,10 @@
-"""Text that somebody else wrote, made safe to print and to plot.
+"""Text that somebody else wrote, made safe to print, to plot and to put on a page.
 
 A name in a file may hold escape sequences that a terminal obeys, line breaks that forge a second message, letters
-that turn the rest of a line around, or a million characters. HTML needs nothing of this: Jinja escapes it.
+that turn the rest of a line around, or a million characters. What HTML itself reads, `page.render` escapes.
 """
 
+import functools
 import pathlib
 import re
 import unicodedata
@@ -40,9 +41,33 @@ def well_formed(text: str) -> str:
     return text
 
 
-def plottable(text: object, limit: int = LONGEST) -> str:
-    """`printable`, and a dollar sign does not make Matplotlib read what follows as a formula."""
-    return printable(text, limit).replace("$", r"\$")
+def lines(text: str) -> str:
+    """A text in the lines that it has, of any length, each otherwise `printable`."""
+    return "".join(letter if letter == "\n" else _escaped(letter) for letter in text)
+
+
+def say(text: str) -> None:
+    """Prints a line in which names and paths stand."""
+    print(printable(text, 2000), flush=True)
+
+
+def plottable(text: object, limit: int = 60) -> str:
+    """`printable` in a figure: no formula after a dollar sign, a box for what the font lacks, and in legends, too."""
+    shown = "".join(letter if has_glyph(letter) else "□" for letter in printable(text, limit))
+    # Matplotlib leaves out of a legend what begins with _.
+    return f"{' ' * shown.startswith('_')}{shown}".replace("$", r"\$")
+
+
+def has_glyph(letter: str) -> bool:
+    """Whether the font has it that Matplotlib brings along and falls back to."""
+    return bool(_font().get_char_index(ord(letter)))
+
+
+@functools.cache
+def _font() -> object:
+    import matplotlib.font_manager  # Not for the sake of a message.
+
+    return matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans"))
 
 
 # What stands before a host, a query, which may sign, and a token of Hugging Face's.

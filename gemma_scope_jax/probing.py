@@ -13,8 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 from scipy import sparse
 from sklearn import linear_model, model_selection
 
@@ -29,10 +27,11 @@ from gemma_scope_jax import (
     ranges,
     sae,
     sharding,
+    tables,
     texts,
     tokenizer,
 )
-from gemma_scope_jax.printing import LONGEST, printable, quoted, well_formed
+from gemma_scope_jax.printing import LONGEST, printable, quoted, say, well_formed
 
 FEATURES = (1, 2, 5, 20)  # So many are probed with.
 FEWEST = 10  # Texts of a class: with less there is nothing to measure.
@@ -150,7 +149,7 @@ def split(labelled: Labelled, seed: int) -> np.ndarray:
         for part, is_in_T in (("test", is_test_T), ("training", ~is_test_T)):
             if label not in labelled.labels[is_in_T]:
                 raise ValueError(
-                    f"no text of class {label!r} is in the {part} part, since groups are not divided; "
+                    f"no text of class {quoted(label)} is in the {part} part, since groups are not divided; "
                     "give more groups of that class, or another --seed"
                 )
     return is_test_T
@@ -335,7 +334,7 @@ def probe_path(
         print_table(results, len(given.texts))
         if cut:
             print(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
-        print(f"Wrote {out / 'probing.json'}", flush=True)
+        say(f"Wrote {out / 'probing.json'}")
         return results
 
 
@@ -358,7 +357,7 @@ def print_table(results: Mapping[str, Sequence[Task]], texts: int) -> None:
     """Accuracies by the number of features: of every task, or of more than three SAEs the means over tasks."""
     first = next(iter(results.values()))
     tested = first[0].majority.correct_U.size
-    table = rich.table.Table(title=f"Accuracy on {tested:,} of {texts:,} texts, by the number of features")
+    table = tables.Table(title=f"Accuracy on {tested:,} of {texts:,} texts, by the number of features")
     for column in ("", "class", ""):
         table.add_column(column, overflow="fold")
     for column in (*map(str, FEATURES), "all", "majority"):
@@ -374,6 +373,4 @@ def print_table(results: Mapping[str, Sequence[Task]], texts: int) -> None:
             table.add_row(name, task.label, "latents", *map(shown, task.latents.values()), "", guess)
             dimensions = (*task.dimensions.values(), task.all_dimensions)
             table.add_row("", "", "dimensions", *map(shown, dimensions), "")
-    console = rich.console.Console()
-    console.width = max(console.width, max(map(len, results)) + 120)
-    console.print(table)
+    tables.show(table, least_width=tables.width(results) + 120)

@@ -9,6 +9,7 @@ import jinja2
 import yaml
 
 from gemma_scope_jax import bank, export, files, gemma, hub, runs, suites, verdicts, weights
+from gemma_scope_jax.printing import printable, say
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
@@ -67,9 +68,9 @@ def publish(
             files.write_text(partial / "saelens_registry.yaml", yaml.safe_dump(registry, sort_keys=False))
             files.write_json(partial / "neuronpedia.json", _neuronpedia(run, repository, places, registry))
     paths = [out / path.relative_to(partial) for path in paths]
-    print(f"Wrote {out / 'README.md'}", flush=True)
+    say(f"Wrote {out / 'README.md'}")
     if is_pushed:
-        print(f"Pushed to {hub.push(out, repository)}", flush=True)
+        say(f"Pushed to {hub.push(out, repository)}")
     return paths
 
 
@@ -134,7 +135,7 @@ def _card(
         licence=licence,
         banks=banks,
         trained_on=trained_on,
-        text=export.public_name(run.config.data.text),
+        text=printable(export.public_name(run.config.data.text)).replace("`", "'"),  # In backticks.
         weights=_weights(run),
         config=run.config,
         repository=repository,

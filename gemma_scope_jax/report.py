@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 
 from gemma_scope_jax import (
     bank,
@@ -33,9 +30,11 @@ from gemma_scope_jax import (
     ranges,
     runs,
     suites,
+    tables,
     verdicts,
     weights,
 )
+from gemma_scope_jax.printing import printable, say
 
 # Of the training rows so many activations are what baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
@@ -293,14 +292,14 @@ def _evaluate(
     )
     print_table(results, f"{about['text']}, {rows_of}")
     for line in [*verdicts.lines(judgements), *remarks]:
-        print(printing.printable(line, 1000), flush=True)
+        say(line)
     if cost:
         print(
             f"A batch took {cost.seconds:.1f} s. Its clean pass, two ablations a site and one splice an SAE, at the "
             f"speed of the clean pass, would take {cost.bound_seconds:.1f} s.",
             flush=True,
         )
-    print(f"Wrote {', '.join(str(out / name) for name in written)}", flush=True)
+    say(f"Wrote {', '.join(str(out / name) for name in written)}")
     return suite
 
 
@@ -364,12 +363,9 @@ def print_table(results: dict[str, evaluation.Evaluation], of: str) -> None:
     """The numbers of every SAE: a column each, or of more than three a row each with those that matter most."""
     first = next(iter(results.values()))
     counts = f"{first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"
-    table = rich.table.Table(title=rich.text.Text(f"{of}: {counts}"))
-    console = rich.console.Console()
-    if len(results) > 3:
+    table = tables.Table(title=f"{printable(of)}: {counts}")
+    if is_long := len(results) > 3:
         table.add_column("", no_wrap=True)
-        # Wider than a narrow terminal, where a row then takes two lines, rather than without the names.
-        console.width = max(console.width, max(map(len, results)) + 115)
         for number in _OF_MANY:
             table.add_column(page.NUMBERS[number][0], justify="right")
         for name, result in results.items():
@@ -380,4 +376,5 @@ def print_table(results: dict[str, evaluation.Evaluation], of: str) -> None:
             table.add_column(name, justify="right", overflow="fold")
         for number, (label, _, _) in page.NUMBERS.items():
             table.add_row(label, *(page.shown(result, number) for result in results.values()))
-    console.print(table)
+    # Wider than a narrow terminal, where a row then takes two lines, rather than without the names.
+    tables.show(table, least_width=tables.width(results) + 115 if is_long else 0)

@@ -5,6 +5,7 @@ import pathlib
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import data, files, generation, interrupt, opening, tokenizer
+from gemma_scope_jax.printing import say
 
 
 def write_rollouts(
@@ -54,4 +55,4 @@ def write_rollouts(
             for text, reply in zip(texts, replies, strict=True):
                 line = {"prompt": text, "text": generation.reply_text(found, reply)}
                 lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-        print(f"Wrote {len(replies):,} replies of {sum(map(len, replies)):,} tokens to {out}.", flush=True)
+        say(f"Wrote {len(replies):,} replies of {sum(map(len, replies)):,} tokens to {out}.")

@@ -8,12 +8,10 @@ import types
 from collections.abc import Mapping
 
 import numpy as np
-import rich.console
-import rich.table
 
-from gemma_scope_jax import files, metrics, page, plots, printing
+from gemma_scope_jax import files, metrics, page, plots, printing, tables
 from gemma_scope_jax.metrics import Evaluation
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.printing import printable, quoted, say
 
 # What is shown of each.
 NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
@@ -59,9 +57,7 @@ def read_numbers(path: pathlib.Path) -> dict:
         for key, value in numbers.items():
             of = value if key == "l0_quantiles" and isinstance(value, list) and len(value) < 100 else [value]
             if not all(map(_is_number, of)):
-                raise ValueError(
-                    f"{path} is no evaluation: {key} of {printable(name)} is {printable(repr(value))}"
-                )
+                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
         if not isinstance(numbers["rows"], int) or not 0 < numbers["rows"] <= _MAX_ROWS:
             raise ValueError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
     about = {
@@ -214,26 +210,28 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
         command=command,
     )
     names = ("number", "sae", "column", "value", "se", "difference", "difference_se")
-    with files.replacing_file(out / "side_by_side.csv") as partial, partial.open("w", newline="") as file:
+    with (
+        files.replacing_file(out / "side_by_side.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(cells)
     _print(tables, headings)
     if remark:
-        print(remark)
-    print(f"Wrote {out / 'side_by_side.html'}, {out / 'side_by_side.csv'}", flush=True)
+        say(remark)
+    say(f"Wrote {out / 'side_by_side.html'}, {out / 'side_by_side.csv'}")
 
 
-def _print(tables: Mapping[str, list[tuple[str, dict[str, str]]]], headings: list[str]) -> None:
-    console = rich.console.Console()
-    names = max(len(name) for rows in tables.values() for name, _ in rows)
+def _print(found: Mapping[str, list[tuple[str, dict[str, str]]]], headings: list[str]) -> None:
+    names = tables.width(name for rows in found.values() for name, _ in rows)
     # Wider than a narrow terminal, where a row then takes two lines, rather than a digit on each.
-    console.width = max(console.width, names + sum(max(len(heading), 20) + 3 for heading in headings) + 5)
-    for number, rows in tables.items():
-        table = rich.table.Table(title=page.NUMBERS[number][0])
+    width = names + sum(max(tables.width([heading]), 20) + 3 for heading in headings) + 5
+    for number, rows in found.items():
+        table = tables.Table(title=page.NUMBERS[number][0])
         table.add_column("", no_wrap=True)
         for heading in headings:
             table.add_column(heading, justify="right", overflow="fold")
         for name, row in rows:
             table.add_row(name, *(row.get(heading, "") for heading in headings))
-        console.print(table)
+        tables.show(table, least_width=width)

@@ -33,6 +33,7 @@ from gemma_scope_jax import (
 )
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
+from gemma_scope_jax.printing import say
 
 
 def calibrate(
@@ -177,7 +178,7 @@ def start_from(run: runs.Run, rows: data.Rows, gemma_params: dict) -> step.State
         if any(place >= 0 for place in places):
             merged[plan.name] = _take(run, plan, fresh.banks[plan.name], old.banks[plan.name], places)
     count = len(run.plan.members)
-    print(f"From {source}: of {count} SAEs {kept} go on, {count - kept} are new.", flush=True)
+    say(f"From {source}: of {count} SAEs {kept} go on, {count - kept} are new.")
     return fresh.replace(
         step=old.step,
         harvests=old.harvests,
@@ -289,10 +290,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
             "the training is saved"
         )  # Before looking, so that no signal is promised a save.
         if interrupts.received is not None:
-            print(
-                f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
-                flush=True,
-            )
+            say(f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.")
             return 128 + interrupts.received
         if hosts.is_first():
             ours, perfect = log.shuffle_quality(workdir, rows)

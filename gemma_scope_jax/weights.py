@@ -24,7 +24,7 @@ from gemma import gm
 from gemma.gm.nn import _config, _modules
 
 from gemma_scope_jax import files, hub
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.printing import printable, quoted, say
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]
@@ -137,10 +137,9 @@ def load_params(
         # One after the other: on a CPU this takes a byte for each number.
         if not _is_finite(leaf):
             raise ValueError(f"{path} is damaged: {jax.tree_util.keystr(name)} holds non-finite values")
-    print(
+    say(
         f"Gemma: {num_layers} of {model.config.num_layers} blocks from {path}, "
-        f"stored in {', '.join(sorted(stored_dtypes))}, used in {jnp.dtype(dtype).name}.",
-        flush=True,
+        f"stored in {', '.join(sorted(stored_dtypes))}, used in {jnp.dtype(dtype).name}."
     )
     return params
 
@@ -226,7 +225,7 @@ def _from_matrices(
     def tensor(key: str, block: int, *shape: int) -> files.Tensor:
         name = _NAMES[key][naming].format(block)
         if name not in tensors:
-            raise ValueError(f"{path} does not hold {type(model).__name__}: it has no tensor {name!r}")
+            raise ValueError(f"{path} does not hold {type(model).__name__}: it has no tensor {quoted(name)}")
         found = tensors[name]
         spare = found.shape[0] - shape[0] if key == "embed" else 0
         if (
@@ -389,7 +388,8 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
         is_near = isinstance(found.get(key), float) and math.isclose(found[key], values[0] or 0, rel_tol=1e-6)
         if key in found and found[key] not in values and not is_near:
             raise ValueError(
-                f"{path} does not hold {type(model).__name__}: its {key} is {found[key]!r}, expected {values[0]!r}"
+                f"{path} does not hold {type(model).__name__}: its {key} is {quoted(found[key])}, "
+                f"expected {values[0]!r}"
             )
 
 
@@ -427,7 +427,7 @@ def gguf_field(path: str, name: str) -> object:
     """A field of a GGUF file's header."""
     fields = read_gguf(path).fields
     if name not in fields:
-        raise ValueError(f"{path} is not a Gemma GGUF file: it has no field {name!r}")
+        raise ValueError(f"{path} is not a Gemma GGUF file: it has no field {quoted(name)}")
     return fields[name].contents()
 
 
@@ -436,7 +436,7 @@ def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
     expected = "gemma3" if model.config.use_qk_norm else "gemma2"
     if architecture != expected:
         raise ValueError(
-            f"{path} does not hold {type(model).__name__}: its architecture is {architecture!r}, "
+            f"{path} does not hold {type(model).__name__}: its architecture is {quoted(architecture)}, "
             f"expected {expected!r}"
         )
     blocks = int(gguf_field(path, f"{architecture}.block_count"))

@@ -11,18 +11,16 @@ from typing import Literal, NamedTuple
 import jax
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 from gemma import gm
 from scipy import stats
 
-from gemma_scope_jax import hosts, ranges, sharding, weights
+from gemma_scope_jax import hosts, ranges, sharding, tables, weights
 from gemma_scope_jax.explore import attribution as attribution_lib
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.attribution import Attribution, Metric
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.printing import quoted
 
 # Rows of a pass; the first is left as it is.
 _ROWS = 16
@@ -72,9 +70,8 @@ class Ablations:
 
     def show(self, top: int = 10) -> None:
         """Prints the correlations, and the latents whose ablation does most."""
-        console = rich.console.Console()
         prompts = np.unique(self.prompt_N)
-        table = rich.table.Table(title="attributed and done by ablation")
+        table = tables.Table(title="attributed and done by ablation")
         for number, heading in enumerate(("latents", "number", "Pearson", "Spearman")):
             table.add_column(heading, justify="right" if number else "left")
         found_of = {label: self.correlation(of) for of, label in _KINDS.items()}
@@ -92,8 +89,8 @@ class Ablations:
                     for least, most in zip(known.min(0), known.max(0), strict=True)
                 ]
                 table.add_row(f"{len(known)} prompts apart", "", *ends)
-        console.print(table)
-        table = rich.table.Table(title=f"largest {top} effects")
+        tables.show(table)
+        table = tables.Table(title=f"largest {top} effects")
         # Where there is one SAE or one prompt the column would say the same all over.
         several = {"SAE": len(set(self.sae)) > 1, "prompt": len(prompts) > 1}
         columns = [
@@ -109,8 +106,8 @@ class Ablations:
                 "attributed": f"{self.attributed_N[n]:+.4f}",
                 "effect": f"{self.effect_N[n]:+.4f}",
             }
-            table.add_row(*(rich.text.Text(cells[column]) for column in columns))
-        console.print(table)
+            table.add_row(*(cells[column] for column in columns))
+        tables.show(table)
 
     def figure(self) -> matplotlib.figure.Figure:
         """A point for each latent: what was attributed across, what its ablation does up."""
@@ -147,7 +144,9 @@ def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: i
     ranges.check("seed", seed, ranges.SEED)
     chosen, is_strongest_N = _choose(attribution, latents, seed)
     if not chosen:
-        raise ValueError(f"no latent fires on {''.join(attribution.tokens)!r}, so there is none to take out")
+        raise ValueError(
+            f"no latent fires on {quoted(''.join(attribution.tokens))}, so there is none to take out"
+        )
     names = tuple(name for name, _ in chosen)
     latent_N = np.array([latent for _, latent in chosen], int)
     metric_N = _without(scope, attribution, names, latent_N)

@@ -17,15 +17,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 from gemma import gm
 
-from gemma_scope_jax import gemma, hosts, page, sae, sharding, step, weights
+from gemma_scope_jax import gemma, hosts, page, sae, sharding, step, tables, weights
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.printing import plottable, quoted
 
 # In the place of a token's id.
 LIKELIEST = -1  # But for the other of the two.
@@ -127,14 +125,13 @@ class Attribution:
 
     def show(self, top: int = 20) -> None:
         """Prints the strongest latents, and what each SAE's parts add up to."""
-        console = rich.console.Console()
-        console.print(rich.text.Text(f"{self.question}: {self.metric:.3f}"))
+        tables.show(f"{self.question}: {self.metric:.3f}")
         if self.integral:
             told = f"baseline {self.integral.baseline:.3f}; {self.integral.nodes} nodes leave a gap of "
-            console.print(rich.text.Text(f"{told}{self.integral.gap:.2g}"))
+            tables.show(f"{told}{self.integral.gap:.2g}")
         are_several = len(self.parts) > 1
         title = f"strongest {top}" if are_several else f"strongest {top} of {next(iter(self.parts))}"
-        table = rich.table.Table(title=rich.text.Text(title))
+        table = tables.Table(title=title)
         for heading in (*["SAE"] * are_several, "latent", "token", "activation", "part"):
             table.add_column(
                 heading, justify="left" if heading in ("SAE", "token") else "right", overflow="fold"
@@ -147,16 +144,16 @@ class Attribution:
                 f"{activation:.4g}",
                 f"{part:+.4f}",
             )
-            table.add_row(*map(rich.text.Text, shown))
-        console.print(table)
-        table = rich.table.Table(title="in all")
+            table.add_row(*shown)
+        tables.show(table)
+        table = tables.Table(title="in all")
         table.add_column("SAE", overflow="fold")
         sums_of = self.sums()
         for heading in next(iter(sums_of.values())):
             table.add_column(heading, justify="right")
         for name, sums in sums_of.items():
-            table.add_row(*map(rich.text.Text, (name, *(f"{value:+.3f}" for value in sums.values()))))
-        console.print(table)
+            table.add_row(name, *(f"{value:+.3f}" for value in sums.values()))
+        tables.show(table)
 
     def write_html(
         self, path: str | pathlib.Path, top: int = 20, pngs: Mapping[str, bytes] | None = None
@@ -183,7 +180,7 @@ class Attribution:
     def figure(self) -> matplotlib.figure.Figure:
         """Two maps, of latents and of errors: SAEs down, tokens across, the sum of parts as colour."""
         names, length = list(self.parts), len(self.tokens)
-        width = min(max(0.32 * length, 3), 14) + 0.05 * max(map(len, names)) + 0.6
+        width = min(max(0.32 * length, 3), 14) + 0.05 * min(max(map(len, names)), pictures.LABEL) + 0.6
         figure, axes = pictures.new_figure(1, 2, width, 0.24 * len(names) + 1.8, sharey=True)
         maps = [
             np.stack([getattr(parts, column) for parts in self.parts.values()])
@@ -196,7 +193,7 @@ class Attribution:
             pictures.label_tokens(axis, self.tokens)
         pictures.label_rows(axes[0, 0], names)
         figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01).set_label("part, logits", fontsize=8)
-        figure.suptitle(f"{self.question}: {self.metric:.3f}", fontsize=10, parse_math=False)
+        figure.suptitle(plottable(f"{self.question}: {self.metric:.3f}", 200), fontsize=10)
         return figure
 
 
@@ -379,7 +376,9 @@ def ask(
     else:
         chosen_against = LIKELIEST if against is None else scope_lib.one_token(scope, against)
     if chosen_answer == chosen_against >= 0:
-        raise ValueError(f"answer and against are both {answer!r}; give two tokens, or leave one of them out")
+        raise ValueError(
+            f"answer and against are both {quoted(answer)}; give two tokens, or leave one of them out"
+        )
     return [gemma.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)
 
 

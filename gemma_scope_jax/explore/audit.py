@@ -11,6 +11,7 @@ from gemma_scope_jax.explore import contrasts, pictures
 from gemma_scope_jax.explore.contrasts import At, Contrast
 from gemma_scope_jax.explore.correction import Correction, behaviour, correct
 from gemma_scope_jax.explore.scope import Scope, one_token, open_scope
+from gemma_scope_jax.printing import say
 
 
 def audit(
@@ -82,7 +83,7 @@ def audit(
         if corrected and out is not None:
             corrected.write_json(out / "correction.json")
         if out is not None:
-            print(f"Wrote {out}", flush=True)
+            say(f"Wrote {out}")
         return found, corrected
 
 

@@ -18,6 +18,7 @@ from gemma_scope_jax import (
     weights,
 )
 from gemma_scope_jax.explore import dashboards, directions, neuronpedia, site
+from gemma_scope_jax.printing import printable, say
 
 _MARK = "dashboards.json"  # What lies in a folder of dashboards, and in no other.
 
@@ -112,9 +113,9 @@ def build(
 def _tell(out: pathlib.Path, all_shown: dict[str, site.Dashboards]) -> None:
     for name, shown in all_shown.items():
         g = shown.gathered
-        print(
-            f"{name}: {shown.width:,} latents on {g.activations:,} activations; {g.is_dead_M.sum():,} never fired, "
-            f"{g.is_dense_M.sum():,} on more than a tenth.",
-            flush=True,
+        say(
+            f"{printable(name)}: {shown.width:,} latents on {g.activations:,} activations; "
+            f"{g.is_dead_M.sum():,} never fired, "
+            f"{g.is_dense_M.sum():,} on more than a tenth."
         )
-    print(f"Wrote {out / 'index.html'}", flush=True)
+    say(f"Wrote {out / 'index.html'}")

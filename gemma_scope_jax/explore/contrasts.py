@@ -17,14 +17,12 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 from scipy import stats
 
-from gemma_scope_jax import activations, files, gemma, generation, hosts, sae, sharding
+from gemma_scope_jax import activations, files, gemma, generation, hosts, sae, sharding, tables
 from gemma_scope_jax.explore import rank_tests
 from gemma_scope_jax.explore.scope import Scope, padded
+from gemma_scope_jax.printing import plottable, printable, quoted
 
 # What stands for a prompt: a latent's mean or largest activation over its tokens, or that on its last.
 At = Literal["mean", "max", "last"]
@@ -117,13 +115,12 @@ class Contrast:
 
     def show(self, top: int = 10) -> None:
         """Prints the strongest found of each SAE."""
-        console = rich.console.Console()
         for name, one in self.of.items():
             latents = self.latents(name)
             if not latents and len(self.of) > 1:
                 continue
             shown = f", {top} shown" if len(latents) > top else ""
-            table = rich.table.Table(title=rich.text.Text(f"{name}: {counted(len(latents))} found{shown}"))
+            table = tables.Table(title=f"{printable(name)}: {counted(len(latents))} found{shown}")
             for heading in ("latent", self.size, "q", "first", "second", "in first", "in second"):
                 table.add_column(heading, justify="right")
             for i in latents[:top]:
@@ -131,7 +128,7 @@ class Contrast:
                     str(i), f"{one.auroc_M[i]:.3f}", f"{one.q_M[i]:.2g}", f"{one.first_M[i]:.4g}",
                     f"{one.second_M[i]:.4g}", f"{one.fires_first_M[i]:.0%}", f"{one.fires_second_M[i]:.0%}",
                 )  # fmt: skip
-            console.print(table)
+            tables.show(table)
         print(self.about(), flush=True)
 
     def figure(self, label: int = 10) -> matplotlib.figure.Figure:
@@ -150,9 +147,12 @@ class Contrast:
             near = next((at for at in together if np.hypot(at[0] - place[0], at[1] - place[1]) < 0.12), place)
             together.setdefault(near, []).append((name, latent))
         for (x, y), latents in together.items():
-            names = [str(latent) if len(self.of) == 1 else f"{name} {latent}" for name, latent in latents]
+            names = [
+                str(latent) if len(self.of) == 1 else f"{plottable(name)} {latent}"
+                for name, latent in latents
+            ]
             lines = "\n".join(names[:3] + [f"and {len(names) - 3} more"] * (len(names) > 3))
-            style = {"textcoords": "offset points", "fontsize": 7, "parse_math": False}
+            style = {"textcoords": "offset points", "fontsize": 7}
             side = {"xytext": (-5, -3), "ha": "right"} if x > 0.5 else {"xytext": (5, -3), "ha": "left"}
             axis.annotate(lines, (x, y), va="top", **style, **side)
         axis.axhline(-np.log10(self.rate), color="#d93025", lw=0.8)
@@ -250,7 +250,7 @@ def check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_p
     for these in [list(zip(first, second, strict=True))] if is_paired else [first, second]:
         if twice := [one for number, one in enumerate(these) if one in these[:number]]:
             what = "pair" if is_paired else "prompt"
-            raise ValueError(f"the {what} {twice[0]!r} is there twice; give each once")
+            raise ValueError(f"the {what} {quoted(twice[0])} is there twice; give each once")
     smallest = min(2 / rank_tests.labelings(len(first), len(second), is_paired), 1.0)
     if smallest > rate:
         needed = rank_tests.prompts_needed(rate, is_paired)

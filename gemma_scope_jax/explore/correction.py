@@ -15,9 +15,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 import tqdm
 from gemma import gm
 
@@ -31,12 +28,14 @@ from gemma_scope_jax import (
     passes,
     ranges,
     sharding,
+    tables,
     weights,
 )
 from gemma_scope_jax.explore import edits, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.printing import plottable
 
 NEAREST = 10  # A random latent is one of so many that are nearest in strength to the one it stands for.
 DAMAGE_SETS = 5  # Of so many random sets the delta loss is measured, too.
@@ -124,7 +123,7 @@ class Correction:
         changes = [one.gap - self.clean.gap for one in self.random]
         random = f"{np.mean(changes):+.3f}, {min(changes):+.3f} to {max(changes):+.3f}"
         title = f"logit of {self.answer!r} less that of {self.against!r}"
-        table = rich.table.Table(title=rich.text.Text(title))
+        table = tables.Table(title=title)
         table.add_column("ablated")
         for heading in ("first", "second", "gap", "change of the gap", "activation", "delta loss, nats"):
             table.add_column(heading, justify="right")
@@ -144,9 +143,7 @@ class Correction:
                 label, f"{first:.3f}", f"{second:.3f}", f"{first - second:.3f}{error}", change,
                 f"{activation:.4g}", _shown_loss(some),
             )  # fmt: skip
-        console = rich.console.Console()
-        console.width = max(console.width, 130)
-        console.print(table)
+        tables.show(table, least_width=130)
         print(self.about(), flush=True)
 
     def figure(self) -> matplotlib.figure.Figure:
@@ -164,9 +161,7 @@ class Correction:
         axis.axvline(0, color="#dadce0", lw=0.8)
         axis.set_ylim(-0.6, 1.6)
         axis.set_yticks([])
-        axis.set_xlabel(
-            f"gap in the logit of {self.answer!r} less that of {self.against!r}", parse_math=False
-        )
+        axis.set_xlabel(plottable(f"gap in the logit of {self.answer!r} less that of {self.against!r}", 200))
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         return figure
 

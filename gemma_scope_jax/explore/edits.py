@@ -18,6 +18,7 @@ from gemma import gm
 
 from gemma_scope_jax import gemma, generation, ranges, sae, sharding, step, weights
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.printing import quoted
 
 # Of a prompt, counted as a `Reading`'s tokens are, from the first behind BOS on; replies count on behind it.
 Tokens = Literal["all", "prompt", "reply"] | range
@@ -119,7 +120,9 @@ def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
         return tokens.start + 1, tokens.stop + 1, True, True
     spans = {"all": (True, True), "prompt": (True, False), "reply": (False, True)}
     if tokens not in spans:
-        raise ValueError(f"the tokens of an edit are {tokens!r}; give a range or one of {', '.join(spans)}")
+        raise ValueError(
+            f"the tokens of an edit are {quoted(tokens)}; give a range or one of {', '.join(spans)}"
+        )
     return 1, _END, *spans[tokens]
 
 
@@ -159,7 +162,7 @@ def check_change(edit: Edit) -> None:
 def check_latent(scope: Scope, name: str, latent: int) -> None:
     """Raises ValueError if there is no such SAE or latent."""
     if name not in scope.subjects:
-        raise ValueError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
+        raise ValueError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
     width = len(scope.subjects[name].sae.b_enc)
     if not 0 <= latent < width:
         raise ValueError(f"{name} has no latent {latent}; it has 0 to {width - 1}")

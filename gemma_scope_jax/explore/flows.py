@@ -15,16 +15,14 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, hosts, page, passes, sharding, step, weights
+from gemma_scope_jax import evaluation, gemma, hosts, page, passes, sharding, step, tables, weights
 from gemma_scope_jax.explore import lens as lens_lib
 from gemma_scope_jax.explore import pictures, site
 from gemma_scope_jax.explore.scope import Scope, is_kept, one_token, place_copies, prompt, reconstruct
+from gemma_scope_jax.printing import printable
 
 # What is measured: of each its field of `Flow`, and its scale in pictures.
 _MEASURED = {
@@ -57,7 +55,7 @@ class Flow:
 
     def show(self) -> None:
         """Prints means over the tokens, and what the last token's stream predicts at each layer."""
-        table = rich.table.Table(title=rich.text.Text(f"{self.model}, means over {len(self.tokens)} tokens"))
+        table = tables.Table(title=f"{printable(self.model)}, means over {len(self.tokens)} tokens")
         table.add_column("SAE")
         for heading in (*_MEASURED, "at most", "on"):
             table.add_column(heading, justify="right")
@@ -68,9 +66,8 @@ class Flow:
             if np.isfinite(delta_L).any():
                 worst = int(np.nanargmax(delta_L))
                 shown += [f"{delta_L[worst]:+.2f}", repr(self.tokens[worst])]
-            table.add_row(*map(rich.text.Text, (name, *shown)))
-        console = rich.console.Console()
-        console.print(table)
+            table.add_row(name, *shown)
+        tables.show(table)
         if self.lens:
             self.lens.show()
 

@@ -14,6 +14,7 @@ from gemma_scope_jax.explore import attribution
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.attribution import Attribution
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.printing import quoted
 
 
 def integrate(
@@ -47,7 +48,7 @@ def integrate(
       ValueError: see `attribute`; or there is no such SAE.
     """
     if name not in scope.subjects:
-        raise ValueError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
+        raise ValueError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
     ids, chosen = attribution.ask(scope, prompt, answer, against, token)
     site = scope.subjects[name].spliced
     placed = scope_lib.place_copies(scope, ids, rows_per_batch)

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import matplotlib.figure
 import matplotlib.patches
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 from gemma import gm
 
-from gemma_scope_jax import gemma, hosts, sharding, weights
+from gemma_scope_jax import gemma, hosts, sharding, tables, weights
 from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.printing import plottable
 
 
 class Predictions(NamedTuple):
@@ -48,7 +46,7 @@ class Lens:
         """Prints a table for one token of the prompt, a line for each layer."""
         answer = repr(self.texts[int(self.answer_L[token])])
         title = f"what follows {self.tokens[token]!r}; p and rank of {answer}"
-        table = rich.table.Table(title=rich.text.Text(title))
+        table = tables.Table(title=title)
         table.add_column("layer", justify="right")
         for side in ("stream", "reconstruction"):
             table.add_column(side)
@@ -56,9 +54,9 @@ class Lens:
                 table.add_column(heading, justify="right")
         for row, layer in reversed(list(enumerate(self.layers))):
             of = [*self._cells(self.stream, row, token), *self._cells(self.reconstruction, row, token)]
-            table.add_row(*map(rich.text.Text, (layer, *of)))
-        table.add_row(*map(rich.text.Text, ("output", *self._cells(self.output, 0, token), *[""] * 4)))
-        rich.console.Console().print(table)
+            table.add_row(layer, *of)
+        table.add_row("output", *self._cells(self.output, 0, token), *[""] * 4)
+        tables.show(table)
 
     def _cells(self, seen: Predictions, row: int, token: int) -> tuple[str, ...]:
         top, p, answer_p, rank = (values[row, token] for values in seen)
@@ -96,9 +94,10 @@ class Lens:
         figure, axes = pictures.new_figure(2, 1, max(0.62 * len(self.tokens) + 1.2, 5), height)
         answer = f"{self.texts[int(self.answer_L[0])]!r}" if self.is_given else "what the model predicts"
         figure.suptitle(
-            f"the likeliest next token; framed where it is {answer}, else below it that token's rank",
+            plottable(
+                f"the likeliest next token; framed where it is {answer}, else below it that token's rank", 200
+            ),
             fontsize=10,
-            parse_math=False,
         )
         sides = (("from the stream", self.stream), ("from the SAEs' reconstructions", self.reconstruction))
         for axis, (title, of) in zip(axes[:, 0], sides, strict=True):

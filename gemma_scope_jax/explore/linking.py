@@ -12,16 +12,14 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, hosts, opening, ranges, sae, sharding, step, weights
+from gemma_scope_jax import evaluation, gemma, hosts, opening, ranges, sae, sharding, step, tables, weights
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
+from gemma_scope_jax.printing import plottable, printable, quoted
 
 _BLOCK = 2**14  # So many latents' weights are in float64 at a time.
 
@@ -73,12 +71,12 @@ class Links:
 
     def show(self, top: int = 20) -> None:
         """Prints the later latents with the largest effects, and how well weights and attributions tell them."""
-        console = rich.console.Console()
         title = (
-            f"what latent {self.latent} of {self.name} feeds; it fires on {self.firings:,} of {self.activations:,} "
+            f"what latent {self.latent} of {printable(self.name, 60)} feeds; "
+            f"it fires on {self.firings:,} of {self.activations:,} "
             f"activations, with {self.activation:.3g}"
         )
-        table = rich.table.Table(title=rich.text.Text(title))
+        table = tables.Table(title=title)
         table.add_column("SAE")
         for heading in ("latent", "effect", "attribution", "effect in units", "weight", "cosine", "fires on"):
             table.add_column(heading, justify="right")
@@ -88,22 +86,22 @@ class Links:
             numbers += [None if of[name] is None else of[name][latent] for of in (self.weight, self.cosine)]
             shown = ["–" if number is None else f"{number:+.3g}" for number in numbers]
             fires = f"{self.frequency[name][latent]:.1%}"
-            table.add_row(*map(rich.text.Text, (name, str(latent), *shown, fires)))
-        console.print(table)
-        table = rich.table.Table(title="correlations with the effects, over the latents that are reached")
+            table.add_row(name, str(latent), *shown, fires)
+        tables.show(table)
+        table = tables.Table(title="correlations with the effects, over the latents that are reached")
         table.add_column("SAE")
         for heading in ("latents", "of attributions", "of weights"):
             table.add_column(heading, justify="right")
         for name in self.effect:
             found = (self.correlation(of, name) for of in (self.attribution, self.weight))
             shown = ["–" if np.isnan(r) else f"{r:.2f}" for r in found]
-            table.add_row(*map(rich.text.Text, (name, str(self.is_reached(name).sum()), *shown)))
-        console.print(table)
+            table.add_row(name, str(self.is_reached(name).sum()), *shown)
+        tables.show(table)
 
     def figure(self) -> matplotlib.figure.Figure:
         """Effects against attributions and against weights, a point for each later latent that is reached."""
         figure, ((left, right),) = pictures.new_figure(1, 2, 6, 5)
-        figure.suptitle(f"latent {self.latent} of {self.name}", fontsize=10, parse_math=False)
+        figure.suptitle(f"latent {self.latent} of {plottable(self.name, 100)}", fontsize=10)
         image = None
         layers = self.layer.values()
         for axis, what, title in (
@@ -128,7 +126,7 @@ class Links:
             x, y = (float(self.in_units(of, name)[latent]) for of in (self.attribution, self.effect))
             side = {"xytext": (-4, 2), "ha": "right"} if x > 0 else {"xytext": (4, 2), "ha": "left"}
             left.annotate(
-                f"{name} {latent}", (x, y), textcoords="offset points", fontsize=6, parse_math=False, **side
+                f"{plottable(name)} {latent}", (x, y), textcoords="offset points", fontsize=6, **side
             )
         low, high = left.get_xlim()
         left.plot([low, high], [low, high], color="#d93025", lw=0.8, zorder=0)
@@ -205,7 +203,7 @@ def _position(site: gemma.Site) -> tuple[int, int]:
 def _later(scope: Scope, name: str, to: str | None) -> list[str]:
     given = scope.subjects[name].spliced
     if to is not None and to not in scope.subjects:
-        raise ValueError(f"there is no SAE {to!r}; there are {', '.join(scope.subjects)}")
+        raise ValueError(f"there is no SAE {quoted(to)}; there are {', '.join(scope.subjects)}")
     behind = [o for o, subject in scope.subjects.items() if _position(subject.site) > _position(given)]
     if to is not None and to not in behind:
         raise ValueError(f"{to} reads {scope.subjects[to].site}, which is not behind {given} of {name}")

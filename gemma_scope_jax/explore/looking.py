@@ -13,10 +13,11 @@ import rich.style
 import rich.table
 import rich.text
 
-from gemma_scope_jax import opening, ranges
+from gemma_scope_jax import opening, ranges, tables
 from gemma_scope_jax.explore import dashboards, directions, pictures, site
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, alone
+from gemma_scope_jax.printing import lines, plottable, printable
 
 _GREEN = (30, 142, 62)
 # Of text in pictures, in inches at its size in points.
@@ -54,27 +55,27 @@ class Look:
     def title(self) -> str:
         """How often and how strongly it fires."""
         return (
-            f"latent {self.latent} of {self.sae}\nfires on {self.frequency:.2%} of {self.activations:,} activations, "
+            f"latent {self.latent} of {printable(self.sae, 100)}\n"
+            f"fires on {self.frequency:.2%} of {self.activations:,} activations, "
             f"with {self.mean:.4g} in the mean, {self.largest:.4g} at most"
         )
 
     def show(self, top: int = 10) -> None:
         """Prints passages, tokens shaded by activation, and the tokens that it raises and lowers."""
-        console = rich.console.Console()
-        console.print(rich.text.Text(self.title, "bold"))
+        tables.show(self.title, "bold")
         for heading, excerpts in (("strongest", self.strongest[:top]), ("one of each fifth", self.sampled)):
-            table = rich.table.Table(title=heading, title_justify="left", show_header=False, box=None)
+            table = tables.Table(title=heading, title_justify="left", show_header=False, box=None)
             table.add_column(justify="right", style="dim")
             table.add_column(overflow="fold")
             for excerpt in excerpts:
                 line = rich.text.Text()
                 for token, value in zip(excerpt.tokens, excerpt.values, strict=True):
-                    line.append(token.replace("\n", "↵"), _style(value / self.largest))
+                    line.append(lines(token.replace("\n", "↵")), _style(value / self.largest))
                 table.add_row(f"{excerpt.values[excerpt.peak]:.4g}", line)
-            console.print(table)
+            tables.show(table)
         for heading, tokens in (("raises", self.raises), ("lowers", self.lowers)):
             if tokens is not None:
-                console.print(rich.text.Text(f"{heading} {' '.join(repr(token) for token, _ in tokens)}"))
+                tables.show(f"{heading} {' '.join(repr(token) for token, _ in tokens)}")
 
     def figure(self, top: int = 8, width: int = 110) -> matplotlib.figure.Figure:
         """Its strongest passages, darker the stronger it fires; what it raises; and its histogram.
@@ -88,7 +89,7 @@ class Look:
         height = _LINE * (len(shown) + 1)
         figure = matplotlib.figure.Figure(figsize=(inches + 0.7, height + 2), layout="constrained")
         above, below = figure.subplots(2, 1, height_ratios=(height, 0.8))
-        figure.suptitle(self.title, fontsize=9, parse_math=False)
+        figure.suptitle("\n".join(plottable(line, 200) for line in self.title.split("\n")), fontsize=9)
         above.set_xlim(0, width)
         above.set_ylim(len(shown), 0)
         above.set_axis_off()

@@ -1,16 +1,17 @@
 """What pictures of tokens and layers share: figures without pyplot's state, labels, heat maps."""
 
-import functools
 import io
 import pathlib
 from collections.abc import Sequence
 
 import matplotlib.colors
 import matplotlib.figure
-import matplotlib.font_manager
 import numpy as np
 
 from gemma_scope_jax import files
+from gemma_scope_jax.printing import has_glyph, plottable
+
+LABEL = 40  # Characters of a label beside a picture.
 
 
 def new_figure(
@@ -35,12 +36,6 @@ def write_png(path: str | pathlib.Path, figure: matplotlib.figure.Figure, dpi: i
         partial.write_bytes(png(figure, dpi))
 
 
-@functools.cache
-def _font() -> object:
-    # The one that matplotlib brings along and falls back to.
-    return matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans"))
-
-
 def seen(text: str) -> str:
     """A token's text whose spaces and line ends are seen."""
     return text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
@@ -50,7 +45,7 @@ def label(text: str, most: int = 12, space: str = "·") -> str:
     """A token's text in a picture: as `seen`, cut, what the font has not a box."""
     shown = seen(text).replace("·", space)
     cut = shown if len(shown) <= most else shown[: most - 1] + "…"
-    return "".join(c if c.isprintable() and _font().get_char_index(ord(c)) else "□" for c in cut)
+    return "".join(c if c.isprintable() and has_glyph(c) else "□" for c in cut)
 
 
 def label_tokens(axis: object, tokens: Sequence[str], most: int = 80) -> None:
@@ -63,7 +58,7 @@ def label_tokens(axis: object, tokens: Sequence[str], most: int = 80) -> None:
 
 def label_rows(axis: object, labels: Sequence[str]) -> None:
     """Writes a label beside each row of a picture."""
-    axis.set_yticks(range(len(labels)), labels, fontsize=7, parse_math=False)
+    axis.set_yticks(range(len(labels)), [plottable(label, LABEL) for label in labels], fontsize=7)
 
 
 def heat_map(
@@ -98,4 +93,4 @@ def heat_map(
     beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     extend = beyond[bool(known.min() < norm.vmin), bool(known.max() > norm.vmax)]
     figure.colorbar(image, ax=axis, extend=extend, pad=0.01).ax.tick_params(labelsize=7)
-    axis.set_title(title, fontsize=9, parse_math=False)
+    axis.set_title(plottable(title, 100), fontsize=9)

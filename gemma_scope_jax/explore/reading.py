@@ -10,9 +10,10 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import hosts, page, passes, sae
+from gemma_scope_jax import hosts, page, passes, sae, tables
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.scope import Scope, place_copies, prompt, reconstruct
+from gemma_scope_jax.printing import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,8 @@ class Reading:
 
     def show(self, top: int = 5) -> None:
         """Prints a table for each SAE: the brighter a latent, the stronger it fires, of all on this prompt."""
-        console = rich.console.Console()
         for name, f_LxM in self.latents.items():
-            table = rich.table.Table(title=name)
+            table = tables.Table(title=name)
             table.add_column("token")
             for heading in ("L0", "dense", "error"):
                 table.add_column(heading, justify="right")
@@ -55,8 +55,8 @@ class Reading:
                     line.append(f" {value:.3g}  ", style="dim")
                 counts = (f_LxM[t] > 0).sum(), ((f_LxM[t] > 0) & dense_M).sum()
                 shown = (repr(token), *map(str, counts), f"{self.error[name][t]:.0%}")
-                table.add_row(*map(rich.text.Text, shown), line)
-            console.print(table)
+                table.add_row(*shown, line)
+            tables.show(table)
 
     def figure(self, name: str | None = None, top: int = 20) -> matplotlib.figure.Figure:
         """A heat map: tokens across; down the `top` latents that fire most on any of them, but for dense ones.
@@ -73,7 +73,9 @@ class Reading:
         chosen = chosen[np.argsort(f_LxM[:, chosen].argmax(0), kind="stable")][::-1]
         size = (max(0.3 * len(self.tokens) + 1.6, 4), 0.19 * len(chosen) + 1.4)
         figure, ((axis,),) = pictures.new_figure(1, 1, *size)
-        pictures.heat_map(figure, axis, f_LxM[:, chosen].T, "linear", f"{name}: latents by token")
+        pictures.heat_map(
+            figure, axis, f_LxM[:, chosen].T, "linear", f"{printable(name, 60)}: latents by token"
+        )
         pictures.label_tokens(axis, self.tokens)
         pictures.label_rows(axis, list(map(str, chosen)))
         axis.set_ylabel("latent", fontsize=8)

@@ -8,10 +8,11 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import generation, page
+from gemma_scope_jax import generation, page, tables
 from gemma_scope_jax.explore import edits, specs
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.printing import lines, printable
 
 NUM_TOKENS = 40  # The most that are written behind a prompt, unless another number is given.
 
@@ -46,22 +47,21 @@ class Steered:
 
     def show(self) -> None:
         """Prints the replies side by side, ↵ for a new line; what they begin with alike is dim."""
-        console = rich.console.Console()
         for edit in self.edits:
-            console.print(rich.text.Text(specs.written(edit), "bold"))
-        console.print(rich.text.Text(self.how, "dim"))
+            tables.show(printable(specs.written(edit)), "bold")
+        tables.show(self.how, "dim")
         for prompt, pairs in self.pairs:
-            title = rich.text.Text(prompt)
-            table = rich.table.Table(
+            title = rich.text.Text(lines(prompt))
+            table = tables.Table(
                 title=title, title_justify="left", expand=True, show_lines=True, title_style="italic"
             )
             for heading in ("as it is", "changed"):
                 table.add_column(heading, ratio=1, overflow="fold")
             for replies in pairs:
                 # A steered model may write nothing but new lines.
-                alike, *rest = (text.replace("\n", "↵") for text in replies)
+                alike, *rest = (lines(text.replace("\n", "↵")) for text in replies)
                 table.add_row(*(rich.text.Text.assemble((alike, "dim"), one) for one in rest))
-            console.print(table)
+            tables.show(table)
 
     def write_html(self, path: str | pathlib.Path) -> None:
         """Writes a page of the same that needs no network."""

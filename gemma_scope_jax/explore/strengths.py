@@ -12,9 +12,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 import tqdm
 
 from gemma_scope_jax import (
@@ -28,10 +25,12 @@ from gemma_scope_jax import (
     passes,
     ranges,
     sharding,
+    tables,
 )
 from gemma_scope_jax.explore import activities, directions, edits
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope, one_token
+from gemma_scope_jax.printing import plottable, printable
 
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 # What a latent becomes by a strength: its scale, and so many times the strength is added.
@@ -62,13 +61,12 @@ class Sweep:
     def title(self) -> str:
         """What is done to which latent."""
         done = "added to" if self.kind == "add" else "in the place of the activation of"
-        return f"so many times {self.unit:.4g} {done} latent {self.latent} of {self.sae}"
+        return f"so many times {self.unit:.4g} {done} latent {self.latent} of {printable(self.sae, 100)}"
 
     def show(self) -> None:
         """Prints a row for each strength."""
-        console = rich.console.Console()
-        console.print(rich.text.Text(self.title, "bold"))
-        table = rich.table.Table()
+        tables.show(self.title, "bold")
+        table = tables.Table()
         for heading in ("strength", "effect, nats", "damage, nats"):
             table.add_column(heading, justify="right")
         columns = (self.effect_N, self.effect_se_N, self.damage_N, self.damage_se_N)
@@ -78,11 +76,11 @@ class Sweep:
                 page.with_error(damage, damage_se, "+.3f"),
             )
             table.add_row(f"{strength:g}", *shown)
-        console.print(table)
+        tables.show(table)
         said = f"Effect: on the log-probability of {' '.join(map(repr, self.tokens))}, their mean. "
         said += f"Damage: to the loss of next tokens, which is {self.clean_loss:.3f}. "
         said += f"Over {self.predictions:,} predictions of {self.rows} rows."
-        console.print(rich.text.Text(said))
+        tables.show(said)
 
     def figure(self) -> matplotlib.figure.Figure:
         """Effect against damage, a point for each strength."""
@@ -96,9 +94,10 @@ class Sweep:
         axis.axvline(0, color="#9aa0a6", lw=0.8)
         axis.set_xlabel("damage: change of the loss of next tokens, nats")
         axis.set_ylabel("effect: change of the mean log-\nprobability of the tokens, nats")
-        # Text, whatever mathematics a dollar sign may begin, of which `wrap=True` would take no notice.
-        lines = (*textwrap.wrap(self.title, 90), *textwrap.wrap(" ".join(map(repr, self.tokens)), 90))
-        axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
+        # Not `wrap=True`, which would take a dollar sign for the beginning of mathematics.
+        lines = (self.title, " ".join(map(repr, self.tokens)))
+        lines = (part for line in lines for part in textwrap.wrap(printable(line, 500), 90))
+        axis.set_title("\n".join(plottable(line, 100) for line in lines), fontsize=8)
         axis.grid(alpha=0.3)
         axis.margins(0.1)
         return figure
