@@ -3,9 +3,19 @@
 import argparse
 import sys
 
-from gemma_scope_jax import cli, explore_cli
+from gemma_scope_jax import cli, explore_cli, interrupt
 from gemma_scope_jax.formats import PUBLISHED
 from gemma_scope_jax.formats import WRITTEN as FORMATS
+
+# What is lost, or how it goes on, when a signal ends a command.
+_WHEN_INTERRUPTED = {
+    "dashboards": "the same command goes on after what was kept last",
+    "prepare": "the same command goes on after the last whole part",
+    "generate": "replies are written when all are there",
+    "detect": "detection writes its results when it ends",
+    "probe": "probing writes its results when it ends",
+    "contrast": "a contrast writes its results when it ends",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +118,7 @@ def main() -> None:
     if args.command == "steer":  # Of prompts argparse leaves over those that stand behind options.
         args.prompts = [*args.prompts, *(text for text in fields if not text.startswith("-"))]
         fields = [text for text in fields if text.startswith("-")]
+    interrupt.leaving(_WHEN_INTERRUPTED.get(args.command, ""))
     options = {name: value for name, value in vars(args).items() if name not in ("command", "call")}
     if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")

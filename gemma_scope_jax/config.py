@@ -87,6 +87,7 @@ class HostsConfig:
     """How the processes of several hosts hold together."""
 
     heartbeat_timeout_seconds: int = 30  # When one has not been heard of for so long, all others end.
+    join_timeout_seconds: int = 300  # At the start each waits so long for the others.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,6 @@ from gemma_scope_jax import (
     evaluation,
     files,
     gemma,
-    interrupt,
     opening,
     printing,
     sae,
@@ -285,49 +284,48 @@ def detect_path(
       out: the folder to write to; None: see `opening.results_folder`.
       **overrides: see `opening.open_path`.
     """
-    with interrupt.ending_at_once("detection writes its results when it ends"):
-        opened = opening.open_path(path, **overrides)
-        config = opened.config
-        rows = config.evaluation.rows if rows is None else rows
-        per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-        given = {
-            "rows": (rows, 1),
-            "latents": (latents, 1),
-            "rows_per_batch": (per_batch, 1),
-            "seed": (seed, 0),
-        }
-        for name, (value, least) in given.items():
-            if value < least:
-                raise ValueError(f"--{name} is {value}; it must be at least {least}")
-        out = opening.results_folder(opened, path, out)
-        held_out = data.open_rows(opened.rows, data.HELD_OUT)
-        order = data.order(len(held_out), evaluation.ORDER_SEED, 0, min(rows, len(held_out)))
-        decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
-        mesh, loaded = opening.load_gemma(config)
-        results = detect(
-            mesh,
-            loaded,
-            opened.subjects,
-            held_out.read(order),
-            latents,
-            seed,
-            per_batch,
-            decode,
-            config.data.masked_prefix,
-        )
-        about = {
-            "model": config.model,
-            "step": opened.step,
-            "text": printing.shareable(config.data.text),
-            "context_length": config.data.context_length,
-            "rows": len(order),
-            "seed": seed,
-        }
-        written = {name: numbers(result) for name, result in results.items()}
-        files.write_json(out / "detection.json", about | {"sae": written})
-        print_tables(results, len(order))
-        print(f"Wrote {out / 'detection.json'}", flush=True)
-        return results
+    opened = opening.open_path(path, **overrides)
+    config = opened.config
+    rows = config.evaluation.rows if rows is None else rows
+    per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
+    given = {
+        "rows": (rows, 1),
+        "latents": (latents, 1),
+        "rows_per_batch": (per_batch, 1),
+        "seed": (seed, 0),
+    }
+    for name, (value, least) in given.items():
+        if value < least:
+            raise ValueError(f"--{name} is {value}; it must be at least {least}")
+    out = opening.results_folder(opened, path, out)
+    held_out = data.open_rows(opened.rows, data.HELD_OUT)
+    order = data.order(len(held_out), evaluation.ORDER_SEED, 0, min(rows, len(held_out)))
+    decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
+    mesh, loaded = opening.load_gemma(config)
+    results = detect(
+        mesh,
+        loaded,
+        opened.subjects,
+        held_out.read(order),
+        latents,
+        seed,
+        per_batch,
+        decode,
+        config.data.masked_prefix,
+    )
+    about = {
+        "model": config.model,
+        "step": opened.step,
+        "text": printing.shareable(config.data.text),
+        "context_length": config.data.context_length,
+        "rows": len(order),
+        "seed": seed,
+    }
+    written = {name: numbers(result) for name, result in results.items()}
+    files.write_json(out / "detection.json", about | {"sae": written})
+    print_tables(results, len(order))
+    print(f"Wrote {out / 'detection.json'}", flush=True)
+    return results
 
 
 def numbers(result: Detection | Latent) -> dict:

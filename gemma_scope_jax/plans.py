@@ -133,6 +133,7 @@ def _check_ranges(config: Config) -> None:
         "evaluation.rows_per_batch": config.evaluation.rows_per_batch,
         "normalizer.rows": config.normalizer.rows,
         "hosts.heartbeat_timeout_seconds": config.hosts.heartbeat_timeout_seconds,
+        "hosts.join_timeout_seconds": config.hosts.join_timeout_seconds,
     }
     for name in ("data", "latent"):
         value = getattr(config.mesh, name)

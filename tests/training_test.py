@@ -50,7 +50,7 @@ def logged_steps(workdir):
 def finished(inputs, tmp_path_factory):
     """A run trained without interruption."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert training.train(tiny.run_config(inputs, **LONG), workdir) == 0
+    training.train(tiny.run_config(inputs, **LONG), workdir)
     return workdir
 
 
@@ -61,7 +61,7 @@ def test_a_run_directory_is_self_contained(inputs, finished):
     total = plan.harvests + plan.ring_steps
     assert logged_steps(finished) == list(range(1, total + 1))
     assert sorted(p.name for p in finished.iterdir()) == [
-        ".lock", "checkpoints", "config.json", "metrics.jsonl", "rows", "sae", "tensorboard",
+        "checkpoints", "config.json", "metrics.jsonl", "rows", "sae", "tensorboard",
     ]  # fmt: skip
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [250, total]
     assert any((finished / "tensorboard").iterdir())
@@ -104,7 +104,7 @@ def test_a_profile_shows_gemma_the_ring_and_each_bank(inputs, tmp_path):
     bank = dict(layers=(1,), width=64, bandwidth=0.1, initial_threshold=0.1)
     banks = {"first": bank, "second": bank | {"layers": (2,)}}
     c = tiny.run_config(inputs, banks=banks, log__profile_from=6, log__profile_steps=1)
-    assert training.train(c, tmp_path / "run") == 0
+    training.train(c, tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     run = runs.build(c)
     hlo = training.lower_step(run, *runs.abstract_inputs(run)).as_text(debug_info=True)
@@ -117,21 +117,21 @@ def test_a_profile_shows_gemma_the_ring_and_each_bank(inputs, tmp_path):
 def test_the_step_is_traced_once_in_a_run(inputs, tmp_path, monkeypatch):
     make_step = step.make_step
     monkeypatch.setattr(step, "make_step", lambda *args: chex.assert_max_traces(make_step(*args), n=1))
-    assert training.train(tiny.run_config(inputs), tmp_path / "run") == 0
+    training.train(tiny.run_config(inputs), tmp_path / "run")
 
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, capsys):
     c = tiny.run_config(inputs)
-    assert training.train(c, tmp_path / "run") == 0
+    training.train(c, tmp_path / "run")
     before = final_state(c, tmp_path / "run")
     (export,) = (tmp_path / "run" / "sae").iterdir()
     (export / "evaluation.json").write_text("an hour's work")
-    assert training.train(c, tmp_path / "run") == 0
+    training.train(c, tmp_path / "run")
     assert (export / "evaluation.json").read_text() == "an hour's work"
     jax.tree.map(np.testing.assert_array_equal, final_state(c, tmp_path / "run"), before)
 
     longer = tiny.run_config(inputs, train__tokens=128 * 30)
-    assert training.train(longer, tmp_path / "run") == 0
+    training.train(longer, tmp_path / "run")
     after = final_state(longer, tmp_path / "run")
     assert int(after.harvests) == int(after.draws) == 30
     assert logged_steps(tmp_path / "run") == list(range(1, int(after.step) + 1))
@@ -148,7 +148,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     """What stays goes on as if the others had always been there; what is new begins as a new run would."""
     old = tmp_path / "old"
     c = tiny.run_config(inputs, banks=BANKS)
-    assert training.train(c, old) == 0
+    training.train(c, old)
     before = final_state(c, old)
     files_before = {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()}
 
@@ -156,7 +156,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     banks = {"residual": residual, "mlp": residual | {"sites": ("mlp_out",), "layers": (2,)}}
     changes = dict(train__tokens=128 * 16, start_from=str(old), optimizer__learning_rate=1e-3)
     new = tiny.run_config(inputs, banks=banks, **changes)
-    assert training.train(new, tmp_path / "new") == 0
+    training.train(new, tmp_path / "new")
     assert "of 6 SAEs 2 go on, 4 are new." in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()} == files_before
     after = final_state(new, tmp_path / "new")
@@ -169,7 +169,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
 
     # The first run, had it been extended in place, gives the same two SAEs.
     longer = tiny.run_config(inputs, banks=BANKS, train__tokens=128 * 16)
-    assert training.train(longer, old) == 0
+    training.train(longer, old)
     whole = final_state(longer, old).banks["residual"]
     for mine, its in ((0, 1), (1, 0)):
         jax.tree.map(
@@ -203,7 +203,7 @@ def test_what_cannot_be_started_from_is_refused(inputs, tmp_path_factory, change
 @pytest.fixture(scope="module")
 def short(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "short"
-    assert training.train(tiny.run_config(inputs), workdir) == 0
+    training.train(tiny.run_config(inputs), workdir)
     return workdir
 
 
@@ -259,7 +259,7 @@ def on_four(inputs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         on_devices(patch, 4)
         patch.setattr(checkpoint, "save", save_and_copy)
-        assert training.train(tiny.run_config(inputs, **THREE, mesh__data=2, mesh__latent=2), workdir) == 0
+        training.train(tiny.run_config(inputs, **THREE, mesh__data=2, mesh__latent=2), workdir)
     return workdir, workdir.with_name("at_six")
 
 
@@ -271,7 +271,7 @@ def test_a_run_goes_on_on_other_devices_as_if_it_had_always_been_there(
     workdir = shutil.copytree(at_six, tmp_path / "run")
     on_devices(monkeypatch, count)
     c = tiny.run_config(inputs, **THREE, mesh__data=mesh[0], mesh__latent=mesh[1])
-    assert training.train(c, workdir) == 0
+    training.train(c, workdir)
     logs = [log_lib.read_metrics(folder) for folder in (whole, workdir)]
     assert len(logs[0]) == len(logs[1]) == 14
     for expected, resumed in zip(*logs, strict=True):
@@ -285,7 +285,7 @@ def test_a_run_goes_on_on_other_devices_as_if_it_had_always_been_there(
 def test_a_run_of_many_devices_is_read_on_one(inputs, tmp_path):
     """Three members, padded to four for a data axis of two."""
     bank = dict(banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1), mesh__data=2, mesh__latent=4)
-    assert training.train(tiny.run_config(inputs, **bank), tmp_path / "run") == 0
+    training.train(tiny.run_config(inputs, **bank), tmp_path / "run")
     run, state = runs.open_run(tmp_path / "run")
     assert run.mesh.size == 1 and state.banks["main"].params.W_enc.shape[0] == 3
     assert not jax.tree.leaves((state.ring.slots, state.banks["main"].opt_state))  # Nobody reads them.
@@ -298,11 +298,11 @@ def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
     lines = (inputs / "text.jsonl").read_text()
     text.write_text(lines)
     changes = dict(data__text=str(text), data__folder=str(tmp_path / "cache"))
-    assert training.train(tiny.run_config(inputs, **changes), tmp_path / "run") == 0
+    training.train(tiny.run_config(inputs, **changes), tmp_path / "run")
     before = (tmp_path / "run" / "rows").read_text()
     text.write_text(json.dumps({"text": "a document before all others"}) + "\n" + lines)
     longer = tiny.run_config(inputs, train__tokens=128 * 12, **changes)
-    assert training.train(longer, tmp_path / "run") == 0
+    training.train(longer, tmp_path / "run")
     assert (tmp_path / "run" / "rows").read_text() == before
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match="has changed since this run was started"):
@@ -312,7 +312,7 @@ def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
 def test_a_config_may_be_mended_until_something_has_been_trained(inputs, tmp_path):
     with pytest.raises(ValueError, match="no weights at"):
         training.train(tiny.run_config(inputs, weights=str(tmp_path / "nowhere")), tmp_path / "run")
-    assert training.train(tiny.run_config(inputs), tmp_path / "run") == 0
+    training.train(tiny.run_config(inputs), tmp_path / "run")
 
 
 def test_wrong_weights_are_said_before_the_text_is_tokenised(inputs, tmp_path):
@@ -527,7 +527,7 @@ def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path
     shared = dict(width=64, bandwidth=0.1, initial_threshold=0.1)
     banks = {"main": dict(layers=(1, 2), **shared), "mlp": mlp | shared}
     c = tiny.run_config(inputs, banks=banks, log__evaluate_every=7, mesh__data=2, mesh__latent=4)
-    assert training.train(c, tmp_path / "run") == 0
+    training.train(c, tmp_path / "run")
     entries = training.log.read_metrics(tmp_path / "run")
     assert [entry["step"] for entry in entries if "held_out" in entry] == [7, 14]
     found = entries[-1]["held_out"]
