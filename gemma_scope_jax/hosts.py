@@ -70,12 +70,12 @@ def initialize(config: HostsConfig, saves_together: bool = False) -> None:
         left = started + config.join_timeout_seconds - time.monotonic()
         if left <= 0:
             raise ValueError(
-                f"{_waiting(place)} for {config.join_timeout_seconds} s, hosts.join_timeout_seconds. Start the same "
-                "command for all of them, or set JAX_NUM_PROCESSES=1 to run alone"
+                f"waited {config.join_timeout_seconds} s (hosts.join_timeout_seconds) {_waited_for(place)}; start "
+                "the same command for all of them, or set JAX_NUM_PROCESSES=1 to run alone"
             )
         thread.join(min(wait, left))
         if thread.is_alive() and left > wait:
-            print(f"{_waiting(place)}, for {time.monotonic() - started:.0f} s so far.", flush=True)
+            print(f"Waiting {_waited_for(place)}: {time.monotonic() - started:.0f} s so far.", flush=True)
         wait = _SAY_EVERY
     if failed:
         raise failed[0]
@@ -137,8 +137,12 @@ def gpus_of(environment: Mapping[str, str]) -> list[int] | None:
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
     tasks = _tasks_on_this_host(environment)
-    bound = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")
-    if tasks == 1 or any(name in environment for name in bound):
+    is_bound = (
+        "SLURM_GPUS_PER_TASK" in environment
+        or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
+        or not environment.get("SLURM_GPU_BIND", "none").endswith("none")
+    )
+    if tasks == 1 or is_bound:
         return []  # Alone, or Slurm lets each task see its own only.
     local = environment.get("SLURM_LOCALID", environment.get("OMPI_COMM_WORLD_LOCAL_RANK", ""))
     visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
@@ -196,26 +200,25 @@ def _connect(place: Place, config: HostsConfig) -> None:
         raise ValueError(f"cannot join the other processes at {place.address}: {reason}") from error
 
 
-def _waiting(place: Place) -> str:
+def _waited_for(place: Place) -> str:
     """Whom this process waits for, and what is seen of them."""
     if place.count == 1:
-        return "Waiting for this cluster to say who the other processes are"
-    others = [n for n in range(place.count) if n != place.index]
-    named = ", ".join(map(str, others[:8])) + ("…" if len(others) > 8 else "")
-    nodes = os.environ.get("SLURM_STEP_NODELIST")
-    on = f" on {printable(nodes)}" if nodes else ""
-    who = f"process {place.index} of {place.count} (from 0) at {place.address}"
+        return "for this cluster to say who the other processes are"
+    this = f"as process {place.index} of {place.count} (from 0)"
     if place.index == 0:
-        return f"Waiting as {who} for {named}{on} to connect"
+        others = ", ".join(map(str, range(1, min(place.count, 8)))) + ("…" if place.count > 8 else "")
+        nodes = os.environ.get("SLURM_STEP_NODELIST")
+        on = f" on {printable(nodes)}" if nodes else ""
+        return f"{this} at {place.address} for process {others}{on} to connect"
     host, port = place.address.rsplit(":", 1)
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
-            seen = "process 0 answers, so another is missing"
+            seen = "it answers, so another one is missing"
     except socket.gaierror:
         seen = f"the name {host} is not known here"
     except (OSError, OverflowError) as error:
-        seen = f"process 0 does not answer: {getattr(error, 'strerror', None) or error}"
-    return f"Waiting as process {place.index} of {place.count} (from 0) for process 0 at {place.address} ({seen})"
+        seen = f"it does not answer: {getattr(error, 'strerror', None) or error}"
+    return f"{this} for process 0 at {place.address} ({seen})"
 
 
 def is_first() -> bool:

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -77,9 +78,18 @@ class _CommandLine:
         elif request is None or now - self._asked_at > _SAME_SECONDS:
             why = self.why if request is None else "asked twice"
             try:
+                _end_children()
                 _say(f"{number.name}: leaving at once{why and f'; {why}'}.")
             finally:
                 os._exit(128 + number)
+
+
+def _end_children() -> None:
+    """Ends the processes that work for this one, which would end by themselves, but may be busy importing."""
+    if multiprocessing := sys.modules.get("multiprocessing"):  # Else there are none.
+        with contextlib.suppress(Exception):
+            for child in multiprocessing.active_children():
+                child.kill()
 
 
 _command_line: _CommandLine | None = None

@@ -132,6 +132,7 @@ def _write_parts(
     if len(head) < 2 or workers == 1:
         return [_write_part(config, tokenizer, folder, *part) for part in parts]
     # Not forked: the parent may have threads of JAX's.
+    _start_tracker()
     spawn = multiprocessing.get_context("spawn")
     leash, ours = spawn.Pipe(duplex=False)
     pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _load_in_worker, (load_tokenizer, leash))
@@ -161,10 +162,19 @@ def _write_parts(
     return lengths
 
 
+def _start_tracker() -> None:
+    """Starts what gives back the semaphores of a process that leaves at once, and would warn of each."""
+    before = os.environ.get("PYTHONWARNINGS", "")
+    os.environ["PYTHONWARNINGS"] = f"{before},ignore:resource_tracker".removeprefix(",")
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+    finally:
+        os.environ["PYTHONWARNINGS"] = before
+
+
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
     """A process begun within it knows of no Ctrl-C until it has loaded what it needs, and so prints no traceback."""
-    multiprocessing.resource_tracker.ensure_running()  # Else it is begun within, and unblocks them.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,5 +1,7 @@
 """Whole runs: what is written, exact resume after any kind of end, and answers to signals and bad input."""
 
+import errno
+import io
 import json
 import os
 import pathlib
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -322,6 +325,45 @@ def test_wrong_weights_are_said_before_the_text_is_tokenised(inputs, tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
+class Deaf(io.StringIO):
+    """A stream whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    flush = write
+
+
+def test_an_interrupt_in_a_notebook_is_raised_when_the_state_is_saved(inputs, tmp_path, monkeypatch):
+    """With nobody to read its words; and on another thread, where Python hears no signal, it runs to its end."""
+    c = tiny.run_config(inputs)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    read, calls = runs.read_batch, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return read(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="Saved step") as caught:
+        patch.setattr(runs, "read_batch", interrupted)
+        patch.setattr(sys, "stderr", Deaf())
+        training.train(c, tmp_path / "run")
+    assert caught.value.number == signal.SIGINT
+    steps = logged_steps(tmp_path / "run")
+    assert int(final_state(c, tmp_path / "run").step) == steps[-1] < 14
+    assert not (tmp_path / "run" / "sae").exists()
+
+    found = []
+    thread = threading.Thread(target=lambda: found.append(training.train(c, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert found[0].config == c and len(logged_steps(tmp_path / "run")) == 14
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_two_processes_do_not_train_in_one_directory(inputs, tmp_path):
     with training._locked(tmp_path / "run"):
         with pytest.raises(ValueError, match="another process is training in"):
@@ -370,6 +412,7 @@ class Process:
         workdir: pathlib.Path,
         output: pathlib.Path | None = None,
         program: Sequence[str] = (tiny.__file__,),
+        is_piped: bool = False,
     ) -> None:
         given = json.dumps({"config": config.to_dict(run_config), "workdir": str(workdir)})
         self.workdir = workdir
@@ -380,7 +423,7 @@ class Process:
         with self.output.open("w") as file:
             self.popen = subprocess.Popen(
                 [sys.executable, *program, given],
-                stdout=file,
+                stdout=subprocess.PIPE if is_piped else file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
             )
@@ -435,11 +478,10 @@ def test_killed_and_interrupted_a_run_ends_bit_for_bit_as_if_it_had_not_been(inp
     process.wait_until(lambda: process.logged(60))
     assert process.send(signal.SIGKILL) == -signal.SIGKILL
 
-    process = Process(c, workdir)
+    process = Process(c, workdir, is_piped=True)
+    process.popen.stdout.close()  # It goes on when its reader has gone, and still answers.
     process.wait_until(lambda: process.logged(150))
-    assert process.send(signal.SIGINT) == 130, process.text()
-    assert "SIGINT: saving a checkpoint, then leaving" in process.text()
-    assert "To go on, run the same command again" in process.text()
+    assert process.send(signal.SIGINT) == 130
     steps = logged_steps(workdir)
     assert steps == list(range(1, len(steps) + 1))
     assert (workdir / "checkpoints" / str(steps[-1])).exists()
@@ -512,6 +554,37 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_last_checkpoint(inputs, 
     process = Process(c, small_disk / "run", output=small_disk.with_suffix(".out"))
     assert process.popen.wait(timeout=120) == 0, process.text()
     assert "Continuing from step" in process.text()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10))
+def test_soak_signals_at_random_moments_behind_a_pipe(inputs, finished, tmp_path, seed):
+    """Each is answered within seconds, whoever still reads, and costs nothing that a step was finished for."""
+    moments, c, workdir = random.Random(seed), tiny.run_config(inputs, **LONG), tmp_path / "run"
+    for _ in range(4):
+        process = Process(c, workdir, is_piped=True)
+        if moments.random() < 0.7:
+            process.popen.stdout.close()
+        else:
+            threading.Thread(target=process.popen.stdout.read, daemon=True).start()
+        before = len(logged_steps(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+        if moments.random() < 0.7:
+            after = min(before + moments.randrange(1, 60), 230)
+            process.wait_until(lambda p=process, n=after: p.logged(n))
+        time.sleep(6 * moments.random() ** 3)
+        number = moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+        for _ in range(moments.choice([1, 1, 2])):
+            process.popen.send_signal(number)
+        # One that had just ended has nothing to answer.
+        assert process.popen.wait(timeout=30) in (128 + number, -number, 0)
+        if (workdir / "metrics.jsonl").exists() and logged_steps(workdir):
+            saved = max(
+                (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), default=0
+            )
+            assert saved in (logged_steps(workdir)[-1], before // 25 * 25, before)
+    process = Process(c, workdir)
+    assert process.popen.wait(timeout=300) == 0, process.text()
+    assert_same_end(c, finished, workdir)
 
 
 @pytest.mark.soak
