@@ -35,9 +35,9 @@ def main() -> None:
     cli.check_outputs(args)
     from gemma_scope_jax import config, hosts, report  # Imported late: --help should not take seconds.
 
-    hosts.initialize(config.HostsConfig().heartbeat_timeout_seconds)
+    hosts.initialize(config.HostsConfig())
     report.evaluate_path(**vars(args))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "the same command goes on after the last whole batch")

@@ -6,13 +6,12 @@ On a slice of several hosts, the same command on each of them; see docs/pods.md.
 """
 
 import argparse
-import sys
 
 from gemma_scope_jax import cli
 
 
 def main() -> None:
-    """Parses the command line, trains, and exits with the run's code."""
+    """Parses the command line and trains."""
     parser = cli.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -30,9 +29,9 @@ def main() -> None:
     from gemma_scope_jax import config, hosts, training
 
     made = config.from_dict(values)
-    hosts.initialize(made.hosts.heartbeat_timeout_seconds)
-    sys.exit(training.train(made, args.workdir))
+    hosts.initialize(made.hosts, saves_together=True)
+    training.train(made, args.workdir)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "nothing has been trained yet")

@@ -7,12 +7,14 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax import interrupt
+from gemma_scope_jax.printing import Unfailing, printable
 from gemma_scope_jax.ranges import COUNT, Range, shown
 
 # Gemma's package imports TensorFlow, which else opens every run with its own notices.
@@ -60,8 +62,15 @@ def find_tpu_compiler() -> None:
         os.environ.setdefault("TPU_LIBRARY_PATH", str(_TPU_COMPILER))
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls `main`; what a user can mend is said in one line, everything else keeps its traceback."""
+def run(main: Callable[[], None], why: str = "") -> None:
+    """Calls `main`; what a user can mend is said in one line, everything else keeps its traceback.
+
+    Args:
+      main: the command.
+      why: what to add when a signal ends it at once; see `interrupt.leaving`.
+    """
+    _keep_speaking()
+    interrupt.answer(why)
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file.
@@ -74,21 +83,36 @@ def run(main: Callable[[], None]) -> None:
     )
     try:
         main()
-    except SystemExit:
-        raise
-    except BaseException as error:
-        if _is_one_of_many():
-            # At once: an orderly end would wait for the others, who wait for this one.
-            print(f"\nError: {explain(error) or traceback.format_exc()}", file=sys.stderr, flush=True)
-            os._exit(1)
-        if not isinstance(error, Exception):
-            raise
+    except interrupt.Interrupted as error:
+        if not _is_one_of_many() or sys.modules["jax"].process_index() == 0:
+            print(f"\n{error}", file=sys.stderr, flush=True)
+        sys.exit(128 + error.number)  # In good order: of many hosts each waits for the others.
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+    except Exception as error:
         message = explain(error)
+        if message is None and _is_one_of_many():
+            message = traceback.format_exc()
         if message is None:
             raise
         print(f"\nError: {message}", file=sys.stderr, flush=True)
-        # Not sys.exit: on a full disk, each writer that is still open would have its own traceback to add.
+        # Not sys.exit: on a full disk, each writer that is still open would have its own traceback to add, and one of
+        # many processes would wait for the others, who wait for this one.
         os._exit(1)
+
+
+def _keep_speaking() -> None:
+    """A reader that is gone, a full disk and a closed stream cost words and nothing else."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # The next file opened would get this number, and every library's messages.
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Unfailing(stream))
 
 
 def _threads_error(args: threading.ExceptHookArgs) -> None:

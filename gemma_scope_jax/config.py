@@ -93,6 +93,7 @@ class HostsConfig:
     """How the processes of several hosts hold together."""
 
     heartbeat_timeout_seconds: int = 30  # When one has not been heard of for so long, all others end.
+    join_timeout_seconds: int = 300  # At the start each waits so long for the others.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +180,7 @@ RANGES: Mapping[str, Range] = {
     "mesh.data": COUNT_OR_NONE,
     "mesh.latent": COUNT_OR_NONE,
     "hosts.heartbeat_timeout_seconds": COUNT,
+    "hosts.join_timeout_seconds": COUNT,
     "log.checkpoint_every": COUNT,
     "log.keep_checkpoints": COUNT,
     "log.evaluate_every": COUNT_OR_NONE,

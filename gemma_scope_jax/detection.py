@@ -23,7 +23,6 @@ from gemma_scope_jax import (
     evaluation,
     files,
     gemma,
-    interrupt,
     opening,
     printing,
     ranges,
@@ -286,43 +285,42 @@ def detect_path(
       out: the folder to write to; None: see `opening.results_folder`.
       **overrides: see `opening.open_path`.
     """
-    with interrupt.ending_at_once("detection writes its results when it ends"):
-        opened = opening.open_path(path, **overrides)
-        config = opened.config
-        rows = config.evaluation.rows if rows is None else rows
-        per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-        for name, value in (("rows", rows), ("latents", latents), ("rows_per_batch", per_batch)):
-            ranges.check(f"--{name}", value, ranges.COUNT)
-        ranges.check("--seed", seed, ranges.SEED)
-        out = opening.results_folder(opened, path, out)
-        held_out = data.open_rows(opened.rows, data.HELD_OUT)
-        order = data.order(len(held_out), evaluation.ORDER_SEED, 0, min(rows, len(held_out)))
-        decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
-        mesh, loaded = opening.load_gemma(config)
-        results = detect(
-            mesh,
-            loaded,
-            opened.subjects,
-            held_out.read(order),
-            latents,
-            seed,
-            per_batch,
-            decode,
-            config.data.masked_prefix,
-        )
-        about = {
-            "model": config.model,
-            "step": opened.step,
-            "text": printing.shareable(config.data.text),
-            "context_length": config.data.context_length,
-            "rows": len(order),
-            "seed": seed,
-        }
-        written = {name: numbers(result) for name, result in results.items()}
-        files.write_json(out / "detection.json", about | {"sae": written})
-        print_tables(results, len(order))
-        say(f"Wrote {out / 'detection.json'}")
-        return results
+    opened = opening.open_path(path, **overrides)
+    config = opened.config
+    rows = config.evaluation.rows if rows is None else rows
+    per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
+    for name, value in (("rows", rows), ("latents", latents), ("rows_per_batch", per_batch)):
+        ranges.check(f"--{name}", value, ranges.COUNT)
+    ranges.check("--seed", seed, ranges.SEED)
+    out = opening.results_folder(opened, path, out)
+    held_out = data.open_rows(opened.rows, data.HELD_OUT)
+    order = data.order(len(held_out), evaluation.ORDER_SEED, 0, min(rows, len(held_out)))
+    decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
+    mesh, loaded = opening.load_gemma(config)
+    results = detect(
+        mesh,
+        loaded,
+        opened.subjects,
+        held_out.read(order),
+        latents,
+        seed,
+        per_batch,
+        decode,
+        config.data.masked_prefix,
+    )
+    about = {
+        "model": config.model,
+        "step": opened.step,
+        "text": printing.shareable(config.data.text),
+        "context_length": config.data.context_length,
+        "rows": len(order),
+        "seed": seed,
+    }
+    written = {name: numbers(result) for name, result in results.items()}
+    files.write_json(out / "detection.json", about | {"sae": written})
+    print_tables(results, len(order))
+    say(f"Wrote {out / 'detection.json'}")
+    return results
 
 
 def numbers(result: Detection | Latent) -> dict:

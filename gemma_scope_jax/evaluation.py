@@ -4,6 +4,7 @@ Every position that counts is spliced, and only predictions made from such posit
 BOS, EOS and PAD. `passes` has the compiled passes, `metrics` the numbers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import data, files, gemma, hosts, metrics, passes, sae, sharding
+from gemma_scope_jax import data, files, gemma, hosts, locks, metrics, passes, sae, sharding
 from gemma_scope_jax.metrics import Evaluation
 
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
@@ -162,6 +163,25 @@ def one_device() -> jax.sharding.Mesh:
     return sharding.make_mesh(1, 1, jax.local_devices()[:1])
 
 
+@contextlib.contextmanager
+def holding_parts(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps a second process away from a folder of parts; one that is left empty goes away.
+
+    Raises:
+      ValueError: another process is at work there.
+    """
+    if not hosts.is_first():
+        yield
+        return
+    try:
+        busy = f"another process is writing to {folder.parent}; wait for it or stop it, or give another --out"
+        with locks.locked(folder / ".lock", busy):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # Something was cut off there before, or is under way.
+            folder.rmdir()
+
+
 class Parts:
     """What was measured of each batch, kept in a folder so that a long evaluation goes on where it was cut off."""
 
@@ -174,35 +194,61 @@ class Parts:
         hosts.wait_for_all("the parts of an evaluation are opened")
 
     def read(self, index: int) -> dict[str, dict[str, np.ndarray]] | None:
-        """What `write` was given; None if it was not."""
+        """What `write` was given; None if it was not, or if the file is damaged, which is said."""
         path = self._path(index)
-        if not path.exists():
-            return None
-        found: dict[str, dict[str, np.ndarray]] = {}
-        with np.load(path) as arrays:
-            for key in arrays.files:
-                of, _, quantity = key.rpartition("/")
-                found.setdefault(of, {})[quantity] = arrays[key]
-        return found
+        found = None
+        if path.exists():
+            try:
+                found = _read_part(path)
+            except (OSError, ValueError):
+                tqdm.tqdm.write(f"{path} is damaged; it is measured again.")
+        return found if hosts.all_agree(found is not None) else None
 
     def write(self, index: int, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Keeps what was found, by SAE or site and quantity."""
         if hosts.is_first():
-            with files.replacing_file(self._path(index)) as partial, partial.open("wb") as file:
-                np.savez(
-                    file, **{f"{of}/{name}": v for of, values in found.items() for name, v in values.items()}
-                )
+            # Where there are no locks, another process may have ended and taken the folder with it.
+            with contextlib.suppress(FileNotFoundError):
+                _write_part(self._path(index), found)
         hosts.wait_for_all(f"part {index} of an evaluation is written")
 
     def remove(self) -> None:
         """To be called when nothing can be lost any more."""
         if hosts.is_first():
-            shutil.rmtree(self.folder)
-            if not any(self.folder.parent.iterdir()):
-                self.folder.parent.rmdir()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, index: int) -> pathlib.Path:
         return self.folder / f"batch_{index:06}.npz"
+
+
+_DIGEST = hashlib.sha256  # Before an archive of arrays: nothing of a damaged file is ever parsed.
+
+
+def _write_part(path: pathlib.Path, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    arrays = {f"{of}/{name}": value for of, values in found.items() for name, value in values.items()}
+    size = _DIGEST().digest_size
+    with files.replacing_file(path) as partial, partial.open("w+b") as file:
+        file.seek(size)
+        np.savez(file, **arrays)
+        file.seek(size)
+        digest = hashlib.file_digest(file, _DIGEST).digest()
+        file.seek(0)
+        file.write(digest)
+
+
+def _read_part(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
+    """What `_write_part` was given; ValueError if the file has changed since."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    size = _DIGEST().digest_size
+    with files.open_regular(path) as file:
+        if file.read(size) != hashlib.file_digest(file, _DIGEST).digest():
+            raise ValueError(f"{path} is damaged")
+        file.seek(size)
+        with np.load(file, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                of, _, quantity = key.rpartition("/")
+                found.setdefault(of, {})[quantity] = arrays[key]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -297,7 +297,7 @@ def run_attribute(
     Raises:
       ValueError: options that do not go together; see also `attribute`, `integrate` and `ablations`.
     """
-    from gemma_scope_jax import data, explore, interrupt
+    from gemma_scope_jax import data, explore
     from gemma_scope_jax.explore import pictures
     from gemma_scope_jax.explore.scope import only
 
@@ -306,32 +306,31 @@ def run_attribute(
     if prompts and (not ablate or is_integrated or html):
         raise ValueError("--prompts goes with --ablate=N and without --integrated and --html")
     texts = data.read_prompts(prompts) if prompts else None
-    with interrupt.ending_at_once("nothing was written"):
-        scope = explore.open_scope(path, **overrides)
-        if sae is not None:
-            scope = only(scope, sae)
-        question = {"answer": answer, "against": against, "token": token}
-        if prompts:
-            made = explore.ablations_of_prompts(scope, texts, ablate, seed, **question)
-            made.show(top)
-            _write_png(png, made.figure)
-            return
-        if is_integrated:
-            if len(scope.subjects) > 1:
-                raise ValueError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
-            found = explore.integrate(scope, prompt, next(iter(scope.subjects)), **question)
-        else:
-            found = explore.attribute(scope, prompt, **question)
-        found.show(top)
-        shown = {}
-        if ablate:
-            made = explore.ablations(scope, found, ablate, seed)
-            made.show(top)
-            shown = {"Held against ablation": pictures.png(made.figure())}
-        if html:
-            found.write_html(html, top, shown)
-            _tell(html)
-        _write_png(png, found.figure)
+    scope = explore.open_scope(path, **overrides)
+    if sae is not None:
+        scope = only(scope, sae)
+    question = {"answer": answer, "against": against, "token": token}
+    if prompts:
+        made = explore.ablations_of_prompts(scope, texts, ablate, seed, **question)
+        made.show(top)
+        _write_png(png, made.figure)
+        return
+    if is_integrated:
+        if len(scope.subjects) > 1:
+            raise ValueError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
+        found = explore.integrate(scope, prompt, next(iter(scope.subjects)), **question)
+    else:
+        found = explore.attribute(scope, prompt, **question)
+    found.show(top)
+    shown = {}
+    if ablate:
+        made = explore.ablations(scope, found, ablate, seed)
+        made.show(top)
+        shown = {"Held against ablation": pictures.png(made.figure())}
+    if html:
+        found.write_html(html, top, shown)
+        _tell(html)
+    _write_png(png, found.figure)
 
 
 def _write_png(path: pathlib.Path | None, draw: Callable[[], object]) -> None:
@@ -381,7 +380,7 @@ def run_steer(
     Raises:
       ValueError: an edit is not written as one, or options do not go together.
     """
-    from gemma_scope_jax import explore, interrupt
+    from gemma_scope_jax import explore
     from gemma_scope_jax.explore import specs, steering, strengths
 
     made = [specs.parse(text) for text in edit]
@@ -398,25 +397,24 @@ def run_steer(
         _check_swept(edit, made)
     elif not prompts:
         raise ValueError("there is no prompt to go on with; give one, or --sweep")
-    with interrupt.ending_at_once("what is asked for is shown when all of it is there"):
-        scope = explore.open_scope(path, **overrides)
-        if not sweep:
-            changes = specs.resolve(scope, made)
-            length = steering.NUM_TOKENS if num_tokens is None else num_tokens
-            steered = explore.steer(scope, prompts, changes, length, temperature, samples, seed, chat)
-            steered.show()
-            if html:
-                steered.write_html(html)
-                _tell(html)
-        else:
-            once = specs.named(scope, made[0].edit)
-            kind = "add" if once.scale else "clamp"
-            by = [once.add * multiple for multiple in multiples or strengths.STRENGTHS]
-            swept = explore.sweep(
-                scope, once.sae, once.latent, by, kind, strengths.ROWS if rows is None else rows, tokens
-            )
-            swept.show()
-            _write_png(png, swept.figure)
+    scope = explore.open_scope(path, **overrides)
+    if not sweep:
+        changes = specs.resolve(scope, made)
+        length = steering.NUM_TOKENS if num_tokens is None else num_tokens
+        steered = explore.steer(scope, prompts, changes, length, temperature, samples, seed, chat)
+        steered.show()
+        if html:
+            steered.write_html(html)
+            _tell(html)
+    else:
+        once = specs.named(scope, made[0].edit)
+        kind = "add" if once.scale else "clamp"
+        by = [once.add * multiple for multiple in multiples or strengths.STRENGTHS]
+        swept = explore.sweep(
+            scope, once.sae, once.latent, by, kind, strengths.ROWS if rows is None else rows, tokens
+        )
+        swept.show()
+        _write_png(png, swept.figure)
 
 
 def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
@@ -444,5 +442,5 @@ def run_dashboards(top: int, **options: object) -> None:
     from gemma_scope_jax import config, hosts
     from gemma_scope_jax.explore import build, dashboards
 
-    hosts.initialize(config.HostsConfig().heartbeat_timeout_seconds)
+    hosts.initialize(config.HostsConfig())
     build.build(**options, options=dashboards.Options(top=top))

@@ -155,7 +155,7 @@ def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = _partial(path)
     try:
         partial.touch()
-        with _locked(partial) as file:
+        with _locked(partial, must=False) as file:
             yield partial
             os.fsync(file)  # Or a crash of the machine may leave the name without the content.
         partial.replace(path)
@@ -175,7 +175,7 @@ def filling_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         partial = _partial(folder / folder.name)
     try:
         partial.mkdir()
-        with _locked(partial):
+        with _locked(partial, must=False):
             yield partial
         _join(partial, folder)
     finally:
@@ -200,15 +200,20 @@ def _partial(path: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[int]:
+def _locked(path: pathlib.Path, must: bool = True) -> Iterator[int]:
     """Holds the lock of a file or folder, and gives its descriptor.
 
     Raises:
       BlockingIOError: another process holds it.
+      OSError: it must be locked, and the file system knows no locks, as some network ones do not.
     """
     file = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if must or isinstance(error, BlockingIOError):
+                raise
         yield file
     finally:
         os.close(file)

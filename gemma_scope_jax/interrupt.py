@@ -1,83 +1,160 @@
-"""SIGTERM and Ctrl-C: answered at once, with a save where there is something to save.
+"""Ctrl-C, SIGTERM and SIGHUP: the command line answers them at once, and a run saves before it stops.
 
-Python runs a signal's handler only between bytecodes, so not while XLA compiles or a step runs. The C-level
-handler does write the signal's number to a pipe at once; a thread reads it there.
+Python runs a signal's handler only between bytecodes, so not while XLA compiles or a step runs. The C-level handler
+does write the signal's number to a pipe at once; a thread of the command line reads it there.
 
-With more than one process SIGTERM is JAX's, whose preemption service has all hosts stop after the same step, and
-Ctrl-C ends the process at once, and the others when they miss it.
+A program that calls the library keeps its own handlers. There an interrupt is Python's KeyboardInterrupt; `saving`
+only holds it back until there is a save.
 """
 
 import contextlib
+import dataclasses
 import os
+import select
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
-import jax
+_ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A second signal this soon is the first one again: `timeout`, systemd and a closing terminal send two and mean one.
+_SAME_SECONDS = 1.0
 
-from gemma_scope_jax import hosts
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop by the signal `number`, and has saved its state."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
-class Interrupts:
-    """Between `allow_saving` and `forbid_saving` a signal is remembered in `received`; else it ends the process."""
+@dataclasses.dataclass
+class Request:
+    """Whether a run is asked to stop: the signal's number, or None."""
+
+    number: int | None = None
+
+
+class _CommandLine:
+    """The thread that answers signals. It decides first and speaks second, and no word of it can fail or wait."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
-        self._saving_allowed = False
-        self._why_not = "nothing has been trained yet"
-        self._is_alone = jax.process_count() == 1
-        signals = (signal.SIGTERM, signal.SIGINT) if self._is_alone else ()
+        self.why = ""  # What is lost or kept when the process leaves at once.
+        self.request: Request | None = None  # Of what would save first.
+        self.passes_on_hangups = False
+        self.deciding = threading.Lock()
+        self._asked_at = 0.0
+        # Where nohup has closing terminals ignored, they stay ignored.
+        self._signals = [s for s in _ANSWERED if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        self._writer = writer
-        self._previous = {s: signal.signal(s, lambda *_: None) for s in signals}
-        self._previous_fd = signal.set_wakeup_fd(writer)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.take_signals()
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
-    def close(self) -> None:
-        """Gives signals back to whom they belonged."""
-        signal.set_wakeup_fd(self._previous_fd)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        os.close(self._writer)  # Ends the thread.
-
-    def allow_saving(self) -> None:
-        """From here on the caller asks `should_stop` after each step."""
-        self._saving_allowed = True
-
-    def should_stop(self, step: int) -> bool:
-        """Whether this step is to be saved and be the last for now."""
-        if not self._is_alone and self.received is None and hosts.is_preempted(step):
-            print(f"\nSIGTERM: all hosts save step {step}, then leave.", flush=True)
-            self.received = signal.SIGTERM
-        return self.received is not None
-
-    def forbid_saving(self, why: str) -> None:
-        """From here on there is nothing newer than the last checkpoint, for the reason given."""
-        self._saving_allowed, self._why_not = False, why
+    def take_signals(self) -> None:
+        for number in self._signals:
+            signal.signal(number, lambda *_: None)
 
     def _listen(self, reader: int) -> None:
         while byte := os.read(reader, 1):
-            number = byte[0]
-            if number not in self._previous:
-                continue
-            name = signal.Signals(number).name
-            if self._saving_allowed and self.received is None:
-                print(f"\n{name}: saving a checkpoint, then leaving. Once more leaves at once.", flush=True)
-                self.received = number
-            else:
-                why = "asked twice" if self.received else self._why_not
-                print(f"\n{name}: leaving at once; {why}.", flush=True)
+            if byte[0] in self._signals:
+                self._answer(signal.Signals(byte[0]))
+
+    def _answer(self, number: signal.Signals) -> None:
+        if self.passes_on_hangups and number == signal.SIGHUP:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        now = time.monotonic()
+        with self.deciding:
+            request = self.request
+            is_first = request is not None and request.number is None
+            if is_first:
+                request.number, self._asked_at = number, now
+        if is_first:
+            _say(f"{number.name}: saving a checkpoint, then leaving. Once more leaves at once.")
+        elif request is None or now - self._asked_at > _SAME_SECONDS:
+            why = self.why if request is None else "asked twice"
+            try:
+                _end_children()
+                _say(f"{number.name}: leaving at once{why and f'; {why}'}.")
+            finally:
                 os._exit(128 + number)
-        os.close(reader)
+
+
+def _end_children() -> None:
+    """Ends the processes that work for this one, which would end by themselves, but may be busy importing."""
+    if multiprocessing := sys.modules.get("multiprocessing"):  # Else there are none.
+        with contextlib.suppress(Exception):
+            for child in multiprocessing.active_children():
+                child.kill()
+
+
+_command_line: _CommandLine | None = None
+
+
+def _say(text: str) -> None:
+    """Writes to standard error past Python, where another thread may hold the stream and wait for its reader."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 1)[1]:
+            os.write(2, f"\n{text}\n".encode())
+
+
+def answer(why: str = "") -> None:
+    """Has signals end this process at once, in one line; for the command line, which calls it once.
+
+    Args:
+      why: see `leaving`.
+    """
+    global _command_line
+    _command_line = _command_line or _CommandLine()
+    _command_line.why = why
+
+
+def answer_again() -> None:
+    """Takes signals back from a library that took them; nothing where the command line did not ask for them."""
+    if _command_line:
+        _command_line.take_signals()
+
+
+def pass_on_hangups() -> None:
+    """From here on SIGTERM is JAX's, whose preemption service has all hosts save; SIGHUP becomes one."""
+    if _command_line:
+        _command_line.passes_on_hangups = True
+
+
+def leaving(why: str) -> None:
+    """What the command line adds when a signal ends the process at once: what is lost, or how it goes on."""
+    if _command_line:
+        _command_line.why = why
 
 
 @contextlib.contextmanager
-def ending_at_once(why: str) -> Iterator[None]:
-    """Within it a signal ends the process at once; `why` says that nothing is saved."""
-    interrupts = Interrupts()
-    interrupts.forbid_saving(why)
+def saving() -> Iterator[Request]:
+    """Within it a signal is only remembered, for the caller to save and then raise `Interrupted`; a second ends it.
+
+    Of a program that calls the library it holds back Ctrl-C in the main thread, where Python delivers it.
+    """
+    request = Request()
+    previous = None
+    if _command_line:
+        _command_line.request = request
+    elif threading.current_thread() is threading.main_thread():
+        previous = signal.getsignal(signal.SIGINT)
+
+    def remember(number: int, _: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        request.number = number
+
+    if callable(previous):
+        signal.signal(signal.SIGINT, remember)
     try:
-        yield
+        yield request
     finally:
-        interrupts.close()
+        if _command_line:
+            with _command_line.deciding:
+                _command_line.request = None
+        elif callable(previous):
+            signal.signal(signal.SIGINT, previous)

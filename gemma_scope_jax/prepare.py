@@ -2,17 +2,19 @@
 
 import collections
 import concurrent.futures
-import fcntl
+import contextlib
 import hashlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pathlib
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tqdm
@@ -33,6 +35,7 @@ from gemma_scope_jax.data import (
     pack,
 )
 from gemma_scope_jax.files import expanded, read_json, replacing_file
+from gemma_scope_jax.locks import locked
 from gemma_scope_jax.printing import printable
 from gemma_scope_jax.tokenizer import Tokenizer
 
@@ -87,9 +90,8 @@ def prepare_rows(
         raise ValueError(f"data.context_length {config.context_length} leaves no room in the chat template")
     told = printable(f". {several}", 480) if only else ""
     print(f"Tokenising {printable(config.text)} into rows of {config.context_length}{told}.", flush=True)
-    (root / name).mkdir(parents=True, exist_ok=True)
-    with (root / name / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Until another process on this machine has done the same.
+    busy = f"Another process prepares the same text in {root / name}; waiting for it."
+    with locked(root / name / ".lock", busy, waits=True):
         return cached(config, name) or _prepare(config, tokenizer, load_tokenizer, name, identity, workers)
 
 
@@ -133,8 +135,10 @@ def _write_parts(
     if len(head) < 2 or workers == 1:
         return [_write_part(config, tokenizer, folder, *part) for part in parts]
     # Not forked: the parent may have threads of JAX's.
+    _start_tracker()
     spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _load_in_worker, (load_tokenizer,))
+    leash, ours = spawn.Pipe(duplex=False)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _load_in_worker, (load_tokenizer, leash))
     lengths, running = [], collections.deque()
     with pool, tqdm.tqdm(desc="Tokenising", unit="part", dynamic_ncols=True) as bar:
 
@@ -144,29 +148,55 @@ def _write_parts(
 
         try:
             for first, part in parts:
-                if _done_file(folder, first).exists():  # Its texts need not travel.
-                    running.append(pool.submit(_read_lengths, _done_file(folder, first)))
+                if (done := _read_lengths(folder, first)) is not None:  # Its texts need not travel.
+                    running.append(concurrent.futures.Future())
+                    running[-1].set_result(done)
                 else:
-                    running.append(pool.submit(_write_part_in_worker, config, folder, first, part))
+                    with _interrupts_blocked():
+                        running.append(pool.submit(_write_part_in_worker, config, folder, first, part))
                 if len(running) > 2 * workers:  # No more of the text in memory than is about to be worked on.
                     take()
             while running:
                 take()
         except BaseException:
+            ours.close()  # Ends the workers at once.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return lengths
 
 
+def _start_tracker() -> None:
+    """Starts what gives back the semaphores of a process that leaves at once, and would warn of each."""
+    before = os.environ.get("PYTHONWARNINGS", "")
+    os.environ["PYTHONWARNINGS"] = f"{before},ignore:resource_tracker".removeprefix(",")
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+    finally:
+        os.environ["PYTHONWARNINGS"] = before
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process begun within it knows of no Ctrl-C until it has loaded what it needs, and so prints no traceback."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 _tokenizer_of_worker: Tokenizer | None = None
 
 
-def _load_in_worker(load_tokenizer: Callable[[], Tokenizer]) -> None:
+def _load_in_worker(
+    load_tokenizer: Callable[[], Tokenizer], leash: multiprocessing.connection.Connection
+) -> None:
     global _tokenizer_of_worker
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        leash.poll(None)  # Until the parent has ended, or lets go of its end.
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -176,7 +206,7 @@ def _load_in_worker(load_tokenizer: Callable[[], Tokenizer]) -> None:
 def _write_part_in_worker(
     config: DataConfig, folder: pathlib.Path, first: int, texts: list[str]
 ) -> dict[str, int]:
-    return _write_part(config, _tokenizer_of_worker, folder, first, texts)
+    return _make_part(config, _tokenizer_of_worker, folder, first, texts)
 
 
 def _done_file(folder: pathlib.Path, first: int) -> pathlib.Path:
@@ -184,8 +214,24 @@ def _done_file(folder: pathlib.Path, first: int) -> pathlib.Path:
     return folder / f"from-{first:010}.json"
 
 
-def _read_lengths(done: pathlib.Path) -> dict[str, int]:
-    return read_json(done)
+def _read_lengths(folder: pathlib.Path, first: int) -> dict[str, int] | None:
+    """How many rows of each split a part has; None if it is not done, or damaged, which is said."""
+    done = _done_file(folder, first)
+    if not done.exists():
+        return None
+    try:
+        lengths = read_json(done)
+        for split in (TRAIN, HELD_OUT):
+            path = _part_file(folder, split, first)
+            # Where the last rename was cut off, some parts have their last names, and none is written any more.
+            if path.exists() or not any(folder.glob("*.array_record-*")):
+                reader = array_record_module.ArrayRecordReader(str(path))
+                if reader.num_records() != lengths[split]:
+                    raise ValueError(f"{path} has {reader.num_records()} rows, not {lengths[split]}")
+    except (OSError, ValueError, KeyError, RuntimeError):
+        print(f"{done} or its rows are damaged; this part is made again.", flush=True)
+        return None
+    return lengths
 
 
 def _part_file(folder: pathlib.Path, split: str, first: int) -> pathlib.Path:
@@ -195,10 +241,15 @@ def _part_file(folder: pathlib.Path, split: str, first: int) -> pathlib.Path:
 def _write_part(
     config: DataConfig, tokenizer: Tokenizer, folder: pathlib.Path, first: int, texts: list[str]
 ) -> dict[str, int]:
+    """Makes a part that is not done; returns how many rows of each split it has."""
+    done = _read_lengths(folder, first)
+    return _make_part(config, tokenizer, folder, first, texts) if done is None else done
+
+
+def _make_part(
+    config: DataConfig, tokenizer: Tokenizer, folder: pathlib.Path, first: int, texts: list[str]
+) -> dict[str, int]:
     """Writes the rows of a part that begins with document `first`, a file for each split; returns how many."""
-    done = _done_file(folder, first)
-    if done.exists():
-        return _read_lengths(done)
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     features, lengths = _features(config), {}
     # The rest of a reply would stand where a prompt belongs.
@@ -217,7 +268,7 @@ def _write_part(
                 writer.write(features.serialize_example(features.encode_example(row)))
                 lengths[split] += 1
             writer.close()
-    with replacing_file(done) as path:
+    with replacing_file(_done_file(folder, first)) as path:
         path.write_text(json.dumps(lengths))
     return lengths
 

@@ -8,6 +8,7 @@ import functools
 import pathlib
 import re
 import unicodedata
+from typing import TextIO
 
 LONGEST = 200  # Characters of a name or a value that a message quotes.
 
@@ -91,6 +92,34 @@ def shareable(text: object) -> str:
     own = pathlib.Path.home()
     homes = [r"/(?:home|Users)/[^/\s'\"]+", *([re.escape(str(own))] if own.name else [])]
     return re.sub(rf"(?<![\w.])(?:{'|'.join(homes)})(?![\w.-])", "~", without_credentials(text))
+
+
+class Unfailing:
+    """A stream on which no word fails: what a gone reader, a full disk or a closed file does not take is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):  # A closed file and what cannot be encoded are ValueErrors.
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:  # tqdm looks whether its stream is that of the terminal.
+        return self._stream == getattr(other, "_stream", other)
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
 
 
 def _escaped(letter: str) -> str:

@@ -21,7 +21,6 @@ from gemma_scope_jax import (
     evaluation,
     files,
     gemma,
-    interrupt,
     opening,
     printing,
     ranges,
@@ -299,43 +298,40 @@ def probe_path(
     ranges.check("--seed", seed, ranges.SEED)
     given = read_labelled(labelled)
     is_test_T = split(given, seed)
-    with interrupt.ending_at_once("probing writes its results when it ends"):
-        opened = opening.open_path(path, **overrides)
-        config = opened.config
-        per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-        ranges.check("--rows_per_batch", per_batch, ranges.COUNT)
-        given_out, out = out, opening.results_folder(opened, path, out)
-        if given_out is None and (out / "probing.json").exists():
-            before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))
-            if before != printing.shareable(labelled):
-                raise ValueError(
-                    f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out"
-                )
-        encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
-        tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
-        mesh, loaded = opening.load_gemma(config)
-        latents, values = pool(mesh, loaded, opened.subjects, tokens_TxL, per_batch)
-        results = {
-            name: tasks(latents[name], values[subject.site], given.labels, is_test_T)
-            for name, subject in opened.subjects.items()
-        }
-        labels, counts = np.unique(given.labels, return_counts=True)
-        about = {
-            "model": config.model,
-            "step": opened.step,
-            "labelled": printing.shareable(labelled),
-            "classes": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
-            "test_texts": int(is_test_T.sum()),
-            "cut_texts": cut,
-            "seed": seed,
-        }
-        written = {name: [as_numbers(task) for task in of] for name, of in results.items()}
-        files.write_json(out / "probing.json", about | {"sae": written})
-        print_table(results, len(given.texts))
-        if cut:
-            print(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
-        say(f"Wrote {out / 'probing.json'}")
-        return results
+    opened = opening.open_path(path, **overrides)
+    config = opened.config
+    per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
+    ranges.check("--rows_per_batch", per_batch, ranges.COUNT)
+    given_out, out = out, opening.results_folder(opened, path, out)
+    if given_out is None and (out / "probing.json").exists():
+        before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))
+        if before != printing.shareable(labelled):
+            raise ValueError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
+    encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
+    tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
+    mesh, loaded = opening.load_gemma(config)
+    latents, values = pool(mesh, loaded, opened.subjects, tokens_TxL, per_batch)
+    results = {
+        name: tasks(latents[name], values[subject.site], given.labels, is_test_T)
+        for name, subject in opened.subjects.items()
+    }
+    labels, counts = np.unique(given.labels, return_counts=True)
+    about = {
+        "model": config.model,
+        "step": opened.step,
+        "labelled": printing.shareable(labelled),
+        "classes": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
+        "test_texts": int(is_test_T.sum()),
+        "cut_texts": cut,
+        "seed": seed,
+    }
+    written = {name: [as_numbers(task) for task in of] for name, of in results.items()}
+    files.write_json(out / "probing.json", about | {"sae": written})
+    print_table(results, len(given.texts))
+    if cut:
+        print(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
+    say(f"Wrote {out / 'probing.json'}")
+    return results
 
 
 def as_numbers(task: Task) -> dict:

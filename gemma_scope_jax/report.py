@@ -21,7 +21,6 @@ from gemma_scope_jax import (
     gemma,
     hosts,
     hub,
-    interrupt,
     metrics,
     opening,
     page,
@@ -38,6 +37,7 @@ from gemma_scope_jax.printing import printable, say
 
 # Of the training rows so many activations are what baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
+_PARTS = "evaluation.parts"
 
 
 def texts_of(given: Sequence[str]) -> dict[str, str]:
@@ -91,37 +91,39 @@ def evaluate_path(
     Returns:
       The numbers by SAE; of several texts those of the last.
     """
-    with interrupt.ending_at_once("the same command goes on behind the last whole batch"):
-        texts = texts_of([text] if isinstance(text, str) else text or ())
-        opened = opening.open_path(path, text=next(iter(texts.values()), None), **overrides)
-        config = opened.config
-        # All of them before anything takes long.
-        by_label = {
-            label: opening.on_text(opened, source)
-            for label, source in (texts or {"": config.data.text}).items()
-        }
-        for one in by_label.values():
-            data.open_rows(one.rows, split)
-        rows = config.evaluation.rows if rows is None else rows
-        rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-        for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
-            ranges.check(f"--{name}", value, ranges.COUNT)
-        of = opening.options_of(opened, split, overrides.get("turns"), "baselines" if has_baselines else "")
-        given_out = out
-        if len(by_label) > 1:  # A folder of each, of the text that was trained on too.
-            out = hub.results_folder(path, out, pathlib.Path(of))
-            places = {label: out / label for label in by_label}
-        else:
-            ((label, one),) = by_label.items()
-            out = opening.results_folder(one, path, out, label, of)
-            places = {label: out}
-        own_folder = hub.own_folder(path)
-        for label, place in places.items():
-            is_foreign = place.exists() and not list(place.glob("evaluation.*"))
-            if given_out is not None and place != out and is_foreign:
-                raise ValueError(f"{place} is there already and no evaluation; name the text otherwise")
-            if given_out is None and place != own_folder:
-                _check_same(place, _about(by_label[label], {"split": split, **overrides}))
+    texts = texts_of([text] if isinstance(text, str) else text or ())
+    opened = opening.open_path(path, text=next(iter(texts.values()), None), **overrides)
+    config = opened.config
+    # All of them before anything takes long.
+    by_label = {
+        label: opening.on_text(opened, source) for label, source in (texts or {"": config.data.text}).items()
+    }
+    for one in by_label.values():
+        data.open_rows(one.rows, split)
+    rows = config.evaluation.rows if rows is None else rows
+    rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
+    for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
+        ranges.check(f"--{name}", value, ranges.COUNT)
+    of = opening.options_of(opened, split, overrides.get("turns"), "baselines" if has_baselines else "")
+    given_out = out
+    if len(by_label) > 1:  # A folder of each, of the text that was trained on too.
+        out = hub.results_folder(path, out, pathlib.Path(of))
+        places = {label: out / label for label in by_label}
+    else:
+        ((label, one),) = by_label.items()
+        out = opening.results_folder(one, path, out, label, of)
+        places = {label: out}
+    own_folder = hub.own_folder(path)
+    for label, place in places.items():
+        is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+        is_foreign = not is_free and not list(place.glob("evaluation.*"))
+        if given_out is not None and place != out and is_foreign:
+            raise ValueError(f"{place} is there already and no evaluation; name the text otherwise")
+        if given_out is None and place != own_folder:
+            _check_same(place, _about(by_label[label], {"split": split, **overrides}))
+    with contextlib.ExitStack() as held:
+        for place in places.values():
+            held.enter_context(evaluation.holding_parts(place / _PARTS))
         mesh, loaded = opening.load_gemma(config)
         judged = tuple(opened.subjects)
         if has_baselines:
@@ -136,7 +138,7 @@ def evaluate_path(
             place = places[label]
             of_text = options | {"text": f"{label}={texts[label]}" if label else None}
             of_text["out"] = given_out if place == out else place
-            parts.append(evaluation.Parts(place / "evaluation.parts", _identity_of_all(one, mesh, options)))
+            parts.append(evaluation.Parts(place / _PARTS, _identity_of_all(one, mesh, options)))
             found[label] = _evaluate(
                 one, loaded, mesh, options, place, _command(path, of_text), parts[-1], judged, own_folder
             )

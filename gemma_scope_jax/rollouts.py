@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, files, generation, interrupt, opening, tokenizer
+from gemma_scope_jax import data, files, generation, locks, opening, tokenizer
 from gemma_scope_jax.printing import say
 
 
@@ -33,11 +33,12 @@ def write_rollouts(
     Raises:
       ValueError: there are no prompts, or `out` is there already.
     """
-    with interrupt.ending_at_once("rollouts are written when all are there"):
+    files.check_output(out, is_folder=False)
+    texts = data.read_prompts(prompts)
+    busy = f"another process is writing {out}; wait for it or stop it, or give another --out"
+    with locks.locked(out.with_name(f".{out.name}.lock"), busy):
         if out.exists():  # Before an hour's work, not after it.
             raise ValueError(f"{out} is there already; remove it, or give another --out")
-        files.check_output(out, is_folder=False)
-        texts = data.read_prompts(prompts)
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt
         mesh, loaded = opening.load_gemma(config)

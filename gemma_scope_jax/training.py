@@ -1,9 +1,10 @@
 """The training loop: calibrate, compile once, step, log, checkpoint, export."""
 
 import contextlib
-import fcntl
 import functools
 import pathlib
+import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 
@@ -22,9 +23,11 @@ from gemma_scope_jax import (
     gemma,
     hosts,
     interrupt,
+    locks,
     log,
     optim,
     planning,
+    printing,
     ranges,
     runs,
     sharding,
@@ -140,14 +143,8 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
     if not hosts.is_first():
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is training in {workdir}; wait for it or stop it first"
-            ) from error
+    busy = f"another process is training in {workdir}; wait for it or stop it first"
+    with locks.locked(workdir / ".lock", busy):
         yield
 
 
@@ -204,16 +201,19 @@ def _take(
 
 
 def _start_or_continue(
-    run: runs.Run, workdir: pathlib.Path, manager: ocp.CheckpointManager, interrupts: interrupt.Interrupts
-) -> tuple[step.State, data.Rows]:
-    """Trains from the newest checkpoint, or from nothing, until complete or interrupted."""
+    run: runs.Run, workdir: pathlib.Path, manager: ocp.CheckpointManager, held: contextlib.ExitStack
+) -> tuple[step.State, data.Rows, interrupt.Request]:
+    """Trains from the newest checkpoint, or from nothing, until complete or asked to stop.
+
+    From the first step on `held` holds signals back, since there is something to save.
+    """
     config = run.config
-    state = None
+    state, request = None, interrupt.Request()
     if manager.all_steps():
         config_lib.check_resumable(runs.read_config(workdir), config)
         state = runs.restore(run, manager, set_aside=True)
         print(f"Continuing from step {int(state.step)}.", flush=True)
-        interrupts.forbid_saving(f"checkpoint {int(state.step)} is the newest state there is")
+        interrupt.leaving(f"checkpoint {int(state.step)} is the newest state there is")
     has_work = state is None or runs.steps_left(run.plan, state)
     if has_work:
         # Before an hour is spent on the text.
@@ -247,8 +247,10 @@ def _start_or_continue(
         if config.log.evaluate_every:
             held_out_rows = data.open_rows(folder, data.HELD_OUT)
             measure = _held_out(run, held_out_rows, gemma_params, state.normalizers)
-        state = _loop(run, workdir, rows, compiled, gemma_params, state, manager, interrupts, measure)
-    return state, rows
+        if jax.process_count() == 1:  # Else SIGTERM is JAX's, and Ctrl-C ends all.
+            request = held.enter_context(interrupt.saving())
+        state = _loop(run, workdir, rows, compiled, gemma_params, state, manager, request, measure)
+    return state, rows, request
 
 
 def _passes(run: runs.Run, rows: int) -> list[str]:
@@ -273,25 +275,27 @@ def _started(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Con
     return runs.read_config(goes_on[0]) if goes_on else None
 
 
-def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
-    """Trains, or continues, the run in `workdir`; returns the exit code: 0 when it is complete.
+def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
+    """Trains, or continues, the run in `workdir` until it is complete.
 
     Raises:
+      KeyboardInterrupt: it was interrupted; from the first step on it has saved its state (`interrupt.Interrupted`).
       ValueError: the config does not fit itself, its inputs, or the run that is in `workdir`.
       FloatingPointError: a loss is not finite.
     """
     run = runs.build(config, started=_started(config, workdir))
-    with _locked(workdir), contextlib.closing(interrupt.Interrupts()) as interrupts:
-        # Leaving the block waits for a save that is under way, whatever the reason for leaving.
-        with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
-            state, rows = _start_or_continue(run, workdir, manager, interrupts)
-            checkpoint.check_saved(manager)
-        interrupts.forbid_saving(
-            "the training is saved"
-        )  # Before looking, so that no signal is promised a save.
-        if interrupts.received is not None:
-            say(f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.")
-            return 128 + interrupts.received
+    with _locked(workdir):
+        with contextlib.ExitStack() as held:
+            # Leaving the block waits for a save that is under way, whatever the reason for leaving.
+            with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
+                state, rows, request = _start_or_continue(run, workdir, manager, held)
+                checkpoint.check_saved(manager)
+            interrupt.leaving("the training is saved")
+        if request.number is not None:
+            raise interrupt.Interrupted(
+                request.number,
+                f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
+            )
         if hosts.is_first():
             ours, perfect = log.shuffle_quality(workdir, rows)
             print(
@@ -301,7 +305,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
             for line in verdicts.lines(log.judge(run.plan, workdir, int(state.step))):
                 print(line, flush=True)
         export.write_own(run, state, workdir / "sae", data.name_of(rows.folder))
-        return 0
+    return run
 
 
 def _loop(
@@ -312,10 +316,10 @@ def _loop(
     gemma_params: dict,
     state: step.State,
     manager: ocp.CheckpointManager,
-    interrupts: interrupt.Interrupts,
+    request: interrupt.Request,
     measure: Callable[[step.State], dict] | None,
 ) -> step.State:
-    """Steps until the ring is drained, or a signal was received; either way the state returned is saved."""
+    """Steps until the ring is drained, or asked to stop; either way the state returned is saved."""
     config, plan = run.config, run.plan
     sequences = config.train.sequences_per_step
     first_step, left = int(state.step), runs.steps_left(plan, state)
@@ -328,12 +332,14 @@ def _loop(
     for warning in log.check_plan(plan, *_to_come(plan, state, youngest)) if is_new else ():
         print(f"Warning: {warning}.", flush=True)
 
+    words = printing.Unfailing(sys.stderr)  # A reader that is gone must not cost what was trained.
     bar = tqdm.tqdm(
         total=first_step + left,
         initial=first_step,
         unit="step",
         dynamic_ncols=True,
         smoothing=0.1,
+        file=words,
         disable=metrics_log is None,
     )
     watched: list[dict] = []  # The first entries, for a look at what moves the thresholds.
@@ -373,12 +379,11 @@ def _loop(
                 watched.append(entry)
                 if len(watched) == log.watched_steps(plan):
                     for warning in log.stuck_thresholds(plan, watched):
-                        bar.write(f"Warning: {warning}.")
+                        bar.write(f"Warning: {warning}.", printing.Unfailing(sys.stdout))
             bar.set_postfix_str(log.progress(entry), refresh=False)
             bar.update()
         pending = now
 
-    interrupts.allow_saving()
     try:
         for number in range(first_step + 1, first_step + left + 1):
             if number == config.log.profile_from:
@@ -397,7 +402,7 @@ def _loop(
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
                 is_traced = False
-            stopping = interrupts.should_stop(number)
+            stopping = _is_to_stop(request, number)
             if number % config.log.checkpoint_every == 0 or number == first_step + left or stopping:
                 flush(None)
                 if metrics_log is not None:
@@ -414,6 +419,14 @@ def _loop(
         if metrics_log is not None:
             metrics_log.close()
     return state
+
+
+def _is_to_stop(request: interrupt.Request, number: int) -> bool:
+    """Whether this step is to be saved and be the last for now; of many processes the same step on all."""
+    if jax.process_count() > 1 and request.number is None and hosts.is_preempted(number):
+        request.number = signal.SIGTERM
+        print(f"\nSIGTERM: all hosts save step {number}, then leave.", flush=True)
+    return request.number is not None
 
 
 def _held_out(

@@ -1,7 +1,10 @@
 """Evaluation against slow float64 NumPy, known cases, and the command line."""
 
 import csv
+import errno
+import fcntl
 import json
+import pickle
 import subprocess
 import sys
 
@@ -230,6 +233,63 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
     another.remove()
     evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(asked) == 7  # which is there still.
+
+
+def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, capsys):
+    subjects = {"a": evaluation.Subject(random_sae(), SITE, np.zeros(32, np.float32))}
+
+    def parts():
+        return evaluation.Parts(tmp_path / "parts", {"of": "a"})
+
+    def evaluated():
+        found, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 8, 4, is_fast=True, parts=parts())
+        return metrics.numbers(found["a"])
+
+    want = evaluated()
+    files = sorted(parts().folder.iterdir())
+    whole = files[0].read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [b"", whole[:100], whole[:-1], whole[32:], pickle.dumps("something else")]
+    for place in rng.integers(len(whole), size=200):  # One byte each.
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << int(rng.integers(8))]) + whole[place + 1 :])
+    for content in damaged:
+        files[0].write_bytes(content)
+        assert parts().read(0) is None
+    assert capsys.readouterr().out == f"{files[0]} is damaged; it is measured again.\n" * len(damaged)
+    assert evaluated() == want and files[0].read_bytes() == whole
+    assert parts().read(0) is not None
+
+
+def test_a_second_evaluation_is_refused_while_one_is_under_way(run, tmp_path, monkeypatch):
+    with evaluation.holding_parts(run / "evaluation.parts"):
+        with pytest.raises(ValueError, match=f"another process is writing to {run}; wait for it or stop it"):
+            report.evaluate_path(run, rows=8, is_fast=True)
+        report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "other")
+    assert not (run / "evaluation.parts").exists()
+
+
+def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    want = report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "alone")
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out
+    evaluate, found = evaluation.evaluate, []
+
+    def meanwhile(*args):
+        """The first waits for a second one, from its start to its end."""
+        if not found:
+            found.append(None)
+            found.append(report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
+        return evaluate(*args)
+
+    monkeypatch.setattr(evaluation, "evaluate", meanwhile)
+    found.append(report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
+    for of in found[1:]:
+        for name in want:
+            assert metrics.numbers(of[name]) == metrics.numbers(want[name])
+    assert not list((tmp_path / "out").rglob("evaluation.parts"))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -97,7 +98,7 @@ class Hosts:
 def alone(inputs, tmp_path_factory):
     """The run of one process."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
-    assert training.train(tiny.run_config(inputs, **CHANGES), workdir) == 0
+    training.train(tiny.run_config(inputs, **CHANGES), workdir)
     return workdir
 
 
@@ -196,7 +197,136 @@ def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(
     np.testing.assert_array_equal(losses(tmp_path / "run"), losses(four))
 
 
-def test_one_of_three_variables_is_not_enough(monkeypatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(ValueError, match=r"only JAX_NUM_PROCESSES is set; set all three, or none"):
-        hosts.initialize(30)
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+TOLD = {"JAX_COORDINATOR_ADDRESS": "node3:99", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, hosts.ALONE),
+        (TOLD, hosts.Place("node3:99", 2, 1, None)),
+        (SLURM, hosts.Place(f"node3:{61440 + 7}", 2, 1, [0])),
+        (SLURM | {"JAX_NUM_PROCESSES": "1"}, hosts.ALONE),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, hosts.ALONE),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, hosts.Place(f"node3:{61440 + 7}", 2, 1, [])),
+    ],
+)
+def test_the_environment_says_which_process_this_is(environment, place, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.place_in(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"JAX_PROCESS_ID": None},
+            "only JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES is set; set all three, or none",
+        ),
+        ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID is 'one', expected a whole number"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; of JAX_NUM_PROCESSES 2 it must be from 0 to 1"),
+        ({"JAX_NUM_PROCESSES": "-2"}, "JAX_NUM_PROCESSES is '-2', expected a whole number"),
+        ({"JAX_COORDINATOR_ADDRESS": "node3"}, "JAX_COORDINATOR_ADDRESS is 'node3'; it must be HOST:PORT"),
+        (dict.fromkeys(TOLD) | SLURM | {"SLURM_NTASKS": "two"}, "this cluster does not say who the other"),
+    ],
+)
+def test_what_cannot_be_a_process_is_refused_by_name(changes, message, monkeypatch):
+    environment = {name: value for name, value in (TOLD | changes).items() if value is not None}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as caught:
+        hosts.initialize(config.HostsConfig())
+    assert "\n" not in str(caught.value)
+
+
+EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [
+        ({}, None),
+        ({"SLURM_LOCALID": "1"}, None),  # JAX then gives it the GPU of that number.
+        (EIGHT | {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1"}, []),
+        ({"SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "4", "SLURM_NTASKS": "4"}, []),
+        (
+            EIGHT | {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_NODEID": "1"},
+            [4, 5, 6, 7],
+        ),
+        ({"SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4"}, [3]),
+        (EIGHT | {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GPUS_PER_TASK": "4"}, []),
+        (
+            EIGHT | {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_TRES_PER_TASK": "cpu:4"},
+            [0, 1],
+        ),
+        ({"CUDA_VISIBLE_DEVICES": "5", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}, []),
+        (EIGHT | {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        ({"JAX_LOCAL_DEVICE_IDS": "2,3", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),  # JAX reads it.
+    ],
+)
+def test_a_task_uses_its_share_of_a_hosts_gpus(environment, gpus):
+    assert hosts.gpus_of(environment) == gpus
+
+
+@pytest.mark.parametrize(
+    ("index", "address", "seen"),
+    [
+        (0, "localhost:1", "for process 1, 2 to connect"),
+        (1, "localhost:1", "it does not answer: Connection refused"),
+        (1, "nowhere.invalid:1", "the name nowhere.invalid is not known here"),
+    ],
+)
+def test_waiting_for_others_is_told_and_ends_in_one_line(monkeypatch, capsys, index, address, seen):
+    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": str(index)}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hosts, "_SAY_AFTER", 0.1)
+    monkeypatch.setattr(hosts, "_connect", lambda *_: threading.Event().wait(5))
+    with pytest.raises(ValueError, match=r"^waited 1 s \(hosts\.join_timeout_seconds\) as proc") as caught:
+        hosts.initialize(config.HostsConfig(join_timeout_seconds=1))
+    assert seen in str(caught.value) and "\n" not in str(caught.value)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"Waiting as process {index} of 3 (from 0)" in first and address in first and seen in first
+
+
+def test_a_port_in_use_is_said_before_the_others_are_waited_for(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        told = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": "0",
+        }
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            ValueError, match=rf"cannot listen on port {port} for the other processes: Address al"
+        ):
+            hosts.initialize(config.HostsConfig())
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
+def test_a_process_that_waits_for_others_answers_signals_and_gives_up_in_one_line(inputs, tmp_path, number):
+    c = tiny.run_config(inputs, **CHANGES | {"hosts__join_timeout_seconds": 10})
+    group = Hosts(to_train(c, tmp_path / "run"), tmp_path / "run", 2, by_slurm=True)
+    group.processes[1].kill()
+    deadline = time.monotonic() + 120
+    while "Waiting as process 0 of 2" not in group.outputs[0].read_text():
+        assert time.monotonic() < deadline and group.processes[0].poll() is None, group.text()
+        time.sleep(0.1)
+    if number:
+        group.processes[0].send_signal(number)
+    assert group.wait(20)[0] == (128 + number if number else 1), group.text()
+    told = group.outputs[0].read_text().split("so far.")[-1]
+    assert len(told.strip().splitlines()) == 1, group.text()

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import signal
 
 import numpy as np
 import pyarrow
@@ -100,6 +101,27 @@ def test_rows_do_not_depend_on_how_many_work_on_them_nor_on_interruptions(tmp_pa
     assert read_all(folder) == one
     done = [folder / path.name for path in done]
     assert [path.stat().st_mtime_ns for path in done] == before and len(done) == 3
+
+
+def test_a_damaged_part_is_made_again_and_said(tmp_path, monkeypatch, capsys):
+    source = write_sources(tmp_path)[1]
+    monkeypatch.setattr(prepare, "PART", 3)
+    want = read_all(prepare.prepare_rows(config(tmp_path, source), tiny.load_tokenizer, "bytes", workers=1))
+    cut = dataclasses.replace(config(tmp_path, source), folder=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_write_metadata", lambda *_: signal.raise_signal(signal.SIGINT))
+        prepare.prepare_rows(cut, tiny.load_tokenizer, "bytes", workers=1)
+    (partial,) = (tmp_path / "cut").glob("*/partial")
+    done = sorted(partial.glob("from-*.json"))
+    train = sorted(partial.glob("train.from-*"))
+    assert len(done) == len(train) >= 5
+    done[0].write_text('{"train": ')
+    done[1].write_text("[]")
+    train[2].unlink()
+    train[3].write_bytes(train[3].read_bytes()[:-70_000])
+    capsys.readouterr()
+    assert read_all(prepare.prepare_rows(cut, tiny.load_tokenizer, "bytes", workers=1)) == want
+    assert capsys.readouterr().out.count("damaged; this part is made again.") == 4
 
 
 def test_only_the_first_documents_are_taken_where_a_number_is_given(tmp_path):

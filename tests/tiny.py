@@ -146,7 +146,7 @@ def main() -> None:
     if "evaluate" in given:
 
         def evaluate() -> None:
-            hosts.initialize(10)
+            hosts.initialize(config.HostsConfig(heartbeat_timeout_seconds=10))
             report.evaluate_path(**given["evaluate"] | {"out": pathlib.Path(given["evaluate"]["out"])})
 
         cli.run(evaluate)
@@ -154,10 +154,10 @@ def main() -> None:
     made = config.from_dict(given["config"])
 
     def train() -> None:
-        hosts.initialize(made.hosts.heartbeat_timeout_seconds)
-        sys.exit(training.train(made, pathlib.Path(given["workdir"])))
+        hosts.initialize(made.hosts, saves_together=True)
+        training.train(made, pathlib.Path(given["workdir"]))
 
-    cli.run(train)
+    cli.run(train, "nothing has been trained yet")
 
 
 if __name__ == "__main__":

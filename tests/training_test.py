@@ -1,6 +1,8 @@
 """Whole runs: what is written, exact resume after any kind of end, and answers to signals and bad input."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import pathlib
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -52,7 +55,7 @@ def logged_steps(workdir):
 def finished(inputs, tmp_path_factory):
     """A run trained without interruption."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert training.train(tiny.run_config(inputs, **LONG), workdir) == 0
+    training.train(tiny.run_config(inputs, **LONG), workdir)
     return workdir
 
 
@@ -63,7 +66,7 @@ def test_a_run_directory_is_self_contained(inputs, finished):
     total = plan.harvests + plan.ring_steps
     assert logged_steps(finished) == list(range(1, total + 1))
     assert sorted(p.name for p in finished.iterdir()) == [
-        ".lock", "checkpoints", "config.json", "metrics.jsonl", "rows", "sae", "tensorboard",
+        "checkpoints", "config.json", "metrics.jsonl", "rows", "sae", "tensorboard",
     ]  # fmt: skip
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [250, total]
     assert any((finished / "tensorboard").iterdir())
@@ -106,7 +109,7 @@ def test_a_profile_shows_gemma_the_ring_and_each_bank(inputs, tmp_path):
     bank = dict(layers=(1,), width=64, bandwidth=0.1, initial_threshold=0.1)
     banks = {"first": bank, "second": bank | {"layers": (2,)}}
     c = tiny.run_config(inputs, banks=banks, log__profile_from=6, log__profile_steps=1)
-    assert training.train(c, tmp_path / "run") == 0
+    training.train(c, tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     run = runs.build(c)
     hlo = training.lower_step(run, *runs.abstract_inputs(run)).as_text(debug_info=True)
@@ -119,21 +122,21 @@ def test_a_profile_shows_gemma_the_ring_and_each_bank(inputs, tmp_path):
 def test_the_step_is_traced_once_in_a_run(inputs, tmp_path, monkeypatch):
     make_step = step.make_step
     monkeypatch.setattr(step, "make_step", lambda *args: chex.assert_max_traces(make_step(*args), n=1))
-    assert training.train(tiny.run_config(inputs), tmp_path / "run") == 0
+    training.train(tiny.run_config(inputs), tmp_path / "run")
 
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, capsys):
     c = tiny.run_config(inputs)
-    assert training.train(c, tmp_path / "run") == 0
+    training.train(c, tmp_path / "run")
     before = final_state(c, tmp_path / "run")
     (export,) = (tmp_path / "run" / "sae").iterdir()
     (export / "evaluation.json").write_text("an hour's work")
-    assert training.train(c, tmp_path / "run") == 0
+    training.train(c, tmp_path / "run")
     assert (export / "evaluation.json").read_text() == "an hour's work"
     jax.tree.map(np.testing.assert_array_equal, final_state(c, tmp_path / "run"), before)
 
     longer = tiny.run_config(inputs, train__tokens=128 * 30)
-    assert training.train(longer, tmp_path / "run") == 0
+    training.train(longer, tmp_path / "run")
     after = final_state(longer, tmp_path / "run")
     assert int(after.harvests) == int(after.draws) == 30
     assert logged_steps(tmp_path / "run") == list(range(1, int(after.step) + 1))
@@ -150,7 +153,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     """What stays goes on as if the others had always been there; what is new begins as a new run would."""
     old = tmp_path / "old"
     c = tiny.run_config(inputs, banks=BANKS)
-    assert training.train(c, old) == 0
+    training.train(c, old)
     before = final_state(c, old)
     files_before = {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()}
 
@@ -158,7 +161,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     banks = {"residual": residual, "mlp": residual | {"sites": ("mlp_out",), "layers": (2,)}}
     changes = dict(train__tokens=128 * 16, start_from=str(old), optimizer__learning_rate=1e-3)
     new = tiny.run_config(inputs, banks=banks, **changes)
-    assert training.train(new, tmp_path / "new") == 0
+    training.train(new, tmp_path / "new")
     assert "of 6 SAEs 2 go on, 4 are new." in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()} == files_before
     after = final_state(new, tmp_path / "new")
@@ -171,7 +174,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
 
     # The first run, had it been extended in place, gives the same two SAEs.
     longer = tiny.run_config(inputs, banks=BANKS, train__tokens=128 * 16)
-    assert training.train(longer, old) == 0
+    training.train(longer, old)
     whole = final_state(longer, old).banks["residual"]
     for mine, its in ((0, 1), (1, 0)):
         jax.tree.map(
@@ -205,7 +208,7 @@ def test_what_cannot_be_started_from_is_refused(inputs, tmp_path_factory, change
 @pytest.fixture(scope="module")
 def short(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "short"
-    assert training.train(tiny.run_config(inputs), workdir) == 0
+    training.train(tiny.run_config(inputs), workdir)
     return workdir
 
 
@@ -261,7 +264,7 @@ def on_four(inputs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         on_devices(patch, 4)
         patch.setattr(checkpoint, "save", save_and_copy)
-        assert training.train(tiny.run_config(inputs, **THREE, mesh__data=2, mesh__latent=2), workdir) == 0
+        training.train(tiny.run_config(inputs, **THREE, mesh__data=2, mesh__latent=2), workdir)
     return workdir, workdir.with_name("at_six")
 
 
@@ -273,7 +276,7 @@ def test_a_run_goes_on_on_other_devices_as_if_it_had_always_been_there(
     workdir = shutil.copytree(at_six, tmp_path / "run")
     on_devices(monkeypatch, count)
     c = tiny.run_config(inputs, **THREE, mesh__data=mesh[0], mesh__latent=mesh[1])
-    assert training.train(c, workdir) == 0
+    training.train(c, workdir)
     logs = [log_lib.read_metrics(folder) for folder in (whole, workdir)]
     assert len(logs[0]) == len(logs[1]) == 14
     for expected, resumed in zip(*logs, strict=True):
@@ -287,7 +290,7 @@ def test_a_run_goes_on_on_other_devices_as_if_it_had_always_been_there(
 def test_a_run_of_many_devices_is_read_on_one(inputs, tmp_path):
     """Three members, padded to four for a data axis of two."""
     bank = dict(banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1), mesh__data=2, mesh__latent=4)
-    assert training.train(tiny.run_config(inputs, **bank), tmp_path / "run") == 0
+    training.train(tiny.run_config(inputs, **bank), tmp_path / "run")
     run, state = runs.open_run(tmp_path / "run")
     assert run.mesh.size == 1 and state.banks["main"].params.W_enc.shape[0] == 3
     assert not jax.tree.leaves((state.ring.slots, state.banks["main"].opt_state))  # Nobody reads them.
@@ -300,11 +303,11 @@ def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
     lines = (inputs / "text.jsonl").read_text()
     text.write_text(lines)
     changes = dict(data__text=str(text), data__folder=str(tmp_path / "cache"))
-    assert training.train(tiny.run_config(inputs, **changes), tmp_path / "run") == 0
+    training.train(tiny.run_config(inputs, **changes), tmp_path / "run")
     before = (tmp_path / "run" / "rows").read_text()
     text.write_text(json.dumps({"text": "a document before all others"}) + "\n" + lines)
     longer = tiny.run_config(inputs, train__tokens=128 * 12, **changes)
-    assert training.train(longer, tmp_path / "run") == 0
+    training.train(longer, tmp_path / "run")
     assert (tmp_path / "run" / "rows").read_text() == before
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match="has changed since this run was started"):
@@ -314,7 +317,7 @@ def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
 def test_a_config_may_be_mended_until_something_has_been_trained(inputs, tmp_path):
     with pytest.raises(ValueError, match="no weights at"):
         training.train(tiny.run_config(inputs, weights=str(tmp_path / "nowhere")), tmp_path / "run")
-    assert training.train(tiny.run_config(inputs), tmp_path / "run") == 0
+    training.train(tiny.run_config(inputs), tmp_path / "run")
 
 
 def test_wrong_weights_are_said_before_the_text_is_tokenised(inputs, tmp_path):
@@ -331,7 +334,7 @@ def test_a_run_of_before_ranges_were_checked_opens_and_goes_on(inputs, finished,
     (workdir / "config.json").write_text(json.dumps(config.to_dict(old)))
     run, state = runs.open_run(workdir)
     assert run.config.seed == 2**32 and int(state.step) == logged_steps(finished)[-1]
-    assert training.train(old, workdir) == 0
+    training.train(old, workdir)
     with pytest.raises(
         ValueError, match="seed is 4294967296; it must be at least 0 and at most 2,147,483,647"
     ):
@@ -364,7 +367,7 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
     with pytest.raises(FloatingPointError, match=rf"{place_text}.* is not finite: NaN.*skip_nonfinite=True"):
         training.train(c, tmp_path / "run")
     skips = dataclasses.replace(c, normalizer=dataclasses.replace(c.normalizer, skip_nonfinite=True))
-    assert training.train(skips, tmp_path / "run") == 0
+    training.train(skips, tmp_path / "run")
     entries = log_lib.read_metrics(tmp_path / "run")
     assert sum(entry.get("nonfinite", 0) for entry in entries) == (tokens == token).sum()
     assert all(np.isfinite(value["loss"]) for entry in entries for value in entry["sae"].values())
@@ -380,6 +383,45 @@ def test_how_often_the_text_is_read_is_said(inputs, tmp_path):
         "train.tokens is 1,536 and the text has 960 positions: each row is read 1.6 times.",
         "normalizer.rows is 64 and the text has 60: some are measured twice.",
     ]
+
+
+class Deaf(io.StringIO):
+    """A stream whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    flush = write
+
+
+def test_an_interrupt_in_a_notebook_is_raised_when_the_state_is_saved(inputs, tmp_path, monkeypatch):
+    """With nobody to read its words; and on another thread, where Python hears no signal, it runs to its end."""
+    c = tiny.run_config(inputs)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    read, calls = runs.read_batch, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return read(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="Saved step") as caught:
+        patch.setattr(runs, "read_batch", interrupted)
+        patch.setattr(sys, "stderr", Deaf())
+        training.train(c, tmp_path / "run")
+    assert caught.value.number == signal.SIGINT
+    steps = logged_steps(tmp_path / "run")
+    assert int(final_state(c, tmp_path / "run").step) == steps[-1] < 14
+    assert not (tmp_path / "run" / "sae").exists()
+
+    found = []
+    thread = threading.Thread(target=lambda: found.append(training.train(c, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert found[0].config == c and len(logged_steps(tmp_path / "run")) == 14
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_two_processes_do_not_train_in_one_directory(inputs, tmp_path):
@@ -425,6 +467,7 @@ class Process:
         workdir: pathlib.Path,
         output: pathlib.Path | None = None,
         program: Sequence[str] = (tiny.__file__,),
+        is_piped: bool = False,
     ) -> None:
         given = json.dumps({"config": config.to_dict(run_config), "workdir": str(workdir)})
         self.workdir = workdir
@@ -435,7 +478,7 @@ class Process:
         with self.output.open("w") as file:
             self.popen = subprocess.Popen(
                 [sys.executable, *program, given],
-                stdout=file,
+                stdout=subprocess.PIPE if is_piped else file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
             )
@@ -490,11 +533,10 @@ def test_killed_and_interrupted_a_run_ends_bit_for_bit_as_if_it_had_not_been(inp
     process.wait_until(lambda: process.logged(60))
     assert process.send(signal.SIGKILL) == -signal.SIGKILL
 
-    process = Process(c, workdir)
+    process = Process(c, workdir, is_piped=True)
+    process.popen.stdout.close()  # It goes on when its reader has gone, and still answers.
     process.wait_until(lambda: process.logged(150))
-    assert process.send(signal.SIGINT) == 130, process.text()
-    assert "SIGINT: saving a checkpoint, then leaving" in process.text()
-    assert "To go on, run the same command again" in process.text()
+    assert process.send(signal.SIGINT) == 130
     steps = logged_steps(workdir)
     assert steps == list(range(1, len(steps) + 1))
     assert (workdir / "checkpoints" / str(steps[-1])).exists()
@@ -571,6 +613,37 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_last_checkpoint(inputs, 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(10))
+def test_soak_signals_at_random_moments_behind_a_pipe(inputs, finished, tmp_path, seed):
+    """Each is answered within seconds, whoever still reads, and costs nothing that a step was finished for."""
+    moments, c, workdir = random.Random(seed), tiny.run_config(inputs, **LONG), tmp_path / "run"
+    for _ in range(4):
+        process = Process(c, workdir, is_piped=True)
+        if moments.random() < 0.7:
+            process.popen.stdout.close()
+        else:
+            threading.Thread(target=process.popen.stdout.read, daemon=True).start()
+        before = len(logged_steps(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+        if moments.random() < 0.7:
+            after = min(before + moments.randrange(1, 60), 230)
+            process.wait_until(lambda p=process, n=after: p.logged(n))
+        time.sleep(6 * moments.random() ** 3)
+        number = moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+        for _ in range(moments.choice([1, 1, 2])):
+            process.popen.send_signal(number)
+        # One that had just ended has nothing to answer.
+        assert process.popen.wait(timeout=30) in (128 + number, -number, 0)
+        if (workdir / "metrics.jsonl").exists() and logged_steps(workdir):
+            saved = max(
+                (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), default=0
+            )
+            assert saved in (logged_steps(workdir)[-1], before // 25 * 25, before)
+    process = Process(c, workdir)
+    assert process.popen.wait(timeout=300) == 0, process.text()
+    assert_same_end(c, finished, workdir)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10))
 def test_soak_kills_at_random_moments(inputs, finished, tmp_path, seed):
     kill_and_resume(
         tiny.run_config(inputs, **LONG), finished, tmp_path / "run", kills=1 + seed % 3, seed=seed
@@ -582,7 +655,7 @@ def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path
     shared = dict(width=64, bandwidth=0.1, initial_threshold=0.1)
     banks = {"main": dict(layers=(1, 2), **shared), "mlp": mlp | shared}
     c = tiny.run_config(inputs, banks=banks, log__evaluate_every=7, mesh__data=2, mesh__latent=4)
-    assert training.train(c, tmp_path / "run") == 0
+    training.train(c, tmp_path / "run")
     entries = training.log.read_metrics(tmp_path / "run")
     assert [entry["step"] for entry in entries if "held_out" in entry] == [7, 14]
     found = entries[-1]["held_out"]

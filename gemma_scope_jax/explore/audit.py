@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_scope_jax import data, files, interrupt, ranges
+from gemma_scope_jax import data, files, ranges
 from gemma_scope_jax.explore import contrasts, pictures
 from gemma_scope_jax.explore.contrasts import At, Contrast
 from gemma_scope_jax.explore.correction import Correction, behaviour, correct
@@ -66,25 +66,24 @@ def audit(
         raise ValueError(
             f"{first} and {second} have {len(sets[0])} and {len(sets[1])} prompts, too few for two halves"
         )
-    with interrupt.ending_at_once("a contrast writes its results when it ends"):
-        scope = open_scope(path, **overrides)
-        for text in () if answer is None else (answer, against):
-            one_token(scope, text)
-        if measured:
-            sizes = f"{len(choosing[0])} and {len(choosing[1])} prompts"
-            print(f"Latents are found on {sizes} drawn at random, and measured on the others.", flush=True)
-        found, corrected = contrasts.contrast(scope, *choosing, at, rate, is_paired, seed), None
-        found.show()
-        if out is not None:  # Now: what follows takes its time, and may be refused.
-            found.write_json(out / "contrast.json")
-            pictures.write_png(out / "contrast.png", found.figure())
-        if measured:
-            corrected = _correct(scope, found, answer, against, measured, top, seed)
-        if corrected and out is not None:
-            corrected.write_json(out / "correction.json")
-        if out is not None:
-            say(f"Wrote {out}")
-        return found, corrected
+    scope = open_scope(path, **overrides)
+    for text in () if answer is None else (answer, against):
+        one_token(scope, text)
+    if measured:
+        sizes = f"{len(choosing[0])} and {len(choosing[1])} prompts"
+        print(f"Latents are found on {sizes} drawn at random, and measured on the others.", flush=True)
+    found, corrected = contrasts.contrast(scope, *choosing, at, rate, is_paired, seed), None
+    found.show()
+    if out is not None:  # Now: what follows takes its time, and may be refused.
+        found.write_json(out / "contrast.json")
+        pictures.write_png(out / "contrast.png", found.figure())
+    if measured:
+        corrected = _correct(scope, found, answer, against, measured, top, seed)
+    if corrected and out is not None:
+        corrected.write_json(out / "correction.json")
+    if out is not None:
+        say(f"Wrote {out}")
+    return found, corrected
 
 
 def _correct(

@@ -9,7 +9,6 @@ from gemma_scope_jax import (
     files,
     gemma,
     hosts,
-    interrupt,
     opening,
     printing,
     ranges,
@@ -50,36 +49,34 @@ def build(
     Raises:
       ValueError: there is no such SAE, or the folder holds something else.
     """
-    with interrupt.ending_at_once("the same command goes on behind what was kept last"):
-        opened = opening.open_path(path, **overrides)
-        config, subjects = opened.config, opened.subjects
-        if unknown := set(saes) - subjects.keys():
-            raise ValueError(f"there is no SAE {', '.join(sorted(unknown))}; there are {', '.join(subjects)}")
-        subjects = {name: subject for name, subject in subjects.items() if not saes or name in saes}
-        rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-        for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
-            ranges.check(f"--{name}", value, ranges.COUNT)
-        out = out or opening.results_folder(opened, path, None) / "dashboards"
-        if not (out / _MARK).exists():
-            files.check_new(out)
-        held_out = data.open_rows(opened.rows, data.HELD_OUT)
+    opened = opening.open_path(path, **overrides)
+    config, subjects = opened.config, opened.subjects
+    if unknown := set(saes) - subjects.keys():
+        raise ValueError(f"there is no SAE {', '.join(sorted(unknown))}; there are {', '.join(subjects)}")
+    subjects = {name: subject for name, subject in subjects.items() if not saes or name in saes}
+    rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
+    for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
+        ranges.check(f"--{name}", value, ranges.COUNT)
+    out = out or opening.results_folder(opened, path, None) / "dashboards"
+    if not (out / _MARK).exists():
+        files.check_new(out)
+    held_out = data.open_rows(opened.rows, data.HELD_OUT)
+    text = printing.shareable(config.data.text)
+    about = {
+        "model": config.model,
+        "dtype": config.gemma_dtype,
+        "weights": printing.shareable(weights.fingerprint(gemma.weights_path(config.model, config.weights))),
+        "text": text,
+        "rows_of": data.name_of(opened.rows),
+        "rows": min(rows, len(held_out)),
+        "context_length": config.data.context_length,
+        "options": vars(options),
+        "saes": {name: report.identity(subject) for name, subject in subjects.items()},
+    }
+    if hosts.is_first():
+        files.write_json(out / _MARK, about)
+    with evaluation.holding_parts(out / "partial"):
         mesh, loaded = opening.load_gemma(config)
-        text = printing.shareable(config.data.text)
-        about = {
-            "model": config.model,
-            "dtype": config.gemma_dtype,
-            "weights": printing.shareable(
-                weights.fingerprint(gemma.weights_path(config.model, config.weights))
-            ),
-            "text": text,
-            "rows_of": data.name_of(opened.rows),
-            "rows": min(rows, len(held_out)),
-            "context_length": config.data.context_length,
-            "options": vars(options),
-            "saes": {name: report.identity(subject) for name, subject in subjects.items()},
-        }
-        if hosts.is_first():
-            files.write_json(out / _MARK, about)
         parts = evaluation.Parts(out / "partial", about)
         counts = opening.counts_of(config)
         gathered = dashboards.gather(
