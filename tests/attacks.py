@@ -390,7 +390,7 @@ def kills(base: Base, rng: random.Random, place: pathlib.Path) -> str:
     for _ in range(times):
         before = None
         if rng.random() < 0.6:
-            event = round(400 ** rng.random())  # Early ones as often as late ones.
+            event = round(100 ** rng.random())  # Early ones as often as late ones.
             before = lambda event=event: killed_at_event(event)  # noqa: E731
         process = start(words, place / "output", before=before)
         if before is None:
