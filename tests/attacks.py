@@ -214,7 +214,9 @@ class Base:
     def config(self, workplace: pathlib.Path, **changes: object) -> str:
         """A config file of a small run, for train.py's --config; each workplace has a cache of rows of its own."""
         workplace.mkdir(parents=True, exist_ok=True)
-        values = config.to_dict(tiny.run_config(self.folder, data__folder=str(workplace / "rows"), **changes))
+        values = config.to_dict(
+            tiny.run_config(self.folder, **{"data__folder": str(workplace / "rows"), **changes})
+        )
         path = workplace / "config.py"
         path.write_text(
             "import json\nimport ml_collections\n\n\ndef get_config():\n"
@@ -388,7 +390,7 @@ def kills(base: Base, rng: random.Random, place: pathlib.Path) -> str:
     for _ in range(times):
         before = None
         if rng.random() < 0.6:
-            event = round(400 ** rng.random())  # Early ones as often as late ones.
+            event = round(100 ** rng.random())  # Early ones as often as late ones.
             before = lambda event=event: killed_at_event(event)  # noqa: E731
         process = start(words, place / "output", before=before)
         if before is None:
@@ -1069,8 +1071,9 @@ def main() -> int:
                 started = time.monotonic()
                 try:
                     outcome = ATTACKS[name](base, rng, place)
-                except Broken as error:
+                except Exception as error:  # Broken, or something that the attack itself did not expect.
                     outcome = "BROKEN"
+                    error = error if isinstance(error, Broken) else traceback.format_exc()
                     recipe = f"python tests/attacks.py {name} --seed={args.seed} --only={number}"
                     print(f"{recipe}\n  {error}\n", flush=True)
                 found[outcome] += 1
