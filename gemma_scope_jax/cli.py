@@ -120,9 +120,15 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--weights", help="Gemma's, as in config.weights")
     other.add_argument("--tokenizer", help="Gemma's, as in config.tokenizer")
     other.add_argument("--dtype", choices=("float32", "bfloat16"), help="Gemma's")
-    files = parser.add_argument_group("of SAEs in files that do not say it")
-    files.add_argument("--site", help="what is read, for example layer_20_resid_post")
-    files.add_argument("--target_site", help="what a transcoder predicts, for example layer_20_mlp_out")
+    files = parser.add_argument_group("of SAEs in files")
+    files.add_argument("--site", help="what is read, if the file does not say it: layer_20_resid_post")
+    files.add_argument("--target_site", help="likewise what a transcoder predicts: layer_20_mlp_out")
+    files.add_argument(
+        "--trust",
+        action="store_true",
+        default=None,
+        help="use the text, weights and tokenizer that a file outside a run directory names, wherever they lie",
+    )
 
 
 def read_config(file: str, fields: list[str]) -> dict:

@@ -18,6 +18,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
+from gemma_scope_jax.printing import printable
 
 
 def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, sae.SAE]]:
@@ -41,6 +42,7 @@ def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict
         firing = hosts.fetch(state.banks[b.name].firing)
         for i, member in enumerate(b.members):
             known = [of[member.name]["l0"] for of in (held_out, logged) if member.name in of]
+            known = [l0 for l0 in known if l0 is not None]
             rows = int(firing.rows_E[i])
             since = firing.count_ExM[i].sum() / rows if rows else firing.frequency_ExM[i].sum()
             measured[member.name] = float(known[0] if known else since)
@@ -394,7 +396,13 @@ def convert(
     found = list(stored.read(location, **sites))
     wanted = [(file_format, one.name, one.site, one.target_site, one.sae.W_skip is not None) for one in found]
     first = found[0]
-    hindered, gains = obstacles(wanted, dtype, first.model, weights or first.about.weights, np.float32)
+    named = first.about.weights
+    if named and not weights and any(_needs_gain(file_format, one.site, one.target_site) for one in found):
+        if first.is_of_run:
+            weights = named
+        else:
+            print(f"The file names weights {printable(named)}. They are not used unless you give --weights.")
+    hindered, gains = obstacles(wanted, dtype, first.model, weights, np.float32)
     if hindered:
         (_, name), why = next(iter(hindered.items()))
         raise ValueError(f"{name} {why}")

@@ -12,9 +12,10 @@ import re
 import shutil
 import stat
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +27,10 @@ from gemma_scope_jax.printing import printable
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 _MAX_HEADER = 2**20  # Gemma 27B's longest takes 100 kB.
 _MAX_JSON = 16 * 2**20
+_MAX_DIRECTORY = 4 * 2**20  # Of an archive: the names of some 40,000 members.
+_MAX_UNPACKED = 2**30  # Of an npz file of numbers.
+# A million latents of the widest Gemma take 45 GB. More is a file with a hole, which takes hours to read.
+_MAX_BYTES = 2**37
 
 # What reading a damaged or forbidden file raises. Libraries add errors of their own; PyArrow's are ValueErrors.
 READING_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error)
@@ -44,14 +49,14 @@ def parts(value: np.ndarray) -> list[np.ndarray]:
     return np.array_split(value, max(value.nbytes // 2**24, 1))
 
 
-def open_regular(path: str | pathlib.Path, max_bytes: int | None = None) -> BinaryIO:
+def open_regular(path: str | pathlib.Path, max_bytes: int = _MAX_BYTES) -> BinaryIO:
     """Opens a file of others to read: what a link leads to must be a regular file of bounded size.
 
     A pipe would keep the reader waiting for ever, a device never ends.
 
     Args:
       path: of the file, or of a link to it.
-      max_bytes: the most that it may have; None: any number.
+      max_bytes: the most that it may have.
 
     Raises:
       ValueError: it is not there, not to be read, no regular file, or larger.
@@ -60,12 +65,26 @@ def open_regular(path: str | pathlib.Path, max_bytes: int | None = None) -> Bina
         # Without O_NONBLOCK, to open a pipe is to wait for its writer.
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
         found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or (max_bytes is not None and found.st_size > max_bytes):
+        if not stat.S_ISREG(found.st_mode) or found.st_size > max_bytes:
             file.close()
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError("it is no regular file")
             raise ValueError(f"it has {found.st_size:,} bytes, at most {max_bytes:,} are read")
         return file
+
+
+def read_regular(path: str | pathlib.Path, max_bytes: int) -> bytes:
+    """The content of a file of others; see `open_regular`.
+
+    Raises:
+      ValueError: see there.
+    """
+    with open_regular(path, max_bytes) as file, reading(path):
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)
+        if len(content) > size:  # Files of /proc have no size, and some have no end.
+            raise ValueError(f"it has more than the {size:,} bytes that it claims")
+    return content
 
 
 @contextlib.contextmanager
@@ -233,8 +252,9 @@ def read_json(path: pathlib.Path) -> dict:
     Raises:
       ValueError: there is no such file, or something else in it.
     """
-    with open_regular(path, _MAX_JSON) as file, reading(path, "JSON"):
-        found = json.load(file)
+    content = read_regular(path, _MAX_JSON)
+    with reading(path, "JSON"):
+        found = json.loads(content)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, expected an object")
     return found
@@ -273,11 +293,88 @@ def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
         def read() -> np.ndarray:
             if dtype not in DTYPES:
                 raise ValueError(f"{path}: {name} is in {dtype}; only {', '.join(DTYPES)} are read")
-            return data[begin:end].view(DTYPES[dtype]).reshape(shape)
+            with reading(path, "safetensors"):
+                return data[begin:end].view(DTYPES[dtype]).reshape(shape)
 
         return Tensor(shape, dtype, read)
 
     return {name: tensor(name, entry) for name, entry in header.items()}
+
+
+@contextlib.contextmanager
+def open_archive(path: str | pathlib.Path) -> Iterator[zipfile.ZipFile]:
+    """Opens a zip archive of others, if the list of its members is of bounded length; see `open_regular`.
+
+    Broken archives raise errors of many kinds, also while members are read.
+    """
+    with open_regular(path) as file:
+        end = zipfile._EndRecData(file)  # ZipFile makes an object of each member that is listed.
+        if end and end[zipfile._ECD_SIZE] > _MAX_DIRECTORY:
+            raise ValueError(f"the list of its members has {end[zipfile._ECD_SIZE]:,} bytes")
+        with zipfile.ZipFile(file) as archive:
+            yield archive
+
+
+def read_array(
+    file: IO[bytes], size: int, shape: tuple[int, ...] | None = None, kinds: str = "f"
+) -> np.ndarray:
+    """An array of a member of an archive, whose header is believed only as far as the member is long.
+
+    Args:
+      file: the member.
+      size: its bytes, as the archive has it.
+      shape: that it must have; None: any.
+      kinds: of its numbers, as NumPy names them.
+
+    Raises:
+      ValueError: it is of something else.
+    """
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read_header:
+        raise ValueError(f"npy version {version} is not read")
+    found, is_fortran, dtype = read_header[version](file, max_header_size=1000)
+    if dtype.kind not in kinds:
+        raise ValueError(f"an array of {dtype} is not read")
+    count = int(np.prod([int(n) for n in found], dtype=object))
+    if min(found, default=0) < 0 or not 0 <= size - count * dtype.itemsize < 2000:
+        raise ValueError(f"an array of shape {found} in {size:,} bytes")
+    if shape is not None and found != shape:
+        raise ValueError(f"an array of shape {found}, expected {shape}")
+    flat = np.empty(count, dtype)
+    for part in parts(flat):
+        content = file.read(part.nbytes)
+        if len(content) != part.nbytes:
+            raise ValueError(f"an array of shape {found} ends early")
+        part[:] = np.frombuffer(content, dtype)
+    file.read(1)  # The end, where the checksum is compared.
+    return flat.reshape(found, order="F" if is_fortran else "C")
+
+
+def read_npz(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Of an npz file of others the arrays of numbers by these names, each of the given shape; the rest is left.
+
+    Raises:
+      ValueError: the file is broken, or an array is of another shape or not of finite numbers.
+    """
+    try:
+        with open_archive(path) as archive:
+            wanted = {
+                name: info
+                for info in archive.infolist()
+                if (name := info.filename.removesuffix(".npy")) in shapes
+            }
+            if sum(info.file_size for info in wanted.values()) > _MAX_UNPACKED:
+                raise ValueError(f"its arrays have more than {_MAX_UNPACKED:,} bytes")
+            arrays = {}
+            for name, info in wanted.items():
+                with archive.open(info) as file:
+                    arrays[name] = read_array(file, info.file_size, shapes[name], "fiu")
+                if not np.isfinite(arrays[name]).all():
+                    raise ValueError(f"{name} holds non-finite values")
+    except Exception as error:  # Of as many kinds as there are ways to break an archive.
+        raise ValueError(f"{path} is not a whole npz file: {printable(error)}") from error
+    return arrays
 
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

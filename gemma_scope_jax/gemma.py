@@ -16,6 +16,7 @@ from flax import linen as nn
 from gemma import gm
 
 from gemma_scope_jax import weights
+from gemma_scope_jax.printing import printable
 
 PAD, EOS, BOS = 0, 1, 2  # The same in every Gemma.
 
@@ -132,9 +133,8 @@ def name_from_hugging_face(hugging_face: str) -> str:
         # TransformerLens leaves the owner away.
         if known.hugging_face.split("/")[-1] == hugging_face.split("/")[-1]:
             return name
-    raise ValueError(
-        f"unknown model {hugging_face!r}; known: {', '.join(known.hugging_face for known in MODELS.values())}"
-    )
+    every = ", ".join(known.hugging_face for known in MODELS.values())
+    raise ValueError(f"unknown model {printable(repr(hugging_face), 80)}; known: {every}")
 
 
 def build_model(name: str) -> gm.nn.Transformer:
@@ -195,13 +195,18 @@ def depth(sites: Collection[Site]) -> int:
 
 def site_from_hook(name: str) -> Site:
     """The site that TransformerLens, Hugging Face or its own name calls `name`."""
+    # Beside a vision tower the text model's modules have one of two prefixes.
+    bare = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
     for kind, names in SITES.items():
         own = "embed" if kind == "embed" else f"layer_{{}}_{kind}"
-        for form in (*names, own):
-            pattern = re.escape(form).replace(r"\{\}", r"(\d+)")
-            if form and (match := re.fullmatch(pattern, name)):
+        # A module without a word of which is hooked at its output, as by SAELens.
+        for form in (*names, own, names.hugging_face.removesuffix(".output")):
+            pattern = re.escape(form).replace(r"\{\}", r"(\d{1,4})")
+            if form and (match := re.fullmatch(pattern, bare)):
                 return Site(kind, int(match[1]) if match.groups() else 0)
-    raise ValueError(f"no site is known by the name {name!r}; sites are called as in layer_9_resid_post")
+    raise ValueError(
+        f"no site is known by the name {printable(repr(name))}; sites are called as in layer_9_resid_post"
+    )
 
 
 def site_width(model: gm.nn.Transformer, site: Site) -> int:

@@ -4,11 +4,28 @@ import fnmatch
 import hashlib
 import pathlib
 import re
+import urllib.parse
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from gemma_scope_jax import files
 from gemma_scope_jax.formats import detect
+from gemma_scope_jax.printing import printable
 
-_LOCATION = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([^@]*))?")
+# As elsewhere of the hub's: a slash in a revision is %2F, but in those that it names itself, as refs/pr/3.
+_LOCATION = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@(refs/[\w.-]+/[\w.-]+|[\w.%-]+))?(?:/([^@]*))?")
+_ADDRESS = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve)/(refs/[\w.-]+/[\w.-]+|[\w.%-]+)(/[^?#]*)?)?(?:[?#].*)?/?"
+)
+
+
+class Place(NamedTuple):
+    """A folder of a repository on the hub."""
+
+    repository: str
+    revision: str | None
+    folder: str
 
 
 def is_pattern(location: str) -> bool:
@@ -31,6 +48,8 @@ def paths(location: str) -> list[pathlib.Path]:
         _, matches = files.matching(location)
     found = sorted(path for path in matches if detect.format_of(path))
     if not found:
+        if location.startswith("hf://"):
+            raise ValueError(_nothing(location))
         raise ValueError(f"{location} matches no SAE")
     if location.startswith("hf://"):
         for path in found:
@@ -47,36 +66,100 @@ def local(location: str) -> pathlib.Path:
       ValueError: there is no such path or repository, or a file is not what the repository says it is.
     """
     if not location.startswith("hf://"):
+        if match := _ADDRESS.fullmatch(location):
+            repository, revision, inside = match[1], f"@{match[2]}" if match[2] else "", match[3] or ""
+            raise ValueError(f"{location} is an address; give hf://{repository}{revision}{inside}")
         path = files.expanded(location)
         if not path.exists():
-            raise ValueError(f"{path} does not exist")
+            is_like = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", location)
+            hint = f"; one on Hugging Face's hub is given as hf://{location}" if is_like else ""
+            raise ValueError(f"{path} does not exist{hint}")
         return path
     root, inside = _fetch(location)
     path = root / inside
     if not path.exists():
-        raise ValueError(f"{location}: the repository has no SAE in {inside!r}")
+        raise ValueError(_nothing(location))
     _check_whole(location, path)
     return path
 
 
-def _fetch(location: str) -> tuple[pathlib.Path, str]:
-    """Where the cache has a repository with the SAEs of a location, and the location's folder in it."""
+def place_of(location: str) -> Place:
+    """What `hf://OWNER/NAME@REVISION/FOLDER` means.
+
+    Raises:
+      ValueError: it is not of that form.
+    """
     match = _LOCATION.fullmatch(location)
-    if not match or ".." in location.split("/"):
+    revision = urllib.parse.unquote(match[2]) if match and match[2] else None
+    if not match or ".." in [*location.split("/"), *(revision or "").split("/")]:
         raise ValueError(f"{location} is not hf://OWNER/NAME/FOLDER or hf://OWNER/NAME@REVISION/FOLDER")
-    repository, revision, inside = match[1], match[2], (match[3] or "").strip("/")
+    return Place(match[1], revision, (match[3] or "").strip("/"))
+
+
+def snapshot(location: str, place: Place, patterns: Sequence[str]) -> pathlib.Path:
+    """Where the cache has those files of a repository whose names match a pattern; they are fetched if need be.
+
+    Raises:
+      ValueError: they are neither in the cache nor to be had.
+    """
     import huggingface_hub  # Slow to import.
 
+    try:
+        found = huggingface_hub.snapshot_download(
+            place.repository, revision=place.revision, allow_patterns=list(patterns)
+        )
+    except Exception as error:  # Many kinds: no network, no such repository, terms not accepted.
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise ValueError(_not_cached(location)) from error
+        reason = printable(" ".join(str(error).split()), 300)
+        raise ValueError(
+            f"cannot fetch {location} ({reason}); if it has terms, accept them and `hf auth login`"
+        ) from error
+    return pathlib.Path(found)
+
+
+def _fetch(location: str) -> tuple[pathlib.Path, str]:
+    """Where the cache has a repository with the SAEs of a location, and the location's folder in it."""
+    place = place_of(location)
+    inside = place.folder
     # Of a file, what lies beside it comes too: it says what the SAE is of.
     is_file = any(fnmatch.fnmatch(pathlib.PurePosixPath(inside).name, name) for name in detect.FILES)
     folder = str(pathlib.PurePosixPath(inside).parent) if is_file else inside
     patterns = [name if folder in ("", ".") else f"{folder}/{name}" for name in detect.FILES]
+    return snapshot(location, place, patterns), inside
+
+
+def _not_cached(location: str) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"{location} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to ask the hub; "
+        "fetch it once without that variable"
+    )
+
+
+def _nothing(location: str) -> str:
+    """Why there is no SAE at a location, and where in its repository there are some."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return _not_cached(location)
+    place = place_of(location)
     try:
-        root = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # Many kinds: no network, no such repository, terms not accepted.
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot fetch {location} ({reason})") from error
-    return pathlib.Path(root), inside
+        names = huggingface_hub.HfApi().list_repo_files(place.repository, revision=place.revision)
+    except Exception as error:
+        reason = printable(" ".join(str(error).split()))
+        return f"{location} is not in the cache, and the hub cannot be asked ({reason})"
+    weights = [
+        name for name in detect.FILES if not name.endswith((".json", ".yaml", "site_mean.safetensors"))
+    ]
+    paths_in_it = [pathlib.PurePosixPath(name) for name in names]
+    folders = sorted({str(p.parent) for p in paths_in_it if any(fnmatch.fnmatch(p.name, w) for w in weights)})
+    near = [folder for folder in folders if folder.startswith(place.folder)] or folders
+    some = f"has SAEs in {', '.join(near[:3])}" + (f" and {len(near) - 3:,} more" if len(near) > 3 else "")
+    return f"{location}: the repository has no SAE in {place.folder!r}; it " + (
+        printable(some, 250) if near else f"has none of {', '.join(weights)}"
+    )
 
 
 def _check_whole(location: str, path: pathlib.Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from gemma_scope_jax import (
     tokenizer,
 )
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.formats import common
+from gemma_scope_jax.printing import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +60,12 @@ class Opened:
 _OF_FILES = ("site", "target_site")
 
 
-def open_path(location: str | pathlib.Path, **overrides: str | None) -> Opened:
+def open_path(location: str | pathlib.Path, trust: bool | None = None, **overrides: str | None) -> Opened:
     """The SAEs of a run's newest checkpoint, or of files in any format, and what to evaluate them on.
 
     Args:
       location: a run directory; or a path or `hf://OWNER/NAME/FOLDER` of an SAE, or of several with `*`.
+      trust: whether the text, weights and tokenizer that a file names are used where it lies in no run directory.
       **overrides: `text`, `model`, `weights`, `tokenizer`, `dtype` and `turns`, and of files `site` and
         `target_site`; None: as the run or file says.
 
@@ -71,8 +74,9 @@ def open_path(location: str | pathlib.Path, **overrides: str | None) -> Opened:
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     path = None if hub.is_pattern(str(location)) else hub.local(str(location))
-    if path is None or not runs.is_run(path):
-        return _open_stored(str(location), given)
+    # What is fetched from the hub is never a run, which may name any text and weights.
+    if path is None or str(location).startswith("hf://") or not runs.is_run(path):
+        return _open_stored(str(location), given, bool(trust))
     for name in _OF_FILES:
         if name in given:
             raise ValueError(f"--{name} is for SAEs in files; a run says it itself")
@@ -142,20 +146,31 @@ def on_text(opened: Opened, text: str) -> Opened:
     )
 
 
-def _open_stored(location: str, given: dict[str, str]) -> Opened:
+def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
     found = list(stored.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
     about, model = found[0].about, found[0].model
     if others := {one.model for one in found} - {model}:
         raise ValueError(
             f"{location} has SAEs of {model} and of {', '.join(others)}; give those of one model"
         )
+    named = {name: value for name in ("text", "weights", "tokenizer") if (value := getattr(about, name))}
+    says = ", ".join(f"{name} {printable(value)}" for name, value in named.items() if name not in given)
+    is_used = trust or found[0].is_of_run
+    if says and is_used:
+        print(f"The file names {says}.", flush=True)
+    elif says:
+        print(
+            f"The file names {says}. They are not used unless you give --trust, or each by its own flag.",
+            flush=True,
+        )
+    if not is_used:
+        about = _without_named(about, keep={name for name in named if given.get(name) == named[name]})
     for name in ("weights", "tokenizer"):
         chosen = given.get(name) or getattr(about, name)
         if chosen and "://" not in chosen and not files.expanded(chosen).exists():
-            raise ValueError(f"{location}: {name} {chosen} does not exist here; give another --{name}")
-    told = {"text": about.text, "weights": about.weights, "tokenizer": about.tokenizer}
-    if says := ", ".join(f"{name} {value}" for name, value in told.items() if value and not given.get(name)):
-        print(f"The file names {says}.", flush=True)
+            raise ValueError(
+                f"{location}: {name} {printable(chosen)} does not exist here; give another --{name}"
+            )
     # Files of others do not say how they were trained: the defaults then, with Gemma in float32.
     trained = config_lib.from_dict(
         {
@@ -238,6 +253,15 @@ def results_folder(
 def text_label(source: str) -> str:
     """A text or a path by its last name, without what a folder's name cannot have."""
     return re.sub(r"[^\w-]+", "_", pathlib.PurePosixPath(source).stem)
+
+
+def _without_named(about: common.About, keep: Collection[str]) -> common.About:
+    """What a file says without the places that it names, but for those that the user named as well."""
+    cleared = dict.fromkeys({"rows", "weights", "tokenizer"} - set(keep), "")
+    if "text" not in keep:  # Then it does not matter which part of that text was held out.
+        plain = common.About()
+        cleared |= {name: getattr(plain, name) for name in ("text", "held_out_fraction", "data_seed")}
+    return dataclasses.replace(about, **cleared)
 
 
 def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, gemma.Gemma]:

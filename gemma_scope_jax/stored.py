@@ -1,11 +1,10 @@
 """SAEs of files, in any format, here or on Hugging Face's hub: what model and site they are of."""
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Iterator
 
-from gemma_scope_jax import gemma, hub, sae
+from gemma_scope_jax import gemma, hub, runs, sae
 from gemma_scope_jax.formats import common, detect
 
 
@@ -19,6 +18,9 @@ class Stored:
     model: str
     site: gemma.Site  # what it reads
     target_site: gemma.Site  # what it predicts; an autoencoder's is the site that it reads
+    # Whether it lies in a run directory. Only then may the text, weights and tokenizer that it names be opened
+    # unasked: the file of a stranger may name anything on this machine, or on any other.
+    is_of_run: bool = True
 
 
 def read(
@@ -35,23 +37,36 @@ def read(
     Raises:
       ValueError: there is none, it is broken, or does not fit its model.
     """
-    paths = hub.paths(str(location))
-    for found in itertools.chain.from_iterable(map(detect.read, paths)):
+    of_places = ((place, found) for place in hub.paths(str(location)) for found in detect.read(place))
+    for place, found in of_places:
         about = found.about
         if not (model or about.model_name) or not (site or about.hook_name):
             raise ValueError(
                 f"{location} does not say of which model and site it is; give them, for example "
                 "--model=gemma2_2b --site=layer_20_resid_post, and for a transcoder --target_site"
             )
-        name = model or gemma.name_from_hugging_face(about.model_name)
-        reads = gemma.site_from_hook(site or about.hook_name)
         hook_out = target_site or about.hook_name_out
-        predicts = gemma.site_from_hook(hook_out) if hook_out else reads
+        try:
+            name = model or gemma.name_from_hugging_face(about.model_name)
+            reads = gemma.site_from_hook(site or about.hook_name)
+            predicts = gemma.site_from_hook(hook_out) if hook_out else reads
+        except ValueError as error:
+            raise ValueError(
+                f"{location}: {error}; if the file calls it otherwise, give --model, --site or --target_site"
+            ) from error
         stored = found.sae
         if found.format == "gemma_scope" and reads.kind == "embed":
             stored = common.in_other_units(stored, embedding_scale(name))
         check(location, name, stored, reads, predicts)
-        yield Stored(found.name, stored, about, name, reads, predicts)
+        is_of_run = not str(location).startswith("hf://") and _is_in_run(place)
+        yield Stored(found.name, stored, about, name, reads, predicts, is_of_run)
+
+
+def _is_in_run(path: pathlib.Path) -> bool:
+    """Whether an SAE lies, links followed, where a run keeps its own: in `RUN/sae/NAME`."""
+    path = path.resolve()
+    place = (path.parent if path.is_file() else path).parent
+    return place.name == "sae" and runs.is_run(place.parent)
 
 
 def embedding_scale(model: str) -> float:

@@ -13,6 +13,7 @@ import rich.table
 
 from gemma_scope_jax import files, metrics, page, plots, printing
 from gemma_scope_jax.metrics import Evaluation
+from gemma_scope_jax.printing import printable
 
 # What is shown of each.
 NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
@@ -29,26 +30,38 @@ class Suite:
     results: Mapping[str, Evaluation | types.SimpleNamespace]
 
 
+# The sums of each row that `metrics.difference` takes.
+BY_ROW = {"activations", *(name for of in metrics.PAIRED.values() for name in of if name)}
+_MAX_ROWS = 2**24
+
+
 def read(folder: pathlib.Path) -> Suite:
     """The evaluation in a folder.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it is damaged.
     """
-    if not (folder / "evaluation.json").exists():
+    path, arrays = folder / "evaluation.json", folder / "evaluation.npz"
+    if not path.exists():
         raise ValueError(f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared")
-    about = files.read_json(folder / "evaluation.json")
-    by_row: dict[str, dict[str, np.ndarray]] = {name: {} for name in about["sae"]}
-    if (folder / "evaluation.npz").exists():
-        with np.load(folder / "evaluation.npz") as arrays:
-            for key in arrays.files:
-                name, _, quantity = key.rpartition("/by_row/")
-                if name:
-                    by_row[name][quantity] = arrays[key]
-    results = {
-        name: types.SimpleNamespace(**numbers, by_row=by_row[name])
-        for name, numbers in about.pop("sae").items()
+    about = metrics.read_numbers(path)
+    saes = about.pop("sae")
+    for name, numbers in saes.items():
+        if not isinstance(numbers["rows"], int) or not 0 < numbers["rows"] <= _MAX_ROWS:
+            raise ValueError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
+    shapes = {
+        f"{name}/by_row/{quantity}": (numbers["rows"],)
+        for name, numbers in saes.items()
+        for quantity in BY_ROW
     }
+    found = files.read_npz(arrays, shapes) if arrays.exists() else {}
+    results = {}
+    for name, numbers in saes.items():
+        of = {quantity: found[key] for quantity in BY_ROW if (key := f"{name}/by_row/{quantity}") in found}
+        # Plots take these for numbers.
+        drawn = {key: np.nan for key in ("l0", "fvu", "delta_loss") if numbers[key] is None}
+        by_row = of if of.keys() == BY_ROW else {}
+        results[name] = types.SimpleNamespace(**numbers | drawn, by_row=by_row)
     return Suite(about, results)
 
 

@@ -10,8 +10,8 @@ from etils import epath
 from gemma import gm
 from sentencepiece import sentencepiece_model_pb2
 
-from gemma_scope_jax import gemma, weights
-from gemma_scope_jax.printing import well_formed
+from gemma_scope_jax import files, gemma, weights
+from gemma_scope_jax.printing import printable, well_formed
 
 # What lies beside a checkpoint, by preference: SentencePiece's file as Hugging Face and as Google call it.
 _FILES = ("tokenizer.model", "tokenizer_{}.model", "tokenizer.json")
@@ -21,6 +21,8 @@ _TURN = re.compile(r"(?<=<)(?=(?:start|end)_of_turn>)")
 
 # Ids that a tokenizer may have behind the model's vocabulary: Gemma 3's has one for images.
 _SPARE_IDS = 64
+
+_MAX_BYTES = 2**28  # Gemma 3's tokenizer.json has 33 MB.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +111,16 @@ def _read(path: str) -> Tokenizer:
         if weights.is_gguf(path):
             return _from_sentencepiece(_proto_from_gguf(path))
         if path.endswith(".json"):
-            return _from_hugging_face(epath.Path(path).read_text())
-        return _from_sentencepiece(epath.Path(path).read_bytes())
+            return _from_hugging_face(_content(path).decode())
+        return _from_sentencepiece(_content(path))
     except Exception as error:  # Each library has errors of its own, SentencePiece's is a bare RuntimeError.
-        raise ValueError(f"cannot read the tokenizer {path}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(
+            f"cannot read the tokenizer {path}: {printable(' '.join(str(error).split()))}"
+        ) from error
+
+
+def _content(path: str) -> bytes:
+    return epath.Path(path).read_bytes() if "://" in path else files.read_regular(path, _MAX_BYTES)
 
 
 def _from_sentencepiece(proto: bytes) -> Tokenizer:

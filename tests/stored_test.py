@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gemma_scope_jax import export, gemma, opening, sae, stored
+from gemma_scope_jax import data, export, gemma, hub, opening, sae, stored
 from gemma_scope_jax.formats import common, gemma_scope, saelens
 
 
@@ -76,6 +76,102 @@ def test_an_sae_is_evaluated_alike_in_whatever_format_it_is(file_format, inputs,
     assert opened.config.data.context_length == (
         16 if file_format in ("saelens", "dictionary_learning") else 1024
     )
+
+
+def named(tmp_path, place, text, weights="gs://nowhere/weights", tokenizer="http://nowhere/tokenizer.json"):
+    """An SAE in a SAELens folder that says where its text, weights and tokenizer lie."""
+    one = made(gemma.Site("resid_post", 1))
+    about = common.About(
+        text=str(text), weights=weights, tokenizer=tokenizer, rows="rows_0123456789abcdef", context_length=16,
+        held_out_fraction=0.25, data_seed=7,
+    )  # fmt: skip
+    return export.write(tmp_path / place, "saelens", dataclasses.replace(one, about=about))
+
+
+def run_folder(folder):
+    """What makes a folder a run directory."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def places(opened):
+    config = opened.config
+    return config.data.text, config.weights, config.tokenizer
+
+
+def test_what_the_file_of_a_stranger_names_is_shown_and_not_touched(tmp_path, monkeypatch, capsys):
+    path = named(tmp_path, "a", "/**/*.txt")
+    looked_for = []
+    monkeypatch.setattr(data, "files_of", lambda text: looked_for.append(text) or set())
+    monkeypatch.setattr(data, "cached", lambda *_: pytest.fail("its rows are opened"))
+    opened = opening.open_path(path)
+    assert places(opened) == (data.DEFAULT_TEXT, "", "")
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == (
+        "The file names text /**/*.txt, weights gs://nowhere/weights, tokenizer http://nowhere/tokenizer.json. "
+        "They are not used unless you give --trust, or each by its own flag."
+    )
+    assert opened.config.data.held_out_fraction == data.DataConfig().held_out_fraction
+    # Of another text all is held out; nothing is compared with the one that was named.
+    opened = opening.open_path(
+        path, text=str(tmp_path / "mine.txt"), weights="gs://mine", tokenizer="gs://mine/t"
+    )
+    assert places(opened) == (str(tmp_path / "mine.txt"), "gs://mine", "gs://mine/t")
+    assert opened.config.data.held_out_fraction == 1 and capsys.readouterr().out == ""
+    assert looked_for and "/**/*.txt" not in looked_for
+
+
+def test_what_a_file_names_is_used_if_asked_for(inputs, tmp_path, capsys):
+    path = named(tmp_path, "a", inputs / "text.jsonl", str(inputs / "weights"), "")
+    opened = opening.open_path(path, trust=True)
+    assert places(opened) == (str(inputs / "text.jsonl"), str(inputs / "weights"), "")
+    assert opened.config.data.held_out_fraction == 0.25 and opened.config.data.seed == 7
+    assert "They are not used" not in capsys.readouterr().out
+    # Named by the user as well, it is split as it was in training.
+    opened = opening.open_path(path, text=str(inputs / "text.jsonl"))
+    assert places(opened) == (str(inputs / "text.jsonl"), "", "")
+    assert opened.config.data.held_out_fraction == 0.25 and opened.config.data.seed == 7
+    assert f"The file names weights {inputs / 'weights'}. They are not used" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nowhere does not exist here; give another --weights"):
+        opening.open_path(named(tmp_path, "b", "", weights="nowhere"), trust=True)
+
+
+def test_an_sae_of_a_run_directory_is_evaluated_as_it_was_trained(inputs, tmp_path):
+    run = run_folder(tmp_path / "run")
+    arguments = inputs / "text.jsonl", str(inputs / "weights"), ""
+    named(run / "sae", "x", *arguments)
+    (tmp_path / "latest").symlink_to(run)
+    for location in (run / "sae" / "x", tmp_path / "latest" / "sae" / "x" / "cfg.json", f"{run}/sae/*"):
+        assert places(opening.open_path(location)) == tuple(map(str, arguments)), location
+    # Elsewhere in it, or led to by a link, is not where a run keeps its own.
+    named(run, "downloads/x", *arguments)
+    named(tmp_path, "elsewhere/y", *arguments)
+    (run / "sae" / "y").symlink_to(tmp_path / "elsewhere" / "y")
+    for location in (run / "downloads" / "x", run / "sae" / "y"):
+        assert places(opening.open_path(location)) == (data.DEFAULT_TEXT, "", ""), location
+
+
+def test_what_comes_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
+    run = run_folder(tmp_path / "run")
+    named(run / "sae", "x", inputs / "text.jsonl", str(inputs / "weights"), "")
+    monkeypatch.setattr(hub, "local", lambda location: tmp_path / location.removeprefix("hf://a/b/"))
+    assert places(opening.open_path("hf://a/b/run/sae/x")) == (data.DEFAULT_TEXT, "", "")
+    with pytest.raises(ValueError, match="run is a run: export writes its SAEs"):
+        opening.open_path("hf://a/b/run")
+
+
+def test_converting_takes_no_weights_that_only_the_file_names(tmp_path, monkeypatch, capsys):
+    one = made(gemma.Site("mlp_in", 1), gemma.Site("mlp_out", 1))
+    one = dataclasses.replace(one, about=common.About(weights="gs://nowhere"))
+    export.write(tmp_path / "a", "saelens", one)
+    asked = []
+    monkeypatch.setattr(gemma, "load", lambda name, weights, *_, **__: asked.append(weights) or 1 / 0)
+    for weights in ("", "gs://mine"):
+        with pytest.raises(ZeroDivisionError):
+            export.convert(str(tmp_path / "a"), "gemma_scope", tmp_path / "b", weights=weights)
+    assert asked == ["", "gs://mine"]
+    assert "The file names weights gs://nowhere. They are not used unless you give" in capsys.readouterr().out
 
 
 def test_converting_goes_by_way_of_files(tmp_path, capsys):

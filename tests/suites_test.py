@@ -1,11 +1,15 @@
 """Evaluations side by side: what is compared with what, and how sure a difference is."""
 
+import json
+import os
+import tracemalloc
 import types
 
 import numpy as np
 import pytest
 
 from gemma_scope_jax import metrics, suites
+from gemma_scope_jax.explore import scope
 
 
 def by_row(seed, shift=0.0):
@@ -90,3 +94,95 @@ def test_folders_are_told_apart(tmp_path):
         suites.compare(folders, tmp_path / "file")
     with pytest.raises(ValueError, match="has no evaluation"):
         suites.compare(folders, tmp_path / "out")
+
+
+ROWS = 40
+NUMBERS = {key: 0.5 for key in metrics.SCALARS} | {"rows": ROWS, "l0_quantiles": [1, 2, 3, 4, 5]}
+
+
+def evaluated(folder, numbers=NUMBERS, arrays=None, **about):
+    """A folder with an evaluation, as evaluate.py leaves it."""
+    folder.mkdir()
+    written = {"model": "tiny", "text": "a", "cost": {"seconds": 1.0}, **about, "sae": {"x": numbers}}
+    (folder / "evaluation.json").write_text(json.dumps(written))
+    arrays = by_row(1) if arrays is None else arrays
+    np.savez_compressed(
+        folder / "evaluation.npz", **{f"x/by_row/{key}": value for key, value in arrays.items()}
+    )
+    return folder
+
+
+def test_an_evaluation_comes_back_as_it_was_written(tmp_path):
+    found = suites.read(evaluated(tmp_path / "a"))
+    assert found.about == {"model": "tiny", "text": "a"}
+    assert vars(found.results["x"]) == NUMBERS | {"by_row": found.results["x"].by_row}
+    for key, value in by_row(1).items():
+        np.testing.assert_array_equal(found.results["x"].by_row[key], value)
+    # Of an older version, which knew fewer numbers, and of one that will know more.
+    fewer = {"rows": ROWS, "l0": 3.0, "r_l0": None, "of_later": [1]}
+    other = suites.read(evaluated(tmp_path / "b", fewer, {"tokens": np.ones(ROWS)})).results["x"]
+    assert (other.l0, other.r_l0, other.by_row) == (3.0, None, {}) and np.isnan(other.fvu)
+    suites.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{}", '{"sae": []}', '{"sae": {}}', '{"sae": {"x": 3}}', '{"sae": {"x": {}}}',
+        '{"sae": {"x": {"rows": 40, "l0": "many"}}}', '{"sae": {"x": {"rows": 40, "l0": [1]}}}',
+        '{"sae": {"x": {"rows": 40, "l0": true}}}', '{"sae": {"x": {"rows": 40, "l0": NaN}}}',
+        '{"sae": {"x": {"rows": 40, "l0": 1e400}}}', '{"sae": {"x": {"rows": 40, "l0": ' + "9" * 400 + "}}}",
+        '{"sae": {"x": {"rows": 40, "l0": ' + "9" * 5000 + "}}}", '{"sae": {"x": {"rows": 40.0}}}',
+        '{"sae": {"x": {"rows": -1}}}', '{"sae": {"x": {"rows": 1000000000000}}}',
+        '{"sae": {"x": {"rows": 40, "l0_quantiles": [[1]]}}}', '{"sae": ' + '{"a":' * 100_000,
+    ],
+    ids=range(19),
+)  # fmt: skip
+def test_an_evaluation_of_a_stranger_is_refused_in_a_line(text, tmp_path):
+    (evaluated(tmp_path / "a") / "evaluation.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a/evaluation\.json") as caught:
+        suites.compare([evaluated(tmp_path / "b"), tmp_path / "a"], tmp_path / "out")
+    assert len(str(caught.value)) < 480 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"tokens": np.ones(ROWS + 1)}, r"an array of shape \(41,\), expected \(40,\)"),
+        ({"tokens": np.array([[1]] * ROWS, object)}, "an array of object is not read"),
+        ({"tokens": np.ones((ROWS, 1))}, r"an array of shape \(40, 1\), expected"),
+        ({"tokens": np.full(ROWS, np.nan)}, "x/by_row/tokens holds non-finite values"),
+        ({"tokens": np.full(ROWS, "a")}, "an array of <U1 is not read"),
+        ({"tokens": np.zeros(2**23)}, r"an array of shape \(8388608,\), expected"),
+    ],
+    ids=["length", "object", "dimensions", "nan", "text", "bomb"],
+)
+def test_arrays_of_a_stranger_are_what_they_should_be_or_are_refused(arrays, message, tmp_path):
+    folder = evaluated(tmp_path / "a", arrays={**by_row(1), **arrays})
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"evaluation\.npz is not a whole npz file: {message}"):
+        suites.read(folder)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_pipes_and_cut_files_beside_an_sae_are_refused_by_all_that_read_them(tmp_path):
+    beside = evaluated(tmp_path / "a") / "evaluation.npz"
+    content = beside.read_bytes()
+    subject = types.SimpleNamespace(sae=types.SimpleNamespace(b_enc=np.zeros(8)))
+    for write in (lambda: beside.write_bytes(content[:300]), lambda: os.mkfifo(beside)):
+        beside.unlink()
+        write()
+        for read in (suites.read, lambda folder: scope._frequencies(folder, {"x": subject})):
+            with pytest.raises(ValueError, match=r"evaluation\.npz"):
+                read(tmp_path / "a")
+
+
+def test_frequencies_beside_an_sae_are_as_many_as_its_latents(tmp_path):
+    subject = types.SimpleNamespace(sae=types.SimpleNamespace(b_enc=np.zeros(8)))
+    np.savez(tmp_path / "evaluation.npz", **{"x/frequency": np.arange(8) / 8, "y/frequency": np.ones(3)})
+    found = scope._frequencies(tmp_path, {"x": subject, "z": subject})
+    assert list(found) == ["x"]
+    np.testing.assert_array_equal(found["x"], np.arange(8) / 8)
+    with pytest.raises(ValueError, match=r"an array of shape \(3,\), expected \(8,\)"):
+        scope._frequencies(tmp_path, {"y": subject})

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 import sentencepiece
@@ -125,6 +126,18 @@ def test_what_is_not_the_models_tokenizer_is_refused(small_vocabulary, tmp_path,
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         tokenizer.load("gemma2_small", str(tmp_path / name), "")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer.gguf"])
+def test_pipes_and_files_without_end_are_no_tokenizers(small_vocabulary, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(2**40)  # Takes no room.
+    for odd in ("pipe", "hole", "/dev/zero"):
+        (tmp_path / name).symlink_to(tmp_path / odd)
+        with pytest.raises(ValueError, match=f"cannot read the tokenizer .*{name}"):
+            tokenizer.load("gemma2_small", str(tmp_path / name), "")
+        (tmp_path / name).unlink()
 
 
 def test_ids_behind_the_vocabulary_are_refused(small_vocabulary, tmp_path):

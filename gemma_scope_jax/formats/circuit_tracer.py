@@ -9,6 +9,7 @@ import yaml
 
 from gemma_scope_jax import files
 from gemma_scope_jax.formats import common
+from gemma_scope_jax.printing import printable
 from gemma_scope_jax.sae import SAE
 
 # Its names of our arrays. W_enc is [M, D], and the skip connection is applied as x @ W_skip.T.
@@ -21,6 +22,7 @@ _NAMES = {
     "W_skip": "W_skip",
 }
 _TURNED = ("W_enc", "W_skip")
+_MAX_CONFIG = 2**14  # A megabyte of YAML takes 20 seconds to read.
 
 
 def write_config(folder: pathlib.Path, about: common.About) -> None:
@@ -53,18 +55,21 @@ def read(folder: pathlib.Path, only: int | None = None) -> Iterator[tuple[str, S
       ValueError: a file is not whole, or the folder is of cross-layer transcoders.
     """
     path = folder / "config.yaml"
+    content = files.read_regular(path, _MAX_CONFIG)
     try:
-        if path.stat().st_size > 2**20:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        if content.count(b"[") + content.count(b"{") > 100:  # Each level within another slows the next.
+            raise ValueError("it has more than 100 brackets")
         # Nothing but strings: that is all that is asked for, and other types have ways to fail of their own.
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable YAML: {error}") from error
+        config = yaml.load(content.decode(), Loader=yaml.BaseLoader)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable YAML: {printable(error)}") from error
     keys = ("model_kind", "model_name", "feature_input_hook", "feature_output_hook")
     if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in keys):
         raise ValueError(f"{path} is not a circuit-tracer config: it must have {', '.join(keys)}")
     if config["model_kind"] != "transcoder_set":
-        raise ValueError(f"{path} has model_kind {config['model_kind']!r}; only 'transcoder_set' is read")
+        raise ValueError(
+            f"{path} has model_kind {printable(repr(config['model_kind']))}; only 'transcoder_set' is read"
+        )
     if "transcoders" in config:
         raise ValueError(f"{path} names transcoders elsewhere; read those one by one")
     by_layer = {

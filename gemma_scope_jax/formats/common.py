@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_scope_jax import files
+from gemma_scope_jax.printing import printable
 from gemma_scope_jax.sae import SAE
 
 _OPTIONAL = {"W_skip"}
@@ -59,7 +60,9 @@ def sae_from_arrays(tensors: Mapping[str, np.ndarray], source: pathlib.Path) -> 
     names = {field.name for field in dataclasses.fields(SAE)}
     missing, extra = sorted(names - _OPTIONAL - tensors.keys()), sorted(tensors.keys() - names)
     if missing or extra:
-        raise ValueError(f"{source} is no JumpReLU SAE: arrays missing {missing}, not known {extra}")
+        raise ValueError(
+            f"{source} is no JumpReLU SAE: arrays missing {missing}, not known {printable(extra)}"
+        )
     for name in ("W_enc", "W_dec"):
         if tensors[name].ndim != 2 or not tensors[name].size:
             raise ValueError(f"{source}: {name} has shape {tensors[name].shape}, expected two dimensions")

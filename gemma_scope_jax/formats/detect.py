@@ -13,6 +13,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
+from gemma_scope_jax.printing import printable
 from gemma_scope_jax.sae import SAE
 
 # What an SAE's files are called, in every format: all of a repository that is ever fetched.
@@ -91,9 +92,13 @@ def read(path: pathlib.Path) -> Iterator[Found]:
             raise ValueError(
                 f"{path} is one of sparsify's TopK SAEs, which has no thresholds: it cannot be had as a JumpReLU SAE"
             )
-        case _ if (path / "checkpoints").exists():
+        case _ if (path / "checkpoints").exists() and (path / "config.json").exists():
             raise ValueError(f"{path} is a run: export writes its SAEs, evaluate.py evaluates them")
         case _:
+            below = (
+                sorted(found.name for found in path.iterdir() if format_of(found)) if path.is_dir() else []
+            )
+            hint = f"; {printable(below[0], 100)} in it is one" if below else ""
             raise ValueError(
-                f"{path} is neither a run directory nor an SAE: it has none of {', '.join(FILES)}"
+                f"{path} is neither a run directory nor an SAE: it has none of {', '.join(FILES)}{hint}"
             )

@@ -17,6 +17,7 @@ import numpy as np
 
 from gemma_scope_jax import files
 from gemma_scope_jax.formats import common
+from gemma_scope_jax.printing import printable
 from gemma_scope_jax.sae import SAE
 
 NO_TRANSCODER = "is a transcoder, for which dictionary_learning has no place"
@@ -68,7 +69,7 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     trainer, buffer = config.get("trainer"), config.get("buffer")
     if not isinstance(trainer, dict) or trainer.get("dict_class") != "JumpReluAutoEncoder":
         kind = trainer.get("dict_class") if isinstance(trainer, dict) else trainer
-        raise ValueError(f"{path} is of {kind!r}; only 'JumpReluAutoEncoder' is read")
+        raise ValueError(f"{path} is of {printable(repr(kind))}; only 'JumpReluAutoEncoder' is read")
     length = buffer.get("ctx_len") if isinstance(buffer, dict) else None
     name, layer = trainer.get("submodule_name"), trainer.get("layer")
     # Its own names begin with the kind of place; only that of the residual stream is known.
@@ -150,7 +151,7 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
       ValueError: the file is not whole, or holds something else.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with files.open_archive(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > 2 * os.path.getsize(path):
                 raise ValueError("it would grow when unpacked, which torch's files do not")
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -164,7 +165,9 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             }
             found = _TensorUnpickler(io.BytesIO(archive.read(pickled)), storages).load()
     except Exception as error:  # Of as many kinds as there are ways to break a pickle.
-        raise ValueError(f"{path} is not a whole file of tensors as torch saves them: {error!r}") from error
+        raise ValueError(
+            f"{path} is not a whole file of tensors as torch saves them: {printable(repr(error))}"
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
         raise ValueError(f"{path} holds something else than tensors by name")
     return found

@@ -6,13 +6,12 @@ The file says nothing of itself; the names of the folders around it do.
 import os
 import pathlib
 import re
-import zipfile
-from typing import IO
 
 import numpy as np
 
 from gemma_scope_jax import files
 from gemma_scope_jax.formats import common
+from gemma_scope_jax.printing import printable
 from gemma_scope_jax.sae import SAE
 
 NO_SKIP = (
@@ -46,7 +45,7 @@ def read(path: pathlib.Path) -> tuple[SAE, common.About]:
       ValueError: the file is not whole, holds other arrays, or pickled objects, or grows out of proportion.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with files.open_archive(path) as archive:
             # SAELens takes small letters too.
             names = {re.sub("^w_", "W_", name.removesuffix(".npy")): name for name in archive.namelist()}
             missing, extra = sorted(set(_NAMES) - names.keys()), sorted(names.keys() - set(_NAMES))
@@ -58,32 +57,10 @@ def read(path: pathlib.Path) -> tuple[SAE, common.About]:
             for name in _NAMES:
                 info = archive.getinfo(names[name])
                 with archive.open(info) as file:
-                    tensors[name] = _read_array(file, info.file_size)
+                    tensors[name] = files.read_array(file, info.file_size)
     except Exception as error:  # Of as many kinds as there are ways to break an archive.
-        raise ValueError(f"{path} is not a whole npz file: {error}") from error
+        raise ValueError(f"{path} is not a whole npz file: {printable(error)}") from error
     return common.sae_from_arrays(tensors, path), about_from_path(path)
-
-
-def _read_array(file: IO[bytes], size: int) -> np.ndarray:
-    """An array of a member of an archive, whose header is believed only as far as the member is long."""
-    version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read_header:
-        raise ValueError(f"npy version {version} is not read")
-    shape, is_fortran, dtype = read_header[version](file, max_header_size=1000)
-    if dtype.kind != "f":
-        raise ValueError(f"an array of {dtype} is not read")
-    count = int(np.prod([int(n) for n in shape], dtype=object))
-    if min(shape, default=0) < 0 or not 0 <= size - count * dtype.itemsize < 2000:
-        raise ValueError(f"an array of shape {shape} in {size:,} bytes")
-    flat = np.empty(count, dtype)
-    for part in files.parts(flat):
-        content = file.read(part.nbytes)
-        if len(content) != part.nbytes:
-            raise ValueError(f"an array of shape {shape} ends early")
-        part[:] = np.frombuffer(content, dtype)
-    file.read(1)  # The end, where the checksum is compared.
-    return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 def about_from_path(path: pathlib.Path) -> common.About:

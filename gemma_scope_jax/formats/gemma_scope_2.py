@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma_scope_jax import files
 from gemma_scope_jax.formats import common
+from gemma_scope_jax.printing import printable
 from gemma_scope_jax.sae import SAE
 
 # Its names of our arrays. The skip connection is applied as x @ W_skip.
@@ -74,10 +75,10 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         config.get(key) for key in ("architecture", "model_name", "hf_hook_point_in", "hf_hook_point_out")
     ]
     if not all(isinstance(value, str) for value in found):
-        raise ValueError(f"{path} is not a Gemma Scope 2 config: it has {found}")
+        raise ValueError(f"{path} is not a Gemma Scope 2 config: it has {printable(found)}")
     architecture, model_name, hook, hook_out = found
     if architecture != "jump_relu":
-        raise ValueError(f"{path} has architecture {architecture!r}; only 'jump_relu' is read")
+        raise ValueError(f"{path} has architecture {printable(repr(architecture))}; only 'jump_relu' is read")
     l0 = config.get("l0")
     return common.About(
         _model_name(model_name),

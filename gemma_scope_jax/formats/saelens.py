@@ -7,11 +7,13 @@ import numpy as np
 
 from gemma_scope_jax import files
 from gemma_scope_jax.formats import common
+from gemma_scope_jax.printing import printable
 from gemma_scope_jax.sae import SAE
 
 # The version of SAELens whose layout this is. Without a version in the file, SAELens takes it for one of before
 # 6.0 and subtracts b_dec from the input.
 _VERSION = "6.54.12"
+_ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _OWN_KEY = "gemma_scope_jax"
 _SITE_MEAN = "site_mean.safetensors"
 _OWN_FIELDS = {
@@ -84,78 +86,111 @@ def _architecture(sae: SAE, about: common.About) -> str:
 
 
 def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
-    """Reads a JumpReLU SAE or transcoder, by whomever it was written.
+    """Reads a JumpReLU SAE or transcoder, by whomever and by whatever version it was written.
 
     Raises:
-      ValueError: the folder is not whole, holds another architecture, or what SAELens would do to the input cannot be
-        folded into the arrays.
+      ValueError: the folder is not whole, holds another architecture, does not say what its arrays mean, or what
+        SAELens would do to the input cannot be folded into the arrays.
     """
     path = folder / "cfg.json"
     config = files.read_json(path)
     about = _about(config, path)
-    for key, values in (
-        ("architecture", ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")),
-        ("apply_b_dec_to_input", (False, True)),
-        ("normalize_activations", ("none",)),
-    ):
-        if config.get(key) not in values:
-            raise ValueError(
-                f"{path} has {key} = {config.get(key)!r}; only {', '.join(map(repr, values))} is read"
-            )
+    _check_meaning(config, path)
     if (config["architecture"] == "jumprelu") != (about.hook_name_out is None):
         raise ValueError(
-            f"{path} has architecture {config['architecture']!r} and hook_name_out {about.hook_name_out!r}"
+            f"{path} has architecture {config['architecture']!r} and hook_name_out "
+            f"{printable(repr(about.hook_name_out))}; a transcoder has one, an SAE has none"
         )
     weights = folder / "sae_weights.safetensors"
     tensors = common.read_safetensors(weights)
+    factor = tensors.pop("scaling_factor", None)
     if "W_skip" in tensors:
         tensors["W_skip"] = tensors["W_skip"].T
     sae = common.sae_from_arrays(tensors, weights)
+    # Left from a kind of finetuning; SAELens once wrote it into every file, and takes ones for nothing.
+    if factor is not None and (factor.shape != sae.b_enc.shape or not np.allclose(factor.astype(float), 1)):
+        raise ValueError(
+            f"{weights} has a scaling_factor that is not 1, which is not read; multiply each row of W_dec by its "
+            "latent's and save the SAE again without it"
+        )
     if (sae.W_skip is not None) != (config["architecture"] == "jumprelu_skip_transcoder"):
         raise ValueError(f"{path} has architecture {config['architecture']!r}, which its tensors are not of")
     if config["apply_b_dec_to_input"]:
         sae = common.without_pre_encoder_bias(sae)
     if (mean_path := folder / _SITE_MEAN).exists():
         mean_O = common.read_safetensors(mean_path).get("site_mean")
-        if mean_O is None or mean_O.shape != sae.b_dec.shape:
-            raise ValueError(f"{mean_path} does not hold a site_mean of shape {sae.b_dec.shape}")
+        if mean_O is None or mean_O.shape != sae.b_dec.shape or not np.isfinite(mean_O).all():
+            raise ValueError(f"{mean_path} does not hold a finite site_mean of shape {sae.b_dec.shape}")
         about = dataclasses.replace(about, site_mean_O=mean_O)
     return sae, about
 
 
+def _check_meaning(config: dict, path: pathlib.Path) -> None:
+    """Raises ValueError where a config is of another kind of SAE, or does not say enough of this one.
+
+    Absent keys mean what they mean to SAELens 6, which reads older files, too.
+    """
+    architecture = config.get("architecture", "standard")
+    if architecture not in _ARCHITECTURES:
+        without = ", a ReLU SAE without thresholds" if architecture == "standard" else ""
+        raise ValueError(
+            f"{path} has architecture = {printable(repr(architecture))}{without}; only "
+            f"{', '.join(map(repr, _ARCHITECTURES))} are read"
+        )
+    if config.get("apply_b_dec_to_input") not in (False, True):
+        # Each version that knew JumpReLU wrote it. SAELens takes true, whoever left it out may have meant false.
+        raise ValueError(
+            f"{path} has apply_b_dec_to_input = {printable(repr(config.get('apply_b_dec_to_input')))}; add "
+            '"apply_b_dec_to_input": true if b_dec is subtracted from the input, else false'
+        )
+    norm = config.get("normalize_activations")
+    if norm not in (None, False, "none"):
+        # Before version 2 it was true or false.
+        is_scaled = norm is True or norm == "expected_average_only_in"
+        raise ValueError(
+            f"{path} has normalize_activations = {printable(repr(norm))}; only 'none' is read: "
+            + (
+                "its factor is not in the file, so fold it in with SAELens and save again"
+                if is_scaled
+                else "what it does to each activation cannot be folded into the arrays"
+            )
+        )
+    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+    if activation != "relu" or config.get("finetuning_scaling_factor"):
+        raise ValueError(
+            f"{path} has activation_fn = {printable(repr(activation))} and finetuning_scaling_factor = "
+            f"{printable(repr(config.get('finetuning_scaling_factor')))}; only 'relu' without that factor is read"
+        )
+
+
 def _about(config: dict, path: pathlib.Path) -> common.About:
-    try:
-        metadata = config["metadata"]
-        if (
-            int(metadata["sae_lens_version"].split(".")[0]) < 6
-        ):  # Older files mean other things by the same keys.
-            raise ValueError(f"its version is {metadata['sae_lens_version']}")
-        own = metadata.get(_OWN_KEY, {})
-        fields = {
-            "model_name": (metadata["model_name"], str),
-            "hook_name": (metadata["hook_name"], str),
-            "hook_name_out": (metadata.get("hook_name_out"), str | None),
-            "context_length": (metadata.get("context_size") or 1024, int),
-            "l0": (metadata.get("l0"), float | int | None),
-            "text": (metadata.get("dataset_path") or "", str),
-            **{name: (own[name], kind) for name, kind in _OWN_FIELDS.items() if name in own},
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a SAELens 6 config: {error!r}") from error
-    for name, (value, kind) in fields.items():
-        if not isinstance(value, kind):
-            raise ValueError(f"{path} is not a SAELens 6 config: {name} is {value!r}")
-    found = {name: value for name, (value, _) in fields.items()}
+    # Before version 6, what is now in `metadata` stood beside the rest.
+    metadata = config.get("metadata", config)
+    own = metadata.get(_OWN_KEY, {}) if isinstance(metadata, dict) else None
+    if not isinstance(own, dict):
+        raise ValueError(f"{path} is not a SAELens config: its metadata is not an object")
+    fields = {
+        "model_name": (metadata.get("model_name") or "", str),
+        "hook_name": (metadata.get("hook_name") or metadata.get("hook_point") or "", str),
+        "hook_name_out": (metadata.get("hook_name_out"), str | None),
+        "context_length": (metadata.get("context_size") or 1024, int),
+        "l0": (metadata.get("l0"), float | int | None),
+        "text": (metadata.get("dataset_path") or "", str),
+        **{name: (own[name], kind) for name, kind in _OWN_FIELDS.items() if name in own},
+    }
+    if not own:
+        # Others name a dataset of Hugging Face's, which is not read here.
+        fields["text"] = ("", str)
     ranges = {
         "context_length": (2, 2**20),
         "l0": (0, 1e9),
         "data_seed": (0, 2**63),
         "held_out_fraction": (0, 1),
     }
-    for name, (low, high) in ranges.items():
-        if found.get(name) is not None and not low <= found[name] <= high:
-            raise ValueError(f"{path} is not a SAELens 6 config: {name} is {found[name]!r}")
-    if not own:
-        # Others name a dataset of Hugging Face's, which is not read here.
-        found["text"] = ""
-    return common.About(**found)
+    for name, (value, kind) in fields.items():
+        low, high = ranges.get(name, (None, None))
+        if not isinstance(value, kind) or (
+            low is not None and value is not None and not low <= value <= high
+        ):
+            raise ValueError(f"{path} is not a SAELens config: {name} is {printable(repr(value))}")
+    return common.About(**{name: value for name, (value, _) in fields.items()})
