@@ -115,8 +115,8 @@ class Config:
     """A whole run."""
 
     model: str = "gemma3_270m"
-    # An Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME` or a GGUF file; empty: those that come with the
-    # requirements (gemma3_270m), Google's own in gs://gemma-data for all others.
+    # An Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, or a GGUF file;
+    # empty: those that come with the requirements (gemma3_270m), Google's own in gs://gemma-data for all others.
     weights: str = ""
     # A SentencePiece file, a tokenizer.json or a GGUF file; empty: what lies beside the weights, else Google's own.
     tokenizer: str = ""

@@ -103,13 +103,14 @@ def snapshot(location: str, place: Place, patterns: Sequence[str]) -> pathlib.Pa
       ValueError: they are neither in the cache nor to be had.
     """
     import huggingface_hub  # Slow to import.
+    from huggingface_hub import constants
 
     try:
         found = huggingface_hub.snapshot_download(
             place.repository, revision=place.revision, allow_patterns=list(patterns)
         )
     except Exception as error:  # Many kinds: no network, no such repository, terms not accepted.
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             raise ValueError(_not_cached(location)) from error
         reason = printable(" ".join(str(error).split()), 300)
         raise ValueError(
@@ -141,8 +142,9 @@ def _not_cached(location: str) -> str:
 def _nothing(location: str) -> str:
     """Why there is no SAE at a location, and where in its repository there are some."""
     import huggingface_hub
+    from huggingface_hub import constants
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return _not_cached(location)
     place = place_of(location)
     try:

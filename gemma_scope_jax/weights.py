@@ -400,12 +400,14 @@ class _GgufReader(gguf.GGUFReader):
 
     _reads = 0
 
-    def _get(self, offset: int, dtype: np.typing.DTypeLike, count: int = 1, *rest: object) -> np.ndarray:
+    def _get(
+        self, offset: int, dtype: np.typing.DTypeLike, count: int = 1, override_order: str | None = None
+    ) -> np.ndarray:
         # Behind the end there would be arrays of no bytes, as many as the header claims.
         self._reads += 1
         if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size or self._reads > _MAX_READS:
             raise ValueError("its header claims more than there is")
-        return super()._get(offset, dtype, count, *rest)
+        return super()._get(offset, dtype, count, override_order)
 
 
 @functools.lru_cache(maxsize=1)  # Parsing 262k vocabulary entries takes ten seconds.

@@ -72,7 +72,7 @@ def main(folder: pathlib.Path, run: pathlib.Path | None) -> None:
     place = folder / "sae"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(exported(folder, run), place)
-    opened = opening.open_path(place)
+    opened = opening.open_path(place, trust=True)
     held_out = data.open_rows(opened.rows, data.HELD_OUT)
     tokens = one_document_each(held_out, ROWS)
     _, loaded = opening.load_gemma(opened.config)

