@@ -43,6 +43,7 @@ def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict
         firing = hosts.fetch(state.banks[b.name].firing)
         for i, member in enumerate(b.members):
             known = [of[member.name]["l0"] for of in (held_out, logged) if member.name in of]
+            known = [l0 for l0 in known if l0 is not None]
             rows = int(firing.rows_E[i])
             since = firing.count_ExM[i].sum() / rows if rows else firing.frequency_ExM[i].sum()
             measured[member.name] = float(known[0] if known else since)

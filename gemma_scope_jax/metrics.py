@@ -5,14 +5,16 @@ Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them; doc
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import sae
+from gemma_scope_jax import files, sae
 from gemma_scope_jax.normalizer import CONSTANT
+from gemma_scope_jax.printing import printable, quoted
 
 QUANTILES = (5, 25, 50, 75, 95)
 
@@ -82,6 +84,43 @@ def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
         key: value for key, value in vars(result).items() if not isinstance(value, (np.ndarray, Mapping))
     }
     return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in found.items()}
+
+
+# All of an evaluation that is a single number, or a few.
+SCALARS = [
+    field.name
+    for field in dataclasses.fields(Evaluation)
+    if field.type not in (np.ndarray, Mapping[str, np.ndarray])
+]
+
+
+def read_numbers(path: pathlib.Path) -> dict:
+    """What an evaluation.json says, checked: `SCALARS` of each SAE under "sae", and what they were measured on.
+
+    What was not measured, or not by the version that wrote it, is None.
+
+    Raises:
+      ValueError: it is no evaluation.
+    """
+    found = files.read_json(path)
+    saes = found.pop("sae", None)
+    if not isinstance(saes, dict) or not saes or not all(isinstance(of, dict) for of in saes.values()):
+        raise ValueError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
+    checked = {name: {key: of.get(key) for key in SCALARS} for name, of in saes.items()}
+    for name, of in checked.items():
+        for key, value in of.items():
+            values = value if key == "l0_quantiles" and isinstance(value, list) else [value]
+            if not all(map(_is_number, values)):
+                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
+    about = {
+        key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
+    }
+    return {**about, "sae": checked}
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (is_number and abs(value) < 1e30)
 
 
 def measure(

@@ -8,7 +8,7 @@ import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, export, files, gemma, hub, runs, suites, verdicts, weights
+from gemma_scope_jax import bank, export, files, gemma, hub, runs, verdicts, weights
 from gemma_scope_jax.printing import printable, say
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
@@ -81,8 +81,8 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
       ValueError: there is none of all its SAEs as they are at this step.
     """
     path = workdir / "evaluation.json"
-    found, others = runs.own_evaluation(workdir, run.config, step)
-    measured = suites.read_numbers(path) if found else {}
+    measured, others = runs.own_evaluation(workdir, run.config, step)
+    measured = measured or {}
     missing = {member.name for member in run.plan.members} - measured.get("sae", {}).keys()
     if missing or others.pop("step", step) != step:
         raise ValueError(

@@ -19,6 +19,7 @@ from gemma_scope_jax import (
     files,
     gemma,
     hosts,
+    metrics,
     planning,
     plans,
     prepare,
@@ -126,10 +127,7 @@ def own_evaluation(
     path = folder / "evaluation.json"
     if not path.exists():
         return None, {}
-    found = files.read_json(path)
-    saes = found.get("sae")
-    if not isinstance(saes, dict) or not all(isinstance(of, dict) and "l0" in of for of in saes.values()):
-        raise ValueError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
+    found = metrics.read_numbers(path)
     own = {
         "step": step, "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text,
         "split": data.HELD_OUT, "turns": None, "context_length": config.data.context_length,

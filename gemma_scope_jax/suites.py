@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma_scope_jax import files, metrics, page, plots, printing, tables
 from gemma_scope_jax.metrics import Evaluation
-from gemma_scope_jax.printing import printable, quoted, say
+from gemma_scope_jax.printing import printable, say
 
 # What is shown of each.
 NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
@@ -31,44 +31,6 @@ class Suite:
 # The sums of each row that `metrics.difference` takes.
 BY_ROW = {"activations", *(name for of in metrics.PAIRED.values() for name in of if name)}
 _MAX_ROWS = 2**24
-SCALARS = [
-    f.name for f in dataclasses.fields(Evaluation) if f.type not in (np.ndarray, Mapping[str, np.ndarray])
-]
-
-
-def read_numbers(path: pathlib.Path) -> dict:
-    """What an evaluation.json says, checked: the numbers of each SAE under "sae", and what they were measured on.
-
-    What was not measured, or not by the version that wrote it, is None.
-
-    Raises:
-      ValueError: it is no evaluation.
-    """
-    found = files.read_json(path)
-    saes = found.pop("sae", None)
-    if (
-        not isinstance(saes, dict)
-        or not saes
-        or not all(isinstance(numbers, dict) for numbers in saes.values())
-    ):
-        raise ValueError(f"{path} is no evaluation: it has no numbers of an SAE")
-    checked = {name: {key: numbers.get(key) for key in SCALARS} for name, numbers in saes.items()}
-    for name, numbers in checked.items():
-        for key, value in numbers.items():
-            of = value if key == "l0_quantiles" and isinstance(value, list) and len(value) < 100 else [value]
-            if not all(map(_is_number, of)):
-                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
-        if not isinstance(numbers["rows"], int) or not 0 < numbers["rows"] <= _MAX_ROWS:
-            raise ValueError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
-    about = {
-        key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
-    }
-    return {**about, "sae": checked}
-
-
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (is_number and abs(value) < 1e30)
 
 
 def read(folder: pathlib.Path) -> Suite:
@@ -80,8 +42,11 @@ def read(folder: pathlib.Path) -> Suite:
     path, arrays = folder / "evaluation.json", folder / "evaluation.npz"
     if not path.exists():
         raise ValueError(f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared")
-    about = read_numbers(path)
+    about = metrics.read_numbers(path)
     saes = about.pop("sae")
+    for name, numbers in saes.items():
+        if not isinstance(numbers["rows"], int) or not 0 < numbers["rows"] <= _MAX_ROWS:
+            raise ValueError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
     shapes = {
         f"{name}/by_row/{quantity}": (numbers["rows"],)
         for name, numbers in saes.items()

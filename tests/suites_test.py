@@ -97,7 +97,7 @@ def test_folders_are_told_apart(tmp_path):
 
 
 ROWS = 40
-NUMBERS = {key: 0.5 for key in suites.SCALARS} | {"rows": ROWS, "l0_quantiles": [1, 2, 3, 4, 5]}
+NUMBERS = {key: 0.5 for key in metrics.SCALARS} | {"rows": ROWS, "l0_quantiles": [1, 2, 3, 4, 5]}
 
 
 def evaluated(folder, numbers=NUMBERS, arrays=None, **about):
