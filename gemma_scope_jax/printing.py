@@ -115,11 +115,10 @@ class Unfailing:
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
-    def __eq__(self, other: object) -> bool:  # tqdm looks whether its stream is that of the terminal.
-        return self._stream == getattr(other, "_stream", other)
 
-    def __hash__(self) -> int:
-        return hash(self._stream)
+def unfailing(stream: TextIO) -> Unfailing:
+    """The stream, `Unfailing` if it is not yet."""
+    return stream if isinstance(stream, Unfailing) else Unfailing(stream)
 
 
 def _escaped(letter: str) -> str:

@@ -332,7 +332,7 @@ def _loop(
     for warning in log.check_plan(plan, *_to_come(plan, state, youngest)) if is_new else ():
         print(f"Warning: {warning}.", flush=True)
 
-    words = printing.Unfailing(sys.stderr)  # A reader that is gone must not cost what was trained.
+    words = printing.unfailing(sys.stderr)  # A reader that is gone must not cost what was trained.
     bar = tqdm.tqdm(
         total=first_step + left,
         initial=first_step,
@@ -379,7 +379,7 @@ def _loop(
                 watched.append(entry)
                 if len(watched) == log.watched_steps(plan):
                     for warning in log.stuck_thresholds(plan, watched):
-                        bar.write(f"Warning: {warning}.", printing.Unfailing(sys.stdout))
+                        bar.write(f"Warning: {warning}.", printing.unfailing(sys.stdout))
             bar.set_postfix_str(log.progress(entry), refresh=False)
             bar.update()
         pending = now

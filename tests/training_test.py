@@ -388,7 +388,7 @@ def test_how_often_the_text_is_read_is_said(inputs, tmp_path):
 class Deaf(io.StringIO):
     """A stream whose reader has gone."""
 
-    def write(self, text):
+    def write(self, text=""):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     flush = write
