@@ -11,7 +11,6 @@ milliseconds instead of ten seconds.
 
 import argparse
 import collections
-import contextlib
 import ctypes
 import dataclasses
 import faulthandler
@@ -165,25 +164,22 @@ def forked(work: Callable[[], None]) -> int:
     if pid := os.fork():
         signal.signal(signal.SIGINT, handler)
         return pid
-    code = 0
-    try:
-        faulthandler.enable()
-        work()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    try:
+    code = 120
+    try:  # Whatever comes, no exception leaves this function here.
+        try:
+            faulthandler.enable()
+            work()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
         threading._shutdown()
         sys.stdout.flush()
-    except BaseException:
-        with contextlib.suppress(BaseException):
-            traceback.print_exc()
-        code = 120
-    with contextlib.suppress(BaseException):
         sys.stderr.flush()
-    os._exit(code)
+    finally:
+        os._exit(code)
 
 
 def run(command: Sequence[str], folder: pathlib.Path, **how: object) -> str:
