@@ -152,15 +152,10 @@ def check_readable(folder: pathlib.Path) -> None:
 def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new file to write, which takes the place of `path` when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    try:
-        partial.touch()
-        with _locked(partial, must=False) as file:
-            yield partial
-            os.fsync(file)  # Or a crash of the machine may leave the name without the content.
+    with _writing(_partial(path), lambda partial: partial.touch()) as (partial, file):
+        yield partial
+        os.fsync(file)  # Or a crash of the machine may leave the name without the content.
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -173,13 +168,26 @@ def filling_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = _partial(folder)
     if folder.is_dir():  # Within it, for it may be a disk of its own.
         partial = _partial(folder / folder.name)
-    try:
-        partial.mkdir()
-        with _locked(partial, must=False):
-            yield partial
+    with _writing(partial, lambda partial: partial.mkdir(exist_ok=True)) as (partial, _):
+        yield partial
         _join(partial, folder)
+
+
+@contextlib.contextmanager
+def _writing(
+    partial: pathlib.Path, make: Callable[[pathlib.Path], None]
+) -> Iterator[tuple[pathlib.Path, int]]:
+    """What `make` makes, and its descriptor: locked as long as it has this name, and gone in the end."""
+    file = None
+    try:
+        while file is None:  # Until it is locked, another process may take it for left over and remove it.
+            make(partial)
+            file = _lock(partial, must=False)
+        yield partial, file
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+        if file is not None:
+            os.close(file)
 
 
 def _join(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -194,29 +202,43 @@ def _partial(path: pathlib.Path) -> pathlib.Path:
     """What is written first in the place of a path; what killed processes left there is removed."""
     for left in path.parent.glob(".*"):
         if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+", left.name):
-            with contextlib.suppress(OSError), _locked(left):  # Who writes it holds its lock.
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            with contextlib.suppress(OSError):
+                if (file := _lock(left)) is not None:  # Who writes it holds its lock.
+                    _remove(left)
+                    os.close(file)
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-@contextlib.contextmanager
-def _locked(path: pathlib.Path, must: bool = True) -> Iterator[int]:
-    """Holds the lock of a file or folder, and gives its descriptor.
+def _lock(path: pathlib.Path, must: bool = True) -> int | None:
+    """The descriptor of a file or folder, now locked; None where it is gone or another process holds its lock.
 
     Raises:
-      BlockingIOError: another process holds it.
       OSError: it must be locked, and the file system knows no locks, as some network ones do not.
     """
-    file = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if must or isinstance(error, BlockingIOError):
-                raise
-        yield file
-    finally:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file), os.stat(path)):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        if not must:
+            return file
         os.close(file)
+        raise
+    os.close(file)
+    return None
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_output(path: pathlib.Path, is_folder: bool) -> None:

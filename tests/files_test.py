@@ -1,5 +1,6 @@
 """Files of others: what is opened, and what is said of those that are not."""
 
+import fcntl
 import os
 import pathlib
 import subprocess
@@ -99,6 +100,24 @@ def test_a_file_is_replaced_whole_and_what_the_killed_left_goes_away(tmp_path):
         ".b.json.12",
         "a.json",
     ]
+
+
+def test_two_writers_of_one_file_do_not_take_each_others_for_left_over(tmp_path, monkeypatch):
+    """Another writer cleans up just before this one holds its lock, and just before it gives the file its name."""
+    path, flock, replace = tmp_path / "a.json", fcntl.flock, pathlib.Path.replace
+    cleaned = []
+
+    def clean(*_):
+        cleaned.append(1)
+        monkeypatch.undo()  # Once.
+        files._partial(path)
+
+    for name, (owner, original) in {"flock": (fcntl, flock), "replace": (pathlib.Path, replace)}.items():
+        monkeypatch.setattr(owner, name, lambda *args, original=original: [clean(), original(*args)][1])
+        with files.replacing_file(path) as partial:
+            partial.write_text(name)
+        assert path.read_text() == name
+    assert len(cleaned) == 2
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path):
