@@ -104,7 +104,7 @@ def _of_losses(number: Callable[[str], float]) -> list[tuple[str, str]]:
         fault = f"delta loss ({delta:.3f}) cannot judge it: mean ablation costs nothing ({costs['mean']:.3f} nats)"
         return [(fault, "look at KL and FVU")]
     if least > (1 - LEAST_RECOVERED) * costs["mean"]:
-        fault = f"it costs {delta:.3f} nats, {delta / costs['mean']:.0%} of what mean ablation costs"
+        fault = f"recovers under half: it costs {delta:.3f} of the {costs['mean']:.2f} nats that mean ablation costs"
         return [(fault, "train on more tokens or more latents, or lower sparsity_coefficients")]
     return []
 
@@ -122,7 +122,8 @@ def _of_sparsity(
             f"{'raise' if l0 > target_l0 else 'lower'} sparsity_coefficients or train on more tokens; objective "
             "'controlled' holds a target better than 'quadratic'"
         )
-        found.append((f"L0 {l0:.1f} is {abs(l0 / target_l0 - 1):.0%} off its target of {target_l0:g}", step))
+        off = f"{abs(l0 / target_l0 - 1):.0%} {'above' if l0 > target_l0 else 'below'}"
+        found.append((f"L0 {l0:.1f} is {off} its target of {target_l0:g}", step))
     dead, activations = number("dead_fraction"), number("activations")
     is_telling = activations * mean_frequency >= TELLING_FIRINGS
     if dead > (MANY_DEAD if is_telling else MANY_SILENT):
