@@ -25,7 +25,7 @@ TWO = lines({"text": "é"}, {"text": "b"})
     [
         ("mark.jsonl", codecs.BOM_UTF8 + TWO, ["é", "b"]),
         ("mark.txt", codecs.BOM_UTF8 + b"a", ["a"]),
-        ("mark.jsonl.gz", gzip.compress(codecs.BOM_UTF8 + TWO), ["é", "b"]),
+        ("mark.jsonl.gz", gzip.compress(codecs.BOM_UTF8 + TWO, mtime=0), ["é", "b"]),
         ("blank.jsonl", b"\n" + TWO.replace(b"\n", b"\n \t\n\n"), ["é", "b"]),
         ("crlf.jsonl", TWO.replace(b"\n", b"\r\n") + b"\r\n", ["é", "b"]),
         ("crlf.txt", b"a\r\nb\rc\n", ["a\nb\nc\n"]),
@@ -33,7 +33,11 @@ TWO = lines({"text": "é"}, {"text": "b"})
         ("raw.jsonl", '{"text": "é\u2028\x85"}\n'.encode(), ["é\u2028\x85"]),
         ("halves.jsonl", b'{"text": "a\\ud83d b\\ude00 \\ud83d\\ude00"}', ["a\ufffd b\ufffd \U0001f600"]),
         ("nul.jsonl", b'{"text": "a\\u0000b"}', ["a\0b"]),
-        ("turns.json.gz", gzip.compress(lines({"text": "b", "prompt": "a"})), [texts.Exchange("a", "b")]),
+        (
+            "turns.json.gz",
+            gzip.compress(lines({"text": "b", "prompt": "a"}), mtime=0),
+            [texts.Exchange("a", "b")],
+        ),
         ("none.jsonl", b"", []),
     ],
 )
@@ -60,9 +64,12 @@ BROKEN = {
     "turn.jsonl": (lines({"text": "a", "prompt": 5}), "turn.jsonl:1: the prompt is 5, expected a string"),
     "cut.jsonl": (TWO[:-4], "cut.jsonl:2 is not a JSON object: Unterminated string"),
     "deep.jsonl": (b'{"text": ' + b"[" * 10**5, "deep.jsonl:1 is not a JSON object: .*recursion"),
-    "cut.jsonl.gz": (gzip.compress(TWO)[:-9], "cannot read .*cut.jsonl.gz as gzip: Compressed file ended"),
+    "cut.jsonl.gz": (
+        gzip.compress(TWO, mtime=0)[:-9],
+        "cannot read .*cut.jsonl.gz as gzip: Compressed file ended",
+    ),
     "not.jsonl.gz": (TWO, "cannot read .*not.jsonl.gz as gzip: Not a gzipped file"),
-    "bad.json.gz": (gzip.compress(TWO)[:20] + b"\0" * 30, "cannot read .*bad.json.gz as gzip: "),
+    "bad.json.gz": (gzip.compress(TWO, mtime=0)[:20] + b"\0" * 30, "cannot read .*bad.json.gz as gzip: "),
     "not.parquet": (TWO, "cannot read .*not.parquet as Parquet: Parquet"),
     "big.jsonl": (
         lines({"text": ["x" * 10**6]}),
@@ -142,7 +149,7 @@ def test_every_reader_of_json_lines_follows_the_rule(tmp_path, read):
     content = (
         codecs.BOM_UTF8 + b"\n" + lines(*whole, end="\r\n\r\n") + b'{"text": "a\\ud800", "label": "a"}\n\n'
     )
-    for name, written in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content))):
+    for name, written in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content, mtime=0))):
         (tmp_path / name).write_bytes(written)
         assert read(tmp_path / name) == [one["text"] for one in whole] + ["a\ufffd"]
     for name in ("latin.jsonl", "utf16.jsonl", "list.jsonl", "cut.jsonl.gz", "not.jsonl.gz", "deep.jsonl"):
