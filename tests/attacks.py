@@ -926,17 +926,15 @@ NONSENSE = [
 
 def numbers(base: Base, rng: random.Random, place: pathlib.Path) -> str:
     """A field of the config or a flag has a nonsense value: refused in a line, or what it gives is sane."""
-    place.mkdir()
-    plain = config.flatten(
-        tiny.run_config(base.folder, data__folder=str(base.folder / "whole/rows"), train__tokens=128 * 40)
-    )
+    _copy(base, "whole/rows", place, "rows")
+    plain = config.flatten(tiny.run_config(base.folder))
     field, value = rng.choice(list(plain)), rng.choice(NONSENSE)
     if isinstance(plain[field], list) and not isinstance(value, list) and rng.random() < 0.7:
         value = [value]
     if type(plain[field]) is float and isinstance(value, int):
         value = float(value)
     path = place / "config.py"
-    base.config(place, data__folder=str(base.folder / "whole/rows"), train__tokens=128 * 40)
+    base.config(place, train__tokens=128 * 40)
     content = (
         path.read_text()
         .replace("json.loads", "changed(json.loads")
