@@ -618,10 +618,11 @@ def test_soak_signals_at_random_moments_behind_a_pipe(inputs, finished, tmp_path
     moments, c, workdir = random.Random(seed), tiny.run_config(inputs, **LONG), tmp_path / "run"
     for _ in range(4):
         process = Process(c, workdir, is_piped=True)
+        reader = threading.Thread(target=process.popen.stdout.read)
         if moments.random() < 0.7:
             process.popen.stdout.close()
         else:
-            threading.Thread(target=process.popen.stdout.read, daemon=True).start()
+            reader.start()
         before = len(logged_steps(workdir)) if (workdir / "metrics.jsonl").exists() else 0
         if moments.random() < 0.7:
             after = min(before + moments.randrange(1, 60), 230)
@@ -631,7 +632,10 @@ def test_soak_signals_at_random_moments_behind_a_pipe(inputs, finished, tmp_path
         for _ in range(moments.choice([1, 1, 2])):
             process.popen.send_signal(number)
         # One that had just ended has nothing to answer.
-        assert process.popen.wait(timeout=30) in (128 + number, -number, 0)
+        assert process.popen.wait(timeout=60) in (128 + number, -number, 0)
+        if reader.ident:
+            reader.join()
+        process.popen.stdout.close()
         if (workdir / "metrics.jsonl").exists() and logged_steps(workdir):
             saved = max(
                 (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), default=0
