@@ -62,8 +62,13 @@ def last_values(workdir: pathlib.Path, step: int) -> dict[str, dict]:
     """
     trained = [entry["sae"] for entry in read_metrics(workdir) if entry["sae"] and entry["step"] <= step]
     last = trained[-max(len(trained) // 50, 1) :]
+
+    def mean(name: str, key: str) -> float | None:
+        known = [of[name][key] for of in last if of[name][key] is not None]
+        return float(np.mean(known)) if known else None
+
     return {
-        name: values | {key: float(np.mean([of[name][key] for of in last])) for key in ("l0", "fvu")}
+        name: values | {key: mean(name, key) for key in ("l0", "fvu")}
         for name, values in (last[-1] if last else {}).items()
     }
 

@@ -977,7 +977,7 @@ def check_sane(log: pathlib.Path) -> None:
         entry = json.loads(line)
         for of_sae in entry["sae"].values():
             bad = {k: v for k, v in of_sae.items() if isinstance(v, float) and not abs(v) < 1e6}
-            if bad or not -0.01 <= of_sae.get("fvu", 0) < 1e3:
+            if bad or not -0.01 <= (of_sae.get("fvu") or 0) < 1e3:
                 raise Broken(f"step {entry['step']} has {bad} and an FVU of {of_sae.get('fvu')}")
 
 

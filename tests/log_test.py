@@ -156,7 +156,7 @@ def test_warmups_that_do_not_end_are_warned_of():
     assert "optimizer.sparsity_warmup_updates is 100" in of_lambda and "λ does not rise" in of_lambda
 
 
-def test_numbers_that_are_not_defined_are_none_and_said():
+def test_numbers_that_are_not_defined_are_none_and_said(tmp_path):
     e = len(NAMES)
     values = {field.name: np.ones(e) for field in dataclasses.fields(bank.Metrics)}
     values |= {"activations_E": np.array([0, 7]), "fvu_E": np.full(e, np.nan)}
@@ -173,6 +173,9 @@ def test_numbers_that_are_not_defined_are_none_and_said():
     first, second = log.undefined(found).values()
     assert f"in step 5 no activation counts for {NAMES[0]}" in first
     assert f"in step 5 all activations of {NAMES[1]} are the same" in second
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(found) + "\n")
+    assert [v["l0"] for v in log.last_values(tmp_path, 5).values()] == [None, 2.0]
+    assert "the activations do not vary" in log.judge(PLAN, tmp_path, 5)[NAMES[1]].line
     (of_second,) = log.stuck_thresholds(PLAN, [found])
     assert of_second.startswith(NAMES[1])
     values["loss_E"][1] = np.nan
