@@ -44,6 +44,11 @@ def test_explore(command, tmp_path):
     assert "shallow" in (tmp_path / "a.html").read_text()
 
 
+def test_bytes_of_a_prompt_that_are_no_text_are_replaced(command):
+    shown, _ = command("explore", "run", "caf\udce9")  # As Python gives what a terminal in Latin-1 sends.
+    assert "'f'" in shown and len(tiny.encode("caf\ufffd")) == 6
+
+
 def test_flow(command, tmp_path):
     shown, _ = command("flow", "run", "a law", "--answer=e", "--png=a.png", "--html=a.html")
     assert "rank of 'e'" in shown and "Wrote a_lens.png" in shown

@@ -29,6 +29,11 @@ def test_the_tokenizer_rebuilt_from_a_gguf_files_vocabulary_is_gemmas(real):
     assert real.decode(real.encode("a     b \U000130c0")) == "a     b \U000130c0"
 
 
+def test_half_of_a_surrogate_pair_is_the_replacement_character(real):
+    assert real.encode("a\ud800b \udce9") == real.encode("a\ufffdb \ufffd")
+    assert real.decode(real.encode("a\0b")) == "a\0b"
+
+
 def test_the_chat_template_is_gemmas(real):
     """As Gemma's documentation prints it: <start_of_turn>user, a newline, the text, <end_of_turn>, …"""
     before, after = data.chat_template(real)
