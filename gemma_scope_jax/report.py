@@ -55,7 +55,7 @@ def texts_of(given: Sequence[str]) -> dict[str, str]:
             label, source = opening.text_label(value), value
         if label.startswith("."):
             raise ValueError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
-        if label in texts:
+        if label.lower() in map(str.lower, texts):  # A disk may not keep them apart.
             raise ValueError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
         texts[label] = source
     return texts

@@ -26,7 +26,7 @@ class Stored:
 def read(
     location: str | pathlib.Path, model: str = "", site: str = "", target_site: str = ""
 ) -> Iterator[Stored]:
-    """The SAEs at a location, one after the other.
+    """The SAEs at a location, one after the other, no two of one name.
 
     Args:
       location: a path, or `hf://OWNER/NAME/FOLDER`; with `*` several.
@@ -38,6 +38,7 @@ def read(
       ValueError: there is none, it is broken, or does not fit its model.
     """
     of_places = ((place, found) for place in hub.paths(str(location)) for found in detect.read(place))
+    taken: set[str] = set()
     for place, found in of_places:
         about = found.about
         if not (model or about.model_name) or not (site or about.hook_name):
@@ -59,7 +60,12 @@ def read(
             stored = common.in_other_units(stored, embedding_scale(name))
         check(location, name, stored, reads, predicts)
         is_of_run = not str(location).startswith("hf://") and _is_in_run(place)
-        yield Stored(found.name, stored, about, name, reads, predicts, is_of_run)
+        called = found.name
+        for above in (place, *place.absolute().parents):
+            if called in taken and above.name != found.name:
+                called = f"{above.name}_{called}"
+        taken.add(called)
+        yield Stored(called, stored, about, name, reads, predicts, is_of_run)
 
 
 def _is_in_run(path: pathlib.Path) -> bool:

@@ -200,7 +200,6 @@ def test_a_full_disk_is_said_in_one_line():
     assert "the disk is full" in cli.explain(
         ValueError("RESOURCE_EXHAUSTED: write: No space left on device\n more")
     )
-    assert cli.explain(OSError(errno.EACCES, "Permission denied")) is None
     assert cli.explain(TypeError("a defect")) is None
 
 
@@ -232,12 +231,15 @@ def test_what_orbax_saves_and_cannot_open_is_not_called_saved(state, tmp_path, m
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run, state, tmp_path, as_any_user):
-    save_all(tmp_path, [at_step(state, 5)])
-    for path in (tmp_path / "checkpoints" / "5" / "state", *array_files(tmp_path, 5)):
-        mode = path.stat().st_mode
+    save_all(tmp_path, [at_step(state, 4), at_step(state, 5)])
+    paths = array_files(tmp_path, 5)
+    for path in paths:
+        path.write_bytes(b"")  # TensorStore's threads still have root's rights and would read it.
         path.chmod(0)
-        with pytest.raises((ValueError, OSError), match=r"(?i)permission.denied") as caught:
-            restore(tmp_path, run)
-        assert len(cli.explain(caught.value)) < 480
-        path.chmod(mode)
-    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, run), at_step(state, 5))
+    with pytest.raises(PermissionError, match="Permission denied") as caught:
+        restore(tmp_path, run)
+    assert any(str(path) in cli.explain(caught.value) for path in paths)
+    assert (tmp_path / "checkpoints" / "5").exists()
+    for path in paths:
+        path.chmod(0o644)
+    assert int(restore(tmp_path, run).step) == 4

@@ -296,6 +296,11 @@ def test_saes_whose_names_differ_in_a_space_are_converted_into_folders_of_their_
     assert len({place.name.lower() for place in places}) == 3 and all(
         p.parent == tmp_path / "out" for p in places
     )
+    for name in ("a b", "a_b", "A b"):
+        (tmp_path / "saes" / f"in {name}").mkdir()
+        (tmp_path / "saes" / name).rename(tmp_path / "saes" / f"in {name}" / "same")
+    alike = [one.name for one in stored.read(f"{tmp_path}/saes/*/same", "tiny")]
+    assert alike == ["same", "in a b_same", "in a_b_same"]
     shutil.rmtree(tmp_path / "saes")
     (tmp_path / "saes").mkdir()
     (found,) = export.convert(first, "gemma_scope", tmp_path / "npz", model="tiny")
