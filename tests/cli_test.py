@@ -1,8 +1,11 @@
 """Configs are read from what is given, and from nothing else."""
 
 import argparse
+import io
 import pathlib
 import re
+import sys
+import threading
 
 import pytest
 
@@ -113,3 +116,12 @@ def test_numbers_out_of_range_are_refused_in_one_line(arguments, message, monkey
     said = capsys.readouterr().err
     assert ended.value.code == 2 and re.search(message, said)
     assert said.count("\n") == 1 and len(said) < 500
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_nothing(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # Put back afterwards.
+    cli.run(lambda: print("Wrote \udce9/±", flush=True))
+    assert written.getvalue() == b"Wrote \\udce9/\\xb1\n"
