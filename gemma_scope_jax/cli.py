@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import io
 import logging
 import os
 import pathlib
@@ -74,8 +73,6 @@ def run(main: Callable[[], None], why: str = "") -> None:
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file.
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A name that it cannot encode must not end hours of work.
-        sys.stdout.reconfigure(errors="backslashreplace")
     threading.excepthook = _threads_error
     sys.unraisablehook = _unraisable_error
     logging.getLogger("absl").addFilter(
@@ -111,7 +108,9 @@ def _keep_speaking() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(
+            errors="backslashreplace"
+        )  # A name that it cannot encode must not end hours of work.
         setattr(sys, name, Unfailing(stream))
 
 
