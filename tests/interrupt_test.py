@@ -15,8 +15,10 @@ from gemma_scope_jax.explore import audit, build, scope
 
 # What runs trains for so many seconds once it is asked to stop; without JAX, so that it starts at once.
 TRAINS = """
-import sys, time
+import signal, sys, time
 from gemma_scope_jax import cli, interrupt
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Whatever the tests were started by.
 
 def main():
     with interrupt.saving() as request:
@@ -77,14 +79,14 @@ def test_two_signals_at_once_are_one_and_a_later_one_leaves():
         process.send_signal(signal.SIGINT)
         time.sleep(1.2)
         process.send_signal(signal.SIGINT)
-        assert "SIGINT: leaving at once; asked twice." in process.communicate(timeout=5)[1]
+        assert "SIGINT: leaving at once; asked twice." in process.communicate(timeout=60)[1]
     assert process.returncode == 130
 
 
 def test_where_nothing_is_saved_a_signal_ends_it_at_once_in_one_line():
     with start(READS) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=5)[1] == "\nSIGTERM: leaving at once; nothing was written.\n"
+        assert process.communicate(timeout=60)[1] == "\nSIGTERM: leaving at once; nothing was written.\n"
     assert process.returncode == 143
 
 
@@ -93,7 +95,7 @@ def test_a_hangup_is_ignored_where_it_was_before():
         process.send_signal(signal.SIGHUP)
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert "SIGHUP" not in process.communicate(timeout=5)[1]
+        assert "SIGHUP" not in process.communicate(timeout=60)[1]
     assert process.returncode == 143
 
 
