@@ -159,7 +159,11 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser)
     parser.add_argument("--rows_per_batch", type=number(COUNT), help="rows in one pass of the model")
-    parser.add_argument("--out", type=path, help="folder for the results (default: the path)")
+    parser.add_argument(
+        "--out",
+        type=path,
+        help="folder for the results (default: the path, for another text or model evaluations/… below it)",
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from array_record.python import array_record_module
 
 from gemma_scope_jax import files, texts
 from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
-from gemma_scope_jax.printing import printable, quoted
+from gemma_scope_jax.printing import printable, quoted, say
 from gemma_scope_jax.texts import Exchange
 from gemma_scope_jax.tokenizer import Tokenizer
 
@@ -145,7 +145,7 @@ def cached(config: DataConfig, name: str) -> pathlib.Path | None:
     if not folder.exists():
         return None
     if why := damage(folder):
-        print(f"The rows in {folder} are damaged and are made again: {why}", flush=True)
+        say(f"The rows in {folder} are damaged and are made again: {why}")
         return None
     return folder
 

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax import data, files, gemma, hosts, locks, metrics, passes, sae, sharding
 from gemma_scope_jax.metrics import Evaluation
+from gemma_scope_jax.printing import printable
 
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0
@@ -201,7 +202,7 @@ class Parts:
             try:
                 found = _read_part(path)
             except (OSError, ValueError):
-                tqdm.tqdm.write(f"{path} is damaged; it is measured again.")
+                tqdm.tqdm.write(f"{printable(path)} is damaged; it is measured again.")
         return found if hosts.all_agree(found is not None) else None
 
     def write(self, index: int, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:

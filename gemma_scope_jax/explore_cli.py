@@ -198,7 +198,11 @@ def _add_dashboards(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
     )
-    command.add_argument("--out", type=cli.path, help="folder to write to (default: the path/dashboards)")
+    command.add_argument(
+        "--out",
+        type=cli.path,
+        help="folder to write to (default: dashboards in the folder for results)",
+    )
 
 
 def _strengths(text: str) -> list[float]:

@@ -35,7 +35,9 @@ def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict
     Those are in the run's log; of a run without one, the updates since the last whole window are taken.
     """
     number = int(state.step)
-    evaluated, others = runs.own_evaluation(workdir, run.config, number)
+    evaluated, others = None, {}
+    with contextlib.suppress(ValueError):  # A damaged one is no reason to export nothing.
+        evaluated, others = runs.own_evaluation(workdir, run.config, number)
     held_out = {} if evaluated is None or others else evaluated.get("sae", {})
     logged = log.last_values(workdir, number)
     measured = {}

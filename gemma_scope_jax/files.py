@@ -164,6 +164,7 @@ def filling_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Where there is one already, what is new joins it then, each folder and file in it whole.
     """
+    folder = folder.resolve()  # `.` has no name of its own.
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(folder)
     if folder.is_dir():  # Within it, for it may be a disk of its own.
@@ -216,7 +217,8 @@ def _lock(path: pathlib.Path, must: bool = True) -> int | None:
       OSError: it must be locked, and the file system knows no locks, as some network ones do not.
     """
     try:
-        file = os.open(path, os.O_RDONLY)
+        # NFS locks only files that are open for writing.
+        file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except FileNotFoundError:
         return None
     try:

@@ -51,7 +51,7 @@ def initialize(config: HostsConfig, saves_together: bool = False) -> None:
       ValueError: it is not told who the others are, or they do not come in time.
     """
     place = ALONE
-    failed: list[ValueError] = []
+    failed: list[Exception] = []
 
     def join() -> None:
         nonlocal place
@@ -59,7 +59,7 @@ def initialize(config: HostsConfig, saves_together: bool = False) -> None:
             place = place_in(os.environ)
             if place.count > 1:
                 _connect(place, config)
-        except ValueError as error:
+        except Exception as error:  # Of any kind: none may go on as if it were alone.
             failed.append(error)
 
     # On a thread: JAX waits in C++, deaf to all, and then ends the process with a trace of its stack.
@@ -84,7 +84,7 @@ def initialize(config: HostsConfig, saves_together: bool = False) -> None:
     else:
         interrupt.answer_again()
     if place.count > 1 and not is_first():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
 
 
 def place_in(environment: Mapping[str, str]) -> Place:
@@ -216,7 +216,7 @@ def _waited_for(place: Place) -> str:
             seen = "it answers, so another one is missing"
     except socket.gaierror:
         seen = f"the name {host} is not known here"
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         seen = f"it does not answer: {getattr(error, 'strerror', None) or error}"
     return f"{this} for process 0 at {place.address} ({seen})"
 

@@ -78,8 +78,8 @@ class _CommandLine:
         elif request is None or now - self._asked_at > _SAME_SECONDS:
             why = self.why if request is None else "asked twice"
             try:
-                _end_children()
                 _say(f"{number.name}: leaving at once{why and f'; {why}'}.")
+                _end_children()  # After the words: their end would have the main thread say something too.
             finally:
                 os._exit(128 + number)
 

@@ -6,6 +6,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from gemma_scope_jax.printing import say
+
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, busy: str, waits: bool = False) -> Iterator[None]:
@@ -26,6 +28,8 @@ def locked(path: pathlib.Path, busy: str, waits: bool = False) -> Iterator[None]
         try:
             file = path.open("a")
         except FileNotFoundError:  # Another process has just removed the folder.
+            if path.is_symlink():  # To nowhere, and for ever.
+                raise
             continue
         with file:
             try:
@@ -33,11 +37,11 @@ def locked(path: pathlib.Path, busy: str, waits: bool = False) -> Iterator[None]
             except BlockingIOError as error:
                 if not waits:
                     raise ValueError(busy) from error
-                print(busy, flush=True)
+                say(busy)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
                 said = f"{path.parent} cannot be locked ({error.strerror}); see that no second process works in it"
-                print(f"Warning: {said}.", flush=True)
+                say(f"Warning: {said}.")
             if not _is_at(file.fileno(), path):  # Its last holder has removed it: what is held is no file's.
                 continue
             try:

@@ -64,7 +64,7 @@ def last_values(workdir: pathlib.Path, step: int) -> dict[str, dict]:
     last = trained[-max(len(trained) // 50, 1) :]
 
     def mean(name: str, key: str) -> float | None:
-        known = [of[name][key] for of in last if of[name][key] is not None]
+        known = [value for of in last if isinstance(value := of.get(name, {}).get(key), (int, float))]
         return float(np.mean(known)) if known else None
 
     return {
@@ -342,7 +342,7 @@ def judge(plan: step.Plan, workdir: pathlib.Path, number: int) -> dict[str, verd
                 "activations": of_bank.window_updates * plan.batch,
             }
             for share in ("dead", "dense"):
-                if (count := values[f"{share}_latents"]) is not None:
+                if (count := values.get(f"{share}_latents")) is not None:
                     numbers[f"{share}_fraction"] = count / member.width
             found[member.name] = verdicts.verdict(numbers, member.width, member.target_l0)
     return found

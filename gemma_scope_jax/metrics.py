@@ -112,6 +112,8 @@ def read_numbers(path: pathlib.Path) -> dict:
             values = value if key == "l0_quantiles" and isinstance(value, list) else [value]
             if not all(map(_is_number, values)):
                 raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
+            if key.endswith("_se") and value is not None and value < 0:
+                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is below zero")
     about = {
         key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
     }

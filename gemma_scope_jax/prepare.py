@@ -36,7 +36,7 @@ from gemma_scope_jax.data import (
 )
 from gemma_scope_jax.files import expanded, read_json, replacing_file
 from gemma_scope_jax.locks import locked
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.printing import printable, say
 from gemma_scope_jax.tokenizer import Tokenizer
 
 # Documents that are tokenised and packed by themselves, into a file of their own.
@@ -229,7 +229,7 @@ def _read_lengths(folder: pathlib.Path, first: int) -> dict[str, int] | None:
                 if reader.num_records() != lengths[split]:
                     raise ValueError(f"{path} has {reader.num_records()} rows, not {lengths[split]}")
     except (OSError, ValueError, KeyError, RuntimeError):
-        print(f"{done} or its rows are damaged; this part is made again.", flush=True)
+        say(f"{done} or its rows are damaged; this part is made again.")
         return None
     return lengths
 

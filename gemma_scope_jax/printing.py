@@ -44,6 +44,8 @@ def well_formed(text: str) -> str:
 
 def lines(text: str) -> str:
     """A text in the lines that it has, of any length, each otherwise `printable`."""
+    if text.isascii() and text.isprintable():  # As pictures are, of many megabytes.
+        return text
     return "".join(letter if letter == "\n" else _escaped(letter) for letter in text)
 
 

@@ -93,6 +93,12 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
         raise ValueError(
             f"{path} is of {said}, and not of the run's own held-out rows; run python evaluate.py {workdir} again"
         )
+    shown = ("rows", "tokens", "l0", "fvu", "delta_loss", "delta_loss_se", "dead_fraction", "dense_fraction")
+    for member in run.plan.members:
+        if unknown := [name for name in shown if measured["sae"][member.name][name] is None]:
+            raise ValueError(
+                f"{path} has no {', '.join(unknown)} of {member.name}; run python evaluate.py {workdir} on more rows"
+            )
     return measured
 
 
@@ -127,7 +133,7 @@ def _card(
         front_matter=about.to_yaml(),
         model=model,
         has_skip=any(member.skip for member in run.plan.members),
-        first=next(iter(measured["sae"].values())),
+        first=measured["sae"][run.plan.members[0].name],
         measured=measured,
         results={place: measured["sae"][name] for name, place in places.items()},
         verdicts={place: one.line for place, one in judged.items() if one.faults},

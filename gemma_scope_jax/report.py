@@ -153,9 +153,12 @@ def evaluate_path(
 def _check_same(place: pathlib.Path, about: Mapping[str, object]) -> None:
     """Raises ValueError if the evaluation in a folder, if there is one, is of something else."""
     path = place / "evaluation.json"
-    found = files.read_json(path) if path.exists() else {}
+    found = {}
+    with contextlib.suppress(ValueError):  # A damaged one is made again.
+        found = files.read_json(path) if path.exists() else {}
     names = ("model", "weights", "tokenizer", "dtype", "text", "split", "turns")
-    if differs := [name for name in names if name in found and found[name] != about[name]]:
+    shared = printing.shareable  # Older ones have their paths in full.
+    if differs := [name for name in names if name in found and shared(found[name]) != shared(about[name])]:
         said = ", ".join(f"{name} {printing.printable(found[name])}" for name in differs)
         raise ValueError(
             f"{path} is of {said}; to keep it, call this text otherwise, as in --text=NAME=SOURCE, or give an --out"
@@ -289,9 +292,11 @@ def _evaluate(
         remarks,
     )
     written.append("evaluation.html")
-    rows_of = (
-        "all of it" if opened.is_other_text else {data.HELD_OUT: "held-out", data.TRAIN: "training"}[split]
-    )
+    rows_of = {data.HELD_OUT: "held-out", data.TRAIN: "training"}[split]
+    if opened.is_other_text:
+        rows_of = "all of it"
+    elif not opened.is_text_known:
+        rows_of = f"{split}; what was trained on is not known"
     print_table(results, f"{about['text']}, {rows_of}")
     for line in [*verdicts.lines(judgements), *remarks]:
         say(line)

@@ -30,7 +30,7 @@ def _text(cell: str | rich.text.Text) -> rich.text.Text:
 
 def width(names: Iterable[str]) -> int:
     """Of a column of names."""
-    return max(len(printable(name)) for name in names)
+    return max((len(printable(name)) for name in names), default=0)
 
 
 def show(what: str | rich.table.Table, style: str = "", least_width: int = 0) -> None:

@@ -296,6 +296,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
                 request.number,
                 f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
             )
+        export.write_own(run, state, workdir / "sae", data.name_of(rows.folder))
         if hosts.is_first():
             ours, perfect = log.shuffle_quality(workdir, rows)
             print(
@@ -303,8 +304,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
                 flush=True,
             )
             for line in verdicts.lines(log.judge(run.plan, workdir, int(state.step))):
-                print(line, flush=True)
-        export.write_own(run, state, workdir / "sae", data.name_of(rows.folder))
+                printing.say(line)
     return run
 
 
@@ -352,6 +352,9 @@ def _loop(
     pending = None  # Metrics are fetched one step late, so that the host never waits for the newest step.
     told: set[str] = set()  # What need not be said twice.
 
+    def tell(text: str) -> None:
+        bar.write(text, printing.unfailing(sys.stdout))
+
     def flush(now: tuple[int, int, step.Metrics, dict | None] | None) -> None:
         nonlocal pending, clock
         if pending is not None:
@@ -361,7 +364,7 @@ def _loop(
                 if bad.count and site not in told:
                     place = first_row * config.data.context_length + int(bad.first)
                     text = nonfinite_text(run, rows, site, int(bad.count), place)
-                    _tell_nonfinite(config, f"in step {number} {text}", bar.write)
+                    _tell_nonfinite(config, f"in step {number} {text}", tell)
                     told.add(site)
             before, clock = clock, time.perf_counter()
             of_gemma, of_banks = flops
@@ -373,13 +376,13 @@ def _loop(
                 metrics_log.write(entry)
                 for name, text in log.undefined(entry).items():
                     if name not in told:
-                        bar.write(f"Warning: {text}.")
+                        tell(f"Warning: {text}.")
                     told.add(name)
             if is_new and entry["sae"] and len(watched) < log.watched_steps(plan):
                 watched.append(entry)
                 if len(watched) == log.watched_steps(plan):
                     for warning in log.stuck_thresholds(plan, watched):
-                        bar.write(f"Warning: {warning}.", printing.unfailing(sys.stdout))
+                        tell(f"Warning: {warning}.")
             bar.set_postfix_str(log.progress(entry), refresh=False)
             bar.update()
         pending = now

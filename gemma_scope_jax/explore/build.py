@@ -85,7 +85,9 @@ def build(
         passages = dashboards.Passages(dashboards.read_tokens(held_out, rows))
         words = tokenizer.load(config.model, config.tokenizer, config.weights)
         text_of = site.token_texts(words.decode)
-        folders = files.folder_names(subjects) if len(subjects) > 1 else {}
+        # What lies beside the folders of SAEs is called by none of them.
+        names = files.folder_names([_MARK, "partial", "index.html", *subjects])
+        folders = {name: names[name] for name in subjects} if len(subjects) > 1 else {}
         all_shown = {}
         for name, subject in subjects.items():
             in_stream = directions.in_stream(loaded.params, subject.spliced, subject.sae.W_dec)
