@@ -275,7 +275,7 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     for flags, message in (
         (("--answer=x",), "--answer and --against go together"),
         (("--top=3",), "--top says how many"),
-        ((f"--out={tmp_path / 'a.txt'}",), "is there already"),
+        ((f"--out={tmp_path / 'a.txt'}",), "is a file; give a folder"),
         ((f"--out={out}",), "is there already"),
         (("--answer=xx", "--against=y"), "'xx' is 2 tokens"),
     ):

@@ -78,7 +78,7 @@ def test_text_is_shown_as_text(scope, f_SxLxM, capsys):
     shown = capsys.readouterr().out
     assert "latent" in shown and r"[red]$\q$" in shown and "↵" in shown
     figure = look.figure(top=3)
-    assert figure.axes[0].texts and r"[red]$\q$" in figure.get_suptitle()
+    assert figure.axes[0].texts and r"[red]\$\q\$" in figure.get_suptitle()
     figure.savefig("/dev/null", format="png")
     values = [text.get_text() for text in figure.axes[0].texts if text.get_ha() == "right"]
     assert values == [f"{one.values[one.peak]:.4g}" for one in look.strongest[:3]]

@@ -89,7 +89,7 @@ def test_evaluations(tmp_path, capsys, monkeypatch):
     about = ABOUT | {"text": NAMES[6], "model": NAMES[11]}
     page.write_html(tmp_path / "a.html", results, about, " ".join(NAMES[:12]), dict.fromkeys(results, 1))
     check_page(tmp_path / "a.html")
-    page.write_json(tmp_path / "a.json", results, about)
+    page.write_json(tmp_path / "a.json", results, about, {})
     results = {well_formed(name): result for name, result in results.items()}  # As `opening` names them.
     page.write_csv(tmp_path / "a.csv", results)
     with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
