@@ -1,11 +1,11 @@
 """Configs are read from what is given, and from nothing else."""
 
 import argparse
-import io
+import os
 import pathlib
 import re
+import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -118,10 +118,8 @@ def test_numbers_out_of_range_are_refused_in_one_line(arguments, message, monkey
     assert said.count("\n") == 1 and len(said) < 500
 
 
-def test_a_name_that_the_terminal_cannot_show_ends_nothing(monkeypatch):
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # Put back afterwards.
-    cli.run(lambda: print("Wrote \udce9/±", flush=True))
-    assert written.getvalue() == b"Wrote \\udce9/\\xb1\n"
+def test_a_name_that_the_terminal_cannot_show_ends_nothing():
+    program = r'from gemma_scope_jax import cli; cli.run(lambda: print("Wrote \udce9/±", flush=True))'
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=True)
+    assert done.stdout == b"Wrote \\udce9/\\xb1\n"

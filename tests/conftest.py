@@ -10,7 +10,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import tiny
 
-from gemma_scope_jax import gemma
+from gemma_scope_jax import gemma, interrupt
 
 tiny.register()
 
@@ -28,6 +28,13 @@ def tiny_gemma():
     """The small model with weights on the default device."""
     params = jax.tree.map(jax.numpy.asarray, tiny.params())
     return gemma.Gemma("tiny", tiny.TinyGemma(), params, 4)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_not_answered():
+    """What answers signals ends the process: here that of every test to come. Such a test starts its own."""
+    yield
+    assert interrupt._command_line is None
 
 
 @pytest.fixture
