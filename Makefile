@@ -12,7 +12,7 @@ quickstart: .venv/installed
 	$(VENV)/python evaluate.py $(RUN) --fast
 
 test: .venv/installed .venv/libtpu
-	$(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Other tools, in an environment of their own: transformers computes Gemma's reference again, for small models and the
 # real 270M; SAELens, dictionary_learning, circuit-tracer and SAEBench read our files, and save some for us to read.

@@ -210,17 +210,18 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
 
 def options_of(opened: Opened, split: str = data.HELD_OUT, turns: str | None = None, kind: str = "") -> str:
     """What results are of that is not the SAEs' own, but for the text, as a folder's name: `bfloat16_train`."""
-    own, config = opened.own, opened.config
-    weights, tokens = (
-        getattr(config, n) * (getattr(config, n) != getattr(own, n)) for n in ("weights", "tokenizer")
-    )
+
+    def other(name: str) -> str:
+        value = getattr(opened.config, name)
+        return "" if value == getattr(opened.own, name) else value
+
     parts = [
-        config.model * (config.model != own.model),
-        text_label(weights),
-        text_label(tokens),
-        config.gemma_dtype * (config.gemma_dtype != own.gemma_dtype),
-        f"turns_{turns}" * bool(turns),
-        split * (split != data.HELD_OUT),
+        other("model"),
+        text_label(other("weights")),
+        text_label(other("tokenizer")),
+        other("gemma_dtype"),
+        f"turns_{turns}" if turns else "",
+        "" if split == data.HELD_OUT else split,
         kind,
     ]
     return "_".join(filter(None, parts))

@@ -167,12 +167,15 @@ def _write_parts(
 
 def _start_tracker() -> None:
     """Starts what gives back the semaphores of a process that leaves at once, and would warn of each."""
-    before = os.environ.get("PYTHONWARNINGS", "")
-    os.environ["PYTHONWARNINGS"] = f"{before},ignore:resource_tracker".removeprefix(",")
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:resource_tracker"]))
     try:
         multiprocessing.resource_tracker.ensure_running()
     finally:
-        os.environ["PYTHONWARNINGS"] = before
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 @contextlib.contextmanager

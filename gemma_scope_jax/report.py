@@ -25,7 +25,6 @@ from gemma_scope_jax import (
     opening,
     page,
     plots,
-    printing,
     ranges,
     runs,
     suites,
@@ -33,7 +32,7 @@ from gemma_scope_jax import (
     verdicts,
     weights,
 )
-from gemma_scope_jax.printing import printable, say
+from gemma_scope_jax.printing import printable, say, shareable
 
 # Of the training rows so many activations are what baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
@@ -104,23 +103,9 @@ def evaluate_path(
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
         ranges.check(f"--{name}", value, ranges.COUNT)
-    of = opening.options_of(opened, split, overrides.get("turns"), "baselines" if has_baselines else "")
-    given_out = out
-    if len(by_label) > 1:  # A folder of each, of the text that was trained on too.
-        out = hub.results_folder(path, out, pathlib.Path(of))
-        places = {label: out / label for label in by_label}
-    else:
-        ((label, one),) = by_label.items()
-        out = opening.results_folder(one, path, out, label, of)
-        places = {label: out}
-    own_folder = hub.own_folder(path)
-    for label, place in places.items():
-        is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
-        is_foreign = not is_free and not list(place.glob("evaluation.*"))
-        if given_out is not None and place != out and is_foreign:
-            raise ValueError(f"{place} is there already and no evaluation; name the text otherwise")
-        if given_out is None and place != own_folder:
-            _check_same(place, _about(by_label[label], {"split": split, **overrides}))
+    given_out, own_folder = out, hub.own_folder(path)
+    kind = "baselines" if has_baselines else ""
+    out, places = _places(path, out, by_label, split, kind, overrides)
     with contextlib.ExitStack() as held:
         for place in places.values():
             held.enter_context(evaluation.holding_parts(place / _PARTS))
@@ -150,6 +135,37 @@ def evaluate_path(
         return dict(found[label].results)
 
 
+def _places(
+    path: str | pathlib.Path,
+    given_out: pathlib.Path | None,
+    by_label: Mapping[str, opening.Opened],
+    split: str,
+    kind: str,
+    overrides: Mapping[str, str | None],
+) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
+    """The folder of the results, and that of each text: a folder in it for each of several, else itself.
+
+    Raises:
+      ValueError: a text's folder holds results of something else.
+    """
+    first = next(iter(by_label.values()))
+    of = opening.options_of(first, split, overrides.get("turns"), kind)
+    if len(by_label) > 1:  # A folder for each, of the text that was trained on too.
+        out = hub.results_folder(path, given_out, pathlib.Path(of))
+        places = {label: out / label for label in by_label}
+    else:
+        (label,) = by_label
+        out = opening.results_folder(first, path, given_out, label, of)
+        places = {label: out}
+    for label, place in places.items():
+        is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+        if given_out is not None and place != out and not is_free and not list(place.glob("evaluation.*")):
+            raise ValueError(f"{place} holds something that is no evaluation; give the text another name")
+        if given_out is None and place != hub.own_folder(path):
+            _check_same(place, _about(by_label[label], {"split": split, **overrides}))
+    return out, places
+
+
 def _check_same(place: pathlib.Path, about: Mapping[str, object]) -> None:
     """Raises ValueError if the evaluation in a folder, if there is one, is of something else."""
     path = place / "evaluation.json"
@@ -157,9 +173,10 @@ def _check_same(place: pathlib.Path, about: Mapping[str, object]) -> None:
     with contextlib.suppress(ValueError):  # A damaged one is made again.
         found = files.read_json(path) if path.exists() else {}
     names = ("model", "weights", "tokenizer", "dtype", "text", "split", "turns")
-    shared = printing.shareable  # Older ones have their paths in full.
-    if differs := [name for name in names if name in found and shared(found[name]) != shared(about[name])]:
-        said = ", ".join(f"{name} {printing.printable(found[name])}" for name in differs)
+    # Older ones have their paths in full.
+    differs = [name for name in names if name in found and shareable(found[name]) != shareable(about[name])]
+    if differs:
+        said = ", ".join(f"{name} {printable(found[name])}" for name in differs)
         raise ValueError(
             f"{path} is of {said}; to keep it, call this text otherwise, as in --text=NAME=SOURCE, or give an --out"
         )
@@ -171,8 +188,8 @@ def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
-                flags.append(f"--{name}" if one is True else f"--{name}={printing.shareable(one)}")
-    return shlex.join(["python", "evaluate.py", printing.shareable(path), *flags])
+                flags.append(f"--{name}" if one is True else f"--{name}={shareable(one)}")
+    return shlex.join(["python", "evaluate.py", shareable(path), *flags])
 
 
 def _with_baselines(
@@ -199,11 +216,11 @@ def _about(opened: opening.Opened, options: Mapping[str, object]) -> dict[str, o
     config, trained_on = opened.config, opened.text_trained_on
     return {
         "model": config.model,
-        "weights": printing.shareable(config.weights),
-        "tokenizer": printing.shareable(config.tokenizer),
+        "weights": shareable(config.weights),
+        "tokenizer": shareable(config.tokenizer),
         "dtype": config.gemma_dtype,
-        "text": printing.shareable(config.data.text),
-        "text_trained_on": None if trained_on is None else printing.shareable(trained_on),
+        "text": shareable(config.data.text),
+        "text_trained_on": None if trained_on is None else shareable(trained_on),
         "is_other_text": opened.is_other_text,
         "rows_of": data.name_of(opened.rows),
         "split": options["split"],
@@ -314,7 +331,7 @@ def _remarks(
     opened: opening.Opened, results: Mapping[str, evaluation.Evaluation], own_folder: pathlib.Path
 ) -> list[str]:
     """What to know of an evaluation on another text than the one trained on."""
-    texts = [printing.shareable(text) for text in (opened.config.data.text, opened.text_trained_on)]
+    texts = [shareable(text) for text in (opened.config.data.text, opened.text_trained_on)]
     remarks = [f"Evaluated on {texts[0]}, trained on {texts[1]}. {suites.FVU_OF_TEXTS}"]
     own, others = None, {}
     with contextlib.suppress(ValueError):  # A damaged one is no reason to lose this one.

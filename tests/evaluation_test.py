@@ -366,7 +366,7 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
         (["..=sotu"], "cannot be called '..'"),
         (
             [str(other), f"checkpoints={inputs / 'text.jsonl'}"],
-            "checkpoints is there already and no evaluation",
+            "checkpoints holds something that is no evaluation",
         ),
         ([str(other), f"{inputs / 'none.txt'}"], "matches no file"),
     ):
