@@ -7,7 +7,8 @@ On a slice of several hosts, the same command on each of them.
 
 import argparse
 
-from gemma_scope_jax import cli, ranges
+from gemma_scope_jax import cli
+from gemma_scope_jax.runtime import ranges
 
 
 def main() -> None:
@@ -33,9 +34,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     cli.check_outputs(args)
-    from gemma_scope_jax import config, hosts, report  # Imported late: --help should not take seconds.
+    from gemma_scope_jax import config, report
+    from gemma_scope_jax.runtime import distributed  # Imported late: --help should not take seconds.
 
-    hosts.initialize(config.HostsConfig())
+    distributed.initialize(config.HostsConfig())
     report.evaluate_path(**vars(args))
 
 

@@ -26,10 +26,11 @@ def main() -> None:
     cli.check_outputs(args)
     values = cli.read_config(args.config, fields)
     # Imported late: a mistyped flag should not cost the seconds that JAX and Gemma take.
-    from gemma_scope_jax import config, hosts, training
+    from gemma_scope_jax import config, training
+    from gemma_scope_jax.runtime import distributed
 
     made = config.from_dict(values)
-    hosts.initialize(made.hosts, saves_together=True)
+    distributed.initialize(made.hosts, saves_together=True)
     training.train(made, args.workdir)
 
 

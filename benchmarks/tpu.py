@@ -19,9 +19,10 @@ cli.find_tpu_compiler()
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax import chips, forecast, gemma, passes, planning, runs, sae, sharding, step, weights
+from gemma_scope_jax import chips, forecast, gemma, passes, planning, runs, sae, step, weights
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.normalizer import Normalizer
+from gemma_scope_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,12 @@
 import argparse
 import sys
 
-from gemma_scope_jax import cli, explore_cli, interrupt, ranges
+from gemma_scope_jax import cli, explore_cli
 from gemma_scope_jax.formats import PUBLISHED
 from gemma_scope_jax.formats import WRITTEN as FORMATS
-from gemma_scope_jax.printing import say
-from gemma_scope_jax.ranges import COUNT, SEED
+from gemma_scope_jax.runtime import ranges, signals
+from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime.ranges import COUNT, SEED
 
 # What is lost, or how it goes on, when a signal ends a command.
 _WHEN_INTERRUPTED = {
@@ -133,7 +134,7 @@ def main() -> None:
     if args.command == "steer":  # Of prompts argparse leaves over those that stand behind options.
         args.prompts = [*args.prompts, *(text for text in fields if not text.startswith("-"))]
         fields = [text for text in fields if text.startswith("-")]
-    interrupt.leaving(_WHEN_INTERRUPTED.get(args.command, ""))
+    signals.leaving(_WHEN_INTERRUPTED.get(args.command, ""))
     options = {name: value for name, value in vars(args).items() if name not in ("command", "call")}
     if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")

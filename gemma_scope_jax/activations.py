@@ -9,7 +9,8 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import gemma, sae, sharding, step, weights
+from gemma_scope_jax import gemma, sae, step, weights
+from gemma_scope_jax.runtime import sharding
 
 
 class Batch(NamedTuple):

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_scope_jax import gemma, optim, ring, sae, sharding
+from gemma_scope_jax import gemma, optim, ring, sae
 from gemma_scope_jax.normalizer import CONSTANT, Normalizer
+from gemma_scope_jax.runtime import sharding
 
 # How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
 # the thresholds that L0 follows with, which move by about one. `sae.controlled_penalty` acts at once and damps it.

@@ -12,9 +12,9 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from gemma_scope_jax import interrupt
-from gemma_scope_jax.printing import Unfailing, printable
-from gemma_scope_jax.ranges import COUNT, Range, shown
+from gemma_scope_jax.runtime import signals
+from gemma_scope_jax.runtime.printing import Unfailing, printable
+from gemma_scope_jax.runtime.ranges import COUNT, Range, shown
 
 # Gemma's package imports TensorFlow, which else opens every run with its own notices.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -66,10 +66,10 @@ def run(main: Callable[[], None], why: str = "") -> None:
 
     Args:
       main: the command.
-      why: what to add when a signal ends it at once; see `interrupt.leaving`.
+      why: what to add when a signal ends it at once; see `signals.leaving`.
     """
     _keep_speaking()
-    interrupt.answer(why)
+    signals.answer(why)
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file.
@@ -80,7 +80,7 @@ def run(main: Callable[[], None], why: str = "") -> None:
     )
     try:
         main()
-    except interrupt.Interrupted as error:
+    except signals.Interrupted as error:
         if not _is_one_of_many() or sys.modules["jax"].process_index() == 0:
             print(f"\n{error}", file=sys.stderr, flush=True)
         sys.exit(128 + error.number)  # In good order: of many hosts each waits for the others.
@@ -145,7 +145,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name, None) for name in ("out", "workdir", "html", "png")}
     for name, place in given.items():
         if place is not None:
-            from gemma_scope_jax import files  # Slow to import.
+            from gemma_scope_jax.runtime import files  # Slow to import.
 
             is_file = name in ("html", "png") or getattr(args, "command", "") == "generate"
             files.check_output(place, is_folder=not is_file)

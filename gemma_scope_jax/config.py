@@ -13,10 +13,19 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import ml_collections
 
-from gemma_scope_jax import optim, ranges
+from gemma_scope_jax import optim
 from gemma_scope_jax.data import DataConfig
-from gemma_scope_jax.printing import quoted
-from gemma_scope_jax.ranges import COUNT, COUNT_OR_NONE, POSITIVE, POSITIVE_OR_ZERO, SEED, SHARE, Range
+from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.printing import quoted
+from gemma_scope_jax.runtime.ranges import (
+    COUNT,
+    COUNT_OR_NONE,
+    POSITIVE,
+    POSITIVE_OR_ZERO,
+    SEED,
+    SHARE,
+    Range,
+)
 
 
 @dataclasses.dataclass(frozen=True)

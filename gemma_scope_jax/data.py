@@ -15,9 +15,10 @@ import grain
 import numpy as np
 from array_record.python import array_record_module
 
-from gemma_scope_jax import files, texts
+from gemma_scope_jax import texts
 from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
-from gemma_scope_jax.printing import printable, quoted, say
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, quoted, say
 from gemma_scope_jax.texts import Exchange
 from gemma_scope_jax.tokenizer import Tokenizer
 

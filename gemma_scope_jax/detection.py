@@ -21,17 +21,14 @@ from gemma_scope_jax import (
     data,
     descriptions,
     evaluation,
-    files,
     gemma,
     opening,
-    printing,
-    ranges,
     sae,
-    sharding,
     tables,
     tokenizer,
 )
-from gemma_scope_jax.printing import printable, say
+from gemma_scope_jax.runtime import files, printing, ranges, sharding
+from gemma_scope_jax.runtime.printing import printable, say
 
 EXAMPLES = 50  # Passages that a description is made from.
 APART = 16  # No two of a latent's come from the same so many positions of a row.

@@ -20,9 +20,10 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import data, files, gemma, hosts, locks, metrics, passes, sae, sharding
+from gemma_scope_jax import data, gemma, metrics, passes, sae
 from gemma_scope_jax.metrics import Evaluation
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime import distributed, files, locks, sharding
+from gemma_scope_jax.runtime.printing import printable
 
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0
@@ -126,7 +127,7 @@ def site_means(
     count = min(CALIBRATION_ROWS, len(rows))
     for batch in batches(mesh, rows, count, per_batch, counts) if sites else ():
         _, values, _ = passes.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
-        found, kept = hosts.fetch(sums(values, batch.is_kept_SxL))
+        found, kept = distributed.fetch(sums(values, batch.is_kept_SxL))
         totals = {site: totals[site] + np.asarray(found[site], np.float64) for site in sites}
         n += int(kept)
     if sites and not n:
@@ -153,7 +154,7 @@ def activations(
     found: dict[gemma.Site, list[np.ndarray]] = {site: [] for site in sites}
     for batch in batches(mesh, rows, min(count, len(rows)), per_batch, counts):
         _, values, _ = passes.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
-        values, is_kept_SxL = hosts.fetch((values, batch.is_kept_SxL))
+        values, is_kept_SxL = distributed.fetch((values, batch.is_kept_SxL))
         for site in sites:
             found[site].append(values[site][is_kept_SxL].astype(np.float32))
     return {site: np.concatenate(parts) for site, parts in found.items()}
@@ -171,7 +172,7 @@ def holding_parts(folder: pathlib.Path) -> Iterator[None]:
     Raises:
       ValueError: another process is at work there.
     """
-    if not hosts.is_first():
+    if not distributed.is_first():
         yield
         return
     try:
@@ -190,9 +191,9 @@ class Parts:
         """Opens what lies in the folder of this `identity`, beside that of others, which were cut off, too."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = folder / digest[:16]
-        if hosts.is_first():
+        if distributed.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
-        hosts.wait_for_all("the parts of an evaluation are opened")
+        distributed.wait_for_all("the parts of an evaluation are opened")
 
     def read(self, index: int) -> dict[str, dict[str, np.ndarray]] | None:
         """What `write` was given; None if it was not, or if the file is damaged, which is said."""
@@ -203,19 +204,19 @@ class Parts:
                 found = _read_part(path)
             except (OSError, ValueError):
                 tqdm.tqdm.write(f"{printable(path)} is damaged; it is measured again.")
-        return found if hosts.all_agree(found is not None) else None
+        return found if distributed.all_agree(found is not None) else None
 
     def write(self, index: int, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Keeps what was found, by SAE or site and quantity."""
-        if hosts.is_first():
+        if distributed.is_first():
             # Where there are no locks, another process may have ended and taken the folder with it.
             with contextlib.suppress(FileNotFoundError):
                 _write_part(self._path(index), found)
-        hosts.wait_for_all(f"part {index} of an evaluation is written")
+        distributed.wait_for_all(f"part {index} of an evaluation is written")
 
     def remove(self) -> None:
         """To be called when nothing can be lost any more."""
-        if hosts.is_first():
+        if distributed.is_first():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, index: int) -> pathlib.Path:
@@ -314,7 +315,7 @@ def evaluate(
     per_batch = padded_rows(mesh, count, per_batch)
     passes_of_batch = 1 + (2 if is_fast else 3) * len(spliced) + len(subjects)
     total = -(-count // per_batch) * passes_of_batch
-    speaks = hosts.is_first()
+    speaks = distributed.is_first()
     with tqdm.tqdm(
         total=total, desc="Evaluating", unit="pass", dynamic_ncols=True, disable=not speaks
     ) as bar:
@@ -391,7 +392,7 @@ def _measure(
     all_found: dict[str, dict[str, np.ndarray]] = {}
 
     def keep(name: str, found: dict[str, jax.Array]) -> None:
-        fetched = hosts.fetch(found)
+        fetched = distributed.fetch(found)
         all_found[name] = {k: v if k.endswith("_M") else v[: rows.count] for k, v in fetched.items()}
 
     for site in dict.fromkeys(subject.spliced for subject in subjects.values()):

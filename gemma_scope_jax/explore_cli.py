@@ -7,9 +7,10 @@ import argparse
 import pathlib
 from collections.abc import Callable, Sequence
 
-from gemma_scope_jax import cli, ranges
-from gemma_scope_jax.printing import say, well_formed
-from gemma_scope_jax.ranges import COUNT, COUNT_OR_NONE, FEW, NEW_TOKENS, SEED
+from gemma_scope_jax import cli
+from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.printing import say, well_formed
+from gemma_scope_jax.runtime.ranges import COUNT, COUNT_OR_NONE, FEW, NEW_TOKENS, SEED
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -443,8 +444,9 @@ def run_contrast(**options: object) -> None:
 
 def run_dashboards(top: int, **options: object) -> None:
     """See `build.build`."""
-    from gemma_scope_jax import config, hosts
+    from gemma_scope_jax import config
     from gemma_scope_jax.explore import build, dashboards
+    from gemma_scope_jax.runtime import distributed
 
-    hosts.initialize(config.HostsConfig())
+    distributed.initialize(config.HostsConfig())
     build.build(**options, options=dashboards.Options(top=top))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, data, files, gemma, hosts, log, printing, runs, sae, step, stored
+from gemma_scope_jax import bank, data, gemma, log, runs, sae, step, stored
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.formats import (
     circuit_tracer,
@@ -19,14 +19,18 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
-from gemma_scope_jax.printing import printable, say
+from gemma_scope_jax.runtime import distributed, files, printing
+from gemma_scope_jax.runtime.printing import printable, say
 
 
 def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, sae.SAE]]:
     """Each member of each bank, by name, on raw activations and on the host: one at a time, for they are large."""
     for b in plan.banks:
         for i, member in enumerate(b.members):
-            yield member.name, hosts.fetch(bank.fold(b, state.banks[b.name].params, state.normalizers, i))
+            yield (
+                member.name,
+                distributed.fetch(bank.fold(b, state.banks[b.name].params, state.normalizers, i)),
+            )
 
 
 def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict[str, float]:
@@ -42,7 +46,7 @@ def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict
     logged = log.last_values(workdir, number)
     measured = {}
     for b in run.plan.banks:
-        firing = hosts.fetch(state.banks[b.name].firing)
+        firing = distributed.fetch(state.banks[b.name].firing)
         for i, member in enumerate(b.members):
             known = [of[member.name]["l0"] for of in (held_out, logged) if member.name in of]
             known = [l0 for l0 in known if l0 is not None]
@@ -56,7 +60,7 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
     """Writes every member to `folder/<name>/` as a SAELens folder; `rows` names the dataset it was trained on."""
     l0 = measured_l0(run, state, folder.parent)
     members = {member.name: member for member in run.plan.members}
-    with files.filling_folder(folder) if hosts.is_first() else contextlib.nullcontext() as partial:
+    with files.filling_folder(folder) if distributed.is_first() else contextlib.nullcontext() as partial:
         for name, folded in folded_saes(run.plan, state):
             if partial is not None:
                 one = as_stored(run, state, members[name], folded, l0[name], rows)

@@ -16,7 +16,7 @@ from flax import linen as nn
 from gemma import gm
 
 from gemma_scope_jax import weights
-from gemma_scope_jax.printing import quoted
+from gemma_scope_jax.runtime.printing import quoted
 
 PAD, EOS, BOS = 0, 1, 2  # The same in every Gemma.
 

@@ -16,7 +16,8 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import data, evaluation, gemma, hosts, ranges, sharding, step, weights
+from gemma_scope_jax import data, evaluation, gemma, step, weights
+from gemma_scope_jax.runtime import distributed, ranges, sharding
 from gemma_scope_jax.tokenizer import Tokenizer
 
 
@@ -245,7 +246,7 @@ def generate(
             jnp.asarray(list(stop), jnp.int32),
             mesh,
         )
-        replies += [_until(stop, reply) for reply in hosts.fetch(replies_SxN)[: len(batch)].tolist()]
+        replies += [_until(stop, reply) for reply in distributed.fetch(replies_SxN)[: len(batch)].tolist()]
     return replies
 
 

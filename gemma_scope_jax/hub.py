@@ -9,9 +9,9 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gemma_scope_jax import files
 from gemma_scope_jax.formats import detect
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable
 
 # As elsewhere of the hub's: a slash in a revision is %2F, but in those that it names itself, as refs/pr/3.
 _LOCATION = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@(refs/[\w.-]+/[\w.-]+|[\w.%-]+))?(?:/([^@]*))?")

@@ -14,7 +14,8 @@ import numpy as np
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from gemma_scope_jax import bank, data, files, ring, step, verdicts
+from gemma_scope_jax import bank, data, ring, step, verdicts
+from gemma_scope_jax.runtime import files
 
 # By then a threshold that can move has moved.
 WATCHED_UPDATES = 1000

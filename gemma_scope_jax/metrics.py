@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import files, sae
+from gemma_scope_jax import sae
 from gemma_scope_jax.normalizer import CONSTANT
-from gemma_scope_jax.printing import printable, quoted
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, quoted
 
 QUANTILES = (5, 25, 50, 75, 95)
 

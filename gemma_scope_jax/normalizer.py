@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax import ranges
+from gemma_scope_jax.runtime import ranges
 
 # Activations whose variance is a smaller share of their mean square are all the same, but for rounding.
 CONSTANT = 1e-9

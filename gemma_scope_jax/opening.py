@@ -9,22 +9,11 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from gemma_scope_jax import (
-    bank,
-    data,
-    evaluation,
-    export,
-    files,
-    gemma,
-    hub,
-    runs,
-    sharding,
-    stored,
-    tokenizer,
-)
+from gemma_scope_jax import bank, data, evaluation, export, gemma, hub, runs, stored, tokenizer
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.formats import common
-from gemma_scope_jax.printing import printable, say, well_formed
+from gemma_scope_jax.runtime import files, sharding
+from gemma_scope_jax.runtime.printing import printable, say, well_formed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import numpy as np
 
-from gemma_scope_jax import files, metrics, plots, verdicts
+from gemma_scope_jax import metrics, plots, verdicts
 from gemma_scope_jax.metrics import Evaluation
-from gemma_scope_jax.printing import lines, printable
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import lines, printable
 
 # Each number: its label, how it is shown, and what it is.
 NUMBERS = {

@@ -11,7 +11,8 @@ import numpy as np
 from gemma import gm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import gemma, metrics, sae, sharding, step, weights
+from gemma_scope_jax import gemma, metrics, sae, step, weights
+from gemma_scope_jax.runtime import sharding
 
 
 def _whole(mesh: jax.sharding.Mesh, params: weights.Params) -> weights.Params:

@@ -4,9 +4,10 @@ import itertools
 
 from gemma import gm
 
-from gemma_scope_jax import bank, gemma, ranges, step
+from gemma_scope_jax import bank, gemma, step
 from gemma_scope_jax.config import BankConfig, Config, check_ranges
-from gemma_scope_jax.ranges import Range
+from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.ranges import Range
 
 
 def _require(holds: bool, message: str) -> None:

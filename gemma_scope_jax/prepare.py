@@ -34,9 +34,9 @@ from gemma_scope_jax.data import (
     only_document,
     pack,
 )
-from gemma_scope_jax.files import expanded, read_json, replacing_file
-from gemma_scope_jax.locks import locked
-from gemma_scope_jax.printing import printable, say
+from gemma_scope_jax.runtime.files import expanded, read_json, replacing_file
+from gemma_scope_jax.runtime.locks import locked
+from gemma_scope_jax.runtime.printing import printable, say
 from gemma_scope_jax.tokenizer import Tokenizer
 
 # Documents that are tokenised and packed by themselves, into a file of their own.

@@ -16,21 +16,9 @@ import numpy as np
 from scipy import sparse
 from sklearn import linear_model, model_selection
 
-from gemma_scope_jax import (
-    activations,
-    evaluation,
-    files,
-    gemma,
-    opening,
-    printing,
-    ranges,
-    sae,
-    sharding,
-    tables,
-    texts,
-    tokenizer,
-)
-from gemma_scope_jax.printing import LONGEST, printable, quoted, say, well_formed
+from gemma_scope_jax import activations, evaluation, gemma, opening, sae, tables, texts, tokenizer
+from gemma_scope_jax.runtime import files, printing, ranges, sharding
+from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, say, well_formed
 
 FEATURES = (1, 2, 5, 20)  # So many are probed with.
 FEWEST = 10  # Texts of a class: with less there is nothing to measure.

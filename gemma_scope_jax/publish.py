@@ -8,8 +8,9 @@ import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, export, files, gemma, hub, runs, verdicts, weights
-from gemma_scope_jax.printing import printable, say
+from gemma_scope_jax import bank, export, gemma, hub, runs, verdicts, weights
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, say
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 

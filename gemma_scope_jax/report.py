@@ -17,22 +17,20 @@ from gemma_scope_jax import (
     baselines,
     data,
     evaluation,
-    files,
     gemma,
-    hosts,
     hub,
     metrics,
     opening,
     page,
     plots,
-    ranges,
     runs,
     suites,
     tables,
     verdicts,
     weights,
 )
-from gemma_scope_jax.printing import printable, say, shareable
+from gemma_scope_jax.runtime import distributed, files, ranges
+from gemma_scope_jax.runtime.printing import printable, say, shareable
 
 # Of the training rows so many activations are what baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
@@ -127,7 +125,7 @@ def evaluate_path(
             found[label] = _evaluate(
                 one, loaded, mesh, options, place, _command(path, of_text), parts[-1], judged, own_folder
             )
-        if len(found) > 1 and hosts.is_first():
+        if len(found) > 1 and distributed.is_first():
             suites.write(out, found, _command(path, options | {"text": list(map("=".join, texts.items()))}))
         # Not before all texts are done, or the same command would begin with the first again.
         for of_one in parts:
@@ -274,7 +272,7 @@ def _evaluate(
         parts,
     )
     suite = suites.Suite(about, results)
-    if not hosts.is_first():
+    if not distributed.is_first():
         return suite
     about["cost"] = dataclasses.asdict(cost) if cost else None
     judgements = {

@@ -4,8 +4,9 @@ import json
 import pathlib
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, files, generation, locks, opening, tokenizer
-from gemma_scope_jax.printing import say
+from gemma_scope_jax import data, generation, opening, tokenizer
+from gemma_scope_jax.runtime import files, locks
+from gemma_scope_jax.runtime.printing import say
 
 
 def write_rollouts(

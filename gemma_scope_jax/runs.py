@@ -16,21 +16,18 @@ from gemma_scope_jax import (
     checkpoint,
     chips,
     data,
-    files,
     gemma,
-    hosts,
     metrics,
     planning,
     plans,
     prepare,
-    printing,
-    sharding,
     step,
     tokenizer,
     weights,
 )
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
+from gemma_scope_jax.runtime import distributed, files, printing, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +73,9 @@ def prepare_rows(config: config_lib.Config, workers: int | None = None) -> pathl
 
 def prepare_rows_once(config: config_lib.Config) -> pathlib.Path:
     """`prepare_rows` by the first of all processes; the others then find it done, if they see the same disk."""
-    if hosts.is_first():
+    if distributed.is_first():
         prepare_rows(config)
-    hosts.wait_for_all("rows are prepared")
+    distributed.wait_for_all("rows are prepared")
     return prepare_rows(config)
 
 

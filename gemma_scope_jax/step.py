@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from gemma import gm
 
-from gemma_scope_jax import bank, gemma, optim, ring, sae, sharding, weights
+from gemma_scope_jax import bank, gemma, optim, ring, sae, weights
 from gemma_scope_jax.normalizer import Normalizer, outlier_weight
+from gemma_scope_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)

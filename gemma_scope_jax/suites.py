@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gemma_scope_jax import files, metrics, page, plots, printing, tables
+from gemma_scope_jax import metrics, page, plots, tables
 from gemma_scope_jax.metrics import Evaluation
-from gemma_scope_jax.printing import printable, say
+from gemma_scope_jax.runtime import files, printing
+from gemma_scope_jax.runtime.printing import printable, say
 
 # What is shown of each.
 NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")

@@ -6,7 +6,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax.printing import lines, printable
+from gemma_scope_jax.runtime.printing import lines, printable
 
 
 class Table(rich.table.Table):

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from gemma_scope_jax import files
-from gemma_scope_jax.printing import printable, quoted, well_formed
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, quoted, well_formed
 
 LONGEST = 2**30  # Bytes of one document: its tokens would take tens of gigabytes.
 

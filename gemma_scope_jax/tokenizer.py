@@ -10,8 +10,9 @@ from etils import epath
 from gemma import gm
 from sentencepiece import sentencepiece_model_pb2
 
-from gemma_scope_jax import files, gemma, weights
-from gemma_scope_jax.printing import printable, well_formed
+from gemma_scope_jax import gemma, weights
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, well_formed
 
 # What lies beside a checkpoint, by preference: SentencePiece's file as Hugging Face and as Google call it.
 _FILES = ("tokenizer.model", "tokenizer_{}.model", "tokenizer.json")

@@ -19,24 +19,18 @@ from gemma_scope_jax import (
     chips,
     data,
     export,
-    files,
     gemma,
-    hosts,
-    interrupt,
-    locks,
     log,
     optim,
     planning,
-    printing,
-    ranges,
     runs,
-    sharding,
     step,
     verdicts,
 )
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
-from gemma_scope_jax.printing import say
+from gemma_scope_jax.runtime import distributed, files, locks, printing, ranges, sharding, signals
+from gemma_scope_jax.runtime.printing import say
 
 
 def calibrate(
@@ -68,7 +62,7 @@ def calibrate(
     made = {}
     for site in parts[0][0]:
         x_NxD = jnp.concatenate([values[site] for values, _ in parts])
-        sample = hosts.fetch(inspect(x_NxD, weight_N))
+        sample = distributed.fetch(inspect(x_NxD, weight_N))
         normalizer_lib.check(site, sample)
         if sample.nonfinite_N.any():
             first, bad = int(sample.nonfinite_N.argmax()), int(sample.nonfinite_N.sum())
@@ -79,7 +73,7 @@ def calibrate(
             center=config.normalizer.center,
             outlier_medians=config.normalizer.outlier_medians,
         )
-        scale = float(hosts.fetch(made[site].scale))
+        scale = float(distributed.fetch(made[site].scale))
         ranges.check(
             f"with normalizer.outlier_medians = {config.normalizer.outlier_medians:g} the scale of {site}",
             scale,
@@ -103,7 +97,7 @@ def _tell_nonfinite(config: config_lib.Config, text: str, warn: Callable[[str], 
             "--config.normalizer.skip_nonfinite=True; what was saved before is good. Where there are many, look at "
             "the weights and at gemma_dtype"
         )
-    if hosts.is_first():
+    if distributed.is_first():
         warn(f"Warning: {text}. Such positions are left out, as normalizer.skip_nonfinite asks.")
 
 
@@ -140,7 +134,7 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps a second run from training in the same directory; the lock ends with the process."""
-    if not hosts.is_first():
+    if not distributed.is_first():
         yield
         return
     busy = f"another process is training in {workdir}; wait for it or stop it first"
@@ -202,18 +196,18 @@ def _take(
 
 def _start_or_continue(
     run: runs.Run, workdir: pathlib.Path, manager: ocp.CheckpointManager, held: contextlib.ExitStack
-) -> tuple[step.State, data.Rows, interrupt.Request]:
+) -> tuple[step.State, data.Rows, signals.Request]:
     """Trains from the newest checkpoint, or from nothing, until complete or asked to stop.
 
     From the first step on `held` holds signals back, since there is something to save.
     """
     config = run.config
-    state, request = None, interrupt.Request()
+    state, request = None, signals.Request()
     if manager.all_steps():
         config_lib.check_resumable(runs.read_config(workdir), config)
         state = runs.restore(run, manager, set_aside=True)
         print(f"Continuing from step {int(state.step)}.", flush=True)
-        interrupt.leaving(f"checkpoint {int(state.step)} is the newest state there is")
+        signals.leaving(f"checkpoint {int(state.step)} is the newest state there is")
     has_work = state is None or runs.steps_left(run.plan, state)
     if has_work:
         # Before an hour is spent on the text.
@@ -237,7 +231,7 @@ def _start_or_continue(
     if state is None and config.start_from:
         state = start_from(run, rows, gemma_params)
     # Only now has everything been read that a mistake in the config could spoil.
-    if hosts.is_first():
+    if distributed.is_first():
         files.write_json(workdir / "config.json", config_lib.to_dict(config))
         files.write_text(workdir / "rows", data.name_of(folder) + "\n")
     if state is None:
@@ -248,7 +242,7 @@ def _start_or_continue(
             held_out_rows = data.open_rows(folder, data.HELD_OUT)
             measure = _held_out(run, held_out_rows, gemma_params, state.normalizers)
         if jax.process_count() == 1:  # Else SIGTERM is JAX's, and Ctrl-C ends all.
-            request = held.enter_context(interrupt.saving())
+            request = held.enter_context(signals.saving())
         state = _loop(run, workdir, rows, compiled, gemma_params, state, manager, request, measure)
     return state, rows, request
 
@@ -279,7 +273,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
     """Trains, or continues, the run in `workdir` until it is complete.
 
     Raises:
-      KeyboardInterrupt: it was interrupted; from the first step on it has saved its state (`interrupt.Interrupted`).
+      KeyboardInterrupt: it was interrupted; from the first step on it has saved its state (`signals.Interrupted`).
       ValueError: the config does not fit itself, its inputs, or the run that is in `workdir`.
       FloatingPointError: a loss is not finite.
     """
@@ -290,14 +284,14 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
             with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
                 state, rows, request = _start_or_continue(run, workdir, manager, held)
                 checkpoint.check_saved(manager)
-            interrupt.leaving("the training is saved")
+            signals.leaving("the training is saved")
         if request.number is not None:
-            raise interrupt.Interrupted(
+            raise signals.Interrupted(
                 request.number,
                 f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
             )
         export.write_own(run, state, workdir / "sae", data.name_of(rows.folder))
-        if hosts.is_first():
+        if distributed.is_first():
             ours, perfect = log.shuffle_quality(workdir, rows)
             print(
                 f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
@@ -316,7 +310,7 @@ def _loop(
     gemma_params: dict,
     state: step.State,
     manager: ocp.CheckpointManager,
-    request: interrupt.Request,
+    request: signals.Request,
     measure: Callable[[step.State], dict] | None,
 ) -> step.State:
     """Steps until the ring is drained, or asked to stop; either way the state returned is saved."""
@@ -325,7 +319,7 @@ def _loop(
     first_step, left = int(state.step), runs.steps_left(plan, state)
     harvests = int(state.harvests)
     last_harvest = first_step + plan.harvests - harvests
-    metrics_log = log.MetricsLog(workdir, first_step) if hosts.is_first() else None
+    metrics_log = log.MetricsLog(workdir, first_step) if distributed.is_first() else None
     is_new = metrics_log is not None and metrics_log.is_new
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
     youngest = _fewest_updates(plan, state)  # Computed on the state's devices, and so by every process.
@@ -424,9 +418,9 @@ def _loop(
     return state
 
 
-def _is_to_stop(request: interrupt.Request, number: int) -> bool:
+def _is_to_stop(request: signals.Request, number: int) -> bool:
     """Whether this step is to be saved and be the last for now; of many processes the same step on all."""
-    if jax.process_count() > 1 and request.number is None and hosts.is_preempted(number):
+    if jax.process_count() > 1 and request.number is None and distributed.is_preempted(number):
         request.number = signal.SIGTERM
         print(f"\nSIGTERM: all hosts save step {number}, then leave.", flush=True)
     return request.number is not None

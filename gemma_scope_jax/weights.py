@@ -23,8 +23,9 @@ from etils import epath
 from gemma import gm
 from gemma.gm.nn import _config, _modules
 
-from gemma_scope_jax import files, hub
-from gemma_scope_jax.printing import printable, quoted, say
+from gemma_scope_jax import hub
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, quoted, say
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]

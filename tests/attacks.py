@@ -44,7 +44,8 @@ from array_record.python import array_record_module
 import evaluate
 import train
 from gemma_scope_jax import __main__ as commands
-from gemma_scope_jax import cli, config, files
+from gemma_scope_jax import cli, config
+from gemma_scope_jax.runtime import files
 
 warnings.filterwarnings("ignore", ".*fork", Warning)
 
@@ -1100,8 +1101,8 @@ def imports() -> None:
     """Imports what commands import late, so that forks need not."""
     import tensorflow_datasets  # noqa: F401
 
-    from gemma_scope_jax import detection, export, hosts, probing, publish, report, rollouts, training  # noqa: F401
     from gemma_scope_jax.explore import build  # noqa: F401
+    from gemma_scope_jax.runtime import distributed  # noqa: F401
 
 
 def keep_compiled(folder: pathlib.Path) -> None:

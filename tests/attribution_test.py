@@ -13,9 +13,10 @@ import tiny
 from scipy import special
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, explore_cli, gemma, sae, sharding
+from gemma_scope_jax import evaluation, explore, explore_cli, gemma, sae
 from gemma_scope_jax.explore import ablating, attribution, pictures
 from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax.runtime import sharding
 
 RESID, MLP, EMBED = gemma.Site("resid_post", 1), gemma.Site("mlp_out", 2), gemma.Site("embed", 0)
 READ, HEADS = gemma.Site("mlp_in", 2), gemma.Site("attn_out", 1)

@@ -10,7 +10,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import tiny
 
-from gemma_scope_jax import gemma, interrupt
+from gemma_scope_jax import gemma
+from gemma_scope_jax.runtime import signals
 
 tiny.register()
 
@@ -34,7 +35,7 @@ def tiny_gemma():
 def signals_are_not_answered():
     """What answers signals ends the process: here that of every test to come. Such a test starts its own."""
     yield
-    assert interrupt._command_line is None
+    assert signals._command_line is None
 
 
 @pytest.fixture

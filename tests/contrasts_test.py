@@ -13,7 +13,8 @@ import tiny
 from scipy import stats
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma, sharding
+from gemma_scope_jax import evaluation, explore, gemma
+from gemma_scope_jax.runtime import sharding
 
 # The package has the function by this name.
 module = importlib.import_module("gemma_scope_jax.explore.contrasts")

@@ -9,8 +9,9 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, gemma, sae, sharding
+from gemma_scope_jax import data, evaluation, gemma, sae
 from gemma_scope_jax.explore import dashboards, directions
+from gemma_scope_jax.runtime import sharding
 
 SITES = {"stream": gemma.Site("resid_post", 1), "embed": gemma.Site("embed", 0)}
 OPTIONS = dashboards.Options(top=6, sample=10, before=3, after=2)

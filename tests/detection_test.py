@@ -9,7 +9,8 @@ import tiny
 from sklearn.metrics import roc_auc_score
 from toys import random_sae
 
-from gemma_scope_jax import __main__, data, descriptions, detection, evaluation, gemma, sharding, training
+from gemma_scope_jax import __main__, data, descriptions, detection, evaluation, gemma, training
+from gemma_scope_jax.runtime import sharding
 
 BOS, EOS, PAD = gemma.BOS, gemma.EOS, gemma.PAD
 EMBED = gemma.Site("embed", 0)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gemma_scope_jax import files
+from gemma_scope_jax.runtime import files
 
 
 def test_a_link_to_a_file_is_followed(tmp_path):

@@ -11,8 +11,9 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma, sae, sharding
+from gemma_scope_jax import evaluation, explore, gemma, sae
 from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.runtime import sharding
 
 TEXT = "law & <i>bread</i>"
 PROMPT = [gemma.BOS, *tiny.encode(TEXT)]

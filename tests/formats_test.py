@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gemma_scope_jax import files, gemma, sae, stored
+from gemma_scope_jax import gemma, sae, stored
 from gemma_scope_jax.formats import (
     circuit_tracer,
     common,
@@ -31,6 +31,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
+from gemma_scope_jax.runtime import files
 
 ABOUT = common.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256, "sotu")
 

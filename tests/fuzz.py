@@ -18,7 +18,7 @@ import zipfile
 
 import numpy as np
 
-from gemma_scope_jax import files, metrics, suites
+from gemma_scope_jax import metrics, suites
 from gemma_scope_jax.formats import (
     circuit_tracer,
     common,
@@ -28,6 +28,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
+from gemma_scope_jax.runtime import files
 from gemma_scope_jax.sae import SAE
 
 D, M = 8, 32

@@ -10,7 +10,8 @@ import small
 import tiny
 import toys
 
-from gemma_scope_jax import evaluation, gemma, generation, sae, sharding, weights
+from gemma_scope_jax import evaluation, gemma, generation, sae, weights
+from gemma_scope_jax.runtime import sharding
 
 KINDS = [kind for kind in gemma.SITES if kind != "embed"]
 SITES = [gemma.Site("embed", 0), *(gemma.Site(kind, layer) for kind in KINDS for layer in (0, 3))]

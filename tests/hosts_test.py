@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import config, hosts, log, report, runs, training
+from gemma_scope_jax import config, log, report, runs, training
+from gemma_scope_jax.runtime import distributed
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Three members, padded to four; Gemma split over all devices; a mesh of 2 × 4.
@@ -211,18 +212,18 @@ TOLD = {"JAX_COORDINATOR_ADDRESS": "node3:99", "JAX_NUM_PROCESSES": "2", "JAX_PR
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        ({}, hosts.ALONE),
-        (TOLD, hosts.Place("node3:99", 2, 1, None)),
-        (SLURM, hosts.Place(f"node3:{61440 + 7}", 2, 1, [0])),
-        (SLURM | {"JAX_NUM_PROCESSES": "1"}, hosts.ALONE),
-        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, hosts.ALONE),
-        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, hosts.Place(f"node3:{61440 + 7}", 2, 1, [])),
+        ({}, distributed.ALONE),
+        (TOLD, distributed.Place("node3:99", 2, 1, None)),
+        (SLURM, distributed.Place(f"node3:{61440 + 7}", 2, 1, [0])),
+        (SLURM | {"JAX_NUM_PROCESSES": "1"}, distributed.ALONE),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, distributed.ALONE),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, distributed.Place(f"node3:{61440 + 7}", 2, 1, [])),
     ],
 )
 def test_the_environment_says_which_process_this_is(environment, place, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert hosts.place_in(environment) == place
+    assert distributed.place_in(environment) == place
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_what_cannot_be_a_process_is_refused_by_name(changes, message, monkeypat
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message) as caught:
-        hosts.initialize(config.HostsConfig())
+        distributed.initialize(config.HostsConfig())
     assert "\n" not in str(caught.value)
 
 
@@ -274,7 +275,7 @@ EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
     ],
 )
 def test_a_task_uses_its_share_of_a_hosts_gpus(environment, gpus):
-    assert hosts.gpus_of(environment) == gpus
+    assert distributed.gpus_of(environment) == gpus
 
 
 @pytest.mark.parametrize(
@@ -289,10 +290,10 @@ def test_waiting_for_others_is_told_and_ends_in_one_line(monkeypatch, capsys, in
     told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": str(index)}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(hosts, "_SAY_AFTER", 0.1)
-    monkeypatch.setattr(hosts, "_connect", lambda *_: threading.Event().wait(5))
+    monkeypatch.setattr(distributed, "_SAY_AFTER", 0.1)
+    monkeypatch.setattr(distributed, "_connect", lambda *_: threading.Event().wait(5))
     with pytest.raises(ValueError, match=r"^waited 1 s \(hosts\.join_timeout_seconds\) as proc") as caught:
-        hosts.initialize(config.HostsConfig(join_timeout_seconds=1))
+        distributed.initialize(config.HostsConfig(join_timeout_seconds=1))
     assert seen in str(caught.value) and "\n" not in str(caught.value)
     first = capsys.readouterr().out.splitlines()[0]
     assert f"Waiting as process {index} of 3 (from 0)" in first and address in first and seen in first
@@ -313,7 +314,7 @@ def test_a_port_in_use_is_said_before_the_others_are_waited_for(monkeypatch):
         with pytest.raises(
             ValueError, match=rf"cannot listen on port {port} for the other processes: Address al"
         ):
-            hosts.initialize(config.HostsConfig())
+            distributed.initialize(config.HostsConfig())
 
 
 @pytest.mark.soak

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from gemma_scope_jax import config, detection, interrupt, opening, probing, report, rollouts
+from gemma_scope_jax import config, detection, opening, probing, report, rollouts
 from gemma_scope_jax.explore import audit, build, scope
+from gemma_scope_jax.runtime import signals
 
 # What runs trains for so many seconds once it is asked to stop; without JAX, so that it starts at once.
 TRAINS = """
@@ -136,7 +137,7 @@ def untouched():
 
 
 def test_a_program_holds_its_first_interrupt_back_and_not_its_second(untouched):
-    with interrupt.saving() as request:
+    with signals.saving() as request:
         signal.raise_signal(signal.SIGINT)
         assert request.number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
@@ -147,13 +148,13 @@ def test_on_another_thread_nothing_is_held_back(untouched):
     found = []
 
     def work():
-        with interrupt.saving() as request:
+        with signals.saving() as request:
             found.append(request)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [interrupt.Request()]
+    assert found == [signals.Request()]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma, sae, sharding
+from gemma_scope_jax import evaluation, explore, gemma, sae
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.linking import virtual_weights
+from gemma_scope_jax.runtime import sharding
 
 TEXT = "rivers of bread and laws"
 PROMPT = [gemma.BOS, *tiny.encode(TEXT)]

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from gemma_scope_jax import locks
+from gemma_scope_jax.runtime import locks
 
 
 def test_a_second_one_is_refused_or_waits_and_nothing_is_left(tmp_path, capsys):

@@ -9,7 +9,8 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, gemma, metrics, passes, sharding
+from gemma_scope_jax import data, evaluation, gemma, metrics, passes
+from gemma_scope_jax.runtime import sharding
 
 SITE = gemma.Site("resid_post", 1)
 COUNT = 10

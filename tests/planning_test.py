@@ -4,7 +4,8 @@ import jax
 import pytest
 import tiny
 
-from gemma_scope_jax import planning, runs, sharding, training
+from gemma_scope_jax import planning, runs, training
+from gemma_scope_jax.runtime import sharding
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])

@@ -1,6 +1,6 @@
 import pytest
 
-from gemma_scope_jax import printing
+from gemma_scope_jax.runtime import printing
 
 
 def test_what_a_terminal_obeys_is_escaped():

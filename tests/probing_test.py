@@ -9,7 +9,8 @@ import pytest
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, evaluation, gemma, probing, sharding, training
+from gemma_scope_jax import __main__, evaluation, gemma, probing, training
+from gemma_scope_jax.runtime import sharding
 
 EMBED = gemma.Site("embed", 0)
 

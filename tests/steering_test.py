@@ -13,8 +13,9 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, evaluation, explore, explore_cli, gemma, generation, passes, sharding
+from gemma_scope_jax import __main__, evaluation, explore, explore_cli, gemma, generation, passes
 from gemma_scope_jax.explore import edits, specs, strengths
+from gemma_scope_jax.runtime import sharding
 
 RESID, READ, MLP = gemma.Site("resid_post", 1), gemma.Site("mlp_in", 2), gemma.Site("mlp_out", 2)
 SUBJECTS = {

@@ -11,20 +11,8 @@ import optax
 import pytest
 import tiny
 
-from gemma_scope_jax import (
-    bank,
-    data,
-    gemma,
-    normalizer,
-    planning,
-    ring,
-    runs,
-    sae,
-    sharding,
-    step,
-    training,
-    weights,
-)
+from gemma_scope_jax import bank, data, gemma, normalizer, planning, ring, runs, sae, step, training, weights
+from gemma_scope_jax.runtime import sharding
 
 
 def build(folder, data_axis=1, latent_axis=1, **changes):

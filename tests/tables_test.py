@@ -28,7 +28,7 @@ from gemma_scope_jax.explore import (
     steering,
     strengths,
 )
-from gemma_scope_jax.printing import well_formed
+from gemma_scope_jax.runtime.printing import well_formed
 
 NAMES = (
     "a$b_$", "$x", "[bold]x", "[/]", ":smile:", "_hidden", "a\x1b[2J\x1b]0;title\x07b", "two\nlines\r", "🙂🏽",

@@ -140,13 +140,14 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
 def main() -> None:
     """Trains the run whose config and workdir the JSON argument gives, or evaluates as its `evaluate` says."""
     register()
-    from gemma_scope_jax import cli, hosts, report, training
+    from gemma_scope_jax import cli, report, training
+    from gemma_scope_jax.runtime import distributed
 
     given = json.loads(sys.argv[1])
     if "evaluate" in given:
 
         def evaluate() -> None:
-            hosts.initialize(config.HostsConfig(heartbeat_timeout_seconds=10))
+            distributed.initialize(config.HostsConfig(heartbeat_timeout_seconds=10))
             report.evaluate_path(**given["evaluate"] | {"out": pathlib.Path(given["evaluate"]["out"])})
 
         cli.run(evaluate)
@@ -154,7 +155,7 @@ def main() -> None:
     made = config.from_dict(given["config"])
 
     def train() -> None:
-        hosts.initialize(made.hosts, saves_together=True)
+        distributed.initialize(made.hosts, saves_together=True)
         training.train(made, pathlib.Path(given["workdir"]))
 
     cli.run(train, "nothing has been trained yet")

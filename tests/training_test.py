@@ -23,20 +23,10 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import (
-    checkpoint,
-    config,
-    export,
-    gemma,
-    planning,
-    runs,
-    sae,
-    sharding,
-    step,
-    training,
-)
+from gemma_scope_jax import checkpoint, config, export, gemma, planning, runs, sae, step, training
 from gemma_scope_jax import log as log_lib
 from gemma_scope_jax.formats import saelens
+from gemma_scope_jax.runtime import sharding
 
 LONG = dict(train__tokens=128 * 250, log__checkpoint_every=25)
 

@@ -26,7 +26,8 @@ import tiny
 from gemma import gm
 from gemma.gm.ckpts import _checkpoint
 
-from gemma_scope_jax import gemma, sharding, tokenizer, weights
+from gemma_scope_jax import gemma, tokenizer, weights
+from gemma_scope_jax.runtime import sharding
 
 # Where an array cannot be read Orbax leaves those that read the others behind; the scripts keep them quiet (cli.run).
 pytestmark = pytest.mark.filterwarnings(

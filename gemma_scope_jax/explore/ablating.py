@@ -14,13 +14,14 @@ import numpy as np
 from gemma import gm
 from scipy import stats
 
-from gemma_scope_jax import hosts, ranges, sharding, tables, weights
+from gemma_scope_jax import tables, weights
 from gemma_scope_jax.explore import attribution as attribution_lib
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.attribution import Attribution, Metric
 from gemma_scope_jax.explore.scope import Scope
-from gemma_scope_jax.printing import quoted
+from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.printing import quoted
 
 # Rows of a pass; the first is left as it is.
 _ROWS = 16
@@ -244,5 +245,7 @@ def _without(
             )
         write = edits.writes_of_saes(scope, made)
         final_SxLxD, _ = edits.final_stream(scope.mesh, loaded.model, loaded.params, placed, write)
-        found.append(hosts.fetch(_measured(scope.mesh, loaded.model, loaded.params, final_SxLxD, metric)))
+        found.append(
+            distributed.fetch(_measured(scope.mesh, loaded.model, loaded.params, final_SxLxD, metric))
+        )
     return np.concatenate(found)[: len(names)]

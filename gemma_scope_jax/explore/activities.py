@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gemma_scope_jax import evaluation, opening, ranges, sae
+from gemma_scope_jax import evaluation, opening, sae
 from gemma_scope_jax.explore import dashboards, edits
 from gemma_scope_jax.explore.scope import Scope, alone
+from gemma_scope_jax.runtime import ranges
 
 ROWS = 64  # Of held-out text, unless more or fewer are asked for: a rare latent fires a few dozen times.
 # Of what dashboards gather only the sums are wanted.

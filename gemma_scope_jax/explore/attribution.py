@@ -19,11 +19,12 @@ import matplotlib.figure
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, hosts, page, sae, sharding, step, tables, weights
+from gemma_scope_jax import gemma, page, sae, step, tables, weights
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.scope import Scope
-from gemma_scope_jax.printing import plottable, quoted
+from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.printing import plottable, quoted
 
 # In the place of a token's id.
 LIKELIEST = -1  # But for the other of the two.
@@ -300,7 +301,7 @@ def parts_of(
     """Those of one SAE on the `length` tokens behind BOS of the first row."""
     subject = scope.subjects[name]
     width = len(subject.sae.b_enc)
-    rows = hosts.fetch(_first(scope.mesh, (values[subject.site], values[subject.spliced], g_SxLxO)))
+    rows = distributed.fetch(_first(scope.mesh, (values[subject.site], values[subject.spliced], g_SxLxO)))
     rows = [row_LxD[1 : 1 + length] for row_LxD in rows]
     # Of one shape, so that they are compiled once.
     chunk = min(max(_DENSE // width, 1), -(-length // 16) * 16)
@@ -309,7 +310,7 @@ def parts_of(
         some = [row_LxD[start : start + chunk] for row_LxD in rows]
         here = len(some[0])
         filled = [np.pad(row_CxD, ((0, chunk - here), (0, 0))) for row_CxD in some]
-        found = hosts.fetch(_divided(scope.mesh, scope.placed[name], *filled))
+        found = distributed.fetch(_divided(scope.mesh, scope.placed[name], *filled))
         found = {key: value[:here] for key, value in found.items()}
         at = np.nonzero(found["f"])
         fired.append((start + at[0], at[1], found.pop("f")[at], found.pop("part")[at]))
@@ -397,7 +398,7 @@ def tell(
     """What is said of the first row of a pass."""
     text = scope.tokenizer.decode
     metric, answer, against = (
-        value[0].item() for value in hosts.fetch((passed.metric_S, passed.answer_S, passed.against_S))
+        value[0].item() for value in distributed.fetch((passed.metric_S, passed.answer_S, passed.against_S))
     )
     return Attribution(
         scope.config.model,

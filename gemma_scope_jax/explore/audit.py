@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_scope_jax import data, files, ranges
+from gemma_scope_jax import data
 from gemma_scope_jax.explore import contrasts, pictures
 from gemma_scope_jax.explore.contrasts import At, Contrast
 from gemma_scope_jax.explore.correction import Correction, behaviour, correct
 from gemma_scope_jax.explore.scope import Scope, one_token, open_scope
-from gemma_scope_jax.printing import say
+from gemma_scope_jax.runtime import files, ranges
+from gemma_scope_jax.runtime.printing import say
 
 
 def audit(

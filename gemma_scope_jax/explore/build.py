@@ -3,21 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
-from gemma_scope_jax import (
-    data,
-    evaluation,
-    files,
-    gemma,
-    hosts,
-    opening,
-    printing,
-    ranges,
-    report,
-    tokenizer,
-    weights,
-)
+from gemma_scope_jax import data, evaluation, gemma, opening, report, tokenizer, weights
 from gemma_scope_jax.explore import dashboards, directions, neuronpedia, site
-from gemma_scope_jax.printing import printable, say
+from gemma_scope_jax.runtime import distributed, files, printing, ranges
+from gemma_scope_jax.runtime.printing import printable, say
 
 _MARK = "dashboards.json"  # What lies in a folder of dashboards, and in no other.
 
@@ -73,7 +62,7 @@ def build(
         "options": vars(options),
         "saes": {name: report.identity(subject) for name, subject in subjects.items()},
     }
-    if hosts.is_first():
+    if distributed.is_first():
         files.write_json(out / _MARK, about)
     with evaluation.holding_parts(out / "partial"):
         mesh, loaded = opening.load_gemma(config)
@@ -97,12 +86,12 @@ def build(
                 name, config.model, subject, text, gathered[name], logits, *nearest, passages
             )
             all_shown[name] = shown
-            if hosts.is_first():
+            if distributed.is_first():
                 with files.filling_folder(out / folders.get(name, "")) as folder:
                     site.write(folder, shown, text_of)
                     if is_for_neuronpedia:
                         neuronpedia.write(folder / "neuronpedia", shown, config.data.context_length, text_of)
-        if hosts.is_first() and folders:
+        if distributed.is_first() and folders:
             site.write_links(out / "index.html", folders, all_shown)
         _tell(out, all_shown)
         parts.remove()

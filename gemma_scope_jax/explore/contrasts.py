@@ -19,10 +19,11 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
-from gemma_scope_jax import activations, files, gemma, generation, hosts, sae, sharding, tables
+from gemma_scope_jax import activations, gemma, generation, sae, tables
 from gemma_scope_jax.explore import rank_tests
 from gemma_scope_jax.explore.scope import Scope, padded
-from gemma_scope_jax.printing import plottable, printable, quoted
+from gemma_scope_jax.runtime import distributed, files, sharding
+from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 
 # What stands for a prompt: a latent's mean or largest activation over its tokens, or that on its last.
 At = Literal["mean", "max", "last"]
@@ -301,7 +302,7 @@ def features_of(
     for batch in activations.batches(scope.mesh, scope.loaded, sites, tokens_NxL, per_batch, "Reading"):
         for name, subject in scope.subjects.items():
             x_SxLxD = batch.values[subject.site]
-            found = hosts.fetch(_pooled(scope.mesh, scope.placed[name], x_SxLxD, batch.tokens_SxL, at))
+            found = distributed.fetch(_pooled(scope.mesh, scope.placed[name], x_SxLxD, batch.tokens_SxL, at))
             for into, value_SxM in zip((features, means), found, strict=True):
                 into[name].append(value_SxM[: batch.count])
     features, means = (

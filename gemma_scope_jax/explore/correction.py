@@ -18,24 +18,13 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import (
-    evaluation,
-    files,
-    gemma,
-    hosts,
-    metrics,
-    opening,
-    passes,
-    ranges,
-    sharding,
-    tables,
-    weights,
-)
+from gemma_scope_jax import evaluation, gemma, metrics, opening, passes, tables, weights
 from gemma_scope_jax.explore import edits, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
 from gemma_scope_jax.explore.scope import Scope
-from gemma_scope_jax.printing import plottable
+from gemma_scope_jax.runtime import distributed, files, ranges, sharding
+from gemma_scope_jax.runtime.printing import plottable
 
 NEAREST = 10  # A random latent is one of so many that are nearest in strength to the one it stands for.
 DAMAGE_SETS = 5  # Of so many random sets the delta loss is measured, too.
@@ -261,7 +250,7 @@ def _behaviour(scope: Scope, tokens_NxL: np.ndarray, tokens: tuple[int, int], wr
         placed = scope_lib.place_prompts(scope, padded)
         final_SxLxD, _ = edits.final_stream(*model, placed, write)
         found_S = _at_end(*model, final_SxLxD, placed, *map(np.int32, tokens))
-        parts.append(np.asarray(hosts.fetch(found_S))[: len(some)])
+        parts.append(np.asarray(distributed.fetch(found_S))[: len(some)])
     return np.concatenate(parts).astype(np.float64)
 
 
@@ -417,7 +406,7 @@ def _losses(scope: Scope, text: Sequence[evaluation.Rows], write: Write) -> tupl
     sums = []
     for rows in text:
         final_SxLxD, _ = edits.final_stream(*model, rows.tokens_SxL, write)
-        found = hosts.fetch(passes.loss(*model, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
+        found = distributed.fetch(passes.loss(*model, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
         sums.append([np.float64(found[key]).sum(1)[: rows.count] for key in ("loss_SxL", "scored_SxL")])
     loss_S, scored_S = (np.concatenate(part) for part in zip(*sums, strict=True))
     return loss_S, scored_S

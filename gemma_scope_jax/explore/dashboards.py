@@ -25,7 +25,8 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import activations, data, evaluation, gemma, hosts, passes, ranges, sae, sharding
+from gemma_scope_jax import activations, data, evaluation, gemma, passes, sae
+from gemma_scope_jax.runtime import distributed, ranges, sharding
 
 # Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
 BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE = 112, 4, -10
@@ -160,13 +161,13 @@ def gather(
                     mesh, options, subject.top_k, states[name], placed[name], values[subject.site],
                     batch.is_kept_SxL, places,
                 )  # fmt: skip
-            counted += int(hosts.fetch(batch.is_kept_SxL).sum())
+            counted += int(distributed.fetch(batch.is_kept_SxL).sum())
             done += batch.count
             bar.update(batch.count)
             if parts and index % SAVE_EVERY == 0 and done < count:
                 progress = {"rows": np.int64(done), "activations": np.int64(counted)}
-                parts.write(0, {**hosts.fetch(states), "progress": progress})
-    return {name: _gathered(options, done, counted, hosts.fetch(states[name])) for name in subjects}
+                parts.write(0, {**distributed.fetch(states), "progress": progress})
+    return {name: _gathered(options, done, counted, distributed.fetch(states[name])) for name in subjects}
 
 
 def _empty(width: int, options: Options) -> dict[str, np.ndarray]:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, hosts, sharding, weights
+from gemma_scope_jax import gemma, weights
+from gemma_scope_jax.runtime import distributed, sharding
 
 # So many logits exist at a time.
 _LOGITS = 2**26
@@ -34,7 +35,7 @@ def in_stream(params: weights.Params, site: gemma.Site, W_dec_MxO: np.ndarray) -
     if site.kind != "attn_out":
         return None
     block = params[f"layer_{site.layer}"]
-    w_NxHxD, scale_D = hosts.fetch(
+    w_NxHxD, scale_D = distributed.fetch(
         (block["attn"]["attn_vec_einsum"]["w"], block["post_attention_norm"]["scale"])
     )
     w_NxHxD, gain_D = w_NxHxD.astype(np.float32), 1 + scale_D.astype(np.float32)
@@ -64,7 +65,7 @@ def logits(mesh: jax.sharding.Mesh, loaded: gemma.Gemma, directions_MxD: np.ndar
         x_CxD = directions_MxD[np.minimum(start + np.arange(chunk), len(directions_MxD) - 1)]
         x_CxD = np.asarray(x_CxD, table.dtype)
         put = jax.make_array_from_callback(x_CxD.shape, placed, lambda index, x=x_CxD: x[index])
-        parts.append(hosts.fetch(_extremes(mesh, loaded.model, params, put, top)))
+        parts.append(distributed.fetch(_extremes(mesh, loaded.model, params, put, top)))
     return Logits(*(np.concatenate(part)[: len(directions_MxD)] for part in zip(*parts, strict=True)))
 
 
@@ -80,6 +81,6 @@ def nearest(W_dec_MxO: np.ndarray, top: int = 5, block: int = 1024) -> tuple[np.
         cosines = jnp.matmul(unit_MxO[rows], unit_MxO.T, precision=jax.lax.Precision.HIGHEST)
         return jax.lax.top_k(jnp.where(rows[:, None] == jnp.arange(count)[None], -2, cosines), top)
 
-    parts = [hosts.fetch(of_block(unit_MxO, jnp.asarray(start))) for start in range(0, count, block)]
+    parts = [distributed.fetch(of_block(unit_MxO, jnp.asarray(start))) for start in range(0, count, block)]
     cosine, latent = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
     return latent, cosine

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, generation, ranges, sae, sharding, step, weights
+from gemma_scope_jax import gemma, generation, sae, step, weights
 from gemma_scope_jax.explore.scope import Scope
-from gemma_scope_jax.printing import quoted
+from gemma_scope_jax.runtime import ranges, sharding
+from gemma_scope_jax.runtime.printing import quoted
 
 # Of a prompt, counted as a `Reading`'s tokens are, from the first behind BOS on; replies count on behind it.
 Tokens = Literal["all", "prompt", "reply"] | range

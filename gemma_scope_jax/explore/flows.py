@@ -18,11 +18,12 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, hosts, page, passes, sharding, step, tables, weights
+from gemma_scope_jax import evaluation, gemma, page, passes, step, tables, weights
 from gemma_scope_jax.explore import lens as lens_lib
 from gemma_scope_jax.explore import pictures, site
 from gemma_scope_jax.explore.scope import Scope, is_kept, one_token, place_copies, prompt, reconstruct
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.printing import printable
 
 # What is measured: of each its field of `Flow`, and its scale in pictures.
 _MEASURED = {
@@ -149,7 +150,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
         x, y = values[subject.site], values[subject.spliced]
         made = reconstruct(scope.mesh, scope.placed[name], x, y)
         made["l0_L"] = (made.pop("f_LxM") > 0).sum(1)
-        found[name] = hosts.fetch(made)
+        found[name] = distributed.fetch(made)
         if subject.site == subject.spliced and subject.site.kind == "resid_post":
             streams[name] = found[name]["y_LxO"]
     here = slice(1, len(row))
@@ -157,7 +158,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     followed = None
     if streams:
         recon = {name: found[name]["recon_LxO"] for name in streams}
-        final_LxD = hosts.fetch(_first(scope.mesh, final_SxLxD))
+        final_LxD = distributed.fetch(_first(scope.mesh, final_SxLxD))
         streams, recon = ({name: x[here] for name, x in of.items()} for of in (streams, recon))
         followed = _lens(scope, row[1:], streams, recon, final_LxD[here], answer_token)
     return Flow(
@@ -257,7 +258,7 @@ def _delta_losses_of(
     )
     of = (scope.mesh, scope.loaded.model, scope.loaded.params)
     final_SxLxD = _spliced(*of, tokens_SxL, number_S, replacement_SxLxO, sites)
-    found = hosts.fetch(passes.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL)))
+    found = distributed.fetch(passes.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL)))
     loss_SxL = np.where(found["scored_SxL"] > 0, found["loss_SxL"], np.nan)
     return loss_SxL[: len(names)] - loss_SxL[-1:]
 

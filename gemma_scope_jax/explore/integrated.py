@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import hosts, sae, sharding
+from gemma_scope_jax import sae
 from gemma_scope_jax.explore import attribution
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.attribution import Attribution
 from gemma_scope_jax.explore.scope import Scope
-from gemma_scope_jax.printing import quoted
+from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.printing import quoted
 
 
 def integrate(
@@ -71,7 +72,7 @@ def integrate(
             read = (whole.values[scope.subjects[name].site], whole.values[site])
             added = _from_whole(scope.mesh, scope.placed[name], *read, alpha_S, np.int32(len(ids)))
             passed = attribution.differentiate(scope, placed, fixed, {site: added})
-            metrics.append(hosts.fetch(passed.metric_S))
+            metrics.append(distributed.fetch(passed.metric_S))
             gradient += _shared(scope.mesh, share_S, passed.gradients[site])
         return np.concatenate(metrics)[: len(alphas)], gradient
 

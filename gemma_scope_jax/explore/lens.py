@@ -15,9 +15,10 @@ import matplotlib.patches
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, hosts, sharding, tables, weights
+from gemma_scope_jax import gemma, tables, weights
 from gemma_scope_jax.explore import pictures
-from gemma_scope_jax.printing import plottable
+from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.printing import plottable
 
 
 class Predictions(NamedTuple):
@@ -185,5 +186,5 @@ def predictions(
     x_RxLxD = streams_RxLxD[np.minimum(np.arange(padded), count - 1)]
     placed = jax.NamedSharding(mesh, sharding.TOKENS)
     put = jax.make_array_from_callback(x_RxLxD.shape, placed, lambda index: x_RxLxD[index])
-    found = hosts.fetch(_predictions(mesh, loaded.model, params, put, np.asarray(answer_L, np.int32)))
+    found = distributed.fetch(_predictions(mesh, loaded.model, params, put, np.asarray(answer_L, np.int32)))
     return Predictions(*(part[:count] for part in found))

@@ -15,11 +15,12 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, hosts, opening, ranges, sae, sharding, step, tables, weights
+from gemma_scope_jax import evaluation, gemma, opening, sae, step, tables, weights
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
-from gemma_scope_jax.printing import plottable, printable, quoted
+from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 
 _BLOCK = 2**14  # So many latents' weights are in float64 at a time.
 
@@ -164,13 +165,13 @@ def links(
         (f_SxL, kept_SxL), passed = _passed_on(
             *of, tokens_SxL, is_kept_SxL, reader, W_dec[latent], subject.site, subject.spliced, sites
         )
-        f_SxL, kept_SxL = hosts.fetch((f_SxL, kept_SxL))
+        f_SxL, kept_SxL = distributed.fetch((f_SxL, kept_SxL))
         activations += int(kept_SxL.sum())
         firings += int((f_SxL > 0).sum())
         strength += float(f_SxL.sum(dtype=np.float64))
         for other in later:
             site = scope.subjects[other].site
-            found = hosts.fetch(_sums(scope.mesh, scope.placed[other], is_kept_SxL, *passed[site]))
+            found = distributed.fetch(_sums(scope.mesh, scope.placed[other], is_kept_SxL, *passed[site]))
             for key, value_M in found.items():
                 totals[other][key] = totals[other].get(key, 0) + value_M.astype(np.float64)
     if not firings:
@@ -316,7 +317,7 @@ def virtual_weights(
         return None, None
     written_D, gain_D = np.float64(written[0]), 1.0
     if later.site.kind == "mlp_in":
-        gain_D = np.float64(hosts.fetch(gemma.mlp_in_gain(params, later.site.layer)))
+        gain_D = np.float64(distributed.fetch(gemma.mlp_in_gain(params, later.site.layer)))
     weights, lengths = [], []
     for start in range(0, len(later.sae.b_enc), _BLOCK):
         reads_DxC = np.float64(np.asarray(later.sae.W_enc)[:, start : start + _BLOCK])

@@ -13,11 +13,12 @@ import rich.style
 import rich.table
 import rich.text
 
-from gemma_scope_jax import opening, ranges, tables
+from gemma_scope_jax import opening, tables
 from gemma_scope_jax.explore import dashboards, directions, pictures, site
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, alone
-from gemma_scope_jax.printing import lines, plottable, printable
+from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.printing import lines, plottable, printable
 
 _GREEN = (30, 142, 62)
 # Of text in pictures, in inches at its size in points.

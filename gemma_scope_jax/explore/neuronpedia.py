@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gemma_scope_jax import export, files, gemma
+from gemma_scope_jax import export, gemma
 from gemma_scope_jax.explore import dashboards
 from gemma_scope_jax.explore.site import Dashboards
+from gemma_scope_jax.runtime import files
 
 PER_BATCH = 128  # latents
 ALIGNED = 3  # dimensions that a decoder direction has most of

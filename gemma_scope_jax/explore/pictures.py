@@ -8,8 +8,8 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
-from gemma_scope_jax import files
-from gemma_scope_jax.printing import has_glyph, plottable
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import has_glyph, plottable
 
 LABEL = 40  # Characters of a label beside a picture.
 

@@ -10,10 +10,11 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import hosts, page, passes, sae, tables
+from gemma_scope_jax import page, passes, sae, tables
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.scope import Scope, place_copies, prompt, reconstruct
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime import distributed
+from gemma_scope_jax.runtime.printing import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def read(scope: Scope, text: str) -> Reading:
     for name, subject in scope.subjects.items():
         x, y = values[subject.site], values[subject.spliced]
         found = reconstruct(scope.mesh, scope.placed[name], x, y)
-        f_LxM, error_L = hosts.fetch((found["f_LxM"], found["error_L"]))
+        f_LxM, error_L = distributed.fetch((found["f_LxM"], found["error_L"]))
         latents[name], error[name] = f_LxM[1 : len(row)], error_L[1 : len(row)]
     words = tuple(scope.tokenizer.decode([token]) for token in row[1:])
     return Reading(scope.config.model, words, latents, error, scope.frequency)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, evaluation, files, gemma, opening, passes, sae, sharding, tokenizer
+from gemma_scope_jax import data, evaluation, gemma, opening, passes, sae, tokenizer
+from gemma_scope_jax.runtime import files, sharding
 
 
 def _no_text() -> data.Rows:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gemma_scope_jax.explore import activities, edits
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime.printing import printable
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _ABLATED = re.compile(r"=ablate")

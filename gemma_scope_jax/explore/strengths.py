@@ -14,23 +14,12 @@ import matplotlib.figure
 import numpy as np
 import tqdm
 
-from gemma_scope_jax import (
-    evaluation,
-    gemma,
-    generation,
-    hosts,
-    metrics,
-    opening,
-    page,
-    passes,
-    ranges,
-    sharding,
-    tables,
-)
+from gemma_scope_jax import evaluation, gemma, generation, metrics, opening, page, passes, tables
 from gemma_scope_jax.explore import activities, directions, edits
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope, one_token
-from gemma_scope_jax.printing import plottable, printable
+from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.printing import plottable, printable
 
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 # What a latent becomes by a strength: its scale, and so many times the strength is added.
@@ -193,7 +182,7 @@ def _measure(
     per_batch = scope.config.evaluation.rows_per_batch
     parts: dict[str, list[np.ndarray]] = {"clean_S": [], "scored_S": [], "effect_NxS": [], "damage_NxS": []}
     batches = evaluation.batches(mesh, held_out, rows, per_batch, opening.counts_of(scope.config))
-    bar = {"desc": "Sweeping", "unit": "row", "dynamic_ncols": True, "disable": not hosts.is_first()}
+    bar = {"desc": "Sweeping", "unit": "row", "dynamic_ncols": True, "disable": not distributed.is_first()}
     with tqdm.tqdm(total=rows * (1 + len(changes)), **bar) as progress:
         for batch in batches:
             streams, values, _ = passes.clean(*gemma_of, batch.tokens_SxL, sites)
@@ -222,7 +211,7 @@ def _scores(
     """See `passes.likelihoods`; with y in the site's place, where positions count."""
     of_batch = (batch.tokens_SxL, batch.is_kept_SxL)
     final_SxLxD = passes.spliced(*gemma_of, before_SxLxD, *of_batch, site, y_SxLxO)
-    found = hosts.fetch(passes.likelihoods(*gemma_of, final_SxLxD, *of_batch, chosen_T))
+    found = distributed.fetch(passes.likelihoods(*gemma_of, final_SxLxD, *of_batch, chosen_T))
     return {name: np.asarray(value[: batch.count], np.float64) for name, value in found.items()}
 
 

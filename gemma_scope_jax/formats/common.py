@@ -8,8 +8,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gemma_scope_jax import files
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.sae import SAE
 
 _OPTIONAL = {"W_skip"}

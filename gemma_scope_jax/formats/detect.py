@@ -13,7 +13,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.sae import SAE
 
 # What an SAE's files are called, in every format: all of a repository that is ever fetched.

@@ -5,9 +5,9 @@ import pathlib
 
 import numpy as np
 
-from gemma_scope_jax import files
 from gemma_scope_jax.formats import common
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.sae import SAE
 
 # The version of SAELens whose layout this is. Without a version in the file, SAELens takes it for one of before

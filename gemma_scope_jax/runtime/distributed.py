@@ -17,9 +17,9 @@ import numpy as np
 from jax._src import clusters
 from jax.experimental import multihost_utils
 
-from gemma_scope_jax import interrupt
 from gemma_scope_jax.config import HostsConfig
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime import signals
+from gemma_scope_jax.runtime.printing import printable
 
 _SAY_AFTER, _SAY_EVERY = 5, 30  # Seconds of waiting for others.
 
@@ -80,9 +80,9 @@ def initialize(config: HostsConfig, saves_together: bool = False) -> None:
     if failed:
         raise failed[0]
     if place.count > 1 and saves_together:
-        interrupt.pass_on_hangups()
+        signals.pass_on_hangups()
     else:
-        interrupt.answer_again()
+        signals.answer_again()
     if place.count > 1 and not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from gemma_scope_jax.printing import say
+from gemma_scope_jax.runtime.printing import say
 
 
 @contextlib.contextmanager

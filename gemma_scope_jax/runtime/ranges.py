@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from gemma_scope_jax.printing import printable
+from gemma_scope_jax.runtime.printing import printable
 
 
 @dataclasses.dataclass(frozen=True)
