@@ -13,6 +13,7 @@ from benchmarks.commands import RESULTS, measure
 from gemma_scope_jax import data, detection, explore
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax.models import masking
 
 RUN, SITES = "runs/quickstart", "runs/sites"
 NOTEBOOKS = pathlib.Path("docs/notebooks")
@@ -61,7 +62,7 @@ def latent() -> tuple[list[str], dict]:
             0,
             config.evaluation.rows_per_batch,
             scope.tokenizer.decode,
-            config.data.masked_prefix,
+            masking.masked_prefix(config.data),
         )
         return detection.detect(scope.mesh, scope.loaded, {name: subject}, rows, *options)[name]
 

@@ -13,7 +13,8 @@ import pathlib
 import platform
 import time
 
-from gemma_scope_jax import data, tokenizer
+from gemma_scope_jax import config, data
+from gemma_scope_jax.models import tokenizer
 
 CHARACTERS = (10**5, 10**6, 10**7)
 TOKENS = (10**5, 10**6, 10**7)
@@ -32,7 +33,7 @@ def processor() -> str:
 def measure() -> dict:
     """Seconds by the length of the document."""
     encode = tokenizer.load("gemma3_270m", "", "").encode
-    corpus = " ".join(data.documents(data.DEFAULT_TEXT)).replace("\n", " ")
+    corpus = " ".join(data.documents(config.DEFAULT_TEXT)).replace("\n", " ")
     tokenising, packing = [], []
     for characters in CHARACTERS:
         line = (corpus * (characters // len(corpus) + 1))[:characters]

@@ -25,8 +25,10 @@ import numpy as np
 
 from benchmarks import looks
 from benchmarks.commands import RESULTS, run
-from gemma_scope_jax import data, export, gemma, log, page, runs, sae, weights
+from gemma_scope_jax import data, export, log, page, runs, sae
 from gemma_scope_jax.formats import detect
+from gemma_scope_jax.models import forward, masking, registry, weights
+from gemma_scope_jax.models.sites import SITES, Site
 
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
 SUITES = {"sweep": 64, "layers": 16, "sites": 4, "targets": 32, "transcoders": 64}
@@ -143,7 +145,7 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     rows = data.open_rows(runs.run_rows(run.config, workdir), data.HELD_OUT)
     loaded = runs.load_gemma(run)
     tokens = jax.numpy.asarray(rows.read(np.arange(8)).tokens)
-    kept = np.asarray(gemma.is_kept(tokens, run.config.data.masked_prefix))
+    kept = np.asarray(masking.is_kept(tokens, masking.masked_prefix(run.config.data)))
     found = {}
     for bank_name, file_format, kind in (
         ("plain", "gemma_scope", "mlp_in_gain_free"),
@@ -156,7 +158,7 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
             (path,) = export.export_run(workdir, (file_format,), pathlib.Path(scratch), bank_name)
             (found,) = detect.read(path)
             again = found.sae
-        values = gemma.read_sites(loaded.model, loaded.params, tokens, [gemma.Site(kind, member.site.layer)])
+        values = forward.read_sites(loaded.model, loaded.params, tokens, [Site(kind, member.site.layer)])
         x = np.asarray(next(iter(values.values())))[kept]
         got = np.asarray(sae.decode(again, sae.encode(again, x), x))
 
@@ -223,7 +225,7 @@ def precision() -> tuple[list[str], dict]:
 def models_table() -> str:
     """Every model that is known by name."""
     lines = ["| name | Hugging Face | layers | D | N·H | parameters, billions |", "|---|---|---|---|---|---|"]
-    for name, known in gemma.MODELS.items():
+    for name, known in registry.MODELS.items():
         config = known.module.config
         shapes = weights.parameter_shapes(known.module, config.num_layers)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9
@@ -248,7 +250,7 @@ _SITES = {
 def sites_table() -> str:
     """Every kind of site."""
     lines = ["| site | what it is | width | TransformerLens | Hugging Face |", "|---|---|---|---|---|"]
-    for kind, names in gemma.SITES.items():
+    for kind, names in SITES.items():
         lens, module = (name.format("L") for name in names)
         what, width = _SITES[kind]
         lines.append(f"| `{kind}` | {what} | {width} | `{lens}` | {f'`{module}`' if module else ''} |")

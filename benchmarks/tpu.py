@@ -19,10 +19,13 @@ cli.find_tpu_compiler()
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax import chips, forecast, gemma, passes, planning, runs, sae, step, weights
+from gemma_scope_jax import chips, forecast, metrics, planning, runs, sae, step
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.models import forward, interventions, registry, weights
+from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.normalizer import Normalizer
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +117,11 @@ def measure_harvest(case: Harvest) -> dict:
     """A harvest alone."""
     devices = forecast.slice_devices(case.topology)
     mesh = sharding.make_mesh(1, 0, devices)
-    model, site = gemma.build_model(case.model), gemma.Site("resid_post", case.layer)
+    model, site = registry.build_model(case.model), Site("resid_post", case.layer)
     params = weights.placed_shapes(
         model, case.layer + 1, jnp.bfloat16, sharding.gemma_placement(mesh, case.split)
     )
-    vector = placed(mesh, (gemma.site_width(model, site),), jnp.float32, sharding.REPLICATED)
+    vector = placed(mesh, (site_width(model, site),), jnp.float32, sharding.REPLICATED)
     scalar = placed(mesh, (), jnp.float32, sharding.REPLICATED)
     normalizers = {str(site): Normalizer(vector, scalar, scalar, vector)}
 
@@ -155,7 +158,7 @@ def measure_evaluation(case: Evaluation) -> dict:
     devices = forecast.slice_devices(case.topology)
     chip = chips.CHIPS[case.topology.split(":")[0]]
     mesh = sharding.make_mesh(1, 0, devices)
-    model, site = gemma.build_model(case.model), gemma.Site("resid_post", case.layer)
+    model, site = registry.build_model(case.model), Site("resid_post", case.layer)
     layers = model.config.num_layers
     c = config_lib.from_dict({"model": case.model})
     params = weights.placed_shapes(model, layers, jnp.bfloat16, runs.placement_of(c, mesh, model, layers))
@@ -167,24 +170,24 @@ def measure_evaluation(case: Evaluation) -> dict:
     )
     mean = placed(mesh, (d,), jnp.float32, sharding.REPLICATED)
     arrays = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
-    specs = passes.latent_specs(mesh, m)
+    specs = attached.latent_specs(mesh, m)
     subject = sae.SAE(
         **{name: placed(mesh, of, jnp.float32, specs.get(name, sharding.P())) for name, of in arrays.items()}
     )
     lowered = {
-        "clean": passes.clean.lower(mesh, model, params, tokens, (site,)),
-        "loss": passes.loss.lower(mesh, model, params, x, tokens, kept),
-        "spliced": passes.spliced.lower(mesh, model, params, x, tokens, kept, site, x),
-        "importance": passes.importance.lower(mesh, model, params, x, x, tokens, kept, site),
-        "reconstruct": passes.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
-        "divergence": passes.divergence.lower(mesh, model, params, x, x, tokens, kept),
+        "clean": interventions.clean.lower(mesh, model, params, tokens, (site,)),
+        "loss": interventions.loss.lower(mesh, model, params, x, tokens, kept),
+        "spliced": interventions.spliced.lower(mesh, model, params, x, tokens, kept, site, x),
+        "importance": interventions.importance.lower(mesh, model, params, x, x, tokens, kept, site),
+        "reconstruct": metrics.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
+        "divergence": interventions.divergence.lower(mesh, model, params, x, x, tokens, kept),
     }
     of_passes = {name: report(one) for name, one in lowered.items()}
     # Before the site's block, the site, the last, what is spliced, and the gradient lie there throughout.
     resident = planning.bytes_per_device((params, subject, tokens, kept, x, x, x, x, importance))
     peak = max(resident + of["temporary_bytes"] + of["output_bytes"] for of in of_passes.values())
     count = case.rows * case.length
-    blocks = gemma.harvest_flops(model, case.rows, case.length, layers)
+    blocks = forward.harvest_flops(model, case.rows, case.length, layers)
     upper = blocks * (1 - case.layer / layers)
     logits = 2 * count * d * v
     # Clean; two ablations; a gradient of the activations alone, forward, again, and back; the splice, whose KL makes

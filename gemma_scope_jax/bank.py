@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_scope_jax import gemma, optim, ring, sae
+from gemma_scope_jax import config, optim, ring, sae
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.normalizer import CONSTANT, Normalizer
 from gemma_scope_jax.runtime import sharding
 
@@ -32,8 +33,8 @@ def width_name(width: int) -> str:
 class Member:
     """One SAE of a bank, or one transcoder."""
 
-    site: gemma.Site  # What it reads.
-    target_site: gemma.Site  # What it predicts; an autoencoder's is the site that it reads.
+    site: Site  # What it reads.
+    target_site: Site  # What it predicts; an autoencoder's is the site that it reads.
     width: int
     sparsity_coefficient: float
     seed: int = 0
@@ -88,7 +89,7 @@ class Plan:
         return [*self.members, *[self.members[-1]] * (self.padded_members - len(self.members))]
 
     @property
-    def sites(self) -> tuple[gemma.Site, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """The sites read or predicted, each once, in the members' order."""
         return tuple(dict.fromkeys(site for m in self.members for site in (m.site, m.target_site)))
 
@@ -152,7 +153,7 @@ def init(plan: Plan, key: jax.Array, normalizers: Mapping[str, Normalizer]) -> S
     return State(
         params=params,
         # Mapped, so that each member counts its own updates.
-        opt_state=jax.vmap(optim.make_optimizer(optim.OptimizerConfig()).init)(params),
+        opt_state=jax.vmap(optim.make_optimizer(config.OptimizerConfig()).init)(params),
         updates_E=jnp.zeros(e, jnp.int32),
         coefficient_E=jnp.array([member.sparsity_coefficient for member in plan.padded]),
         firing=Firing(
@@ -211,7 +212,7 @@ def _member_batches(
 
 def _controlled(
     plan: Plan,
-    optimizer_config: optim.OptimizerConfig,
+    optimizer_config: config.OptimizerConfig,
     state: State,
     sums: sae.BatchSums,
     rate_E: jax.Array,
@@ -231,7 +232,7 @@ def _controlled(
 
 def update(
     plan: Plan,
-    optimizer_config: optim.OptimizerConfig,
+    optimizer_config: config.OptimizerConfig,
     mesh: jax.sharding.Mesh,
     normalizers: Mapping[str, Normalizer],
     state: State,
@@ -302,7 +303,7 @@ def _count(plan: Plan, state: State, sums: sae.BatchSums) -> Firing:
 
 def metrics(
     plan: Plan,
-    optimizer_config: optim.OptimizerConfig,
+    optimizer_config: config.OptimizerConfig,
     state: State,
     sums: sae.BatchSums,
     number: jax.Array,

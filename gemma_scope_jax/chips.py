@@ -5,7 +5,9 @@ import dataclasses
 import jax
 from gemma import gm
 
-from gemma_scope_jax import bank, gemma, step
+from gemma_scope_jax import bank, step
+from gemma_scope_jax.models import forward
+from gemma_scope_jax.models.sites import blocks_needed, site_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def chip_of(device: jax.Device) -> Chip | None:
 
 def update_flops(plan: bank.Plan, model: gm.nn.Transformer, batch: int) -> int:
     """FLOPs of one update of a bank, padding included: five matrix products, seven with a skip connection."""
-    d, o = (gemma.site_width(model, site) for site in (plan.members[0].site, plan.members[0].target_site))
+    d, o = (site_width(model, site) for site in (plan.members[0].site, plan.members[0].target_site))
     # Encoder and its gradient; decoder, its gradient, and what the latents receive.
     products = plan.width * (2 * d + 3 * o) + (2 * d * o if plan.members[0].skip else 0)
     return 2 * plan.padded_members * batch * products
@@ -58,6 +60,6 @@ def update_flops(plan: bank.Plan, model: gm.nn.Transformer, batch: int) -> int:
 
 def step_flops(plan: step.Plan, model: gm.nn.Transformer, length: int) -> tuple[int, list[int]]:
     """FLOPs of a steady step on all devices: of Gemma on rows of `length` tokens, and of each bank's updates."""
-    depth = gemma.depth(plan.sites)
+    depth = blocks_needed(plan.sites)
     banks = [update_flops(b, model, plan.batch) * plan.updates_per_step for b in plan.banks]
-    return gemma.harvest_flops(model, plan.activations // length, length, depth), banks
+    return forward.harvest_flops(model, plan.activations // length, length, depth), banks

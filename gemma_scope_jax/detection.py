@@ -16,19 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import (
-    activations,
-    data,
-    descriptions,
-    evaluation,
-    gemma,
-    opening,
-    sae,
-    tables,
-    tokenizer,
-)
+from gemma_scope_jax import data, descriptions, evaluation, opening, sae, tables
+from gemma_scope_jax.models import activations, masking, registry, tokenizer
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.saes import attached
 
 EXAMPLES = 50  # Passages that a description is made from.
 APART = 16  # No two of a latent's come from the same so many positions of a row.
@@ -214,13 +206,13 @@ def _latents(
     x_BxD = x_SxLxD.astype(jnp.float32).reshape(-1, x_SxLxD.shape[-1])
     f_BxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
     f_SxLxC = f_BxM[:, candidates_C].reshape(*tokens_SxL.shape, -1)
-    kept = jnp.where(gemma.is_kept(tokens_SxL, prefix)[..., None], f_SxLxC, 0)
+    kept = jnp.where(masking.is_kept(tokens_SxL, prefix)[..., None], f_SxLxC, 0)
     return sharding.constrain(mesh, kept, sharding.REPLICATED)
 
 
 def detect(
     mesh: jax.sharding.Mesh,
-    loaded: gemma.Gemma,
+    loaded: registry.Gemma,
     subjects: Mapping[str, evaluation.Subject],
     rows: data.Batch,
     latents: int,
@@ -240,7 +232,7 @@ def detect(
       seed: of what is drawn: latents, and positions.
       per_batch: rows in one pass of the model.
       decode: from token ids to text, for the descriptions.
-      prefix: see `gemma.is_kept`.
+      prefix: see `masking.is_kept`.
     """
     text = descriptions.divide(rows.tokens, rows.first_document, prefix)
     rng = np.random.default_rng(seed)
@@ -249,7 +241,7 @@ def detect(
     pool_N = np.sort(np.concatenate([rng.permutation(half)[:SILENT] for half in halves]))
     encoders, candidates, found = {}, {}, {}
     for name, subject in subjects.items():
-        encoders[name] = activations.encoder(mesh, subject.sae)
+        encoders[name] = attached.encoder(mesh, subject.sae)
         candidates[name] = rng.permutation(subject.sae.b_enc.size)[: CANDIDATES * latents]
         found[name] = Firings(text, pool_N, len(candidates[name]), seed)
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
@@ -303,7 +295,7 @@ def detect_path(
         seed,
         per_batch,
         decode,
-        config.data.masked_prefix,
+        masking.masked_prefix(config.data),
     )
     about = {
         "model": config.model,

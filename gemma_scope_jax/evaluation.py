@@ -20,10 +20,13 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import data, gemma, metrics, passes, sae
+from gemma_scope_jax import data, metrics, sae
 from gemma_scope_jax.metrics import Evaluation
+from gemma_scope_jax.models import interventions, masking, registry
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, locks, sharding
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes import attached
 
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0
@@ -39,13 +42,13 @@ class Subject:
     """An SAE to evaluate, on the site of its model; or a transcoder, which takes the place of its target site."""
 
     sae: sae.SAE
-    site: gemma.Site
+    site: Site
     mean_O: np.ndarray | None  # The target's mean for mean ablation; None: measured on training rows.
-    target_site: gemma.Site | None = None  # Of a transcoder: what it predicts, at the same layer.
+    target_site: Site | None = None  # Of a transcoder: what it predicts, at the same layer.
     top_k: int | None = None  # Only so many latents of an activation fire, the strongest.
 
     @property
-    def spliced(self) -> gemma.Site:
+    def spliced(self) -> Site:
         """The site whose place is taken."""
         return self.target_site or self.site
 
@@ -62,7 +65,7 @@ class Rows:
 
 def every_position(tokens_SxL: np.ndarray) -> np.ndarray:
     """All positions but BOS, EOS and PAD."""
-    return gemma.is_kept(tokens_SxL, 0)
+    return masking.is_kept(tokens_SxL, 0)
 
 
 def batches(
@@ -92,8 +95,8 @@ def batches(
 
     for first in range(start, count, per_batch):
         tokens = np.asarray(rows.read(chosen[first : first + per_batch]).tokens)
-        padded = np.pad(tokens, ((0, per_batch - len(tokens)), (0, 0)), constant_values=gemma.PAD)
-        position = np.asarray(gemma.packed_positions(jnp.asarray(tokens)))
+        padded = np.pad(tokens, ((0, per_batch - len(tokens)), (0, 0)), constant_values=masking.PAD)
+        position = np.asarray(masking.packed_positions(jnp.asarray(tokens)))
         yield Rows(put(padded), put(np.asarray(counts(padded))), len(tokens), position)
 
 
@@ -103,20 +106,20 @@ def padded_rows(mesh: jax.sharding.Mesh, count: int, per_batch: int) -> int:
 
 
 def site_means(
-    loaded: gemma.Gemma,
-    sites: tuple[gemma.Site, ...],
+    loaded: registry.Gemma,
+    sites: tuple[Site, ...],
     rows: data.Rows,
     per_batch: int,
     counts: Counts = every_position,
     mesh: jax.sharding.Mesh | None = None,
-) -> dict[gemma.Site, np.ndarray]:
+) -> dict[Site, np.ndarray]:
     """The means of sites over the positions of the first training rows that count, all in the same passes.
 
     Raises:
       ValueError: no position counts.
       FloatingPointError: an activation is not finite.
     """
-    mesh = mesh or one_device()
+    mesh = mesh or sharding.one_device()
     totals, n = dict.fromkeys(sites, 0.0), 0
 
     @jax.jit
@@ -126,7 +129,7 @@ def site_means(
 
     count = min(CALIBRATION_ROWS, len(rows))
     for batch in batches(mesh, rows, count, per_batch, counts) if sites else ():
-        _, values, _ = passes.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
+        _, values, _ = interventions.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
         found, kept = distributed.fetch(sums(values, batch.is_kept_SxL))
         totals = {site: totals[site] + np.asarray(found[site], np.float64) for site in sites}
         n += int(kept)
@@ -141,28 +144,23 @@ def site_means(
 
 
 def activations(
-    loaded: gemma.Gemma,
-    sites: tuple[gemma.Site, ...],
+    loaded: registry.Gemma,
+    sites: tuple[Site, ...],
     rows: data.Rows,
     count: int,
     per_batch: int,
     counts: Counts = every_position,
     mesh: jax.sharding.Mesh | None = None,
-) -> dict[gemma.Site, np.ndarray]:
+) -> dict[Site, np.ndarray]:
     """The activations [B, D] of sites at the positions of the first `count` rows that count, in float32."""
-    mesh = mesh or one_device()
-    found: dict[gemma.Site, list[np.ndarray]] = {site: [] for site in sites}
+    mesh = mesh or sharding.one_device()
+    found: dict[Site, list[np.ndarray]] = {site: [] for site in sites}
     for batch in batches(mesh, rows, min(count, len(rows)), per_batch, counts):
-        _, values, _ = passes.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
+        _, values, _ = interventions.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
         values, is_kept_SxL = distributed.fetch((values, batch.is_kept_SxL))
         for site in sites:
             found[site].append(values[site][is_kept_SxL].astype(np.float32))
     return {site: np.concatenate(parts) for site, parts in found.items()}
-
-
-def one_device() -> jax.sharding.Mesh:
-    """A mesh of this process' first device alone."""
-    return sharding.make_mesh(1, 1, jax.local_devices()[:1])
 
 
 @contextlib.contextmanager
@@ -264,7 +262,7 @@ class Cost:
 
 
 def evaluate(
-    loaded: gemma.Gemma,
+    loaded: registry.Gemma,
     subjects: Mapping[str, Subject],
     training_rows: data.Rows,
     held_out_rows: data.Rows,
@@ -296,7 +294,7 @@ def evaluate(
       ValueError: no prediction counts.
       FloatingPointError: an activation, a reconstruction or a loss is not finite.
     """
-    mesh = mesh or one_device()
+    mesh = mesh or sharding.one_device()
     count = min(count, len(held_out_rows))
     spliced = tuple(dict.fromkeys(subject.spliced for subject in subjects.values()))
     said = {site: [s.mean_O for s in subjects.values() if s.spliced == site] for site in spliced}
@@ -308,7 +306,7 @@ def evaluate(
     }
     unknown = tuple(site for site in spliced if site not in known)
     means = known | site_means(loaded, unknown, training_rows, per_batch, counts, mesh)
-    placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}
+    placed = {name: attached.place(mesh, subject.sae) for name, subject in subjects.items()}
     totals = {name: metrics.Totals() for name in (*map(_reference, spliced), *subjects)}
     seconds: list[dict[str, float]] = []
 
@@ -362,17 +360,17 @@ def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: data.Rows
             raise FloatingPointError(f"at row {row}, position {position} {of} is not finite; {mend}")
 
 
-def _reference(site: gemma.Site) -> str:
+def _reference(site: Site) -> str:
     """What is measured of a site goes by this name, which is no SAE's."""
     return f"site:{site}"
 
 
 def _measure(
     mesh: jax.sharding.Mesh,
-    loaded: gemma.Gemma,
+    loaded: registry.Gemma,
     subjects: Mapping[str, Subject],
     placed: Mapping[str, sae.SAE],
-    means: Mapping[gemma.Site, np.ndarray],
+    means: Mapping[Site, np.ndarray],
     rows: Rows,
     is_fast: bool,
     done: Callable[[], object],
@@ -382,10 +380,10 @@ def _measure(
     tokens = (rows.tokens_SxL, rows.is_kept_SxL)
     sites = tuple(dict.fromkeys(s for subject in subjects.values() for s in (subject.site, subject.spliced)))
     start = time.perf_counter()
-    clean_pass = passes.clean(*gemma_of, rows.tokens_SxL, sites)
+    clean_pass = interventions.clean(*gemma_of, rows.tokens_SxL, sites)
     streams, values, clean_SxLxD = jax.block_until_ready(clean_pass)
     blocks = time.perf_counter()
-    clean = jax.block_until_ready(passes.loss(*gemma_of, clean_SxLxD, *tokens))
+    clean = jax.block_until_ready(interventions.loss(*gemma_of, clean_SxLxD, *tokens))
     took = {"blocks": blocks - start, "loss": time.perf_counter() - blocks}
     done()
 
@@ -398,31 +396,33 @@ def _measure(
     for site in dict.fromkeys(subject.spliced for subject in subjects.values()):
         y_SxLxO, before_SxLxD = values[site], streams[site.layer]
         mean_O = np.asarray(means[site])
-        splice = functools.partial(passes.spliced, *gemma_of, before_SxLxD, *tokens, site)
+        splice = functools.partial(interventions.spliced, *gemma_of, before_SxLxD, *tokens, site)
         # On the host, since an array of this host's devices alone could not meet one of all hosts'.
         ablations = {"zero": np.zeros_like(mean_O), "mean": mean_O}
-        found = passes.target(mesh, y_SxLxO, rows.is_kept_SxL)
+        found = metrics.target(mesh, y_SxLxO, rows.is_kept_SxL)
         found |= {"clean_SxL": clean["loss_SxL"], "scored_SxL": clean["scored_SxL"]}
         for name, value_O in ablations.items():
-            found[f"{name}_SxL"] = passes.loss(*gemma_of, splice(value_O[None, None]), *tokens)["loss_SxL"]
+            found[f"{name}_SxL"] = interventions.loss(*gemma_of, splice(value_O[None, None]), *tokens)[
+                "loss_SxL"
+            ]
             done()
         keep(_reference(site), found)
         importance_SxLxO = None
         if not is_fast:
-            importance_SxLxO = passes.importance(*gemma_of, before_SxLxD, y_SxLxO, *tokens, site)
+            importance_SxLxO = interventions.importance(*gemma_of, before_SxLxD, y_SxLxO, *tokens, site)
             done()
         for name, subject in subjects.items():
             if subject.spliced != site:
                 continue
-            recon_SxLxO, found = passes.reconstruct(
+            recon_SxLxO, found = metrics.reconstruct(
                 mesh, placed[name], values[subject.site], y_SxLxO, mean_O, rows.is_kept_SxL, importance_SxLxO,
                 subject.top_k,
             )  # fmt: skip
             final_SxLxD = splice(recon_SxLxO)
             if is_fast:
-                found["loss_SxL"] = passes.loss(*gemma_of, final_SxLxD, *tokens)["loss_SxL"]
+                found["loss_SxL"] = interventions.loss(*gemma_of, final_SxLxD, *tokens)["loss_SxL"]
             else:
-                found |= passes.divergence(*gemma_of, final_SxLxD, clean_SxLxD, *tokens)
+                found |= interventions.divergence(*gemma_of, final_SxLxD, clean_SxLxD, *tokens)
             keep(name, found)
             done()
     return all_found, took | {"all": time.perf_counter() - start}

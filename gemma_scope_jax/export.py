@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, data, gemma, log, runs, sae, step, stored
-from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import bank, data, log, runs, sae, step, stored
 from gemma_scope_jax.formats import (
     circuit_tracer,
     common,
@@ -19,6 +18,8 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
+from gemma_scope_jax.models import forward, registry
+from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import distributed, files, printing
 from gemma_scope_jax.runtime.printing import printable, say
 
@@ -76,7 +77,7 @@ def as_stored(
     """A run's member as if it came from a file; hooks are named by `write`."""
     config = run.config
     about = common.About(
-        model_name=gemma.spec(config.model).hugging_face,
+        model_name=registry.spec(config.model).hugging_face,
         context_length=config.data.context_length,
         text=printing.without_credentials(config.data.text),
         l0=round(l0, 2),
@@ -103,15 +104,15 @@ def write(place: pathlib.Path, file_format: str, one: stored.Stored, dtype: str 
     """
     folded, is_transcoder = one.sae, one.target_site != one.site
 
-    def hook(site: gemma.Site) -> str:
-        names = gemma.SITES[site.kind]
+    def hook(site: Site) -> str:
+        names = SITES[site.kind]
         return (names.hugging_face if file_format == "gemma_scope_2" else names.transformer_lens).format(
             site.layer
         )
 
     about = dataclasses.replace(
         one.about,
-        model_name=gemma.spec(one.model).hugging_face,
+        model_name=registry.spec(one.model).hugging_face,
         hook_name=hook(one.site),
         hook_name_out=hook(one.target_site) if is_transcoder else None,
     )
@@ -131,9 +132,7 @@ def write(place: pathlib.Path, file_format: str, one: stored.Stored, dtype: str 
     return place
 
 
-def obstacle(
-    file_format: str, site: gemma.Site, target_site: gemma.Site, skip: bool, dtype: str
-) -> str | None:
+def obstacle(file_format: str, site: Site, target_site: Site, skip: bool, dtype: str) -> str | None:
     """Why a format has no place for an SAE, if it has none."""
     is_transcoder = site != target_site
     if file_format == "gemma_scope" and skip:
@@ -155,7 +154,7 @@ def obstacle(
 
 
 def obstacles(
-    wanted: list[tuple[str, str, gemma.Site, gemma.Site, bool]],
+    wanted: list[tuple[str, str, Site, Site, bool]],
     dtype: str,
     model: str,
     weights: str,
@@ -240,7 +239,7 @@ def layout(
 _TRANSCODERS_READ = {"gemma_scope": "mlp_in_gain_free", "gemma_scope_2": "mlp_in"}
 
 
-def _needs_gain(file_format: str, site: gemma.Site, target_site: gemma.Site) -> bool:
+def _needs_gain(file_format: str, site: Site, target_site: Site) -> bool:
     """Whether a transcoder reads what the MLP reads, but not in the form that the format's readers feed it with."""
     wanted = _TRANSCODERS_READ.get(file_format)
     return site != target_site and wanted is not None and site.kind != wanted
@@ -268,13 +267,11 @@ def in_convention(file_format: str, one: stored.Stored, gains: Mapping[int, jax.
         gain_D = 1 / gain_D
     elif why := _lost_gain(file_format, one.site, one.target_site, gains):
         raise ValueError(f"{one.name} {why}")
-    site = gemma.Site(_TRANSCODERS_READ[file_format], one.site.layer)
+    site = Site(_TRANSCODERS_READ[file_format], one.site.layer)
     return dataclasses.replace(one, sae=jax.device_get(sae.read_scaled(one.sae, gain_D)), site=site)
 
 
-def _lost_gain(
-    file_format: str, site: gemma.Site, target_site: gemma.Site, gains: Mapping[int, jax.Array]
-) -> str | None:
+def _lost_gain(file_format: str, site: Site, target_site: Site, gains: Mapping[int, jax.Array]) -> str | None:
     """Why a transcoder that reads before the gain cannot be had as one that reads behind it, if it cannot."""
     if file_format != "gemma_scope_2" or not _needs_gain(file_format, site, target_site):
         return None
@@ -293,8 +290,8 @@ def mlp_gains(
     """The gains of the MLPs' norms by layer; no weights are read for none."""
     if not layers:
         return {}
-    loaded = gemma.load(model, weights, dtype, num_layers=max(layers) + 1)
-    return {layer: gemma.mlp_in_gain(loaded.params, layer) for layer in layers}
+    loaded = registry.load(model, weights, dtype, num_layers=max(layers) + 1)
+    return {layer: forward.mlp_in_gain(loaded.params, layer) for layer in layers}
 
 
 def export_run(
@@ -352,7 +349,7 @@ def export_state(
         for file_format in formats
         for name, m in members.items()
     ]
-    dtype_of_gemma = config_lib.dtype(run.config)
+    dtype_of_gemma = registry.dtype(run.config)
     found, gains = obstacles(wanted, dtype, run.config.model, run.config.weights, dtype_of_gemma)
     layouts = {file_format: layout(members, l0, file_format) for file_format in formats}
     places: dict[str, dict[str, pathlib.Path]] = {file_format: {} for file_format in formats}

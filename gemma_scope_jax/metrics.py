@@ -5,16 +5,18 @@ Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them; doc
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax import sae
 from gemma_scope_jax.normalizer import CONSTANT
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import files, sharding
 from gemma_scope_jax.runtime.printing import printable, quoted
 
 QUANTILES = (5, 25, 50, 75, 95)
@@ -444,3 +446,25 @@ def at_positions(of_sae: Totals, references: Totals, variance: float) -> dict[st
             "activations": count_L,
             "tokens": scored_L,
         }
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "top_k"))
+def reconstruct(
+    mesh: jax.sharding.Mesh,
+    subject: sae.SAE,
+    x_SxLxD: jax.Array,
+    y_SxLxO: jax.Array,
+    mean_O: jax.Array,
+    is_kept_SxL: jax.Array,
+    importance_SxLxO: jax.Array | None,
+    top_k: int | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """See `metrics.measure`; what is measured is whole on every chip."""
+    recon_SxLxO, found = measure(subject, x_SxLxD, y_SxLxO, mean_O, is_kept_SxL, importance_SxLxO, top_k)
+    return sharding.constrain(mesh, recon_SxLxO, sharding.TOKENS), sharding.constrain(mesh, found, P())
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def target(mesh: jax.sharding.Mesh, y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
+    """See `metrics.measure_target`; whole on every chip."""
+    return sharding.constrain(mesh, measure_target(y_SxLxO, is_kept_SxL), P())

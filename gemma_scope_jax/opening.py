@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, data, evaluation, export, gemma, hub, runs, stored, tokenizer
+from gemma_scope_jax import bank, data, evaluation, export, hub, runs, stored
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.formats import common
+from gemma_scope_jax.models import chat, masking, registry, tokenizer
 from gemma_scope_jax.runtime import files, sharding
 from gemma_scope_jax.runtime.printing import printable, say, well_formed
 
@@ -111,7 +112,7 @@ def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Con
     return config
 
 
-def _other_text(trained: data.DataConfig, text: str) -> data.DataConfig:
+def _other_text(trained: config_lib.DataConfig, text: str) -> config_lib.DataConfig:
     """Of a text that was not trained on all is held out."""
     if shared := data.files_of(trained.text) & data.files_of(text):
         say(
@@ -164,7 +165,7 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
             "tokenizer": about.tokenizer,
             "gemma_dtype": about.gemma_dtype,
             "data": {
-                "text": about.text or data.DataConfig().text,
+                "text": about.text or config_lib.DataConfig().text,
                 "context_length": about.context_length,
                 "held_out_fraction": about.held_out_fraction,
                 "seed": about.data_seed,
@@ -192,7 +193,10 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
 
     if not about.rows:  # A stranger's file leaves weights open; those given are no others.
         trained = dataclasses.replace(trained, weights=config.weights, tokenizer=config.tokenizer)
-    if about.model_name and gemma.spec(model).hugging_face.split("/")[-1] != about.model_name.split("/")[-1]:
+    if (
+        about.model_name
+        and registry.spec(model).hugging_face.split("/")[-1] != about.model_name.split("/")[-1]
+    ):
         trained = dataclasses.replace(trained, model=about.model_name)
     return Opened(config, subjects, rows, {}, own=trained, is_text_known=bool(about.text))
 
@@ -252,24 +256,24 @@ def _without_named(about: common.About, keep: Collection[str]) -> common.About:
     return dataclasses.replace(about, **cleared)
 
 
-def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, gemma.Gemma]:
+def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, registry.Gemma]:
     """The whole model, split over all devices if it is run in parallel; rows then lie over all of them."""
     is_one = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
-    mesh = evaluation.one_device() if is_one else sharding.make_mesh(1, 0)
-    model = gemma.build_model(config.model)
-    layers, dtype = model.config.num_layers, config_lib.dtype(config)
+    mesh = sharding.one_device() if is_one else sharding.make_mesh(1, 0)
+    model = registry.build_model(config.model)
+    layers, dtype = model.config.num_layers, registry.dtype(config)
     placement = runs.placement_of(config, mesh, model, layers)
-    return mesh, gemma.load(config.model, config.weights, dtype, layers, placement)
+    return mesh, registry.load(config.model, config.weights, dtype, layers, placement)
 
 
 def counts_of(config: config_lib.Config, turns: str | None = None) -> evaluation.Counts:
     """Which positions count: all, or those of one side's turns."""
-    prefix = config.data.masked_prefix
+    prefix = masking.masked_prefix(config.data)
 
     def counts(tokens_SxL: np.ndarray) -> np.ndarray:
-        return np.asarray(gemma.is_kept(tokens_SxL, prefix))
+        return np.asarray(masking.is_kept(tokens_SxL, prefix))
 
     if turns in (None, "all"):
         return counts
-    is_inside = data.in_turns(tokenizer.load(config.model, config.tokenizer, config.weights), turns)
+    is_inside = chat.in_turns(tokenizer.load(config.model, config.tokenizer, config.weights), turns)
     return lambda tokens_SxL: counts(tokens_SxL) & is_inside(tokens_SxL)

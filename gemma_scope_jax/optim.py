@@ -3,29 +3,16 @@
 Of one SAE; a bank is `jax.vmap` over its members, each of which counts its own updates.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import sae
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Adam without momentum; the defaults are Gemma Scope's."""
-
-    learning_rate: float = 7e-5
-    beta2: float = 0.999
-    eps: float = 1e-8
-    warmup_updates: int = 1000  # Cosine, from a tenth of the learning rate.
-    decay_fraction: float = 0.0  # Share of all updates, at their end, over which it falls linearly to zero.
-    sparsity_warmup_updates: int = 10_000  # Linear, from zero.
-
-
 def learning_rate(
-    config: OptimizerConfig, total_updates: int, update: jax.Array, own_update: jax.Array
+    config: config_lib.OptimizerConfig, total_updates: int, update: jax.Array, own_update: jax.Array
 ) -> jax.Array:
     """Cosine rise from 0.1 to 1 times the rate, then constant, then (if asked for) a linear fall to zero.
 
@@ -45,7 +32,7 @@ def learning_rate(
     return jnp.asarray(config.learning_rate * rise * fall)
 
 
-def sparsity_warmup(config: OptimizerConfig) -> optax.Schedule:
+def sparsity_warmup(config: config_lib.OptimizerConfig) -> optax.Schedule:
     """The factor on the sparsity coefficient λ: linear from 0 to 1."""
     if not config.sparsity_warmup_updates:
         return optax.constant_schedule(1.0)
@@ -64,7 +51,7 @@ def project_decoder_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: config_lib.OptimizerConfig) -> optax.GradientTransformation:
     """Projection, then Adam with β₁ = 0; what it gives is still to be multiplied by the learning rate.
 
     With β₁ = 0 Adam's first moment is the gradient itself, so only the second is stored.

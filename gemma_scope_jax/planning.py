@@ -7,7 +7,8 @@ import pathlib
 
 import jax
 
-from gemma_scope_jax import step, weights
+from gemma_scope_jax import step
+from gemma_scope_jax.models import weights
 
 
 @dataclasses.dataclass(frozen=True)

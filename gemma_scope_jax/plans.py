@@ -4,8 +4,10 @@ import itertools
 
 from gemma import gm
 
-from gemma_scope_jax import bank, gemma, step
+from gemma_scope_jax import bank, step
 from gemma_scope_jax.config import BankConfig, Config, check_ranges
+from gemma_scope_jax.models import masking
+from gemma_scope_jax.models.sites import Site, check_site, site_width
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.ranges import Range
 
@@ -19,8 +21,8 @@ def members(config: BankConfig) -> tuple[bank.Member, ...]:
     """The SAEs that a bank's config names, in the order of layers, sites, coefficients, targets, seeds."""
     return tuple(
         bank.Member(
-            gemma.Site(site, layer),
-            gemma.Site(config.target_site or site, layer),
+            Site(site, layer),
+            Site(config.target_site or site, layer),
             config.width,
             coefficient,
             seed,
@@ -52,15 +54,15 @@ def _check_bank(
     at, named = f"banks.{name}", members(config)
     _require(bool(named), f"{at} has no member: each of layers, sites, … needs a value")
     for member in named:
-        gemma.check_site(model, member.site)
-        gemma.check_site(model, member.target_site)
+        check_site(model, member.site)
+        check_site(model, member.target_site)
     for member in named:
         _require(
             member.is_transcoder or not config.target_site,
             f"{at}: a transcoder from {member.site} to itself is an autoencoder; leave target_site empty",
         )
     for kind in ("site", "target_site"):
-        widths = {str(getattr(m, kind)): gemma.site_width(model, getattr(m, kind)) for m in named}
+        widths = {str(getattr(m, kind)): site_width(model, getattr(m, kind)) for m in named}
         _require(
             len(set(widths.values())) == 1,
             f"the sites of a bank must have one width, those of {at} have {widths}; make a bank of each width",
@@ -74,7 +76,7 @@ def _check_bank(
         value = getattr(config, field)
         _require(value in choices, f"{at}.{field} is {value!r}; choose one of {', '.join(choices)}")
     _require(not config.skip or bool(config.target_site), f"{at}.skip is for transcoders; set target_site")
-    o = gemma.site_width(model, named[0].target_site)
+    o = site_width(model, named[0].target_site)
     _require(
         not config.skip or o % latent_axis == 0,
         f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}; "
@@ -221,7 +223,7 @@ def plan_of(config: Config, data_axis: int) -> step.Plan:
         ring_capacity=config.ring.capacity,
         optimizer=config.optimizer,
         seed=config.seed,
-        masked_prefix=config.data.masked_prefix,
+        masked_prefix=masking.masked_prefix(config.data),
     )
 
 

@@ -20,13 +20,12 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
+from gemma_scope_jax.config import DataConfig
 from gemma_scope_jax.data import (
     HELD_OUT,
     TRAIN,
-    DataConfig,
     Exchange,
     cached,
-    chat_template,
     documents,
     encode,
     fingerprint,
@@ -34,10 +33,11 @@ from gemma_scope_jax.data import (
     only_document,
     pack,
 )
+from gemma_scope_jax.models.chat import chat_template
+from gemma_scope_jax.models.tokenizer import Tokenizer
 from gemma_scope_jax.runtime.files import expanded, read_json, replacing_file
 from gemma_scope_jax.runtime.locks import locked
 from gemma_scope_jax.runtime.printing import printable, say
-from gemma_scope_jax.tokenizer import Tokenizer
 
 # Documents that are tokenised and packed by themselves, into a file of their own.
 PART = 2**14

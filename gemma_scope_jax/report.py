@@ -17,7 +17,6 @@ from gemma_scope_jax import (
     baselines,
     data,
     evaluation,
-    gemma,
     hub,
     metrics,
     opening,
@@ -27,8 +26,8 @@ from gemma_scope_jax import (
     suites,
     tables,
     verdicts,
-    weights,
 )
+from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.runtime import distributed, files, ranges
 from gemma_scope_jax.runtime.printing import printable, say, shareable
 
@@ -191,7 +190,7 @@ def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
 
 
 def _with_baselines(
-    opened: opening.Opened, loaded: gemma.Gemma, per_batch: int, mesh: jax.sharding.Mesh
+    opened: opening.Opened, loaded: registry.Gemma, per_batch: int, mesh: jax.sharding.Mesh
 ) -> dict[str, evaluation.Subject]:
     """Each SAE followed by its baselines."""
     split = data.TRAIN if opened.config.data.held_out_fraction < 1 else data.HELD_OUT
@@ -234,7 +233,7 @@ def _identity_of_all(
     """What changes whenever what would be measured of a batch does."""
     config = opened.config
     return _about(opened, options) | {
-        "weights": weights.fingerprint(gemma.weights_path(config.model, config.weights)),
+        "weights": weights.fingerprint(registry.weights_path(config.model, config.weights)),
         "rows": options["rows"],
         "rows_in_a_batch": evaluation.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
         "is_fast": bool(options["fast"]),
@@ -245,7 +244,7 @@ def _identity_of_all(
 
 def _evaluate(
     opened: opening.Opened,
-    loaded: gemma.Gemma,
+    loaded: registry.Gemma,
     mesh: jax.sharding.Mesh,
     options: Mapping[str, object],
     out: pathlib.Path,

@@ -4,7 +4,8 @@ import json
 import pathlib
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, generation, opening, tokenizer
+from gemma_scope_jax import data, opening
+from gemma_scope_jax.models import generation, tokenizer
 from gemma_scope_jax.runtime import files, locks
 from gemma_scope_jax.runtime.printing import say
 

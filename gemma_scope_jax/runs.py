@@ -11,22 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from gemma import gm
 
-from gemma_scope_jax import (
-    bank,
-    checkpoint,
-    chips,
-    data,
-    gemma,
-    metrics,
-    planning,
-    plans,
-    prepare,
-    step,
-    tokenizer,
-    weights,
-)
+from gemma_scope_jax import bank, checkpoint, chips, data, metrics, planning, plans, prepare, step
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
+from gemma_scope_jax.models import registry, tokenizer, weights
+from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
 from gemma_scope_jax.runtime import distributed, files, printing, sharding
 
 
@@ -58,9 +47,9 @@ def build(
         devices = jax.devices() if devices is None else devices
         data = config.mesh.data or plans.choose_data_axis(config, len(devices))
         mesh = sharding.make_mesh(data, config.mesh.latent, devices)
-    model = gemma.build_model(config.model)
+    model = registry.build_model(config.model)
     plan = plans.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"], started)
-    config_lib.dtype(config)
+    registry.dtype(config)
     return Run(config, mesh, model, plan)
 
 
@@ -140,7 +129,7 @@ def own_evaluation(
 
 def gemma_placement(run: Run) -> weights.Placement:
     """Where Gemma's parameters lie, up to the deepest site."""
-    return placement_of(run.config, run.mesh, run.model, gemma.depth(run.plan.sites))
+    return placement_of(run.config, run.mesh, run.model, blocks_needed(run.plan.sites))
 
 
 def placement_of(
@@ -150,7 +139,7 @@ def placement_of(
     is_split = config.mesh.gemma == "split"
     if config.mesh.gemma == "auto":
         shapes = weights.parameter_shapes(model, num_layers)
-        itemsize = jnp.dtype(config_lib.dtype(config)).itemsize
+        itemsize = jnp.dtype(registry.dtype(config)).itemsize
         whole = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * itemsize
         # That of a slice which is only planned cannot be asked.
         chip = chips.chip_of(mesh.devices.flat[0])
@@ -160,15 +149,15 @@ def placement_of(
 
 def check_weights(run: Run) -> None:
     """Raises ValueError if the weights are not there or not the model's, before an hour is spent on the text."""
-    path = gemma.weights_path(run.config.model, run.config.weights)
-    weights.find(path, run.model, gemma.depth(run.plan.sites))
+    path = registry.weights_path(run.config.model, run.config.weights)
+    weights.find(path, run.model, blocks_needed(run.plan.sites))
 
 
-def load_gemma(run: Run) -> gemma.Gemma:
+def load_gemma(run: Run) -> registry.Gemma:
     """Gemma up to the deepest site, on the mesh."""
     config = run.config
-    dtype, depth = config_lib.dtype(config), gemma.depth(run.plan.sites)
-    return gemma.load(config.model, config.weights, dtype, depth, gemma_placement(run))
+    dtype, depth = registry.dtype(config), blocks_needed(run.plan.sites)
+    return registry.load(config.model, config.weights, dtype, depth, gemma_placement(run))
 
 
 def read_batch(run: Run, rows: data.Rows, start: int, count: int) -> step.Batch:
@@ -192,7 +181,7 @@ def init_state(run: Run, normalizers: dict[str, normalizer_lib.Normalizer]) -> s
     """The first state, every array made in its place on the mesh."""
 
     def init(normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
-        return step.init_state(run.plan, normalizers, config_lib.dtype(run.config))
+        return step.init_state(run.plan, normalizers, registry.dtype(run.config))
 
     out = sharding.state_shardings(run.mesh, jax.eval_shape(init, normalizers))
     return jax.jit(init, out_shardings=out)(normalizers)
@@ -203,12 +192,10 @@ def abstract_state(run: Run) -> step.State:
     shape = jax.ShapeDtypeStruct
     normalizers = {}
     for site in run.plan.sites:
-        width = gemma.site_width(run.model, site)
+        width = site_width(run.model, site)
         vector, scalar = shape((width,), jnp.float32), shape((), jnp.float32)
         normalizers[str(site)] = normalizer_lib.Normalizer(vector, scalar, scalar, vector)
-    abstract = jax.eval_shape(
-        lambda n: step.init_state(run.plan, n, config_lib.dtype(run.config)), normalizers
-    )
+    abstract = jax.eval_shape(lambda n: step.init_state(run.plan, n, registry.dtype(run.config)), normalizers)
     placed = sharding.state_shardings(run.mesh, abstract)
     return jax.tree.map(lambda leaf, s: shape(leaf.shape, leaf.dtype, sharding=s), abstract, placed)
 
@@ -226,8 +213,8 @@ def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, weights.Params]:
     batch = step.Batch(tokens(count, config.data.context_length), tokens(count), tokens(count))
     gemma_params = weights.placed_shapes(
         run.model,
-        gemma.depth(run.plan.sites),
-        config_lib.dtype(config),
+        blocks_needed(run.plan.sites),
+        registry.dtype(config),
         gemma_placement(run),
     )
     return abstract_state(run), batch, gemma_params
@@ -330,10 +317,13 @@ def open_run(
                 f"{workdir} has no bank {' or '.join(map(repr, banks))}; choose one of {', '.join(config.banks)}"
             )
         config = dataclasses.replace(config, banks=opened)
-    mesh, model = mesh or sharding.make_mesh(1, 1, jax.local_devices()[:1]), gemma.build_model(config.model)
+    mesh, model = (
+        mesh or sharding.make_mesh(1, 1, jax.local_devices()[:1]),
+        registry.build_model(config.model),
+    )
     run = Run(config, mesh, model, plans.plan_of(config, mesh.shape["data"]))
     for site in run.plan.sites:
-        gemma.check_site(model, site)
+        check_site(model, site)
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
         state = restore(run, manager, set_aside=False, what=what)
     if state is None:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from gemma import gm
 
-from gemma_scope_jax import bank, gemma, optim, ring, sae, weights
+from gemma_scope_jax import bank, config, ring, sae
+from gemma_scope_jax.models import forward, masking, weights
+from gemma_scope_jax.models.sites import Site, blocks_needed
 from gemma_scope_jax.normalizer import Normalizer, outlier_weight
 from gemma_scope_jax.runtime import sharding
 
@@ -28,9 +30,9 @@ class Plan:
     harvests: int  # Steps that run Gemma; the steps after them drain the ring.
     ring_groups: int
     ring_capacity: int
-    optimizer: optim.OptimizerConfig
+    optimizer: config.OptimizerConfig
     seed: int
-    masked_prefix: int = 0  # See `gemma.is_kept`.
+    masked_prefix: int = 0  # See `masking.is_kept`.
 
     @property
     def activations(self) -> int:
@@ -52,7 +54,7 @@ class Plan:
         return tuple(member for bank_plan in self.banks for member in bank_plan.members)
 
     @property
-    def sites(self) -> tuple[gemma.Site, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """The sites harvested, each once however many SAEs read it."""
         return tuple(dict.fromkeys(site for bank_plan in self.banks for site in bank_plan.sites))
 
@@ -124,23 +126,13 @@ def init_state(plan: Plan, normalizers: Mapping[str, Normalizer], dtype: jnp.dty
     )
 
 
-def gather_gemma(mesh: jax.sharding.Mesh, params: weights.Params) -> weights.Params:
-    """Gemma's blocks whole on each chip, gathered when their turn comes if they were split.
-
-    Said here, or the compiler may split a block's matrices and send activations about instead. The embedding
-    stays as it is: looking up a part of each vector costs less than gathering 256,000 of them.
-    """
-    whole = sharding.constrain(mesh, params, sharding.REPLICATED)
-    return {**whole, "embedder": params["embedder"]}
-
-
 def harvest(
     mesh: jax.sharding.Mesh,
     model: gm.nn.Transformer,
     params: weights.Params,
     batch: Batch,
     normalizers: Mapping[str, Normalizer],
-    sites: Sequence[gemma.Site],
+    sites: Sequence[Site],
     groups: int,
     dtype: jnp.dtype,
     masked_prefix: int = 0,
@@ -151,13 +143,13 @@ def harvest(
     would count is NaN; see `leave_out`.
     """
     tokens_SxL = batch.tokens_SxL
-    params = gather_gemma(mesh, params)
+    params = forward.gather_gemma(mesh, params)
     # Each chip keeps its rows. Where the embedding is split the compiler may else leave the stream split by width,
     # and gather all rows' activations in every block.
-    x_SxLxD = sharding.constrain(mesh, gemma.embed(model, params, tokens_SxL), sharding.TOKENS)
-    layers = range(gemma.depth(sites))
-    _, values = gemma.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=sites)
-    is_kept_T = gemma.is_kept(tokens_SxL, masked_prefix).reshape(-1)
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
+    layers = range(blocks_needed(sites))
+    _, values = forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=sites)
+    is_kept_T = masking.is_kept(tokens_SxL, masked_prefix).reshape(-1)
     acts, weight = {}, {}
     for site in sites:
         normalizer = normalizers[str(site)]
@@ -169,7 +161,7 @@ def harvest(
         weight[str(site)] = jnp.where(is_kept_T, jnp.where(is_finite_T, weight_T, jnp.nan), 0)
 
     length = tokens_SxL.shape[1]
-    segment_SxL = jnp.maximum(jnp.cumsum(tokens_SxL == gemma.BOS, axis=1) - 1, 0)
+    segment_SxL = jnp.maximum(jnp.cumsum(tokens_SxL == masking.BOS, axis=1) - 1, 0)
     source_SxLx3 = jnp.stack(
         [
             jnp.broadcast_to(batch.row_S[:, None], tokens_SxL.shape),

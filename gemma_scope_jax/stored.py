@@ -4,8 +4,10 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 
-from gemma_scope_jax import gemma, hub, runs, sae
+from gemma_scope_jax import hub, runs, sae
 from gemma_scope_jax.formats import common, detect
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +18,8 @@ class Stored:
     sae: sae.SAE
     about: common.About
     model: str
-    site: gemma.Site  # what it reads
-    target_site: gemma.Site  # what it predicts; an autoencoder's is the site that it reads
+    site: Site  # what it reads
+    target_site: Site  # what it predicts; an autoencoder's is the site that it reads
     # Whether it lies in a run directory. Only then may the text, weights and tokenizer that it names be opened
     # unasked: the file of a stranger may name anything on this machine, or on any other.
     is_of_run: bool = True
@@ -48,9 +50,9 @@ def read(
             )
         hook_out = target_site or about.hook_name_out
         try:
-            name = model or gemma.name_from_hugging_face(about.model_name)
-            reads = gemma.site_from_hook(site or about.hook_name)
-            predicts = gemma.site_from_hook(hook_out) if hook_out else reads
+            name = model or registry.name_from_hugging_face(about.model_name)
+            reads = site_from_hook(site or about.hook_name)
+            predicts = site_from_hook(hook_out) if hook_out else reads
         except ValueError as error:
             raise ValueError(
                 f"{location}: {error}; if the file calls it otherwise, give --model, --site or --target_site"
@@ -77,21 +79,19 @@ def _is_in_run(path: pathlib.Path) -> bool:
 
 def embedding_scale(model: str) -> float:
     """√D: Gemma Scope's SAEs read a token's embedding, `embed` is the stream that begins with so many times that."""
-    return gemma.build_model(model).config.embed_dim ** 0.5
+    return registry.build_model(model).config.embed_dim ** 0.5
 
 
-def check(
-    location: str | pathlib.Path, name: str, stored: sae.SAE, site: gemma.Site, target_site: gemma.Site
-) -> None:
+def check(location: str | pathlib.Path, name: str, stored: sae.SAE, site: Site, target_site: Site) -> None:
     """Raises ValueError if an SAE does not fit a model."""
-    model = gemma.build_model(name)
+    model = registry.build_model(name)
     for place, width, does in (
         (site, stored.W_enc.shape[0], "takes"),
         (target_site, stored.W_dec.shape[1], "gives"),
     ):
-        gemma.check_site(model, place)
-        if width != gemma.site_width(model, place):
+        check_site(model, place)
+        if width != site_width(model, place):
             raise ValueError(
                 f"{location} {does} activations of width {width}, but {place} of {name} has width "
-                f"{gemma.site_width(model, place)}"
+                f"{site_width(model, place)}"
             )

@@ -13,28 +13,17 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tqdm
 
-from gemma_scope_jax import (
-    bank,
-    checkpoint,
-    chips,
-    data,
-    export,
-    gemma,
-    log,
-    optim,
-    planning,
-    runs,
-    step,
-    verdicts,
-)
+from gemma_scope_jax import bank, checkpoint, chips, data, export, log, optim, planning, runs, step, verdicts
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
+from gemma_scope_jax.models import forward, masking, registry
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, locks, printing, ranges, sharding, signals
 from gemma_scope_jax.runtime.printing import say
 
 
 def calibrate(
-    run: runs.Run, rows: data.Rows, gemma_params: dict, sites: Collection[gemma.Site]
+    run: runs.Run, rows: data.Rows, gemma_params: dict, sites: Collection[Site]
 ) -> dict[str, normalizer_lib.Normalizer]:
     """The normalisers of some sites, from the first rows of the training order.
 
@@ -48,8 +37,8 @@ def calibrate(
 
     @jax.jit
     def read(params: dict, tokens_SxL: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        values = gemma.read_sites(run.model, params, tokens_SxL, sites)
-        weight_T = gemma.is_kept(tokens_SxL, run.plan.masked_prefix).reshape(-1).astype(jnp.float32)
+        values = forward.read_sites(run.model, params, tokens_SxL, sites)
+        weight_T = masking.is_kept(tokens_SxL, run.plan.masked_prefix).reshape(-1).astype(jnp.float32)
         return {str(site): v.reshape(weight_T.size, -1) for site, v in values.items()}, weight_T
 
     parts = [
@@ -106,7 +95,7 @@ def lower_step(run: runs.Run, state: step.State, batch: step.Batch, gemma_params
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
     # Metrics whole on every device, so that every host can fetch them.
     metrics = jax.NamedSharding(run.mesh, sharding.REPLICATED)
-    fn = step.make_step(run.plan, run.mesh, run.model, config_lib.dtype(run.config))
+    fn = step.make_step(run.plan, run.mesh, run.model, registry.dtype(run.config))
     return jax.jit(fn, donate_argnums=0, out_shardings=(out, metrics)).lower(state, batch, gemma_params)
 
 
@@ -438,7 +427,7 @@ def _held_out(
 
     @functools.partial(jax.jit, out_shardings=jax.NamedSharding(mesh, sharding.TOKENS))
     def harvest(params: dict, batch: step.Batch, normalizers: dict) -> object:
-        dtype, prefix = config_lib.dtype(config), plan.masked_prefix
+        dtype, prefix = registry.dtype(config), plan.masked_prefix
         groups = plan.ring_groups
         sites = plan.sites
         new = step.harvest(mesh, run.model, params, batch, normalizers, sites, groups, dtype, prefix)

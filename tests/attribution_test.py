@@ -13,13 +13,15 @@ import tiny
 from scipy import special
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, explore_cli, gemma, sae
+from gemma_scope_jax import evaluation, explore, explore_cli, sae
 from gemma_scope_jax.explore import ablating, attribution, pictures
 from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax.models import masking
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
-RESID, MLP, EMBED = gemma.Site("resid_post", 1), gemma.Site("mlp_out", 2), gemma.Site("embed", 0)
-READ, HEADS = gemma.Site("mlp_in", 2), gemma.Site("attn_out", 1)
+RESID, MLP, EMBED = Site("resid_post", 1), Site("mlp_out", 2), Site("embed", 0)
+READ, HEADS = Site("mlp_in", 2), Site("attn_out", 1)
 
 
 def wide_sae():
@@ -42,7 +44,7 @@ SUBJECTS = {
 }
 SPLICED = (RESID, MLP, EMBED, HEADS)
 TEXT = "rivers of bread"
-IDS = [gemma.BOS, *tiny.encode(TEXT)]
+IDS = [masking.BOS, *tiny.encode(TEXT)]
 
 
 def scope_on(mesh, tiny_gemma):
@@ -51,7 +53,7 @@ def scope_on(mesh, tiny_gemma):
 
 @pytest.fixture(scope="module")
 def scope(tiny_gemma):
-    return scope_on(evaluation.one_device(), tiny_gemma)
+    return scope_on(sharding.one_device(), tiny_gemma)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def slow_gemma(ids, added=None):
     values, c = {}, tiny.TinyGemma.config
 
     def tap(kind, layer, value):
-        site = gemma.Site(kind, layer)
+        site = Site(kind, layer)
         values[site] = value + (added or {}).get(site, 0)
         return values[site]
 

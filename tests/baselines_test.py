@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from toys import random_sae
 
-from gemma_scope_jax import baselines, evaluation, gemma, metrics, sae
+from gemma_scope_jax import baselines, evaluation, metrics, sae
+from gemma_scope_jax.models.sites import Site
 
-SITE = gemma.Site("resid_post", 1)
+SITE = Site("resid_post", 1)
 
 
 @pytest.fixture(scope="module")
@@ -72,5 +73,5 @@ def test_the_strongest_latents_are_kept():
 
 def test_a_transcoder_has_no_components(x):
     y = x[:, ::-1].copy()
-    subject = evaluation.Subject(random_sae(), gemma.Site("mlp_in", 1), None, gemma.Site("mlp_out", 1))
+    subject = evaluation.Subject(random_sae(), Site("mlp_in", 1), None, Site("mlp_out", 1))
     assert set(baselines.of(subject, x, y)) == {"top_k", "random_decoder"}

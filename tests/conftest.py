@@ -10,7 +10,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import tiny
 
-from gemma_scope_jax import gemma
+from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import signals
 
 tiny.register()
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
 def tiny_gemma():
     """The small model with weights on the default device."""
     params = jax.tree.map(jax.numpy.asarray, tiny.params())
-    return gemma.Gemma("tiny", tiny.TinyGemma(), params, 4)
+    return registry.Gemma("tiny", tiny.TinyGemma(), params, 4)
 
 
 @pytest.fixture(autouse=True)

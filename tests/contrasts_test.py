@@ -13,13 +13,15 @@ import tiny
 from scipy import stats
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma
+from gemma_scope_jax import evaluation, explore
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
 # The package has the function by this name.
 module = importlib.import_module("gemma_scope_jax.explore.contrasts")
 
-SITES = {"first": gemma.Site("resid_post", 0), "second": gemma.Site("mlp_out", 2)}
+SITES = {"first": Site("resid_post", 0), "second": Site("mlp_out", 2)}
 PROMPTS = ["rivers", "bread and law", "a", "stars are older than any of us"]
 
 
@@ -33,7 +35,7 @@ def make_scope(tiny_gemma, mesh):
 
 @pytest.fixture(scope="module")
 def scope(tiny_gemma):
-    return make_scope(tiny_gemma, evaluation.one_device())
+    return make_scope(tiny_gemma, sharding.one_device())
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,8 @@ def slow(scope, tiny_gemma):
     """By SAE, activations [L, M] of each prompt alone, without BOS, in float64."""
     found = {name: [] for name in SITES}
     for prompt in PROMPTS:
-        tokens = jnp.array([[gemma.BOS, *tiny.encode(prompt)]])
-        values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(SITES.values()))
+        tokens = jnp.array([[masking.BOS, *tiny.encode(prompt)]])
+        values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(SITES.values()))
         for name, site in SITES.items():
             subject = scope.subjects[name].sae
             pre = np.float64(values[site][0, 1:]) @ np.float64(subject.W_enc) + subject.b_enc

@@ -13,10 +13,12 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import data, evaluation, explore, gemma, generation, metrics, training
+from gemma_scope_jax import data, evaluation, explore, metrics, training
 from gemma_scope_jax.explore import correction, edits, pictures
+from gemma_scope_jax.models import forward, interventions, masking, predictions
+from gemma_scope_jax.models.sites import Site
 
-STREAM, MLP = gemma.Site("resid_post", 1), gemma.Site("mlp_out", 2)
+STREAM, MLP = Site("resid_post", 1), Site("mlp_out", 2)
 WORDS = "ash elm oak fir yew bay fig box gum ivy".split()
 FIRST = [f"rivers of {word}" for word in WORDS]
 SECOND = [f"{word} and law!" for word in WORDS]
@@ -64,19 +66,21 @@ def slow_final(scope, tokens_1xL, ablated):
         def without(y, name=name, subject=subject.sae):
             pre = np.float64(y[0]) @ np.float64(subject.W_enc) + subject.b_enc
             f_LxM = np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
-            f_LxM[np.isin(tokens_1xL[0], [gemma.BOS, gemma.EOS, gemma.PAD])] = 0
+            f_LxM[np.isin(tokens_1xL[0], [masking.BOS, masking.EOS, masking.PAD])] = 0
             gone = [latent for of, latent in ablated if of == name]
             return jnp.asarray(np.float64(y) - f_LxM[:, gone] @ np.float64(subject.W_dec)[gone], jnp.float32)
 
         write[subject.site] = without
     loaded = scope.loaded
-    x = gemma.embed(loaded.model, loaded.params, tokens_1xL)
-    return gemma.run_blocks(loaded.model, loaded.params, x, tokens_1xL, range(4), write=write)[0]
+    x = forward.embed(loaded.model, loaded.params, tokens_1xL)
+    return forward.run_blocks(loaded.model, loaded.params, x, tokens_1xL, range(4), write=write)[0]
 
 
 def slow_behaviour(scope, prompt, ablated=()):
-    tokens = jnp.asarray([[gemma.BOS, *tiny.encode(prompt)]])
-    logits = gemma.logits(scope.loaded.model, scope.loaded.params, slow_final(scope, tokens, ablated)[0, -1])
+    tokens = jnp.asarray([[masking.BOS, *tiny.encode(prompt)]])
+    logits = predictions.logits(
+        scope.loaded.model, scope.loaded.params, slow_final(scope, tokens, ablated)[0, -1]
+    )
     return float(logits[tiny.encode("x")[0]] - logits[tiny.encode("y")[0]])
 
 
@@ -111,7 +115,7 @@ def test_the_damage_equals_gemma_with_the_sites_replaced(scope, corrected, rows)
         sums = []
         for ablated in ((), corrected.latents):
             final = slow_final(scope, tokens, ablated)
-            loss, scored = gemma.next_token_loss(scope.loaded.model, scope.loaded.params, final, tokens)
+            loss, scored = predictions.next_token_loss(scope.loaded.model, scope.loaded.params, final, tokens)
             sums.append(float((loss * scored).sum()))
         deltas.append(sums[1] - sums[0])
         counts.append(float(scored.sum()))
@@ -126,11 +130,11 @@ def test_in_text_with_a_chat_template_it_is_left_as_it_is(scope, found, correcte
     config = scope.config
     chat = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=True))
     scope = dataclasses.replace(scope, config=chat)
-    first = chat.data.masked_prefix
+    first = masking.masked_prefix(chat.data)
     write = correction._write(scope, {"stream": [1, 2]}, 0, first)
     x = jnp.asarray(np.random.default_rng(0).normal(scale=9, size=(1, 12, 32)), jnp.float32)
-    tokens = jnp.asarray([[gemma.BOS, *range(10, 21)]])
-    (changed,) = (write[STREAM](x, generation.Where(tokens, jnp.arange(12)[None], tokens > 0, {})),)
+    tokens = jnp.asarray([[masking.BOS, *range(10, 21)]])
+    (changed,) = (write[STREAM](x, interventions.Where(tokens, jnp.arange(12)[None], tokens > 0, {})),)
     differs = np.flatnonzero(np.abs(np.asarray(changed - x)).max(-1)[0])
     assert first == 3 and differs.min() > first
     given = dict(

@@ -9,11 +9,13 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, gemma, sae
+from gemma_scope_jax import data, evaluation, sae
 from gemma_scope_jax.explore import dashboards, directions
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
-SITES = {"stream": gemma.Site("resid_post", 1), "embed": gemma.Site("embed", 0)}
+SITES = {"stream": Site("resid_post", 1), "embed": Site("embed", 0)}
 OPTIONS = dashboards.Options(top=6, sample=10, before=3, after=2)
 COUNT, LENGTH = 13, 24
 
@@ -44,8 +46,10 @@ def gathered(tiny_gemma, subjects, rows):
 def slow(tiny_gemma, subjects, rows):
     """Which positions count [S, L], in the order of `evaluation.batches`, and by SAE activations [S, L, M] there."""
     tokens = rows.tokens[data.order(len(rows), evaluation.ORDER_SEED, 0, COUNT)]
-    kept = ~np.isin(tokens, [gemma.BOS, gemma.EOS, gemma.PAD])
-    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), list(SITES.values()))
+    kept = ~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])
+    values = forward.read_sites(
+        tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), list(SITES.values())
+    )
     f = {}
     for name, subject in subjects.items():
         pre = np.asarray(values[subject.site], np.float64) @ np.float64(subject.sae.W_enc) + subject.sae.b_enc
@@ -255,11 +259,11 @@ def test_what_is_planted_is_found(tiny_gemma):
     W_dec[5] = table[200] / gain
     planted = sae.SAE(W_enc, np.zeros(64, np.float32), np.full(64, 0.99, np.float32), W_dec, one.b_dec)
     tokens = np.full((4, 30), 50, np.int32)
-    tokens[:, 0] = gemma.BOS
+    tokens[:, 0] = masking.BOS
     tokens[1, 7] = tokens[3, 20] = tokens[3, 23] = tokens[2, 0] = 77
     subjects = {"a": evaluation.Subject(planted, SITES["embed"], None)}
     found = dashboards.gather(
-        tiny_gemma, subjects, Rows(tokens), 4, 4, lambda tokens: tokens != gemma.PAD, options=OPTIONS
+        tiny_gemma, subjects, Rows(tokens), 4, 4, lambda tokens: tokens != masking.PAD, options=OPTIONS
     )["a"]
     order = data.order(4, evaluation.ORDER_SEED, 0, 4)
     assert found.count_M[5] == 4 and found.count_M.sum() == 4
@@ -271,7 +275,7 @@ def test_what_is_planted_is_found(tiny_gemma):
     assert top == {(1, 7), (2, 0), (3, 20)}  # The other is in the second's passage, which shows it.
     drawn = (found.sample.row_MxK[5] >= 0).sum()
     assert drawn == 4
-    said = directions.logits(evaluation.one_device(), tiny_gemma, W_dec, 1)
+    said = directions.logits(sharding.one_device(), tiny_gemma, W_dec, 1)
     logits = W_dec[5] / np.sqrt(np.square(W_dec[5]).mean()) * gain @ table.T
     assert said.highest_token_MxT[5, 0] == logits.argmax()
 
@@ -296,23 +300,25 @@ def test_logits_of_directions_equal_slow_numpy(tiny_gemma, monkeypatch, devices)
 
 def test_directions_of_heads_go_through_the_output_projection(tiny_gemma):
     """What a head's output adds to the stream, by the model itself: its norm behind the projection only scales it."""
-    site = gemma.Site("attn_out", 2)
+    site = Site("attn_out", 2)
     W_dec = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     found = directions.in_stream(tiny_gemma.params, site, W_dec)
-    tokens = jnp.asarray([[gemma.BOS, 50, 60]])
-    x = gemma.embed(tiny_gemma.model, tiny_gemma.params, tokens)
+    tokens = jnp.asarray([[masking.BOS, 50, 60]])
+    x = forward.embed(tiny_gemma.model, tiny_gemma.params, tokens)
     for latent in range(5):
 
         def write(z, latent=latent):
             return jnp.broadcast_to(jnp.asarray(W_dec[latent]), z.shape)
 
-        silent = {site: write, gemma.Site("mlp_out", 2): jnp.zeros_like}
-        after, _ = gemma.run_blocks(tiny_gemma.model, tiny_gemma.params, x, tokens, range(2, 3), write=silent)
+        silent = {site: write, Site("mlp_out", 2): jnp.zeros_like}
+        after, _ = forward.run_blocks(
+            tiny_gemma.model, tiny_gemma.params, x, tokens, range(2, 3), write=silent
+        )
         added = np.asarray(after - x)[0, -1]
         cosine = added @ found[latent] / np.linalg.norm(added) / np.linalg.norm(found[latent])
         np.testing.assert_allclose(cosine, 1, atol=1e-5)
-    assert directions.in_stream(tiny_gemma.params, gemma.Site("mlp_in", 2), W_dec) is None
-    assert directions.in_stream(tiny_gemma.params, gemma.Site("mlp_out", 2), W_dec) is W_dec
+    assert directions.in_stream(tiny_gemma.params, Site("mlp_in", 2), W_dec) is None
+    assert directions.in_stream(tiny_gemma.params, Site("mlp_out", 2), W_dec) is W_dec
 
 
 def test_nearest_decoders_equal_slow_numpy():

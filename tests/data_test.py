@@ -6,8 +6,10 @@ import tensorflow_datasets as tfds
 import tiny
 from samples import texts, unpack
 
-from gemma_scope_jax import data, gemma
-from gemma_scope_jax.gemma import BOS, PAD
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import data
+from gemma_scope_jax.models import chat, masking
+from gemma_scope_jax.models.masking import BOS, PAD
 
 
 @pytest.mark.parametrize("length", [8, 32, 100])
@@ -49,15 +51,15 @@ def test_each_token_of_a_long_document_is_copied_once():
 
 
 def test_in_the_chat_template_every_segment_is_a_whole_turn():
-    before, after = data.chat_template(tiny.load_tokenizer())
+    before, after = chat.chat_template(tiny.load_tokenizer())
     documents = [list(range(300, 340)), list(range(400, 405)), list(range(500, 503))]
     rows = [tokens.tolist() for tokens, _ in data.pack(iter(documents), 32, before, after)]
     assert sorted(t for row in rows for t in row if t >= 300) == sorted(t for d in documents for t in d)
     turns = 0
     for row in rows:
-        starts = [i for i, token in enumerate(row) if token == gemma.BOS]
+        starts = [i for i, token in enumerate(row) if token == masking.BOS]
         for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
-            tokens = [token for token in row[start + 1 : end] if token != gemma.PAD]
+            tokens = [token for token in row[start + 1 : end] if token != masking.PAD]
             assert tokens[: len(before)] == before and tokens[-len(after) :] == after
             assert min(tokens[len(before) : -len(after)]) >= 300
             turns += 1
@@ -66,12 +68,12 @@ def test_in_the_chat_template_every_segment_is_a_whole_turn():
 
 def test_turns_are_found_in_rows_of_several_documents():
     tokenizer = tiny.load_tokenizer()
-    before, after = data.chat_template(tokenizer)
+    before, after = chat.chat_template(tokenizer)
     exchanges = [data.Exchange("abc", "vwxyz"), data.Exchange("d", "s" * 30), data.Exchange("efgh", "t")]
     documents = (data.encode(tokenizer, exchange, after) for exchange in exchanges)
     rows = np.stack([tokens for tokens, _ in data.pack(documents, 40, before, after, is_cut=True)])
     for whose, letters in (("user", "abcdefgh"), ("model", "vwxyzst")):
-        inside = data.in_turns(tokenizer, whose)(rows)
+        inside = chat.in_turns(tokenizer, whose)(rows)
         np.testing.assert_array_equal(inside, np.isin(rows, tiny.encode(letters)))
     assert (rows == tiny.encode("s")[0]).sum() == 40 - (
         1 + 3 + 1 + 5 + 5
@@ -152,7 +154,7 @@ def test_texts_of_tfds_that_are_none_are_refused_with_their_number(tmp_path):
 
 def test_the_held_out_documents_of_the_default_corpus_never_change():
     """The README's numbers are measured on them."""
-    config = data.DataConfig()
+    config = config_lib.DataConfig()
     assert len(list(data.documents(config.text))) == 249
     held_out = [i for i in range(249) if data.is_held_out(config, i)]
     assert len(held_out) == 24 and held_out[:6] == [2, 7, 29, 38, 53, 66]
@@ -163,7 +165,7 @@ def test_rows_are_looked_for_by_names_of_ours_alone(tmp_path, monkeypatch):
     here = tmp_path / "rows_0123456789abcdef" / "1.0.0"
     here.mkdir(parents=True)
     monkeypatch.setattr(data, "damage", lambda folder: None)  # Whole or not, only the name is asked for here.
-    config = data.DataConfig(folder=str(tmp_path / "inner"))
+    config = config_lib.DataConfig(folder=str(tmp_path / "inner"))
     (tmp_path / "inner").symlink_to(tmp_path)
     assert data.cached(config, "rows_0123456789abcdef") is not None
     for name in (str(here.parent), "../rows_0123456789abcdef", "rows_0123456789abcdef/", ""):

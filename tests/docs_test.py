@@ -11,7 +11,9 @@ import tiny
 import toys
 
 from benchmarks import results
-from gemma_scope_jax import chips, config, evaluation, explore, gemma, generation, plans, probing
+from gemma_scope_jax import chips, config, evaluation, explore, plans, probing
+from gemma_scope_jax.models import forward, interventions, predictions, registry
+from gemma_scope_jax.models.sites import Site
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_table_stands_in_the_documents_as_it_was_measured(monkeypatch):
     for name in ("tiny", "gemma2_small"):  # Of other tests.
-        monkeypatch.delitem(gemma.MODELS, name, raising=False)
+        monkeypatch.delitem(registry.MODELS, name, raising=False)
     tables = results.tables()
     text = "".join((ROOT / path).read_text(encoding="utf-8") for path in results.DOCUMENTS)
     named = re.findall(r"<!-- (\S+) -->\n", text)
@@ -69,18 +71,18 @@ def test_the_python_in_the_documents_runs(capsys):
     assert np.isfinite(names["logits"]).all()
     loaded, prompt, reply = names["loaded"], names["prompts"][0], names["replies"][0]
     tokens = jnp.array([[*prompt, *reply]])
-    where = generation.Where(tokens, jnp.arange(tokens.size)[None], None, {})
+    where = interventions.Where(tokens, jnp.arange(tokens.size)[None], None, {})
     write = {names["resid"]: lambda x: names["steering"](x, where)}
-    x = gemma.embed(loaded.model, loaded.params, tokens)
-    x, _ = gemma.run_blocks(loaded.model, loaded.params, x, tokens, range(loaded.num_layers), write=write)
-    logits = gemma.logits(loaded.model, loaded.params, x)
+    x = forward.embed(loaded.model, loaded.params, tokens)
+    x, _ = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(loaded.num_layers), write=write)
+    logits = predictions.logits(loaded.model, loaded.params, x)
     assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == reply
     assert capsys.readouterr().out
 
 
 def test_the_python_of_looking_inside_runs(tiny_gemma, tmp_path, monkeypatch, capsys):
     """On the small model, of which a letter is a token."""
-    subjects = {"layer_1": evaluation.Subject(toys.random_sae(), gemma.Site("resid_post", 1), None)}
+    subjects = {"layer_1": evaluation.Subject(toys.random_sae(), Site("resid_post", 1), None)}
     scope = scopes.make(tiny_gemma, subjects, held_out=tiny.tokens(4, 24, seed=4))
     monkeypatch.setattr(explore, "open_scope", lambda path: scope)
     monkeypatch.chdir(tmp_path)

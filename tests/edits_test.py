@@ -8,12 +8,14 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma, generation
+from gemma_scope_jax import evaluation, explore
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
+from gemma_scope_jax.models.sites import Site
 
-RESID, MLP, EMBED = gemma.Site("resid_post", 1), gemma.Site("mlp_out", 2), gemma.Site("embed", 0)
-READ = gemma.Site("mlp_in", 2)
+RESID, MLP, EMBED = Site("resid_post", 1), Site("mlp_out", 2), Site("embed", 0)
+READ = Site("mlp_in", 2)
 SUBJECTS = {
     "resid": evaluation.Subject(random_sae(0), RESID, None),
     "beside": evaluation.Subject(random_sae(1), RESID, None),
@@ -22,7 +24,7 @@ SUBJECTS = {
     "transcoder": evaluation.Subject(random_sae(4), READ, None, MLP),
     "input": evaluation.Subject(random_sae(5), READ, None),
 }
-PROMPT = [gemma.BOS, *tiny.encode("rivers of bread")]
+PROMPT = [masking.BOS, *tiny.encode("rivers of bread")]
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +63,15 @@ def test_latents_that_keep_their_values_change_no_logit(scope, name):
     clean, values = run(scope, {}, read=(subject.site, subject.spliced))
 
     def logits(made):
-        return gemma.logits(loaded.model, loaded.params, run(scope, made)[0])
+        return predictions.logits(loaded.model, loaded.params, run(scope, made)[0])
 
     # Bit for bit at the site; behind it another program's rounding.
     tokens = jnp.asarray([PROMPT])
     passed = {site: value[None] for site, value in values.items()}
-    where = generation.Where(tokens, gemma.packed_positions(tokens), jnp.full(tokens.shape, True), passed)
-    expected = gemma.logits(loaded.model, loaded.params, clean)
+    where = interventions.Where(
+        tokens, masking.packed_positions(tokens), jnp.full(tokens.shape, True), passed
+    )
+    expected = predictions.logits(loaded.model, loaded.params, clean)
     for made in ([explore.scale(name, latent, 1.0)], [explore.add(name, latent, 0.0)]):
         y_SxLxO = edits.writes(scope, made)[subject.spliced](passed[subject.spliced], where)
         np.testing.assert_array_equal(y_SxLxO[0], values[subject.spliced])
@@ -92,8 +96,8 @@ def test_what_edits_make_of_a_site_equals_slow_numpy(scope, name):
     expected = y + (f_new - f_LxM) @ np.float64(subject.sae.W_dec)
     write = {subject.spliced: lambda _: jnp.asarray(expected[None], jnp.float32)}
     loaded, tokens = scope.loaded, jnp.asarray([PROMPT])
-    x = gemma.embed(loaded.model, loaded.params, tokens)
-    after = gemma.run_blocks(loaded.model, loaded.params, x, tokens, range(4), write=write)[0]
+    x = forward.embed(loaded.model, loaded.params, tokens)
+    after = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(4), write=write)[0]
     got, _ = run(scope, made)
     np.testing.assert_allclose(got, after[0], rtol=1e-4, atol=1e-4 * np.abs(after).max())
 
@@ -111,11 +115,11 @@ def test_edits_at_one_site_add_up(scope):
     added = 2 * np.asarray(SUBJECTS["resid"].sae.W_dec[3]) - np.asarray(SUBJECTS["beside"].sae.W_dec[5])
     write = edits.writes(scope, both)
     loaded, tokens = scope.loaded, jnp.asarray([PROMPT])
-    x = gemma.embed(loaded.model, loaded.params, tokens)
+    x = forward.embed(loaded.model, loaded.params, tokens)
     ones = jnp.full(tokens.shape, True)
-    bound = generation.at(write, tokens, gemma.packed_positions(tokens), ones)
-    changed = gemma.run_blocks(loaded.model, loaded.params, x, tokens, range(2), write=bound)[0]
-    clean = gemma.run_blocks(loaded.model, loaded.params, x, tokens, range(2))[0]
+    bound = interventions.at(write, tokens, masking.packed_positions(tokens), ones)
+    changed = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(2), write=bound)[0]
+    clean = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(2))[0]
     np.testing.assert_allclose((changed - clean)[0, 1:], np.tile(added, (len(PROMPT) - 1, 1)), atol=1e-4)
 
 
@@ -123,7 +127,9 @@ def test_a_transcoder_reads_what_an_edit_made_of_its_site(scope):
     x, y = (value[None] for value in run(scope, {}, read=(READ, MLP))[1].values())
     tokens = jnp.asarray([PROMPT])
     passed = {}
-    where = generation.Where(tokens, gemma.packed_positions(tokens), jnp.full(tokens.shape, True), passed)
+    where = interventions.Where(
+        tokens, masking.packed_positions(tokens), jnp.full(tokens.shape, True), passed
+    )
     write = edits.writes(scope, [explore.add("input", 0, 9.0), explore.ablate("transcoder", 2)])
     passed[READ] = write[READ](x, where)
     moved = np.float64(x[0])
@@ -136,8 +142,8 @@ def test_a_transcoder_reads_what_an_edit_made_of_its_site(scope):
 
 
 def test_special_tokens_are_never_changed(scope):
-    tokens = jnp.asarray([[gemma.BOS, 70, gemma.EOS, 71, gemma.BOS, 72, gemma.PAD]])
-    where = generation.Where(tokens, gemma.packed_positions(tokens), jnp.full(tokens.shape, True), {})
+    tokens = jnp.asarray([[masking.BOS, 70, masking.EOS, 71, masking.BOS, 72, masking.PAD]])
+    where = interventions.Where(tokens, masking.packed_positions(tokens), jnp.full(tokens.shape, True), {})
     write = edits.writes(scope, [explore.add("resid", 3, 2.0)])
     changed = write[RESID](jnp.zeros((1, 7, 32)), where)
     assert np.flatnonzero(np.abs(changed[0]).max(1)).tolist() == [1, 3, 5]
@@ -166,14 +172,16 @@ def test_generation_with_edits_equals_running_everything_again(scope, tokens):
     (reply,) = generation.generate(scope.loaded, [PROMPT], 6, temperature=0, write=write)
     clean = generation.generate(scope.loaded, [PROMPT], 6, temperature=0)[0]
     # What is still to come is PAD, which no token before it sees: so all passes have one length.
-    tokens_1xL = np.array([[*PROMPT, *[gemma.PAD] * len(reply)]], np.int32)
+    tokens_1xL = np.array([[*PROMPT, *[masking.PAD] * len(reply)]], np.int32)
     index = jnp.arange(tokens_1xL.size)[None]
     for place in range(len(PROMPT), tokens_1xL.size):
         tokens = jnp.asarray(tokens_1xL)
-        bound = generation.at(write, tokens, index, index < len(PROMPT))
-        x = gemma.embed(scope.loaded.model, scope.loaded.params, tokens)
-        x, _ = gemma.run_blocks(scope.loaded.model, scope.loaded.params, x, tokens, range(4), write=bound)
-        tokens_1xL[0, place] = gemma.logits(scope.loaded.model, scope.loaded.params, x[:, place - 1]).argmax()
+        bound = interventions.at(write, tokens, index, index < len(PROMPT))
+        x = forward.embed(scope.loaded.model, scope.loaded.params, tokens)
+        x, _ = forward.run_blocks(scope.loaded.model, scope.loaded.params, x, tokens, range(4), write=bound)
+        tokens_1xL[0, place] = predictions.logits(
+            scope.loaded.model, scope.loaded.params, x[:, place - 1]
+        ).argmax()
     assert reply == tokens_1xL[0, len(PROMPT) :].tolist()
     assert reply != clean
 

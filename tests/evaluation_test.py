@@ -15,23 +15,13 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import (
-    data,
-    evaluation,
-    gemma,
-    metrics,
-    opening,
-    passes,
-    report,
-    sae,
-    suites,
-    training,
-    weights,
-)
+from gemma_scope_jax import data, evaluation, metrics, opening, report, sae, suites, training
 from gemma_scope_jax.explore import scope
 from gemma_scope_jax.formats import saelens
+from gemma_scope_jax.models import forward, interventions, masking, predictions, registry, weights
+from gemma_scope_jax.models.sites import SITES, Site, site_width
 
-SITE = gemma.Site("resid_post", 1)
+SITE = Site("resid_post", 1)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +43,11 @@ def loss_in_float64(tiny_gemma, tokens, replace):
 
         def write(x, row=row):
             replaced = jnp.asarray(replace(np.asarray(x[0], np.float64)), x.dtype)[None]
-            special = np.isin(np.asarray(row), [gemma.BOS, gemma.EOS, gemma.PAD])[..., None]
+            special = np.isin(np.asarray(row), [masking.BOS, masking.EOS, masking.PAD])[..., None]
             return jnp.where(special, x, replaced)
 
-        x = gemma.embed(tiny_gemma.model, tiny_gemma.params, row)
-        x = gemma.run_blocks(tiny_gemma.model, tiny_gemma.params, x, row, range(4), write={SITE: write})[0]
+        x = forward.embed(tiny_gemma.model, tiny_gemma.params, row)
+        x = forward.run_blocks(tiny_gemma.model, tiny_gemma.params, x, row, range(4), write={SITE: write})[0]
         x = np.asarray(x[0], np.float64)
         x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
         x = x * (1 + np.asarray(tiny_gemma.params["final_norm"]["scale"], np.float64))
@@ -67,9 +57,9 @@ def loss_in_float64(tiny_gemma, tokens, replace):
         tokens_L = np.asarray(row[0])
         total = count = 0
         for t in range(len(tokens_L) - 1):
-            if tokens_L[t] not in (gemma.BOS, gemma.EOS, gemma.PAD) and tokens_L[t + 1] not in (
-                gemma.BOS,
-                gemma.PAD,
+            if tokens_L[t] not in (masking.BOS, masking.EOS, masking.PAD) and tokens_L[t + 1] not in (
+                masking.BOS,
+                masking.PAD,
             ):
                 total -= log_probs[t, tokens_L[t + 1]]
                 count += 1
@@ -90,8 +80,8 @@ def test_every_number_equals_slow_numpy(tiny_gemma, rows):
     def reconstruct(x):
         return encode(x) @ np.float64(subject.W_dec) + subject.b_dec
 
-    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
-    kept = ~np.isin(tokens, [gemma.BOS, gemma.EOS, gemma.PAD])
+    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
+    kept = ~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])
     x = np.asarray(values, np.float64)[kept]
     f = encode(x)
     assert result.activations == len(x) and result.rows == 10
@@ -122,7 +112,7 @@ def test_every_number_equals_slow_numpy(tiny_gemma, rows):
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
     """Its prediction, from what the MLP reads, takes the place of what the MLP gives."""
-    read, target = gemma.Site("mlp_in", 1), gemma.Site("mlp_out", 1)
+    read, target = Site("mlp_in", 1), Site("mlp_out", 1)
     rng = np.random.default_rng(2)
     W_skip = rng.normal(size=(32, 32)).astype(np.float32) if skip else None
     subject = random_sae().replace(W_skip=W_skip)
@@ -140,26 +130,26 @@ def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
 
     tokens = jnp.asarray(rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 10)])
     model, params = tiny_gemma.model, tiny_gemma.params
-    values = gemma.read_sites(model, params, tokens, [read, target])
+    values = forward.read_sites(model, params, tokens, [read, target])
     x, y = (np.asarray(values[site], np.float64) for site in (read, target))
     pre = x @ np.float64(subject.W_enc) + subject.b_enc
     f = np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
     prediction = f @ np.float64(subject.W_dec) + subject.b_dec + (x @ np.float64(W_skip) if skip else 0)
-    kept = np.asarray(gemma.is_kept(tokens, 0))
+    kept = np.asarray(masking.is_kept(tokens, 0))
     np.testing.assert_allclose(result.l0, (f[kept] > 0).sum(1).mean(), rtol=1e-5)
     variance = np.square(y[kept] - y[kept].mean(0)).sum()
     np.testing.assert_allclose(result.fvu, np.square(prediction - y)[kept].sum() / variance, rtol=1e-4)
     mixed = jnp.asarray(np.where(kept[..., None], prediction, y), jnp.float32)
-    out = gemma.embed(model, params, tokens)
-    out = gemma.run_blocks(model, params, out, tokens, range(4), write={target: lambda _: mixed})[0]
-    loss, scored = gemma.next_token_loss(model, params, out, tokens)
+    out = forward.embed(model, params, tokens)
+    out = forward.run_blocks(model, params, out, tokens, range(4), write={target: lambda _: mixed})[0]
+    loss, scored = predictions.next_token_loss(model, params, out, tokens)
     np.testing.assert_allclose(result.spliced_loss, (loss * scored).sum() / scored.sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", list(gemma.SITES))
+@pytest.mark.parametrize("kind", list(SITES))
 def test_a_perfect_reconstruction_costs_nothing(tiny_gemma, rows, kind):
-    site = gemma.Site(kind, 0 if kind == "embed" else 2)
-    d = gemma.site_width(tiny_gemma.model, site)
+    site = Site(kind, 0 if kind == "embed" else 2)
+    d = site_width(tiny_gemma.model, site)
     identity = np.eye(d, dtype=np.float32)
     perfect = sae.SAE(
         W_enc=np.concatenate([identity, -identity], 1),
@@ -176,8 +166,8 @@ def test_a_perfect_reconstruction_costs_nothing(tiny_gemma, rows, kind):
 
 def test_predicting_the_mean_has_an_fvu_of_one(tiny_gemma, rows):
     tokens = rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 10)]
-    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
-    mean = np.asarray(values)[~np.isin(tokens, [gemma.BOS, gemma.EOS, gemma.PAD])].mean(0)
+    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
+    mean = np.asarray(values)[~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])].mean(0)
     constant = jax.tree.map(np.zeros_like, random_sae()).replace(b_dec=mean)
     result = evaluate(tiny_gemma, constant, rows, mean=mean)
     np.testing.assert_allclose(result.fvu, 1, rtol=1e-4)
@@ -208,7 +198,7 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
 
     want, cost = evaluated(None)
     assert cost.seconds > cost.bound_seconds / 3 > 0
-    asked, clean = [], passes.clean
+    asked, clean = [], interventions.clean
 
     def counted(*args):
         asked.append(args)
@@ -218,7 +208,7 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
 
     means = evaluation.site_means(tiny_gemma, (SITE,), rows, 4)
     monkeypatch.setattr(evaluation, "site_means", lambda *args: means)
-    monkeypatch.setattr(passes, "clean", counted)
+    monkeypatch.setattr(interventions, "clean", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(list((tmp_path / "parts").rglob("*.npz"))) == 2
@@ -497,7 +487,7 @@ def test_only_the_models_turns_count(run, tmp_path):
 
 def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_path, monkeypatch):
     """As a base model's SAEs in the instruction-tuned one, on the same rows."""
-    monkeypatch.setitem(gemma.MODELS, "tiny-it", gemma.MODELS["tiny"])
+    monkeypatch.setitem(registry.MODELS, "tiny-it", registry.MODELS["tiny"])
     same = report.evaluate_path(run, rows=8, out=tmp_path / "a", is_fast=True)
     weights.save_orbax(str(tmp_path / "weights"), tiny.params(0.31))
     other = report.evaluate_path(

@@ -5,11 +5,12 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, evaluation, explore, gemma
+from gemma_scope_jax import __main__, evaluation, explore
+from gemma_scope_jax.models.sites import Site
 
 SUBJECTS = {
-    "shallow": evaluation.Subject(random_sae(0), gemma.Site("resid_post", 0), None),
-    "deep": evaluation.Subject(random_sae(1), gemma.Site("resid_post", 2), None),
+    "shallow": evaluation.Subject(random_sae(0), Site("resid_post", 0), None),
+    "deep": evaluation.Subject(random_sae(1), Site("resid_post", 2), None),
 }
 
 

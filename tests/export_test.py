@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, export, formats, gemma, report, runs, sae, stored, training
+from gemma_scope_jax import bank, export, formats, report, runs, sae, stored, training
 from gemma_scope_jax.formats import gemma_scope_2
+from gemma_scope_jax.models import forward
+from gemma_scope_jax.models.sites import Site
 
 MLP = dict(
     target_site="mlp_out", layers=(2,), width=64, bandwidth=0.1, initial_threshold=0.1, window_updates=12
@@ -32,8 +34,8 @@ def workdir(inputs, tmp_path_factory):
 def activations(inputs, tiny_gemma):
     """What the MLP of layer 2 reads, with and without gain, and gives."""
     tokens = jnp.asarray(tiny.tokens(8, 16))
-    sites = {kind: gemma.Site(kind, 2) for kind in ("mlp_in", "mlp_in_gain_free", "mlp_out")}
-    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(sites.values()))
+    sites = {kind: Site(kind, 2) for kind in ("mlp_in", "mlp_in_gain_free", "mlp_out")}
+    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(sites.values()))
     return {kind: np.asarray(values[site]).reshape(-1, 32) for kind, site in sites.items()}
 
 
@@ -102,7 +104,7 @@ def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
 
 
 def test_an_export_that_must_fail_fails_before_it_writes(workdir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gemma, "mlp_in_gain", lambda params, layer: jnp.zeros(32))
+    monkeypatch.setattr(forward, "mlp_in_gain", lambda params, layer: jnp.zeros(32))
     with pytest.raises(ValueError, match="of which 32 are zero"):
         export.export_run(workdir, ("gemma_scope_2",), tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -116,7 +118,7 @@ def test_an_export_that_must_fail_fails_before_it_writes(workdir, tmp_path, monk
 
 def test_what_a_format_has_no_place_for():
     residual, gain_free, mlp_in, mlp_out = (
-        gemma.Site(kind, 2) for kind in ("resid_post", "mlp_in_gain_free", "mlp_in", "mlp_out")
+        Site(kind, 2) for kind in ("resid_post", "mlp_in_gain_free", "mlp_in", "mlp_out")
     )
     for file_format, site, target, skip, dtype, message in (
         ("gemma_scope", mlp_in, mlp_out, True, "float32", "skip connection"),
@@ -129,7 +131,7 @@ def test_what_a_format_has_no_place_for():
         (
             "circuit_tracer",
             mlp_in,
-            gemma.Site("mlp_out", 3),
+            Site("mlp_out", 3),
             False,
             "float32",
             "reads layer 2 and predicts layer 3",
@@ -201,10 +203,8 @@ def test_the_l0_in_a_name_is_that_of_held_out_rows_or_of_the_last_updates(workdi
 
 def test_places_are_googles_and_no_two_are_one():
     def member(kind="resid_post", coefficient=1e-3, seed=0, skip=False, target=None, layer=9):
-        site = gemma.Site(kind, layer)
-        return bank.Member(
-            site, gemma.Site(target, layer) if target else site, 2**14, coefficient, seed, skip=skip
-        )
+        site = Site(kind, layer)
+        return bank.Member(site, Site(target, layer) if target else site, 2**14, coefficient, seed, skip=skip)
 
     members = {
         "a": member(),
@@ -241,13 +241,13 @@ def test_a_transcoder_is_evaluated_from_its_run_and_from_its_export_alike(
 
 
 def test_sweeps_are_in_the_order_of_lambda_and_never_sorted_by_what_came_out():
-    site = gemma.Site("resid_post", 9)
+    site = Site("resid_post", 9)
     members = [bank.Member(site, site, 2**14, coefficient) for coefficient in (4e-3, 1e-3, 2e-3)]
     members += [
         bank.Member(site, site, 2**14, 1e-3, objective="controlled", target_l0=target)
         for target in (50.0, 20.0)
     ]
-    members += [bank.Member(gemma.Site("mlp_out", 9), gemma.Site("mlp_out", 9), 2**14, 1e-3)]
+    members += [bank.Member(Site("mlp_out", 9), Site("mlp_out", 9), 2**14, 1e-3)]
     found = report.sweeps({member.name: member for member in members})
     (points,) = (list(p.values()) for label, p in found.items() if "controlled" not in label)
     assert points == ["λ 0.001", "λ 0.002", "λ 0.004"]

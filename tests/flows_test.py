@@ -11,13 +11,15 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma, sae
+from gemma_scope_jax import evaluation, explore, sae
 from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.models import forward, masking, predictions
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
 TEXT = "law & <i>bread</i>"
-PROMPT = [gemma.BOS, *tiny.encode(TEXT)]
-IN, OUT = gemma.Site("mlp_in", 2), gemma.Site("mlp_out", 2)
+PROMPT = [masking.BOS, *tiny.encode(TEXT)]
+IN, OUT = Site("mlp_in", 2), Site("mlp_out", 2)
 
 
 def identity() -> sae.SAE:
@@ -35,12 +37,12 @@ def of_heads() -> sae.SAE:
 
 
 SUBJECTS = {
-    "deep": evaluation.Subject(random_sae(0), gemma.Site("resid_post", 3), None),
-    "perfect": evaluation.Subject(identity(), gemma.Site("resid_post", 1), None),
-    "<b>shallow</b>": evaluation.Subject(random_sae(1), gemma.Site("resid_post", 0), None),
+    "deep": evaluation.Subject(random_sae(0), Site("resid_post", 3), None),
+    "perfect": evaluation.Subject(identity(), Site("resid_post", 1), None),
+    "<b>shallow</b>": evaluation.Subject(random_sae(1), Site("resid_post", 0), None),
     "mlp": evaluation.Subject(random_sae(2), OUT, None),
     "transcoder": evaluation.Subject(random_sae(3), IN, None, OUT),
-    "heads": evaluation.Subject(of_heads(), gemma.Site("attn_out", 1), None),
+    "heads": evaluation.Subject(of_heads(), Site("attn_out", 1), None),
 }
 
 
@@ -50,7 +52,7 @@ def open_scope(loaded, mesh, names=tuple(SUBJECTS)):
 
 @pytest.fixture(scope="module")
 def flow(tiny_gemma):
-    return explore.flow(open_scope(tiny_gemma, evaluation.one_device()), TEXT, "e")
+    return explore.flow(open_scope(tiny_gemma, sharding.one_device()), TEXT, "e")
 
 
 def softmax(logits):
@@ -73,12 +75,12 @@ def walked(tiny_gemma):
     tokens = jnp.asarray([PROMPT])
     model, params = tiny_gemma.model, tiny_gemma.params
     sites = {site for subject in SUBJECTS.values() for site in (subject.site, subject.spliced)}
-    x = gemma.embed(model, params, tokens)
-    _, values = gemma.run_blocks(model, params, x, tokens, range(4), read=sites)
+    x = forward.embed(model, params, tokens)
+    _, values = forward.run_blocks(model, params, x, tokens, range(4), read=sites)
 
     def predict(write):
-        final, _ = gemma.run_blocks(model, params, x, tokens, range(4), write=write)
-        return softmax(gemma.logits(model, params, final)[0])
+        final, _ = forward.run_blocks(model, params, x, tokens, range(4), write=write)
+        return softmax(predictions.logits(model, params, final)[0])
 
     return values, predict
 
@@ -231,6 +233,6 @@ def test_the_terminal_shows_means_and_the_last_token(flow, capsys, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused(tiny_gemma, text, answer, message):
-    scope = open_scope(tiny_gemma, evaluation.one_device(), ("deep",))
+    scope = open_scope(tiny_gemma, sharding.one_device(), ("deep",))
     with pytest.raises(ValueError, match=message):
         explore.flow(scope, text, answer)

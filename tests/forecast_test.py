@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from gemma_scope_jax import chips, cli, forecast, gemma, plans, training
+from gemma_scope_jax import chips, cli, forecast, plans, training
+from gemma_scope_jax.models import forward
 
 needs_compiler = pytest.mark.skipif(
     not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu"
@@ -26,7 +27,7 @@ def test_an_updates_flops_are_five_products_and_two_more_with_a_skip_connection(
     products = 2 * 64 * 128 + 3 * 32 * 128 + 2 * 64 * 32
     assert chips.update_flops(plan.banks[1], tiny.TinyGemma(), 32) == 2 * 2 * 32 * products
     of_gemma, of_banks = chips.step_flops(plan, tiny.TinyGemma(), 16)
-    assert of_gemma == gemma.harvest_flops(tiny.TinyGemma(), 8, 16, 3)
+    assert of_gemma == forward.harvest_flops(tiny.TinyGemma(), 8, 16, 3)
     assert of_banks == [4 * chips.update_flops(b, tiny.TinyGemma(), 32) for b in plan.banks]
 
 

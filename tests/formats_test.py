@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gemma_scope_jax import gemma, sae, stored
+from gemma_scope_jax import sae, stored
 from gemma_scope_jax.formats import (
     circuit_tracer,
     common,
@@ -31,6 +31,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
+from gemma_scope_jax.models.sites import Site, site_from_hook
 from gemma_scope_jax.runtime import files
 
 ABOUT = common.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256, "sotu")
@@ -293,7 +294,7 @@ def test_configs_of_any_version_are_read_where_their_meaning_is_certain(config, 
     again, about = saelens.read(of_others(tmp_path / "a", folded, config))
     assert_equal(again, folded)
     assert about.model_name == "gemma-2-2b" and about.context_length == 32 and about.text == ""
-    assert gemma.site_from_hook(about.hook_name) == gemma.Site("resid_post", 9)
+    assert site_from_hook(about.hook_name) == Site("resid_post", 9)
 
 
 def test_a_scaling_factor_of_ones_is_none_and_another_is_refused(folded, tmp_path):

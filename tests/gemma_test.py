@@ -9,10 +9,11 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from gemma_scope_jax import gemma, weights
+from gemma_scope_jax.models import forward, masking, predictions, registry, weights
+from gemma_scope_jax.models.sites import SITES, Site, check_site
 
-KINDS = [kind for kind in gemma.SITES if kind != "embed"]
-SITES = [gemma.Site("embed", 0), *(gemma.Site(kind, layer) for kind in KINDS for layer in (0, 2, 3))]
+KINDS = [kind for kind in SITES if kind != "embed"]
+ALL_SITES = [Site("embed", 0), *(Site(kind, layer) for kind in KINDS for layer in (0, 2, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def tokens():
 
 
 def full_model(tiny_gemma, tokens, **kwargs):
-    positions, mask = gemma.packed_positions(tokens), gemma.packed_mask(tokens)
+    positions, mask = masking.packed_positions(tokens), masking.packed_mask(tokens)
     return tiny_gemma.model.apply(
         {"params": tiny_gemma.params}, tokens, positions=positions, attention_mask=mask, **kwargs
     )
@@ -31,7 +32,7 @@ def test_sites_equal_the_same_values_inside_the_full_model(tiny_gemma, tokens):
     """Flax captures every module's output in gemma's own forward pass; `attn_out` is checked through W_O."""
     _, captured = full_model(tiny_gemma, tokens, capture_intermediates=True, mutable=["intermediates"])
     captured = captured["intermediates"]
-    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, SITES)
+    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, ALL_SITES)
     for site, value in values.items():
         block = captured[f"layer_{site.layer}"]
         match site.kind:
@@ -62,43 +63,45 @@ def test_loss_equals_gemmas_logits_in_float64(tiny_gemma, tokens):
     )
     x = run_all(tiny_gemma, tokens)
     for chunk in (7, 512):
-        loss, scored = gemma.next_token_loss(tiny_gemma.model, tiny_gemma.params, x, tokens, chunk=chunk)
+        loss, scored = predictions.next_token_loss(
+            tiny_gemma.model, tiny_gemma.params, x, tokens, chunk=chunk
+        )
         scored = np.asarray(scored) > 0
         np.testing.assert_allclose(np.asarray(loss)[scored], expected[scored], rtol=1e-5, atol=1e-5)
 
 
 def test_no_loss_is_scored_at_special_tokens_or_across_a_boundary(tiny_gemma):
-    b, e, p = gemma.BOS, gemma.EOS, gemma.PAD
+    b, e, p = masking.BOS, masking.EOS, masking.PAD
     tokens = jnp.array([[b, 9, 8, b, 7, e, 6, 5, p, p]])
-    _, scored = gemma.next_token_loss(
+    _, scored = predictions.next_token_loss(
         tiny_gemma.model, tiny_gemma.params, run_all(tiny_gemma, tokens), tokens
     )
     np.testing.assert_array_equal(scored[0], [0, 1, 0, 0, 1, 0, 1, 0, 0, 0])
 
 
 def run_all(tiny_gemma, tokens, write=None):
-    x = gemma.embed(tiny_gemma.model, tiny_gemma.params, tokens)
-    return gemma.run_blocks(tiny_gemma.model, tiny_gemma.params, x, tokens, range(4), write=write)[0]
+    x = forward.embed(tiny_gemma.model, tiny_gemma.params, tokens)
+    return forward.run_blocks(tiny_gemma.model, tiny_gemma.params, x, tokens, range(4), write=write)[0]
 
 
 def test_packed_documents_equal_the_same_documents_alone(tiny_gemma):
     rng = np.random.default_rng(0)
-    pieces = [[gemma.BOS, *rng.integers(3, 259, size=n)] for n in (5, 9, 7)]
-    packed = jnp.array([[*pieces[0], *pieces[1], *pieces[2], *[gemma.PAD] * 3]])
-    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, packed, SITES)
+    pieces = [[masking.BOS, *rng.integers(3, 259, size=n)] for n in (5, 9, 7)]
+    packed = jnp.array([[*pieces[0], *pieces[1], *pieces[2], *[masking.PAD] * 3]])
+    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, packed, ALL_SITES)
     start = 0
     for piece in pieces:
-        alone = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.array([piece]), SITES)
-        for site in SITES:
+        alone = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.array([piece]), ALL_SITES)
+        for site in ALL_SITES:
             np.testing.assert_allclose(
                 values[site][:, start : start + len(piece)], alone[site], rtol=1e-4, atol=1e-5
             )
         start += len(piece)
 
 
-@pytest.mark.parametrize("site", SITES, ids=str)
+@pytest.mark.parametrize("site", ALL_SITES, ids=str)
 def test_splicing_in_the_unchanged_activation_changes_nothing_and_another_does(tiny_gemma, tokens, site):
-    value = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, [site])[site]
+    value = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, [site])[site]
     clean = run_all(tiny_gemma, tokens)
     spliced = run_all(tiny_gemma, tokens, {site: lambda x: value})
     np.testing.assert_array_equal(spliced, clean)
@@ -113,7 +116,7 @@ def test_harvest_computes_no_later_layer_and_no_logits(tiny_gemma, tokens, layer
         k: v for k, v in tiny_gemma.params.items() if k not in {f"layer_{i}" for i in range(layer + 1, 4)}
     }
     jaxpr = jax.make_jaxpr(
-        functools.partial(gemma.read_sites, tiny_gemma.model, sites=[gemma.Site("resid_post", layer)])
+        functools.partial(forward.read_sites, tiny_gemma.model, sites=[Site("resid_post", layer)])
     )(params, tokens)
     assert count_equations(jaxpr.jaxpr, "dot_general") == 7 * (layer + 1)
 
@@ -134,33 +137,33 @@ def count_equations(jaxpr, name):
 @pytest.mark.parametrize("layer", [0, 3])
 def test_the_compilers_flops_of_a_harvest_are_the_formulas(name, layer):
     """The real model's shapes; nothing is allocated. What the formula leaves out is within five per cent."""
-    model = gemma.build_model(name)
+    model = registry.build_model(name)
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16),
         weights.parameter_shapes(model, layer + 1),
     )
-    read = functools.partial(gemma.read_sites, model, sites=[gemma.Site("resid_post", layer)])
+    read = functools.partial(forward.read_sites, model, sites=[Site("resid_post", layer)])
     compiled = jax.jit(read).lower(params, jax.ShapeDtypeStruct((1, 1024), jnp.int32)).compile()
     flops = compiled.cost_analysis()["flops"]
-    assert abs(flops / gemma.harvest_flops(model, 1, 1024, layer + 1) - 1) < 0.05
+    assert abs(flops / forward.harvest_flops(model, 1, 1024, layer + 1) - 1) < 0.05
 
 
 def test_a_site_that_is_not_passed_is_refused(tiny_gemma, tokens):
-    x = gemma.embed(tiny_gemma.model, tiny_gemma.params, tokens)
+    x = forward.embed(tiny_gemma.model, tiny_gemma.params, tokens)
     with pytest.raises(ValueError, match="blocks 1 to 2 do not pass layer_3_mlp_out"):
-        gemma.run_blocks(
-            tiny_gemma.model, tiny_gemma.params, x, tokens, range(1, 3), read=[gemma.Site("mlp_out", 3)]
+        forward.run_blocks(
+            tiny_gemma.model, tiny_gemma.params, x, tokens, range(1, 3), read=[Site("mlp_out", 3)]
         )
 
 
 def test_many_sites_are_read_and_written_in_one_walk(tiny_gemma, tokens):
     """A site is read before it is written, and sees what was written before it; reading changes nothing."""
-    first, second = gemma.Site("attn_out", 0), gemma.Site("mlp_in_gain_free", 2)
+    first, second = Site("attn_out", 0), Site("mlp_in_gain_free", 2)
     model, params = tiny_gemma.model, tiny_gemma.params
-    x = gemma.embed(model, params, tokens)
-    clean, values = gemma.run_blocks(model, params, x, tokens, range(4), read=SITES)
+    x = forward.embed(model, params, tokens)
+    clean, values = forward.run_blocks(model, params, x, tokens, range(4), read=ALL_SITES)
     np.testing.assert_array_equal(clean, run_all(tiny_gemma, tokens))
-    steered, both = gemma.run_blocks(
+    steered, both = forward.run_blocks(
         model,
         params,
         x,
@@ -177,9 +180,9 @@ def test_many_sites_are_read_and_written_in_one_walk(tiny_gemma, tokens):
 
 def test_written_activations_keep_gemmas_dtype(tiny_gemma, tokens):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_gemma.params)
-    x = gemma.embed(tiny_gemma.model, params, tokens)
-    write = {site: lambda value: value.astype(jnp.float32) for site in SITES}
-    x, values = gemma.run_blocks(tiny_gemma.model, params, x, tokens, range(4), read=SITES, write=write)
+    x = forward.embed(tiny_gemma.model, params, tokens)
+    write = {site: lambda value: value.astype(jnp.float32) for site in ALL_SITES}
+    x, values = forward.run_blocks(tiny_gemma.model, params, x, tokens, range(4), read=ALL_SITES, write=write)
     assert {x.dtype, *(value.dtype for value in values.values())} == {jnp.dtype("bfloat16")}
 
 
@@ -187,7 +190,7 @@ def test_norms_are_computed_in_float32(tiny_gemma, tokens):
     """A bfloat16 norm is rounded once; gemma's own, which squares in bfloat16, is off by more."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_gemma.params)
     x = 3 * jax.random.normal(jax.random.key(0), (2, 8, 32), jnp.bfloat16)
-    site = gemma.Site("mlp_in", 0)
+    site = Site("mlp_in", 0)
     inputs = {}
 
     def keep(call, args, kwargs, context):
@@ -196,7 +199,7 @@ def test_norms_are_computed_in_float32(tiny_gemma, tokens):
         return call(*args, **kwargs)
 
     with nn.intercept_methods(keep):
-        _, values = gemma.run_blocks(tiny_gemma.model, params, x, tokens[:2, :8], range(1), read=[site])
+        _, values = forward.run_blocks(tiny_gemma.model, params, x, tokens[:2, :8], range(1), read=[site])
     exact = np.asarray(inputs["x"], np.float64)
     exact /= np.sqrt(np.square(exact).mean(-1, keepdims=True) + 1e-6)
     exact *= 1 + np.asarray(params["layer_0"]["pre_ffw_norm"]["scale"], np.float64)
@@ -207,10 +210,10 @@ def test_norms_are_computed_in_float32(tiny_gemma, tokens):
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown model 'gemma9'"):
-        gemma.build_model("gemma9")
+        registry.build_model("gemma9")
     with pytest.raises(ValueError, match="the site embed is that of layer 0, not of layer 2"):
-        gemma.check_site(tiny.TinyGemma(), gemma.Site("embed", 2))
+        check_site(tiny.TinyGemma(), Site("embed", 2))
     with pytest.raises(ValueError, match="unknown site 'resid_mid'"):
-        gemma.check_site(tiny.TinyGemma(), gemma.Site("resid_mid", 0))
+        check_site(tiny.TinyGemma(), Site("resid_mid", 0))
     with pytest.raises(ValueError, match="layer 4 is out of range: TinyGemma has layers 0 to 3"):
-        gemma.check_site(tiny.TinyGemma(), gemma.Site("resid_post", 4))
+        check_site(tiny.TinyGemma(), Site("resid_post", 4))

@@ -10,17 +10,19 @@ import small
 import tiny
 import toys
 
-from gemma_scope_jax import evaluation, gemma, generation, sae, weights
+from gemma_scope_jax import sae
+from gemma_scope_jax.models import forward, generation, interventions, masking, predictions, registry, weights
+from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import sharding
 
-KINDS = [kind for kind in gemma.SITES if kind != "embed"]
-SITES = [gemma.Site("embed", 0), *(gemma.Site(kind, layer) for kind in KINDS for layer in (0, 3))]
+KINDS = [kind for kind in SITES if kind != "embed"]
+ALL_SITES = [Site("embed", 0), *(Site(kind, layer) for kind in KINDS for layer in (0, 3))]
 LENGTHS = (3, 11, 6)  # The window is 6.
 
 
 def prompts(seed=0):
     rng = np.random.default_rng(seed)
-    return [[gemma.BOS, *rng.integers(3, 259, size=n - 1).tolist()] for n in LENGTHS]
+    return [[masking.BOS, *rng.integers(3, 259, size=n - 1).tolist()] for n in LENGTHS]
 
 
 def add_to_replies(vector, x_SxLxD, where):
@@ -42,10 +44,10 @@ def zero_a_token(x_SxLxD, where):
 VECTOR = np.random.default_rng(5).normal(size=32).astype(np.float32)
 INTERVENTIONS = {
     "none": {},
-    "splice": {gemma.Site("mlp_out", 2): jax.tree_util.Partial(splice, toys.random_sae())},
+    "splice": {Site("mlp_out", 2): jax.tree_util.Partial(splice, toys.random_sae())},
     "two": {
-        gemma.Site("embed", 0): zero_a_token,
-        gemma.Site("resid_post", 2): jax.tree_util.Partial(add_to_replies, VECTOR),
+        Site("embed", 0): zero_a_token,
+        Site("resid_post", 2): jax.tree_util.Partial(add_to_replies, VECTOR),
     },
 }
 
@@ -53,11 +55,11 @@ INTERVENTIONS = {
 @functools.partial(jax.jit, static_argnames="model")
 def whole_pass(model, params, tokens, prompt_length, write):
     index = jnp.arange(tokens.shape[1])[None]
-    bound = generation.at(write, tokens, index, index < prompt_length)
-    x = gemma.embed(model, params, tokens)
+    bound = interventions.at(write, tokens, index, index < prompt_length)
+    x = forward.embed(model, params, tokens)
     layers = range(model.config.num_layers)
-    x, _ = gemma.run_blocks(model, params, x, tokens, layers, write=bound)
-    return gemma.logits(model, params, x)
+    x, _ = forward.run_blocks(model, params, x, tokens, layers, write=bound)
+    return predictions.logits(model, params, x)
 
 
 def partials(write):
@@ -67,7 +69,7 @@ def partials(write):
 def recomputed(loaded, prompt, reply, write):
     """The logits [N, V] of each token of a reply, from one pass over prompt and reply without a cache."""
     tokens = [*prompt, *reply]
-    padded = jnp.asarray([tokens + [gemma.PAD] * (36 - len(tokens))])
+    padded = jnp.asarray([tokens + [masking.PAD] * (36 - len(tokens))])
     logits = whole_pass(loaded.model, loaded.params, padded, len(prompt), partials(write))
     return np.asarray(logits[0, len(prompt) - 1 : len(tokens) - 1])
 
@@ -77,10 +79,12 @@ advance = jax.jit(generation.advance, static_argnames=("model", "is_prompt", "me
 
 def stepwise(model, params, rows, prompt_lengths, write):
     """Logits [S, N, V] of the last N tokens of rows, fed one at a time behind prompts padded on the left."""
-    mesh = evaluation.one_device()
+    mesh = sharding.one_device()
     run = functools.partial(advance, model, mesh=mesh)
     width, steps = max(prompt_lengths), len(rows[0]) - prompt_lengths[0]
-    padded = [[gemma.PAD] * (width - n) + list(row[:n]) for row, n in zip(rows, prompt_lengths, strict=True)]
+    padded = [
+        [masking.PAD] * (width - n) + list(row[:n]) for row, n in zip(rows, prompt_lengths, strict=True)
+    ]
     start_S = jnp.asarray([width - n for n in prompt_lengths])
     cache = generation.new_cache(model, start_S, width + steps, jnp.float32, mesh)
     write = partials(write)
@@ -128,14 +132,14 @@ def test_greedy_replies_are_the_likeliest_tokens_of_a_pass_without_a_cache(tiny_
     write = INTERVENTIONS[name]
     replies = generation.generate(tiny_gemma, prompts(), 20, temperature=0, write=write, stop=())
     for prompt, reply in zip(prompts(), replies, strict=True):
-        assert len(reply) == 20 and not {gemma.BOS, gemma.PAD} & set(reply)
+        assert len(reply) == 20 and not {masking.BOS, masking.PAD} & set(reply)
         assert recomputed(tiny_gemma, prompt, reply, write).argmax(-1).tolist() == reply
 
 
 def test_adding_zero_changes_no_bit(tiny_gemma):
     rows = [[*prompt, *range(20, 29)] for prompt in prompts()]
     run = functools.partial(stepwise, tiny_gemma.model, tiny_gemma.params, rows, LENGTHS)
-    np.testing.assert_array_equal(run({site: lambda x, where: x + 0 for site in SITES}), run({}))
+    np.testing.assert_array_equal(run({site: lambda x, where: x + 0 for site in ALL_SITES}), run({}))
 
 
 def softmax(logits, temperature):
@@ -202,7 +206,7 @@ def test_when_all_replies_are_over_nothing_more_is_run(tiny_gemma):
         return x_SxLxD
 
     run = functools.partial(
-        generation.generate, tiny_gemma, prompts()[:2], 9, write={gemma.Site("embed", 0): count}
+        generation.generate, tiny_gemma, prompts()[:2], 9, write={Site("embed", 0): count}
     )
     for stop, expected in ((range(272), 1), ((), 9)):
         passes.clear()
@@ -212,7 +216,7 @@ def test_when_all_replies_are_over_nothing_more_is_run(tiny_gemma):
 
 
 def test_nothing_is_compiled_again_for_other_arrays_prompts_or_temperatures(tiny_gemma):
-    site = gemma.Site("resid_post", 1)
+    site = Site("resid_post", 1)
 
     def run(scale, given, **options):
         write = {site: jax.tree_util.Partial(add_to_replies, scale * VECTOR)}
@@ -237,7 +241,7 @@ def test_many_devices_write_what_one_does(tiny_gemma, split):
     params = jax.tree.map_with_path(
         lambda path, leaf: jax.device_put(leaf, place(path[-1].key, leaf.shape)), tiny_gemma.params
     )
-    placed = gemma.Gemma("tiny", tiny_gemma.model, params, 4)
+    placed = registry.Gemma("tiny", tiny_gemma.model, params, 4)
     run = functools.partial(generation.generate, num_tokens=10, write=INTERVENTIONS["splice"], seed=1)
     assert run(placed, prompts(), mesh=mesh) == run(tiny_gemma, prompts())
 
@@ -246,11 +250,11 @@ def test_a_chat_prompt_is_a_users_turn_and_a_reply_is_read_without_its_end():
     tokenizer = tiny.load_tokenizer()
     start, end, user, model = 260, 261, 262, 263
     newline, hi = 3 + ord("\n"), [3 + ord("h"), 3 + ord("i")]
-    expected = [gemma.BOS, start, user, newline, *hi, end, newline, start, model, newline]
+    expected = [masking.BOS, start, user, newline, *hi, end, newline, start, model, newline]
     assert generation.chat_prompt(tokenizer, "hi") == expected
-    assert generation.text_prompt(tokenizer, "hi") == [gemma.BOS, *hi]
-    assert generation.stop_tokens(tokenizer) == (gemma.EOS, end)
-    for tokens in (hi, [*hi, end], [*hi, gemma.EOS]):
+    assert generation.text_prompt(tokenizer, "hi") == [masking.BOS, *hi]
+    assert generation.stop_tokens(tokenizer) == (masking.EOS, end)
+    for tokens in (hi, [*hi, end], [*hi, masking.EOS]):
         assert generation.reply_text(tokenizer, tokens) == "hi"
     assert generation.reply_text(tokenizer, []) == ""
 
@@ -267,7 +271,7 @@ def test_a_chat_prompt_is_a_users_turn_and_a_reply_is_read_without_its_end():
         ([2], {"rows_per_batch": 0}, "rows_per_batch is 0"),
         ([2], {"temperature": -1.0}, "temperature is -1.0"),
         ([2], {"temperature": float("nan")}, "temperature is nan"),
-        ([2], {"write": {gemma.Site("mlp_out", 4): splice}}, "layer 4 is out of range"),
+        ([2], {"write": {Site("mlp_out", 4): splice}}, "layer 4 is out of range"),
     ],
 )
 def test_mistakes_are_refused(tiny_gemma, prompt, options, message):
@@ -276,7 +280,7 @@ def test_mistakes_are_refused(tiny_gemma, prompt, options, message):
 
 
 def test_a_part_of_a_model_is_refused(tiny_gemma):
-    part = gemma.Gemma("tiny", tiny_gemma.model, tiny_gemma.params, 2)
+    part = registry.Gemma("tiny", tiny_gemma.model, tiny_gemma.params, 2)
     with pytest.raises(ValueError, match="only 2 of tiny's 4 blocks are loaded"):
         generation.generate(part, [[2]], 3)
     assert generation.generate(tiny_gemma, [], 3) == []

@@ -9,8 +9,9 @@ import sys
 
 import numpy as np
 
-from gemma_scope_jax import export, gemma, stored
+from gemma_scope_jax import export, stored
 from gemma_scope_jax.formats import circuit_tracer, common
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.sae import SAE
 
 D, M, LAYER = 48, 128, 12
@@ -44,8 +45,8 @@ def make(kind: str) -> stored.Stored:
     }
     folded = SAE(**{k: None if v is None else v.astype(np.float32) for k, v in arrays.items()})
     reads, predicts = KINDS[kind]
-    site = gemma.Site(reads, LAYER)
-    target = gemma.Site(predicts, LAYER) if predicts else site
+    site = Site(reads, LAYER)
+    target = Site(predicts, LAYER) if predicts else site
     about = common.About(context_length=128, text="sotu", l0=32.0)
     return stored.Stored(kind, folded, about, "gemma2_2b", site, target)
 

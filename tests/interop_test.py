@@ -7,8 +7,9 @@ import interop
 import numpy as np
 import pytest
 
-from gemma_scope_jax import gemma, sae
+from gemma_scope_jax import sae
 from gemma_scope_jax.formats import common, detect
+from gemma_scope_jax.models.sites import Site, site_from_hook
 
 FOLDER = pathlib.Path(os.environ.get("PEERS_FOLDER", "nowhere")) / "interop"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs make test-peers")
@@ -78,7 +79,7 @@ def test_what_other_tools_saved_is_read_here(capsys):
             ]
             l0 = [(values > 0).sum(1).mean() for values in (np.asarray(f), made[f"{name}|f"])]
             lines.append((name, *errors, *l0, is_near.sum()))
-            site = gemma.site_from_hook(one.about.hook_name)
+            site = site_from_hook(one.about.hook_name)
             assert one.about.model_name.endswith("gemma-2-2b") and site.layer in (0, 1, 12)
     with capsys.disabled():
         print(
@@ -104,5 +105,5 @@ def test_ours_are_read_here_as_they_were_made():
                 np.testing.assert_array_equal(getattr(found.sae, name), value)
     place = "gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_7"
     (found,) = detect.read(FOLDER / "ours" / "hub" / "google" / place)
-    assert gemma.site_from_hook(found.about.hook_name) == gemma.Site("mlp_in_gain_free", 12)
+    assert site_from_hook(found.about.hook_name) == Site("mlp_in_gain_free", 12)
     assert found.about.model_name == "google/gemma-2-2b" and found.about.l0 == 7

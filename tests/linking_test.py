@@ -10,13 +10,15 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma, sae
+from gemma_scope_jax import evaluation, explore, sae
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.linking import virtual_weights
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
 TEXT = "rivers of bread and laws"
-PROMPT = [gemma.BOS, *tiny.encode(TEXT)]
+PROMPT = [masking.BOS, *tiny.encode(TEXT)]
 
 
 def of_heads() -> sae.SAE:
@@ -33,13 +35,13 @@ def partly_silent(seed: int) -> sae.SAE:
 
 
 SUBJECTS = {
-    "last": evaluation.Subject(partly_silent(0), gemma.Site("resid_post", 3), None),
-    "source": evaluation.Subject(partly_silent(1), gemma.Site("resid_post", 0), None),
-    "beside": evaluation.Subject(random_sae(7), gemma.Site("resid_post", 0), None),
-    "heads": evaluation.Subject(of_heads(), gemma.Site("attn_out", 1), None),
-    "reads": evaluation.Subject(random_sae(2), gemma.Site("mlp_in", 2), None),
-    "free": evaluation.Subject(random_sae(5), gemma.Site("mlp_in_gain_free", 3), None),
-    "transcoder": evaluation.Subject(random_sae(3), gemma.Site("mlp_in", 1), None, gemma.Site("mlp_out", 1)),
+    "last": evaluation.Subject(partly_silent(0), Site("resid_post", 3), None),
+    "source": evaluation.Subject(partly_silent(1), Site("resid_post", 0), None),
+    "beside": evaluation.Subject(random_sae(7), Site("resid_post", 0), None),
+    "heads": evaluation.Subject(of_heads(), Site("attn_out", 1), None),
+    "reads": evaluation.Subject(random_sae(2), Site("mlp_in", 2), None),
+    "free": evaluation.Subject(random_sae(5), Site("mlp_in_gain_free", 3), None),
+    "transcoder": evaluation.Subject(random_sae(3), Site("mlp_in", 1), None, Site("mlp_out", 1)),
 }
 
 
@@ -49,7 +51,7 @@ def open_scope(loaded, mesh, names=tuple(SUBJECTS), held_out=None):
 
 @pytest.fixture(scope="module")
 def scope(tiny_gemma):
-    return open_scope(tiny_gemma, evaluation.one_device())
+    return open_scope(tiny_gemma, sharding.one_device())
 
 
 def pre_activations(subject, x):
@@ -75,8 +77,8 @@ class Walk:
         self.y_LxO = np.float64(values[self.subject.spliced][0])
 
     def values(self, write):
-        x = gemma.embed(self.loaded.model, self.loaded.params, self.tokens)
-        return gemma.run_blocks(
+        x = forward.embed(self.loaded.model, self.loaded.params, self.tokens)
+        return forward.run_blocks(
             self.loaded.model, self.loaded.params, x, self.tokens, range(4), read=self.sites, write=write
         )[1]
 
@@ -208,7 +210,7 @@ def test_held_out_rows_on_several_devices(tiny_gemma):
     mesh = sharding.make_mesh(2, 1, jax.devices()[:2])
     scope = open_scope(tiny_gemma, mesh, ("source", "last"), rows)
     found = explore.links(scope, "source", 5, rows=3)
-    kept = np.asarray(gemma.is_kept(jnp.asarray(rows), 0))
+    kept = np.asarray(masking.is_kept(jnp.asarray(rows), 0))
     effect, firings = 0, 0
     for row, is_kept in zip(rows, kept, strict=True):
         walk = Walk(tiny_gemma, "source", row)

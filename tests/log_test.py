@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, log, optim, plans, step
+from gemma_scope_jax import bank, config, log, plans, step
 
 PLAN = plans.make_plan(
     tiny.run_config(pathlib.Path("nowhere"), banks__main__sparsity_coefficients=(0.0, 1e-3)),
@@ -76,11 +76,11 @@ def test_the_first_thousand_updates_are_watched_or_half_of_a_short_run():
 
 def test_a_learning_rate_that_moves_nothing_is_warned_of():
     """Gemma Scope's is for a million updates; after two thousand a threshold has moved by 14 per cent."""
-    few = 2_000 * optim.OptimizerConfig().learning_rate
+    few = 2_000 * config.OptimizerConfig().learning_rate
     (of_window, of_rates) = log.check_plan(PLAN, 40, few)
     assert "by a factor of 1.15 at most" in of_rates
     assert "banks.main.window_updates is 2500 and there will be 40 updates" in of_window
-    assert log.check_plan(PLAN, 40, 976_562 * optim.OptimizerConfig().learning_rate) == [of_window]
+    assert log.check_plan(PLAN, 40, 976_562 * config.OptimizerConfig().learning_rate) == [of_window]
 
 
 def test_the_progress_line_spans_the_saes_and_says_what_is_not_known():

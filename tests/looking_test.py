@@ -9,16 +9,18 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma
+from gemma_scope_jax import evaluation, explore
 from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.sites import Site
 
-SITE = gemma.Site("resid_post", 1)
+SITE = Site("resid_post", 1)
 SUBJECTS = {
     "stream": evaluation.Subject(random_sae(0), SITE, None),
-    "read": evaluation.Subject(random_sae(1), gemma.Site("mlp_in", 1), None),
+    "read": evaluation.Subject(random_sae(1), Site("mlp_in", 1), None),
 }
 TEXTS = ["rivers of bread, $x$ and <b>", "laws of\nstars and songs", "no bread today"]
-TOKENS = np.array([([gemma.BOS, *tiny.encode(text)] * 4)[:48] for text in TEXTS], np.int32)
+TOKENS = np.array([([masking.BOS, *tiny.encode(text)] * 4)[:48] for text in TEXTS], np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +31,17 @@ def scope(tiny_gemma):
 @pytest.fixture(scope="module")
 def f_SxLxM(tiny_gemma):
     """All latents in float64, 0 at BOS."""
-    x = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(TOKENS), [SITE])[SITE]
+    x = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(TOKENS), [SITE])[SITE]
     of = SUBJECTS["stream"].sae
     pre = np.float64(x) @ np.float64(of.W_enc) + of.b_enc
-    return np.where((pre > of.threshold) & (TOKENS != gemma.BOS)[..., None], np.maximum(pre, 0), 0)
+    return np.where((pre > of.threshold) & (TOKENS != masking.BOS)[..., None], np.maximum(pre, 0), 0)
 
 
 def test_a_latent_is_shown_as_slow_numpy_finds_it(scope, f_SxLxM):
     latent = int((f_SxLxM > 0).sum((0, 1)).argmax())
     look = explore.look_at(scope, "stream", latent)
     f_SxL = f_SxLxM[..., latent]
-    counted = (TOKENS != gemma.BOS).sum()
+    counted = (TOKENS != masking.BOS).sum()
     assert (look.activations, look.histogram_H.sum()) == (counted, (f_SxL > 0).sum())
     expected = ((f_SxL > 0).sum() / counted, f_SxL[f_SxL > 0].mean(), f_SxL.max())
     np.testing.assert_allclose((look.frequency, look.mean, look.largest), expected, rtol=1e-5)

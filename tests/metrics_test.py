@@ -9,10 +9,12 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, gemma, metrics, passes
+from gemma_scope_jax import data, evaluation, metrics
+from gemma_scope_jax.models import forward, interventions, masking, predictions, registry
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
-SITE = gemma.Site("resid_post", 1)
+SITE = Site("resid_post", 1)
 COUNT = 10
 
 
@@ -20,8 +22,8 @@ def logits_in_float64(tiny_gemma, tokens_L, write):
     """Of one row alone, and the site's activations, with `write` in their place."""
     model, params = tiny_gemma.model, tiny_gemma.params
     row = jnp.asarray(tokens_L)[None]
-    x = gemma.embed(model, params, row)
-    x = gemma.run_blocks(model, params, x, row, range(4), write={SITE: write})[0]
+    x = forward.embed(model, params, row)
+    x = forward.run_blocks(model, params, x, row, range(4), write={SITE: write})[0]
     x = np.asarray(x[0], np.float64)
     x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
     x = x * (1 + np.asarray(params["final_norm"]["scale"], np.float64))
@@ -47,12 +49,12 @@ def slow(measured, tiny_gemma):
     """The same, of each row a dict of lists with a value for each token that counts."""
     subject, tokens, _, _ = measured
     p = {name: np.asarray(v, np.float64) for name, v in vars(subject).items() if v is not None}
-    special = (gemma.BOS, gemma.EOS, gemma.PAD)
+    special = (masking.BOS, masking.EOS, masking.PAD)
     found = []
     for row in tokens:
-        values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(row)[None], [SITE])[SITE][
-            0
-        ]
+        values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(row)[None], [SITE])[
+            SITE
+        ][0]
         y = np.asarray(values, np.float64)
         pre = y @ p["W_enc"] + p["b_enc"]
         f = np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
@@ -65,15 +67,15 @@ def slow(measured, tiny_gemma):
 
         def centred(value, row=row, kept=kept):
             """In float32, by plain differentiation of all logits at once."""
-            out = gemma.embed(tiny_gemma.model, tiny_gemma.params, row[None])
+            out = forward.embed(tiny_gemma.model, tiny_gemma.params, row[None])
             write = {SITE: lambda _: value}
-            out = gemma.run_blocks(
+            out = forward.run_blocks(
                 tiny_gemma.model, tiny_gemma.params, out, row[None], range(4), write=write
             )[0]
-            all_logits = gemma.logits(tiny_gemma.model, tiny_gemma.params, out)[0]
+            all_logits = predictions.logits(tiny_gemma.model, tiny_gemma.params, out)[0]
             total = 0.0
             for t in range(len(row) - 1):
-                if kept[t] and row[t + 1] not in (gemma.BOS, gemma.PAD):
+                if kept[t] and row[t + 1] not in (masking.BOS, masking.PAD):
                     total += all_logits[t, row[t + 1]] - all_logits[t].mean()
             return total
 
@@ -81,7 +83,7 @@ def slow(measured, tiny_gemma):
         of_row = {name: [] for name in ("y", "recon", "f", "position", "r_l0", "loss", "clean", "kl", "at")}
         start = 0
         for t, token in enumerate(row):
-            start = t if token == gemma.BOS else start
+            start = t if token == masking.BOS else start
             if not kept[t]:
                 continue
             of_row["y"].append(y[t])
@@ -92,7 +94,7 @@ def slow(measured, tiny_gemma):
             if sum(importance) > 0:  # Behind the last prediction nothing matters.
                 share = np.array(importance) / sum(importance)
                 of_row["r_l0"].append(np.exp(-sum(s * np.log(s) for s in share)) / len(share))
-            if t + 1 < len(row) and row[t + 1] not in (gemma.BOS, gemma.PAD):
+            if t + 1 < len(row) and row[t + 1] not in (masking.BOS, masking.PAD):
                 clean_log_p, log_p = log_softmax(clean_logits[t]), log_softmax(logits[t])
                 of_row["loss"].append(-log_p[row[t + 1]])
                 of_row["clean"].append(-clean_log_p[row[t + 1]])
@@ -257,10 +259,10 @@ def test_uniformity_by_hand():
 def test_divergence_by_hand(tiny_gemma, monkeypatch):
     """Of (½, ½) from (¼, ¾) it is ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3; of anything from itself 0."""
     table = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
-    monkeypatch.setattr(gemma, "logits", lambda model, params, x: table[x[..., 0].astype(int)])
+    monkeypatch.setattr(predictions, "logits", lambda model, params, x: table[x[..., 0].astype(int)])
     clean, other = jnp.zeros((2, 5, 1)), jnp.array([[0.0], [1], [1], [0], [1]])[None].repeat(2, 0)
     tokens = jnp.ones((2, 5), int)
-    loss, kl = gemma.next_token_divergence(None, None, other, clean, tokens, chunk=4)
+    loss, kl = predictions.next_token_divergence(None, None, other, clean, tokens, chunk=4)
     want = 0.5 * np.log(4 / 3)
     np.testing.assert_allclose(kl, [[0, want, want, 0, want]] * 2, atol=1e-6)
     np.testing.assert_allclose(loss[0, :2], -np.log([0.5, 0.75]), rtol=1e-6)
@@ -270,10 +272,10 @@ def test_divergence_by_hand(tiny_gemma, monkeypatch):
 def test_logits_are_made_a_few_at_a_time_and_come_out_the_same(tiny_gemma, chunk):
     tokens = jnp.asarray(tiny.tokens(3, 11))
     x = jax.random.normal(jax.random.key(0), (3, 11, 32))
-    logits = gemma.logits(tiny_gemma.model, tiny_gemma.params, x)
-    target = gemma.next_tokens(tokens)
+    logits = predictions.logits(tiny_gemma.model, tiny_gemma.params, x)
+    target = masking.next_tokens(tokens)
     want = jnp.take_along_axis(logits, target[..., None], -1)[..., 0] - logits.mean(-1)
-    got = gemma.centred_logits(tiny_gemma.model, tiny_gemma.params, x, tokens, chunk)
+    got = predictions.centred_logits(tiny_gemma.model, tiny_gemma.params, x, tokens, chunk)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -296,7 +298,7 @@ def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
     split = jax.tree.map_with_path(
         lambda path, leaf: jax.device_put(leaf, placement(path[-1].key, leaf.shape)), tiny_gemma.params
     )
-    loaded = gemma.Gemma("tiny", tiny_gemma.model, split, 4)
+    loaded = registry.Gemma("tiny", tiny_gemma.model, split, 4)
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     subjects = {"a": evaluation.Subject(subject, SITE, mean)}
     many = evaluation.evaluate(loaded, subjects, rows, rows, COUNT, 4, mesh=mesh)[0]["a"]
@@ -314,16 +316,16 @@ def test_a_silent_sae_has_no_uniformity():
 def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch):
     """At the site there is one vector, whatever the token; its mean in its place changes no prediction."""
     constant = jnp.asarray(100 + np.random.default_rng(0).normal(size=32), jnp.float32)
-    clean = passes.clean
+    clean = interventions.clean
 
     def constant_site(mesh, model, params, tokens, sites):
         streams, values, _ = clean(mesh, model, params, tokens, sites)
         values = {SITE: jnp.broadcast_to(constant, values[SITE].shape)}
-        of_gemma, is_kept = (mesh, model, params), gemma.is_kept(tokens, 0)
-        final = passes.spliced(*of_gemma, streams[SITE.layer], tokens, is_kept, SITE, values[SITE])
+        of_gemma, is_kept = (mesh, model, params), masking.is_kept(tokens, 0)
+        final = interventions.spliced(*of_gemma, streams[SITE.layer], tokens, is_kept, SITE, values[SITE])
         return streams, values, final
 
-    monkeypatch.setattr(passes, "clean", constant_site)
+    monkeypatch.setattr(interventions, "clean", constant_site)
     rows = Rows(tiny.tokens(4, 24, special=0.1))
     subjects = {"a": evaluation.Subject(random_sae(), SITE, np.asarray(constant))}
     results, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 4, 2)
@@ -359,6 +361,6 @@ def test_what_is_not_finite_is_named_by_row_and_position(tiny_gemma):
     first = rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 1)[0]]
     with pytest.raises(
         FloatingPointError,
-        match=f"position {np.flatnonzero(first > gemma.BOS)[0]} what a makes of an activation is not finite",
+        match=f"position {np.flatnonzero(first > masking.BOS)[0]} what a makes of an activation is not finite",
     ):
         evaluation.evaluate(tiny_gemma, {"a": evaluation.Subject(subject, SITE, mean)}, rows, rows, COUNT, 4)

@@ -13,27 +13,29 @@ import pytest
 from toys import Rows
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, explore, export, gemma, opening, sae, stored, tokenizer
+from gemma_scope_jax import data, explore, export, opening, sae, stored
 from gemma_scope_jax.explore import scope
 from gemma_scope_jax.formats import common
+from gemma_scope_jax.models import forward, masking, tokenizer
+from gemma_scope_jax.models.sites import Site
 
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "docs" / "notebooks"
-SITE, WIDTH = gemma.Site("resid_post", 9), 64
+SITE, WIDTH = Site("resid_post", 9), 64
 NAVY, WOMEN = 62, 63  # The last latents; the others are of tokens of the text.
 
 
 def activations(loaded, rows):
     """Behind BOS, [N, D] of each row."""
-    padded = np.full((len(rows), max(map(len, rows))), gemma.PAD, np.int32)
+    padded = np.full((len(rows), max(map(len, rows))), masking.PAD, np.int32)
     for row_L, row in zip(padded, rows, strict=True):
         row_L[: len(row)] = row
-    x_SxLxD = np.asarray(gemma.read_sites(loaded.model, loaded.params, jnp.asarray(padded), [SITE])[SITE])
+    x_SxLxD = np.asarray(forward.read_sites(loaded.model, loaded.params, jnp.asarray(padded), [SITE])[SITE])
     return [x_LxD[1 : len(row)] for x_LxD, row in zip(x_SxLxD, rows, strict=True)]
 
 
 def planted(loaded, encode, texts):
     """An SAE of which each latent is the direction from the mean to one activation, and fires half way to it."""
-    found = iter(activations(loaded, [[gemma.BOS, *encode(one)][:64] for some in texts for one in some]))
+    found = iter(activations(loaded, [[masking.BOS, *encode(one)][:64] for some in texts for one in some]))
     of_text, women, men, (navy,) = ([next(found) for _ in some] for some in texts)
     x_NxD = np.concatenate(of_text)
     mean_D = np.median(x_NxD, axis=0)
@@ -57,7 +59,7 @@ def planted(loaded, encode, texts):
 def run(tmp_path_factory):
     """Runs a notebook where `make quickstart` would have been, with Gemma loaded once for all."""
     folder = tmp_path_factory.mktemp("notebooks")
-    texts = list(itertools.islice(data.documents(data.DEFAULT_TEXT), 24))
+    texts = list(itertools.islice(data.documents(config_lib.DEFAULT_TEXT), 24))
     encode = tokenizer.load("gemma3_270m", "", "").encode
     mesh, loaded = opening.load_gemma(
         config_lib.from_dict({"model": "gemma3_270m", "gemma_dtype": "float32"})
@@ -67,7 +69,7 @@ def run(tmp_path_factory):
     made = planted(loaded, encode, [[text[:300] for text in texts], *prompts, ["strength of our navy"]])
     one = stored.Stored("planted", made, common.About(), "gemma3_270m", SITE, SITE)
     export.write(folder / "runs" / "quickstart", "saelens", one)
-    held_out = np.array([[gemma.BOS, *encode(text[2000:])][:64] for text in texts], np.int32)
+    held_out = np.array([[masking.BOS, *encode(text[2000:])][:64] for text in texts], np.int32)
 
     @functools.cache
     def open_scope(path):

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import optim, sae
 
-PLAIN = optim.OptimizerConfig(learning_rate=1e-3, warmup_updates=0, sparsity_warmup_updates=0)
+PLAIN = config_lib.OptimizerConfig(learning_rate=1e-3, warmup_updates=0, sparsity_warmup_updates=0)
 
 
 def test_deepminds_published_parameters_after_three_updates():
@@ -58,7 +59,7 @@ def test_decoder_rows_stay_of_unit_norm_and_their_gradient_is_orthogonal():
 
 
 def test_learning_rate_rises_from_a_tenth_as_a_cosine_and_falls_linearly():
-    config = optim.OptimizerConfig(learning_rate=2.0, warmup_updates=1000, decay_fraction=0.2)
+    config = config_lib.OptimizerConfig(learning_rate=2.0, warmup_updates=1000, decay_fraction=0.2)
     schedule = lambda update: optim.learning_rate(config, 10_000, update, update)  # noqa: E731
     for update, expected in [(0, 0.2), (500, 1.1), (250, 2 * (0.1 + 0.9 * (1 - np.cos(np.pi / 4)) / 2)), (1000, 2.0),
                              (8000, 2.0), (9000, 1.0), (10_000, 0.0)]:  # fmt: skip
@@ -71,14 +72,14 @@ def test_without_a_warmup_each_member_has_its_rate():
 
 
 def test_an_sae_that_joins_later_has_its_own_rise_and_the_runs_fall():
-    config = optim.OptimizerConfig(learning_rate=2.0, warmup_updates=1000, decay_fraction=0.2)
+    config = config_lib.OptimizerConfig(learning_rate=2.0, warmup_updates=1000, decay_fraction=0.2)
     own = np.array([0, 500, 9000])
     rates = optim.learning_rate(config, 10_000, 9000, own)
     np.testing.assert_allclose(rates, [0.1, 0.55, 1.0], rtol=1e-5)
 
 
 def test_gemma_scopes_own_schedules_are_the_default():
-    config = optim.OptimizerConfig()
+    config = config_lib.OptimizerConfig()
     schedule = lambda update: optim.learning_rate(config, 976_562, update, update)  # noqa: E731
     np.testing.assert_allclose(
         [schedule(0), schedule(1000), schedule(976_561)], [7e-6, 7e-5, 7e-5], rtol=1e-5

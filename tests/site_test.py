@@ -11,8 +11,11 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation, gemma, opening, runs, tokenizer
+from gemma_scope_jax import evaluation, opening, runs
 from gemma_scope_jax.explore import build, dashboards, directions, neuronpedia, site
+from gemma_scope_jax.models import masking, tokenizer
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.runtime import sharding
 
 NAME = "layer_1 </script><b>x</b>"
 HOSTILE = "a bread </script><b>x</b> & 'song'\n"
@@ -29,14 +32,14 @@ TEXT_OF = site.token_texts(decode)
 def shown(tiny_gemma):
     one = random_sae()
     rarer = one.replace(threshold=one.threshold * np.geomspace(1, 100, 64, dtype=np.float32))
-    place = gemma.Site("resid_post", 1)
+    place = Site("resid_post", 1)
     subject = evaluation.Subject(rarer, place, None)
     texts = [HOSTILE, "laws of rivers and of stars, songs ", "no bread today, no bread tomorrow "]
-    row = [[gemma.BOS, *tiny.encode(text)] for text in texts]
+    row = [[masking.BOS, *tiny.encode(text)] for text in texts]
     rows = Rows(np.array([(one * 2)[:48] for one in row] * 2, np.int32))
     options = dashboards.Options(top=4, sample=10, before=12, after=12)
     gathered = dashboards.gather(tiny_gemma, {"a": subject}, rows, 6, 3, options=options)["a"]
-    logits = directions.logits(evaluation.one_device(), tiny_gemma, rarer.W_dec)
+    logits = directions.logits(sharding.one_device(), tiny_gemma, rarer.W_dec)
     nearest = directions.nearest(rarer.W_dec)
     passages = dashboards.Passages(dashboards.read_tokens(rows, 6))
     return site.Dashboards(NAME, "tiny", subject, HOSTILE, gathered, logits, *nearest, passages)
@@ -235,7 +238,7 @@ def test_neuronpedias_files_hold_what_was_gathered(shown, tmp_path):
 def opened(tiny_gemma, inputs, monkeypatch):
     """What opening a path gives: two SAEs, one of which predicts what is not added to the stream."""
     config = tiny.run_config(inputs)
-    places = gemma.Site("resid_post", 1), gemma.Site("mlp_in", 2)
+    places = Site("resid_post", 1), Site("mlp_in", 2)
     subjects = {
         name: evaluation.Subject(random_sae(seed), place, None)
         for seed, (name, place) in enumerate(zip(("a/b", "c"), places, strict=True))

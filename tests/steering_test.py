@@ -13,11 +13,13 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, evaluation, explore, explore_cli, gemma, generation, passes
+from gemma_scope_jax import __main__, evaluation, explore, explore_cli
 from gemma_scope_jax.explore import edits, specs, strengths
+from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
-RESID, READ, MLP = gemma.Site("resid_post", 1), gemma.Site("mlp_in", 2), gemma.Site("mlp_out", 2)
+RESID, READ, MLP = Site("resid_post", 1), Site("mlp_in", 2), Site("mlp_out", 2)
 SUBJECTS = {
     "resid": evaluation.Subject(random_sae(0), RESID, None),
     "transcoder": evaluation.Subject(random_sae(4), READ, None, MLP),
@@ -36,13 +38,13 @@ def make_scope(tiny_gemma, mesh):
 
 @pytest.fixture(scope="module")
 def scope(tiny_gemma):
-    return make_scope(tiny_gemma, evaluation.one_device())
+    return make_scope(tiny_gemma, sharding.one_device())
 
 
 @pytest.fixture(scope="module")
 def values(tiny_gemma):
     """Activations of all rows, in float64."""
-    found = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(TOKENS), [RESID, READ, MLP])
+    found = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(TOKENS), [RESID, READ, MLP])
     return {site: np.float64(value) for site, value in found.items()}
 
 
@@ -97,8 +99,10 @@ def log_softmax(tiny_gemma, site, value):
     """[S, L, V] in float64, with a value in a site's place."""
     model, params, tokens = tiny_gemma.model, tiny_gemma.params, jnp.asarray(TOKENS)
     write = {site: lambda _: jnp.asarray(value, jnp.float32)}
-    x = gemma.run_blocks(model, params, gemma.embed(model, params, tokens), tokens, range(4), write=write)[0]
-    logits = np.float64(gemma.logits(model, params, x))
+    x = forward.run_blocks(
+        model, params, forward.embed(model, params, tokens), tokens, range(4), write=write
+    )[0]
+    logits = np.float64(predictions.logits(model, params, x))
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -125,7 +129,7 @@ def test_a_sweep_equals_slow_numpy(scope, values, tiny_gemma, name, kind, tokens
     assert found.tokens == tuple(scope.tokenizer.decode([int(i)]) for i in ids)
 
     next_SxL = np.pad(TOKENS[:, 1:], ((0, 0), (0, 1)))
-    scored_SxL = COUNTED & ~np.isin(next_SxL, (gemma.PAD, gemma.BOS))
+    scored_SxL = COUNTED & ~np.isin(next_SxL, (masking.PAD, masking.BOS))
     scored_SxL[:, -1] = False
     assert found.predictions == scored_SxL.sum() and found.rows == len(TOKENS)
 
@@ -159,7 +163,7 @@ def test_no_strength_is_no_change_and_all_are_one_program(scope, values):
     latent = often("resid", values)
     found = explore.sweep(scope, "resid", latent, (0.0,), rows=4)
     assert found.effect_N == found.damage_N == found.effect_se_N == found.damage_se_N == 0
-    programs = (passes.spliced, passes.likelihoods, strengths._written, passes.clean)
+    programs = (interventions.spliced, interventions.likelihoods, strengths._written, interventions.clean)
     compiled = [program._cache_size() for program in programs]
     other = explore.sweep(scope, "resid", latent, (1.0, -3.0), rows=4, unit=2.5)
     assert [program._cache_size() for program in programs] == compiled
@@ -224,8 +228,8 @@ def test_what_is_steered_equals_generation_by_hand(scope, values, temperature, s
         explore.add("transcoder", 3, 8.0, "reply"),
     ]
     found = explore.steer(scope, prompts, changes, 6, temperature, samples, seed=3)
-    rows = [[gemma.BOS, *tiny.encode(prompt)] for prompt in prompts for _ in range(samples)]
-    stop = (gemma.EOS, 261)
+    rows = [[masking.BOS, *tiny.encode(prompt)] for prompt in prompts for _ in range(samples)]
+    stop = (masking.EOS, 261)
     for replies, write in ((found.clean, None), (found.changed, edits.writes(scope, changes))):
         by_hand = generation.generate(scope.loaded, rows, 6, temperature, 3, write, stop)
         texts = [scope.tokenizer.decode(reply[:-1] if reply[-1] in stop else reply) for reply in by_hand]

@@ -11,7 +11,9 @@ import optax
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, data, gemma, normalizer, planning, ring, runs, sae, step, training, weights
+from gemma_scope_jax import bank, data, normalizer, planning, ring, runs, sae, step, training
+from gemma_scope_jax.models import forward, masking, weights
+from gemma_scope_jax.models.sites import blocks_needed
 from gemma_scope_jax.runtime import sharding
 
 
@@ -91,7 +93,7 @@ def reference(run, rows, gemma_params, state, count):
                 data.order(len(rows), run.config.seed, i * len(batch_rows(run)), len(batch_rows(run)))
             )
             tokens = jnp.asarray(batch.tokens)
-            positions, mask = gemma.packed_positions(tokens), gemma.packed_mask(tokens)
+            positions, mask = masking.packed_positions(tokens), masking.packed_mask(tokens)
             full = jax.tree.map(jnp.asarray, tiny.params())
             _, captured = model.apply(
                 {"params": full}, tokens, positions=positions, attention_mask=mask,
@@ -100,7 +102,7 @@ def reference(run, rows, gemma_params, state, count):
             block = captured["intermediates"][f"layer_{member.site.layer}"]
             acts = np.asarray(block["__call__"][0][1]).reshape(plan.activations, -1)
             acts = (acts - scaling.mean_D) / scaling.scale
-            kept = ~np.isin(batch.tokens.reshape(-1), [gemma.PAD, gemma.EOS, gemma.BOS])
+            kept = ~np.isin(batch.tokens.reshape(-1), [masking.PAD, masking.EOS, masking.BOS])
             slots.acts[site][groups, index] = acts.reshape(*index.shape, -1)
             slots.weight[site][groups, index] = kept.reshape(index.shape)
             harvests += 1
@@ -246,8 +248,8 @@ def test_a_transcoder_sees_its_two_sites_of_one_token_by_the_scales_it_is_given(
         _, metrics = run_steps(run, rows, params, state, 2)
         batch = runs.read_batch(run, rows, 0, 8)
         read, target = run.plan.sites
-        values = gemma.read_sites(run.model, params, batch.tokens_SxL, [read, target])
-        kept = np.asarray(gemma.is_kept(batch.tokens_SxL, 0))
+        values = forward.read_sites(run.model, params, batch.tokens_SxL, [read, target])
+        kept = np.asarray(masking.is_kept(batch.tokens_SxL, 0))
         x, y = (np.asarray(values[site], np.float64)[kept] for site in (read, target))
         n_x, n_y = (first.normalizers[str(site)] for site in (read, target))
         x, y = (x - n_x.mean_D) / n_x.scale, (y - n_y.mean_D) / (n_x if by == "read" else n_y).scale
@@ -287,10 +289,12 @@ def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
     rows_of = lambda m: int(m.banks["main"].activations_E[0])  # noqa: E731
     assert rows_of(metrics[-1]) < int(firing.rows_E[0]) < rows_of(metrics[-1]) + rows_of(metrics[-2])
     threshold = np.exp(p.log_threshold)
-    values = gemma.read_sites(run.model, params, runs.read_batch(run, rows, 0, 40).tokens_SxL, run.plan.sites)
+    values = forward.read_sites(
+        run.model, params, runs.read_batch(run, rows, 0, 40).tokens_SxL, run.plan.sites
+    )
     site = run.plan.sites[0]
     tokens = runs.read_batch(run, rows, 0, 40).tokens_SxL
-    x = np.asarray(values[site])[np.asarray(gemma.is_kept(tokens, 0))]
+    x = np.asarray(values[site])[np.asarray(masking.is_kept(tokens, 0))]
     scaling = first.normalizers[str(site)]
     x = (x - scaling.mean_D) / scaling.scale
     frequency = ((x - p.b_dec) @ p.W_enc + p.b_enc > threshold).mean(0)
@@ -323,7 +327,7 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
         inputs, train__batch=128, train__tokens=8 * 16 * 9, normalizer__outlier_medians=1.4
     )
     tokens = np.array([rows.read(np.array([i])).tokens[0] for i in range(len(rows))])
-    tokens[np.random.default_rng(0).random(tokens.shape) < 0.1] = gemma.EOS
+    tokens[np.random.default_rng(0).random(tokens.shape) < 0.1] = masking.EOS
     with_eos = lambda _, i: data.Batch(tokens[i], np.asarray(i, np.int32), np.zeros(len(i), np.int32))  # noqa: E731
     monkeypatch.setattr(data.Rows, "read", with_eos)
     state, metrics = run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps)
@@ -336,14 +340,14 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
         if weight
     ]
     harvested = rows.read(data.order(len(rows), 0, 0, 8 * 9))
-    special = np.isin(harvested.tokens, [gemma.PAD, gemma.EOS, gemma.BOS])
+    special = np.isin(harvested.tokens, [masking.PAD, masking.EOS, masking.BOS])
     assert 0.1 < special.mean() < 0.25
     expected = sorted((int(harvested.row[s]), int(p)) for s, p in zip(*np.nonzero(~special), strict=True))
     assert sorted(place for place, _ in trained) == expected
 
     site = run.plan.sites[0]
     scaling = state.normalizers[str(site)]
-    values = gemma.read_sites(run.model, params, jnp.asarray(harvested.tokens), [site])[site]
+    values = forward.read_sites(run.model, params, jnp.asarray(harvested.tokens), [site])[site]
     squared = np.square(np.asarray(values) - scaling.mean_D).sum(-1)
     weight = np.minimum(1, scaling.max_squared_norm / squared)
     assert 0.02 < (weight < 1)[~special].mean() < 0.5
@@ -373,8 +377,8 @@ def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
     for row, tokens_L in zip(np.asarray(batch.row_S), tokens, strict=True):
         since_start = 0
         for place, token in enumerate(tokens_L):
-            since_start = 0 if token == gemma.BOS else since_start + 1
-            if token not in (gemma.PAD, gemma.EOS, gemma.BOS) and since_start > 3:
+            since_start = 0 if token == masking.BOS else since_start + 1
+            if token not in (masking.PAD, masking.EOS, masking.BOS) and since_start > 3:
                 expected.add((int(row), place))
     assert trained == expected and len(expected) < 0.9 * tokens.size
 
@@ -392,7 +396,7 @@ def test_gemma_split_over_the_devices_gives_what_whole_copies_give(inputs):
 
 def test_gemma_is_split_where_it_would_fill_more_than_a_quarter_of_a_device(inputs, monkeypatch):
     run = runs.build(tiny.run_config(inputs, mesh__data=2, mesh__latent=4))
-    shapes = weights.parameter_shapes(run.model, gemma.depth(run.plan.sites))
+    shapes = weights.parameter_shapes(run.model, blocks_needed(run.plan.sites))
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
     for memory, is_split in ((4 * whole, False), (4 * whole - 4, True)):
         monkeypatch.setattr(planning, "memory_of", lambda device, memory=memory: memory)
@@ -532,7 +536,7 @@ def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
     run, rows, params, state = build(inputs, **sites)
     batch = runs.read_batch(run, rows, 0, 8)
     tokens = np.asarray(batch.tokens_SxL)
-    kept = np.asarray(gemma.is_kept(tokens, 0))
+    kept = np.asarray(masking.is_kept(tokens, 0))
 
     def harvest(params):
         plan = run.plan
@@ -544,13 +548,13 @@ def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
     position = int(np.flatnonzero(kept[3])[4])
     token = tokens[3, position]
     for value in (np.nan, np.inf, 1e30):  # The square of the last is infinite.
-        found, nonfinite = harvest(spoil(spoil(params, tokens[3], position, value), [gemma.BOS], 0, value))
+        found, nonfinite = harvest(spoil(spoil(params, tokens[3], position, value), [masking.BOS], 0, value))
         is_bad = ((tokens == token) & kept).reshape(-1)
         assert nonfinite["embed"].count == is_bad.sum()
         assert nonfinite["embed"].first == np.flatnonzero(is_bad)[0]
         weight = found.weight["embed"].reshape(-1)
         np.testing.assert_array_equal(weight, np.where(is_bad, 0, clean.weight["embed"].reshape(-1)))
-        zero = is_bad | (tokens == gemma.BOS).reshape(-1)
+        zero = is_bad | (tokens == masking.BOS).reshape(-1)
         expected = np.where(zero[:, None], 0, clean.acts["embed"].reshape(zero.size, -1))
         np.testing.assert_array_equal(found.acts["embed"].reshape(zero.size, -1), expected)
 

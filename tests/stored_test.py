@@ -5,8 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gemma_scope_jax import data, export, gemma, hub, opening, sae, stored
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import data, export, hub, opening, sae, stored
 from gemma_scope_jax.formats import common, gemma_scope, saelens
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.models.sites import SITES, Site, site_from_hook
 
 
 def made(site, target_site=None, d=32, o=32):
@@ -17,16 +20,16 @@ def made(site, target_site=None, d=32, o=32):
 
 
 def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
-    one = made(gemma.Site("resid_post", 2))
+    one = made(Site("resid_post", 2))
     gemma_scope.write(tmp_path / "params.npz", one.sae)
     with pytest.raises(
         ValueError, match="does not say of which model and site it is; give them, for example"
     ):
         list(stored.read(tmp_path / "params.npz"))
     (found,) = stored.read(tmp_path / "params.npz", "tiny", "layer_2_resid_post")
-    assert (found.site, found.target_site) == (gemma.Site("resid_post", 2),) * 2
+    assert (found.site, found.target_site) == (Site("resid_post", 2),) * 2
     (found,) = stored.read(tmp_path, "tiny", "layer_2_mlp_in_gain_free", "layer_2_mlp_out")
-    assert found.target_site == gemma.Site("mlp_out", 2)
+    assert found.target_site == Site("mlp_out", 2)
     for site, message in (
         ("layer_7_resid_post", "layer 7 is out of range"),
         ("layer_2_attn_out", "takes activations of width 32, but layer_2_attn_out of tiny has width 64"),
@@ -37,16 +40,16 @@ def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
 
 
 def test_sites_are_known_by_all_their_names():
-    for kind, names in gemma.SITES.items():
+    for kind, names in SITES.items():
         layer = 0 if kind == "embed" else 5
-        site = gemma.Site(kind, layer)
+        site = Site(kind, layer)
         for name in (str(site), *(name.format(layer) for name in names if name)):
-            assert gemma.site_from_hook(name) == site
-    assert gemma.name_from_hugging_face("gemma-2-9b-it") == "gemma2_9b-it"
+            assert site_from_hook(name) == site
+    assert registry.name_from_hugging_face("gemma-2-9b-it") == "gemma2_9b-it"
 
 
 def test_gemma_scopes_embedding_saes_read_what_the_models_stream_has_times_the_root_of_d(tmp_path):
-    one = made(gemma.Site("embed", 0))
+    one = made(Site("embed", 0))
     export.write(tmp_path / "a", "gemma_scope", export.in_convention("gemma_scope", one, {}))
     theirs, _ = gemma_scope.read(tmp_path / "a" / "params.npz")
     (again,) = stored.read(tmp_path / "a", "tiny", "embed")
@@ -62,7 +65,7 @@ def test_gemma_scopes_embedding_saes_read_what_the_models_stream_has_times_the_r
 
 @pytest.mark.parametrize("file_format", ["saelens", "gemma_scope", "gemma_scope_2", "dictionary_learning"])
 def test_an_sae_is_evaluated_alike_in_whatever_format_it_is(file_format, inputs, tmp_path, monkeypatch):
-    one = made(gemma.Site("resid_post", 1))
+    one = made(Site("resid_post", 1))
     one = dataclasses.replace(one, about=dataclasses.replace(one.about, context_length=16))
     export.write(tmp_path / "a", file_format, one)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -80,7 +83,7 @@ def test_an_sae_is_evaluated_alike_in_whatever_format_it_is(file_format, inputs,
 
 def named(tmp_path, place, text, weights="gs://nowhere/weights", tokenizer="http://nowhere/tokenizer.json"):
     """An SAE in a SAELens folder that says where its text, weights and tokenizer lie."""
-    one = made(gemma.Site("resid_post", 1))
+    one = made(Site("resid_post", 1))
     about = common.About(
         text=str(text), weights=weights, tokenizer=tokenizer, rows="rows_0123456789abcdef", context_length=16,
         held_out_fraction=0.25, data_seed=7,
@@ -106,13 +109,13 @@ def test_what_the_file_of_a_stranger_names_is_shown_and_not_touched(tmp_path, mo
     monkeypatch.setattr(data, "files_of", lambda text: looked_for.append(text) or set())
     monkeypatch.setattr(data, "cached", lambda *_: pytest.fail("its rows are opened"))
     opened = opening.open_path(path)
-    assert places(opened) == (data.DEFAULT_TEXT, "", "")
+    assert places(opened) == (config_lib.DEFAULT_TEXT, "", "")
     (said,) = capsys.readouterr().out.splitlines()
     assert said == (
         "The file names text /**/*.txt, weights gs://nowhere/weights, tokenizer http://nowhere/tokenizer.json. "
         "They are not used unless you give --trust, or each by its own flag."
     )
-    assert opened.config.data.held_out_fraction == data.DataConfig().held_out_fraction
+    assert opened.config.data.held_out_fraction == config_lib.DataConfig().held_out_fraction
     # Of another text all is held out; nothing is compared with the one that was named.
     opened = opening.open_path(
         path, text=str(tmp_path / "mine.txt"), weights="gs://mine", tokenizer="gs://mine/t"
@@ -149,24 +152,24 @@ def test_an_sae_of_a_run_directory_is_evaluated_as_it_was_trained(inputs, tmp_pa
     named(tmp_path, "elsewhere/y", *arguments)
     (run / "sae" / "y").symlink_to(tmp_path / "elsewhere" / "y")
     for location in (run / "downloads" / "x", run / "sae" / "y"):
-        assert places(opening.open_path(location)) == (data.DEFAULT_TEXT, "", ""), location
+        assert places(opening.open_path(location)) == (config_lib.DEFAULT_TEXT, "", ""), location
 
 
 def test_what_comes_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
     run = run_folder(tmp_path / "run")
     named(run / "sae", "x", inputs / "text.jsonl", str(inputs / "weights"), "")
     monkeypatch.setattr(hub, "local", lambda location: tmp_path / location.removeprefix("hf://a/b/"))
-    assert places(opening.open_path("hf://a/b/run/sae/x")) == (data.DEFAULT_TEXT, "", "")
+    assert places(opening.open_path("hf://a/b/run/sae/x")) == (config_lib.DEFAULT_TEXT, "", "")
     with pytest.raises(ValueError, match="run is a run: export writes its SAEs"):
         opening.open_path("hf://a/b/run")
 
 
 def test_converting_takes_no_weights_that_only_the_file_names(tmp_path, monkeypatch, capsys):
-    one = made(gemma.Site("mlp_in", 1), gemma.Site("mlp_out", 1))
+    one = made(Site("mlp_in", 1), Site("mlp_out", 1))
     one = dataclasses.replace(one, about=common.About(weights="gs://nowhere"))
     export.write(tmp_path / "a", "saelens", one)
     asked = []
-    monkeypatch.setattr(gemma, "load", lambda name, weights, *_, **__: asked.append(weights) or 1 / 0)
+    monkeypatch.setattr(registry, "load", lambda name, weights, *_, **__: asked.append(weights) or 1 / 0)
     for weights in ("", "gs://mine"):
         with pytest.raises(ZeroDivisionError):
             export.convert(str(tmp_path / "a"), "gemma_scope", tmp_path / "b", weights=weights)
@@ -175,7 +178,7 @@ def test_converting_takes_no_weights_that_only_the_file_names(tmp_path, monkeypa
 
 
 def test_converting_goes_by_way_of_files(tmp_path, capsys):
-    one = made(gemma.Site("resid_post", 1))
+    one = made(Site("resid_post", 1))
     export.write(tmp_path / "a", "gemma_scope", one)
     site = {"model": "tiny", "site": "layer_1_resid_post"}
     (path,) = export.convert(str(tmp_path / "a"), "saelens", tmp_path / "b", **site)

@@ -13,7 +13,8 @@ import numpy as np
 from gemma import gm
 from gemma.gm.nn import _config, _modules
 
-from gemma_scope_jax import config, gemma, tokenizer, weights
+from gemma_scope_jax import config
+from gemma_scope_jax.models import masking, registry, tokenizer, weights
 
 LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
 
@@ -59,7 +60,7 @@ def load_tokenizer() -> tokenizer.Tokenizer:
 
 def register() -> None:
     """Makes the small model known by the name `tiny`."""
-    gemma.MODELS["tiny"] = gemma.ModelSpec(TinyGemma(), "test/tiny", "gs://none/tiny")
+    registry.MODELS["tiny"] = registry.ModelSpec(TinyGemma(), "test/tiny", "gs://none/tiny")
     original = tokenizer.load
     tokenizer.load = lambda name, *rest: load_tokenizer() if name == "tiny" else original(name, *rest)
 
@@ -87,10 +88,10 @@ def tokens(rows: int, length: int, seed: int = 0, special: float = 0.0) -> np.nd
     """Packed rows: some of two segments, some padded, a share of EOS among them."""
     rng = np.random.default_rng(seed)
     made = rng.integers(3, 259, size=(rows, length)).astype(np.int32)
-    made[rng.random(made.shape) < special] = gemma.EOS
-    made[:, 0] = gemma.BOS
-    made[::2, length // 3] = gemma.BOS
-    made[::3, length - 3 :] = gemma.PAD
+    made[rng.random(made.shape) < special] = masking.EOS
+    made[:, 0] = masking.BOS
+    made[::2, length // 3] = masking.BOS
+    made[::3, length - 3 :] = masking.PAD
     return made
 
 

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from gemma_scope_jax import data, gemma, tokenizer
+from gemma_scope_jax.models import chat, masking, registry, tokenizer
 
 TEXT = "Hello world!\n\nThe  quick brown fox — ünïcode 12345"
 # By Gemma's own tokenizer.
@@ -36,7 +36,7 @@ def test_half_of_a_surrogate_pair_is_the_replacement_character(real):
 
 def test_the_chat_template_is_gemmas(real):
     """As Gemma's documentation prints it: <start_of_turn>user, a newline, the text, <end_of_turn>, …"""
-    before, after = data.chat_template(real)
+    before, after = chat.chat_template(real)
     assert real.decode([2, *before, *real.encode("Hi"), *after]).endswith("user\nHi\nmodel\n")
     assert before == [105, 2364, 107] and after == [106, 107, 105, 4368, 107]
 
@@ -71,7 +71,7 @@ def small_vocabulary(monkeypatch):
         class config:
             num_embed = 120
 
-    monkeypatch.setitem(gemma.MODELS, "gemma2_small", gemma.ModelSpec(Model, "", ""))
+    monkeypatch.setitem(registry.MODELS, "gemma2_small", registry.ModelSpec(Model, "", ""))
 
 
 def test_each_kind_of_file_is_found_beside_the_weights_or_by_name(small_vocabulary, tmp_path):
@@ -109,7 +109,7 @@ def test_a_document_that_names_a_special_token_does_not_contain_one(small_vocabu
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_bytes(120))
     for name in ("tokenizer.json", "tokenizer.model"):
         loaded = tokenizer.load("gemma2_small", str(tmp_path / name), "")
-        assert not {gemma.BOS, gemma.EOS, gemma.PAD} & set(loaded.encode("a <bos> b <eos> <pad>")), name
+        assert not {masking.BOS, masking.EOS, masking.PAD} & set(loaded.encode("a <bos> b <eos> <pad>")), name
         turns = [loaded.token_id(f"<{which}_of_turn>") for which in ("start", "end")]
         assert not set(turns) & set(loaded.encode("a <start_of_turn>user b <end_of_turn>")), name
         assert loaded.token_id("<start_of_turn>") == 4

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gemma_scope_jax import gemma
+from gemma_scope_jax.models import registry
 
 
 @pytest.mark.skipif(not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu")
@@ -27,6 +27,6 @@ def test_a_harvest_of_2b_fits_a_small_chip_and_needs_its_weights_and_little_more
     tokens_bytes = 4 * case["sequences_per_chip"] * (case["length"] + 2)
     assert weights_bytes + tokens_bytes <= case["argument_bytes"] <= 1.01 * weights_bytes
     activations_bytes = (
-        2 * case["sequences_per_chip"] * case["length"] * gemma.build_model("gemma2_2b").config.embed_dim
+        2 * case["sequences_per_chip"] * case["length"] * registry.build_model("gemma2_2b").config.embed_dim
     )
     assert case["argument_bytes"] + activations_bytes <= case["peak_bytes"] < 16e9 / 4

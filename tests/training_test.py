@@ -23,9 +23,10 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import checkpoint, config, export, gemma, planning, runs, sae, step, training
+from gemma_scope_jax import checkpoint, config, export, planning, runs, sae, step, training
 from gemma_scope_jax import log as log_lib
 from gemma_scope_jax.formats import saelens
+from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.runtime import sharding
 
 LONG = dict(train__tokens=128 * 250, log__checkpoint_every=25)
@@ -658,14 +659,14 @@ def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path
     run, state = runs.open_run(tmp_path / "run")
     rows = runs.data.open_rows(runs.run_rows(c, tmp_path / "run"), runs.data.HELD_OUT)
     tokens = jnp.asarray(rows.read(runs.data.order(len(rows), c.seed, 0, 8)).tokens)
-    kept = np.asarray(gemma.is_kept(tokens, 0))
+    kept = np.asarray(masking.is_kept(tokens, 0))
     for b in run.plan.banks:
         p = {
             k: np.asarray(v, np.float64) for k, v in vars(state.banks[b.name].params).items() if v is not None
         }
         for i, member in enumerate(b.members):
             sites = [member.site, member.target_site]
-            values = gemma.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, sites)
+            values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, sites)
             read, target = (state.normalizers[str(site)] for site in sites)
             x, y = (
                 (np.asarray(values[site], np.float64)[kept] - np.float64(of.mean_D)) / float(read.scale)

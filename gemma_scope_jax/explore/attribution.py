@@ -19,10 +19,12 @@ import matplotlib.figure
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, page, sae, step, tables, weights
+from gemma_scope_jax import page, sae, tables
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.models import forward, masking, predictions, weights
+from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.printing import plottable, quoted
 
@@ -203,7 +205,7 @@ def read_metric(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The difference [S] of logits, from the stream behind the last block, and the tokens [S] that it is of."""
     rows_S = jnp.arange(len(final_SxLxD))
-    logits_SxV = gemma.logits(model, params, final_SxLxD[:, metric.last])
+    logits_SxV = predictions.logits(model, params, final_SxLxD[:, metric.last])
     tokens_1xV = jnp.arange(logits_SxV.shape[1])[None]
 
     def likeliest_but(token: jax.Array) -> jax.Array:
@@ -219,8 +221,8 @@ class Pass(NamedTuple):
     metric_S: jax.Array
     answer_S: jax.Array
     against_S: jax.Array
-    values: dict[gemma.Site, jax.Array]  # [S, L, D] of the sites read, before anything was added
-    gradients: dict[gemma.Site, jax.Array]  # [S, L, O], float32, by site that something was added to
+    values: dict[Site, jax.Array]  # [S, L, D] of the sites read, before anything was added
+    gradients: dict[Site, jax.Array]  # [S, L, O], float32, by site that something was added to
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "read"))
@@ -230,25 +232,25 @@ def _gradients(
     params: weights.Params,
     tokens_SxL: jax.Array,
     metric: Metric,
-    added: Mapping[gemma.Site, jax.Array],
-    read: tuple[gemma.Site, ...],
+    added: Mapping[Site, jax.Array],
+    read: tuple[Site, ...],
 ) -> Pass:
     """One pass forwards and one back, for the gradient of each row's metric by what is added [S, L, O] at sites."""
 
-    # Each block is computed again on the way back, as in `passes.importance`: what it needs inside lies on a chip for
+    # Each block is computed again on the way back, as in `interventions.importance`: what it needs inside lies on a chip for
     # one block at a time.
     @functools.partial(jax.checkpoint, static_argnums=0)
-    def block(layer: int, x_SxLxD: jax.Array, added: Mapping[gemma.Site, jax.Array]) -> tuple:
+    def block(layer: int, x_SxLxD: jax.Array, added: Mapping[Site, jax.Array]) -> tuple:
         def add(more_SxLxO: jax.Array, y_SxLxO: jax.Array) -> jax.Array:
             return (y_SxLxO.astype(jnp.float32) + more_SxLxO).astype(y_SxLxO.dtype)
 
         write = {site: functools.partial(add, more) for site, more in added.items()}
         here = [site for site in read if site.layer == layer]
-        gathered, only = step.gather_gemma(mesh, params), range(layer, layer + 1)
-        return gemma.run_blocks(model, gathered, x_SxLxD, tokens_SxL, only, read=here, write=write)
+        gathered, only = forward.gather_gemma(mesh, params), range(layer, layer + 1)
+        return forward.run_blocks(model, gathered, x_SxLxD, tokens_SxL, only, read=here, write=write)
 
-    def total(added: Mapping[gemma.Site, jax.Array]) -> tuple[jax.Array, tuple]:
-        x_SxLxD = gemma.embed(model, step.gather_gemma(mesh, params), tokens_SxL)
+    def total(added: Mapping[Site, jax.Array]) -> tuple[jax.Array, tuple]:
+        x_SxLxD = forward.embed(model, forward.gather_gemma(mesh, params), tokens_SxL)
         x_SxLxD = sharding.constrain(mesh, x_SxLxD, sharding.TOKENS)
         values = {}
         for layer in range(model.config.num_layers):
@@ -296,7 +298,7 @@ _DENSE = 2**24
 
 
 def parts_of(
-    scope: Scope, name: str, values: Mapping[gemma.Site, jax.Array], g_SxLxO: jax.Array, length: int
+    scope: Scope, name: str, values: Mapping[Site, jax.Array], g_SxLxO: jax.Array, length: int
 ) -> Parts:
     """Those of one SAE on the `length` tokens behind BOS of the first row."""
     subject = scope.subjects[name]
@@ -346,7 +348,7 @@ def attribute(
 
 
 def differentiate(
-    scope: Scope, tokens_SxL: jax.Array, metric: Metric, added: Mapping[gemma.Site, jax.Array]
+    scope: Scope, tokens_SxL: jax.Array, metric: Metric, added: Mapping[Site, jax.Array]
 ) -> Pass:
     """One pass forwards and one back, with the sites read that SAEs of those in `added` read and give."""
     read = {site for s in scope.subjects.values() if s.spliced in added for site in (s.site, s.spliced)}
@@ -354,10 +356,10 @@ def differentiate(
     return _gradients(scope.mesh, loaded.model, loaded.params, tokens_SxL, metric, added, tuple(sorted(read)))
 
 
-def zeros(scope: Scope, tokens_SxL: jax.Array, sites: Sequence[gemma.Site]) -> dict[gemma.Site, jax.Array]:
+def zeros(scope: Scope, tokens_SxL: jax.Array, sites: Sequence[Site]) -> dict[Site, jax.Array]:
     """What adds nothing to rows of these tokens, at sites."""
     device = jax.NamedSharding(scope.mesh, sharding.TOKENS)
-    widths = {site: gemma.site_width(scope.loaded.model, site) for site in sites}
+    widths = {site: site_width(scope.loaded.model, site) for site in sites}
     return {
         site: jnp.zeros((*tokens_SxL.shape, width), jnp.float32, device=device)
         for site, width in widths.items()
@@ -380,7 +382,7 @@ def ask(
         raise ValueError(
             f"answer and against are both {quoted(answer)}; give two tokens, or leave one of them out"
         )
-    return [gemma.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)
+    return [masking.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)
 
 
 def metric_behind(ids: Sequence[int], answer: int, against: int) -> Metric:

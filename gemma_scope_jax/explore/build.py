@@ -3,8 +3,9 @@
 import pathlib
 from collections.abc import Sequence
 
-from gemma_scope_jax import data, evaluation, gemma, opening, report, tokenizer, weights
+from gemma_scope_jax import data, evaluation, opening, report
 from gemma_scope_jax.explore import dashboards, directions, neuronpedia, site
+from gemma_scope_jax.models import registry, tokenizer, weights
 from gemma_scope_jax.runtime import distributed, files, printing, ranges
 from gemma_scope_jax.runtime.printing import printable, say
 
@@ -54,7 +55,9 @@ def build(
     about = {
         "model": config.model,
         "dtype": config.gemma_dtype,
-        "weights": printing.shareable(weights.fingerprint(gemma.weights_path(config.model, config.weights))),
+        "weights": printing.shareable(
+            weights.fingerprint(registry.weights_path(config.model, config.weights))
+        ),
         "text": text,
         "rows_of": data.name_of(opened.rows),
         "rows": min(rows, len(held_out)),

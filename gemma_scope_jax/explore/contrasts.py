@@ -19,9 +19,10 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
-from gemma_scope_jax import activations, gemma, generation, sae, tables
+from gemma_scope_jax import sae, tables
 from gemma_scope_jax.explore import rank_tests
 from gemma_scope_jax.explore.scope import Scope, padded
+from gemma_scope_jax.models import activations, generation, masking
 from gemma_scope_jax.runtime import distributed, files, sharding
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 
@@ -281,14 +282,14 @@ def _pooled(
         mean_M = f_LxM.sum(0) / jnp.maximum(kept_L.sum(), 1)  # A row of padding has no token.
         return {"mean": mean_M, "max": f_LxM.max(0), "last": f_LxM[last]}[at], mean_M
 
-    pooled_SxM, mean_SxM = jax.lax.map(of_row, (x_SxLxD, gemma.is_kept(tokens_SxL, 0), last_S))
+    pooled_SxM, mean_SxM = jax.lax.map(of_row, (x_SxLxD, masking.is_kept(tokens_SxL, 0), last_S))
     return sharding.constrain(mesh, (pooled_SxM, mean_SxM), sharding.REPLICATED)
 
 
 def last_token(tokens_SxL: jax.Array) -> jax.Array:
     """The position [S] of each row's last token that is not padding."""
     index_SxL = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1])[None], tokens_SxL.shape)
-    return jnp.where(tokens_SxL != gemma.PAD, index_SxL, 0).max(1)
+    return jnp.where(tokens_SxL != masking.PAD, index_SxL, 0).max(1)
 
 
 def features_of(

@@ -18,18 +18,20 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, metrics, opening, passes, tables, weights
+from gemma_scope_jax import evaluation, metrics, opening, tables
 from gemma_scope_jax.explore import edits, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.models import interventions, masking, predictions, weights
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, ranges, sharding
 from gemma_scope_jax.runtime.printing import plottable
 
 NEAREST = 10  # A random latent is one of so many that are nearest in strength to the one it stands for.
 DAMAGE_SETS = 5  # Of so many random sets the delta loss is measured, too.
 
-Write = Mapping[gemma.Site, jax.tree_util.Partial]
+Write = Mapping[Site, jax.tree_util.Partial]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +238,7 @@ def _at_end(
     params = sharding.constrain(
         mesh, {name: params[name] for name in ("embedder", "final_norm")}, sharding.REPLICATED
     )
-    logits_SxV = gemma.logits(model, params, x_SxD)
+    logits_SxV = predictions.logits(model, params, x_SxD)
     return sharding.constrain(mesh, logits_SxV[:, answer] - logits_SxV[:, against], sharding.REPLICATED)
 
 
@@ -246,7 +248,7 @@ def _behaviour(scope: Scope, tokens_NxL: np.ndarray, tokens: tuple[int, int], wr
     parts = []
     for start in range(0, len(tokens_NxL), size):
         some = tokens_NxL[start : start + size]
-        padded = np.pad(some, ((0, size - len(some)), (0, 0)), constant_values=gemma.PAD)
+        padded = np.pad(some, ((0, size - len(some)), (0, 0)), constant_values=masking.PAD)
         placed = scope_lib.place_prompts(scope, padded)
         final_SxLxD, _ = edits.final_stream(*model, placed, write)
         found_S = _at_end(*model, final_SxLxD, placed, *map(np.int32, tokens))
@@ -302,7 +304,7 @@ def correct(
     text = _held_out(scope, rows) if rows else None
 
     # In text, not where a chat template has what no SAE was trained on; prompts have no template.
-    prefix = scope.config.data.masked_prefix
+    prefix = masking.masked_prefix(scope.config.data)
     clean_loss = None if text is None else _losses(scope, text, _write(scope, chosen, 1, prefix))
     clean_N = _behaviour(scope, tokens_NxL, tokens, _write(scope, chosen, 1))
     outcomes = [Outcome(clean_N[: len(first)], clean_N[len(first) :], 0.0)]
@@ -406,7 +408,7 @@ def _losses(scope: Scope, text: Sequence[evaluation.Rows], write: Write) -> tupl
     sums = []
     for rows in text:
         final_SxLxD, _ = edits.final_stream(*model, rows.tokens_SxL, write)
-        found = distributed.fetch(passes.loss(*model, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
+        found = distributed.fetch(interventions.loss(*model, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
         sums.append([np.float64(found[key]).sum(1)[: rows.count] for key in ("loss_SxL", "scored_SxL")])
     loss_S, scored_S = (np.concatenate(part) for part in zip(*sums, strict=True))
     return loss_S, scored_S

@@ -25,8 +25,10 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import activations, data, evaluation, gemma, passes, sae
+from gemma_scope_jax import data, evaluation, sae
+from gemma_scope_jax.models import activations, masking, registry
 from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.saes import attached
 
 # Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
 BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE = 112, 4, -10
@@ -116,7 +118,7 @@ class Passage:
 
 
 def gather(
-    loaded: gemma.Gemma,
+    loaded: registry.Gemma,
     subjects: Mapping[str, evaluation.Subject],
     rows: data.Rows,
     count: int,
@@ -141,11 +143,11 @@ def gather(
       parts: where the state is kept after every `SAVE_EVERY` batches, and taken from; None: nowhere.
       placed: the same SAEs where they lie on the devices already; None: they are placed.
     """
-    mesh = mesh or evaluation.one_device()
+    mesh = mesh or sharding.one_device()
     count = min(count, len(rows))
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
     if placed is None:
-        placed = {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()}
+        placed = {name: attached.place(mesh, subject.sae) for name, subject in subjects.items()}
     found = parts.read(0) if parts else None
     progress = found.pop("progress") if found else {"rows": 0, "activations": 0}
     done, counted = int(progress["rows"]), int(progress["activations"])
@@ -196,7 +198,7 @@ def _place(mesh: jax.sharding.Mesh, state: Mapping[str, np.ndarray]) -> State:
 
 def _latents(mesh: jax.sharding.Mesh, width: int) -> P:
     """Where what has latents first lies."""
-    return P(*passes.latent_specs(mesh, width)["b_enc"])
+    return P(*attached.latent_specs(mesh, width)["b_enc"])
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "options", "top_k"), donate_argnames="state")
@@ -321,8 +323,8 @@ class Passages:
     def __init__(self, tokens_SxL: np.ndarray) -> None:
         length = tokens_SxL.shape[1]
         place = np.arange(length)[None]
-        starts = np.where(tokens_SxL == gemma.BOS, place + 1, 0)
-        ends = np.where((tokens_SxL == gemma.BOS) | (tokens_SxL == gemma.PAD), place, length)
+        starts = np.where(tokens_SxL == masking.BOS, place + 1, 0)
+        ends = np.where((tokens_SxL == masking.BOS) | (tokens_SxL == masking.PAD), place, length)
         self._tokens_SxL = tokens_SxL
         self._start_SxL = np.maximum.accumulate(starts, axis=1)
         self._end_SxL = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, weights
+from gemma_scope_jax.models import predictions, registry, weights
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, sharding
 
 # So many logits exist at a time.
@@ -24,7 +25,7 @@ class Logits(NamedTuple):
     lowest_MxT: np.ndarray
 
 
-def in_stream(params: weights.Params, site: gemma.Site, W_dec_MxO: np.ndarray) -> np.ndarray | None:
+def in_stream(params: weights.Params, site: Site, W_dec_MxO: np.ndarray) -> np.ndarray | None:
     """Decoder directions [M, D] in the residual stream; None of a site whose values are not added to it.
 
     Those of `attn_out` go through the block's output projection and the gain of the norm behind it. Lengths do not
@@ -46,14 +47,16 @@ def in_stream(params: weights.Params, site: gemma.Site, W_dec_MxO: np.ndarray) -
 def _extremes(
     mesh: jax.sharding.Mesh, model: gm.nn.Transformer, params: weights.Params, x_CxD: jax.Array, top: int
 ) -> tuple[jax.Array, ...]:
-    logits_CxV = gemma.logits(model, sharding.constrain(mesh, params, sharding.REPLICATED), x_CxD)
+    logits_CxV = predictions.logits(model, sharding.constrain(mesh, params, sharding.REPLICATED), x_CxD)
     highest, highest_token = jax.lax.top_k(logits_CxV, top)
     lowest, lowest_token = jax.lax.top_k(-logits_CxV, top)
     found = (highest_token, highest, lowest_token, -lowest)
     return sharding.constrain(mesh, found, sharding.REPLICATED)
 
 
-def logits(mesh: jax.sharding.Mesh, loaded: gemma.Gemma, directions_MxD: np.ndarray, top: int = 10) -> Logits:
+def logits(
+    mesh: jax.sharding.Mesh, loaded: registry.Gemma, directions_MxD: np.ndarray, top: int = 10
+) -> Logits:
     """What each direction does to the next token if it alone is the stream: final norm, unembedding, soft-cap."""
     params = {name: loaded.params[name] for name in ("embedder", "final_norm")}
     table = params["embedder"]["input_embedding"]

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, generation, sae, step, weights
+from gemma_scope_jax import sae
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.models import forward, interventions, masking, weights
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import ranges, sharding
 from gemma_scope_jax.runtime.printing import quoted
 
@@ -127,7 +129,7 @@ def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
     return 1, _END, *spans[tokens]
 
 
-def writes(scope: Scope, edits: Sequence[Edit]) -> dict[gemma.Site, jax.tree_util.Partial]:
+def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Partial]:
     """Edits as `generation.generate` and `final_stream` take them, the same in all rows.
 
     Raises:
@@ -169,9 +171,9 @@ def check_latent(scope: Scope, name: str, latent: int) -> None:
         raise ValueError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
 
 
-def writes_of_saes(scope: Scope, edits: Mapping[str, Edits]) -> dict[gemma.Site, jax.tree_util.Partial]:
+def writes_of_saes(scope: Scope, edits: Mapping[str, Edits]) -> dict[Site, jax.tree_util.Partial]:
     """`writes` of edits by SAE."""
-    of_site: dict[gemma.Site, list[tuple[gemma.Site, Edits]]] = {}
+    of_site: dict[Site, list[tuple[Site, Edits]]] = {}
     for name, of in edits.items():
         subject = scope.subjects[name]
         of_site.setdefault(subject.spliced, []).append((subject.site, of))
@@ -183,15 +185,15 @@ def writes_of_saes(scope: Scope, edits: Mapping[str, Edits]) -> dict[gemma.Site,
     return write
 
 
-def _unchanged(x_SxLxD: jax.Array, where: generation.Where) -> jax.Array:
+def _unchanged(x_SxLxD: jax.Array, where: interventions.Where) -> jax.Array:
     del where
     return x_SxLxD
 
 
 # Cached: what was compiled with a function is found again by the same function.
 @functools.cache
-def _changed(site: gemma.Site, reads: tuple[gemma.Site, ...]) -> Callable[..., jax.Array]:
-    def change(edits: tuple[Edits, ...], y_SxLxO: jax.Array, where: generation.Where) -> jax.Array:
+def _changed(site: Site, reads: tuple[Site, ...]) -> Callable[..., jax.Array]:
+    def change(edits: tuple[Edits, ...], y_SxLxO: jax.Array, where: interventions.Where) -> jax.Array:
         changed_SxLxO = y_SxLxO.astype(jnp.float32)
         for read, of in zip(reads, edits, strict=True):
             x_SxLxD = y_SxLxO if read == site else where.passed[read]
@@ -201,7 +203,7 @@ def _changed(site: gemma.Site, reads: tuple[gemma.Site, ...]) -> Callable[..., j
     return change
 
 
-def _difference(edits: Edits, x_SxLxD: jax.Array, where: generation.Where) -> jax.Array:
+def _difference(edits: Edits, x_SxLxD: jax.Array, where: interventions.Where) -> jax.Array:
     """(f' − f) W_dec, [S, L, O]."""
     highest = jax.lax.Precision.HIGHEST
     pre_SxLxK = jnp.matmul(x_SxLxD, edits.W_enc_DxK, precision=highest) + edits.b_enc_K[None, None]
@@ -213,7 +215,7 @@ def _difference(edits: Edits, x_SxLxD: jax.Array, where: generation.Where) -> ja
     is_meant_SxLxK = jnp.where(
         where.is_prompt_SxL[..., None], edits.in_prompt_K[None, None], edits.in_reply_K[None, None]
     )
-    is_special_SxLx1 = gemma.is_special(where.tokens_SxL)[..., None]
+    is_special_SxLx1 = masking.is_special(where.tokens_SxL)[..., None]
     new_SxLxK = edits.scale_SxK[:, None] * f_SxLxK + edits.add_SxK[:, None]
     change_SxLxK = jnp.where(is_within_SxLxK & is_meant_SxLxK & ~is_special_SxLx1, new_SxLxK - f_SxLxK, 0)
     return jnp.matmul(change_SxLxK, edits.W_dec_KxO, precision=highest)
@@ -225,18 +227,18 @@ def final_stream(
     model: gm.nn.Transformer,
     params: weights.Params,
     tokens_SxL: jax.Array,
-    write: Mapping[gemma.Site, jax.tree_util.Partial],
-    read: tuple[gemma.Site, ...] = (),
-) -> tuple[jax.Array, dict[gemma.Site, jax.Array]]:
+    write: Mapping[Site, jax.tree_util.Partial],
+    read: tuple[Site, ...] = (),
+) -> tuple[jax.Array, dict[Site, jax.Array]]:
     """One pass over packed rows, all of it prompt, with sites written.
 
     Returns:
       The residual stream [S, L, D] behind the last block, and the activations of the sites `read`, as they are before
       they are written.
     """
-    params = step.gather_gemma(mesh, params)
-    x_SxLxD = sharding.constrain(mesh, gemma.embed(model, params, tokens_SxL), sharding.TOKENS)
-    positions_SxL = gemma.packed_positions(tokens_SxL)
-    replace = generation.at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, True))
+    params = forward.gather_gemma(mesh, params)
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
+    positions_SxL = masking.packed_positions(tokens_SxL)
+    replace = interventions.at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, True))
     layers = range(model.config.num_layers)
-    return gemma.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=read, write=replace)
+    return forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=read, write=replace)

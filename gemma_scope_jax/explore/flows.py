@@ -18,10 +18,12 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, page, passes, step, tables, weights
+from gemma_scope_jax import evaluation, page, tables
 from gemma_scope_jax.explore import lens as lens_lib
 from gemma_scope_jax.explore import pictures, site
 from gemma_scope_jax.explore.scope import Scope, is_kept, one_token, place_copies, prompt, reconstruct
+from gemma_scope_jax.models import forward, interventions, masking, weights
+from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.printing import printable
 
@@ -142,7 +144,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     answer_token = None if answer is None else one_token(scope, answer)
     model, params = scope.loaded.model, scope.loaded.params
     placed = place_copies(scope, row, 1)
-    _, values, final_SxLxD = passes.clean(scope.mesh, model, params, placed, scope.sites)
+    _, values, final_SxLxD = interventions.clean(scope.mesh, model, params, placed, scope.sites)
     names = sorted(scope.subjects, key=lambda name: _order(scope.subjects[name]))
     found, streams = {}, {}
     for name in names:
@@ -176,7 +178,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
 
 
 def _order(subject: evaluation.Subject) -> tuple[int, int, int]:
-    kinds = list(gemma.SITES)
+    kinds = list(SITES)
     return kinds.index(subject.spliced.kind), kinds.index(subject.site.kind), subject.spliced.layer
 
 
@@ -198,20 +200,20 @@ def _spliced(
     tokens_SxL: jax.Array,
     number_S: jax.Array,
     replacement_SxLxO: jax.Array,
-    sites: tuple[gemma.Site, ...],
+    sites: tuple[Site, ...],
 ) -> jax.Array:
     """The stream behind the last block, each row with something else at one of `sites`, that of its number."""
-    is_kept_SxL = gemma.is_kept(tokens_SxL, 0)
+    is_kept_SxL = masking.is_kept(tokens_SxL, 0)
 
     def replace(number: int, x_SxLxO: jax.Array) -> jax.Array:
         is_meant_SxL = is_kept_SxL & (number_S == number)[:, None]
         return jnp.where(is_meant_SxL[..., None], replacement_SxLxO, x_SxLxO)
 
-    params = step.gather_gemma(mesh, params)
-    x_SxLxD = sharding.constrain(mesh, gemma.embed(model, params, tokens_SxL), sharding.TOKENS)
+    params = forward.gather_gemma(mesh, params)
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
     write = {site: functools.partial(replace, number) for number, site in enumerate(sites)}
     layers = range(model.config.num_layers)
-    return gemma.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, write=write)[0]
+    return forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, write=write)[0]
 
 
 def _delta_losses(
@@ -240,7 +242,7 @@ def _delta_losses(
 def _delta_losses_of(
     scope: Scope,
     row_L: Sequence[int],
-    sites: tuple[gemma.Site, ...],
+    sites: tuple[Site, ...],
     names: Sequence[str],
     recon: Mapping[str, np.ndarray],
     rows: int,
@@ -258,7 +260,9 @@ def _delta_losses_of(
     )
     of = (scope.mesh, scope.loaded.model, scope.loaded.params)
     final_SxLxD = _spliced(*of, tokens_SxL, number_S, replacement_SxLxO, sites)
-    found = distributed.fetch(passes.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL)))
+    found = distributed.fetch(
+        interventions.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL))
+    )
     loss_SxL = np.where(found["scored_SxL"] > 0, found["loss_SxL"], np.nan)
     return loss_SxL[: len(names)] - loss_SxL[-1:]
 

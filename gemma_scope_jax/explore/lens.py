@@ -15,8 +15,10 @@ import matplotlib.patches
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, tables, weights
+from gemma_scope_jax import tables
 from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.models import predictions as predictions_lib
+from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.printing import plottable
 
@@ -152,7 +154,7 @@ def _predictions(
 
     def at(of_token: tuple[jax.Array, jax.Array]) -> Predictions:
         x_RxD, answer = of_token
-        logits_RxV = gemma.logits(model, params, x_RxD)
+        logits_RxV = predictions_lib.logits(model, params, x_RxD)
         total_R = jax.nn.logsumexp(logits_RxV, axis=-1)
         answer_R = logits_RxV[:, answer]
         return Predictions(
@@ -169,7 +171,7 @@ def _predictions(
 
 
 def predictions(
-    mesh: jax.sharding.Mesh, loaded: gemma.Gemma, streams_RxLxD: np.ndarray, answer_L: np.ndarray
+    mesh: jax.sharding.Mesh, loaded: registry.Gemma, streams_RxLxD: np.ndarray, answer_L: np.ndarray
 ) -> Predictions:
     """What follows each token by streams: final norm, unembedding, soft-cap.
 

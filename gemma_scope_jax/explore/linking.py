@@ -15,10 +15,12 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, gemma, opening, sae, step, tables, weights
+from gemma_scope_jax import evaluation, opening, sae, tables
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
+from gemma_scope_jax.models import forward, weights
+from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
 from gemma_scope_jax.runtime import distributed, ranges, sharding
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 
@@ -196,9 +198,9 @@ def links(
     )
 
 
-def _position(site: gemma.Site) -> tuple[int, int]:
+def _position(site: Site) -> tuple[int, int]:
     """In the order in which Gemma passes sites."""
-    return site.layer, list(gemma.SITES).index(site.kind)
+    return site.layer, list(SITES).index(site.kind)
 
 
 def _later(scope: Scope, name: str, to: str | None) -> list[str]:
@@ -239,32 +241,32 @@ def _passed_on(
     is_kept_SxL: jax.Array,
     reader: tuple[jax.Array, jax.Array, jax.Array],
     direction_O: jax.Array,
-    site: gemma.Site,
-    spliced: gemma.Site,
-    later: tuple[gemma.Site, ...],
-) -> tuple[tuple[jax.Array, jax.Array], dict[gemma.Site, tuple[jax.Array, jax.Array, jax.Array]]]:
+    site: Site,
+    spliced: Site,
+    later: tuple[Site, ...],
+) -> tuple[tuple[jax.Array, jax.Array], dict[Site, tuple[jax.Array, jax.Array, jax.Array]]]:
     """The latent's activations [S, L] and which positions count; and of each later site three arrays [S, L, D].
 
     These are its activations as they are, their derivative as the latent's part of its own site grows with itself,
     and what they are without it.
     """
-    params = step.gather_gemma(mesh, params)
-    x_SxLxD = sharding.constrain(mesh, gemma.embed(model, params, tokens_SxL), sharding.TOKENS)
-    x_SxLxD, _ = gemma.run_blocks(model, params, x_SxLxD, tokens_SxL, range(site.layer))
+    params = forward.gather_gemma(mesh, params)
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
+    x_SxLxD, _ = forward.run_blocks(model, params, x_SxLxD, tokens_SxL, range(site.layer))
     block = range(site.layer, site.layer + 1)
-    _, here = gemma.run_blocks(model, params, x_SxLxD, tokens_SxL, block, read=(site,))
+    _, here = forward.run_blocks(model, params, x_SxLxD, tokens_SxL, block, read=(site,))
     w_D, bias, threshold = reader
     highest = jax.lax.Precision.HIGHEST
     pre_SxL = jnp.matmul(here[site].astype(jnp.float32), w_D, precision=highest) + bias
     f_SxL = jnp.where((pre_SxL > threshold) & is_kept_SxL, jax.nn.relu(pre_SxL), 0)
     part_SxLxO = f_SxL[..., None] * direction_O[None, None]
 
-    def at_later(share: jax.Array) -> dict[gemma.Site, jax.Array]:
+    def at_later(share: jax.Array) -> dict[Site, jax.Array]:
         def change(y_SxLxO: jax.Array) -> jax.Array:
             return (y_SxLxO.astype(jnp.float32) + (share - 1) * part_SxLxO).astype(y_SxLxO.dtype)
 
-        layers = range(site.layer, gemma.depth(later))
-        return gemma.run_blocks(
+        layers = range(site.layer, blocks_needed(later))
+        return forward.run_blocks(
             model, params, x_SxLxD, tokens_SxL, layers, read=later, write={spliced: change}
         )[1]
 
@@ -317,7 +319,7 @@ def virtual_weights(
         return None, None
     written_D, gain_D = np.float64(written[0]), 1.0
     if later.site.kind == "mlp_in":
-        gain_D = np.float64(distributed.fetch(gemma.mlp_in_gain(params, later.site.layer)))
+        gain_D = np.float64(distributed.fetch(forward.mlp_in_gain(params, later.site.layer)))
     weights, lengths = [], []
     for start in range(0, len(later.sae.b_enc), _BLOCK):
         reads_DxC = np.float64(np.asarray(later.sae.W_enc)[:, start : start + _BLOCK])

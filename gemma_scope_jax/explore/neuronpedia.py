@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gemma_scope_jax import export, gemma
+from gemma_scope_jax import export
 from gemma_scope_jax.explore import dashboards
 from gemma_scope_jax.explore.site import Dashboards
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.models.sites import SITES
 from gemma_scope_jax.runtime import files
 
 PER_BATCH = 128  # latents
@@ -27,7 +29,7 @@ def write(folder: pathlib.Path, shown: Dashboards, length: int, text_of: Callabl
       text_of: a token's text.
     """
     about = {
-        "model_id": gemma.spec(shown.model).hugging_face.split("/")[-1],
+        "model_id": registry.spec(shown.model).hugging_face.split("/")[-1],
         "layer": shown.subject.spliced.layer,
         "sae_set": shown.name,
     }
@@ -42,7 +44,7 @@ def write(folder: pathlib.Path, shown: Dashboards, length: int, text_of: Callabl
     }
     _write(folder / "skipped_indexes.json", about | skipped)
     settings = {
-        "hook_name": gemma.SITES[shown.subject.site.kind].transformer_lens.format(shown.subject.site.layer),
+        "hook_name": SITES[shown.subject.site.kind].transformer_lens.format(shown.subject.site.layer),
         "huggingface_dataset_path": export.public_name(shown.text),
         "n_prompts_total": shown.gathered.rows,
         "n_tokens_in_prompt": length,

@@ -10,9 +10,10 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import page, passes, sae, tables
+from gemma_scope_jax import page, sae, tables
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.scope import Scope, place_copies, prompt, reconstruct
+from gemma_scope_jax.models import interventions
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.runtime.printing import printable
 
@@ -114,7 +115,9 @@ def read(scope: Scope, text: str) -> Reading:
     """
     row = prompt(scope, text)
     placed = place_copies(scope, row, 1)
-    _, values, _ = passes.clean(scope.mesh, scope.loaded.model, scope.loaded.params, placed, scope.sites)
+    _, values, _ = interventions.clean(
+        scope.mesh, scope.loaded.model, scope.loaded.params, placed, scope.sites
+    )
     latents, error = {}, {}
     for name, subject in scope.subjects.items():
         x, y = values[subject.site], values[subject.spliced]

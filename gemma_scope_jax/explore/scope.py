@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, evaluation, gemma, opening, passes, sae, tokenizer
+from gemma_scope_jax import data, evaluation, opening, sae
+from gemma_scope_jax.models import masking, registry, tokenizer
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
+from gemma_scope_jax.saes import attached
 
 
 def _no_text() -> data.Rows:
@@ -24,7 +27,7 @@ class Scope:
 
     config: config_lib.Config
     mesh: jax.sharding.Mesh
-    loaded: gemma.Gemma
+    loaded: registry.Gemma
     tokenizer: tokenizer.Tokenizer
     subjects: Mapping[str, evaluation.Subject]
     placed: Mapping[str, sae.SAE]  # the same SAEs on the devices
@@ -41,7 +44,7 @@ class Scope:
             )
 
     @property
-    def sites(self) -> tuple[gemma.Site, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """The sites that SAEs read and give."""
         sites = (site for s in self.subjects.values() for site in (s.site, s.spliced))
         return tuple(dict.fromkeys(sites))
@@ -63,7 +66,7 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
         loaded,
         tokenizer.load(config.model, config.tokenizer, config.weights),
         opened.subjects,
-        {name: passes.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
+        {name: attached.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(files.expanded(path), opened.subjects),
         lambda: data.open_rows(opened.rows, data.HELD_OUT),
     )
@@ -78,7 +81,7 @@ def prompt(scope: Scope, text: str) -> list[int]:
     tokens = scope.tokenizer.encode(text)
     if not tokens:
         raise ValueError("the text is empty; give one of at least one token")
-    return [gemma.BOS, *tokens]
+    return [masking.BOS, *tokens]
 
 
 def one_token(scope: Scope, text: str) -> int:
@@ -133,7 +136,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> np.ndarray:
     L is a multiple of 16, so that prompts of about one length are of one shape.
     """
     length = -(-max(map(len, prompts)) // 16) * 16
-    tokens_NxL = np.full((len(prompts), length), gemma.PAD, np.int32)
+    tokens_NxL = np.full((len(prompts), length), masking.PAD, np.int32)
     for row_L, prompt in zip(tokens_NxL, prompts, strict=True):
         row_L[: len(prompt)] = prompt
     return tokens_NxL
@@ -152,7 +155,7 @@ def alone(subject: evaluation.Subject, latents: Sequence[int]) -> evaluation.Sub
 @functools.partial(jax.jit, static_argnames="mesh")
 def is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
     """Which positions of placed prompts count, [S, L]: all but those of BOS, EOS and PAD."""
-    return sharding.constrain(mesh, gemma.is_kept(tokens_SxL, 0), sharding.TOKENS)
+    return sharding.constrain(mesh, masking.is_kept(tokens_SxL, 0), sharding.TOKENS)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -14,16 +14,17 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from gemma_scope_jax import evaluation, gemma, page
+from gemma_scope_jax import evaluation, page
 from gemma_scope_jax.explore import dashboards
 from gemma_scope_jax.explore.dashboards import Gathered, Passages
 from gemma_scope_jax.explore.directions import Logits
+from gemma_scope_jax.models import masking
 from gemma_scope_jax.runtime import files
 
 PER_FILE = 256  # latents
 PEAKS = 5  # Of a latent's top passages so many tokens at peaks are in the index, the most frequent.
 
-_SPECIAL = {gemma.PAD: "<pad>", gemma.EOS: "<eos>", gemma.BOS: "<bos>"}
+_SPECIAL = {masking.PAD: "<pad>", masking.EOS: "<eos>", masking.BOS: "<bos>"}
 
 
 @dataclasses.dataclass(frozen=True)

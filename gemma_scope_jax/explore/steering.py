@@ -8,10 +8,11 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import generation, page, tables
+from gemma_scope_jax import page, tables
 from gemma_scope_jax.explore import edits, specs
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.models import generation
 from gemma_scope_jax.runtime.printing import lines, printable
 
 NUM_TOKENS = 40  # The most that are written behind a prompt, unless another number is given.

@@ -14,10 +14,12 @@ import matplotlib.figure
 import numpy as np
 import tqdm
 
-from gemma_scope_jax import evaluation, gemma, generation, metrics, opening, page, passes, tables
+from gemma_scope_jax import evaluation, metrics, opening, page, tables
 from gemma_scope_jax.explore import activities, directions, edits
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope, one_token
+from gemma_scope_jax.models import interventions, masking
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, ranges, sharding
 from gemma_scope_jax.runtime.printing import plottable, printable
 
@@ -185,7 +187,7 @@ def _measure(
     bar = {"desc": "Sweeping", "unit": "row", "dynamic_ncols": True, "disable": not distributed.is_first()}
     with tqdm.tqdm(total=rows * (1 + len(changes)), **bar) as progress:
         for batch in batches:
-            streams, values, _ = passes.clean(*gemma_of, batch.tokens_SxL, sites)
+            streams, values, _ = interventions.clean(*gemma_of, batch.tokens_SxL, sites)
             scores = functools.partial(_scores, gemma_of, batch, streams[site.layer], site, chosen_T)
             # From the site on, as the changed ones: an edit that changes nothing is exactly that.
             clean, changed = scores(values[site]), []
@@ -204,26 +206,26 @@ def _scores(
     gemma_of: tuple,
     batch: evaluation.Rows,
     before_SxLxD: jax.Array,
-    site: gemma.Site,
+    site: Site,
     chosen_T: np.ndarray,
     y_SxLxO: jax.Array,
 ) -> dict[str, np.ndarray]:
-    """See `passes.likelihoods`; with y in the site's place, where positions count."""
+    """See `interventions.likelihoods`; with y in the site's place, where positions count."""
     of_batch = (batch.tokens_SxL, batch.is_kept_SxL)
-    final_SxLxD = passes.spliced(*gemma_of, before_SxLxD, *of_batch, site, y_SxLxO)
-    found = distributed.fetch(passes.likelihoods(*gemma_of, final_SxLxD, *of_batch, chosen_T))
+    final_SxLxD = interventions.spliced(*gemma_of, before_SxLxD, *of_batch, site, y_SxLxO)
+    found = distributed.fetch(interventions.likelihoods(*gemma_of, final_SxLxD, *of_batch, chosen_T))
     return {name: np.asarray(value[: batch.count], np.float64) for name, value in found.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "site"))
 def _written(
     mesh: jax.sharding.Mesh,
-    write: Mapping[gemma.Site, jax.tree_util.Partial],
-    values: Mapping[gemma.Site, jax.Array],
+    write: Mapping[Site, jax.tree_util.Partial],
+    values: Mapping[Site, jax.Array],
     tokens_SxL: jax.Array,
-    site: gemma.Site,
+    site: Site,
 ) -> jax.Array:
     """What edits make of a site's activations [S, L, O]."""
     all_SxL = jnp.full(tokens_SxL.shape, True)
-    where = generation.Where(tokens_SxL, gemma.packed_positions(tokens_SxL), all_SxL, values)
+    where = interventions.Where(tokens_SxL, masking.packed_positions(tokens_SxL), all_SxL, values)
     return sharding.constrain(mesh, write[site](values[site], where), sharding.TOKENS)

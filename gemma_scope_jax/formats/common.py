@@ -26,7 +26,7 @@ class About:
     text: str = ""  # that it was trained on
     hook_name_out: str | None = None  # what a transcoder predicts
     l0: float | None = None  # as measured in training
-    # What it takes to evaluate it as it was trained, which only our own files say; see `data.DataConfig` and
+    # What it takes to evaluate it as it was trained, which only our own files say; see `config.DataConfig` and
     # `config.Config`.
     held_out_fraction: float = 0.1
     data_seed: int = 0

@@ -85,3 +85,8 @@ def state_shardings(mesh: Mesh, state: object) -> object:
 def constrain(mesh: Mesh, value: object, spec: P) -> object:
     """Inside a compiled function, a tree of arrays laid out by a spec."""
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of this process' first device alone."""
+    return make_mesh(1, 1, jax.local_devices()[:1])

@@ -16,29 +16,19 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import data, evaluation, gemma, step, weights
+from gemma_scope_jax.models import chat, forward, interventions, masking, predictions, registry, weights
+from gemma_scope_jax.models.sites import Site, check_site
+from gemma_scope_jax.models.tokenizer import Tokenizer
 from gemma_scope_jax.runtime import distributed, ranges, sharding
-from gemma_scope_jax.tokenizer import Tokenizer
-
-
-class Where(NamedTuple):
-    """Of which tokens a site's activations are, each [S, L]."""
-
-    tokens_SxL: jax.Array
-    positions_SxL: jax.Array  # Behind the prompt's BOS, which is at 0; below 0 is padding.
-    is_prompt_SxL: jax.Array
-    # What the sites written before this one became, in this pass.
-    passed: Mapping[gemma.Site, jax.Array]
-
 
 # From a site's activations [S, L, D] to what takes their place: of whole prompts first, then of one token at a time.
-Intervention = Callable[[jax.Array, Where], jax.Array]
+Intervention = Callable[[jax.Array, interventions.Where], jax.Array]
 
 
 class Cache(NamedTuple):
     """What has been run: keys and values in slots that all rows share, and in which of them each row begins."""
 
-    blocks: gemma.Cache
+    blocks: forward.Cache
     start_S: jax.Array
 
 
@@ -61,7 +51,7 @@ def advance(
     cache: Cache,
     tokens_SxL: jax.Array,
     is_prompt: bool,
-    write: Mapping[gemma.Site, Intervention],
+    write: Mapping[Site, Intervention],
     mesh: jax.sharding.Mesh,
 ) -> tuple[Cache, jax.Array]:
     """Runs tokens behind those in the cache.
@@ -75,37 +65,20 @@ def advance(
     # From slots and not from tokens: a BOS or PAD that the model writes is a token like any other.
     positions_SxL = slot_L[None] - cache.start_S[:, None]
     mask_SxLxC = (slot_1x1xC <= slot_L[None, :, None]) & (slot_1x1xC >= cache.start_S[:, None, None])
-    replace = at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, is_prompt))
+    replace = interventions.at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, is_prompt))
 
     # Prompts are run as a harvest is: each chip its own rows, blocks gathered. One token of each row is less to send
     # about than weights are, and those the compiler would gather before its loop, and keep.
     if is_prompt:
-        params = step.gather_gemma(mesh, params)
+        params = forward.gather_gemma(mesh, params)
     spec = sharding.TOKENS if is_prompt else sharding.REPLICATED
-    x_SxLxD = sharding.constrain(mesh, gemma.embed(model, params, tokens_SxL), spec)
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), spec)
     layers = range(model.config.num_layers)
-    x_SxLxD, _, blocks = gemma.walk(
+    x_SxLxD, _, blocks = forward.walk(
         model, params, x_SxLxD, positions_SxL, mask_SxLxC, layers, write=replace, cache=cache.blocks
     )
-    logits_SxV = gemma.logits(model, params, x_SxLxD[:, -1])
+    logits_SxV = predictions.logits(model, params, x_SxLxD[:, -1])
     return Cache(blocks, cache.start_S), sharding.constrain(mesh, logits_SxV, sharding.REPLICATED)
-
-
-def at(
-    write: Mapping[gemma.Site, Intervention],
-    tokens_SxL: jax.Array,
-    positions_SxL: jax.Array,
-    is_prompt_SxL: jax.Array,
-) -> dict[gemma.Site, gemma.Write]:
-    """Interventions on one pass over these tokens, for `gemma.walk`."""
-    passed: dict[gemma.Site, jax.Array] = {}
-    where = Where(tokens_SxL, positions_SxL, is_prompt_SxL, passed)
-
-    def intervene(site: gemma.Site, x_SxLxD: jax.Array) -> jax.Array:
-        passed[site] = write[site](x_SxLxD, where)
-        return passed[site]
-
-    return {site: functools.partial(intervene, site) for site in write}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_tokens", "mesh"))
@@ -114,7 +87,7 @@ def _run_prompts(
     params: weights.Params,
     tokens_SxL: jax.Array,
     start_S: jax.Array,
-    write: Mapping[gemma.Site, Intervention],
+    write: Mapping[Site, Intervention],
     num_tokens: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Cache, jax.Array]:
@@ -151,7 +124,7 @@ def _write_replies(
     replies_SxN: jax.Array,
     logits_SxV: jax.Array,
     is_over_S: jax.Array,
-    write: Mapping[gemma.Site, Intervention],
+    write: Mapping[Site, Intervention],
     keys_S: jax.Array,
     temperature: jax.Array,
     stop_K: jax.Array,
@@ -161,7 +134,7 @@ def _write_replies(
 
     def record(state: _State, logits_SxV: jax.Array) -> _State:
         token_S = _draw(logits_SxV, keys_S, state.number, temperature)
-        token_S = jnp.where(state.is_over_S, gemma.PAD, token_S)
+        token_S = jnp.where(state.is_over_S, masking.PAD, token_S)
         replies_SxN = jax.lax.dynamic_update_slice(state.replies_SxN, token_S[:, None], (0, state.number))
         is_over_S = state.is_over_S | (token_S[:, None] == stop_K[None]).any(axis=1)
         return _State(state.number + 1, state.cache, replies_SxN, is_over_S)
@@ -180,13 +153,13 @@ def _write_replies(
 
 
 def generate(
-    loaded: gemma.Gemma,
+    loaded: registry.Gemma,
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    write: Mapping[gemma.Site, Intervention] | None = None,
-    stop: Sequence[int] = (gemma.EOS,),
+    write: Mapping[Site, Intervention] | None = None,
+    stop: Sequence[int] = (masking.EOS,),
     rows_per_batch: int = 16,
     mesh: jax.sharding.Mesh | None = None,
 ) -> list[list[int]]:
@@ -214,7 +187,7 @@ def generate(
     Raises:
       ValueError: a prompt is none, the model is not whole or has no such site, or a number is out of range.
     """
-    mesh = mesh or evaluation.one_device()
+    mesh = mesh or sharding.one_device()
     write = {
         site: function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
         for site, function in (write or {}).items()
@@ -237,7 +210,7 @@ def generate(
             model,
             params,
             cache,
-            jnp.full((rows, num_tokens), gemma.PAD, jnp.int32),
+            jnp.full((rows, num_tokens), masking.PAD, jnp.int32),
             logits_SxV,
             jnp.arange(rows) >= len(batch),
             write,
@@ -252,9 +225,9 @@ def generate(
 
 def _padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts [S, L] that end together, `rows` of them, and where each begins [S]; those too many are a BOS alone."""
-    filled = [*prompts, *[[gemma.BOS]] * (rows - len(prompts))]
+    filled = [*prompts, *[[masking.BOS]] * (rows - len(prompts))]
     starts = [length - len(prompt) for prompt in filled]
-    padded = [[gemma.PAD] * start + list(prompt) for start, prompt in zip(starts, filled, strict=True)]
+    padded = [[masking.PAD] * start + list(prompt) for start, prompt in zip(starts, filled, strict=True)]
     return np.array(padded, np.int32), np.array(starts, np.int32)
 
 
@@ -264,12 +237,12 @@ def _until(stop: Sequence[int], reply: list[int]) -> list[int]:
 
 
 def _check(
-    loaded: gemma.Gemma,
+    loaded: registry.Gemma,
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     temperature: float,
     seed: int,
-    write: Mapping[gemma.Site, Intervention],
+    write: Mapping[Site, Intervention],
     rows_per_batch: int,
 ) -> None:
     config = loaded.model.config
@@ -282,12 +255,12 @@ def _check(
     ranges.check("temperature", temperature, ranges.POSITIVE_OR_ZERO)
     ranges.check("seed", seed, ranges.SEED)
     for site in write:
-        gemma.check_site(loaded.model, site)
+        check_site(loaded.model, site)
     for number, prompt in enumerate(prompts):
-        if len(prompt) == 0 or prompt[0] != gemma.BOS or gemma.BOS in prompt[1:] or gemma.PAD in prompt:
+        if len(prompt) == 0 or prompt[0] != masking.BOS or masking.BOS in prompt[1:] or masking.PAD in prompt:
             raise ValueError(
-                f"prompt {number} is {list(prompt[:8])}…; a prompt begins with its only BOS ({gemma.BOS}) and has "
-                f"no PAD ({gemma.PAD})"
+                f"prompt {number} is {list(prompt[:8])}…; a prompt begins with its only BOS ({masking.BOS}) and has "
+                f"no PAD ({masking.PAD})"
             )
         if not 0 <= min(prompt) <= max(prompt) < config.num_embed:
             raise ValueError(
@@ -298,19 +271,19 @@ def _check(
 
 def text_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The prompt that a text is, to be gone on with."""
-    return [gemma.BOS, *tokenizer.encode(text)]
+    return [masking.BOS, *tokenizer.encode(text)]
 
 
 def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The prompt of a user's turn, to be answered by an instruction-tuned model."""
-    before, after = data.chat_template(tokenizer)
-    return [gemma.BOS, *before, *tokenizer.encode(text), *after]
+    before, after = chat.chat_template(tokenizer)
+    return [masking.BOS, *before, *tokenizer.encode(text), *after]
 
 
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """What ends a document or a turn: EOS and, if there is one, <end_of_turn>."""
     end_of_turn = tokenizer.token_id("<end_of_turn>")
-    return (gemma.EOS,) if end_of_turn is None else (gemma.EOS, end_of_turn)
+    return (masking.EOS,) if end_of_turn is None else (masking.EOS, end_of_turn)
 
 
 def reply_text(tokenizer: Tokenizer, reply: Sequence[int]) -> str:

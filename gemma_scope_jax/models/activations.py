@@ -9,7 +9,8 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import gemma, sae, step, weights
+from gemma_scope_jax.models import forward, masking, registry, weights
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
 
@@ -19,13 +20,7 @@ class Batch(NamedTuple):
     first: int
     count: int
     tokens_SxL: jax.Array
-    values: dict[gemma.Site, jax.Array]  # [S, L, D]
-
-
-def encoder(mesh: jax.sharding.Mesh, subject: sae.SAE) -> sae.SAE:
-    """What encodes, whole on every device of a mesh; a decoder is not there."""
-    encodes = subject.replace(W_dec=None, b_dec=None, W_skip=None)
-    return jax.device_put(encodes, jax.NamedSharding(mesh, sharding.REPLICATED))
+    values: dict[Site, jax.Array]  # [S, L, D]
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
@@ -34,17 +29,17 @@ def read(
     model: gm.nn.Transformer,
     params: weights.Params,
     tokens_SxL: jax.Array,
-    sites: tuple[gemma.Site, ...],
-) -> dict[gemma.Site, jax.Array]:
+    sites: tuple[Site, ...],
+) -> dict[Site, jax.Array]:
     """The activations [S, L, D] of sites; nothing behind the deepest of them is computed."""
-    found = gemma.read_sites(model, step.gather_gemma(mesh, params), tokens_SxL, sites)
+    found = forward.read_sites(model, forward.gather_gemma(mesh, params), tokens_SxL, sites)
     return sharding.constrain(mesh, found, sharding.TOKENS)
 
 
 def batches(
     mesh: jax.sharding.Mesh,
-    loaded: gemma.Gemma,
-    sites: tuple[gemma.Site, ...],
+    loaded: registry.Gemma,
+    sites: tuple[Site, ...],
     tokens_RxL: np.ndarray,
     per_batch: int,
     what: str,
@@ -64,7 +59,7 @@ def batches(
     with tqdm.tqdm(total=len(tokens_RxL), desc=what, unit="row", dynamic_ncols=True) as bar:
         for first in range(0, len(tokens_RxL), per_batch):
             rows = tokens_RxL[first : first + per_batch]
-            padded = np.pad(rows, ((0, per_batch - len(rows)), (0, 0)), constant_values=gemma.PAD)
+            padded = np.pad(rows, ((0, per_batch - len(rows)), (0, 0)), constant_values=masking.PAD)
             tokens_SxL = jax.device_put(padded, placed)
             values = read(mesh, loaded.model, loaded.params, tokens_SxL, sites)
             yield Batch(first, len(rows), tokens_SxL, values)

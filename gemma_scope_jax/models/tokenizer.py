@@ -10,7 +10,7 @@ from etils import epath
 from gemma import gm
 from sentencepiece import sentencepiece_model_pb2
 
-from gemma_scope_jax import gemma, weights
+from gemma_scope_jax.models import masking, registry, weights
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable, well_formed
 
@@ -43,12 +43,12 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
       name: of the model.
       path: a SentencePiece file, a tokenizer.json or a GGUF file, or a folder with one of them; empty: what lies
         beside the weights, else Google's own, which gemma fetches.
-      weights_path: of the model's weights, as in `gemma.load`.
+      weights_path: of the model's weights, as in `registry.load`.
 
     Raises:
       ValueError: there is none, it is damaged, or it is not that of the model.
     """
-    found = _find(weights.local(path or gemma.weights_path(name, weights_path)), name.split("_")[0])
+    found = _find(weights.local(path or registry.weights_path(name, weights_path)), name.split("_")[0])
     if found is None and path:
         raise ValueError(
             f"no tokenizer at {path}; give a SentencePiece file, a tokenizer.json or a GGUF file"
@@ -58,13 +58,13 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
         loaded = _googles(name)
     else:
         loaded = _read(found)
-    vocabulary = gemma.build_model(name).config.num_embed
+    vocabulary = registry.build_model(name).config.num_embed
     if not vocabulary <= loaded.size <= vocabulary + _SPARE_IDS:
         raise ValueError(
             f"the tokenizer {found} has {loaded.size} tokens, but {name} has {vocabulary}; set config.tokenizer to "
             "the model's own"
         )
-    for piece, number in (("<pad>", gemma.PAD), ("<eos>", gemma.EOS), ("<bos>", gemma.BOS)):
+    for piece, number in (("<pad>", masking.PAD), ("<eos>", masking.EOS), ("<bos>", masking.BOS)):
         if loaded.token_id(piece) != number:
             raise ValueError(
                 f"the tokenizer {found} has {piece} at {loaded.token_id(piece)}, expected {number}: it is not Gemma's"
