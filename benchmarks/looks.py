@@ -10,7 +10,8 @@ import tempfile
 import numpy as np
 
 from benchmarks.commands import RESULTS, measure
-from gemma_scope_jax import data, detection, explore
+from gemma_scope_jax import detection, explore
+from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.models import masking
@@ -33,14 +34,14 @@ PROFESSIONS = (
 class Part:
     """Some rows of others, in their order."""
 
-    whole: data.Rows
+    whole: token_rows.Rows
     first: int
     count: int
 
     def __len__(self) -> int:
         return self.count
 
-    def read(self, indices: np.ndarray) -> data.Batch:
+    def read(self, indices: np.ndarray) -> token_rows.Batch:
         """Those rows."""
         return self.whole.read(self.first + np.asarray(indices))
 
@@ -55,7 +56,7 @@ def latent() -> tuple[list[str], dict]:
     # Rows follow each other in the order of documents: none is in both.
     assert batches[0].first_document.max() + 1 < batches[1].first_document.min()
 
-    def detect(subject: object, rows: data.Batch, latents: int) -> detection.Detection:
+    def detect(subject: object, rows: token_rows.Batch, latents: int) -> detection.Detection:
         config = scope.config
         options = (
             latents,

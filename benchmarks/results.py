@@ -25,7 +25,8 @@ import numpy as np
 
 from benchmarks import looks
 from benchmarks.commands import RESULTS, run
-from gemma_scope_jax import data, export, log, page, runs, sae
+from gemma_scope_jax import export, log, page, runs, sae
+from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.formats import detect
 from gemma_scope_jax.models import forward, masking, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site
@@ -52,7 +53,7 @@ def quickstart() -> tuple[list[str], dict]:
         few = json.loads((workdir / "evaluation.json").read_text())
         run(f"python evaluate.py {workdir} --rows=512 --fast")
         many = json.loads((workdir / "evaluation.json").read_text())
-        rows = data.open_rows(runs.prepare_rows(runs.read_config(workdir)), data.TRAIN)
+        rows = token_rows.open_rows(prepare.rows_of(runs.read_config(workdir)), token_rows.TRAIN)
         ours, perfect = log.shuffle_quality(workdir, rows)
         (RESULTS / "quickstart.png").write_bytes((workdir / "evaluation.png").read_bytes())
     numbers = {
@@ -142,7 +143,7 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     activations, and apart from where a pre-activation lies so near its threshold that float32 decides.
     """
     run, state = runs.open_run(workdir)
-    rows = data.open_rows(runs.run_rows(run.config, workdir), data.HELD_OUT)
+    rows = token_rows.open_rows(runs.run_rows(run.config, workdir), token_rows.HELD_OUT)
     loaded = runs.load_gemma(run)
     tokens = jax.numpy.asarray(rows.read(np.arange(8)).tokens)
     kept = np.asarray(masking.is_kept(tokens, masking.masked_prefix(run.config.data)))

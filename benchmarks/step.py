@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from configs import quickstart
-from gemma_scope_jax import bank, data, ring, runs, step, training
+from gemma_scope_jax import bank, ring, runs, step, training
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.normalizer import Normalizer
 
 B, D, M, L0 = 1024, 640, 4096, 60
@@ -131,7 +132,7 @@ def step_benchmark() -> dict:
     """The harvest's FLOP rate, and the fused step against its parts."""
     run = quickstart_run()
     plan, sequences = run.plan, run.config.train.sequences_per_step
-    rows = data.open_rows(runs.prepare_rows(run.config), data.TRAIN)
+    rows = token_rows.open_rows(prepare.rows_of(run.config), token_rows.TRAIN)
     gemma_params = runs.load_gemma(run).params
     normalizers = training.calibrate(run, rows, gemma_params, run.plan.sites)
     state = runs.init_state(run, normalizers)

@@ -175,11 +175,13 @@ def main() -> None:
 
         detection.detect_path(**options)
     elif args.command == "prepare":
-        from gemma_scope_jax import config, data, runs
+        from gemma_scope_jax import config
+        from gemma_scope_jax.data import prepare as prepare_lib
+        from gemma_scope_jax.data import token_rows
 
         chosen = config.from_dict(cli.read_config(args.config, fields))
         config.check_ranges(chosen)
-        rows = data.open_rows(runs.prepare_rows(chosen, args.workers), data.TRAIN)
+        rows = token_rows.open_rows(prepare_lib.rows_of(chosen, args.workers), token_rows.TRAIN)
         print(f"{len(rows):,} rows to train on in {rows.folder}.")
     elif args.command == "generate":
         from gemma_scope_jax import config, rollouts

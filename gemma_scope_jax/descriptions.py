@@ -33,7 +33,7 @@ def divide(tokens_RxL: np.ndarray, first_document_R: np.ndarray, prefix: int) ->
 
     Args:
       tokens_RxL: packed rows.
-      first_document_R: the number of the document that each begins with; see `data.pack`.
+      first_document_R: the number of the document that each begins with; see `packing.pack`.
       prefix: see `masking.is_kept`.
 
     Raises:

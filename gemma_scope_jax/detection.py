@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import data, descriptions, evaluation, opening, sae, tables
+from gemma_scope_jax import descriptions, evaluation, opening, sae, tables
+from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import activations, masking, registry, tokenizer
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import printable, say
@@ -214,7 +215,7 @@ def detect(
     mesh: jax.sharding.Mesh,
     loaded: registry.Gemma,
     subjects: Mapping[str, evaluation.Subject],
-    rows: data.Batch,
+    rows: token_rows.Batch,
     latents: int,
     seed: int,
     per_batch: int,
@@ -282,8 +283,8 @@ def detect_path(
         ranges.check(f"--{name}", value, ranges.COUNT)
     ranges.check("--seed", seed, ranges.SEED)
     out = opening.results_folder(opened, path, out)
-    held_out = data.open_rows(opened.rows, data.HELD_OUT)
-    order = data.order(len(held_out), evaluation.ORDER_SEED, 0, min(rows, len(held_out)))
+    held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
+    order = token_rows.order(len(held_out), batching.ORDER_SEED, 0, min(rows, len(held_out)))
     decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
     mesh, loaded = opening.load_gemma(config)
     results = detect(

@@ -15,26 +15,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import data, metrics, sae
+from gemma_scope_jax import metrics, sae
+from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.metrics import Evaluation
-from gemma_scope_jax.models import interventions, masking, registry
+from gemma_scope_jax.models import interventions, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, locks, sharding
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import attached
 
-# The rows of a split that are evaluated are the first of this order, whatever the run's seed.
-ORDER_SEED = 0
 CALIBRATION_ROWS = 64  # On so many training rows a site's mean is measured where it is not known.
 MEASURES = 2  # Raised whenever what is kept of a batch changes, so that old parts are not gone on with.
-
-# Which positions [S, L] of rows of tokens count.
-Counts = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,64 +48,12 @@ class Subject:
         return self.target_site or self.site
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of tokens on the devices; the last of them may be padding."""
-
-    tokens_SxL: jax.Array
-    is_kept_SxL: jax.Array
-    count: int  # that are no padding
-    position_SxL: np.ndarray  # of the `count`, behind a document's BOS
-
-
-def every_position(tokens_SxL: np.ndarray) -> np.ndarray:
-    """All positions but BOS, EOS and PAD."""
-    return masking.is_kept(tokens_SxL, 0)
-
-
-def batches(
-    mesh: jax.sharding.Mesh,
-    rows: data.Rows,
-    count: int,
-    per_batch: int,
-    counts: Counts = every_position,
-    start: int = 0,
-) -> Iterator[Rows]:
-    """Rows in the order of `ORDER_SEED`, so many at a time, padded to as many as the devices divide.
-
-    Args:
-      mesh: that they are put on.
-      rows: to read from.
-      count: the place in that order behind the last of them.
-      per_batch: how many at a time.
-      counts: which positions count.
-      start: the place of the first of them.
-    """
-    chosen = data.order(len(rows), ORDER_SEED, 0, count)
-    per_batch = padded_rows(mesh, count, per_batch)
-    placed = jax.NamedSharding(mesh, sharding.TOKENS)
-
-    def put(values: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(values.shape, placed, lambda index: values[index])
-
-    for first in range(start, count, per_batch):
-        tokens = np.asarray(rows.read(chosen[first : first + per_batch]).tokens)
-        padded = np.pad(tokens, ((0, per_batch - len(tokens)), (0, 0)), constant_values=masking.PAD)
-        position = np.asarray(masking.packed_positions(jnp.asarray(tokens)))
-        yield Rows(put(padded), put(np.asarray(counts(padded))), len(tokens), position)
-
-
-def padded_rows(mesh: jax.sharding.Mesh, count: int, per_batch: int) -> int:
-    """Rows in a batch: as many as asked for, no more than there are, and a multiple of the devices."""
-    return -(-min(per_batch, count) // mesh.size) * mesh.size
-
-
 def site_means(
     loaded: registry.Gemma,
     sites: tuple[Site, ...],
-    rows: data.Rows,
+    rows: token_rows.Rows,
     per_batch: int,
-    counts: Counts = every_position,
+    counts: batching.Counts = batching.every_position,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[Site, np.ndarray]:
     """The means of sites over the positions of the first training rows that count, all in the same passes.
@@ -128,7 +71,7 @@ def site_means(
         return sharding.constrain(mesh, (means, is_kept_SxL.sum()), P())
 
     count = min(CALIBRATION_ROWS, len(rows))
-    for batch in batches(mesh, rows, count, per_batch, counts) if sites else ():
+    for batch in batching.batches(mesh, rows, count, per_batch, counts) if sites else ():
         _, values, _ = interventions.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
         found, kept = distributed.fetch(sums(values, batch.is_kept_SxL))
         totals = {site: totals[site] + np.asarray(found[site], np.float64) for site in sites}
@@ -146,16 +89,16 @@ def site_means(
 def activations(
     loaded: registry.Gemma,
     sites: tuple[Site, ...],
-    rows: data.Rows,
+    rows: token_rows.Rows,
     count: int,
     per_batch: int,
-    counts: Counts = every_position,
+    counts: batching.Counts = batching.every_position,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[Site, np.ndarray]:
     """The activations [B, D] of sites at the positions of the first `count` rows that count, in float32."""
     mesh = mesh or sharding.one_device()
     found: dict[Site, list[np.ndarray]] = {site: [] for site in sites}
-    for batch in batches(mesh, rows, min(count, len(rows)), per_batch, counts):
+    for batch in batching.batches(mesh, rows, min(count, len(rows)), per_batch, counts):
         _, values, _ = interventions.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
         values, is_kept_SxL = distributed.fetch((values, batch.is_kept_SxL))
         for site in sites:
@@ -264,11 +207,11 @@ class Cost:
 def evaluate(
     loaded: registry.Gemma,
     subjects: Mapping[str, Subject],
-    training_rows: data.Rows,
-    held_out_rows: data.Rows,
+    training_rows: token_rows.Rows,
+    held_out_rows: token_rows.Rows,
     count: int,
     per_batch: int,
-    counts: Counts = every_position,
+    counts: batching.Counts = batching.every_position,
     is_fast: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     parts: Parts | None = None,
@@ -310,14 +253,14 @@ def evaluate(
     totals = {name: metrics.Totals() for name in (*map(_reference, spliced), *subjects)}
     seconds: list[dict[str, float]] = []
 
-    per_batch = padded_rows(mesh, count, per_batch)
+    per_batch = batching.padded_rows(mesh, count, per_batch)
     passes_of_batch = 1 + (2 if is_fast else 3) * len(spliced) + len(subjects)
     total = -(-count // per_batch) * passes_of_batch
     speaks = distributed.is_first()
     with tqdm.tqdm(
         total=total, desc="Evaluating", unit="pass", dynamic_ncols=True, disable=not speaks
     ) as bar:
-        for index, rows in enumerate(batches(mesh, held_out_rows, count, per_batch, counts)):
+        for index, rows in enumerate(batching.batches(mesh, held_out_rows, count, per_batch, counts)):
             found = parts.read(index) if parts else None
             if found is None:
                 found, took = _measure(mesh, loaded, subjects, placed, means, rows, is_fast, bar.update)
@@ -342,7 +285,7 @@ _NONE_COUNTS = "prompts and templates may fill them; give longer rows or other t
 _NOT_FINITE = "look at Gemma's weights, and give --dtype=float32"
 
 
-def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: data.Rows, start: int) -> None:
+def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: token_rows.Rows, start: int) -> None:
     """Raises FloatingPointError, with the row and the position, if what was measured of a batch is not finite."""
     for name, sums in found.items():
         for quantity in ("clean_SxL", "error_SxL", "loss_SxL"):
@@ -350,7 +293,7 @@ def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: data.Rows
             if not places.size:
                 continue
             number, position = places[0]
-            (row,) = data.order(len(rows), ORDER_SEED, start + int(number), 1)
+            (row,) = token_rows.order(len(rows), batching.ORDER_SEED, start + int(number), 1)
             of, mend = (
                 f"what {name} makes of an activation",
                 f"look at its weights. If they are good, {_NOT_FINITE}",
@@ -371,7 +314,7 @@ def _measure(
     subjects: Mapping[str, Subject],
     placed: Mapping[str, sae.SAE],
     means: Mapping[Site, np.ndarray],
-    rows: Rows,
+    rows: batching.PlacedRows,
     is_fast: bool,
     done: Callable[[], object],
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:

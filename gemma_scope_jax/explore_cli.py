@@ -286,7 +286,7 @@ def run_attribute(
     Args:
       path: see `open_scope`.
       prompt: one.
-      prompts: instead of it, a file of them; see `data.read_prompts`.
+      prompts: instead of it, a file of them; see `sources.read_prompts`.
       answer: see `attribute`, also for the next two.
       against: see above.
       token: see above.
@@ -302,7 +302,8 @@ def run_attribute(
     Raises:
       ValueError: options that do not go together; see also `attribute`, `integrate` and `ablations`.
     """
-    from gemma_scope_jax import data, explore
+    from gemma_scope_jax import explore
+    from gemma_scope_jax.data import sources
     from gemma_scope_jax.explore import pictures
     from gemma_scope_jax.explore.scope import only
 
@@ -310,7 +311,7 @@ def run_attribute(
         raise ValueError("give a prompt, or --prompts=FILE, and not both")
     if prompts and (not ablate or is_integrated or html):
         raise ValueError("--prompts goes with --ablate=N and without --integrated and --html")
-    texts = data.read_prompts(prompts) if prompts else None
+    texts = sources.read_prompts(prompts) if prompts else None
     scope = explore.open_scope(path, **overrides)
     if sae is not None:
         scope = only(scope, sae)

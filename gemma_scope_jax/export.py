@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, data, log, runs, sae, step, stored
+from gemma_scope_jax import bank, log, runs, sae, step, stored
+from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.formats import (
     circuit_tracer,
     common,
@@ -342,7 +343,7 @@ def export_state(
       ValueError: see `export_run`.
     """
     members = {member.name: member for member in run.plan.members}
-    rows = data.name_of(runs.run_rows(run.config, workdir))
+    rows = token_rows.name_of(runs.run_rows(run.config, workdir))
     l0 = measured_l0(run, state, workdir)
     wanted = [
         (file_format, name, m.site, m.target_site, m.skip)

@@ -14,7 +14,8 @@ import numpy as np
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from gemma_scope_jax import bank, data, ring, step, verdicts
+from gemma_scope_jax import bank, ring, step, verdicts
+from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.runtime import files
 
 # By then a threshold that can move has moved.
@@ -356,13 +357,13 @@ def same_document_share(source_Bx3: np.ndarray, weight_B: np.ndarray) -> float:
     return float((counts * (counts - 1)).sum() / max(total * (total - 1), 1))
 
 
-def shuffle_quality(workdir: pathlib.Path, rows: data.Rows, sample: int = 4096) -> tuple[float, float]:
+def shuffle_quality(workdir: pathlib.Path, rows: token_rows.Rows, sample: int = 4096) -> tuple[float, float]:
     """The share of same-document pairs in a batch, in the run's log and (estimated) under a perfect shuffle."""
     logged = [
         e["same_document_pairs"] for e in read_metrics(workdir) if e.get("same_document_pairs") is not None
     ]
     count = min(sample, len(rows))
-    first_documents = rows.read(data.order(len(rows), 0, 0, count)).first_document
+    first_documents = rows.read(token_rows.order(len(rows), 0, 0, count)).first_document
     _, counts = np.unique(first_documents, return_counts=True)
     pairs_of_rows = (counts * (counts - 1)).sum() / max(count * (count - 1), 1)
     return float(np.mean(logged)), float(pairs_of_rows + 1 / len(rows))

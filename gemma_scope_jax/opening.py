@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, data, evaluation, export, hub, runs, stored
+from gemma_scope_jax import bank, evaluation, export, hub, runs, stored
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.data import batching, prepare, sources, token_rows
 from gemma_scope_jax.formats import common
 from gemma_scope_jax.models import chat, masking, registry, tokenizer
 from gemma_scope_jax.runtime import files, sharding
@@ -38,7 +39,7 @@ class Opened:
     @property
     def is_other_text(self) -> bool:
         """Whether what they are evaluated on is known to be another text than what they were trained on."""
-        return self.is_text_known and not data.is_same_text(self.config.data.text, self.own.data.text)
+        return self.is_text_known and not sources.is_same_text(self.config.data.text, self.own.data.text)
 
     @functools.cached_property
     def rows(self) -> pathlib.Path:
@@ -93,7 +94,7 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
     is_other = bool(given.keys() & set(packed))
 
     def rows() -> pathlib.Path:
-        return runs.prepare_rows_once(config) if is_other else runs.run_rows(run.config, path)
+        return prepare.rows_of_once(config) if is_other else runs.run_rows(run.config, path)
 
     return Opened(config, subjects, rows, members, int(state.step), run.config)
 
@@ -107,14 +108,14 @@ def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Con
     config = dataclasses.replace(config, **changes)
     if "turns" in given:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=True))
-    if not data.is_same_text(given.get("text", config.data.text), config.data.text):
+    if not sources.is_same_text(given.get("text", config.data.text), config.data.text):
         config = dataclasses.replace(config, data=_other_text(config.data, given["text"]))
     return config
 
 
 def _other_text(trained: config_lib.DataConfig, text: str) -> config_lib.DataConfig:
     """Of a text that was not trained on all is held out."""
-    if shared := data.files_of(trained.text) & data.files_of(text):
+    if shared := sources.files_of(trained.text) & sources.files_of(text):
         say(
             f"Of the files of {text} {len(shared)} are of the text that was trained on, {min(shared)} among them: "
             "what is measured on them is not held out."
@@ -124,14 +125,14 @@ def _other_text(trained: config_lib.DataConfig, text: str) -> config_lib.DataCon
 
 def on_text(opened: Opened, text: str) -> Opened:
     """The same with the rows of another text, or of the one that was trained on."""
-    if data.is_same_text(text, opened.config.data.text):
+    if sources.is_same_text(text, opened.config.data.text):
         return opened
     is_chat = opened.config.data.chat_template
     trained = dataclasses.replace(opened.own.data, chat_template=is_chat)
-    changed = trained if data.is_same_text(text, trained.text) else _other_text(trained, text)
+    changed = trained if sources.is_same_text(text, trained.text) else _other_text(trained, text)
     config = dataclasses.replace(opened.config, data=changed)
     return dataclasses.replace(
-        opened, config=config, prepare_rows=functools.partial(runs.prepare_rows_once, config)
+        opened, config=config, prepare_rows=functools.partial(prepare.rows_of_once, config)
     )
 
 
@@ -188,8 +189,8 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
     is_as_trained = config.data == trained.data and "tokenizer" not in given
 
     def rows() -> pathlib.Path:
-        made = data.cached(config.data, about.rows) if about.rows and is_as_trained else None
-        return made or runs.prepare_rows_once(config)
+        made = token_rows.cached(config.data, about.rows) if about.rows and is_as_trained else None
+        return made or prepare.rows_of_once(config)
 
     if not about.rows:  # A stranger's file leaves weights open; those given are no others.
         trained = dataclasses.replace(trained, weights=config.weights, tokenizer=config.tokenizer)
@@ -201,7 +202,9 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
     return Opened(config, subjects, rows, {}, own=trained, is_text_known=bool(about.text))
 
 
-def options_of(opened: Opened, split: str = data.HELD_OUT, turns: str | None = None, kind: str = "") -> str:
+def options_of(
+    opened: Opened, split: str = token_rows.HELD_OUT, turns: str | None = None, kind: str = ""
+) -> str:
     """What results are of that is not the SAEs' own, but for the text, as a folder's name: `bfloat16_train`."""
 
     def other(name: str) -> str:
@@ -214,7 +217,7 @@ def options_of(opened: Opened, split: str = data.HELD_OUT, turns: str | None = N
         text_label(other("tokenizer")),
         other("gemma_dtype"),
         f"turns_{turns}" if turns else "",
-        "" if split == data.HELD_OUT else split,
+        "" if split == token_rows.HELD_OUT else split,
         kind,
     ]
     return "_".join(filter(None, parts))
@@ -236,7 +239,7 @@ def results_folder(
       text: what to call the text if it is another; None: by its file.
       options: see `options_of`.
     """
-    is_other = not data.is_same_text(opened.config.data.text, opened.own.data.text)
+    is_other = not sources.is_same_text(opened.config.data.text, opened.own.data.text)
     name = text or text_label(opened.config.data.text)
     label = pathlib.Path(options or options_of(opened), name if is_other else "")
     return hub.results_folder(location, out, None if label == pathlib.Path() else label)
@@ -266,7 +269,7 @@ def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, registry.G
     return mesh, registry.load(config.model, config.weights, dtype, layers, placement)
 
 
-def counts_of(config: config_lib.Config, turns: str | None = None) -> evaluation.Counts:
+def counts_of(config: config_lib.Config, turns: str | None = None) -> batching.Counts:
     """Which positions count: all, or those of one side's turns."""
     prefix = masking.masked_prefix(config.data)
 

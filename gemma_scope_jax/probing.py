@@ -16,7 +16,8 @@ import numpy as np
 from scipy import sparse
 from sklearn import linear_model, model_selection
 
-from gemma_scope_jax import evaluation, opening, sae, tables, texts
+from gemma_scope_jax import evaluation, opening, sae, tables
+from gemma_scope_jax.data import sources
 from gemma_scope_jax.models import activations, masking, registry, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
@@ -77,7 +78,7 @@ def read_labelled(path: pathlib.Path) -> Labelled:
     if not path.is_file():
         raise ValueError(f"--labelled={path}: there is no such file")
     found, labels, groups = [], [], []
-    for number, one in texts.read_objects(path):
+    for number, one in sources.read_objects(path):
         where = f"{path}:{number}"
         if not {"text", "label"} <= one.keys():
             raise ValueError(f'{where} is not a JSON object with a "text" and a "label"')

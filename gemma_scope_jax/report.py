@@ -15,7 +15,6 @@ import numpy as np
 from gemma_scope_jax import (
     bank,
     baselines,
-    data,
     evaluation,
     hub,
     metrics,
@@ -27,6 +26,7 @@ from gemma_scope_jax import (
     tables,
     verdicts,
 )
+from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.runtime import distributed, files, ranges
 from gemma_scope_jax.runtime.printing import printable, say, shareable
@@ -63,7 +63,7 @@ def evaluate_path(
     rows_per_batch: int | None = None,
     out: pathlib.Path | None = None,
     is_fast: bool = False,
-    split: str = data.HELD_OUT,
+    split: str = token_rows.HELD_OUT,
     text: Sequence[str] | str | None = None,
     has_baselines: bool = False,
     **overrides: str | None,
@@ -95,7 +95,7 @@ def evaluate_path(
         label: opening.on_text(opened, source) for label, source in (texts or {"": config.data.text}).items()
     }
     for one in by_label.values():
-        data.open_rows(one.rows, split)
+        token_rows.open_rows(one.rows, split)
     rows = config.evaluation.rows if rows is None else rows
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
@@ -193,10 +193,10 @@ def _with_baselines(
     opened: opening.Opened, loaded: registry.Gemma, per_batch: int, mesh: jax.sharding.Mesh
 ) -> dict[str, evaluation.Subject]:
     """Each SAE followed by its baselines."""
-    split = data.TRAIN if opened.config.data.held_out_fraction < 1 else data.HELD_OUT
+    split = token_rows.TRAIN if opened.config.data.held_out_fraction < 1 else token_rows.HELD_OUT
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
     count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
-    rows = data.open_rows(opened.rows, split)
+    rows = token_rows.open_rows(opened.rows, split)
     found = evaluation.activations(
         loaded, tuple(sorted(sites, key=str)), rows, count, per_batch, opening.counts_of(opened.config), mesh
     )
@@ -219,7 +219,7 @@ def _about(opened: opening.Opened, options: Mapping[str, object]) -> dict[str, o
         "text": shareable(config.data.text),
         "text_trained_on": None if trained_on is None else shareable(trained_on),
         "is_other_text": opened.is_other_text,
-        "rows_of": data.name_of(opened.rows),
+        "rows_of": token_rows.name_of(opened.rows),
         "split": options["split"],
         "turns": options.get("turns"),
         "context_length": config.data.context_length,
@@ -235,7 +235,7 @@ def _identity_of_all(
     return _about(opened, options) | {
         "weights": weights.fingerprint(registry.weights_path(config.model, config.weights)),
         "rows": options["rows"],
-        "rows_in_a_batch": evaluation.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
+        "rows_in_a_batch": batching.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
         "is_fast": bool(options["fast"]),
         "measures": evaluation.MEASURES,
         "saes": {name: identity(subject) for name, subject in opened.subjects.items()},
@@ -256,8 +256,10 @@ def _evaluate(
     """Evaluates on one text, and writes and prints what is found, with verdicts on those that are `judged`."""
     config, split = opened.config, options["split"]
     about = _about(opened, options)
-    held_out = data.open_rows(opened.rows, split)
-    training = data.open_rows(opened.rows, data.TRAIN) if config.data.held_out_fraction < 1 else held_out
+    held_out = token_rows.open_rows(opened.rows, split)
+    training = (
+        token_rows.open_rows(opened.rows, token_rows.TRAIN) if config.data.held_out_fraction < 1 else held_out
+    )
     results, cost = evaluation.evaluate(
         loaded,
         opened.subjects,
@@ -306,7 +308,7 @@ def _evaluate(
         remarks,
     )
     written.append("evaluation.html")
-    rows_of = {data.HELD_OUT: "held-out", data.TRAIN: "training"}[split]
+    rows_of = {token_rows.HELD_OUT: "held-out", token_rows.TRAIN: "training"}[split]
     if opened.is_other_text:
         rows_of = "all of it"
     elif not opened.is_text_known:

@@ -4,7 +4,8 @@ import json
 import pathlib
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, opening
+from gemma_scope_jax import opening
+from gemma_scope_jax.data import sources
 from gemma_scope_jax.models import generation, tokenizer
 from gemma_scope_jax.runtime import files, locks
 from gemma_scope_jax.runtime.printing import say
@@ -24,7 +25,7 @@ def write_rollouts(
 
     Args:
       config: the model, its weights, tokenizer and dtype.
-      prompts: a file of texts; see `data.read_prompts`.
+      prompts: a file of texts; see `sources.read_prompts`.
       out: the file to write, JSON Lines.
       num_tokens: the most that are written for one prompt.
       temperature: see `generation.generate`.
@@ -36,7 +37,7 @@ def write_rollouts(
       ValueError: there are no prompts, or `out` is there already.
     """
     files.check_output(out, is_folder=False)
-    texts = data.read_prompts(prompts)
+    texts = sources.read_prompts(prompts)
     busy = f"another process is writing {out}; wait for it or stop it, or give another --out"
     with locks.locked(out.with_name(f".{out.name}.lock"), busy):
         if out.exists():  # Before an hour's work, not after it.

@@ -1,7 +1,6 @@
 """What a run is built from: on a mesh, from a config, or from its directory."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
@@ -11,12 +10,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from gemma import gm
 
-from gemma_scope_jax import bank, checkpoint, chips, data, metrics, planning, plans, prepare, step
+from gemma_scope_jax import bank, checkpoint, chips, metrics, planning, plans, step
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
-from gemma_scope_jax.models import registry, tokenizer, weights
+from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
-from gemma_scope_jax.runtime import distributed, files, printing, sharding
+from gemma_scope_jax.runtime import files, printing, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +53,6 @@ def build(
     return Run(config, mesh, model, plan)
 
 
-def prepare_rows(config: config_lib.Config, workers: int | None = None) -> pathlib.Path:
-    """The folder of a config's packed rows, made if needed by so many processes; see `prepare`."""
-    load_tokenizer = functools.partial(tokenizer.load, config.model, config.tokenizer, config.weights)
-    name = f"{config.model}:{weights.fingerprint(config.tokenizer or config.weights)}"
-    return prepare.prepare_rows(config.data, load_tokenizer, name, workers)
-
-
-def prepare_rows_once(config: config_lib.Config) -> pathlib.Path:
-    """`prepare_rows` by the first of all processes; the others then find it done, if they see the same disk."""
-    if distributed.is_first():
-        prepare_rows(config)
-    distributed.wait_for_all("rows are prepared")
-    return prepare_rows(config)
-
-
 def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
     """The folder of the rows that the run in `workdir` was started with, or those of a new run.
 
@@ -79,12 +64,12 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
     if record.exists():
         with files.reading(record):
             name = record.read_text(encoding="utf-8").strip()
-            if not data.is_name(name):
+            if not token_rows.is_name(name):
                 raise ValueError("it names no rows; remove it, and those of data.text as it is now are taken")
-    if name is not None and (folder := data.cached(config.data, name)) is not None:
+    if name is not None and (folder := token_rows.cached(config.data, name)) is not None:
         return folder
-    folder = prepare_rows_once(config)
-    if name not in (None, data.name_of(folder)):
+    folder = prepare.rows_of_once(config)
+    if name not in (None, token_rows.name_of(folder)):
         raise ValueError(
             f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
             f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
@@ -116,7 +101,7 @@ def own_evaluation(
     found = metrics.read_numbers(path)
     own = {
         "step": step, "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text,
-        "split": data.HELD_OUT, "turns": None, "context_length": config.data.context_length,
+        "split": token_rows.HELD_OUT, "turns": None, "context_length": config.data.context_length,
         "weights": config.weights, "tokenizer": config.tokenizer,
     }  # fmt: skip
 
@@ -160,9 +145,9 @@ def load_gemma(run: Run) -> registry.Gemma:
     return registry.load(config.model, config.weights, dtype, depth, gemma_placement(run))
 
 
-def read_batch(run: Run, rows: data.Rows, start: int, count: int) -> step.Batch:
+def read_batch(run: Run, rows: token_rows.Rows, start: int, count: int) -> step.Batch:
     """Rows start … start + count of the training order, on the mesh; a host reads those of its own devices."""
-    order = data.order(len(rows), run.config.seed, start, count)
+    order = token_rows.order(len(rows), run.config.seed, start, count)
     placed = jax.NamedSharding(run.mesh, sharding.TOKENS)
     own = np.zeros(count, bool)
     for (places,) in placed.addressable_devices_indices_map((count,)).values():

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tqdm
 
-from gemma_scope_jax import bank, checkpoint, chips, data, export, log, optim, planning, runs, step, verdicts
+from gemma_scope_jax import bank, checkpoint, chips, export, log, optim, planning, runs, step, verdicts
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
+from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, locks, printing, ranges, sharding, signals
@@ -23,7 +24,7 @@ from gemma_scope_jax.runtime.printing import say
 
 
 def calibrate(
-    run: runs.Run, rows: data.Rows, gemma_params: dict, sites: Collection[Site]
+    run: runs.Run, rows: token_rows.Rows, gemma_params: dict, sites: Collection[Site]
 ) -> dict[str, normalizer_lib.Normalizer]:
     """The normalisers of some sites, from the first rows of the training order.
 
@@ -71,10 +72,10 @@ def calibrate(
     return made
 
 
-def nonfinite_text(run: runs.Run, rows: data.Rows, site: str, count: int, place: int) -> str:
+def nonfinite_text(run: runs.Run, rows: token_rows.Rows, site: str, count: int, place: int) -> str:
     """Which activations are not finite: how many of a site, and where the first is in the training order."""
     length = run.config.data.context_length
-    (row,) = data.order(len(rows), run.config.seed, place // length, 1)
+    (row,) = token_rows.order(len(rows), run.config.seed, place // length, 1)
     others = f" and {count - 1:,} more" if count > 1 else ""
     return f"the activation of {site} at row {row}, position {place % length}{others} is not finite"
 
@@ -131,7 +132,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def start_from(run: runs.Run, rows: data.Rows, gemma_params: dict) -> step.State:
+def start_from(run: runs.Run, rows: token_rows.Rows, gemma_params: dict) -> step.State:
     """The first state of a run that goes on from the SAEs of a finished one, `config.start_from`.
 
     SAEs that both name go on as they were, with their optimizer's state; the others begin anew. Rows are read on
@@ -185,7 +186,7 @@ def _take(
 
 def _start_or_continue(
     run: runs.Run, workdir: pathlib.Path, manager: ocp.CheckpointManager, held: contextlib.ExitStack
-) -> tuple[step.State, data.Rows, signals.Request]:
+) -> tuple[step.State, token_rows.Rows, signals.Request]:
     """Trains from the newest checkpoint, or from nothing, until complete or asked to stop.
 
     From the first step on `held` holds signals back, since there is something to save.
@@ -211,8 +212,8 @@ def _start_or_continue(
         config_lib.check_startable(old_config, config)
         folder = runs.run_rows(config, files.expanded(config.start_from))
     else:
-        folder = runs.prepare_rows_once(config)
-    rows = data.open_rows(folder, data.TRAIN)
+        folder = prepare.rows_of_once(config)
+    rows = token_rows.open_rows(folder, token_rows.TRAIN)
     compiled = compile_step(run) if has_work else None
     gemma_params = runs.load_gemma(run).params if has_work else None
     for sentence in _passes(run, len(rows)) if has_work else ():
@@ -222,13 +223,13 @@ def _start_or_continue(
     # Only now has everything been read that a mistake in the config could spoil.
     if distributed.is_first():
         files.write_json(workdir / "config.json", config_lib.to_dict(config))
-        files.write_text(workdir / "rows", data.name_of(folder) + "\n")
+        files.write_text(workdir / "rows", token_rows.name_of(folder) + "\n")
     if state is None:
         state = runs.init_state(run, calibrate(run, rows, gemma_params, run.plan.sites))
     if has_work:
         measure = None
         if config.log.evaluate_every:
-            held_out_rows = data.open_rows(folder, data.HELD_OUT)
+            held_out_rows = token_rows.open_rows(folder, token_rows.HELD_OUT)
             measure = _held_out(run, held_out_rows, gemma_params, state.normalizers)
         if jax.process_count() == 1:  # Else SIGTERM is JAX's, and Ctrl-C ends all.
             request = held.enter_context(signals.saving())
@@ -279,7 +280,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
                 request.number,
                 f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
             )
-        export.write_own(run, state, workdir / "sae", data.name_of(rows.folder))
+        export.write_own(run, state, workdir / "sae", token_rows.name_of(rows.folder))
         if distributed.is_first():
             ours, perfect = log.shuffle_quality(workdir, rows)
             print(
@@ -294,7 +295,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
 def _loop(
     run: runs.Run,
     workdir: pathlib.Path,
-    rows: data.Rows,
+    rows: token_rows.Rows,
     compiled: jax.stages.Compiled,
     gemma_params: dict,
     state: step.State,
@@ -416,7 +417,7 @@ def _is_to_stop(request: signals.Request, number: int) -> bool:
 
 
 def _held_out(
-    run: runs.Run, rows: data.Rows, gemma_params: dict, normalizers: dict
+    run: runs.Run, rows: token_rows.Rows, gemma_params: dict, normalizers: dict
 ) -> Callable[[step.State], dict]:
     """A function from a state to L0 and FVU of its SAEs, by name, on held-out activations.
 

@@ -13,7 +13,8 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import data, evaluation, explore, metrics, training
+from gemma_scope_jax import evaluation, explore, metrics, training
+from gemma_scope_jax.data import batching, sources, token_rows
 from gemma_scope_jax.explore import correction, edits, pictures
 from gemma_scope_jax.models import forward, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
@@ -108,7 +109,7 @@ def test_ablation_equals_gemma_with_the_sites_replaced(scope, found, corrected):
 
 
 def test_the_damage_equals_gemma_with_the_sites_replaced(scope, corrected, rows):
-    chosen = data.order(9, evaluation.ORDER_SEED, 0, 5)
+    chosen = token_rows.order(9, batching.ORDER_SEED, 0, 5)
     deltas, counts = [], []
     for tokens_L in rows[chosen]:
         tokens = jnp.asarray(tokens_L[None])
@@ -266,7 +267,7 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     after = json.loads((out / "correction.json").read_text())
     assert (out / "contrast.png").read_bytes().startswith(b"\x89PNG")
     assert (len(stored["first"]), len(after["clean"]["first"]), len(after["random"])) == (10, 10, 20)
-    halves = explore.halves(*(data.read_prompts(tmp_path / name) for name in ("a.txt", "b.jsonl")), seed=3)
+    halves = explore.halves(*(sources.read_prompts(tmp_path / name) for name in ("a.txt", "b.jsonl")), seed=3)
     assert (stored["first"], stored["second"]) == tuple(map(list, halves[0]))
     assert f"the gap is {after['ablated']['gap']:.3f} instead of {after['clean']['gap']:.3f}" in shown
     assert after["ablated"]["delta_loss"] is not None and f"Wrote {out}" in shown

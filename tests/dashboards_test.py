@@ -9,7 +9,8 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, sae
+from gemma_scope_jax import evaluation, sae
+from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.explore import dashboards, directions
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
@@ -44,8 +45,8 @@ def gathered(tiny_gemma, subjects, rows):
 
 @pytest.fixture(scope="module")
 def slow(tiny_gemma, subjects, rows):
-    """Which positions count [S, L], in the order of `evaluation.batches`, and by SAE activations [S, L, M] there."""
-    tokens = rows.tokens[data.order(len(rows), evaluation.ORDER_SEED, 0, COUNT)]
+    """Which positions count [S, L], in the order of `batching.batches`, and by SAE activations [S, L, M] there."""
+    tokens = rows.tokens[token_rows.order(len(rows), batching.ORDER_SEED, 0, COUNT)]
     kept = ~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])
     values = forward.read_sites(
         tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), list(SITES.values())
@@ -265,7 +266,7 @@ def test_what_is_planted_is_found(tiny_gemma):
     found = dashboards.gather(
         tiny_gemma, subjects, Rows(tokens), 4, 4, lambda tokens: tokens != masking.PAD, options=OPTIONS
     )["a"]
-    order = data.order(4, evaluation.ORDER_SEED, 0, 4)
+    order = token_rows.order(4, batching.ORDER_SEED, 0, 4)
     assert found.count_M[5] == 4 and found.count_M.sum() == 4
     top = {
         (int(order[r]), int(p))

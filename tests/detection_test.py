@@ -9,7 +9,8 @@ import tiny
 from sklearn.metrics import roc_auc_score
 from toys import random_sae
 
-from gemma_scope_jax import __main__, data, descriptions, detection, evaluation, training
+from gemma_scope_jax import __main__, descriptions, detection, evaluation, training
+from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -28,7 +29,7 @@ def rows_of(count, length=32, seed=0, vocabulary=40):
     tokens[::5, -3:] = PAD
     # A row of one segment goes on in the next, whose second segment is another document.
     documents = np.repeat(np.arange(0, count, 2), 2)[:count]
-    return data.Batch(tokens, np.arange(count), documents)
+    return token_rows.Batch(tokens, np.arange(count), documents)
 
 
 def test_documents_go_whole_into_halves_of_like_size():

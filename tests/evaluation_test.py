@@ -15,7 +15,8 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, metrics, opening, report, sae, suites, training
+from gemma_scope_jax import evaluation, metrics, opening, report, sae, suites, training
+from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.explore import scope
 from gemma_scope_jax.formats import saelens
 from gemma_scope_jax.models import forward, interventions, masking, predictions, registry, weights
@@ -71,7 +72,7 @@ def loss_in_float64(tiny_gemma, tokens, replace):
 def test_every_number_equals_slow_numpy(tiny_gemma, rows):
     subject = random_sae()
     result = evaluate(tiny_gemma, subject, rows)
-    tokens = rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 10)]
+    tokens = rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 10)]
 
     def encode(x):
         pre = x @ np.float64(subject.W_enc) + subject.b_enc
@@ -128,7 +129,7 @@ def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
     for key in ("l0", "fvu", "delta_loss", "zero_ablation_loss"):
         np.testing.assert_allclose(getattr(both["autoencoder"], key), getattr(alone, key), rtol=1e-6)
 
-    tokens = jnp.asarray(rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 10)])
+    tokens = jnp.asarray(rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 10)])
     model, params = tiny_gemma.model, tiny_gemma.params
     values = forward.read_sites(model, params, tokens, [read, target])
     x, y = (np.asarray(values[site], np.float64) for site in (read, target))
@@ -165,7 +166,7 @@ def test_a_perfect_reconstruction_costs_nothing(tiny_gemma, rows, kind):
 
 
 def test_predicting_the_mean_has_an_fvu_of_one(tiny_gemma, rows):
-    tokens = rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 10)]
+    tokens = rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 10)]
     values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
     mean = np.asarray(values)[~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])].mean(0)
     constant = jax.tree.map(np.zeros_like, random_sae()).replace(b_dec=mean)
@@ -339,7 +340,7 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
     alone = report.evaluate_path(run, rows=8, out=tmp_path / "alone", is_fast=True)
     assert {n: v["fvu"] for n, v in found["speeches"]["sae"].items()} == {n: v.fvu for n, v in alone.items()}
     assert found["other"]["sae"].popitem()[1]["rows"] == len(
-        data.open_rows(opening.open_path(run, text=str(other)).rows, data.HELD_OUT)
+        token_rows.open_rows(opening.open_path(run, text=str(other)).rows, token_rows.HELD_OUT)
     )
     with (tmp_path / "out" / "side_by_side.csv").open() as file:
         cells = {(c["number"], c["sae"], c["column"]): c["value"] for c in csv.DictReader(file)}
@@ -435,9 +436,9 @@ def test_texts_that_are_done_are_not_evaluated_again(run, inputs, tmp_path, monk
 def test_the_text_that_was_trained_on_is_known_by_any_name(run, inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(inputs)
     rows = opening.open_path(run).rows
-    assert len(data.open_rows(opening.open_path(run, text="./text.jsonl").rows, data.HELD_OUT)) == len(
-        data.open_rows(rows, data.HELD_OUT)
-    )
+    assert len(
+        token_rows.open_rows(opening.open_path(run, text="./text.jsonl").rows, token_rows.HELD_OUT)
+    ) == len(token_rows.open_rows(rows, token_rows.HELD_OUT))
     assert "is not held out" not in capsys.readouterr().out
     (inputs / "text.jsonl").with_name("more.jsonl").write_text('{"text": "more"}')
     opening.open_path(run, text="*.jsonl")

@@ -9,7 +9,8 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import data, evaluation, metrics
+from gemma_scope_jax import evaluation, metrics
+from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import forward, interventions, masking, predictions, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -41,7 +42,7 @@ def measured(tiny_gemma):
     mean = np.full(32, 0.5, np.float32)
     subjects = {"a": evaluation.Subject(subject, SITE, mean)}
     result = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4)[0]["a"]
-    return subject, rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, COUNT)], mean, result
+    return subject, rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, COUNT)], mean, result
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +359,7 @@ def test_what_is_not_finite_is_named_by_row_and_position(tiny_gemma):
     ):
         evaluation.evaluate(broken, {"a": evaluation.Subject(random_sae(), SITE, None)}, rows, rows, COUNT, 4)
     subject = random_sae().replace(b_dec=np.full(32, np.nan, np.float32))
-    first = rows.tokens[data.order(12, evaluation.ORDER_SEED, 0, 1)[0]]
+    first = rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 1)[0]]
     with pytest.raises(
         FloatingPointError,
         match=f"position {np.flatnonzero(first > masking.BOS)[0]} what a makes of an activation is not finite",

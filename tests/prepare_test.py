@@ -13,7 +13,7 @@ import tiny
 from samples import decode, texts, unpack
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, prepare
+from gemma_scope_jax.data import prepare, sources, token_rows
 
 
 def config(tmp_path, text, **changes):
@@ -47,25 +47,25 @@ def test_a_row_must_have_room_for_the_chat_template(tmp_path):
 def test_every_source_gives_the_same_rows_and_splits_share_no_document(tmp_path):
     found = []
     for source in write_sources(tmp_path):
-        assert list(data.documents(str(source))) == texts()
+        assert list(sources.documents(str(source))) == texts()
         folder = prepare.prepare_rows(config(tmp_path, source), tiny.load_tokenizer, "bytes")
         splits = {}
-        for split in (data.TRAIN, data.HELD_OUT):
-            rows = data.open_rows(folder, split)
+        for split in (token_rows.TRAIN, token_rows.HELD_OUT):
+            rows = token_rows.open_rows(folder, split)
             batch = rows.read(np.arange(len(rows)))
             assert batch.row.tolist() == list(range(len(rows)))
             pairs = zip(batch.tokens, batch.first_document, strict=True)
             splits[split] = [decode(tokens) for tokens in unpack(pairs).values()]
-        assert sorted(splits[data.TRAIN] + splits[data.HELD_OUT]) == sorted(texts())
-        assert splits[data.TRAIN] and splits[data.HELD_OUT]
+        assert sorted(splits[token_rows.TRAIN] + splits[token_rows.HELD_OUT]) == sorted(texts())
+        assert splits[token_rows.TRAIN] and splits[token_rows.HELD_OUT]
         found.append(splits)
     assert found[0] == found[1] == found[2] == found[3]
 
 
 def read_all(folder):
     found = {}
-    for split in (data.TRAIN, data.HELD_OUT):
-        rows = data.open_rows(folder, split)
+    for split in (token_rows.TRAIN, token_rows.HELD_OUT):
+        rows = token_rows.open_rows(folder, split)
         batch = rows.read(np.arange(len(rows)))
         found[split] = [tuple(row) for row in batch.tokens.tolist()], batch.first_document.tolist()
     return found
@@ -78,10 +78,10 @@ def test_rows_do_not_depend_on_how_many_work_on_them_nor_on_interruptions(tmp_pa
     monkeypatch.setattr(prepare, "PART", 3)
     one = read_all(prepare.prepare_rows(folders[1], tiny.load_tokenizer, "bytes", workers=1))
     two = read_all(prepare.prepare_rows(folders[3], tiny.load_tokenizer, "bytes", workers=2))
-    assert one == two and one[data.TRAIN][1][-1] >= 15
+    assert one == two and one[token_rows.TRAIN][1][-1] >= 15
     # Parts are packed by themselves, so rows differ from those of one part; documents do not.
-    assert {decode(t) for t in unpack(zip(*one[data.TRAIN], strict=True)).values()} == {
-        decode(t) for t in unpack(zip(*whole[data.TRAIN], strict=True)).values()
+    assert {decode(t) for t in unpack(zip(*one[token_rows.TRAIN], strict=True)).values()} == {
+        decode(t) for t in unpack(zip(*whole[token_rows.TRAIN], strict=True)).values()
     }
 
     write, calls = prepare._write_part, []
@@ -205,10 +205,10 @@ def test_damaged_rows_are_made_again_and_it_is_said(tmp_path, capsys, name, keep
     else:
         path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match="remove it, and it is made again") as caught:
-        data.open_rows(folder, data.TRAIN)
+        token_rows.open_rows(folder, token_rows.TRAIN)
     assert str(folder) in str(caught.value) and len(str(caught.value)) < 480
     capsys.readouterr()
-    assert data.cached(c, data.name_of(folder)) is None
+    assert token_rows.cached(c, token_rows.name_of(folder)) is None
     assert f"{folder} are damaged" in capsys.readouterr().out
     assert read_all(prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")) == whole
 

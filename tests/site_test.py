@@ -11,7 +11,8 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation, opening, runs
+from gemma_scope_jax import evaluation, opening
+from gemma_scope_jax.data import prepare
 from gemma_scope_jax.explore import build, dashboards, directions, neuronpedia, site
 from gemma_scope_jax.models import masking, tokenizer
 from gemma_scope_jax.models.sites import Site
@@ -243,7 +244,7 @@ def opened(tiny_gemma, inputs, monkeypatch):
         name: evaluation.Subject(random_sae(seed), place, None)
         for seed, (name, place) in enumerate(zip(("a/b", "c"), places, strict=True))
     }
-    found = opening.Opened(config, subjects, lambda: runs.prepare_rows_once(config), {})
+    found = opening.Opened(config, subjects, lambda: prepare.rows_of_once(config), {})
     monkeypatch.setattr(opening, "open_path", lambda path, **_: found)
     words = dataclasses.replace(tiny.load_tokenizer(), decode=decode)
     monkeypatch.setattr(tokenizer, "load", lambda *_: words)

@@ -11,7 +11,8 @@ import optax
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, data, normalizer, planning, ring, runs, sae, step, training
+from gemma_scope_jax import bank, normalizer, planning, ring, runs, sae, step, training
+from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking, weights
 from gemma_scope_jax.models.sites import blocks_needed
 from gemma_scope_jax.runtime import sharding
@@ -22,7 +23,7 @@ def build(folder, data_axis=1, latent_axis=1, **changes):
     config = tiny.run_config(folder, **changes)
     devices = jax.devices()[: data_axis * latent_axis]
     run = runs.build(config, sharding.make_mesh(data_axis, latent_axis, devices))
-    rows = data.open_rows(runs.prepare_rows(config), data.TRAIN)
+    rows = token_rows.open_rows(prepare.rows_of(config), token_rows.TRAIN)
     params = runs.load_gemma(run).params
     return run, rows, params, runs.init_state(run, training.calibrate(run, rows, params, run.plan.sites))
 
@@ -90,7 +91,7 @@ def reference(run, rows, gemma_params, state, count):
                 update += 1
         if not draining:
             batch = rows.read(
-                data.order(len(rows), run.config.seed, i * len(batch_rows(run)), len(batch_rows(run)))
+                token_rows.order(len(rows), run.config.seed, i * len(batch_rows(run)), len(batch_rows(run)))
             )
             tokens = jnp.asarray(batch.tokens)
             positions, mask = masking.packed_positions(tokens), masking.packed_mask(tokens)
@@ -328,8 +329,8 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
     )
     tokens = np.array([rows.read(np.array([i])).tokens[0] for i in range(len(rows))])
     tokens[np.random.default_rng(0).random(tokens.shape) < 0.1] = masking.EOS
-    with_eos = lambda _, i: data.Batch(tokens[i], np.asarray(i, np.int32), np.zeros(len(i), np.int32))  # noqa: E731
-    monkeypatch.setattr(data.Rows, "read", with_eos)
+    with_eos = lambda _, i: token_rows.Batch(tokens[i], np.asarray(i, np.int32), np.zeros(len(i), np.int32))  # noqa: E731
+    monkeypatch.setattr(token_rows.Rows, "read", with_eos)
     state, metrics = run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps)
 
     trained = [
@@ -339,7 +340,7 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
         for source, weight in zip(m.source_Bx3, m.weight_B, strict=True)
         if weight
     ]
-    harvested = rows.read(data.order(len(rows), 0, 0, 8 * 9))
+    harvested = rows.read(token_rows.order(len(rows), 0, 0, 8 * 9))
     special = np.isin(harvested.tokens, [masking.PAD, masking.EOS, masking.BOS])
     assert 0.1 < special.mean() < 0.25
     expected = sorted((int(harvested.row[s]), int(p)) for s, p in zip(*np.nonzero(~special), strict=True))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, export, hub, opening, sae, stored
+from gemma_scope_jax import export, hub, opening, sae, stored
+from gemma_scope_jax.data import sources, token_rows
 from gemma_scope_jax.formats import common, gemma_scope, saelens
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import SITES, Site, site_from_hook
@@ -106,8 +107,8 @@ def places(opened):
 def test_what_the_file_of_a_stranger_names_is_shown_and_not_touched(tmp_path, monkeypatch, capsys):
     path = named(tmp_path, "a", "/**/*.txt")
     looked_for = []
-    monkeypatch.setattr(data, "files_of", lambda text: looked_for.append(text) or set())
-    monkeypatch.setattr(data, "cached", lambda *_: pytest.fail("its rows are opened"))
+    monkeypatch.setattr(sources, "files_of", lambda text: looked_for.append(text) or set())
+    monkeypatch.setattr(token_rows, "cached", lambda *_: pytest.fail("its rows are opened"))
     opened = opening.open_path(path)
     assert places(opened) == (config_lib.DEFAULT_TEXT, "", "")
     (said,) = capsys.readouterr().out.splitlines()

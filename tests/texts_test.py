@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gemma_scope_jax import data, probing, texts
+from gemma_scope_jax import probing
+from gemma_scope_jax.data import sources
 
 
 def lines(*found, end="\n"):
@@ -36,14 +37,14 @@ TWO = lines({"text": "é"}, {"text": "b"})
         (
             "turns.json.gz",
             gzip.compress(lines({"text": "b", "prompt": "a"}), mtime=0),
-            [texts.Exchange("a", "b")],
+            [sources.Exchange("a", "b")],
         ),
         ("none.jsonl", b"", []),
     ],
 )
 def test_texts_are_read_by_one_rule(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    assert list(texts.read(tmp_path / name)) == expected
+    assert list(sources.read(tmp_path / name)) == expected
 
 
 BROKEN = {
@@ -83,7 +84,7 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name):
     content, message = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        list(texts.read(tmp_path / name))
+        list(sources.read(tmp_path / name))
     assert len(str(caught.value)) < 480 + len(str(tmp_path)) and "\n" not in str(caught.value)
 
 
@@ -99,7 +100,7 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name):
 def test_values_of_parquet_that_are_no_text_are_named_with_their_row(tmp_path, column, message):
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
-        list(texts.read(tmp_path / "a.parquet"))
+        list(sources.read(tmp_path / "a.parquet"))
 
 
 def test_strings_of_parquet_are_of_any_type_and_a_cut_file_is_named(tmp_path):
@@ -110,17 +111,17 @@ def test_strings_of_parquet_are_of_any_type_and_a_cut_file_is_named(tmp_path):
         plain.cast(pyarrow.string_view()),
     ):
         pyarrow.parquet.write_table(pyarrow.table({"text": column, "other": [1, 2, 3]}), path)
-        assert list(texts.read(path)) == ["a", "é", "a"]
+        assert list(sources.read(path)) == ["a", "é", "a"]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cannot read .*a.parquet as Parquet: "):
-        list(texts.read(path))
+        list(sources.read(path))
     pyarrow.parquet.write_table(pyarrow.table({"words": plain}), path)
     with pytest.raises(ValueError, match=r"a.parquet as Parquet: it has no column 'text' but words"):
-        list(texts.read(path))
+        list(sources.read(path))
 
 
 def test_a_document_that_cannot_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "LONGEST", 20)
+    monkeypatch.setattr(sources, "LONGEST", 20)
     (tmp_path / "a.jsonl").write_bytes(lines({"text": "a"}, {"text": "x" * 50}))
     (tmp_path / "a.txt").write_bytes(b"x" * 50)
     for name, message in (
@@ -128,11 +129,11 @@ def test_a_document_that_cannot_fit_is_refused(tmp_path, monkeypatch):
         ("a.txt", "it has 50 bytes, at most 20"),
     ):
         with pytest.raises(ValueError, match=f"cannot read .*{re.escape(name)}: {message}"):
-            list(texts.read(tmp_path / name))
+            list(sources.read(tmp_path / name))
 
 
 def prompts(path: pathlib.Path) -> list[str]:
-    return data.read_prompts(path)
+    return sources.read_prompts(path)
 
 
 def labelled(path: pathlib.Path) -> list[str]:
@@ -140,7 +141,7 @@ def labelled(path: pathlib.Path) -> list[str]:
 
 
 def documents(path: pathlib.Path) -> list[str]:
-    return list(data.documents(str(path)))
+    return list(sources.documents(str(path)))
 
 
 @pytest.mark.parametrize("read", [documents, prompts, labelled])

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from gemma_scope_jax import data, sae
+from gemma_scope_jax import sae
+from gemma_scope_jax.data import token_rows
 
 
 class Rows:
@@ -14,9 +15,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def read(self, indices: np.ndarray) -> data.Batch:
+    def read(self, indices: np.ndarray) -> token_rows.Batch:
         """Those rows."""
-        return data.Batch(self.tokens[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
+        return token_rows.Batch(self.tokens[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
 
 
 def random_sae(seed: int = 0) -> sae.SAE:

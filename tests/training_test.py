@@ -25,6 +25,7 @@ import tiny
 
 from gemma_scope_jax import checkpoint, config, export, planning, runs, sae, step, training
 from gemma_scope_jax import log as log_lib
+from gemma_scope_jax.data import prepare
 from gemma_scope_jax.formats import saelens
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.runtime import sharding
@@ -205,7 +206,7 @@ def short(inputs, tmp_path_factory):
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "memory_of", lambda device: 1_000_000)
-    monkeypatch.setattr(runs, "prepare_rows", lambda _: pytest.fail("the text was read"))
+    monkeypatch.setattr(prepare, "rows_of", lambda _: pytest.fail("the text was read"))
     c = tiny.run_config(inputs, banks={"large": dict(layers=(1,), width=2**14)})
     with pytest.raises(
         ValueError, match=r"bank large 0\.0\d.* does not fit\. Most is bank large: lower banks\.large\.w"
@@ -339,7 +340,7 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
     """The embedding of a token that first comes after calibration; its run goes on without it when asked to."""
     sites = dict(banks__main__layers=(0,), banks__main__sites=("embed",), log__checkpoint_every=1)
     c = tiny.run_config(inputs, normalizer__rows=8, **sites)
-    rows = runs.data.open_rows(runs.prepare_rows(c), runs.data.TRAIN)
+    rows = runs.data.open_rows(prepare.rows_of(c), runs.data.TRAIN)
     order = runs.data.order(len(rows), c.seed, 0, 80)
     tokens = rows.read(order).tokens
     late = sorted({*tokens[16:].flatten().tolist()} - {*tokens[:16].flatten().tolist()})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_scope_jax import data
+from gemma_scope_jax.data import sources
 from gemma_scope_jax.explore import contrasts, pictures
 from gemma_scope_jax.explore.contrasts import At, Contrast
 from gemma_scope_jax.explore.correction import Correction, behaviour, correct
@@ -33,7 +33,7 @@ def audit(
 
     Args:
       path: see `opening.open_path`.
-      first: a file of prompts; see `data.read_prompts`.
+      first: a file of prompts; see `sources.read_prompts`.
       second: the other.
       at: see `contrast`, as of the next two.
       rate: of false discoveries.
@@ -57,7 +57,7 @@ def audit(
     ranges.check("--seed", seed, ranges.SEED)
     if out is not None:
         files.check_new(out)
-    sets = data.read_prompts(first), data.read_prompts(second)
+    sets = sources.read_prompts(first), sources.read_prompts(second)
     if is_paired and len(sets[0]) != len(sets[1]):
         raise ValueError(f"--paired: {first} has {len(sets[0])} prompts, {second} has {len(sets[1])}")
     choosing, measured = (sets, None) if answer is None else halves(*sets, is_paired, seed)

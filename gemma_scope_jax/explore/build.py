@@ -3,7 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
-from gemma_scope_jax import data, evaluation, opening, report
+from gemma_scope_jax import evaluation, opening, report
+from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.explore import dashboards, directions, neuronpedia, site
 from gemma_scope_jax.models import registry, tokenizer, weights
 from gemma_scope_jax.runtime import distributed, files, printing, ranges
@@ -50,7 +51,7 @@ def build(
     out = out or opening.results_folder(opened, path, None) / "dashboards"
     if not (out / _MARK).exists():
         files.check_new(out)
-    held_out = data.open_rows(opened.rows, data.HELD_OUT)
+    held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
     text = printing.shareable(config.data.text)
     about = {
         "model": config.model,
@@ -59,7 +60,7 @@ def build(
             weights.fingerprint(registry.weights_path(config.model, config.weights))
         ),
         "text": text,
-        "rows_of": data.name_of(opened.rows),
+        "rows_of": token_rows.name_of(opened.rows),
         "rows": min(rows, len(held_out)),
         "context_length": config.data.context_length,
         "options": vars(options),

@@ -18,7 +18,8 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, metrics, opening, tables
+from gemma_scope_jax import metrics, opening, tables
+from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import edits, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
@@ -244,7 +245,7 @@ def _at_end(
 
 def _behaviour(scope: Scope, tokens_NxL: np.ndarray, tokens: tuple[int, int], write: Write) -> np.ndarray:
     model = (scope.mesh, scope.loaded.model, scope.loaded.params)
-    size = evaluation.padded_rows(scope.mesh, len(tokens_NxL), scope.config.evaluation.rows_per_batch)
+    size = batching.padded_rows(scope.mesh, len(tokens_NxL), scope.config.evaluation.rows_per_batch)
     parts = []
     for start in range(0, len(tokens_NxL), size):
         some = tokens_NxL[start : start + size]
@@ -392,17 +393,17 @@ def _write(scope: Scope, latents: Mapping[str, Sequence[int]], scale: float, fir
     return edits.writes_of_saes(scope, made)
 
 
-def _held_out(scope: Scope, rows: int) -> list[evaluation.Rows]:
+def _held_out(scope: Scope, rows: int) -> list[batching.PlacedRows]:
     split = scope.held_out()
     config, count = scope.config, min(rows, len(split))
     return list(
-        evaluation.batches(
+        batching.batches(
             scope.mesh, split, count, config.evaluation.rows_per_batch, opening.counts_of(config)
         )
     )
 
 
-def _losses(scope: Scope, text: Sequence[evaluation.Rows], write: Write) -> tuple[np.ndarray, np.ndarray]:
+def _losses(scope: Scope, text: Sequence[batching.PlacedRows], write: Write) -> tuple[np.ndarray, np.ndarray]:
     """Of each row the sum of its predictions' losses, and how many there are."""
     model = (scope.mesh, scope.loaded.model, scope.loaded.params)
     sums = []

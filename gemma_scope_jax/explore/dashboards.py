@@ -25,7 +25,8 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import data, evaluation, sae
+from gemma_scope_jax import evaluation, sae
+from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import activations, masking, registry
 from gemma_scope_jax.runtime import distributed, ranges, sharding
 from gemma_scope_jax.saes import attached
@@ -68,7 +69,7 @@ DEFAULTS = Options()
 class Firings:
     """So many firings of each latent, the first ones first; where there are fewer, rows are -1."""
 
-    row_MxK: np.ndarray  # the row's place in the order of `evaluation.batches`
+    row_MxK: np.ndarray  # the row's place in the order of `batching.batches`
     position_MxK: np.ndarray
     window_MxKxT: np.ndarray  # activations around it; 0 where no position counts
 
@@ -120,10 +121,10 @@ class Passage:
 def gather(
     loaded: registry.Gemma,
     subjects: Mapping[str, evaluation.Subject],
-    rows: data.Rows,
+    rows: token_rows.Rows,
     count: int,
     per_batch: int,
-    counts: evaluation.Counts = evaluation.every_position,
+    counts: batching.Counts = batching.every_position,
     options: Options = DEFAULTS,
     mesh: jax.sharding.Mesh | None = None,
     parts: evaluation.Parts | None = None,
@@ -135,7 +136,7 @@ def gather(
       loaded: the whole model.
       subjects: the SAEs by name.
       rows: of text.
-      count: how many of them, at most all, in the order of `evaluation.batches`.
+      count: how many of them, at most all, in the order of `batching.batches`.
       per_batch: rows in one pass.
       counts: which positions count.
       options: what is kept.
@@ -154,7 +155,7 @@ def gather(
     kept = found or {name: _empty(one.sae.b_enc.size, options) for name, one in subjects.items()}
     states = {name: _place(mesh, state) for name, state in kept.items()}
     with tqdm.tqdm(total=count, initial=done, desc="Reading", unit="row", dynamic_ncols=True) as bar:
-        batches = evaluation.batches(mesh, rows, count, per_batch, counts, done)
+        batches = batching.batches(mesh, rows, count, per_batch, counts, done)
         for index, batch in enumerate(batches, 1):
             values = activations.read(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
             places = done + np.arange(batch.tokens_SxL.shape[0], dtype=np.int32)
@@ -343,7 +344,7 @@ class Passages:
         return Passage(row, self._tokens_SxL[row, start:end], values, position - start)
 
 
-def read_tokens(rows: data.Rows, count: int) -> np.ndarray:
+def read_tokens(rows: token_rows.Rows, count: int) -> np.ndarray:
     """The tokens [S, L] of the rows that `gather` reads, in its order."""
     count = min(count, len(rows))
-    return np.asarray(rows.read(data.order(len(rows), evaluation.ORDER_SEED, 0, count)).tokens)
+    return np.asarray(rows.read(token_rows.order(len(rows), batching.ORDER_SEED, 0, count)).tokens)

@@ -16,6 +16,7 @@ import tqdm
 from gemma import gm
 
 from gemma_scope_jax import evaluation, opening, sae, tables
+from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
@@ -227,7 +228,7 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
     counts = opening.counts_of(scope.config)
     count = min(rows, len(held_out))
     with tqdm.tqdm(total=count, desc="Linking", unit="row", dynamic_ncols=True) as bar:
-        for batch in evaluation.batches(scope.mesh, held_out, count, 1, counts):
+        for batch in batching.batches(scope.mesh, held_out, count, 1, counts):
             yield batch.tokens_SxL, batch.is_kept_SxL
             bar.update(batch.count)
 

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, evaluation, opening, sae
+from gemma_scope_jax import evaluation, opening, sae
+from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import masking, registry, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
 from gemma_scope_jax.saes import attached
 
 
-def _no_text() -> data.Rows:
+def _no_text() -> token_rows.Rows:
     raise ValueError("these SAEs were put together without a text; open_scope opens them with one")
 
 
@@ -33,7 +34,7 @@ class Scope:
     placed: Mapping[str, sae.SAE]  # the same SAEs on the devices
     # [M] by SAE, of each latent's firing on the text of the run's evaluation; of those that were evaluated.
     frequency: Mapping[str, np.ndarray]
-    held_out: Callable[[], data.Rows] = _no_text  # Opens the rows that evaluations are on.
+    held_out: Callable[[], token_rows.Rows] = _no_text  # Opens the rows that evaluations are on.
 
     def __post_init__(self) -> None:
         # Whether a latent fires would depend on all others, which few of the looks inside ask.
@@ -68,7 +69,7 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
         opened.subjects,
         {name: attached.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(files.expanded(path), opened.subjects),
-        lambda: data.open_rows(opened.rows, data.HELD_OUT),
+        lambda: token_rows.open_rows(opened.rows, token_rows.HELD_OUT),
     )
 
 

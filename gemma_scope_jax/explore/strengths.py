@@ -14,7 +14,8 @@ import matplotlib.figure
 import numpy as np
 import tqdm
 
-from gemma_scope_jax import evaluation, metrics, opening, page, tables
+from gemma_scope_jax import metrics, opening, page, tables
+from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import activities, directions, edits
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope, one_token
@@ -183,7 +184,7 @@ def _measure(
     rows = min(rows, len(held_out))
     per_batch = scope.config.evaluation.rows_per_batch
     parts: dict[str, list[np.ndarray]] = {"clean_S": [], "scored_S": [], "effect_NxS": [], "damage_NxS": []}
-    batches = evaluation.batches(mesh, held_out, rows, per_batch, opening.counts_of(scope.config))
+    batches = batching.batches(mesh, held_out, rows, per_batch, opening.counts_of(scope.config))
     bar = {"desc": "Sweeping", "unit": "row", "dynamic_ncols": True, "disable": not distributed.is_first()}
     with tqdm.tqdm(total=rows * (1 + len(changes)), **bar) as progress:
         for batch in batches:
@@ -204,7 +205,7 @@ def _measure(
 
 def _scores(
     gemma_of: tuple,
-    batch: evaluation.Rows,
+    batch: batching.PlacedRows,
     before_SxLxD: jax.Array,
     site: Site,
     chosen_T: np.ndarray,

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -20,21 +21,15 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.config import DataConfig
-from gemma_scope_jax.data import (
-    HELD_OUT,
-    TRAIN,
-    Exchange,
-    cached,
-    documents,
-    encode,
-    fingerprint,
-    is_held_out,
-    only_document,
-    pack,
-)
+from gemma_scope_jax.data.packing import encode, is_held_out, pack
+from gemma_scope_jax.data.sources import documents, fingerprint, only_document
+from gemma_scope_jax.data.token_rows import HELD_OUT, TRAIN, Exchange, cached
+from gemma_scope_jax.models import tokenizer, weights
 from gemma_scope_jax.models.chat import chat_template
 from gemma_scope_jax.models.tokenizer import Tokenizer
+from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.runtime.files import expanded, read_json, replacing_file
 from gemma_scope_jax.runtime.locks import locked
 from gemma_scope_jax.runtime.printing import printable, say
@@ -310,3 +305,18 @@ def _write_metadata(
         description=description,
         check_data=False,
     )
+
+
+def rows_of(config: config_lib.Config, workers: int | None = None) -> pathlib.Path:
+    """The folder of a config's packed rows, made if needed by so many processes; see `prepare`."""
+    load_tokenizer = functools.partial(tokenizer.load, config.model, config.tokenizer, config.weights)
+    name = f"{config.model}:{weights.fingerprint(config.tokenizer or config.weights)}"
+    return prepare_rows(config.data, load_tokenizer, name, workers)
+
+
+def rows_of_once(config: config_lib.Config) -> pathlib.Path:
+    """`prepare_rows` by the first of all processes; the others then find it done, if they see the same disk."""
+    if distributed.is_first():
+        rows_of(config)
+    distributed.wait_for_all("rows are prepared")
+    return rows_of(config)

