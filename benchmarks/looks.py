@@ -13,8 +13,8 @@ from benchmarks.commands import RESULTS, measure
 from gemma_scope_jax import detection, explore
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.explore import pictures
-from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.models import masking
+from gemma_scope_jax.saes import attached
 
 RUN, SITES = "runs/quickstart", "runs/sites"
 NOTEBOOKS = pathlib.Path("docs/notebooks")
@@ -71,7 +71,7 @@ def latent() -> tuple[list[str], dict]:
     latents = list(first)
     other = {
         latents[one.latent]: one
-        for one in detect(scope_lib.alone(subject, latents), batches[1], len(latents)).latents
+        for one in detect(attached.alone(subject, latents), batches[1], len(latents)).latents
     }
     # Of those that fire often enough on both to be scored; how well they are there has no part in the choice.
     best = max(other, key=lambda latent: first[latent].auroc)

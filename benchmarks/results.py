@@ -25,11 +25,12 @@ import numpy as np
 
 from benchmarks import looks
 from benchmarks.commands import RESULTS, run
-from gemma_scope_jax import export, log, page, runs, sae
+from gemma_scope_jax import export, log, page, runs
 from gemma_scope_jax.data import prepare, token_rows
-from gemma_scope_jax.formats import detect
 from gemma_scope_jax.models import forward, masking, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site
+from gemma_scope_jax.saes import jumprelu
+from gemma_scope_jax.saes.formats import detect
 
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
 SUITES = {"sweep": 64, "layers": 16, "sites": 4, "targets": 32, "transcoders": 64}
@@ -161,7 +162,7 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
             again = found.sae
         values = forward.read_sites(loaded.model, loaded.params, tokens, [Site(kind, member.site.layer)])
         x = np.asarray(next(iter(values.values())))[kept]
-        got = np.asarray(sae.decode(again, sae.encode(again, x), x))
+        got = np.asarray(jumprelu.decode(again, jumprelu.encode(again, x), x))
 
         trained = vars(state.banks[bank_name].params)
         p = {name: np.asarray(value[0], np.float64) for name, value in trained.items() if value is not None}

@@ -19,13 +19,13 @@ cli.find_tpu_compiler()
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax import chips, forecast, metrics, planning, runs, sae, step
+from gemma_scope_jax import chips, forecast, metrics, planning, runs, step
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.models import forward, interventions, registry, weights
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.normalizer import Normalizer
 from gemma_scope_jax.runtime import sharding
-from gemma_scope_jax.saes import attached
+from gemma_scope_jax.saes import attached, jumprelu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ def measure_evaluation(case: Evaluation) -> dict:
     mean = placed(mesh, (d,), jnp.float32, sharding.REPLICATED)
     arrays = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
     specs = attached.latent_specs(mesh, m)
-    subject = sae.SAE(
+    subject = jumprelu.SAE(
         **{name: placed(mesh, of, jnp.float32, specs.get(name, sharding.P())) for name, of in arrays.items()}
     )
     lowered = {

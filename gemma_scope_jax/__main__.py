@@ -4,11 +4,11 @@ import argparse
 import sys
 
 from gemma_scope_jax import cli, explore_cli
-from gemma_scope_jax.formats import PUBLISHED
-from gemma_scope_jax.formats import WRITTEN as FORMATS
 from gemma_scope_jax.runtime import ranges, signals
 from gemma_scope_jax.runtime.printing import say
 from gemma_scope_jax.runtime.ranges import COUNT, SEED
+from gemma_scope_jax.saes.formats import PUBLISHED
+from gemma_scope_jax.saes.formats import WRITTEN as FORMATS
 
 # What is lost, or how it goes on, when a signal ends a command.
 _WHEN_INTERRUPTED = {
@@ -144,6 +144,7 @@ def main() -> None:
         args.call(**options)
     elif args.command == "export":
         from gemma_scope_jax import export as export_lib
+        from gemma_scope_jax.saes import saving
 
         formats = FORMATS if args.format == "all" else tuple(args.format.split(","))
         if unknown := set(formats) - set(FORMATS):
@@ -154,9 +155,10 @@ def main() -> None:
             say(f"Exported {place}")
     elif args.command == "convert":
         from gemma_scope_jax import export as export_lib
+        from gemma_scope_jax.saes import saving
 
         sites = {"model": args.model, "site": args.site, "target_site": args.target_site}
-        for place in export_lib.convert(args.sae, args.format, args.out, args.dtype, args.weights, **sites):
+        for place in saving.convert(args.sae, args.format, args.out, args.dtype, args.weights, **sites):
             say(f"Wrote {place}")
     elif args.command == "publish":
         from gemma_scope_jax import publish as publish_lib

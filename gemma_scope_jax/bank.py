@@ -11,54 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_scope_jax import config, optim, ring, sae
+from gemma_scope_jax import config, optim, ring
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.normalizer import CONSTANT, Normalizer
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import jumprelu, naming, objectives
 
 # How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
-# the thresholds that L0 follows with, which move by about one. `sae.controlled_penalty` acts at once and damps it.
+# the thresholds that L0 follows with, which move by about one. `objectives.controlled_penalty` acts at once and damps it.
 CONTROLLER_SPEED = 5
 CONTROLLER_REACH = 1000  # How far it goes from the λ given, as a factor.
-
-
-def width_name(width: int) -> str:
-    """A number of latents as Gemma Scope writes it: 16,384 is 16k, 1,048,576 is 1m."""
-    if width < 1024 or width & (width - 1):
-        return str(width)
-    return f"{width >> 20}m" if width >= 2**20 else f"{width // 1000}k"
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One SAE of a bank, or one transcoder."""
-
-    site: Site  # What it reads.
-    target_site: Site  # What it predicts; an autoencoder's is the site that it reads.
-    width: int
-    sparsity_coefficient: float
-    seed: int = 0
-    objective: str = "linear"
-    target_l0: float = 0.0  # 0: none.
-    skip: bool = False
-
-    @property
-    def is_transcoder(self) -> bool:
-        return self.target_site != self.site
-
-    @property
-    def place(self) -> str:
-        """What it reads and predicts."""
-        return f"{self.site}_to_{self.target_site.kind}" if self.is_transcoder else str(self.site)
-
-    @property
-    def name(self) -> str:
-        """Differs from every other member's."""
-        skip = "_skip" if self.skip else ""
-        target = f"_{self.objective}_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
-        seed = f"_seed_{self.seed}" if self.seed else ""
-        width = width_name(self.width)
-        return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{target}{seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +28,7 @@ class Plan:
     """Everything a bank's update is compiled for; see `config.BankConfig`."""
 
     name: str
-    members: tuple[Member, ...]
+    members: tuple[naming.Member, ...]
     padded_members: int  # E: members, padded so that the mesh's `data` axis divides it.
     scale_target_by: str
     bandwidth: float
@@ -84,7 +46,7 @@ class Plan:
         return self.members[0].objective
 
     @property
-    def padded(self) -> list[Member]:
+    def padded(self) -> list[naming.Member]:
         """The members, the last one repeated as padding."""
         return [*self.members, *[self.members[-1]] * (self.padded_members - len(self.members))]
 
@@ -108,7 +70,7 @@ class Firing:
 class State:
     """What a bank carries from update to update. Every array has a leading axis E."""
 
-    params: sae.Params
+    params: jumprelu.Params
     opt_state: optax.OptState
     updates_E: jax.Array  # int32, that a member has had
     coefficient_E: jax.Array  # λ, which only the controller changes
@@ -124,11 +86,11 @@ class Metrics:
     fvu_E: jax.Array  # against the mean of the step's own activations
     activations_E: jax.Array  # trained on in this step
     dead_E: jax.Array  # latents that did not fire in the last whole window; -1 before the first has ended
-    dense_E: jax.Array  # latents that fired on more than `sae.DENSE` of it
+    dense_E: jax.Array  # latents that fired on more than `jumprelu.DENSE` of it
     learning_rate_E: jax.Array
     sparsity_coefficient_E: jax.Array  # λ as it was at the last update
     threshold_E: jax.Array  # geometric mean over latents, of normalised activations
-    theta_from_error_E: jax.Array  # see `sae.BatchSums`
+    theta_from_error_E: jax.Array  # see `objectives.BatchSums`
     theta_from_sparsity_E: jax.Array
     theta_reached_E: jax.Array
 
@@ -138,8 +100,8 @@ def init(plan: Plan, key: jax.Array, normalizers: Mapping[str, Normalizer]) -> S
     first = plan.members[0]
     d, o = (normalizers[str(site)].mean_D.shape[0] for site in (first.site, first.target_site))
 
-    def init_one(seed: jax.Array) -> sae.Params:
-        return sae.init(
+    def init_one(seed: jax.Array) -> jumprelu.Params:
+        return jumprelu.init(
             jax.random.fold_in(key, seed),
             d,
             plan.width,
@@ -171,13 +133,13 @@ def target_scales(plan: Plan, normalizers: Mapping[str, Normalizer]) -> jax.Arra
     return jnp.stack([normalizers[str(m.target_site if by_target else m.site)].scale for m in plan.padded])
 
 
-def _penalty(plan: Plan, coefficient: jax.Array, target_l0: jax.Array) -> sae.Penalty:
+def _penalty(plan: Plan, coefficient: jax.Array, target_l0: jax.Array) -> objectives.Penalty:
     match plan.objective:
         case "quadratic":
-            return sae.quadratic_penalty(coefficient, target_l0)
+            return objectives.quadratic_penalty(coefficient, target_l0)
         case "controlled":
-            return sae.controlled_penalty(coefficient, target_l0)
-    return sae.linear_penalty(coefficient)
+            return objectives.controlled_penalty(coefficient, target_l0)
+    return objectives.linear_penalty(coefficient)
 
 
 def _member_batches(
@@ -214,7 +176,7 @@ def _controlled(
     plan: Plan,
     optimizer_config: config.OptimizerConfig,
     state: State,
-    sums: sae.BatchSums,
+    sums: objectives.BatchSums,
     rate_E: jax.Array,
 ) -> jax.Array:
     """λ after an update: the same, unless a controller moves it."""
@@ -223,7 +185,7 @@ def _controlled(
     # Not while λ is warming up or there is nothing to see.
     moves_E = (state.updates_E >= optimizer_config.sparsity_warmup_updates) & (sums.weight > 0)
     target_l0_E = jnp.array([member.target_l0 for member in plan.padded])
-    off_E = sae.off_target(sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1), target_l0_E)
+    off_E = objectives.off_target(sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1), target_l0_E)
     moved_E = state.coefficient_E * jnp.exp(jnp.where(moves_E, CONTROLLER_SPEED * rate_E * off_E, 0))
     # A target out of reach must not carry λ out of float32.
     given_E = jnp.array([member.sparsity_coefficient for member in plan.padded])
@@ -239,13 +201,13 @@ def update(
     batch: ring.Slots,
     number: jax.Array,
     total_updates: int,
-) -> tuple[State, sae.BatchSums]:
+) -> tuple[State, objectives.BatchSums]:
     """One update of every member on its own site's rows of one batch; `number` is how many the run has had."""
     optimizer = optim.make_optimizer(optimizer_config)
     x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)
 
     def update_one(
-        params: sae.Params,
+        params: jumprelu.Params,
         opt_state: optax.OptState,
         x_BxD: jax.Array,
         weight_B: jax.Array,
@@ -253,8 +215,8 @@ def update(
         coefficient: jax.Array,
         target_l0: jax.Array,
         rate: jax.Array,
-    ) -> tuple[sae.Params, optax.OptState, sae.BatchSums]:
-        gradient, sums = sae.loss_gradient(
+    ) -> tuple[jumprelu.Params, optax.OptState, objectives.BatchSums]:
+        gradient, sums = objectives.loss_gradient(
             params,
             x_BxD,
             weight_B,
@@ -287,7 +249,7 @@ def update(
     return new, sums
 
 
-def _count(plan: Plan, state: State, sums: sae.BatchSums) -> Firing:
+def _count(plan: Plan, state: State, sums: objectives.BatchSums) -> Firing:
     """The counts with one more batch's; a window that ends with it becomes the last whole one."""
     count_ExM = state.firing.count_ExM + sums.fired_M
     rows_E = state.firing.rows_E + sums.rows
@@ -305,7 +267,7 @@ def metrics(
     plan: Plan,
     optimizer_config: config.OptimizerConfig,
     state: State,
-    sums: sae.BatchSums,
+    sums: objectives.BatchSums,
     number: jax.Array,
     total_updates: int,
 ) -> Metrics:
@@ -329,7 +291,7 @@ def metrics(
         fvu_E=fvu_E,
         activations_E=sums.rows.sum(0),
         dead_E=jnp.where(has_window_E, (state.firing.frequency_ExM == 0).sum(1), -1),
-        dense_E=jnp.where(has_window_E, (state.firing.frequency_ExM > sae.DENSE).sum(1), -1),
+        dense_E=jnp.where(has_window_E, (state.firing.frequency_ExM > jumprelu.DENSE).sum(1), -1),
         learning_rate_E=optim.learning_rate(optimizer_config, total_updates, number, own_E),
         sparsity_coefficient_E=state.coefficient_E * optim.sparsity_warmup(optimizer_config)(own_E),
         threshold_E=jnp.exp(state.params.log_threshold.mean(1)),
@@ -340,7 +302,7 @@ def metrics(
     return jax.tree.map(lambda value: value[: len(plan.members)], of_all)
 
 
-def l0_and_fvu(sums: sae.BatchSums) -> tuple[jax.Array, jax.Array]:
+def l0_and_fvu(sums: objectives.BatchSums) -> tuple[jax.Array, jax.Array]:
     """Both [E], of sums [K, E] over K batches; NaN where no activation counts, FVU also where all are the same."""
     weight_E = sums.weight.sum(0)
     mean_ExO = sums.target_O.sum(0) / weight_E[:, None]
@@ -357,23 +319,25 @@ def measure(
     plan: Plan,
     mesh: jax.sharding.Mesh,
     normalizers: Mapping[str, Normalizer],
-    params: sae.Params,
+    params: jumprelu.Params,
     batch: ring.Slots,
-) -> sae.BatchSums:
+) -> objectives.BatchSums:
     """What an update would sum of a batch, nothing being updated."""
     x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)
 
     def of_one(
-        params: sae.Params, x_BxD: jax.Array, weight_B: jax.Array, y_BxO: jax.Array | None
-    ) -> sae.BatchSums:
+        params: jumprelu.Params, x_BxD: jax.Array, weight_B: jax.Array, y_BxO: jax.Array | None
+    ) -> objectives.BatchSums:
         # The gradient is not used, so the compiler leaves it out.
-        penalty, precision = sae.linear_penalty(jnp.zeros(())), jax.lax.Precision(plan.precision)
-        return sae.loss_gradient(params, x_BxD, weight_B, penalty, plan.bandwidth, y_BxO, precision)[1]
+        penalty, precision = objectives.linear_penalty(jnp.zeros(())), jax.lax.Precision(plan.precision)
+        return objectives.loss_gradient(params, x_BxD, weight_B, penalty, plan.bandwidth, y_BxO, precision)[1]
 
     return jax.vmap(of_one)(params, x_ExBxD, weight_ExB, y_ExBxO).replace(fired_M=None)
 
 
-def fold(plan: Plan, params: sae.Params, normalizers: Mapping[str, Normalizer], place: int) -> sae.SAE:
+def fold(
+    plan: Plan, params: jumprelu.Params, normalizers: Mapping[str, Normalizer], place: int
+) -> jumprelu.SAE:
     """The member at a place of the bank, on raw activations; `params` are the bank's."""
     member = plan.members[place]
     own = jax.tree.map(lambda leaf: leaf[place], params)
@@ -381,5 +345,5 @@ def fold(plan: Plan, params: sae.Params, normalizers: Mapping[str, Normalizer], 
     with jax.default_matmul_precision("highest"):
         if member.is_transcoder:
             scale = target_scales(plan, normalizers)[place]
-            return sae.fold_transcoder(own, read.mean_D, read.scale, target.mean_D, scale)
-        return sae.fold(own, read.mean_D, read.scale)
+            return jumprelu.fold_transcoder(own, read.mean_D, read.scale, target.mean_D, scale)
+        return jumprelu.fold(own, read.mean_D, read.scale)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import sae
-from gemma_scope_jax.evaluation import Subject
+from gemma_scope_jax.saes import jumprelu
+from gemma_scope_jax.saes.attached import Subject
 
 # Thresholds are set on so many activations.
 THRESHOLD_ACTIVATIONS = 2048
@@ -38,7 +38,7 @@ def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) ->
     k = max(round(l0), 1)
     decoder_key, init_key = jax.random.split(jax.random.key(seed))
     m, o = subject.sae.W_dec.shape
-    random_MxO = np.asarray(sae.init(decoder_key, o, m, 1.0).W_dec)
+    random_MxO = np.asarray(jumprelu.init(decoder_key, o, m, 1.0).W_dec)
     found = {
         "top_k": dataclasses.replace(
             subject, sae=subject.sae.replace(threshold=np.zeros(m, np.float32)), top_k=k
@@ -57,23 +57,23 @@ def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) ->
     }
 
 
-def _encoded(subject: sae.SAE, x_BxD: np.ndarray) -> Iterator[np.ndarray]:
+def _encoded(subject: jumprelu.SAE, x_BxD: np.ndarray) -> Iterator[np.ndarray]:
     """Latents of some activations at a time: of all they may be more than there is memory."""
     for start in range(0, len(x_BxD), 256):
-        yield np.asarray(sae.encode(subject, jnp.asarray(x_BxD[start : start + 256])))
+        yield np.asarray(jumprelu.encode(subject, jnp.asarray(x_BxD[start : start + 256])))
 
 
-def _untrained(key: jax.Array, x_BxD: np.ndarray, m: int, l0: float) -> sae.SAE:
-    """As `sae.init`, folded for activations less their mean, with one threshold for all latents."""
-    params = sae.init(key, x_BxD.shape[1], m, 1.0)
+def _untrained(key: jax.Array, x_BxD: np.ndarray, m: int, l0: float) -> jumprelu.SAE:
+    """As `jumprelu.init`, folded for activations less their mean, with one threshold for all latents."""
+    params = jumprelu.init(key, x_BxD.shape[1], m, 1.0)
     mean_D = x_BxD.mean(0)
-    folded = jax.device_get(sae.fold(params, jnp.asarray(mean_D), jnp.ones(())))
+    folded = jax.device_get(jumprelu.fold(params, jnp.asarray(mean_D), jnp.ones(())))
     pre_BxM = x_BxD[:THRESHOLD_ACTIVATIONS] @ folded.W_enc + folded.b_enc
     threshold = max(float(np.quantile(pre_BxM, 1 - min(l0 / m, 1))), 0)
     return folded.replace(threshold=np.full(m, threshold, np.float32))
 
 
-def _principal(x_BxD: np.ndarray, k: int) -> sae.SAE:
+def _principal(x_BxD: np.ndarray, k: int) -> jumprelu.SAE:
     """The projection on the first k principal components; one latent for each of their two directions."""
     mean_D = x_BxD.mean(0, dtype=np.float64)
     centred_BxD = x_BxD - mean_D
@@ -87,10 +87,10 @@ def _principal(x_BxD: np.ndarray, k: int) -> sae.SAE:
         "W_dec": W_enc_DxM.T,
         "b_dec": mean_D,
     }
-    return sae.SAE(**{name: np.asarray(value, np.float32) for name, value in arrays.items()})
+    return jumprelu.SAE(**{name: np.asarray(value, np.float32) for name, value in arrays.items()})
 
 
-def _fitted(subject: sae.SAE, x_BxD: np.ndarray, y_BxO: np.ndarray) -> sae.SAE:
+def _fitted(subject: jumprelu.SAE, x_BxD: np.ndarray, y_BxO: np.ndarray) -> jumprelu.SAE:
     """The SAE with the scale of its decoder and the bias that give the least squared error."""
     recon_BxO = np.concatenate([f_BxM @ subject.W_dec for f_BxM in _encoded(subject, x_BxD)])
     mean_O, target_O = recon_BxO.mean(0), y_BxO.mean(0)

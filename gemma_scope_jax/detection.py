@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import descriptions, evaluation, opening, sae, tables
+from gemma_scope_jax import descriptions, opening, tables
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import activations, masking, registry, tokenizer
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import printable, say
-from gemma_scope_jax.saes import attached
+from gemma_scope_jax.saes import attached, jumprelu
 
 EXAMPLES = 50  # Passages that a description is made from.
 APART = 16  # No two of a latent's come from the same so many positions of a row.
@@ -197,7 +197,7 @@ def summarize(
 @functools.partial(jax.jit, static_argnames=("mesh", "prefix"))
 def _latents(
     mesh: jax.sharding.Mesh,
-    subject: sae.SAE,
+    subject: jumprelu.SAE,
     x_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
     candidates_C: jax.Array,
@@ -205,7 +205,7 @@ def _latents(
 ) -> jax.Array:
     """Latents [S, L, C], 0 at positions that do not count."""
     x_BxD = x_SxLxD.astype(jnp.float32).reshape(-1, x_SxLxD.shape[-1])
-    f_BxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
+    f_BxM = jumprelu.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
     f_SxLxC = f_BxM[:, candidates_C].reshape(*tokens_SxL.shape, -1)
     kept = jnp.where(masking.is_kept(tokens_SxL, prefix)[..., None], f_SxLxC, 0)
     return sharding.constrain(mesh, kept, sharding.REPLICATED)
@@ -214,7 +214,7 @@ def _latents(
 def detect(
     mesh: jax.sharding.Mesh,
     loaded: registry.Gemma,
-    subjects: Mapping[str, evaluation.Subject],
+    subjects: Mapping[str, attached.Subject],
     rows: token_rows.Batch,
     latents: int,
     seed: int,

@@ -19,33 +19,17 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import metrics, sae
+from gemma_scope_jax import metrics
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.metrics import Evaluation
 from gemma_scope_jax.models import interventions, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, locks, sharding
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.saes import attached
+from gemma_scope_jax.saes import attached, jumprelu
+from gemma_scope_jax.saes.evaluation_file import Evaluation
 
 CALIBRATION_ROWS = 64  # On so many training rows a site's mean is measured where it is not known.
 MEASURES = 2  # Raised whenever what is kept of a batch changes, so that old parts are not gone on with.
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """An SAE to evaluate, on the site of its model; or a transcoder, which takes the place of its target site."""
-
-    sae: sae.SAE
-    site: Site
-    mean_O: np.ndarray | None  # The target's mean for mean ablation; None: measured on training rows.
-    target_site: Site | None = None  # Of a transcoder: what it predicts, at the same layer.
-    top_k: int | None = None  # Only so many latents of an activation fire, the strongest.
-
-    @property
-    def spliced(self) -> Site:
-        """The site whose place is taken."""
-        return self.target_site or self.site
 
 
 def site_means(
@@ -206,7 +190,7 @@ class Cost:
 
 def evaluate(
     loaded: registry.Gemma,
-    subjects: Mapping[str, Subject],
+    subjects: Mapping[str, attached.Subject],
     training_rows: token_rows.Rows,
     held_out_rows: token_rows.Rows,
     count: int,
@@ -311,8 +295,8 @@ def _reference(site: Site) -> str:
 def _measure(
     mesh: jax.sharding.Mesh,
     loaded: registry.Gemma,
-    subjects: Mapping[str, Subject],
-    placed: Mapping[str, sae.SAE],
+    subjects: Mapping[str, attached.Subject],
+    placed: Mapping[str, jumprelu.SAE],
     means: Mapping[Site, np.ndarray],
     rows: batching.PlacedRows,
     is_fast: bool,
@@ -371,7 +355,9 @@ def _measure(
     return all_found, took | {"all": time.perf_counter() - start}
 
 
-def _cost(subjects: Mapping[str, Subject], num_layers: int, seconds: list[dict[str, float]]) -> Cost | None:
+def _cost(
+    subjects: Mapping[str, attached.Subject], num_layers: int, seconds: list[dict[str, float]]
+) -> Cost | None:
     if len(seconds) < 2:
         return None
     took = {name: float(np.median([one[name] for one in seconds[1:]])) for name in seconds[0]}

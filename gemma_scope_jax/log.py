@@ -14,9 +14,10 @@ import numpy as np
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from gemma_scope_jax import bank, ring, step, verdicts
+from gemma_scope_jax import bank, ring, step
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.saes import verdicts
 
 # By then a threshold that can move has moved.
 WATCHED_UPDATES = 1000

@@ -4,9 +4,7 @@ Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them; doc
 `measure` and `importance` run on devices, a batch at a time; the rest is float64 on the host.
 """
 
-import dataclasses
 import functools
-import pathlib
 from collections.abc import Mapping
 
 import jax
@@ -14,122 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import sae
 from gemma_scope_jax.normalizer import CONSTANT
-from gemma_scope_jax.runtime import files, sharding
-from gemma_scope_jax.runtime.printing import printable, quoted
-
-QUANTILES = (5, 25, 50, 75, 95)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The numbers of one SAE. Losses are in nats per prediction; `_se` is a standard error over rows.
-
-    What was not measured is None.
-    """
-
-    l0: float
-    l0_se: float
-    l0_quantiles: tuple[int, ...]  # over activations, at `QUANTILES` per cent
-    # ‖y − ŷ‖² over ‖y − mean‖², y being what is spliced and the mean that of the evaluated activations.
-    fvu: float
-    fvu_se: float
-    fvu_per_dimension: float  # the mean over dimensions of the same ratio in each
-    fvu_per_dimension_se: float
-    explained_variance_elements: (
-        float  # 1 − mean squared error over the variance of all elements, as in tutorials
-    )
-    explained_variance_elements_se: float
-    explained_variance_tokens: (
-        float  # the mean over tokens of 1 − ‖y − ŷ‖² / ‖y − site's mean‖², as SAELens had it
-    )
-    explained_variance_tokens_se: float
-    cosine: float  # of y and ŷ, the mean over tokens
-    cosine_se: float
-    norm_ratio: float  # ‖ŷ‖ / ‖y‖, likewise
-    norm_ratio_se: float
-    delta_loss: float
-    delta_loss_se: float
-    clean_loss: float
-    clean_loss_se: float
-    spliced_loss: float
-    zero_ablation_loss: float
-    mean_ablation_loss: float
-    loss_recovered_zero: float
-    loss_recovered_zero_se: float
-    loss_recovered_mean: float
-    loss_recovered_mean_se: float
-    kl: float | None  # KL(clean ‖ spliced) of the predictions of the next token
-    kl_se: float | None
-    r_l0: float | None  # uniformity of active latent importance
-    r_l0_se: float | None
-    dead_fraction: float  # of latents that never fire on the evaluated tokens
-    dense_fraction: float  # of latents that fire on more than a tenth of them
-    decoder_cosine: float  # of a latent's decoder direction with that next to it, the median over latents
-    rows: int
-    activations: int  # positions that L0, FVU and frequencies are over
-    tokens: int  # predictions scored
-    # Distributions, which are not in the table.
-    frequency: np.ndarray  # [M], of each latent's firing
-    nearest_cosine: np.ndarray  # [M], of each decoder direction with that next to it
-    threshold: np.ndarray  # [M]
-    decoder_norm: np.ndarray  # [M]
-    encoder_norm: np.ndarray  # [M]
-    l0_counts: np.ndarray  # [highest L0 + 1], activations on which so many latents fire
-    by_position: Mapping[str, np.ndarray]  # [L]: behind a document's BOS; see `at_positions`
-    by_row: Mapping[str, np.ndarray]  # [S]: sums of each row; see `differences`
-
-
-def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
-    """All but the distributions; what is not finite is None."""
-    found = {
-        key: value for key, value in vars(result).items() if not isinstance(value, (np.ndarray, Mapping))
-    }
-    return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in found.items()}
-
-
-# All of an evaluation that is a single number, or a few.
-SCALARS = [
-    field.name
-    for field in dataclasses.fields(Evaluation)
-    if field.type not in (np.ndarray, Mapping[str, np.ndarray])
-]
-
-
-def read_numbers(path: pathlib.Path) -> dict:
-    """What an evaluation.json says, checked: `SCALARS` of each SAE under "sae", and what they were measured on.
-
-    What was not measured, or not by the version that wrote it, is None.
-
-    Raises:
-      ValueError: it is no evaluation.
-    """
-    found = files.read_json(path)
-    saes = found.pop("sae", None)
-    if not isinstance(saes, dict) or not saes or not all(isinstance(of, dict) for of in saes.values()):
-        raise ValueError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
-    checked = {name: {key: of.get(key) for key in SCALARS} for name, of in saes.items()}
-    for name, of in checked.items():
-        for key, value in of.items():
-            values = value if key == "l0_quantiles" and isinstance(value, list) else [value]
-            if not all(map(_is_number, values)):
-                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
-            if key.endswith("_se") and value is not None and value < 0:
-                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is below zero")
-    about = {
-        key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
-    }
-    return {**about, "sae": checked}
-
-
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (is_number and abs(value) < 1e30)
+from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import evaluation_file, geometry, jumprelu
 
 
 def measure(
-    subject: sae.SAE,
+    subject: jumprelu.SAE,
     x_SxLxD: jax.Array,
     y_SxLxO: jax.Array,
     mean_O: jax.Array,
@@ -154,10 +43,10 @@ def measure(
     shape = is_kept_SxL.shape
     weight_B = is_kept_SxL.reshape(-1).astype(jnp.float32)
     x_BxD, y_BxO = (v.reshape(weight_B.size, -1).astype(jnp.float32) for v in (x_SxLxD, y_SxLxO))
-    f_BxM = sae.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
+    f_BxM = jumprelu.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
     if top_k is not None:
-        f_BxM = sae.keep_top(f_BxM, top_k)
-    recon_BxO = sae.decode(subject, f_BxM, x_BxD, jax.lax.Precision.HIGHEST)
+        f_BxM = jumprelu.keep_top(f_BxM, top_k)
+    recon_BxO = jumprelu.decode(subject, f_BxM, x_BxD, jax.lax.Precision.HIGHEST)
     fired_BxM = (f_BxM > 0) * weight_B[:, None]
     error_BxO = recon_BxO - y_BxO
     # Sums and not matmuls, which on TPU would round their inputs to bfloat16.
@@ -213,21 +102,6 @@ def uniformity(importance_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(is_active_B, jnp.exp(entropy_B) / jnp.maximum(count_B, 1), 0), is_active_B
 
 
-def nearest_cosine(W_dec_MxO: np.ndarray, block: int = 1024) -> np.ndarray:
-    """The cosine [M] of each decoder direction with that of another latent next to it."""
-    unit_MxO = jnp.asarray(W_dec_MxO / np.maximum(np.linalg.norm(W_dec_MxO, axis=1, keepdims=True), 1e-30))
-    count = len(unit_MxO)
-
-    @jax.jit
-    def of_block(start: jax.Array) -> jax.Array:
-        rows = jnp.minimum(start + jnp.arange(min(block, count)), count - 1)
-        cosines = jnp.matmul(unit_MxO[rows], unit_MxO.T, precision=jax.lax.Precision.HIGHEST)
-        return jnp.where(rows[:, None] == jnp.arange(count)[None], -1, cosines).max(1)
-
-    parts = [np.asarray(of_block(jnp.asarray(start))) for start in range(0, count, block)]
-    return np.concatenate(parts)[:count]
-
-
 class Totals:
     """What `measure` found, added up over batches on the host."""
 
@@ -281,8 +155,8 @@ def standard_error(residual_S: np.ndarray) -> float:
 
 
 def summarize(
-    subject: sae.SAE, of_sae: Totals, references: Totals, nearest_cosine_M: np.ndarray | None = None
-) -> Evaluation:
+    subject: jumprelu.SAE, of_sae: Totals, references: Totals, nearest_cosine_M: np.ndarray | None = None
+) -> evaluation_file.Evaluation:
     """The numbers of one SAE.
 
     Args:
@@ -323,7 +197,9 @@ def summarize(
     unexplained, unexplained_se = ratio(error_SxO.sum(1), distance(mean_O.mean()).sum(1))
     recovered = {name: _recovered(delta_S, loss[name], loss["clean"]) for name in ("zero", "mean")}
     frequency_M = of_sae.latents["fired"] / count_S.sum()
-    cosine_M = nearest_cosine(np.asarray(subject.W_dec)) if nearest_cosine_M is None else nearest_cosine_M
+    cosine_M = (
+        geometry.nearest_cosine(np.asarray(subject.W_dec)) if nearest_cosine_M is None else nearest_cosine_M
+    )
     cumulative = np.cumsum(of_sae.l0_counts)
     active_S = of_sae.of_rows("active_S")
     pairs = {
@@ -341,15 +217,17 @@ def summarize(
         "loss_recovered_zero": recovered["zero"],
         "loss_recovered_mean": recovered["mean"],
     }
-    return Evaluation(
+    return evaluation_file.Evaluation(
         **{name: value for name, (value, _) in pairs.items()},
         **{f"{name}_se": error for name, (_, error) in pairs.items()},
-        l0_quantiles=tuple(int(np.searchsorted(cumulative, q / 100 * cumulative[-1])) for q in QUANTILES),
+        l0_quantiles=tuple(
+            int(np.searchsorted(cumulative, q / 100 * cumulative[-1])) for q in evaluation_file.QUANTILES
+        ),
         spliced_loss=ratio(of_sae.of_rows("loss_S"), scored_S)[0],
         zero_ablation_loss=ratio(loss["zero"], scored_S)[0],
         mean_ablation_loss=ratio(loss["mean"], scored_S)[0],
         dead_fraction=float((frequency_M == 0).mean()),
-        dense_fraction=float((frequency_M > sae.DENSE).mean()),
+        dense_fraction=float((frequency_M > jumprelu.DENSE).mean()),
         decoder_cosine=float(np.median(cosine_M)),
         rows=scored_S.size,
         activations=int(count_S.sum()),
@@ -382,7 +260,7 @@ def _recovered(delta_S: np.ndarray, ablated_S: np.ndarray, clean_S: np.ndarray) 
     return 1 - lost, error
 
 
-def undefined(results: Mapping[str, Evaluation]) -> list[str]:
+def undefined(results: Mapping[str, evaluation_file.Evaluation]) -> list[str]:
     """Sentences on numbers that are not defined for what SAEs were evaluated on, and why."""
     said = []
     for name, result in results.items():
@@ -451,7 +329,7 @@ def at_positions(of_sae: Totals, references: Totals, variance: float) -> dict[st
 @functools.partial(jax.jit, static_argnames=("mesh", "top_k"))
 def reconstruct(
     mesh: jax.sharding.Mesh,
-    subject: sae.SAE,
+    subject: jumprelu.SAE,
     x_SxLxD: jax.Array,
     y_SxLxO: jax.Array,
     mean_O: jax.Array,

@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from gemma_scope_jax import bank, evaluation, export, hub, runs, stored
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import export, results, runs
 from gemma_scope_jax.data import batching, prepare, sources, token_rows
-from gemma_scope_jax.formats import common
 from gemma_scope_jax.models import chat, masking, registry, tokenizer
 from gemma_scope_jax.runtime import files, sharding
 from gemma_scope_jax.runtime.printing import printable, say, well_formed
+from gemma_scope_jax.saes import attached, finding, loading, naming
+from gemma_scope_jax.saes.formats import common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Opened:
     """What lies at a path."""
 
     config: config_lib.Config  # to evaluate with
-    subjects: dict[str, evaluation.Subject]
+    subjects: dict[str, attached.Subject]
     prepare_rows: Callable[[], pathlib.Path]  # of the text to evaluate on
-    members: dict[str, bank.Member]  # of a run
+    members: dict[str, naming.Member]  # of a run
     step: int | None = None  # of a run, at which they are as they are here
     # As the run or the file says, whatever was given; a stranger's file leaves the most of it open.
     own: config_lib.Config = config_lib.Config()
@@ -64,9 +65,9 @@ def open_path(location: str | pathlib.Path, trust: bool | None = None, **overrid
       ValueError: there is neither, it does not fit the model, or options were given that only files take.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
-    path = None if hub.is_pattern(str(location)) else hub.local(str(location))
+    path = None if finding.is_pattern(str(location)) else finding.local(str(location))
     # What is fetched from the hub is never a run, which may name any text and weights.
-    if path is None or str(location).startswith("hf://") or not runs.is_run(path):
+    if path is None or str(location).startswith("hf://") or not loading.is_run(path):
         return _open_stored(str(location), given, bool(trust))
     for name in _OF_FILES:
         if name in given:
@@ -78,7 +79,7 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
     run, state = runs.open_run(path)
     members = {member.name: member for member in run.plan.members}
     subjects = {
-        name: evaluation.Subject(
+        name: attached.Subject(
             folded,
             members[name].site,
             state.normalizers[str(members[name].target_site)].ablation_mean_D,
@@ -88,7 +89,7 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
     }
     config = _changed(run.config, given)
     for name, subject in subjects.items():
-        stored.check(name, config.model, subject.sae, subject.site, subject.spliced)
+        loading.check(name, config.model, subject.sae, subject.site, subject.spliced)
     packed = ("text", "turns", "tokenizer")
     # Of another model of the same tokens the same rows, so that the two can be compared.
     is_other = bool(given.keys() & set(packed))
@@ -137,7 +138,7 @@ def on_text(opened: Opened, text: str) -> Opened:
 
 
 def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
-    found = list(stored.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
+    found = list(loading.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
     about, model = found[0].about, found[0].model
     if others := {one.model for one in found} - {model}:
         raise ValueError(
@@ -181,7 +182,7 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
                 f"{location} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
             )
     subjects = {
-        well_formed(one.name): evaluation.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
+        well_formed(one.name): attached.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
         for one in found
     }
     if len(subjects) < len(found):
@@ -230,7 +231,7 @@ def results_folder(
     text: str | None = None,
     options: str = "",
 ) -> pathlib.Path:
-    """`hub.results_folder`; results that are not of the SAEs' own text and model overwrite none that are.
+    """`results.results_folder`; results that are not of the SAEs' own text and model overwrite none that are.
 
     Args:
       opened: what lies at the location.
@@ -242,7 +243,7 @@ def results_folder(
     is_other = not sources.is_same_text(opened.config.data.text, opened.own.data.text)
     name = text or text_label(opened.config.data.text)
     label = pathlib.Path(options or options_of(opened), name if is_other else "")
-    return hub.results_folder(location, out, None if label == pathlib.Path() else label)
+    return results.results_folder(location, out, None if label == pathlib.Path() else label)
 
 
 def text_label(source: str) -> str:

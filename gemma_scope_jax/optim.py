@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import sae
+from gemma_scope_jax.saes import jumprelu
 
 
 def learning_rate(
@@ -42,7 +42,7 @@ def sparsity_warmup(config: config_lib.OptimizerConfig) -> optax.Schedule:
 def project_decoder_gradient() -> optax.GradientTransformation:
     """Removes from each decoder row's gradient the part along the row, which renormalising would undo."""
 
-    def update(gradient: sae.Params, state: optax.EmptyState, params: sae.Params) -> tuple:
+    def update(gradient: jumprelu.Params, state: optax.EmptyState, params: jumprelu.Params) -> tuple:
         norm = jnp.linalg.norm(params.W_dec, axis=-1, keepdims=True)
         direction = params.W_dec / (norm + 1e-6)
         along = jnp.sum(gradient.W_dec * direction, axis=-1, keepdims=True)
@@ -64,11 +64,11 @@ def make_optimizer(config: config_lib.OptimizerConfig) -> optax.GradientTransfor
 
 def apply_gradient(
     optimizer: optax.GradientTransformation,
-    gradient: sae.Params,
+    gradient: jumprelu.Params,
     state: optax.OptState,
-    params: sae.Params,
+    params: jumprelu.Params,
     rate: jax.Array,
-) -> tuple[sae.Params, optax.OptState]:
+) -> tuple[jumprelu.Params, optax.OptState]:
     """One update at a learning rate, after which every decoder row has unit norm again."""
     updates, state = optimizer.update(gradient, state, params)
     params = optax.apply_updates(params, optax.tree.scale(-rate, updates))

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import numpy as np
 
-from gemma_scope_jax import metrics, plots, verdicts
-from gemma_scope_jax.metrics import Evaluation
+from gemma_scope_jax import plots
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import lines, printable
+from gemma_scope_jax.saes import evaluation_file, verdicts
+from gemma_scope_jax.saes.evaluation_file import Evaluation
 
 # Each number: its label, how it is shown, and what it is.
 NUMBERS = {
@@ -111,7 +112,7 @@ def write_json(
     """Writes the numbers of every SAE and the verdicts on those that have one, with what they were measured on."""
     saes = {}
     for name, result in results.items():
-        saes[name] = metrics.numbers(result)
+        saes[name] = evaluation_file.numbers(result)
         if name in judgements:
             saes[name]["verdict"] = {"faults": judgements[name].faults, "line": judgements[name].line}
     with files.replacing_file(path) as partial:
@@ -133,7 +134,7 @@ def write_arrays(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
 
 def write_csv(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
     """Writes a row of numbers for each SAE, with standard errors in columns of their own."""
-    rows = [{"name": name, **metrics.numbers(result)} for name, result in results.items()]
+    rows = [{"name": name, **evaluation_file.numbers(result)} for name, result in results.items()]
     for row in rows:
         row["l0_quantiles"] = " ".join(map(str, row["l0_quantiles"]))
     with files.replacing_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -182,7 +183,9 @@ def write_html(
             name: {number: shown(result, number) for number in NUMBERS} for name, result in results.items()
         },
         quantiles={
-            name: ", ".join(f"{q}%: {v}" for q, v in zip(metrics.QUANTILES, result.l0_quantiles, strict=True))
+            name: ", ".join(
+                f"{q}%: {v}" for q, v in zip(evaluation_file.QUANTILES, result.l0_quantiles, strict=True)
+            )
             for name, result in results.items()
         },
         pictures={name: data_url(plots.details(result)) for name, result in results.items()},

@@ -10,6 +10,7 @@ from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.sites import Site, check_site, site_width
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.ranges import Range
+from gemma_scope_jax.saes import naming
 
 
 def _require(holds: bool, message: str) -> None:
@@ -17,10 +18,10 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def members(config: BankConfig) -> tuple[bank.Member, ...]:
+def members(config: BankConfig) -> tuple[naming.Member, ...]:
     """The SAEs that a bank's config names, in the order of layers, sites, coefficients, targets, seeds."""
     return tuple(
-        bank.Member(
+        naming.Member(
             Site(site, layer),
             Site(config.target_site or site, layer),
             config.width,

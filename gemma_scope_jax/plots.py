@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gemma_scope_jax.metrics import Evaluation
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import plottable
+from gemma_scope_jax.saes.evaluation_file import Evaluation
 
 
 def _png(figure: object, dpi: int = 80) -> bytes:

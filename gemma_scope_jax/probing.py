@@ -16,13 +16,13 @@ import numpy as np
 from scipy import sparse
 from sklearn import linear_model, model_selection
 
-from gemma_scope_jax import evaluation, opening, sae, tables
+from gemma_scope_jax import opening, tables
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.models import activations, masking, registry, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, say, well_formed
-from gemma_scope_jax.saes import attached
+from gemma_scope_jax.saes import attached, jumprelu
 
 FEATURES = (1, 2, 5, 20)  # So many are probed with.
 FEWEST = 10  # Texts of a class: with less there is nothing to measure.
@@ -222,13 +222,15 @@ def mean(of: Sequence[Task]) -> Task:
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _pooled(
-    mesh: jax.sharding.Mesh, subject: sae.SAE | None, x_SxLxD: jax.Array, tokens_SxL: jax.Array
+    mesh: jax.sharding.Mesh, subject: jumprelu.SAE | None, x_SxLxD: jax.Array, tokens_SxL: jax.Array
 ) -> jax.Array:
     """The mean of latents [S, M] over the positions that count; without an SAE that of x, [S, D]."""
     kept_SxL = masking.is_kept(tokens_SxL, 0)
     value_SxLxF = x_SxLxD.astype(jnp.float32)
     if subject is not None:
-        f_BxM = sae.encode(subject, value_SxLxF.reshape(-1, x_SxLxD.shape[-1]), jax.lax.Precision.HIGHEST)
+        f_BxM = jumprelu.encode(
+            subject, value_SxLxF.reshape(-1, x_SxLxD.shape[-1]), jax.lax.Precision.HIGHEST
+        )
         value_SxLxF = f_BxM.reshape(*kept_SxL.shape, -1)
     count_S = jnp.maximum(kept_SxL.sum(1), 1)  # A row of padding has none.
     pooled_SxF = jnp.where(kept_SxL[..., None], value_SxLxF, 0).sum(1) / count_S[:, None]
@@ -238,7 +240,7 @@ def _pooled(
 def pool(
     mesh: jax.sharding.Mesh,
     loaded: registry.Gemma,
-    subjects: Mapping[str, evaluation.Subject],
+    subjects: Mapping[str, attached.Subject],
     tokens_TxL: np.ndarray,
     per_batch: int,
 ) -> tuple[dict[str, np.ndarray], dict[Site, np.ndarray]]:

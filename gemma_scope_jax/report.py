@@ -2,34 +2,20 @@
 
 import contextlib
 import dataclasses
-import itertools
 import pathlib
 import re
 import shlex
-import zlib
 from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 
-from gemma_scope_jax import (
-    bank,
-    baselines,
-    evaluation,
-    hub,
-    metrics,
-    opening,
-    page,
-    plots,
-    runs,
-    suites,
-    tables,
-    verdicts,
-)
+from gemma_scope_jax import baselines, evaluation, metrics, opening, page, plots, runs, suites, tables
+from gemma_scope_jax import results as results_lib
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.runtime import distributed, files, ranges
 from gemma_scope_jax.runtime.printing import printable, say, shareable
+from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
 
 # Of the training rows so many activations are what baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
@@ -100,7 +86,7 @@ def evaluate_path(
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
         ranges.check(f"--{name}", value, ranges.COUNT)
-    given_out, own_folder = out, hub.own_folder(path)
+    given_out, own_folder = out, results_lib.own_folder(path)
     kind = "baselines" if has_baselines else ""
     out, places = _places(path, out, by_label, split, kind, overrides)
     with contextlib.ExitStack() as held:
@@ -148,7 +134,7 @@ def _places(
     first = next(iter(by_label.values()))
     of = opening.options_of(first, split, overrides.get("turns"), kind)
     if len(by_label) > 1:  # A folder for each, of the text that was trained on too.
-        out = hub.results_folder(path, given_out, pathlib.Path(of))
+        out = results_lib.results_folder(path, given_out, pathlib.Path(of))
         places = {label: out / label for label in by_label}
     else:
         (label,) = by_label
@@ -158,7 +144,7 @@ def _places(
         is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
         if given_out is not None and place != out and not is_free and not list(place.glob("evaluation.*")):
             raise ValueError(f"{place} holds something that is no evaluation; give the text another name")
-        if given_out is None and place != hub.own_folder(path):
+        if given_out is None and place != results_lib.own_folder(path):
             _check_same(place, _about(by_label[label], {"split": split, **overrides}))
     return out, places
 
@@ -191,7 +177,7 @@ def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
 
 def _with_baselines(
     opened: opening.Opened, loaded: registry.Gemma, per_batch: int, mesh: jax.sharding.Mesh
-) -> dict[str, evaluation.Subject]:
+) -> dict[str, attached.Subject]:
     """Each SAE followed by its baselines."""
     split = token_rows.TRAIN if opened.config.data.held_out_fraction < 1 else token_rows.HELD_OUT
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
@@ -238,7 +224,7 @@ def _identity_of_all(
         "rows_in_a_batch": batching.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
         "is_fast": bool(options["fast"]),
         "measures": evaluation.MEASURES,
-        "saes": {name: identity(subject) for name, subject in opened.subjects.items()},
+        "saes": {name: attached.identity(subject) for name, subject in opened.subjects.items()},
     }
 
 
@@ -278,7 +264,7 @@ def _evaluate(
     about["cost"] = dataclasses.asdict(cost) if cost else None
     judgements = {
         name: verdicts.verdict(
-            metrics.numbers(results[name]),
+            evaluation_file.numbers(results[name]),
             opened.subjects[name].sae.b_enc.size,
             opened.members[name].target_l0 if name in opened.members else 0,
         )
@@ -336,21 +322,12 @@ def _remarks(
     with contextlib.suppress(ValueError):  # A damaged one is no reason to lose this one.
         own, others = runs.own_evaluation(own_folder, opened.own, opened.step)
     for name, of in own["sae"].items() if own and not others else ():
-        if name in results and (said := verdicts.beside_own(metrics.numbers(results[name]), of)):
+        if name in results and (said := verdicts.beside_own(evaluation_file.numbers(results[name]), of)):
             remarks.append(f"{name}: {said}.")
     return remarks
 
 
-def identity(subject: evaluation.Subject) -> list:
-    """What changes whenever an SAE does."""
-    arrays = (value for value in vars(subject.sae).values() if value is not None)
-    digest = 0
-    for value in itertools.chain(arrays, [] if subject.mean_O is None else [subject.mean_O]):
-        digest = zlib.crc32(np.ascontiguousarray(value), digest)
-    return [digest, str(subject.site), str(subject.spliced), subject.top_k]
-
-
-def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:
+def sweeps(members: Mapping[str, naming.Member]) -> dict[str, dict[str, str]]:
     """Members that differ only in λ or in their target L0, in that order: by label, names and differences."""
     found: dict[str, dict[str, str]] = {}
     by_setting = sorted(members.items(), key=lambda item: (item[1].target_l0, item[1].sparsity_coefficient))
@@ -358,14 +335,14 @@ def sweeps(members: Mapping[str, bank.Member]) -> dict[str, dict[str, str]]:
         seed = f", seed {member.seed}" if member.seed else ""
         skip = ", skip" if member.skip else ""
         aim = f", {member.objective}" if member.target_l0 else ""
-        label = f"{member.place}{skip}, {bank.width_name(member.width)}{aim}{seed}"
+        label = f"{member.place}{skip}, {naming.width_name(member.width)}{aim}{seed}"
         setting = f"L0* {member.target_l0:g}" if member.target_l0 else f"λ {member.sparsity_coefficient:g}"
         found.setdefault(label, {})[name] = setting
     return {label: points for label, points in found.items() if len(points) > 1}
 
 
 def _lines(
-    subjects: Mapping[str, evaluation.Subject], results: Mapping[str, evaluation.Evaluation]
+    subjects: Mapping[str, attached.Subject], results: Mapping[str, evaluation.Evaluation]
 ) -> dict[str, dict[str, str]]:
     """The same of files, which do not say their λ: those of one place and width, by their L0."""
     found: dict[str, dict[str, str]] = {}
@@ -374,7 +351,7 @@ def _lines(
         place = (
             str(subject.site) if subject.site == subject.spliced else f"{subject.site} to {subject.spliced}"
         )
-        label = f"{place}, {bank.width_name(subject.sae.b_enc.size)}"
+        label = f"{place}, {naming.width_name(subject.sae.b_enc.size)}"
         found.setdefault(label, {})[name] = f"{results[name].l0:.0f}"
     return {label: points for label, points in found.items() if len(points) > 1}
 

@@ -10,13 +10,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from gemma import gm
 
-from gemma_scope_jax import bank, checkpoint, chips, metrics, planning, plans, step
+from gemma_scope_jax import bank, checkpoint, chips, planning, plans, step
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
 from gemma_scope_jax.runtime import files, printing, sharding
+from gemma_scope_jax.saes import evaluation_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def own_evaluation(
     path = folder / "evaluation.json"
     if not path.exists():
         return None, {}
-    found = metrics.read_numbers(path)
+    found = evaluation_file.read_numbers(path)
     own = {
         "step": step, "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text,
         "split": token_rows.HELD_OUT, "turns": None, "context_length": config.data.context_length,
@@ -210,11 +211,6 @@ def steps_left(plan: step.Plan, state: step.State) -> int:
     harvests, occupancy = int(state.harvests), int(state.harvests) - int(state.draws)
     to_harvest = max(plan.harvests - harvests, 0)
     return to_harvest + occupancy + min(plan.ring_steps - occupancy, to_harvest)
-
-
-def is_run(path: pathlib.Path) -> bool:
-    """Whether a path is a run directory; other formats have a config.json too."""
-    return (path / "config.json").exists() and (path / "checkpoints").exists()
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.Config:

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from gemma import gm
 
-from gemma_scope_jax import bank, config, ring, sae
+from gemma_scope_jax import bank, config, ring
 from gemma_scope_jax.models import forward, masking, weights
 from gemma_scope_jax.models.sites import Site, blocks_needed
 from gemma_scope_jax.normalizer import Normalizer, outlier_weight
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import naming, objectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Plan:
         return self.harvests * self.updates_per_step
 
     @property
-    def members(self) -> tuple[bank.Member, ...]:
+    def members(self) -> tuple[naming.Member, ...]:
         """Those of all banks."""
         return tuple(member for bank_plan in self.banks for member in bank_plan.members)
 
@@ -188,7 +189,7 @@ def leave_out(slots: ring.Slots) -> tuple[ring.Slots, dict[str, Nonfinite]]:
 
 def train(
     plan: Plan, mesh: jax.sharding.Mesh, state: State, batches: ring.Slots
-) -> tuple[dict[str, bank.State], dict[str, sae.BatchSums]]:
+) -> tuple[dict[str, bank.State], dict[str, objectives.BatchSums]]:
     """K updates of every bank, one after the other; the sums of each batch are returned stacked on axis K."""
     first_update = state.draws * plan.updates_per_step
 

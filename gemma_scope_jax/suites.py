@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from gemma_scope_jax import metrics, page, plots, tables
-from gemma_scope_jax.metrics import Evaluation
 from gemma_scope_jax.runtime import files, printing
 from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.saes.evaluation_file import Evaluation
 
 # What is shown of each.
 NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
@@ -25,7 +26,7 @@ class Suite:
     """An evaluation of some SAEs, as `report` wrote it."""
 
     about: Mapping[str, object]  # what it was made of
-    # By SAE: objects with the numbers of `metrics.Evaluation`, and its `by_row`.
+    # By SAE: objects with the numbers of `evaluation_file.Evaluation`, and its `by_row`.
     results: Mapping[str, Evaluation | types.SimpleNamespace]
 
 
@@ -43,7 +44,7 @@ def read(folder: pathlib.Path) -> Suite:
     path, arrays = folder / "evaluation.json", folder / "evaluation.npz"
     if not path.exists():
         raise ValueError(f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared")
-    about = metrics.read_numbers(path)
+    about = evaluation_file.read_numbers(path)
     saes = about.pop("sae")
     for name, numbers in saes.items():
         if not isinstance(numbers["rows"], int) or not 0 < numbers["rows"] <= _MAX_ROWS:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tqdm
 
-from gemma_scope_jax import bank, checkpoint, chips, export, log, optim, planning, runs, step, verdicts
+from gemma_scope_jax import bank, checkpoint, chips, export, log, optim, planning, runs, step
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import normalizer as normalizer_lib
 from gemma_scope_jax.data import prepare, token_rows
@@ -21,6 +21,7 @@ from gemma_scope_jax.models import forward, masking, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, locks, printing, ranges, sharding, signals
 from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.saes import loading, verdicts
 
 
 def calibrate(
@@ -255,7 +256,9 @@ def _passes(run: runs.Run, rows: int) -> list[str]:
 
 def _started(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Config | None:
     """The config of the run that goes on, in `workdir` or as another's `start_from`; None: this one is new."""
-    goes_on = [path for path in (workdir, files.expanded(config.start_from or workdir)) if runs.is_run(path)]
+    goes_on = [
+        path for path in (workdir, files.expanded(config.start_from or workdir)) if loading.is_run(path)
+    ]
     return runs.read_config(goes_on[0]) if goes_on else None
 
 

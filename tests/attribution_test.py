@@ -13,12 +13,13 @@ import tiny
 from scipy import special
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, explore_cli, sae
+from gemma_scope_jax import explore, explore_cli
 from gemma_scope_jax.explore import ablating, attribution, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached, jumprelu
 
 RESID, MLP, EMBED = Site("resid_post", 1), Site("mlp_out", 2), Site("embed", 0)
 READ, HEADS = Site("mlp_in", 2), Site("attn_out", 1)
@@ -30,17 +31,17 @@ def wide_sae():
         W_enc=rng.normal(size=(64, 48)), b_enc=rng.normal(size=48), threshold=np.ones(48),
         W_dec=0.2 * rng.normal(size=(48, 64)), b_dec=rng.normal(size=64),
     )  # fmt: skip
-    return sae.SAE(**{k: v.astype(np.float32) for k, v in arrays.items()})
+    return jumprelu.SAE(**{k: v.astype(np.float32) for k, v in arrays.items()})
 
 
 W_SKIP = np.random.default_rng(8).normal(size=(32, 32)).astype(np.float32) / 8
 SUBJECTS = {
-    "resid": evaluation.Subject(random_sae(0), RESID, None),
-    "beside": evaluation.Subject(random_sae(1), RESID, None),
-    "mlp": evaluation.Subject(random_sae(2), MLP, None),
-    "embed": evaluation.Subject(random_sae(3), EMBED, None),
-    "heads": evaluation.Subject(wide_sae(), HEADS, None),
-    "skip": evaluation.Subject(random_sae(4).replace(W_skip=W_SKIP), READ, None, MLP),
+    "resid": attached.Subject(random_sae(0), RESID, None),
+    "beside": attached.Subject(random_sae(1), RESID, None),
+    "mlp": attached.Subject(random_sae(2), MLP, None),
+    "embed": attached.Subject(random_sae(3), EMBED, None),
+    "heads": attached.Subject(wide_sae(), HEADS, None),
+    "skip": attached.Subject(random_sae(4).replace(W_skip=W_SKIP), READ, None, MLP),
 }
 SPLICED = (RESID, MLP, EMBED, HEADS)
 TEXT = "rivers of bread"
@@ -460,7 +461,7 @@ def test_parts_do_not_depend_on_how_many_tokens_are_divided_at_a_time(scope, fou
 
 def test_where_nothing_fires_there_is_nothing_to_take_out(tiny_gemma):
     silent = SUBJECTS["resid"].sae.replace(threshold=np.full(64, 1e9, np.float32))
-    scope = scopes.make(tiny_gemma, {"silent": evaluation.Subject(silent, RESID, None)})
+    scope = scopes.make(tiny_gemma, {"silent": attached.Subject(silent, RESID, None)})
     found = explore.attribute(scope, TEXT)
     found.show()
     with pytest.raises(ValueError, match=f"no latent fires on '{TEXT}'"):

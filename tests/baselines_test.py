@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from toys import random_sae
 
-from gemma_scope_jax import baselines, evaluation, metrics, sae
+from gemma_scope_jax import baselines, metrics
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import attached, jumprelu
 
 SITE = Site("resid_post", 1)
 
@@ -20,7 +21,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def made(x):
-    subject = evaluation.Subject(random_sae(), SITE, None)
+    subject = attached.Subject(random_sae(), SITE, None)
     return subject, baselines.of(subject, x, x)
 
 
@@ -68,10 +69,10 @@ def test_scale_and_bias_fit_best(made, x, name):
 
 def test_the_strongest_latents_are_kept():
     f = jnp.array([[0.0, 3, 1, 2], [0, 0, 5, 0]])
-    np.testing.assert_array_equal(sae.keep_top(f, 2), [[0, 3, 0, 2], [0, 0, 5, 0]])
+    np.testing.assert_array_equal(jumprelu.keep_top(f, 2), [[0, 3, 0, 2], [0, 0, 5, 0]])
 
 
 def test_a_transcoder_has_no_components(x):
     y = x[:, ::-1].copy()
-    subject = evaluation.Subject(random_sae(), Site("mlp_in", 1), None, Site("mlp_out", 1))
+    subject = attached.Subject(random_sae(), Site("mlp_in", 1), None, Site("mlp_out", 1))
     assert set(baselines.of(subject, x, y)) == {"top_k", "random_decoder"}

@@ -13,10 +13,11 @@ import tiny
 from scipy import stats
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore
+from gemma_scope_jax import explore
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached
 
 # The package has the function by this name.
 module = importlib.import_module("gemma_scope_jax.explore.contrasts")
@@ -27,7 +28,7 @@ PROMPTS = ["rivers", "bread and law", "a", "stars are older than any of us"]
 
 def make_scope(tiny_gemma, mesh):
     subjects = {
-        name: evaluation.Subject(random_sae(seed), site, None)
+        name: attached.Subject(random_sae(seed), site, None)
         for seed, (name, site) in enumerate(SITES.items())
     }
     return scopes.make(tiny_gemma, subjects, mesh, rows_per_batch=3)

@@ -13,11 +13,12 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import evaluation, explore, metrics, training
+from gemma_scope_jax import explore, metrics, training
 from gemma_scope_jax.data import batching, sources, token_rows
 from gemma_scope_jax.explore import correction, edits, pictures
 from gemma_scope_jax.models import forward, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import attached
 
 STREAM, MLP = Site("resid_post", 1), Site("mlp_out", 2)
 WORDS = "ash elm oak fir yew bay fig box gum ivy".split()
@@ -31,8 +32,8 @@ NEW_SECOND = ["wood and law!", "iron and law!", "gold and law!"]
 @pytest.fixture(scope="module")
 def scope(tiny_gemma, rows):
     subjects = {
-        "stream": evaluation.Subject(random_sae(0), STREAM, None),
-        "mlp": evaluation.Subject(random_sae(1), MLP, None),
+        "stream": attached.Subject(random_sae(0), STREAM, None),
+        "mlp": attached.Subject(random_sae(1), MLP, None),
     }
     return scopes.make(tiny_gemma, subjects, held_out=rows)
 

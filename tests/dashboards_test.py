@@ -9,12 +9,13 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation, sae
+from gemma_scope_jax import evaluation
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.explore import dashboards, directions
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached, geometry, jumprelu
 
 SITES = {"stream": Site("resid_post", 1), "embed": Site("embed", 0)}
 OPTIONS = dashboards.Options(top=6, sample=10, before=3, after=2)
@@ -33,8 +34,7 @@ def subjects():
     made = [one.replace(threshold=one.threshold * rarer) for one in map(random_sae, range(2))]
     # Embeddings repeat, and with them activations: places of equal ones have to be those that come first.
     return {
-        name: evaluation.Subject(one, site, None)
-        for one, (name, site) in zip(made, SITES.items(), strict=True)
+        name: attached.Subject(one, site, None) for one, (name, site) in zip(made, SITES.items(), strict=True)
     }
 
 
@@ -258,11 +258,11 @@ def test_what_is_planted_is_found(tiny_gemma):
     W_enc[:, 5] = table[77] / np.linalg.norm(table[77]) ** 2 / np.sqrt(32)
     gain = 1 + np.asarray(tiny_gemma.params["final_norm"]["scale"], np.float32)
     W_dec[5] = table[200] / gain
-    planted = sae.SAE(W_enc, np.zeros(64, np.float32), np.full(64, 0.99, np.float32), W_dec, one.b_dec)
+    planted = jumprelu.SAE(W_enc, np.zeros(64, np.float32), np.full(64, 0.99, np.float32), W_dec, one.b_dec)
     tokens = np.full((4, 30), 50, np.int32)
     tokens[:, 0] = masking.BOS
     tokens[1, 7] = tokens[3, 20] = tokens[3, 23] = tokens[2, 0] = 77
-    subjects = {"a": evaluation.Subject(planted, SITES["embed"], None)}
+    subjects = {"a": attached.Subject(planted, SITES["embed"], None)}
     found = dashboards.gather(
         tiny_gemma, subjects, Rows(tokens), 4, 4, lambda tokens: tokens != masking.PAD, options=OPTIONS
     )["a"]
@@ -324,7 +324,7 @@ def test_directions_of_heads_go_through_the_output_projection(tiny_gemma):
 
 def test_nearest_decoders_equal_slow_numpy():
     W_dec = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
-    latent, cosine = directions.nearest(W_dec, 3, block=16)
+    latent, cosine = geometry.nearest(W_dec, 3, block=16)
     unit = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
     cosines = unit @ unit.T - 3 * np.eye(50)
     np.testing.assert_array_equal(latent, np.argsort(-cosines, 1)[:, :3])

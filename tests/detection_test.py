@@ -9,11 +9,12 @@ import tiny
 from sklearn.metrics import roc_auc_score
 from toys import random_sae
 
-from gemma_scope_jax import __main__, descriptions, detection, evaluation, training
+from gemma_scope_jax import __main__, descriptions, detection, training
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached
 
 BOS, EOS, PAD = masking.BOS, masking.EOS, masking.PAD
 EMBED = Site("embed", 0)
@@ -269,7 +270,7 @@ def on_tokens(chosen, d=32):
 
 def test_latents_of_single_tokens_are_described_by_them_through_gemma(tiny_gemma):
     rows = rows_of(120, vocabulary=20)
-    subjects = {"planted": evaluation.Subject(on_tokens(range(100, 110)), EMBED, None)}
+    subjects = {"planted": attached.Subject(on_tokens(range(100, 110)), EMBED, None)}
     arguments = (sharding.one_device(), tiny_gemma, subjects, rows, 64, 0)
     result = detection.detect(*arguments, per_batch=50, decode=str)["planted"]
     planted = [latent for latent in result.latents if latent.latent < 10]

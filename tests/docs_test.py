@@ -11,9 +11,10 @@ import tiny
 import toys
 
 from benchmarks import results
-from gemma_scope_jax import chips, config, evaluation, explore, plans, probing
+from gemma_scope_jax import chips, config, explore, plans, probing
 from gemma_scope_jax.models import forward, interventions, predictions, registry
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import attached
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,7 +83,7 @@ def test_the_python_in_the_documents_runs(capsys):
 
 def test_the_python_of_looking_inside_runs(tiny_gemma, tmp_path, monkeypatch, capsys):
     """On the small model, of which a letter is a token."""
-    subjects = {"layer_1": evaluation.Subject(toys.random_sae(), Site("resid_post", 1), None)}
+    subjects = {"layer_1": attached.Subject(toys.random_sae(), Site("resid_post", 1), None)}
     scope = scopes.make(tiny_gemma, subjects, held_out=tiny.tokens(4, 24, seed=4))
     monkeypatch.setattr(explore, "open_scope", lambda path: scope)
     monkeypatch.chdir(tmp_path)

@@ -8,21 +8,22 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore
+from gemma_scope_jax import explore
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import attached
 
 RESID, MLP, EMBED = Site("resid_post", 1), Site("mlp_out", 2), Site("embed", 0)
 READ = Site("mlp_in", 2)
 SUBJECTS = {
-    "resid": evaluation.Subject(random_sae(0), RESID, None),
-    "beside": evaluation.Subject(random_sae(1), RESID, None),
-    "mlp": evaluation.Subject(random_sae(2), MLP, None),
-    "embed": evaluation.Subject(random_sae(3), EMBED, None),
-    "transcoder": evaluation.Subject(random_sae(4), READ, None, MLP),
-    "input": evaluation.Subject(random_sae(5), READ, None),
+    "resid": attached.Subject(random_sae(0), RESID, None),
+    "beside": attached.Subject(random_sae(1), RESID, None),
+    "mlp": attached.Subject(random_sae(2), MLP, None),
+    "embed": attached.Subject(random_sae(3), EMBED, None),
+    "transcoder": attached.Subject(random_sae(4), READ, None, MLP),
+    "input": attached.Subject(random_sae(5), READ, None),
 }
 PROMPT = [masking.BOS, *tiny.encode("rivers of bread")]
 

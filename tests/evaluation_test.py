@@ -15,12 +15,13 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation, metrics, opening, report, sae, suites, training
+from gemma_scope_jax import evaluation, metrics, opening, report, suites, training
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.explore import scope
-from gemma_scope_jax.formats import saelens
 from gemma_scope_jax.models import forward, interventions, masking, predictions, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site, site_width
+from gemma_scope_jax.saes import attached, evaluation_file, jumprelu
+from gemma_scope_jax.saes.formats import saelens
 
 SITE = Site("resid_post", 1)
 
@@ -32,7 +33,7 @@ def rows():
 
 def evaluate(tiny_gemma, subject, rows, count=10, site=SITE, mean=None, per_batch=4):
     mean = np.full(subject.W_enc.shape[0], 0.5, np.float32) if mean is None else mean
-    subjects = {"a": evaluation.Subject(subject, site, mean)}
+    subjects = {"a": attached.Subject(subject, site, mean)}
     return evaluation.evaluate(tiny_gemma, subjects, rows, rows, count, per_batch)[0]["a"]
 
 
@@ -119,8 +120,8 @@ def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
     subject = random_sae().replace(W_skip=W_skip)
     mean = np.full(32, 0.5, np.float32)
     subjects = {
-        "transcoder": evaluation.Subject(subject, read, mean, target),
-        "autoencoder": evaluation.Subject(random_sae(1), target, mean),
+        "transcoder": attached.Subject(subject, read, mean, target),
+        "autoencoder": attached.Subject(random_sae(1), target, mean),
     }
     both, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 10, 4)
     assert list(both) == ["transcoder", "autoencoder"]
@@ -152,7 +153,7 @@ def test_a_perfect_reconstruction_costs_nothing(tiny_gemma, rows, kind):
     site = Site(kind, 0 if kind == "embed" else 2)
     d = site_width(tiny_gemma.model, site)
     identity = np.eye(d, dtype=np.float32)
-    perfect = sae.SAE(
+    perfect = jumprelu.SAE(
         W_enc=np.concatenate([identity, -identity], 1),
         b_enc=np.zeros(2 * d, np.float32),
         threshold=np.zeros(2 * d, np.float32),
@@ -189,8 +190,8 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
     tiny_gemma, rows, tmp_path, monkeypatch
 ):
     subjects = {
-        "a": evaluation.Subject(random_sae(), SITE, None),
-        "b/c": evaluation.Subject(random_sae(1), SITE, None),
+        "a": attached.Subject(random_sae(), SITE, None),
+        "b/c": attached.Subject(random_sae(1), SITE, None),
     }
 
     def evaluated(parts):
@@ -216,7 +217,7 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
     found, _ = evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(asked) == 4  # One pass more, of the third batch.
     for name in want:
-        assert metrics.numbers(found[name]) == metrics.numbers(want[name])
+        assert evaluation_file.numbers(found[name]) == evaluation_file.numbers(want[name])
         np.testing.assert_array_equal(found[name].l0_counts, want[name].l0_counts)
     another = evaluation.Parts(tmp_path / "parts", {"of": "another"})
     evaluated(another)
@@ -227,14 +228,14 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
 
 
 def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, capsys):
-    subjects = {"a": evaluation.Subject(random_sae(), SITE, np.zeros(32, np.float32))}
+    subjects = {"a": attached.Subject(random_sae(), SITE, np.zeros(32, np.float32))}
 
     def parts():
         return evaluation.Parts(tmp_path / "parts", {"of": "a"})
 
     def evaluated():
         found, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 8, 4, is_fast=True, parts=parts())
-        return metrics.numbers(found["a"])
+        return evaluation_file.numbers(found["a"])
 
     want = evaluated()
     files = sorted(parts().folder.iterdir())
@@ -279,7 +280,7 @@ def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp
     found.append(report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
     for of in found[1:]:
         for name in want:
-            assert metrics.numbers(of[name]) == metrics.numbers(want[name])
+            assert evaluation_file.numbers(of[name]) == evaluation_file.numbers(want[name])
     assert not list((tmp_path / "out").rglob("evaluation.parts"))
 
 
@@ -458,7 +459,7 @@ def test_saes_that_are_filed_with_other_means_are_held_against_one(tiny_gemma):
     means = {"first": np.zeros(32, np.float32), "second": np.ones(32, np.float32), "none": None}
 
     def ablated(*names):
-        subjects = {n: evaluation.Subject(random_sae(), SITE, means[n]) for n in names}
+        subjects = {n: attached.Subject(random_sae(), SITE, means[n]) for n in names}
         found, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 8, 8, is_fast=True)
         return [found[name].mean_ablation_loss for name in names]
 

@@ -5,12 +5,13 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, evaluation, explore
+from gemma_scope_jax import __main__, explore
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import attached
 
 SUBJECTS = {
-    "shallow": evaluation.Subject(random_sae(0), Site("resid_post", 0), None),
-    "deep": evaluation.Subject(random_sae(1), Site("resid_post", 2), None),
+    "shallow": attached.Subject(random_sae(0), Site("resid_post", 0), None),
+    "deep": attached.Subject(random_sae(1), Site("resid_post", 2), None),
 }
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, export, formats, report, runs, sae, stored, training
-from gemma_scope_jax.formats import gemma_scope_2
+from gemma_scope_jax import export, report, runs, training
 from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import formats, jumprelu, loading, naming, saving
+from gemma_scope_jax.saes.formats import gemma_scope_2
 
 MLP = dict(
     target_site="mlp_out", layers=(2,), width=64, bandwidth=0.1, initial_threshold=0.1, window_updates=12
@@ -40,7 +41,7 @@ def activations(inputs, tiny_gemma):
 
 
 def predict(transcoder, x):
-    return np.asarray(sae.decode(transcoder, sae.encode(transcoder, x), x))
+    return np.asarray(jumprelu.decode(transcoder, jumprelu.encode(transcoder, x), x))
 
 
 def training_form(workdir, name, activations):
@@ -78,7 +79,7 @@ def test_a_transcoder_predicts_the_same_in_every_convention(
     workdir, activations, tmp_path, name, file_format, kind
 ):
     (path,) = export.export_run(workdir, (file_format,), tmp_path, name)
-    (found,) = stored.read(path, "tiny", f"layer_2_{kind}", "layer_2_mlp_out")
+    (found,) = loading.read(path, "tiny", f"layer_2_{kind}", "layer_2_mlp_out")
     again = found.sae
     expected, is_near = training_form(workdir, name, activations)
     error = np.linalg.norm(predict(again, activations[kind]) - expected, axis=1)
@@ -98,8 +99,8 @@ def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
     )
     gains = {2: jnp.ones(32).at[3].set(0)}
     with pytest.raises(ValueError, match="the norm before the MLP, of which 1 are zero"):
-        export.in_convention("gemma_scope_2", plain, gains)
-    converted = export.in_convention("gemma_scope", skip, gains).sae
+        saving.in_convention("gemma_scope_2", plain, gains)
+    converted = saving.in_convention("gemma_scope", skip, gains).sae
     assert not converted.W_enc[3].any() and np.isfinite(converted.W_enc).all()
 
 
@@ -137,12 +138,12 @@ def test_what_a_format_has_no_place_for():
             "reads layer 2 and predicts layer 3",
         ),
     ):
-        assert message in export.obstacle(file_format, site, target, skip, dtype)
+        assert message in saving.obstacle(file_format, site, target, skip, dtype)
     for file_format in formats.WRITTEN:
         if file_format != "circuit_tracer":
-            assert export.obstacle(file_format, residual, residual, False, "float32") is None
+            assert saving.obstacle(file_format, residual, residual, False, "float32") is None
         if file_format != "dictionary_learning":
-            assert export.obstacle(file_format, gain_free, mlp_out, False, "float32") is None
+            assert saving.obstacle(file_format, gain_free, mlp_out, False, "float32") is None
 
 
 def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
@@ -204,7 +205,9 @@ def test_the_l0_in_a_name_is_that_of_held_out_rows_or_of_the_last_updates(workdi
 def test_places_are_googles_and_no_two_are_one():
     def member(kind="resid_post", coefficient=1e-3, seed=0, skip=False, target=None, layer=9):
         site = Site(kind, layer)
-        return bank.Member(site, Site(target, layer) if target else site, 2**14, coefficient, seed, skip=skip)
+        return naming.Member(
+            site, Site(target, layer) if target else site, 2**14, coefficient, seed, skip=skip
+        )
 
     members = {
         "a": member(),
@@ -216,13 +219,13 @@ def test_places_are_googles_and_no_two_are_one():
         "g": member("mlp_in", target="mlp_out", skip=True),
     }
     l0 = dict.fromkeys(members, 57.4)
-    places = {name: str(place) for name, place in export.layout(members, l0, "gemma_scope").items()}
+    places = {name: str(place) for name, place in naming.layout(members, l0, "gemma_scope").items()}
     assert places["a"] == "resid_post/layer_9/width_16k/average_l0_57"
     assert places["b"] == "resid_post/layer_9/width_16k/average_l0_57_lambda_0.002"
     assert places["c"] == "resid_post/layer_9/width_16k/average_l0_57_seed_1"
     assert places["d"] == "embed/embedding/width_16k/average_l0_57"
     assert places["e"] == "transcoder/layer_9/width_16k/average_l0_57"
-    second = {name: str(place) for name, place in export.layout(members, l0, "gemma_scope_2").items()}
+    second = {name: str(place) for name, place in naming.layout(members, l0, "gemma_scope_2").items()}
     assert second["a"] == "resid_post/layer_9_width_16k_l0_57"
     assert second["g"] == "transcoder/layer_9_width_16k_l0_57_affine"
     for made in (places, second):
@@ -242,12 +245,12 @@ def test_a_transcoder_is_evaluated_from_its_run_and_from_its_export_alike(
 
 def test_sweeps_are_in_the_order_of_lambda_and_never_sorted_by_what_came_out():
     site = Site("resid_post", 9)
-    members = [bank.Member(site, site, 2**14, coefficient) for coefficient in (4e-3, 1e-3, 2e-3)]
+    members = [naming.Member(site, site, 2**14, coefficient) for coefficient in (4e-3, 1e-3, 2e-3)]
     members += [
-        bank.Member(site, site, 2**14, 1e-3, objective="controlled", target_l0=target)
+        naming.Member(site, site, 2**14, 1e-3, objective="controlled", target_l0=target)
         for target in (50.0, 20.0)
     ]
-    members += [bank.Member(Site("mlp_out", 9), Site("mlp_out", 9), 2**14, 1e-3)]
+    members += [naming.Member(Site("mlp_out", 9), Site("mlp_out", 9), 2**14, 1e-3)]
     found = report.sweeps({member.name: member for member in members})
     (points,) = (list(p.values()) for label, p in found.items() if "controlled" not in label)
     assert points == ["λ 0.001", "λ 0.002", "λ 0.004"]
@@ -256,7 +259,7 @@ def test_sweeps_are_in_the_order_of_lambda_and_never_sorted_by_what_came_out():
 
 
 def test_an_export_that_is_cut_off_leaves_nothing_and_can_be_made_again(workdir, tmp_path, monkeypatch):
-    written, write = [], export.write
+    written, write = [], saving.write
 
     def cut_off_at_the_second(*args):
         written.append(write(*args))
@@ -267,14 +270,14 @@ def test_an_export_that_is_cut_off_leaves_nothing_and_can_be_made_again(workdir,
     for out in (tmp_path / "new", tmp_path / "mine"):
         written.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(export, "write", cut_off_at_the_second)
+            patch.setattr(saving, "write", cut_off_at_the_second)
             export.export_run(workdir, ("saelens",), out)
         assert len(written) == 2 and not out.exists()
         if out.name == "mine":
             out.mkdir()
             (out / "notes.txt").touch()
         places = export.export_run(workdir, ("saelens",), out)
-        assert [len(list(stored.read(place))) for place in places] == [1, 1]
+        assert [len(list(loading.read(place))) for place in places] == [1, 1]
         with pytest.raises(ValueError, match="is there already; remove it, or give another --out"):
             export.export_run(workdir, ("saelens",), out)
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "transcoder", "transcoder_skip"]
@@ -284,27 +287,27 @@ def test_an_export_that_is_cut_off_leaves_nothing_and_can_be_made_again(workdir,
     (own / "evaluation.json").touch()
     run, state = runs.open_run(workdir)
     export.write_own(run, state, workdir / "sae", "rows")
-    assert (own / "evaluation.json").exists() and len(list(stored.read(own))) == 1
+    assert (own / "evaluation.json").exists() and len(list(loading.read(own))) == 1
 
 
 def test_saes_whose_names_differ_in_a_space_are_converted_into_folders_of_their_own(workdir, tmp_path):
     (first, _) = sorted((workdir / "sae").iterdir())
     for name in ("a b", "a_b", "A b"):
         shutil.copytree(first, tmp_path / "saes" / name)
-    places = export.convert(f"{tmp_path}/saes/*", "saelens", tmp_path / "out", model="tiny")
+    places = saving.convert(f"{tmp_path}/saes/*", "saelens", tmp_path / "out", model="tiny")
     assert len({place.name.lower() for place in places}) == 3 and all(
         p.parent == tmp_path / "out" for p in places
     )
     for name in ("a b", "a_b", "A b"):
         (tmp_path / "saes" / f"in {name}").mkdir()
         (tmp_path / "saes" / name).rename(tmp_path / "saes" / f"in {name}" / "same")
-    alike = [one.name for one in stored.read(f"{tmp_path}/saes/*/same", "tiny")]
+    alike = [one.name for one in loading.read(f"{tmp_path}/saes/*/same", "tiny")]
     assert alike == ["same", "in a b_same", "in a_b_same"]
     shutil.rmtree(tmp_path / "saes")
     (tmp_path / "saes").mkdir()
-    (found,) = export.convert(first, "gemma_scope", tmp_path / "npz", model="tiny")
+    (found,) = saving.convert(first, "gemma_scope", tmp_path / "npz", model="tiny")
     for name in ("...npz", ".. .npz"):
         shutil.copy(found, tmp_path / "saes" / name)
     sites = {"model": "tiny", "site": "layer_2_mlp_in_gain_free", "target_site": "layer_2_mlp_out"}
-    places = export.convert(f"{tmp_path}/saes/.*npz", "saelens", tmp_path / "held", **sites)
+    places = saving.convert(f"{tmp_path}/saes/.*npz", "saelens", tmp_path / "held", **sites)
     assert len(set(places)) == 2 and all(place.parent == tmp_path / "held" for place in places)

@@ -11,38 +11,41 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, sae
+from gemma_scope_jax import explore
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.models import forward, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached, jumprelu
 
 TEXT = "law & <i>bread</i>"
 PROMPT = [masking.BOS, *tiny.encode(TEXT)]
 IN, OUT = Site("mlp_in", 2), Site("mlp_out", 2)
 
 
-def identity() -> sae.SAE:
+def identity() -> jumprelu.SAE:
     """Of twice its width, one latent for each sign: it gives back what it reads, bit for bit."""
     both = np.concatenate([np.eye(32), -np.eye(32)]).astype(np.float32)
     zeros = np.zeros(64, np.float32)
-    return sae.SAE(both.T, zeros, zeros, both, np.zeros(32, np.float32))
+    return jumprelu.SAE(both.T, zeros, zeros, both, np.zeros(32, np.float32))
 
 
-def of_heads() -> sae.SAE:
+def of_heads() -> jumprelu.SAE:
     """On the 64 values of the heads."""
     rng = np.random.default_rng(9)
     w = rng.normal(size=(64, 48)).astype(np.float32)
-    return sae.SAE(w, np.zeros(48, np.float32), np.ones(48, np.float32), 0.1 * w.T, np.zeros(64, np.float32))
+    return jumprelu.SAE(
+        w, np.zeros(48, np.float32), np.ones(48, np.float32), 0.1 * w.T, np.zeros(64, np.float32)
+    )
 
 
 SUBJECTS = {
-    "deep": evaluation.Subject(random_sae(0), Site("resid_post", 3), None),
-    "perfect": evaluation.Subject(identity(), Site("resid_post", 1), None),
-    "<b>shallow</b>": evaluation.Subject(random_sae(1), Site("resid_post", 0), None),
-    "mlp": evaluation.Subject(random_sae(2), OUT, None),
-    "transcoder": evaluation.Subject(random_sae(3), IN, None, OUT),
-    "heads": evaluation.Subject(of_heads(), Site("attn_out", 1), None),
+    "deep": attached.Subject(random_sae(0), Site("resid_post", 3), None),
+    "perfect": attached.Subject(identity(), Site("resid_post", 1), None),
+    "<b>shallow</b>": attached.Subject(random_sae(1), Site("resid_post", 0), None),
+    "mlp": attached.Subject(random_sae(2), OUT, None),
+    "transcoder": attached.Subject(random_sae(3), IN, None, OUT),
+    "heads": attached.Subject(of_heads(), Site("attn_out", 1), None),
 }
 
 

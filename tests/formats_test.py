@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gemma_scope_jax import sae, stored
-from gemma_scope_jax.formats import (
+from gemma_scope_jax.models.sites import Site, site_from_hook
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.saes import jumprelu, loading
+from gemma_scope_jax.saes.formats import (
     circuit_tracer,
     common,
     detect,
@@ -31,17 +33,15 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
-from gemma_scope_jax.models.sites import Site, site_from_hook
-from gemma_scope_jax.runtime import files
 
 ABOUT = common.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256, "sotu")
 
 
 @pytest.fixture
 def folded():
-    params = sae.init(jax.random.key(0), 16, 64, 0.1)
+    params = jumprelu.init(jax.random.key(0), 16, 64, 0.1)
     params = params.replace(b_enc=jnp.linspace(-1, 1, 64), b_dec=jnp.linspace(0, 2, 16))
-    return jax.device_get(sae.fold(params, jnp.ones(16), jnp.asarray(30.0)))
+    return jax.device_get(jumprelu.fold(params, jnp.ones(16), jnp.asarray(30.0)))
 
 
 def assert_equal(a, b):
@@ -84,11 +84,11 @@ def test_heads_are_flattened_by_saelens_only_where_the_hook_gives_heads(folded, 
 
 def transcoder(skip):
     """From a site of width 16 to one of width 12."""
-    params = sae.init(jax.random.key(0), 16, 64, 0.1, target_width=12, skip=skip)
+    params = jumprelu.init(jax.random.key(0), 16, 64, 0.1, target_width=12, skip=skip)
     if skip:
         params = params.replace(W_skip=jax.random.normal(jax.random.key(1), (16, 12)))
     return jax.device_get(
-        sae.fold_transcoder(params, jnp.ones(16), jnp.asarray(30.0), jnp.ones(12), jnp.asarray(7.0))
+        jumprelu.fold_transcoder(params, jnp.ones(16), jnp.asarray(30.0), jnp.ones(12), jnp.asarray(7.0))
     )
 
 
@@ -358,7 +358,7 @@ def test_what_a_config_leaves_out_is_asked_for_by_its_flag(folded, tmp_path):
     ):
         folder = of_others(tmp_path / place, folded, SIX | {"metadata": SIX["metadata"] | changes})
         with pytest.raises(ValueError, match=message):
-            next(stored.read(folder))
+            next(loading.read(folder))
 
 
 @contextlib.contextmanager
@@ -575,7 +575,9 @@ def test_names_of_an_archives_members_lead_nowhere(folded, tmp_path):
 def test_every_format_comes_back_bit_for_bit_and_thresholds_are_never_rounded(dtype, folded, tmp_path):
     hook = "blocks.9.hook_resid_post"
     about = common.About("google/gemma-3-270m", hook, 256)
-    want = sae.SAE(**{name: value.astype(np.float32) for name, value in common.arrays(folded, dtype).items()})
+    want = jumprelu.SAE(
+        **{name: value.astype(np.float32) for name, value in common.arrays(folded, dtype).items()}
+    )
     assert_equal((want.threshold, want.b_enc), (folded.threshold, folded.b_enc))
     saelens.write(tmp_path / "saelens", folded, about, dtype)
     gemma_scope_2.write(tmp_path / "second", folded, about, dtype)
@@ -600,7 +602,7 @@ def test_a_stored_sae_is_in_memory_once(tmp_path):
     d, m = 256, 2**16
     rng = np.random.default_rng(0)
     shapes = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
-    large = sae.SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
+    large = jumprelu.SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
     size = sum(value.nbytes for value in common.arrays(large).values())
     about = common.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256)
     steps = {

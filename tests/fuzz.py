@@ -18,8 +18,10 @@ import zipfile
 
 import numpy as np
 
-from gemma_scope_jax import metrics, suites
-from gemma_scope_jax.formats import (
+from gemma_scope_jax import suites
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.saes.formats import (
     circuit_tracer,
     common,
     detect,
@@ -28,8 +30,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
-from gemma_scope_jax.runtime import files
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.jumprelu import SAE
 
 D, M = 8, 32
 ABOUT = common.About(
@@ -75,7 +76,7 @@ def originals(folder: pathlib.Path) -> list[pathlib.Path]:
     factor = {"scaling_factor": np.ones(M, np.float32)}
     files.write_safetensors(folder / "saelens_5" / "sae_weights.safetensors", named | factor)
     (folder / "evaluation").mkdir()
-    numbers = {field.name: 0.5 for field in dataclasses.fields(metrics.Evaluation)} | {"rows": 40}
+    numbers = {field.name: 0.5 for field in dataclasses.fields(evaluation_file.Evaluation)} | {"rows": 40}
     files.write_json(
         folder / "evaluation" / "evaluation.json", {"model": "tiny", "sae": {"a": numbers, "b": numbers}}
     )

@@ -10,10 +10,10 @@ import small
 import tiny
 import toys
 
-from gemma_scope_jax import sae
 from gemma_scope_jax.models import forward, generation, interventions, masking, predictions, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import jumprelu
 
 KINDS = [kind for kind in SITES if kind != "embed"]
 ALL_SITES = [Site("embed", 0), *(Site(kind, layer) for kind in KINDS for layer in (0, 3))]
@@ -33,7 +33,7 @@ def add_to_replies(vector, x_SxLxD, where):
 def splice(subject, x_SxLxD, where):
     """An SAE's reconstruction in the place of all but BOS and padding."""
     x_BxD = x_SxLxD.reshape(-1, x_SxLxD.shape[-1])
-    recon_SxLxD = sae.decode(subject, sae.encode(subject, x_BxD)).reshape(x_SxLxD.shape)
+    recon_SxLxD = jumprelu.decode(subject, jumprelu.encode(subject, x_BxD)).reshape(x_SxLxD.shape)
     return jnp.where(where.positions_SxL[..., None] > 0, recon_SxLxD, x_SxLxD)
 
 

@@ -13,9 +13,10 @@ import threading
 import numpy as np
 import pytest
 
-from gemma_scope_jax import hub
-from gemma_scope_jax.formats import common, detect, gemma_scope, gemma_scope_2
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.runtime import hub as hub_lib
+from gemma_scope_jax.saes import finding
+from gemma_scope_jax.saes.formats import common, detect, gemma_scope, gemma_scope_2
+from gemma_scope_jax.saes.jumprelu import SAE
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 PLACE = "resid_post/layer_12_width_16k_l0_medium"
@@ -110,7 +111,7 @@ def server(tmp_path):
 
 
 def fetch(environment, location):
-    """`hub.local` in a process of its own, for the client reads its environment once."""
+    """`finding.local` in a process of its own, for the client reads its environment once."""
     code = f"from gemma_scope_jax import hub; print(*hub.paths({location!r}))"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
@@ -160,9 +161,9 @@ def test_places_that_there_are_not_are_said(server):
     assert "cannot fetch hf://test/other/x" in fetch(server, "hf://test/other/x").stderr
     for location in ("hf://test", "hf://test/repo/../../etc", "hf://test/repo/a@main"):
         with pytest.raises(ValueError, match="is not hf://OWNER/NAME/FOLDER"):
-            hub.local(location)
+            finding.local(location)
     with pytest.raises(ValueError, match="/nowhere does not exist"):
-        hub.local("/nowhere")
+        finding.local("/nowhere")
 
 
 def test_a_revision_may_have_slashes(server):
@@ -177,10 +178,10 @@ def test_a_revision_may_have_slashes(server):
         (f"hf://a/b@{SHA}/c/", ("a/b", SHA, "c")),
         ("hf://a/b/c", ("a/b", None, "c")),
     ):
-        assert hub.place_of(location) == place
+        assert hub_lib.place_of(location) == place
     for location in ("hf://a/b@refs%2F..%2F../c", "hf://a/b@/c"):
         with pytest.raises(ValueError, match="is not hf://OWNER/NAME/FOLDER"):
-            hub.place_of(location)
+            hub_lib.place_of(location)
 
 
 def test_without_a_network_what_is_cached_is_opened_and_the_rest_is_said_not_to_be(server):
@@ -226,5 +227,5 @@ for location in {locations!r}:
 )
 def test_other_ways_to_name_a_place_on_the_hub_are_answered_with_ours(given, meant):
     with pytest.raises(ValueError, match=f"{re.escape(meant)}$"):
-        hub.local(given)
-    hub.place_of(meant)
+        finding.local(given)
+    hub_lib.place_of(meant)

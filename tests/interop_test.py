@@ -7,9 +7,9 @@ import interop
 import numpy as np
 import pytest
 
-from gemma_scope_jax import sae
-from gemma_scope_jax.formats import common, detect
 from gemma_scope_jax.models.sites import Site, site_from_hook
+from gemma_scope_jax.saes import jumprelu
+from gemma_scope_jax.saes.formats import common, detect
 
 FOLDER = pathlib.Path(os.environ.get("PEERS_FOLDER", "nowhere")) / "interop"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs make test-peers")
@@ -40,7 +40,7 @@ def test_every_format_is_read_by_its_own_tools(capsys):
         kind, loader = name.split("|")
         one = interop.make(kind.removesuffix("_bfloat16")).sae
         if kind.endswith("_bfloat16"):
-            one = sae.SAE(**{k: v.astype(np.float32) for k, v in common.arrays(one, "bfloat16").items()})
+            one = jumprelu.SAE(**{k: v.astype(np.float32) for k, v in common.arrays(one, "bfloat16").items()})
         f, y, is_near = in_float64(
             one, interop.activations(kind.removesuffix("_bfloat16")).astype(np.float64)
         )
@@ -70,9 +70,9 @@ def test_what_other_tools_saved_is_read_here(capsys):
             kind = next((k for k in ("attention", "skip", "transcoder") if k in name), "sae")
             kind = "transcoder" if kind == "skip" or one.format == "circuit_tracer" else kind
             x = interop.activations(kind)
-            f = sae.encode(one.sae, x)
+            f = jumprelu.encode(one.sae, x)
             _, _, is_near = in_float64(one.sae, x.astype(np.float64))
-            y = np.asarray(sae.decode(one.sae, f, x))
+            y = np.asarray(jumprelu.decode(one.sae, f, x))
             errors = [
                 disagreement(np.asarray(got), made[f"{name}|{part}"], is_near)
                 for part, got in (("f", f), ("y", y))

@@ -10,38 +10,41 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore, sae
+from gemma_scope_jax import explore
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.linking import virtual_weights
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached, jumprelu
 
 TEXT = "rivers of bread and laws"
 PROMPT = [masking.BOS, *tiny.encode(TEXT)]
 
 
-def of_heads() -> sae.SAE:
+def of_heads() -> jumprelu.SAE:
     """On the 64 values of the heads."""
     rng = np.random.default_rng(9)
     w = rng.normal(size=(64, 48)).astype(np.float32)
-    return sae.SAE(w, np.zeros(48, np.float32), np.ones(48, np.float32), 0.1 * w.T, np.zeros(64, np.float32))
+    return jumprelu.SAE(
+        w, np.zeros(48, np.float32), np.ones(48, np.float32), 0.1 * w.T, np.zeros(64, np.float32)
+    )
 
 
-def partly_silent(seed: int) -> sae.SAE:
+def partly_silent(seed: int) -> jumprelu.SAE:
     """Of whose latents those from 48 on never fire."""
     made = random_sae(seed)
     return made.replace(threshold=np.where(np.arange(64) < 48, made.threshold, 1e9).astype(np.float32))
 
 
 SUBJECTS = {
-    "last": evaluation.Subject(partly_silent(0), Site("resid_post", 3), None),
-    "source": evaluation.Subject(partly_silent(1), Site("resid_post", 0), None),
-    "beside": evaluation.Subject(random_sae(7), Site("resid_post", 0), None),
-    "heads": evaluation.Subject(of_heads(), Site("attn_out", 1), None),
-    "reads": evaluation.Subject(random_sae(2), Site("mlp_in", 2), None),
-    "free": evaluation.Subject(random_sae(5), Site("mlp_in_gain_free", 3), None),
-    "transcoder": evaluation.Subject(random_sae(3), Site("mlp_in", 1), None, Site("mlp_out", 1)),
+    "last": attached.Subject(partly_silent(0), Site("resid_post", 3), None),
+    "source": attached.Subject(partly_silent(1), Site("resid_post", 0), None),
+    "beside": attached.Subject(random_sae(7), Site("resid_post", 0), None),
+    "heads": attached.Subject(of_heads(), Site("attn_out", 1), None),
+    "reads": attached.Subject(random_sae(2), Site("mlp_in", 2), None),
+    "free": attached.Subject(random_sae(5), Site("mlp_in_gain_free", 3), None),
+    "transcoder": attached.Subject(random_sae(3), Site("mlp_in", 1), None, Site("mlp_out", 1)),
 }
 
 

@@ -9,15 +9,15 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore
-from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax import explore
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import attached
 
 SITE = Site("resid_post", 1)
 SUBJECTS = {
-    "stream": evaluation.Subject(random_sae(0), SITE, None),
-    "read": evaluation.Subject(random_sae(1), Site("mlp_in", 1), None),
+    "stream": attached.Subject(random_sae(0), SITE, None),
+    "read": attached.Subject(random_sae(1), Site("mlp_in", 1), None),
 }
 TEXTS = ["rivers of bread, $x$ and <b>", "laws of\nstars and songs", "no bread today"]
 TOKENS = np.array([([masking.BOS, *tiny.encode(text)] * 4)[:48] for text in TEXTS], np.int32)
@@ -54,13 +54,13 @@ def test_a_latent_is_shown_as_slow_numpy_finds_it(scope, f_SxLxM):
 
 
 def test_saes_that_keep_the_strongest_latents_are_refused(tiny_gemma):
-    few = evaluation.Subject(random_sae(0), SITE, None, top_k=2)
+    few = attached.Subject(random_sae(0), SITE, None, top_k=2)
     with pytest.raises(ValueError, match="few keeps the 2 strongest latents"):
         scopes.make(tiny_gemma, {"few": few})
 
 
 def test_latents_of_a_subject_alone_are_in_the_order_asked_for():
-    made = scope_lib.alone(SUBJECTS["stream"], [5, 2]).sae
+    made = attached.alone(SUBJECTS["stream"], [5, 2]).sae
     of = SUBJECTS["stream"].sae
     np.testing.assert_array_equal(made.W_enc, np.stack([of.W_enc[:, 5], of.W_enc[:, 2]], 1))
     np.testing.assert_array_equal(made.W_dec, np.stack([of.W_dec[5], of.W_dec[2]]))
@@ -101,6 +101,6 @@ def test_what_cannot_be_looked_at_is_refused(scope, name, latent, rows, message)
 
 def test_a_latent_that_is_silent_is_refused(tiny_gemma):
     silent = random_sae(0).replace(threshold=np.full(64, 1e9, np.float32))
-    scope = scopes.make(tiny_gemma, {"a": evaluation.Subject(silent, SITE, None)}, held_out=TOKENS)
+    scope = scopes.make(tiny_gemma, {"a": attached.Subject(silent, SITE, None)}, held_out=TOKENS)
     with pytest.raises(ValueError, match="latent 3 of a fires nowhere on 3 held-out rows"):
         explore.look_at(scope, "a", 3)

@@ -14,6 +14,7 @@ from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import forward, interventions, masking, predictions, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached, evaluation_file, geometry
 
 SITE = Site("resid_post", 1)
 COUNT = 10
@@ -40,7 +41,7 @@ def measured(tiny_gemma):
     subject = random_sae()
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     mean = np.full(32, 0.5, np.float32)
-    subjects = {"a": evaluation.Subject(subject, SITE, mean)}
+    subjects = {"a": attached.Subject(subject, SITE, mean)}
     result = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4)[0]["a"]
     return subject, rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, COUNT)], mean, result
 
@@ -132,7 +133,7 @@ def test_sparsity(measured, slow):
     l0 = (f > 0).sum(1)
     np.testing.assert_allclose(result.l0, l0.mean(), rtol=1e-6)
     np.testing.assert_array_equal(result.l0_counts, np.bincount(l0))
-    for quantile, value in zip(metrics.QUANTILES, result.l0_quantiles, strict=True):
+    for quantile, value in zip(evaluation_file.QUANTILES, result.l0_quantiles, strict=True):
         assert (l0 <= value).mean() >= quantile / 100 > (l0 < value).mean() - 1e-9
     np.testing.assert_allclose(result.frequency, (f > 0).mean(0), atol=1e-6)
     assert result.dead_fraction == ((f > 0).sum(0) == 0).mean()
@@ -141,7 +142,7 @@ def test_sparsity(measured, slow):
     unit = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
     nearest = [max(unit[i] @ unit[j] for j in range(64) if j != i) for i in range(64)]
     np.testing.assert_allclose(result.nearest_cosine, nearest, rtol=1e-5)
-    np.testing.assert_allclose(metrics.nearest_cosine(subject.W_dec, block=10), nearest, rtol=1e-5)
+    np.testing.assert_allclose(geometry.nearest_cosine(subject.W_dec, block=10), nearest, rtol=1e-5)
     np.testing.assert_allclose(result.decoder_cosine, np.median(nearest), rtol=1e-5)
 
 
@@ -283,11 +284,11 @@ def test_logits_are_made_a_few_at_a_time_and_come_out_the_same(tiny_gemma, chunk
 def test_fast_leaves_out_what_costs_most_and_changes_nothing_else(measured, tiny_gemma):
     subject, _, mean, result = measured
     rows = Rows(tiny.tokens(12, 24, special=0.1))
-    subjects = {"a": evaluation.Subject(subject, SITE, mean)}
+    subjects = {"a": attached.Subject(subject, SITE, mean)}
     fast = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4, is_fast=True)[0]["a"]
     assert (fast.kl, fast.r_l0, fast.r_l0_se) == (None, None, None)
-    full = metrics.numbers(result)
-    for name, value in metrics.numbers(fast).items():
+    full = evaluation_file.numbers(result)
+    for name, value in evaluation_file.numbers(fast).items():
         if not name.startswith(("kl", "r_l0")):
             np.testing.assert_allclose(value, full[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
@@ -301,10 +302,12 @@ def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
     )
     loaded = registry.Gemma("tiny", tiny_gemma.model, split, 4)
     rows = Rows(tiny.tokens(12, 24, special=0.1))
-    subjects = {"a": evaluation.Subject(subject, SITE, mean)}
+    subjects = {"a": attached.Subject(subject, SITE, mean)}
     many = evaluation.evaluate(loaded, subjects, rows, rows, COUNT, 4, mesh=mesh)[0]["a"]
-    for name, value in metrics.numbers(many).items():
-        np.testing.assert_allclose(value, metrics.numbers(result)[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for name, value in evaluation_file.numbers(many).items():
+        np.testing.assert_allclose(
+            value, evaluation_file.numbers(result)[name], rtol=1e-4, atol=1e-5, err_msg=name
+        )
 
 
 def test_a_silent_sae_has_no_uniformity():
@@ -328,7 +331,7 @@ def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch)
 
     monkeypatch.setattr(interventions, "clean", constant_site)
     rows = Rows(tiny.tokens(4, 24, special=0.1))
-    subjects = {"a": evaluation.Subject(random_sae(), SITE, np.asarray(constant))}
+    subjects = {"a": attached.Subject(random_sae(), SITE, np.asarray(constant))}
     results, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 4, 2)
     result = results["a"]
     for name in ("fvu", "fvu_se", "fvu_per_dimension", "explained_variance_tokens", "loss_recovered_mean"):
@@ -353,15 +356,15 @@ def test_what_is_not_finite_is_named_by_row_and_position(tiny_gemma):
     with pytest.raises(
         FloatingPointError, match=r"at row \d+, position \d+ Gemma's own loss is not finite; look"
     ):
-        evaluation.evaluate(broken, {"a": evaluation.Subject(random_sae(), SITE, mean)}, rows, rows, COUNT, 4)
+        evaluation.evaluate(broken, {"a": attached.Subject(random_sae(), SITE, mean)}, rows, rows, COUNT, 4)
     with pytest.raises(
         FloatingPointError, match="activations of layer_1_resid_post on the first 12 training rows"
     ):
-        evaluation.evaluate(broken, {"a": evaluation.Subject(random_sae(), SITE, None)}, rows, rows, COUNT, 4)
+        evaluation.evaluate(broken, {"a": attached.Subject(random_sae(), SITE, None)}, rows, rows, COUNT, 4)
     subject = random_sae().replace(b_dec=np.full(32, np.nan, np.float32))
     first = rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 1)[0]]
     with pytest.raises(
         FloatingPointError,
         match=f"position {np.flatnonzero(first > masking.BOS)[0]} what a makes of an activation is not finite",
     ):
-        evaluation.evaluate(tiny_gemma, {"a": evaluation.Subject(subject, SITE, mean)}, rows, rows, COUNT, 4)
+        evaluation.evaluate(tiny_gemma, {"a": attached.Subject(subject, SITE, mean)}, rows, rows, COUNT, 4)

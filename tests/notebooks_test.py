@@ -13,12 +13,13 @@ import pytest
 from toys import Rows
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import explore, export, opening, sae, stored
+from gemma_scope_jax import explore, opening
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.explore import scope
-from gemma_scope_jax.formats import common
 from gemma_scope_jax.models import forward, masking, tokenizer
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import jumprelu, loading, saving
+from gemma_scope_jax.saes.formats import common
 
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "docs" / "notebooks"
 SITE, WIDTH = Site("resid_post", 9), 64
@@ -53,7 +54,7 @@ def planted(loaded, encode, texts):
     b_enc[WOMEN] = -(men_BxD @ W_dec[WOMEN]).max()
     threshold[WOMEN] = 0
     arrays = {"W_enc": W_dec.T, "b_enc": b_enc, "threshold": threshold, "W_dec": W_dec, "b_dec": mean_D}
-    return sae.SAE(**{name: np.float32(value) for name, value in arrays.items()})
+    return jumprelu.SAE(**{name: np.float32(value) for name, value in arrays.items()})
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def run(tmp_path_factory):
     people = ("woman", "girl", "mother", "queen"), ("man", "boy", "father", "king")
     prompts = [[f"The {word}" for word in words] for words in people]
     made = planted(loaded, encode, [[text[:300] for text in texts], *prompts, ["strength of our navy"]])
-    one = stored.Stored("planted", made, common.About(), "gemma3_270m", SITE, SITE)
-    export.write(folder / "runs" / "quickstart", "saelens", one)
+    one = loading.Stored("planted", made, common.About(), "gemma3_270m", SITE, SITE)
+    saving.write(folder / "runs" / "quickstart", "saelens", one)
     held_out = np.array([[masking.BOS, *encode(text[2000:])][:64] for text in texts], np.int32)
 
     @functools.cache

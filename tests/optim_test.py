@@ -7,7 +7,8 @@ import numpy as np
 import optax
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import optim, sae
+from gemma_scope_jax import optim
+from gemma_scope_jax.saes import jumprelu, objectives
 
 PLAIN = config_lib.OptimizerConfig(learning_rate=1e-3, warmup_updates=0, sparsity_warmup_updates=0)
 
@@ -18,7 +19,9 @@ def test_deepminds_published_parameters_after_three_updates():
         optimizer = optim.make_optimizer(PLAIN)
         state = optimizer.init(params)
         for x in batches:
-            gradient, _ = sae.loss_gradient(params, x, jnp.ones(len(x)), golden.PENALTY, golden.BANDWIDTH)
+            gradient, _ = objectives.loss_gradient(
+                params, x, jnp.ones(len(x)), golden.PENALTY, golden.BANDWIDTH
+            )
             params, state = optim.apply_gradient(optimizer, gradient, state, params, 1e-3)
         exact = golden.three_updates_in_numpy()
         for name, (stride, published) in golden.AFTER_THREE_UPDATES.items():
@@ -41,14 +44,14 @@ def test_adam_without_a_first_moment_equals_adam_to_the_last_bit_but_one():
 
 
 def test_optimizer_state_is_one_copy_of_the_parameters():
-    params = sae.init(jax.random.key(0), 16, 64, 0.001)
+    params = jumprelu.init(jax.random.key(0), 16, 64, 0.001)
     state = optim.make_optimizer(PLAIN).init(params)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) <= size + 2
 
 
 def test_decoder_rows_stay_of_unit_norm_and_their_gradient_is_orthogonal():
-    params = sae.init(jax.random.key(0), 16, 64, 0.001)
+    params = jumprelu.init(jax.random.key(0), 16, 64, 0.001)
     gradient = jax.tree.map(jnp.ones_like, params)
     projected, _ = optim.project_decoder_gradient().update(gradient, optax.EmptyState(), params)
     np.testing.assert_allclose((projected.W_dec * params.W_dec).sum(1), 0, atol=1e-5)

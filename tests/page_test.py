@@ -11,14 +11,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gemma_scope_jax import metrics, page, verdicts
+from gemma_scope_jax import page
+from gemma_scope_jax.saes import evaluation_file, verdicts
 
 
 def evaluation(seed=0):
     """Numbers of no SAE."""
     rng = np.random.default_rng(seed)
-    made = {field.name: float(rng.random()) for field in dataclasses.fields(metrics.Evaluation)}
-    return metrics.Evaluation(
+    made = {field.name: float(rng.random()) for field in dataclasses.fields(evaluation_file.Evaluation)}
+    return evaluation_file.Evaluation(
         **made
         | {
             "rows": 4, "activations": 1020, "tokens": 1016, "l0_quantiles": (1, 2, 3, 4, 5),

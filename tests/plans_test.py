@@ -5,7 +5,8 @@ import pathlib
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, plans
+from gemma_scope_jax import plans
+from gemma_scope_jax.saes import naming
 
 
 def plan(changes, mesh=(1, 1)):
@@ -135,5 +136,5 @@ def test_widths_are_called_as_gemma_scope_calls_them():
         2**19: "524k",
         2**20: "1m",
     }
-    assert {width: bank.width_name(width) for width in names} == names
-    assert [bank.width_name(w) for w in (64, 1024, 4096, 5000)] == ["64", "1k", "4k", "5000"]
+    assert {width: naming.width_name(width) for width in names} == names
+    assert [naming.width_name(w) for w in (64, 1024, 4096, 5000)] == ["64", "1k", "4k", "5000"]

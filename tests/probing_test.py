@@ -9,10 +9,11 @@ import pytest
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, evaluation, probing, training
+from gemma_scope_jax import __main__, probing, training
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached
 
 EMBED = Site("embed", 0)
 
@@ -122,7 +123,7 @@ def test_pooled_means_equal_slow_numpy(tiny_gemma, devices):
     rows_TxL, cut = probing.rows_of(["stars", "a", "bread and song " * 3, "law"], tiny.encode, 16)
     assert rows_TxL.shape == (4, 16) and cut == 1
     assert rows_TxL[1].tolist() == [masking.BOS, *tiny.encode("a"), *[masking.PAD] * 14]
-    subjects = {"one": evaluation.Subject(subject, site, None)}
+    subjects = {"one": attached.Subject(subject, site, None)}
     mesh = sharding.make_mesh(1, devices, jax.devices()[:devices])
     latents, values = probing.pool(mesh, tiny_gemma, subjects, rows_TxL, 3)
     for row_L, f_M, x_D in zip(rows_TxL, latents["one"], values[site], strict=True):
@@ -196,7 +197,7 @@ def test_a_latent_of_the_word_that_a_class_has_is_found(tiny_gemma, labelled):
     """It alone classifies every text rightly, whatever else fires."""
     found = probing.read_labelled(labelled)
     rows_TxL, _ = probing.rows_of(found.texts, tiny.encode, 64)
-    subjects = {"planted": evaluation.Subject(on_token(tiny.encode("Q")[0]), EMBED, None)}
+    subjects = {"planted": attached.Subject(on_token(tiny.encode("Q")[0]), EMBED, None)}
     latents, values = probing.pool(sharding.one_device(), tiny_gemma, subjects, rows_TxL, 8)
     of = probing.tasks(latents["planted"], values[EMBED], found.labels, probing.split(found, 0))
     by_label = {task.label: task for task in of}

@@ -11,8 +11,9 @@ import pytest
 import tiny
 import yaml
 
-from gemma_scope_jax import formats, publish, report, runs, stored, training
-from gemma_scope_jax.formats import saelens
+from gemma_scope_jax import publish, report, runs, training
+from gemma_scope_jax.saes import formats, loading
+from gemma_scope_jax.saes.formats import saelens
 
 BANKS = {
     "main": dict(
@@ -45,7 +46,7 @@ def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, t
         shown = [cell.strip() for cell in row.split("|")[2:-1]]
         assert shown[:2] == [f"{result.l0:.1f}", f"{result.fvu:.4f}"]
         assert shown[2] == f"{result.delta_loss:.4f} ± {result.delta_loss_se:.4f}"
-        (found,) = stored.read(path, "tiny", f"{layer}_resid_post")
+        (found,) = loading.read(path, "tiny", f"{layer}_resid_post")
         assert np.isfinite(found.sae.W_enc).all()
         # One L0: that on held-out rows.
         assert l0.split("_lambda_")[0] == f"average_l0_{result.l0:.0f}"
@@ -139,7 +140,7 @@ def test_neither_names_nor_credentials_are_published(evaluated, tmp_path, monkey
     (changed / "evaluation.json").write_text(json.dumps(measured | given))
     (changed / "evaluation.png").write_bytes(b"")
     (changed / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes())
-    monkeypatch.setattr(runs, "is_run", lambda path: True)
+    monkeypatch.setattr(loading, "is_run", lambda path: True)
     monkeypatch.setattr(runs, "open_run", lambda path: (dataclasses.replace(run, config=config), state))
     monkeypatch.setattr(runs, "run_rows", lambda config, path: pathlib.Path("rows_0/1.0.0"))
     publish.publish(changed, tmp_path / "out", "someone/tiny-saes", "mit")

@@ -11,9 +11,10 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import evaluation, explore
+from gemma_scope_jax import explore
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import attached
 
 SITES = {"first": Site("resid_post", 0), "<b>second</b>": Site("mlp_out", 2)}
 TEXT = "law & <i>bread</i>"
@@ -22,7 +23,7 @@ TEXT = "law & <i>bread</i>"
 @pytest.fixture(scope="module")
 def scope(tiny_gemma):
     subjects = {
-        name: evaluation.Subject(random_sae(seed), site, None)
+        name: attached.Subject(random_sae(seed), site, None)
         for seed, (name, site) in enumerate(SITES.items())
     }
     frequency = {"first": np.where(np.arange(64) % 4 == 0, 0.5, 0.01)}

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax import sae
+from gemma_scope_jax.saes import jumprelu, objectives
 
 
 @pytest.fixture(scope="module")
 def random_case():
     rng = np.random.default_rng(0)
     d, m, b = 12, 40, 64
-    params = sae.Params(
+    params = jumprelu.Params(
         W_enc=rng.normal(size=(d, m)),
         b_enc=0.1 * rng.normal(size=m),
         log_threshold=np.log(0.2 + rng.random(m)),
@@ -27,30 +27,30 @@ def test_deepminds_published_loss_reconstruction_and_gradients():
     with jax.enable_x64(True):
         params, batches = golden.setup()
         x, weight = batches[0], jnp.ones(len(batches[0]))
-        gradient, sums = jax.jit(sae.loss_gradient, static_argnames=("penalty", "bandwidth"))(
+        gradient, sums = jax.jit(objectives.loss_gradient, static_argnames=("penalty", "bandwidth"))(
             params, x, weight, golden.PENALTY, golden.BANDWIDTH
         )
         loss = sums.squared_error / sums.weight + sums.penalty
         np.testing.assert_allclose(loss, 81.98928, rtol=1e-5)
         np.testing.assert_allclose(
-            sae.loss(params, x, weight, golden.PENALTY, golden.BANDWIDTH), 81.98928, rtol=1e-5
+            objectives.loss(params, x, weight, golden.PENALTY, golden.BANDWIDTH), 81.98928, rtol=1e-5
         )
         for name, (stride, expected) in golden.GRADIENTS.items():
             np.testing.assert_allclose(
                 getattr(gradient, name).ravel()[::stride], expected, rtol=1e-5, atol=1e-8, err_msg=name
             )
         # The published reconstruction is of raw inputs; folding with no normalisation must not change it.
-        folded = sae.fold(params, jnp.zeros(16), jnp.ones(()))
-        recon = sae.decode(folded, sae.encode(folded, x))
+        folded = jumprelu.fold(params, jnp.zeros(16), jnp.ones(()))
+        recon = jumprelu.decode(folded, jumprelu.encode(folded, x))
         np.testing.assert_allclose(
             recon.ravel()[::5001], [-0.34825447, -0.12089294, -0.20722952, 1.4071178], rtol=1e-5
         )
 
 
 PENALTIES = {
-    "linear": sae.linear_penalty(0.7),
-    "quadratic": sae.quadratic_penalty(0.7, 9.0),
-    "controlled": sae.controlled_penalty(0.7, 9.0),
+    "linear": objectives.linear_penalty(0.7),
+    "quadratic": objectives.quadratic_penalty(0.7, 9.0),
+    "controlled": objectives.controlled_penalty(0.7, 9.0),
 }
 
 
@@ -69,8 +69,8 @@ def transcoder_case(random_case):
 def test_hand_written_gradient_equals_the_custom_vjp_form(random_case, bandwidth, penalty):
     with jax.enable_x64(True):
         params, x, weight = jax.tree.map(jnp.asarray, random_case)
-        expected = jax.grad(sae.loss)(params, x, weight, PENALTIES[penalty], bandwidth)
-        gradient, _ = sae.loss_gradient(params, x, weight, PENALTIES[penalty], bandwidth)
+        expected = jax.grad(objectives.loss)(params, x, weight, PENALTIES[penalty], bandwidth)
+        gradient, _ = objectives.loss_gradient(params, x, weight, PENALTIES[penalty], bandwidth)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), gradient, expected
         )
@@ -82,8 +82,8 @@ def test_a_transcoders_gradient_equals_the_custom_vjp_form(transcoder_case, skip
         params, x, weight, target, W_skip = jax.tree.map(jnp.asarray, transcoder_case)
         params = params.replace(W_skip=W_skip if skip else None)
         arguments = (params, x, weight, PENALTIES["linear"], 0.5, target)
-        expected = jax.grad(sae.loss)(*arguments)
-        gradient, _ = sae.loss_gradient(*arguments)
+        expected = jax.grad(objectives.loss)(*arguments)
+        gradient, _ = objectives.loss_gradient(*arguments)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), gradient, expected
         )
@@ -93,14 +93,14 @@ def test_only_the_threshold_has_a_pseudo_derivative(random_case):
     """Where no pre-activation is near its threshold, finite differences give every other gradient."""
     with jax.enable_x64(True):
         params, x, weight = jax.tree.map(jnp.asarray, random_case)
-        none = sae.linear_penalty(0.0)
-        gradient, _ = sae.loss_gradient(params, x, weight, none, 1e-9)
+        none = objectives.linear_penalty(0.0)
+        gradient, _ = objectives.loss_gradient(params, x, weight, none, 1e-9)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             leaf = getattr(params, name)
             index = tuple(1 for _ in leaf.shape)
             h = 1e-7
             low, high = (
-                sae.loss(params.replace(**{name: leaf.at[index].add(s * h)}), x, weight, none, 1e-9)
+                objectives.loss(params.replace(**{name: leaf.at[index].add(s * h)}), x, weight, none, 1e-9)
                 for s in (-1, 1)
             )
             np.testing.assert_allclose(
@@ -117,9 +117,11 @@ def test_encoding_and_sums_equal_numpy(random_case):
     error = f @ params.W_dec + params.b_dec - x
     with jax.enable_x64(True):
         device = jax.tree.map(jnp.asarray, params)
-        folded = sae.fold(device, jnp.zeros(12), jnp.ones(()))
-        np.testing.assert_allclose(sae.encode(folded, jnp.asarray(x)), f, rtol=1e-9, atol=1e-12)
-        _, sums = sae.loss_gradient(device, jnp.asarray(x), jnp.asarray(weight), sae.linear_penalty(0.1), 0.1)
+        folded = jumprelu.fold(device, jnp.zeros(12), jnp.ones(()))
+        np.testing.assert_allclose(jumprelu.encode(folded, jnp.asarray(x)), f, rtol=1e-9, atol=1e-12)
+        _, sums = objectives.loss_gradient(
+            device, jnp.asarray(x), jnp.asarray(weight), objectives.linear_penalty(0.1), 0.1
+        )
     np.testing.assert_allclose(sums.squared_error, weight @ np.square(error).sum(1))
     np.testing.assert_allclose(sums.l0, weight @ (f > 0).sum(1))
     mean = np.average(x, axis=0, weights=weight)
@@ -142,9 +144,11 @@ def test_encoding_and_sums_equal_numpy(random_case):
 
 def test_rows_of_weight_zero_change_nothing(random_case):
     params, x, weight = jax.tree.map(jnp.asarray, random_case)
-    gradient, sums = sae.loss_gradient(params, x, weight, sae.linear_penalty(0.3), 0.2)
+    gradient, sums = objectives.loss_gradient(params, x, weight, objectives.linear_penalty(0.3), 0.2)
     spoilt = jnp.where(weight[:, None] > 0, x, 1e3)
-    other_gradient, other_sums = sae.loss_gradient(params, spoilt, weight, sae.linear_penalty(0.3), 0.2)
+    other_gradient, other_sums = objectives.loss_gradient(
+        params, spoilt, weight, objectives.linear_penalty(0.3), 0.2
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradient, other_gradient
     )
@@ -154,18 +158,18 @@ def test_rows_of_weight_zero_change_nothing(random_case):
 def test_a_batch_without_any_weight_has_no_gradient(random_case):
     params, x, weight = jax.tree.map(jnp.asarray, random_case)
     for penalty in PENALTIES.values():
-        gradient, _ = sae.loss_gradient(params, x, 0 * weight, penalty, 0.2)
+        gradient, _ = objectives.loss_gradient(params, x, 0 * weight, penalty, 0.2)
         jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradient)
 
 
 def test_the_quadratic_penalty_pushes_as_hard_as_the_linear_one_at_twice_the_target():
     """As Gemma Scope 2 says of its own; not at all at the target, and the other way below it."""
-    slope = jax.grad(sae.quadratic_penalty(0.3, 50.0))
+    slope = jax.grad(objectives.quadratic_penalty(0.3, 50.0))
     np.testing.assert_allclose([slope(100.0), slope(50.0), slope(25.0)], [0.3, 0.0, -0.15], rtol=1e-6)
 
 
 def test_the_controllers_penalty_is_stronger_above_the_target_and_weaker_below():
-    slope = jax.grad(sae.controlled_penalty(0.3, 50.0))
+    slope = jax.grad(objectives.controlled_penalty(0.3, 50.0))
     np.testing.assert_allclose([slope(100.0), slope(50.0), slope(25.0)], [1.2, 0.3, 0.075], rtol=1e-5)
     np.testing.assert_allclose([slope(0.0), slope(1e6)], [0.3 * np.exp(-2), 0.3 * np.exp(2)], rtol=1e-5)
 
@@ -184,16 +188,16 @@ def test_folding_equals_normalising_encoding_and_undoing():
     f = pre * (pre > np.exp(arrays["log_threshold"]))
     expected = scale * (f @ W_dec + arrays["b_dec"]) + mean
     with jax.enable_x64(True):
-        folded = sae.fold(
-            sae.Params(**jax.tree.map(jnp.asarray, arrays)), jnp.asarray(mean), jnp.asarray(scale)
+        folded = jumprelu.fold(
+            jumprelu.Params(**jax.tree.map(jnp.asarray, arrays)), jnp.asarray(mean), jnp.asarray(scale)
         )
-        f_folded = sae.encode(folded, jnp.asarray(x))
+        f_folded = jumprelu.encode(folded, jnp.asarray(x))
         np.testing.assert_allclose(f_folded, scale * np.maximum(f, 0), rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(sae.decode(folded, f_folded), expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(jumprelu.decode(folded, f_folded), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_initialisation_is_gemma_scopes():
-    params = sae.init(jax.random.key(0), 16, 256, 0.001)
+    params = jumprelu.init(jax.random.key(0), 16, 256, 0.001)
     np.testing.assert_allclose(np.linalg.norm(params.W_dec, axis=1), 1, rtol=1e-6)
     np.testing.assert_array_equal(params.W_enc, params.W_dec.T)
     np.testing.assert_allclose(np.exp(params.log_threshold), 0.001, rtol=1e-6)
@@ -211,29 +215,29 @@ def test_folding_a_transcoder_equals_normalising_predicting_and_undoing(transcod
     out = f @ params.W_dec + params.b_dec + (x @ W_skip if skip else 0)
     with jax.enable_x64(True):
         device = jax.tree.map(jnp.asarray, params.replace(W_skip=W_skip if skip else None))
-        folded = sae.fold_transcoder(device, mean, scale, target_mean, target_scale)
-        f_folded = sae.encode(folded, jnp.asarray(raw))
+        folded = jumprelu.fold_transcoder(device, mean, scale, target_mean, target_scale)
+        f_folded = jumprelu.encode(folded, jnp.asarray(raw))
         np.testing.assert_allclose(f_folded, target_scale * np.maximum(f, 0), rtol=1e-8, atol=1e-8)
-        decoded = sae.decode(folded, f_folded, jnp.asarray(raw))
+        decoded = jumprelu.decode(folded, f_folded, jnp.asarray(raw))
         np.testing.assert_allclose(decoded, target_scale * out + target_mean, rtol=1e-8, atol=1e-8)
         # The same from activations that a gain multiplies.
         gain = 1 + rng.random(12)
-        scaled = sae.read_scaled(folded, jnp.asarray(gain))
+        scaled = jumprelu.read_scaled(folded, jnp.asarray(gain))
         np.testing.assert_allclose(
-            sae.encode(scaled, jnp.asarray(gain * raw)), f_folded, rtol=1e-8, atol=1e-8
+            jumprelu.encode(scaled, jnp.asarray(gain * raw)), f_folded, rtol=1e-8, atol=1e-8
         )
-        again = sae.decode(scaled, f_folded, jnp.asarray(gain * raw))
+        again = jumprelu.decode(scaled, f_folded, jnp.asarray(gain * raw))
         np.testing.assert_allclose(again, decoded, rtol=1e-8, atol=1e-8)
         if skip:
             with pytest.raises(ValueError, match="has a skip connection"):
-                sae.decode(folded, f_folded)
+                jumprelu.decode(folded, f_folded)
 
 
 def test_a_transcoders_encoder_is_not_its_decoder():
-    params = sae.init(jax.random.key(0), 16, 256, 0.001, target_width=8, skip=True)
+    params = jumprelu.init(jax.random.key(0), 16, 256, 0.001, target_width=8, skip=True)
     assert params.W_enc.shape == (16, 256) and params.W_dec.shape == (256, 8)
     for rows in (params.W_enc.T, params.W_dec):
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
-    square = sae.init(jax.random.key(0), 16, 256, 0.001, target_width=16)
+    square = jumprelu.init(jax.random.key(0), 16, 256, 0.001, target_width=16)
     assert np.abs((square.W_enc.T * square.W_dec).sum(1)).mean() < 0.3
     assert not params.W_skip.any() and square.W_skip is None

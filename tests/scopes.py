@@ -7,7 +7,7 @@ import numpy as np
 import tiny
 import toys
 
-from gemma_scope_jax import config, evaluation, explore
+from gemma_scope_jax import config, explore
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached
@@ -15,7 +15,7 @@ from gemma_scope_jax.saes import attached
 
 def make(
     loaded: registry.Gemma,
-    subjects: Mapping[str, evaluation.Subject],
+    subjects: Mapping[str, attached.Subject],
     mesh: jax.sharding.Mesh | None = None,
     frequency: Mapping[str, np.ndarray] | None = None,
     held_out: np.ndarray | None = None,

@@ -11,12 +11,13 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation, opening
+from gemma_scope_jax import opening
 from gemma_scope_jax.data import prepare
 from gemma_scope_jax.explore import build, dashboards, directions, neuronpedia, site
 from gemma_scope_jax.models import masking, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached, geometry
 
 NAME = "layer_1 </script><b>x</b>"
 HOSTILE = "a bread </script><b>x</b> & 'song'\n"
@@ -34,14 +35,14 @@ def shown(tiny_gemma):
     one = random_sae()
     rarer = one.replace(threshold=one.threshold * np.geomspace(1, 100, 64, dtype=np.float32))
     place = Site("resid_post", 1)
-    subject = evaluation.Subject(rarer, place, None)
+    subject = attached.Subject(rarer, place, None)
     texts = [HOSTILE, "laws of rivers and of stars, songs ", "no bread today, no bread tomorrow "]
     row = [[masking.BOS, *tiny.encode(text)] for text in texts]
     rows = Rows(np.array([(one * 2)[:48] for one in row] * 2, np.int32))
     options = dashboards.Options(top=4, sample=10, before=12, after=12)
     gathered = dashboards.gather(tiny_gemma, {"a": subject}, rows, 6, 3, options=options)["a"]
     logits = directions.logits(sharding.one_device(), tiny_gemma, rarer.W_dec)
-    nearest = directions.nearest(rarer.W_dec)
+    nearest = geometry.nearest(rarer.W_dec)
     passages = dashboards.Passages(dashboards.read_tokens(rows, 6))
     return site.Dashboards(NAME, "tiny", subject, HOSTILE, gathered, logits, *nearest, passages)
 
@@ -241,7 +242,7 @@ def opened(tiny_gemma, inputs, monkeypatch):
     config = tiny.run_config(inputs)
     places = Site("resid_post", 1), Site("mlp_in", 2)
     subjects = {
-        name: evaluation.Subject(random_sae(seed), place, None)
+        name: attached.Subject(random_sae(seed), place, None)
         for seed, (name, place) in enumerate(zip(("a/b", "c"), places, strict=True))
     }
     found = opening.Opened(config, subjects, lambda: prepare.rows_of_once(config), {})

@@ -13,17 +13,18 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, evaluation, explore, explore_cli
+from gemma_scope_jax import __main__, explore, explore_cli
 from gemma_scope_jax.explore import edits, specs, strengths
 from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached
 
 RESID, READ, MLP = Site("resid_post", 1), Site("mlp_in", 2), Site("mlp_out", 2)
 SUBJECTS = {
-    "resid": evaluation.Subject(random_sae(0), RESID, None),
-    "transcoder": evaluation.Subject(random_sae(4), READ, None, MLP),
-    "input": evaluation.Subject(random_sae(5), READ, None),
+    "resid": attached.Subject(random_sae(0), RESID, None),
+    "transcoder": attached.Subject(random_sae(4), READ, None, MLP),
+    "input": attached.Subject(random_sae(5), READ, None),
 }
 TOKENS = tiny.tokens(5, 24, seed=3, special=0.05)  # With batches of 4 the second is padded.
 COUNTED = np.array(TOKENS > 2)

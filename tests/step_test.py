@@ -11,11 +11,12 @@ import optax
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, normalizer, planning, ring, runs, sae, step, training
+from gemma_scope_jax import bank, normalizer, planning, ring, runs, step, training
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking, weights
 from gemma_scope_jax.models.sites import blocks_needed
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import jumprelu, objectives
 
 
 def build(folder, data_axis=1, latent_axis=1, **changes):
@@ -50,7 +51,7 @@ def reference(run, rows, gemma_params, state, count):
     member = plan.members[0]
     site, scaling = str(member.site), state.normalizers[str(member.site)]
     params = member_params(state, 0)
-    penalty_of = sae.linear_penalty
+    penalty_of = objectives.linear_penalty
     rate = run.config.optimizer
     adam = optax.scale_by_adam(b1=0.0, b2=rate.beta2, eps=rate.eps)
     adam_state = adam.init(params)
@@ -77,7 +78,7 @@ def reference(run, rows, gemma_params, state, count):
                 part = slice(k * share, (k + 1) * share)
                 x_k, w_k = x[:, part].reshape(-1, x.shape[-1]), weight[:, part].reshape(-1)
                 coefficient = member.sparsity_coefficient * min(update / rate.sparsity_warmup_updates, 1)
-                gradient = jax.grad(sae.loss)(
+                gradient = jax.grad(objectives.loss)(
                     params, x_k, w_k, penalty_of(coefficient), plan.banks[0].bandwidth
                 )
                 direction = params.W_dec / (jnp.linalg.norm(params.W_dec, axis=1, keepdims=True) + 1e-6)
@@ -563,7 +564,9 @@ def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
 def sums_of(batches, params):
     """The sums of several batches of one SAE, as a bank of one has them: [K, E]."""
     made = [
-        sae.loss_gradient(params, x, weight, sae.linear_penalty(0.0), 0.1)[1].replace(fired_M=None)
+        objectives.loss_gradient(params, x, weight, objectives.linear_penalty(0.0), 0.1)[1].replace(
+            fired_M=None
+        )
         for x, weight in batches
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves)[:, None], *made)
@@ -572,7 +575,7 @@ def sums_of(batches, params):
 def test_fvu_is_exact_beside_a_large_mean_and_not_defined_for_constants():
     """Squares of these are a hundred million times their variance, of which float32 leaves nothing."""
     rng = np.random.default_rng(0)
-    params = sae.init(jax.random.key(0), 6, 16, 0.1)
+    params = jumprelu.init(jax.random.key(0), 6, 16, 0.1)
     x = (1e4 + rng.normal(size=(3, 50, 6))).astype(np.float32)
     weight = rng.random((3, 50)).astype(np.float32)
     weight[1] = 0  # A batch of which nothing counts.

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import export, hub, opening, sae, stored
+from gemma_scope_jax import opening
 from gemma_scope_jax.data import sources, token_rows
-from gemma_scope_jax.formats import common, gemma_scope, saelens
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import SITES, Site, site_from_hook
+from gemma_scope_jax.saes import finding, jumprelu, loading, saving
+from gemma_scope_jax.saes.formats import common, gemma_scope, saelens
 
 
 def made(site, target_site=None, d=32, o=32):
     rng = np.random.default_rng(0)
     shapes = {"W_enc": (d, 64), "b_enc": (64,), "threshold": (64,), "W_dec": (64, o), "b_dec": (o,)}
-    folded = sae.SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
-    return stored.Stored("x", folded, common.About(), "tiny", site, target_site or site)
+    folded = jumprelu.SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
+    return loading.Stored("x", folded, common.About(), "tiny", site, target_site or site)
 
 
 def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
@@ -26,10 +27,10 @@ def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
     with pytest.raises(
         ValueError, match="does not say of which model and site it is; give them, for example"
     ):
-        list(stored.read(tmp_path / "params.npz"))
-    (found,) = stored.read(tmp_path / "params.npz", "tiny", "layer_2_resid_post")
+        list(loading.read(tmp_path / "params.npz"))
+    (found,) = loading.read(tmp_path / "params.npz", "tiny", "layer_2_resid_post")
     assert (found.site, found.target_site) == (Site("resid_post", 2),) * 2
-    (found,) = stored.read(tmp_path, "tiny", "layer_2_mlp_in_gain_free", "layer_2_mlp_out")
+    (found,) = loading.read(tmp_path, "tiny", "layer_2_mlp_in_gain_free", "layer_2_mlp_out")
     assert found.target_site == Site("mlp_out", 2)
     for site, message in (
         ("layer_7_resid_post", "layer 7 is out of range"),
@@ -37,7 +38,7 @@ def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
         ("resid", "no site is known by the name 'resid'; sites are called as in layer_9_resid_post"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(stored.read(tmp_path / "params.npz", "tiny", site))
+            list(loading.read(tmp_path / "params.npz", "tiny", site))
 
 
 def test_sites_are_known_by_all_their_names():
@@ -51,16 +52,18 @@ def test_sites_are_known_by_all_their_names():
 
 def test_gemma_scopes_embedding_saes_read_what_the_models_stream_has_times_the_root_of_d(tmp_path):
     one = made(Site("embed", 0))
-    export.write(tmp_path / "a", "gemma_scope", export.in_convention("gemma_scope", one, {}))
+    saving.write(tmp_path / "a", "gemma_scope", saving.in_convention("gemma_scope", one, {}))
     theirs, _ = gemma_scope.read(tmp_path / "a" / "params.npz")
-    (again,) = stored.read(tmp_path / "a", "tiny", "embed")
+    (again,) = loading.read(tmp_path / "a", "tiny", "embed")
     stream = np.random.default_rng(1).standard_normal((50, 32)).astype(np.float32)
-    want = sae.decode(one.sae, sae.encode(one.sae, stream))
-    np.testing.assert_allclose(sae.decode(again.sae, sae.encode(again.sae, stream)), want, rtol=1e-5)
-    of_embedding = sae.decode(theirs, sae.encode(theirs, stream / 32**0.5))
+    want = jumprelu.decode(one.sae, jumprelu.encode(one.sae, stream))
+    np.testing.assert_allclose(
+        jumprelu.decode(again.sae, jumprelu.encode(again.sae, stream)), want, rtol=1e-5
+    )
+    of_embedding = jumprelu.decode(theirs, jumprelu.encode(theirs, stream / 32**0.5))
     np.testing.assert_allclose(of_embedding, np.asarray(want) / 32**0.5, rtol=1e-5)
     # SAELens' folders are of the stream, as TransformerLens' hook is.
-    export.write(tmp_path / "b", "saelens", export.in_convention("saelens", one, {}))
+    saving.write(tmp_path / "b", "saelens", saving.in_convention("saelens", one, {}))
     np.testing.assert_array_equal(saelens.read(tmp_path / "b")[0].b_enc, one.sae.b_enc)
 
 
@@ -68,7 +71,7 @@ def test_gemma_scopes_embedding_saes_read_what_the_models_stream_has_times_the_r
 def test_an_sae_is_evaluated_alike_in_whatever_format_it_is(file_format, inputs, tmp_path, monkeypatch):
     one = made(Site("resid_post", 1))
     one = dataclasses.replace(one, about=dataclasses.replace(one.about, context_length=16))
-    export.write(tmp_path / "a", file_format, one)
+    saving.write(tmp_path / "a", file_format, one)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     site = {} if file_format != "gemma_scope" else {"model": "tiny", "site": "layer_1_resid_post"}
     opened = opening.open_path(
@@ -89,7 +92,7 @@ def named(tmp_path, place, text, weights="gs://nowhere/weights", tokenizer="http
         text=str(text), weights=weights, tokenizer=tokenizer, rows="rows_0123456789abcdef", context_length=16,
         held_out_fraction=0.25, data_seed=7,
     )  # fmt: skip
-    return export.write(tmp_path / place, "saelens", dataclasses.replace(one, about=about))
+    return saving.write(tmp_path / place, "saelens", dataclasses.replace(one, about=about))
 
 
 def run_folder(folder):
@@ -159,7 +162,7 @@ def test_an_sae_of_a_run_directory_is_evaluated_as_it_was_trained(inputs, tmp_pa
 def test_what_comes_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
     run = run_folder(tmp_path / "run")
     named(run / "sae", "x", inputs / "text.jsonl", str(inputs / "weights"), "")
-    monkeypatch.setattr(hub, "local", lambda location: tmp_path / location.removeprefix("hf://a/b/"))
+    monkeypatch.setattr(finding, "local", lambda location: tmp_path / location.removeprefix("hf://a/b/"))
     assert places(opening.open_path("hf://a/b/run/sae/x")) == (config_lib.DEFAULT_TEXT, "", "")
     with pytest.raises(ValueError, match="run is a run: export writes its SAEs"):
         opening.open_path("hf://a/b/run")
@@ -168,26 +171,26 @@ def test_what_comes_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
 def test_converting_takes_no_weights_that_only_the_file_names(tmp_path, monkeypatch, capsys):
     one = made(Site("mlp_in", 1), Site("mlp_out", 1))
     one = dataclasses.replace(one, about=common.About(weights="gs://nowhere"))
-    export.write(tmp_path / "a", "saelens", one)
+    saving.write(tmp_path / "a", "saelens", one)
     asked = []
     monkeypatch.setattr(registry, "load", lambda name, weights, *_, **__: asked.append(weights) or 1 / 0)
     for weights in ("", "gs://mine"):
         with pytest.raises(ZeroDivisionError):
-            export.convert(str(tmp_path / "a"), "gemma_scope", tmp_path / "b", weights=weights)
+            saving.convert(str(tmp_path / "a"), "gemma_scope", tmp_path / "b", weights=weights)
     assert asked == ["", "gs://mine"]
     assert "The file names weights gs://nowhere. They are not used unless you give" in capsys.readouterr().out
 
 
 def test_converting_goes_by_way_of_files(tmp_path, capsys):
     one = made(Site("resid_post", 1))
-    export.write(tmp_path / "a", "gemma_scope", one)
+    saving.write(tmp_path / "a", "gemma_scope", one)
     site = {"model": "tiny", "site": "layer_1_resid_post"}
-    (path,) = export.convert(str(tmp_path / "a"), "saelens", tmp_path / "b", **site)
+    (path,) = saving.convert(str(tmp_path / "a"), "saelens", tmp_path / "b", **site)
     again, about = saelens.read(path)
     np.testing.assert_array_equal(again.W_dec, one.sae.W_dec)
     assert (about.model_name, about.hook_name) == ("test/tiny", "blocks.1.hook_resid_post")
     with pytest.raises(ValueError, match="is no transcoder, and circuit-tracer reads nothing else"):
-        export.convert(str(tmp_path / "b"), "circuit_tracer", tmp_path / "c")
+        saving.convert(str(tmp_path / "b"), "circuit_tracer", tmp_path / "c")
     with pytest.raises(ValueError, match="is there already"):
-        export.convert(str(tmp_path / "a"), "saelens", tmp_path / "b", **site)
+        saving.convert(str(tmp_path / "a"), "saelens", tmp_path / "b", **site)
     assert not (tmp_path / "c").exists()

@@ -10,6 +10,7 @@ import pytest
 
 from gemma_scope_jax import metrics, suites
 from gemma_scope_jax.explore import scope
+from gemma_scope_jax.saes import evaluation_file
 
 
 def by_row(seed, shift=0.0):
@@ -97,7 +98,7 @@ def test_folders_are_told_apart(tmp_path):
 
 
 ROWS = 40
-NUMBERS = {key: 0.5 for key in metrics.SCALARS} | {"rows": ROWS, "l0_quantiles": [1, 2, 3, 4, 5]}
+NUMBERS = {key: 0.5 for key in evaluation_file.SCALARS} | {"rows": ROWS, "l0_quantiles": [1, 2, 3, 4, 5]}
 
 
 def evaluated(folder, numbers=NUMBERS, arrays=None, **about):

@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import checkpoint, config, export, planning, runs, sae, step, training
+from gemma_scope_jax import checkpoint, config, export, planning, runs, step, training
 from gemma_scope_jax import log as log_lib
 from gemma_scope_jax.data import prepare
-from gemma_scope_jax.formats import saelens
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import jumprelu
+from gemma_scope_jax.saes.formats import saelens
 
 LONG = dict(train__tokens=128 * 250, log__checkpoint_every=25)
 
@@ -88,7 +89,7 @@ def test_the_export_gives_the_training_states_outputs(inputs, finished):
     threshold = np.exp(params.log_threshold)
     f = pre * (pre > threshold)
     expected = normalizer.scale * (f @ params.W_dec + params.b_dec) + normalizer.mean_D
-    ours = np.asarray(sae.decode(exported, sae.encode(exported, x.astype(np.float32))))
+    ours = np.asarray(jumprelu.decode(exported, jumprelu.encode(exported, x.astype(np.float32))))
     near = normalizer.scale * np.abs(pre - threshold).min(1) < 1e-5 * np.linalg.norm(x, axis=1)
     error = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert near.mean() < 0.02

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from gemma_scope_jax import verdicts
+from gemma_scope_jax.saes import verdicts
 
 # The quickstart's as measured, on 64 rows (results/quickstart.json), 4,096 latents.
 GOOD = {

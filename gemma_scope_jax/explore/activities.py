@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gemma_scope_jax import evaluation, opening, sae
+from gemma_scope_jax import opening
 from gemma_scope_jax.explore import dashboards, edits
-from gemma_scope_jax.explore.scope import Scope, alone
+from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.saes import attached, jumprelu
+from gemma_scope_jax.saes.attached import alone
 
 ROWS = 64  # Of held-out text, unless more or fewer are asked for: a rare latent fires a few dozen times.
 # Of what dashboards gather only the sums are wanted.
@@ -49,9 +51,9 @@ def activity(scope: Scope, rows: int = ROWS, names: Sequence[str] = ()) -> dict[
 
 def _gather(
     scope: Scope,
-    subjects: Mapping[str, evaluation.Subject],
+    subjects: Mapping[str, attached.Subject],
     rows: int,
-    placed: Mapping[str, sae.SAE] | None = None,
+    placed: Mapping[str, jumprelu.SAE] | None = None,
 ) -> dict[str, dashboards.Gathered]:
     ranges.check("rows", rows, ranges.COUNT)
     per_batch, counts = scope.config.evaluation.rows_per_batch, opening.counts_of(scope.config)

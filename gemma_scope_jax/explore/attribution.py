@@ -19,7 +19,7 @@ import matplotlib.figure
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import page, sae, tables
+from gemma_scope_jax import page, tables
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.scope import Scope
@@ -27,6 +27,7 @@ from gemma_scope_jax.models import forward, masking, predictions, weights
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.printing import plottable, quoted
+from gemma_scope_jax.saes import jumprelu
 
 # In the place of a token's id.
 LIKELIEST = -1  # But for the other of the two.
@@ -274,18 +275,18 @@ def _first(mesh: jax.sharding.Mesh, rows: tuple[jax.Array, ...]) -> tuple[jax.Ar
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _divided(
-    mesh: jax.sharding.Mesh, subject: sae.SAE, x_CxD: jax.Array, y_CxO: jax.Array, g_CxO: jax.Array
+    mesh: jax.sharding.Mesh, subject: jumprelu.SAE, x_CxD: jax.Array, y_CxO: jax.Array, g_CxO: jax.Array
 ) -> dict[str, jax.Array]:
     """Activations and parts on some tokens."""
     highest = jax.lax.Precision.HIGHEST
-    f_CxM = sae.encode(subject, x_CxD, highest)
+    f_CxM = jumprelu.encode(subject, x_CxD, highest)
     skip_CxO = jnp.zeros_like(y_CxO)
     if subject.W_skip is not None:
         skip_CxO = jnp.matmul(x_CxD, subject.W_skip, precision=highest)
     found = {
         "f": f_CxM,
         "part": f_CxM * jnp.matmul(g_CxO, subject.W_dec.T, precision=highest),
-        "error_L": ((y_CxO - sae.decode(subject, f_CxM, x_CxD, highest)) * g_CxO).sum(1),
+        "error_L": ((y_CxO - jumprelu.decode(subject, f_CxM, x_CxD, highest)) * g_CxO).sum(1),
         "bias_L": (subject.b_dec[None] * g_CxO).sum(1),
         "skip_L": (skip_CxO * g_CxO).sum(1),
         "total_L": (y_CxO * g_CxO).sum(1),

@@ -3,12 +3,13 @@
 import pathlib
 from collections.abc import Sequence
 
-from gemma_scope_jax import evaluation, opening, report
+from gemma_scope_jax import evaluation, opening
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.explore import dashboards, directions, neuronpedia, site
 from gemma_scope_jax.models import registry, tokenizer, weights
 from gemma_scope_jax.runtime import distributed, files, printing, ranges
 from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.saes import attached, geometry
 
 _MARK = "dashboards.json"  # What lies in a folder of dashboards, and in no other.
 
@@ -64,7 +65,7 @@ def build(
         "rows": min(rows, len(held_out)),
         "context_length": config.data.context_length,
         "options": vars(options),
-        "saes": {name: report.identity(subject) for name, subject in subjects.items()},
+        "saes": {name: attached.identity(subject) for name, subject in subjects.items()},
     }
     if distributed.is_first():
         files.write_json(out / _MARK, about)
@@ -85,7 +86,7 @@ def build(
         for name, subject in subjects.items():
             in_stream = directions.in_stream(loaded.params, subject.spliced, subject.sae.W_dec)
             logits = None if in_stream is None else directions.logits(mesh, loaded, in_stream)
-            nearest = directions.nearest(subject.sae.W_dec)
+            nearest = geometry.nearest(subject.sae.W_dec)
             shown = site.Dashboards(
                 name, config.model, subject, text, gathered[name], logits, *nearest, passages
             )

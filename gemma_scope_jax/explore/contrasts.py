@@ -19,12 +19,13 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
-from gemma_scope_jax import sae, tables
+from gemma_scope_jax import tables
 from gemma_scope_jax.explore import rank_tests
 from gemma_scope_jax.explore.scope import Scope, padded
 from gemma_scope_jax.models import activations, generation, masking
 from gemma_scope_jax.runtime import distributed, files, sharding
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
+from gemma_scope_jax.saes import jumprelu
 
 # What stands for a prompt: a latent's mean or largest activation over its tokens, or that on its last.
 At = Literal["mean", "max", "last"]
@@ -269,7 +270,7 @@ def check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_p
 
 @functools.partial(jax.jit, static_argnames=("mesh", "at"))
 def _pooled(
-    mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, tokens_SxL: jax.Array, at: At
+    mesh: jax.sharding.Mesh, subject: jumprelu.SAE, x_SxLxD: jax.Array, tokens_SxL: jax.Array, at: At
 ) -> tuple[jax.Array, jax.Array]:
     """What stands for each prompt, and means over its tokens, both [S, M]."""
     last_S = last_token(tokens_SxL)
@@ -277,7 +278,7 @@ def _pooled(
     # Row by row: the latents of many rows of a wide SAE are too many at once.
     def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x_LxD, kept_L, last = row
-        f_LxM = sae.encode(subject, x_LxD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
+        f_LxM = jumprelu.encode(subject, x_LxD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
         f_LxM = jnp.where(kept_L[:, None], f_LxM, 0)
         mean_M = f_LxM.sum(0) / jnp.maximum(kept_L.sum(), 1)  # A row of padding has no token.
         return {"mean": mean_M, "max": f_LxM.max(0), "last": f_LxM[last]}[at], mean_M

@@ -25,11 +25,11 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import evaluation, sae
+from gemma_scope_jax import evaluation
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import activations, masking, registry
 from gemma_scope_jax.runtime import distributed, ranges, sharding
-from gemma_scope_jax.saes import attached
+from gemma_scope_jax.saes import attached, jumprelu
 
 # Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
 BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE = 112, 4, -10
@@ -104,8 +104,8 @@ class Gathered:
 
     @property
     def is_dense_M(self) -> np.ndarray:
-        """Which latents fired on more than a share of `sae.DENSE`."""
-        return self.frequency_M > sae.DENSE
+        """Which latents fired on more than a share of `jumprelu.DENSE`."""
+        return self.frequency_M > jumprelu.DENSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Passage:
 
 def gather(
     loaded: registry.Gemma,
-    subjects: Mapping[str, evaluation.Subject],
+    subjects: Mapping[str, attached.Subject],
     rows: token_rows.Rows,
     count: int,
     per_batch: int,
@@ -128,7 +128,7 @@ def gather(
     options: Options = DEFAULTS,
     mesh: jax.sharding.Mesh | None = None,
     parts: evaluation.Parts | None = None,
-    placed: Mapping[str, sae.SAE] | None = None,
+    placed: Mapping[str, jumprelu.SAE] | None = None,
 ) -> dict[str, Gathered]:
     """Gathers what the latents of SAEs fire on, all of them in the same forward passes.
 
@@ -208,7 +208,7 @@ def _add(
     options: Options,
     top_k: int | None,
     state: State,
-    subject: sae.SAE,
+    subject: jumprelu.SAE,
     x_SxLxD: jax.Array,
     is_kept_SxL: jax.Array,
     place_S: jax.Array,
@@ -223,9 +223,9 @@ def _add(
 
     def of_row(state: State, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[State, None]:
         x_LxD, is_kept_L, place = row
-        f_LxM = sae.encode(subject, x_LxD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
+        f_LxM = jumprelu.encode(subject, x_LxD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
         if top_k is not None:
-            f_LxM = sae.keep_top(f_LxM, top_k)
+            f_LxM = jumprelu.keep_top(f_LxM, top_k)
         f_MxL = sharding.constrain(mesh, jnp.where(is_kept_L[:, None], f_LxM, 0).T, spec)
         key = jax.random.fold_in(jax.random.key(options.seed), place)
         return add_row(state, f_MxL, jax.random.uniform(key, is_kept_L.shape), place), None

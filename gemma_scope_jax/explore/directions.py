@@ -4,7 +4,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
@@ -70,20 +69,3 @@ def logits(
         put = jax.make_array_from_callback(x_CxD.shape, placed, lambda index, x=x_CxD: x[index])
         parts.append(distributed.fetch(_extremes(mesh, loaded.model, params, put, top)))
     return Logits(*(np.concatenate(part)[: len(directions_MxD)] for part in zip(*parts, strict=True)))
-
-
-def nearest(W_dec_MxO: np.ndarray, top: int = 5, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """The latents [M, top] whose decoder directions have the largest cosine with each one's, and those cosines."""
-    unit_MxO = jnp.asarray(W_dec_MxO / np.maximum(np.linalg.norm(W_dec_MxO, axis=1, keepdims=True), 1e-30))
-    count = len(unit_MxO)
-    top = min(top, count - 1)
-
-    @jax.jit
-    def of_block(unit_MxO: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = jnp.minimum(start + jnp.arange(min(block, count)), count - 1)
-        cosines = jnp.matmul(unit_MxO[rows], unit_MxO.T, precision=jax.lax.Precision.HIGHEST)
-        return jax.lax.top_k(jnp.where(rows[:, None] == jnp.arange(count)[None], -2, cosines), top)
-
-    parts = [distributed.fetch(of_block(unit_MxO, jnp.asarray(start))) for start in range(0, count, block)]
-    cosine, latent = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
-    return latent, cosine

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import sae
 from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.models import forward, interventions, masking, weights
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import ranges, sharding
 from gemma_scope_jax.runtime.printing import quoted
+from gemma_scope_jax.saes import jumprelu
 
 # Of a prompt, counted as a `Reading`'s tokens are, from the first behind BOS on; replies count on behind it.
 Tokens = Literal["all", "prompt", "reply"] | range
@@ -77,7 +77,7 @@ class Edits(NamedTuple):
 
 
 def of_sae(
-    subject: sae.SAE,
+    subject: jumprelu.SAE,
     latents_K: Sequence[int],
     scale_SxK: np.ndarray,
     add_SxK: np.ndarray,

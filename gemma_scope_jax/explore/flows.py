@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, page, tables
+from gemma_scope_jax import page, tables
 from gemma_scope_jax.explore import lens as lens_lib
 from gemma_scope_jax.explore import pictures, site
 from gemma_scope_jax.explore.scope import Scope, is_kept, one_token, place_copies, prompt, reconstruct
@@ -26,6 +26,7 @@ from gemma_scope_jax.models import forward, interventions, masking, weights
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes import attached
 
 # What is measured: of each its field of `Flow`, and its scale in pictures.
 _MEASURED = {
@@ -177,12 +178,12 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     )
 
 
-def _order(subject: evaluation.Subject) -> tuple[int, int, int]:
+def _order(subject: attached.Subject) -> tuple[int, int, int]:
     kinds = list(SITES)
     return kinds.index(subject.spliced.kind), kinds.index(subject.site.kind), subject.spliced.layer
 
 
-def _kind(subject: evaluation.Subject) -> str:
+def _kind(subject: attached.Subject) -> str:
     read, spliced = subject.site.kind, subject.spliced.kind
     return spliced if read == spliced else f"{read} → {spliced}"
 

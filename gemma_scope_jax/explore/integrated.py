@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import sae
 from gemma_scope_jax.explore import attribution
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.attribution import Attribution
 from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.printing import quoted
+from gemma_scope_jax.saes import jumprelu
 
 
 def integrate(
@@ -97,7 +97,7 @@ def integrate(
 @functools.partial(jax.jit, static_argnames="mesh")
 def _from_whole(
     mesh: jax.sharding.Mesh,
-    subject: sae.SAE,
+    subject: jumprelu.SAE,
     x_SxLxD: jax.Array,
     y_SxLxO: jax.Array,
     alpha_S: jax.Array,

@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import evaluation, opening, sae, tables
+from gemma_scope_jax import opening, tables
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
@@ -24,6 +24,7 @@ from gemma_scope_jax.models import forward, weights
 from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
 from gemma_scope_jax.runtime import distributed, ranges, sharding
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
+from gemma_scope_jax.saes import attached, jumprelu
 
 _BLOCK = 2**14  # So many latents' weights are in float64 at a time.
 
@@ -281,7 +282,7 @@ def _passed_on(
 @functools.partial(jax.jit, static_argnames="mesh")
 def _sums(
     mesh: jax.sharding.Mesh,
-    subject: sae.SAE,
+    subject: jumprelu.SAE,
     is_kept_SxL: jax.Array,
     clean_SxLxD: jax.Array,
     slope_SxLxD: jax.Array,
@@ -294,9 +295,9 @@ def _sums(
         for value in (clean_SxLxD, slope_SxLxD, ablated_SxLxD)
     )
     is_kept_Bx1 = is_kept_SxL.reshape(-1, 1)
-    f_BxM = sae.encode(subject, clean_BxD, highest)
+    f_BxM = jumprelu.encode(subject, clean_BxD, highest)
     slope_BxM = jnp.where(f_BxM > 0, jnp.matmul(slope_BxD, subject.W_enc, precision=highest), 0)
-    difference_BxM = f_BxM - sae.encode(subject, ablated_BxD, highest)
+    difference_BxM = f_BxM - jumprelu.encode(subject, ablated_BxD, highest)
     found = {
         "attribution_M": jnp.where(is_kept_Bx1, slope_BxM, 0).sum(0),
         "effect_M": jnp.where(is_kept_Bx1, difference_BxM, 0).sum(0),
@@ -307,7 +308,7 @@ def _sums(
 
 
 def virtual_weights(
-    scope: Scope, subject: evaluation.Subject, latent: int, later: evaluation.Subject
+    scope: Scope, subject: attached.Subject, latent: int, later: attached.Subject
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """W_dec[latent] · W_enc of a later SAE and their cosine, both [M]; None where they do not meet in the stream.
 

@@ -16,9 +16,10 @@ import rich.text
 from gemma_scope_jax import opening, tables
 from gemma_scope_jax.explore import dashboards, directions, pictures, site
 from gemma_scope_jax.explore.edits import check_latent
-from gemma_scope_jax.explore.scope import Scope, alone
+from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.printing import lines, plottable, printable
+from gemma_scope_jax.saes.attached import alone
 
 _GREEN = (30, 142, 62)
 # Of text in pictures, in inches at its size in points.

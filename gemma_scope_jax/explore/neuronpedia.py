@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gemma_scope_jax import export
 from gemma_scope_jax.explore import dashboards
 from gemma_scope_jax.explore.site import Dashboards
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import SITES
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.saes import saving
 
 PER_BATCH = 128  # latents
 ALIGNED = 3  # dimensions that a decoder direction has most of
@@ -45,7 +45,7 @@ def write(folder: pathlib.Path, shown: Dashboards, length: int, text_of: Callabl
     _write(folder / "skipped_indexes.json", about | skipped)
     settings = {
         "hook_name": SITES[shown.subject.site.kind].transformer_lens.format(shown.subject.site.layer),
-        "huggingface_dataset_path": export.public_name(shown.text),
+        "huggingface_dataset_path": saving.public_name(shown.text),
         "n_prompts_total": shown.gathered.rows,
         "n_tokens_in_prompt": length,
         "n_features_at_a_time": PER_BATCH,
@@ -92,7 +92,7 @@ def _feature(shown: Dashboards, latent: int, length: int, text_of: Callable[[int
         "freq_hist_data_bar_heights": g.histogram_MxH[latent, bins].tolist(),
         "n_prompts_total": g.rows,
         "n_tokens_in_prompt": length,
-        "dataset": export.public_name(shown.text),
+        "dataset": saving.public_name(shown.text),
         "activations": _activations(shown, latent, text_of),
         "vector": _round(direction_O),
     }

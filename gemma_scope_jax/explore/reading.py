@@ -10,12 +10,13 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import page, sae, tables
+from gemma_scope_jax import page, tables
 from gemma_scope_jax.explore import pictures
 from gemma_scope_jax.explore.scope import Scope, place_copies, prompt, reconstruct
 from gemma_scope_jax.models import interventions
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes import jumprelu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Reading:
     def is_dense(self, name: str) -> np.ndarray:
         """Which latents [M] are muted: they fire on over a tenth of all text, or none knows and half of this."""
         if name in self.frequency:
-            return self.frequency[name] > sae.DENSE
+            return self.frequency[name] > jumprelu.DENSE
         return (self.latents[name] > 0).mean(0) > 0.5
 
     def strongest(self, name: str, token: int, top: int = 5) -> list[tuple[int, float]]:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import evaluation, opening, sae
+from gemma_scope_jax import opening
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import masking, registry, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
-from gemma_scope_jax.saes import attached
+from gemma_scope_jax.saes import attached, jumprelu
 
 
 def _no_text() -> token_rows.Rows:
@@ -30,8 +30,8 @@ class Scope:
     mesh: jax.sharding.Mesh
     loaded: registry.Gemma
     tokenizer: tokenizer.Tokenizer
-    subjects: Mapping[str, evaluation.Subject]
-    placed: Mapping[str, sae.SAE]  # the same SAEs on the devices
+    subjects: Mapping[str, attached.Subject]
+    placed: Mapping[str, jumprelu.SAE]  # the same SAEs on the devices
     # [M] by SAE, of each latent's firing on the text of the run's evaluation; of those that were evaluated.
     frequency: Mapping[str, np.ndarray]
     held_out: Callable[[], token_rows.Rows] = _no_text  # Opens the rows that evaluations are on.
@@ -143,16 +143,6 @@ def padded(prompts: Sequence[Sequence[int]]) -> np.ndarray:
     return tokens_NxL
 
 
-def alone(subject: evaluation.Subject, latents: Sequence[int]) -> evaluation.Subject:
-    """A subject whose SAE has these latents alone, in this order."""
-    of, latents = subject.sae, np.asarray(latents)
-    few = {
-        "W_enc": np.asarray(of.W_enc)[:, latents],
-        **{name: np.asarray(getattr(of, name))[latents] for name in ("b_enc", "threshold", "W_dec")},
-    }
-    return dataclasses.replace(subject, sae=of.replace(**few))
-
-
 @functools.partial(jax.jit, static_argnames="mesh")
 def is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
     """Which positions of placed prompts count, [S, L]: all but those of BOS, EOS and PAD."""
@@ -161,13 +151,13 @@ def is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def reconstruct(
-    mesh: jax.sharding.Mesh, subject: sae.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array
+    mesh: jax.sharding.Mesh, subject: jumprelu.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array
 ) -> dict[str, jax.Array]:
     """An SAE on the first row: latents, y and its reconstruction in Gemma's dtype, ‖y‖ and ‖y − ŷ‖ / ‖y‖."""
     highest = jax.lax.Precision.HIGHEST
     x_LxD, y_LxO = x_SxLxD[0].astype(jnp.float32), y_SxLxO[0].astype(jnp.float32)
-    f_LxM = sae.encode(subject, x_LxD, highest)
-    recon_LxO = sae.decode(subject, f_LxM, x_LxD, highest)
+    f_LxM = jumprelu.encode(subject, x_LxD, highest)
+    recon_LxO = jumprelu.decode(subject, f_LxM, x_LxD, highest)
     norm_L = jnp.linalg.norm(y_LxO, axis=1)
     found = {
         "f_LxM": f_LxM,
@@ -179,7 +169,7 @@ def reconstruct(
     return sharding.constrain(mesh, found, sharding.REPLICATED)
 
 
-def _frequencies(path: pathlib.Path, subjects: Mapping[str, evaluation.Subject]) -> dict[str, np.ndarray]:
+def _frequencies(path: pathlib.Path, subjects: Mapping[str, attached.Subject]) -> dict[str, np.ndarray]:
     """Of an evaluation that lies beside the SAEs."""
     file = path / "evaluation.npz"
     if not file.exists():

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from gemma_scope_jax import evaluation, page
+from gemma_scope_jax import page
 from gemma_scope_jax.explore import dashboards
 from gemma_scope_jax.explore.dashboards import Gathered, Passages
 from gemma_scope_jax.explore.directions import Logits
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.saes import attached
 
 PER_FILE = 256  # latents
 PEAKS = 5  # Of a latent's top passages so many tokens at peaks are in the index, the most frequent.
@@ -33,7 +34,7 @@ class Dashboards:
 
     name: str
     model: str
-    subject: evaluation.Subject
+    subject: attached.Subject
     text: str  # that was read
     gathered: Gathered
     logits: Logits | None  # None: its values are not added to the residual stream

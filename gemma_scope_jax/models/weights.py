@@ -23,8 +23,8 @@ from etils import epath
 from gemma import gm
 from gemma.gm.nn import _config, _modules
 
-from gemma_scope_jax import hub
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.printing import printable, quoted, say
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
@@ -71,13 +71,12 @@ def local(path: str) -> str:
     Raises:
       ValueError: the repository can neither be found in the cache nor fetched.
     """
-    if path.startswith(("https://huggingface.co/", "https://hf.co/")):
-        return str(hub.local(path))  # Which says how it is given.
+    hub_lib.refuse_address(path)
     if not path.startswith("hf://"):
         return os.path.expanduser(path)
-    place = hub.place_of(path)
+    place = hub_lib.place_of(path)
     names = ("*.json", "*.safetensors", "tokenizer.model")
-    found = hub.snapshot(path, place, [f"{place.folder}/{name}".lstrip("/") for name in names])
+    found = hub_lib.snapshot(path, place, [f"{place.folder}/{name}".lstrip("/") for name in names])
     return str(found / place.folder)
 
 

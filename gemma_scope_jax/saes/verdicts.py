@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 
-from gemma_scope_jax import sae
+from gemma_scope_jax.saes import jumprelu
 
 # A difference of losses is named when it is over so many standard errors.
 SURE = 2
@@ -21,11 +21,11 @@ MANY_DEAD = 0.25
 # has 1,800 and 18% are silent, on 64 rows 230 and 30%. With fewer, half must be silent to be named.
 TELLING_FIRINGS = 1000
 MANY_SILENT = 0.5
-# Dense latents, which fire on over a tenth (`sae.DENSE`), make up a quarter of all firings or more.
+# Dense latents, which fire on over a tenth (`jumprelu.DENSE`), make up a quarter of all firings or more.
 MUCH_OF_ALL_FIRINGS = 0.25
 # In a narrow SAE latents are dense by arithmetic: where the mean one, L0 / M, fires on over a fortieth, that is no
 # fault.
-NARROW = sae.DENSE / 4
+NARROW = jumprelu.DENSE / 4
 
 _SHORT_RUN = (
     "if it was trained here, train on more tokens, in a short run with normalizer.center and "
@@ -50,7 +50,7 @@ def verdict(numbers: Mapping[str, object], width: int, target_l0: float = 0.0) -
     """Judges an SAE by its delta loss, then by its sparsity; FVU alone says nothing good of it.
 
     Args:
-      numbers: as `metrics.numbers` has them; what is not among them was not measured.
+      numbers: as `evaluation_file.numbers` has them; what is not among them was not measured.
       width: its latents.
       target_l0: that it was trained for; 0: none.
     """
@@ -136,8 +136,8 @@ def _of_sparsity(
         )
         found.append((fault, step))
     dense = number("dense_fraction")
-    if mean_frequency <= NARROW and dense * sae.DENSE > MUCH_OF_ALL_FIRINGS * mean_frequency:
-        fault = f"dense: {dense:.1%} of latents fire on over {sae.DENSE:.0%} of activations"
+    if mean_frequency <= NARROW and dense * jumprelu.DENSE > MUCH_OF_ALL_FIRINGS * mean_frequency:
+        fault = f"dense: {dense:.1%} of latents fire on over {jumprelu.DENSE:.0%} of activations"
         found.append((fault, "raise sparsity_coefficients, or train more latents"))
     return found
 

@@ -6,10 +6,10 @@ import re
 
 import numpy as np
 
-from gemma_scope_jax.formats import common
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.saes.jumprelu import SAE
 
 # Its names of our arrays. The skip connection is applied as x @ W_skip.
 _NAMES = {

@@ -4,10 +4,10 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 
-from gemma_scope_jax import hub, runs, sae
-from gemma_scope_jax.formats import common, detect
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
+from gemma_scope_jax.saes import finding, jumprelu
+from gemma_scope_jax.saes.formats import common, detect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Stored:
     """An SAE of a file on raw activations of a site, or a transcoder."""
 
     name: str
-    sae: sae.SAE
+    sae: jumprelu.SAE
     about: common.About
     model: str
     site: Site  # what it reads
@@ -39,7 +39,7 @@ def read(
     Raises:
       ValueError: there is none, it is broken, or does not fit its model.
     """
-    of_places = ((place, found) for place in hub.paths(str(location)) for found in detect.read(place))
+    of_places = ((place, found) for place in finding.paths(str(location)) for found in detect.read(place))
     taken: set[str] = set()
     for place, found in of_places:
         about = found.about
@@ -74,7 +74,7 @@ def _is_in_run(path: pathlib.Path) -> bool:
     """Whether an SAE lies, links followed, where a run keeps its own: in `RUN/sae/NAME`."""
     path = path.resolve()
     place = (path.parent if path.is_file() else path).parent
-    return place.name == "sae" and runs.is_run(place.parent)
+    return place.name == "sae" and is_run(place.parent)
 
 
 def embedding_scale(model: str) -> float:
@@ -82,7 +82,9 @@ def embedding_scale(model: str) -> float:
     return registry.build_model(model).config.embed_dim ** 0.5
 
 
-def check(location: str | pathlib.Path, name: str, stored: sae.SAE, site: Site, target_site: Site) -> None:
+def check(
+    location: str | pathlib.Path, name: str, stored: jumprelu.SAE, site: Site, target_site: Site
+) -> None:
     """Raises ValueError if an SAE does not fit a model."""
     model = registry.build_model(name)
     for place, width, does in (
@@ -95,3 +97,8 @@ def check(location: str | pathlib.Path, name: str, stored: sae.SAE, site: Site, 
                 f"{location} {does} activations of width {width}, but {place} of {name} has width "
                 f"{site_width(model, place)}"
             )
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether a path is a run directory; other formats have a config.json too."""
+    return (path / "config.json").exists() and (path / "checkpoints").exists()

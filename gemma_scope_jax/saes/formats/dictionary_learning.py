@@ -15,10 +15,10 @@ from collections import OrderedDict
 import ml_dtypes
 import numpy as np
 
-from gemma_scope_jax.formats import common
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.saes.jumprelu import SAE
 
 NO_TRANSCODER = "is a transcoder, for which dictionary_learning has no place"
 _STORAGES = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.jumprelu import SAE
 
 _OPTIONAL = {"W_skip"}
 DTYPES = ("float32", "bfloat16")

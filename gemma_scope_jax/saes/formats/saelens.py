@@ -5,10 +5,10 @@ import pathlib
 
 import numpy as np
 
-from gemma_scope_jax.formats import common
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.saes.jumprelu import SAE
 
 # The version of SAELens whose layout this is. Without a version in the file, SAELens takes it for one of before
 # 6.0 and subtracts b_dec from the input.

@@ -9,10 +9,10 @@ import re
 
 import numpy as np
 
-from gemma_scope_jax.formats import common
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.saes.jumprelu import SAE
 
 NO_SKIP = (
     "has a skip connection, for which params.npz has no place; --format=gemma_scope_2 and saelens have one"

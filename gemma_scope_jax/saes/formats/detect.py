@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gemma_scope_jax.formats import (
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes.formats import (
     circuit_tracer,
     common,
     dictionary_learning,
@@ -13,8 +14,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
-from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.jumprelu import SAE
 
 # What an SAE's files are called, in every format: all of a repository that is ever fetched.
 FILES = (

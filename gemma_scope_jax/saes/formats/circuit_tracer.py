@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import yaml
 
-from gemma_scope_jax.formats import common
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.saes.jumprelu import SAE
 
 # Its names of our arrays. W_enc is [M, D], and the skip connection is applied as x @ W_skip.T.
 _NAMES = {
