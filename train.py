@@ -26,12 +26,13 @@ def main() -> None:
     cli.check_outputs(args)
     values = cli.read_config(args.config, fields)
     # Imported late: a mistyped flag should not cost the seconds that JAX and Gemma take.
-    from gemma_scope_jax import config, training
+    from gemma_scope_jax import config
     from gemma_scope_jax.runtime import distributed
+    from gemma_scope_jax.training import loop
 
     made = config.from_dict(values)
     distributed.initialize(made.hosts, saves_together=True)
-    training.train(made, args.workdir)
+    loop.train(made, args.workdir)
 
 
 if __name__ == "__main__":

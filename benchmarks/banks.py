@@ -17,8 +17,8 @@ import jax
 from benchmarks import step as step_benchmark
 from configs import quickstart
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import runs, training
 from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.training import loop, runs
 
 M = 1024
 SIZES = (1, 2, 4, 8, 16)
@@ -40,7 +40,7 @@ def step_seconds(
     state = runs.init_state(run, normalizers)
     sequences = run.config.train.sequences_per_step
     batch = runs.read_batch(run, rows, 0, sequences)
-    compiled = training.lower_step(run, state, batch, gemma_params).compile()
+    compiled = loop.lower_step(run, state, batch, gemma_params).compile()
     best = float("inf")
     for i in range(run.plan.ring_steps + 1 + repeat):  # With a full ring every step trains.
         start = time.perf_counter()
@@ -55,7 +55,7 @@ def measure() -> dict:
     one = build(1)
     rows = token_rows.open_rows(prepare.rows_of(one.config), token_rows.TRAIN)
     gemma_params = runs.load_gemma(one).params
-    normalizers = training.calibrate(one, rows, gemma_params, one.plan.sites)
+    normalizers = loop.calibrate(one, rows, gemma_params, one.plan.sites)
     seconds = {size: step_seconds(build(size), rows, gemma_params, normalizers) for size in SIZES}
     plan = one.plan
     matmuls = plan.updates_per_step * step_benchmark.five_matmuls(plan.batch, 640, M)

@@ -25,12 +25,13 @@ import numpy as np
 
 from benchmarks import looks
 from benchmarks.commands import RESULTS, run
-from gemma_scope_jax import export, log, page, runs
+from gemma_scope_jax import page
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.saes import jumprelu
 from gemma_scope_jax.saes.formats import detect
+from gemma_scope_jax.training import export, metrics_log, runs
 
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
 SUITES = {"sweep": 64, "layers": 16, "sites": 4, "targets": 32, "transcoders": 64}
@@ -55,7 +56,7 @@ def quickstart() -> tuple[list[str], dict]:
         run(f"python evaluate.py {workdir} --rows=512 --fast")
         many = json.loads((workdir / "evaluation.json").read_text())
         rows = token_rows.open_rows(prepare.rows_of(runs.read_config(workdir)), token_rows.TRAIN)
-        ours, perfect = log.shuffle_quality(workdir, rows)
+        ours, perfect = metrics_log.shuffle_quality(workdir, rows)
         (RESULTS / "quickstart.png").write_bytes((workdir / "evaluation.png").read_bytes())
     numbers = {
         "quickstart_s": quickstart_s,
@@ -105,7 +106,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
         f"python evaluate.py {workdir} --rows={rows} --fast",
     ]
     _, evaluate_s = (run(command) for command in commands)
-    config, entries = runs.read_config(workdir), log.read_metrics(workdir)
+    config, entries = runs.read_config(workdir), metrics_log.read_metrics(workdir)
     tokens = config.train.sequences_per_step * config.data.context_length
     # By its own log, since the run may have been there, in part or whole; without compiling and saving.
     train_s = sum(tokens / entry["speed"]["tokens_per_second"] for entry in entries)

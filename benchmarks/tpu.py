@@ -19,13 +19,16 @@ cli.find_tpu_compiler()
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax import chips, forecast, metrics, planning, runs, step
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.models import forward, interventions, registry, weights
+from gemma_scope_jax import metrics
+from gemma_scope_jax.models import interventions, placement, registry, weights
 from gemma_scope_jax.models.sites import Site, site_width
-from gemma_scope_jax.normalizer import Normalizer
+from gemma_scope_jax.runtime import devices as devices_lib
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached, jumprelu
+from gemma_scope_jax.training import flops, forecast, step
+from gemma_scope_jax.training import memory as memory_lib
+from gemma_scope_jax.training.normalizer import Normalizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ def measure_harvest(case: Harvest) -> dict:
     mesh = sharding.make_mesh(1, 0, devices)
     model, site = registry.build_model(case.model), Site("resid_post", case.layer)
     params = weights.placed_shapes(
-        model, case.layer + 1, jnp.bfloat16, sharding.gemma_placement(mesh, case.split)
+        model, case.layer + 1, jnp.bfloat16, placement.gemma_placement(mesh, case.split)
     )
     vector = placed(mesh, (site_width(model, site),), jnp.float32, sharding.REPLICATED)
     scalar = placed(mesh, (), jnp.float32, sharding.REPLICATED)
@@ -156,12 +159,14 @@ def measure_step(case: Step) -> dict:
 def measure_evaluation(case: Evaluation) -> dict:
     """Every pass of an evaluation; bytes are those of the pass that needs most, with all that lies beside it."""
     devices = forecast.slice_devices(case.topology)
-    chip = chips.CHIPS[case.topology.split(":")[0]]
+    chip = devices_lib.CHIPS[case.topology.split(":")[0]]
     mesh = sharding.make_mesh(1, 0, devices)
     model, site = registry.build_model(case.model), Site("resid_post", case.layer)
     layers = model.config.num_layers
     c = config_lib.from_dict({"model": case.model})
-    params = weights.placed_shapes(model, layers, jnp.bfloat16, runs.placement_of(c, mesh, model, layers))
+    params = weights.placed_shapes(
+        model, layers, jnp.bfloat16, placement.placement_of(c, mesh, model, layers)
+    )
     d, v, m = model.config.embed_dim, model.config.num_embed, case.width
     shape = (case.sequences_per_chip * len(devices), case.length)
     tokens, kept = (placed(mesh, shape, dtype, sharding.TOKENS) for dtype in (jnp.int32, jnp.bool))
@@ -184,17 +189,17 @@ def measure_evaluation(case: Evaluation) -> dict:
     }
     of_passes = {name: report(one) for name, one in lowered.items()}
     # Before the site's block, the site, the last, what is spliced, and the gradient lie there throughout.
-    resident = planning.bytes_per_device((params, subject, tokens, kept, x, x, x, x, importance))
+    resident = memory_lib.bytes_per_device((params, subject, tokens, kept, x, x, x, x, importance))
     peak = max(resident + of["temporary_bytes"] + of["output_bytes"] for of in of_passes.values())
     count = case.rows * case.length
-    blocks = forward.harvest_flops(model, case.rows, case.length, layers)
+    blocks = flops.harvest_flops(model, case.rows, case.length, layers)
     upper = blocks * (1 - case.layer / layers)
     logits = 2 * count * d * v
     # Clean; two ablations; a gradient of the activations alone, forward, again, and back; the splice, whose KL makes
     # logits twice.
     gemma_flops = blocks + 2 * upper + 3 * upper + upper + logits * (1 + 2 + 3 + 2)
     # Encoding, decoding and, for r_L0, one product more, each in float32.
-    sae_flops = chips.PASSES["highest"] * 2 * count * 3 * d * m
+    sae_flops = devices_lib.PASSES["highest"] * 2 * count * 3 * d * m
     return {
         **dataclasses.asdict(case),
         "chips": len(devices),

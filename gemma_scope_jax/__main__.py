@@ -143,8 +143,8 @@ def main() -> None:
     if "call" in args:
         args.call(**options)
     elif args.command == "export":
-        from gemma_scope_jax import export as export_lib
         from gemma_scope_jax.saes import saving
+        from gemma_scope_jax.training import export as export_lib
 
         formats = FORMATS if args.format == "all" else tuple(args.format.split(","))
         if unknown := set(formats) - set(FORMATS):
@@ -154,14 +154,14 @@ def main() -> None:
         for place in export_lib.export_run(args.run, formats, args.out, args.bank, args.dtype):
             say(f"Exported {place}")
     elif args.command == "convert":
-        from gemma_scope_jax import export as export_lib
         from gemma_scope_jax.saes import saving
+        from gemma_scope_jax.training import export as export_lib
 
         sites = {"model": args.model, "site": args.site, "target_site": args.target_site}
         for place in saving.convert(args.sae, args.format, args.out, args.dtype, args.weights, **sites):
             say(f"Wrote {place}")
     elif args.command == "publish":
-        from gemma_scope_jax import publish as publish_lib
+        from gemma_scope_jax.training import publish as publish_lib
 
         publish_lib.publish(args.run, args.out, args.repo, args.license, args.format, args.dtype, args.push)
     elif args.command == "compare":
@@ -201,7 +201,8 @@ def main() -> None:
         )
     else:
         cli.find_tpu_compiler()
-        from gemma_scope_jax import config, forecast
+        from gemma_scope_jax import config
+        from gemma_scope_jax.training import forecast
 
         chosen = config.from_dict(cli.read_config(args.config, fields))
         if not forecast.show(forecast.forecast(chosen, args.topology)):

@@ -18,7 +18,7 @@ import numpy as np
 
 from gemma_scope_jax import descriptions, opening, tables
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.models import activations, masking, registry, tokenizer
+from gemma_scope_jax.models import activations, masking, placement, registry, tokenizer
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import printable, say
 from gemma_scope_jax.saes import attached, jumprelu
@@ -286,7 +286,7 @@ def detect_path(
     held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
     order = token_rows.order(len(held_out), batching.ORDER_SEED, 0, min(rows, len(held_out)))
     decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
-    mesh, loaded = opening.load_gemma(config)
+    mesh, loaded = placement.load_gemma(config)
     results = detect(
         mesh,
         loaded,

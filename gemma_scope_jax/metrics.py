@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax.normalizer import CONSTANT
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import evaluation_file, geometry, jumprelu
+from gemma_scope_jax.training.normalizer import CONSTANT
 
 
 def measure(

@@ -6,17 +6,15 @@ import pathlib
 import re
 from collections.abc import Callable, Collection
 
-import jax
-import numpy as np
-
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import export, results, runs
-from gemma_scope_jax.data import batching, prepare, sources, token_rows
-from gemma_scope_jax.models import chat, masking, registry, tokenizer
-from gemma_scope_jax.runtime import files, sharding
+from gemma_scope_jax import results
+from gemma_scope_jax.data import prepare, sources, token_rows
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable, say, well_formed
 from gemma_scope_jax.saes import attached, finding, loading, naming
 from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.training import export, runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,26 +256,3 @@ def _without_named(about: common.About, keep: Collection[str]) -> common.About:
         plain = common.About()
         cleared |= {name: getattr(plain, name) for name in ("text", "held_out_fraction", "data_seed")}
     return dataclasses.replace(about, **cleared)
-
-
-def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, registry.Gemma]:
-    """The whole model, split over all devices if it is run in parallel; rows then lie over all of them."""
-    is_one = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
-    mesh = sharding.one_device() if is_one else sharding.make_mesh(1, 0)
-    model = registry.build_model(config.model)
-    layers, dtype = model.config.num_layers, registry.dtype(config)
-    placement = runs.placement_of(config, mesh, model, layers)
-    return mesh, registry.load(config.model, config.weights, dtype, layers, placement)
-
-
-def counts_of(config: config_lib.Config, turns: str | None = None) -> batching.Counts:
-    """Which positions count: all, or those of one side's turns."""
-    prefix = masking.masked_prefix(config.data)
-
-    def counts(tokens_SxL: np.ndarray) -> np.ndarray:
-        return np.asarray(masking.is_kept(tokens_SxL, prefix))
-
-    if turns in (None, "all"):
-        return counts
-    is_inside = chat.in_turns(tokenizer.load(config.model, config.tokenizer, config.weights), turns)
-    return lambda tokens_SxL: counts(tokens_SxL) & is_inside(tokens_SxL)

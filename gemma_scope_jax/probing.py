@@ -18,7 +18,7 @@ from sklearn import linear_model, model_selection
 
 from gemma_scope_jax import opening, tables
 from gemma_scope_jax.data import sources
-from gemma_scope_jax.models import activations, masking, registry, tokenizer
+from gemma_scope_jax.models import activations, masking, placement, registry, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, say, well_formed
@@ -303,7 +303,7 @@ def probe_path(
             raise ValueError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
     encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
     tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
-    mesh, loaded = opening.load_gemma(config)
+    mesh, loaded = placement.load_gemma(config)
     latents, values = pool(mesh, loaded, opened.subjects, tokens_TxL, per_batch)
     results = {
         name: tasks(latents[name], values[subject.site], given.labels, is_test_T)

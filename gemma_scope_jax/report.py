@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from gemma_scope_jax import baselines, evaluation, metrics, opening, page, plots, runs, suites, tables
+from gemma_scope_jax import baselines, evaluation, metrics, opening, page, plots, suites, tables
 from gemma_scope_jax import results as results_lib
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.models import registry, weights
+from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.runtime import distributed, files, ranges
 from gemma_scope_jax.runtime.printing import printable, say, shareable
 from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
+from gemma_scope_jax.training import runs
 
 # Of the training rows so many activations are what baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
@@ -92,7 +93,7 @@ def evaluate_path(
     with contextlib.ExitStack() as held:
         for place in places.values():
             held.enter_context(evaluation.holding_parts(place / _PARTS))
-        mesh, loaded = opening.load_gemma(config)
+        mesh, loaded = placement.load_gemma(config)
         judged = tuple(opened.subjects)
         if has_baselines:
             subjects = _with_baselines(opened, loaded, rows_per_batch, mesh)
@@ -184,7 +185,7 @@ def _with_baselines(
     count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
     rows = token_rows.open_rows(opened.rows, split)
     found = evaluation.activations(
-        loaded, tuple(sorted(sites, key=str)), rows, count, per_batch, opening.counts_of(opened.config), mesh
+        loaded, tuple(sorted(sites, key=str)), rows, count, per_batch, batching.counts_of(opened.config), mesh
     )
     subjects = {}
     for name, subject in opened.subjects.items():
@@ -253,7 +254,7 @@ def _evaluate(
         held_out,
         options["rows"],
         options["rows_per_batch"],
-        opening.counts_of(config, options.get("turns")),
+        batching.counts_of(config, options.get("turns")),
         bool(options["fast"]),
         mesh,
         parts,

@@ -4,9 +4,8 @@ import json
 import pathlib
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import opening
 from gemma_scope_jax.data import sources
-from gemma_scope_jax.models import generation, tokenizer
+from gemma_scope_jax.models import generation, placement, tokenizer
 from gemma_scope_jax.runtime import files, locks
 from gemma_scope_jax.runtime.printing import say
 
@@ -44,7 +43,7 @@ def write_rollouts(
             raise ValueError(f"{out} is there already; remove it, or give another --out")
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt
-        mesh, loaded = opening.load_gemma(config)
+        mesh, loaded = placement.load_gemma(config)
         replies = generation.generate(
             loaded,
             [prompt(found, text) for text in texts],

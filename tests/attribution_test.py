@@ -17,6 +17,7 @@ from gemma_scope_jax import explore, explore_cli
 from gemma_scope_jax.explore import ablating, attribution, pictures
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.models import masking
+from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached, jumprelu
@@ -315,7 +316,7 @@ def test_ablations_of_prompts_are_those_of_each(scope, ablated):
 def test_several_devices_give_what_one_gives(scope, found, ablated, tiny_gemma):
     # Of three, which do not divide the rows of a pass.
     several = scope_on(sharding.make_mesh(1, 3, jax.devices()[:3]), tiny_gemma)
-    placement = sharding.gemma_placement(several.mesh, split=True)
+    placement = placement_lib.gemma_placement(several.mesh, split=True)
     params = jax.tree.map_with_path(
         lambda path, value: jax.device_put(value, placement(path[-1].key, value.shape)), tiny_gemma.params
     )

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import checkpoint, cli, runs
+from gemma_scope_jax import cli
+from gemma_scope_jax.training import checkpoint, runs
 
 
 @pytest.fixture(scope="module")

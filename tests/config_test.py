@@ -10,8 +10,9 @@ import jax
 import pytest
 import tiny
 
-from gemma_scope_jax import config, plans
+from gemma_scope_jax import config
 from gemma_scope_jax.models import registry
+from gemma_scope_jax.training import plans
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 

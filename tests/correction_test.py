@@ -13,12 +13,13 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import explore, metrics, training
+from gemma_scope_jax import explore, metrics
 from gemma_scope_jax.data import batching, sources, token_rows
 from gemma_scope_jax.explore import correction, edits, pictures
 from gemma_scope_jax.models import forward, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
+from gemma_scope_jax.training import loop
 
 STREAM, MLP = Site("resid_post", 1), Site("mlp_out", 2)
 WORDS = "ash elm oak fir yew bay fig box gum ivy".split()
@@ -251,7 +252,7 @@ def test_what_cannot_be_is_refused(scope, found, change, message):
 
 def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "out"
-    training.train(tiny.run_config(inputs), run)
+    loop.train(tiny.run_config(inputs), run)
     trees = [*WORDS, *(word[::-1] for word in WORDS)]
     (tmp_path / "a.txt").write_text("\n\n".join(f"rivers of {word}" for word in trees) + "\n")
     lines = [json.dumps({"text": f"{word} and law!"}) for word in trees]

@@ -9,12 +9,13 @@ import tiny
 from sklearn.metrics import roc_auc_score
 from toys import random_sae
 
-from gemma_scope_jax import __main__, descriptions, detection, training
+from gemma_scope_jax import __main__, descriptions, detection
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached
+from gemma_scope_jax.training import loop
 
 BOS, EOS, PAD = masking.BOS, masking.EOS, masking.PAD
 EMBED = Site("embed", 0)
@@ -294,7 +295,7 @@ def test_latents_of_single_tokens_are_described_by_them_through_gemma(tiny_gemma
 
 def test_the_command_scores_a_run(inputs, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
-    training.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), run)
+    loop.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), run)
     asked = ["detect", str(run), "--rows=100000", "--latents=6", f"--out={tmp_path / 'out'}"]
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
     __main__.main()

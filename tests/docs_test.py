@@ -11,10 +11,12 @@ import tiny
 import toys
 
 from benchmarks import results
-from gemma_scope_jax import chips, config, explore, plans, probing
+from gemma_scope_jax import config, explore, probing
 from gemma_scope_jax.models import forward, interventions, predictions, registry
 from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.runtime import devices
 from gemma_scope_jax.saes import attached
+from gemma_scope_jax.training import plans
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,7 +61,7 @@ def test_harvests_on_tpu_slices_hold_the_parameters_up_to_their_layer_and_nothin
         share = 2 * case["parameters"] / (case["chips"] if case["split"] else 1)
         assert abs(case["argument_bytes"] / share - 1) < 0.01, case["model"]
         assert case["argument_bytes"] < case["peak_bytes"]
-        assert case["peak_bytes"] < chips.CHIPS[case["topology"].split(":")[0]].memory
+        assert case["peak_bytes"] < devices.CHIPS[case["topology"].split(":")[0]].memory
 
 
 def test_the_python_in_the_documents_runs(capsys):

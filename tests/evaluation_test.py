@@ -15,13 +15,14 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation, metrics, opening, report, suites, training
+from gemma_scope_jax import evaluation, metrics, opening, report, suites
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.explore import scope
-from gemma_scope_jax.models import forward, interventions, masking, predictions, registry, weights
+from gemma_scope_jax.models import forward, interventions, masking, placement, predictions, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site, site_width
 from gemma_scope_jax.saes import attached, evaluation_file, jumprelu
 from gemma_scope_jax.saes.formats import saelens
+from gemma_scope_jax.training import loop
 
 SITE = Site("resid_post", 1)
 
@@ -287,7 +288,7 @@ def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
-    training.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), workdir)
+    loop.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), workdir)
     return workdir
 
 
@@ -353,7 +354,7 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
     assert f"--text=other={other}" in html and f"--out={tmp_path / 'out' / 'other'}" in html
     with pytest.raises(ValueError, match="two texts are called 'other'"):
         report.evaluate_path(run, text=[str(other), f"other={inputs / 'text.jsonl'}"])
-    monkeypatch.setattr(opening, "load_gemma", lambda _: pytest.fail("loaded"))  # All is said before.
+    monkeypatch.setattr(placement, "load_gemma", lambda _: pytest.fail("loaded"))  # All is said before.
     for texts, message in (
         (["..=sotu"], "cannot be called '..'"),
         (

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from gemma_scope_jax import chips, cli, forecast, plans, training
-from gemma_scope_jax.models import forward
+from gemma_scope_jax import cli
+from gemma_scope_jax.runtime import devices
+from gemma_scope_jax.training import flops, forecast, loop, plans
 
 needs_compiler = pytest.mark.skipif(
     not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu"
@@ -23,12 +24,12 @@ def test_an_updates_flops_are_five_products_and_two_more_with_a_skip_connection(
     }
     plan = plans.make_plan(tiny.run_config(pathlib.Path("nowhere"), banks=banks), tiny.TinyGemma(), 2, 1)
     # Three SAEs are padded to four, the transcoder to two. D = 32, N·H = 64, a batch of 32.
-    assert chips.update_flops(plan.banks[0], tiny.TinyGemma(), 32) == 4 * 5 * (2 * 32 * 32 * 64)
+    assert flops.update_flops(plan.banks[0], tiny.TinyGemma(), 32) == 4 * 5 * (2 * 32 * 32 * 64)
     products = 2 * 64 * 128 + 3 * 32 * 128 + 2 * 64 * 32
-    assert chips.update_flops(plan.banks[1], tiny.TinyGemma(), 32) == 2 * 2 * 32 * products
-    of_gemma, of_banks = chips.step_flops(plan, tiny.TinyGemma(), 16)
-    assert of_gemma == forward.harvest_flops(tiny.TinyGemma(), 8, 16, 3)
-    assert of_banks == [4 * chips.update_flops(b, tiny.TinyGemma(), 32) for b in plan.banks]
+    assert flops.update_flops(plan.banks[1], tiny.TinyGemma(), 32) == 2 * 2 * 32 * products
+    of_gemma, of_banks = flops.step_flops(plan, tiny.TinyGemma(), 16)
+    assert of_gemma == flops.harvest_flops(tiny.TinyGemma(), 8, 16, 3)
+    assert of_banks == [4 * flops.update_flops(b, tiny.TinyGemma(), 32) for b in plan.banks]
 
 
 HLO = """
@@ -66,7 +67,7 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
     forecast.show(before)
     assert "v5e:2x4: 8 devices, mesh 1 × 8, SAEs: 1" in " ".join(capsys.readouterr().out.split())
 
-    make_step = training.step.make_step
+    make_step = loop.step.make_step
 
     def make_other_step(*args):
         step = make_step(*args)
@@ -78,7 +79,7 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
 
         return other
 
-    monkeypatch.setattr(training.step, "make_step", make_other_step)
+    monkeypatch.setattr(loop.step, "make_step", make_other_step)
     after = forecast.forecast(c, "v5e:2x4")
     sums = [sum(x.times for x in f.collectives if x.kind == "all-reduce") for f in (before, after)]
     assert sums[1] > sums[0]
@@ -103,5 +104,5 @@ def test_a_device_is_known_by_what_jax_calls_it():
     class Device:
         device_kind = "TPU v5 lite"
 
-    assert chips.chip_of(Device()) == chips.CHIPS["v5e"]
-    assert chips.chip_of(jax.devices()[0]) is None
+    assert devices.chip_of(Device()) == devices.CHIPS["v5e"]
+    assert devices.chip_of(jax.devices()[0]) is None

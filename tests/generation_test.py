@@ -10,7 +10,16 @@ import small
 import tiny
 import toys
 
-from gemma_scope_jax.models import forward, generation, interventions, masking, predictions, registry, weights
+from gemma_scope_jax.models import (
+    forward,
+    generation,
+    interventions,
+    masking,
+    placement,
+    predictions,
+    registry,
+    weights,
+)
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import jumprelu
@@ -237,7 +246,7 @@ def test_nothing_is_compiled_again_for_other_arrays_prompts_or_temperatures(tiny
 @pytest.mark.parametrize("split", [True, False])
 def test_many_devices_write_what_one_does(tiny_gemma, split):
     mesh = sharding.make_mesh(2, 4)
-    place = sharding.gemma_placement(mesh, split)
+    place = placement.gemma_placement(mesh, split)
     params = jax.tree.map_with_path(
         lambda path, leaf: jax.device_put(leaf, place(path[-1].key, leaf.shape)), tiny_gemma.params
     )

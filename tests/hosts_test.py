@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import config, log, report, runs, training
+from gemma_scope_jax import config, report
 from gemma_scope_jax.runtime import distributed
+from gemma_scope_jax.training import loop, metrics_log, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Three members, padded to four; Gemma split over all devices; a mesh of 2 × 4.
@@ -99,7 +100,7 @@ class Hosts:
 def alone(inputs, tmp_path_factory):
     """The run of one process."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
-    training.train(tiny.run_config(inputs, **CHANGES), workdir)
+    loop.train(tiny.run_config(inputs, **CHANGES), workdir)
     return workdir
 
 
@@ -123,7 +124,7 @@ def finish(run_config, workdir, count, by_slurm=False):
 
 
 def losses(workdir):
-    entries = log.read_metrics(workdir)
+    entries = metrics_log.read_metrics(workdir)
     assert [entry["step"] for entry in entries] == list(range(1, 51))
     return np.array([[v["loss"] for v in entry["sae"].values()] for entry in entries if entry["sae"]])
 

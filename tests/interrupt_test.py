@@ -12,6 +12,7 @@ import pytest
 
 from gemma_scope_jax import config, detection, opening, probing, report, rollouts
 from gemma_scope_jax.explore import audit, build, scope
+from gemma_scope_jax.models import placement
 from gemma_scope_jax.runtime import signals
 
 # What runs trains for so many seconds once it is asked to stop; without JAX, so that it starts at once.
@@ -167,7 +168,7 @@ def test_library_functions_raise_keyboard_interrupt(untouched, tmp_path, monkeyp
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(opening, "open_path", interrupted)
-    monkeypatch.setattr(opening, "load_gemma", interrupted)
+    monkeypatch.setattr(placement, "load_gemma", interrupted)
     monkeypatch.setattr(scope.opening, "open_path", interrupted)
     for file, word in (("a", "first"), ("b", "second")):
         (tmp_path / f"{file}.txt").write_text("\n".join(f"{word} {i}" for i in range(8)))

@@ -12,6 +12,7 @@ from toys import Rows, random_sae
 from gemma_scope_jax import evaluation, metrics
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import forward, interventions, masking, predictions, registry
+from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached, evaluation_file, geometry
@@ -296,7 +297,7 @@ def test_fast_leaves_out_what_costs_most_and_changes_nothing_else(measured, tiny
 def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
     subject, _, mean, result = measured
     mesh = sharding.make_mesh(2, 4)
-    placement = sharding.gemma_placement(mesh, True)
+    placement = placement_lib.gemma_placement(mesh, True)
     split = jax.tree.map_with_path(
         lambda path, leaf: jax.device_put(leaf, placement(path[-1].key, leaf.shape)), tiny_gemma.params
     )

@@ -13,10 +13,10 @@ import pytest
 from toys import Rows
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import explore, opening
+from gemma_scope_jax import explore
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.explore import scope
-from gemma_scope_jax.models import forward, masking, tokenizer
+from gemma_scope_jax.models import forward, masking, placement, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import jumprelu, loading, saving
 from gemma_scope_jax.saes.formats import common
@@ -63,7 +63,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
     texts = list(itertools.islice(sources.documents(config_lib.DEFAULT_TEXT), 24))
     encode = tokenizer.load("gemma3_270m", "", "").encode
-    mesh, loaded = opening.load_gemma(
+    mesh, loaded = placement.load_gemma(
         config_lib.from_dict({"model": "gemma3_270m", "gemma_dtype": "float32"})
     )
     people = ("woman", "girl", "mother", "queen"), ("man", "boy", "father", "king")
@@ -79,7 +79,7 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(opening, "load_gemma", lambda config: (mesh, loaded))
+        patch.setattr(placement, "load_gemma", lambda config: (mesh, loaded))
         patch.setattr(explore, "open_scope", open_scope)
         # Of the quickstart's 20 random sets and 8 rows a few, which show as well that all of it runs.
         patch.setattr(explore, "correct", functools.partial(explore.correct, random_sets=6, rows=2))

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import optim
 from gemma_scope_jax.saes import jumprelu, objectives
+from gemma_scope_jax.training import optimizer as optimizer_lib
 
 PLAIN = config_lib.OptimizerConfig(learning_rate=1e-3, warmup_updates=0, sparsity_warmup_updates=0)
 
@@ -16,13 +16,13 @@ PLAIN = config_lib.OptimizerConfig(learning_rate=1e-3, warmup_updates=0, sparsit
 def test_deepminds_published_parameters_after_three_updates():
     with jax.enable_x64(True):
         params, batches = golden.setup()
-        optimizer = optim.make_optimizer(PLAIN)
+        optimizer = optimizer_lib.make_optimizer(PLAIN)
         state = optimizer.init(params)
         for x in batches:
             gradient, _ = objectives.loss_gradient(
                 params, x, jnp.ones(len(x)), golden.PENALTY, golden.BANDWIDTH
             )
-            params, state = optim.apply_gradient(optimizer, gradient, state, params, 1e-3)
+            params, state = optimizer_lib.apply_gradient(optimizer, gradient, state, params, 1e-3)
         exact = golden.three_updates_in_numpy()
         for name, (stride, published) in golden.AFTER_THREE_UPDATES.items():
             value = getattr(params, name)
@@ -45,7 +45,7 @@ def test_adam_without_a_first_moment_equals_adam_to_the_last_bit_but_one():
 
 def test_optimizer_state_is_one_copy_of_the_parameters():
     params = jumprelu.init(jax.random.key(0), 16, 64, 0.001)
-    state = optim.make_optimizer(PLAIN).init(params)
+    state = optimizer_lib.make_optimizer(PLAIN).init(params)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) <= size + 2
 
@@ -53,39 +53,39 @@ def test_optimizer_state_is_one_copy_of_the_parameters():
 def test_decoder_rows_stay_of_unit_norm_and_their_gradient_is_orthogonal():
     params = jumprelu.init(jax.random.key(0), 16, 64, 0.001)
     gradient = jax.tree.map(jnp.ones_like, params)
-    projected, _ = optim.project_decoder_gradient().update(gradient, optax.EmptyState(), params)
+    projected, _ = optimizer_lib.project_decoder_gradient().update(gradient, optax.EmptyState(), params)
     np.testing.assert_allclose((projected.W_dec * params.W_dec).sum(1), 0, atol=1e-5)
     np.testing.assert_array_equal(projected.W_enc, gradient.W_enc)
-    optimizer = optim.make_optimizer(PLAIN)
-    after, _ = optim.apply_gradient(optimizer, gradient, optimizer.init(params), params, 1e-3)
+    optimizer = optimizer_lib.make_optimizer(PLAIN)
+    after, _ = optimizer_lib.apply_gradient(optimizer, gradient, optimizer.init(params), params, 1e-3)
     np.testing.assert_allclose(np.linalg.norm(after.W_dec, axis=1), 1, atol=1e-6)
 
 
 def test_learning_rate_rises_from_a_tenth_as_a_cosine_and_falls_linearly():
     config = config_lib.OptimizerConfig(learning_rate=2.0, warmup_updates=1000, decay_fraction=0.2)
-    schedule = lambda update: optim.learning_rate(config, 10_000, update, update)  # noqa: E731
+    schedule = lambda update: optimizer_lib.learning_rate(config, 10_000, update, update)  # noqa: E731
     for update, expected in [(0, 0.2), (500, 1.1), (250, 2 * (0.1 + 0.9 * (1 - np.cos(np.pi / 4)) / 2)), (1000, 2.0),
                              (8000, 2.0), (9000, 1.0), (10_000, 0.0)]:  # fmt: skip
         np.testing.assert_allclose(schedule(update), expected, rtol=1e-5, atol=1e-7, err_msg=str(update))
 
 
 def test_without_a_warmup_each_member_has_its_rate():
-    rates = optim.learning_rate(PLAIN, 10, 3, np.array([0, 5]))
+    rates = optimizer_lib.learning_rate(PLAIN, 10, 3, np.array([0, 5]))
     np.testing.assert_allclose(rates, [1e-3, 1e-3])
 
 
 def test_an_sae_that_joins_later_has_its_own_rise_and_the_runs_fall():
     config = config_lib.OptimizerConfig(learning_rate=2.0, warmup_updates=1000, decay_fraction=0.2)
     own = np.array([0, 500, 9000])
-    rates = optim.learning_rate(config, 10_000, 9000, own)
+    rates = optimizer_lib.learning_rate(config, 10_000, 9000, own)
     np.testing.assert_allclose(rates, [0.1, 0.55, 1.0], rtol=1e-5)
 
 
 def test_gemma_scopes_own_schedules_are_the_default():
     config = config_lib.OptimizerConfig()
-    schedule = lambda update: optim.learning_rate(config, 976_562, update, update)  # noqa: E731
+    schedule = lambda update: optimizer_lib.learning_rate(config, 976_562, update, update)  # noqa: E731
     np.testing.assert_allclose(
         [schedule(0), schedule(1000), schedule(976_561)], [7e-6, 7e-5, 7e-5], rtol=1e-5
     )
-    warmup = optim.sparsity_warmup(config)
+    warmup = optimizer_lib.sparsity_warmup(config)
     np.testing.assert_allclose([warmup(0), warmup(5000), warmup(10_000), warmup(20_000)], [0, 0.5, 1, 1])

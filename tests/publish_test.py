@@ -11,9 +11,10 @@ import pytest
 import tiny
 import yaml
 
-from gemma_scope_jax import publish, report, runs, training
+from gemma_scope_jax import report
 from gemma_scope_jax.saes import formats, loading
 from gemma_scope_jax.saes.formats import saelens
+from gemma_scope_jax.training import loop, publish, runs
 
 BANKS = {
     "main": dict(
@@ -26,7 +27,7 @@ BANKS = {
 def evaluated(inputs, tmp_path_factory):
     """A run of four SAEs and what was measured of them."""
     workdir = tmp_path_factory.mktemp("published") / "run"
-    training.train(tiny.run_config(inputs, banks=BANKS), workdir)
+    loop.train(tiny.run_config(inputs, banks=BANKS), workdir)
     return workdir, report.evaluate_path(workdir, rows=8)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax import ring
+from gemma_scope_jax.training import shuffle_buffer
 
 GROUPS, PER_GROUP, COUNT = 4, 24, 4  # T = 16 activations a step; the ring holds six steps
 FULL = PER_GROUP // COUNT
@@ -16,19 +16,19 @@ KEY = jax.random.key(7)
 def ring_step(state, new, step, harvests, draws, total):
     draining = harvests >= total
     occupancy = harvests - draws
-    index = ring.choose_slots(state, KEY, COUNT, step, occupancy, draining)
-    drawn = ring.gather(state.slots, index)
-    slots = ring.scatter(state.slots, index, new)
+    index = shuffle_buffer.choose_slots(state, KEY, COUNT, step, occupancy, draining)
+    drawn = shuffle_buffer.gather(state.slots, index)
+    slots = shuffle_buffer.scatter(state.slots, index, new)
     drawing = draining | (occupancy == FULL)
     harvests = harvests + ~draining
     draws = draws + drawing
     last_full = jnp.where(harvests - draws == FULL, harvests, state.last_full)
-    return ring.Ring(slots, last_full), drawn, drawing, harvests, draws
+    return shuffle_buffer.Ring(slots, last_full), drawn, drawing, harvests, draws
 
 
 def simulate(totals):
     """Runs the ring until it is drained for each total in turn; returns the ids drawn at each step."""
-    state = ring.init(GROUPS, GROUPS * PER_GROUP, {"a": 1}, jnp.float32)
+    state = shuffle_buffer.init(GROUPS, GROUPS * PER_GROUP, {"a": 1}, jnp.float32)
     step = harvests = draws = 0
     drawn_at = []
     for total, stop_after in totals:
@@ -37,12 +37,12 @@ def simulate(totals):
             ids = np.zeros((GROUPS * COUNT, 3), np.int32)
             if harvests < total:
                 ids[:, 0] = harvests * GROUPS * COUNT + np.arange(GROUPS * COUNT) + 1
-            new = ring.Slots(
+            new = shuffle_buffer.Slots(
                 acts={"a": ids[:, :1].astype(np.float32)},
                 weight={"a": (ids[:, 0] > 0).astype(np.float32)},
                 source=ids,
             )
-            new = jax.tree.map(lambda v: ring.group_rows(jnp.asarray(v), GROUPS), new)
+            new = jax.tree.map(lambda v: shuffle_buffer.group_rows(jnp.asarray(v), GROUPS), new)
             state, drawn, drawing, harvests, draws = ring_step(state, new, step, harvests, draws, total)
             harvests, draws = int(harvests), int(draws)
             if drawing:
@@ -83,7 +83,7 @@ def test_draws_mix_the_steps_they_came_from():
 
 def test_deal_gives_each_batch_an_equal_share_of_each_group():
     values = jnp.arange(GROUPS * 6).reshape(GROUPS, 6)
-    dealt = ring.deal(values, 3)
+    dealt = shuffle_buffer.deal(values, 3)
     assert dealt.shape == (3, GROUPS * 2)
     for batch in np.asarray(dealt):
         np.testing.assert_array_equal(np.bincount(batch // 6), [2] * GROUPS)

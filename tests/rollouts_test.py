@@ -7,15 +7,14 @@ import pytest
 import tiny
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import opening
-from gemma_scope_jax.models import generation, masking
+from gemma_scope_jax.models import generation, masking, placement
 from gemma_scope_jax.runtime import sharding
 
 
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch, tiny_gemma):
     """Runs the command on three texts; returns what it wrote."""
-    monkeypatch.setattr(opening, "load_gemma", lambda config: (sharding.one_device(), tiny_gemma))
+    monkeypatch.setattr(placement, "load_gemma", lambda config: (sharding.one_device(), tiny_gemma))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("stars é", "bread", "a")))
 
@@ -50,7 +49,7 @@ def test_chat_prompts_are_turns(run, tiny_gemma):
 
 
 def test_nothing_is_overwritten_and_mistakes_are_said_before_gemma_is_loaded(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(opening, "load_gemma", None)
+    monkeypatch.setattr(placement, "load_gemma", None)
     (tmp_path / "there.jsonl").write_text("kept")
     with pytest.raises(ValueError, match=r"there\.jsonl is there already; remove it"):
         run(out="there.jsonl")

@@ -11,12 +11,13 @@ import optax
 import pytest
 import tiny
 
-from gemma_scope_jax import bank, normalizer, planning, ring, runs, step, training
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking, weights
 from gemma_scope_jax.models.sites import blocks_needed
+from gemma_scope_jax.runtime import devices as devices_lib
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import jumprelu, objectives
+from gemma_scope_jax.training import bank, loop, normalizer, runs, shuffle_buffer, step
 
 
 def build(folder, data_axis=1, latent_axis=1, **changes):
@@ -26,7 +27,7 @@ def build(folder, data_axis=1, latent_axis=1, **changes):
     run = runs.build(config, sharding.make_mesh(data_axis, latent_axis, devices))
     rows = token_rows.open_rows(prepare.rows_of(config), token_rows.TRAIN)
     params = runs.load_gemma(run).params
-    return run, rows, params, runs.init_state(run, training.calibrate(run, rows, params, run.plan.sites))
+    return run, rows, params, runs.init_state(run, loop.calibrate(run, rows, params, run.plan.sites))
 
 
 def member_params(state, place):
@@ -39,7 +40,7 @@ def run_steps(run, rows, params, state, count, compiled=None):
     metrics = []
     for i in range(count):
         batch = runs.read_batch(run, rows, i * sequences, sequences)
-        compiled = compiled or training.lower_step(run, state, batch, params).compile()
+        compiled = compiled or loop.lower_step(run, state, batch, params).compile()
         state, m = compiled(state, batch, params)
         metrics.append(jax.device_get(m))
     return jax.device_get(state), metrics
@@ -60,8 +61,8 @@ def reference(run, rows, gemma_params, state, count):
     for i in range(count):
         draining = harvests >= plan.harvests
         index = np.asarray(
-            ring.choose_slots(
-                ring.Ring(slots, jnp.int32(last_full)),
+            shuffle_buffer.choose_slots(
+                shuffle_buffer.Ring(slots, jnp.int32(last_full)),
                 jax.random.wrap_key_data(state.key),
                 plan.activations // plan.ring_groups,
                 jnp.int32(i),
@@ -401,14 +402,14 @@ def test_gemma_is_split_where_it_would_fill_more_than_a_quarter_of_a_device(inpu
     shapes = weights.parameter_shapes(run.model, blocks_needed(run.plan.sites))
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
     for memory, is_split in ((4 * whole, False), (4 * whole - 4, True)):
-        monkeypatch.setattr(planning, "memory_of", lambda device, memory=memory: memory)
+        monkeypatch.setattr(devices_lib, "memory_of", lambda device, memory=memory: memory)
         place = runs.gemma_placement(run)
         assert place("input_embedding", (256, 32)).is_fully_replicated != is_split
 
 
 def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
     run, rows, params, state = build(inputs, 2, 4)
-    compiled = training.lower_step(run, state, runs.read_batch(run, rows, 0, 8), params).compile()
+    compiled = loop.lower_step(run, state, runs.read_batch(run, rows, 0, 8), params).compile()
     per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * per_device
     first = state
@@ -419,7 +420,7 @@ def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
 
 def collective_shapes(run, scope=""):
     """Of every array that a collective of the compiled step gives, asked for within a named scope."""
-    hlo = training.lower_step(run, *runs.abstract_inputs(run)).compile().as_text()
+    hlo = loop.lower_step(run, *runs.abstract_inputs(run)).compile().as_text()
     pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\((.*)"
     return [
         tuple(int(n) for n in shape.split(","))
@@ -492,7 +493,7 @@ def test_split_gemma_moves_weights_and_only_the_embeddings_of_rows(inputs):
 def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
     run, rows, params, state = build(inputs)
     batch = runs.read_batch(run, rows, 0, 8)
-    hlo = training.lower_step(run, state, batch, params).compile().as_text()
+    hlo = loop.lower_step(run, state, batch, params).compile().as_text()
     assert "f32[272,32]" in hlo  # the embedding table
     assert ",272]" not in hlo and "[272]" not in hlo  # logits
     assert set(params) == {"embedder", "final_norm", "layer_0", "layer_1"}

@@ -141,8 +141,9 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
 def main() -> None:
     """Trains the run whose config and workdir the JSON argument gives, or evaluates as its `evaluate` says."""
     register()
-    from gemma_scope_jax import cli, report, training
+    from gemma_scope_jax import cli, report
     from gemma_scope_jax.runtime import distributed
+    from gemma_scope_jax.training import loop
 
     given = json.loads(sys.argv[1])
     if "evaluate" in given:
@@ -157,7 +158,7 @@ def main() -> None:
 
     def train() -> None:
         distributed.initialize(made.hosts, saves_together=True)
-        training.train(made, pathlib.Path(given["workdir"]))
+        loop.train(made, pathlib.Path(given["workdir"]))
 
     cli.run(train, "nothing has been trained yet")
 

@@ -23,13 +23,14 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import checkpoint, config, export, planning, runs, step, training
-from gemma_scope_jax import log as log_lib
+from gemma_scope_jax import config
 from gemma_scope_jax.data import prepare
 from gemma_scope_jax.models import forward, masking
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime import devices, sharding
 from gemma_scope_jax.saes import jumprelu
 from gemma_scope_jax.saes.formats import saelens
+from gemma_scope_jax.training import checkpoint, export, loop, runs, step
+from gemma_scope_jax.training import metrics_log as log_lib
 
 LONG = dict(train__tokens=128 * 250, log__checkpoint_every=25)
 
@@ -48,7 +49,7 @@ def logged_steps(workdir):
 def finished(inputs, tmp_path_factory):
     """A run trained without interruption."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    training.train(tiny.run_config(inputs, **LONG), workdir)
+    loop.train(tiny.run_config(inputs, **LONG), workdir)
     return workdir
 
 
@@ -102,10 +103,10 @@ def test_a_profile_shows_gemma_the_ring_and_each_bank(inputs, tmp_path):
     bank = dict(layers=(1,), width=64, bandwidth=0.1, initial_threshold=0.1)
     banks = {"first": bank, "second": bank | {"layers": (2,)}}
     c = tiny.run_config(inputs, banks=banks, log__profile_from=6, log__profile_steps=1)
-    training.train(c, tmp_path / "run")
+    loop.train(c, tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     run = runs.build(c)
-    hlo = training.lower_step(run, *runs.abstract_inputs(run)).as_text(debug_info=True)
+    hlo = loop.lower_step(run, *runs.abstract_inputs(run)).as_text(debug_info=True)
     for scope in ("gemma", "ring_draw", "ring_write", "first", "second"):
         assert f"/{scope}/" in hlo
     speed = log_lib.read_metrics(tmp_path / "run")[-1]["speed"]
@@ -115,21 +116,21 @@ def test_a_profile_shows_gemma_the_ring_and_each_bank(inputs, tmp_path):
 def test_the_step_is_traced_once_in_a_run(inputs, tmp_path, monkeypatch):
     make_step = step.make_step
     monkeypatch.setattr(step, "make_step", lambda *args: chex.assert_max_traces(make_step(*args), n=1))
-    training.train(tiny.run_config(inputs), tmp_path / "run")
+    loop.train(tiny.run_config(inputs), tmp_path / "run")
 
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, capsys):
     c = tiny.run_config(inputs)
-    training.train(c, tmp_path / "run")
+    loop.train(c, tmp_path / "run")
     before = final_state(c, tmp_path / "run")
     (export,) = (tmp_path / "run" / "sae").iterdir()
     (export / "evaluation.json").write_text("an hour's work")
-    training.train(c, tmp_path / "run")
+    loop.train(c, tmp_path / "run")
     assert (export / "evaluation.json").read_text() == "an hour's work"
     jax.tree.map(np.testing.assert_array_equal, final_state(c, tmp_path / "run"), before)
 
     longer = tiny.run_config(inputs, train__tokens=128 * 30)
-    training.train(longer, tmp_path / "run")
+    loop.train(longer, tmp_path / "run")
     after = final_state(longer, tmp_path / "run")
     assert int(after.harvests) == int(after.draws) == 30
     assert logged_steps(tmp_path / "run") == list(range(1, int(after.step) + 1))
@@ -146,7 +147,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     """What stays goes on as if the others had always been there; what is new begins as a new run would."""
     old = tmp_path / "old"
     c = tiny.run_config(inputs, banks=BANKS)
-    training.train(c, old)
+    loop.train(c, old)
     before = final_state(c, old)
     files_before = {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()}
 
@@ -154,7 +155,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     banks = {"residual": residual, "mlp": residual | {"sites": ("mlp_out",), "layers": (2,)}}
     changes = dict(train__tokens=128 * 16, start_from=str(old), optimizer__learning_rate=1e-3)
     new = tiny.run_config(inputs, banks=banks, **changes)
-    training.train(new, tmp_path / "new")
+    loop.train(new, tmp_path / "new")
     assert "of 6 SAEs 2 go on, 4 are new." in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()} == files_before
     after = final_state(new, tmp_path / "new")
@@ -167,7 +168,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
 
     # The first run, had it been extended in place, gives the same two SAEs.
     longer = tiny.run_config(inputs, banks=BANKS, train__tokens=128 * 16)
-    training.train(longer, old)
+    loop.train(longer, old)
     whole = final_state(longer, old).banks["residual"]
     for mine, its in ((0, 1), (1, 0)):
         jax.tree.map(
@@ -192,7 +193,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
 def test_what_cannot_be_started_from_is_refused(inputs, tmp_path_factory, changes, message, request):
     old = request.getfixturevalue("short")
     with pytest.raises(ValueError, match=message):
-        training.train(
+        loop.train(
             tiny.run_config(inputs, **{"start_from": str(old), **changes}),
             tmp_path_factory.mktemp("new") / "run",
         )
@@ -201,25 +202,25 @@ def test_what_cannot_be_started_from_is_refused(inputs, tmp_path_factory, change
 @pytest.fixture(scope="module")
 def short(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "short"
-    training.train(tiny.run_config(inputs), workdir)
+    loop.train(tiny.run_config(inputs), workdir)
     return workdir
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "memory_of", lambda device: 1_000_000)
+    monkeypatch.setattr(devices, "memory_of", lambda device: 1_000_000)
     monkeypatch.setattr(prepare, "rows_of", lambda _: pytest.fail("the text was read"))
     c = tiny.run_config(inputs, banks={"large": dict(layers=(1,), width=2**14)})
     with pytest.raises(
         ValueError, match=r"bank large 0\.0\d.* does not fit\. Most is bank large: lower banks\.large\.w"
     ):
-        training.train(c, tmp_path / "run")
+        loop.train(c, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=r"config\.banks\.main\.width = 64, now it is 128"):
-        training.train(tiny.run_config(inputs, banks__main__width=128, **LONG), finished)
+        loop.train(tiny.run_config(inputs, banks__main__width=128, **LONG), finished)
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
 
@@ -257,7 +258,7 @@ def on_four(inputs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         on_devices(patch, 4)
         patch.setattr(checkpoint, "save", save_and_copy)
-        training.train(tiny.run_config(inputs, **THREE, mesh__data=2, mesh__latent=2), workdir)
+        loop.train(tiny.run_config(inputs, **THREE, mesh__data=2, mesh__latent=2), workdir)
     return workdir, workdir.with_name("at_six")
 
 
@@ -269,7 +270,7 @@ def test_a_run_goes_on_on_other_devices_as_if_it_had_always_been_there(
     workdir = shutil.copytree(at_six, tmp_path / "run")
     on_devices(monkeypatch, count)
     c = tiny.run_config(inputs, **THREE, mesh__data=mesh[0], mesh__latent=mesh[1])
-    training.train(c, workdir)
+    loop.train(c, workdir)
     logs = [log_lib.read_metrics(folder) for folder in (whole, workdir)]
     assert len(logs[0]) == len(logs[1]) == 14
     for expected, resumed in zip(*logs, strict=True):
@@ -283,7 +284,7 @@ def test_a_run_goes_on_on_other_devices_as_if_it_had_always_been_there(
 def test_a_run_of_many_devices_is_read_on_one(inputs, tmp_path):
     """Three members, padded to four for a data axis of two."""
     bank = dict(banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1), mesh__data=2, mesh__latent=4)
-    training.train(tiny.run_config(inputs, **bank), tmp_path / "run")
+    loop.train(tiny.run_config(inputs, **bank), tmp_path / "run")
     run, state = runs.open_run(tmp_path / "run")
     assert run.mesh.size == 1 and state.banks["main"].params.W_enc.shape[0] == 3
     assert not jax.tree.leaves((state.ring.slots, state.banks["main"].opt_state))  # Nobody reads them.
@@ -296,27 +297,27 @@ def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
     lines = (inputs / "text.jsonl").read_text()
     text.write_text(lines)
     changes = dict(data__text=str(text), data__folder=str(tmp_path / "cache"))
-    training.train(tiny.run_config(inputs, **changes), tmp_path / "run")
+    loop.train(tiny.run_config(inputs, **changes), tmp_path / "run")
     before = (tmp_path / "run" / "rows").read_text()
     text.write_text(json.dumps({"text": "a document before all others"}) + "\n" + lines)
     longer = tiny.run_config(inputs, train__tokens=128 * 12, **changes)
-    training.train(longer, tmp_path / "run")
+    loop.train(longer, tmp_path / "run")
     assert (tmp_path / "run" / "rows").read_text() == before
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match="has changed since this run was started"):
-        training.train(tiny.run_config(inputs, train__tokens=128 * 14, **changes), tmp_path / "run")
+        loop.train(tiny.run_config(inputs, train__tokens=128 * 14, **changes), tmp_path / "run")
 
 
 def test_a_config_may_be_mended_until_something_has_been_trained(inputs, tmp_path):
     with pytest.raises(ValueError, match="no weights at"):
-        training.train(tiny.run_config(inputs, weights=str(tmp_path / "nowhere")), tmp_path / "run")
-    training.train(tiny.run_config(inputs), tmp_path / "run")
+        loop.train(tiny.run_config(inputs, weights=str(tmp_path / "nowhere")), tmp_path / "run")
+    loop.train(tiny.run_config(inputs), tmp_path / "run")
 
 
 def test_wrong_weights_are_said_before_the_text_is_tokenised(inputs, tmp_path):
     changes = dict(weights=str(tmp_path), data__folder=str(tmp_path / "rows"))
     with pytest.raises(ValueError, match="holds no weights"):
-        training.train(tiny.run_config(inputs, **changes), tmp_path / "run")
+        loop.train(tiny.run_config(inputs, **changes), tmp_path / "run")
     assert not (tmp_path / "rows").exists()
 
 
@@ -327,11 +328,11 @@ def test_a_run_of_before_ranges_were_checked_opens_and_goes_on(inputs, finished,
     (workdir / "config.json").write_text(json.dumps(config.to_dict(old)))
     run, state = runs.open_run(workdir)
     assert run.config.seed == 2**32 and int(state.step) == logged_steps(finished)[-1]
-    training.train(old, workdir)
+    loop.train(old, workdir)
     with pytest.raises(
         ValueError, match="seed is 4294967296; it must be at least 0 and at most 2,147,483,647"
     ):
-        training.train(old, tmp_path / "new")
+        loop.train(old, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -358,9 +359,9 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
     at = f"at row {order[place // 16]}, position {place % 16}"
     place_text = f"in step {place // 128 + 1} the activation of embed {at}"
     with pytest.raises(FloatingPointError, match=rf"{place_text}.* is not finite: NaN.*skip_nonfinite=True"):
-        training.train(c, tmp_path / "run")
+        loop.train(c, tmp_path / "run")
     skips = dataclasses.replace(c, normalizer=dataclasses.replace(c.normalizer, skip_nonfinite=True))
-    training.train(skips, tmp_path / "run")
+    loop.train(skips, tmp_path / "run")
     entries = log_lib.read_metrics(tmp_path / "run")
     assert sum(entry.get("nonfinite", 0) for entry in entries) == (tokens == token).sum()
     assert all(np.isfinite(value["loss"]) for entry in entries for value in entry["sae"].values())
@@ -371,8 +372,8 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
 
 def test_how_often_the_text_is_read_is_said(inputs, tmp_path):
     run = runs.build(tiny.run_config(inputs, train__tokens=128 * 12, normalizer__rows=64))
-    assert training._passes(run, 96) == []
-    assert training._passes(run, 60) == [
+    assert loop._passes(run, 96) == []
+    assert loop._passes(run, 60) == [
         "train.tokens is 1,536 and the text has 960 positions: each row is read 1.6 times.",
         "normalizer.rows is 64 and the text has 60: some are measured twice.",
     ]
@@ -402,14 +403,14 @@ def test_an_interrupt_in_a_notebook_is_raised_when_the_state_is_saved(inputs, tm
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="Saved step") as caught:
         patch.setattr(runs, "read_batch", interrupted)
         patch.setattr(sys, "stderr", Deaf())
-        training.train(c, tmp_path / "run")
+        loop.train(c, tmp_path / "run")
     assert caught.value.number == signal.SIGINT
     steps = logged_steps(tmp_path / "run")
     assert int(final_state(c, tmp_path / "run").step) == steps[-1] < 14
     assert not (tmp_path / "run" / "sae").exists()
 
     found = []
-    thread = threading.Thread(target=lambda: found.append(training.train(c, tmp_path / "run")))
+    thread = threading.Thread(target=lambda: found.append(loop.train(c, tmp_path / "run")))
     thread.start()
     thread.join()
     assert found[0].config == c and len(logged_steps(tmp_path / "run")) == 14
@@ -418,9 +419,9 @@ def test_an_interrupt_in_a_notebook_is_raised_when_the_state_is_saved(inputs, tm
 
 
 def test_two_processes_do_not_train_in_one_directory(inputs, tmp_path):
-    with training._locked(tmp_path / "run"):
+    with loop._locked(tmp_path / "run"):
         with pytest.raises(ValueError, match="another process is training in"):
-            training.train(tiny.run_config(inputs), tmp_path / "run")
+            loop.train(tiny.run_config(inputs), tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs, tmp_path):
@@ -428,7 +429,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs, tmp_
     with pytest.raises(
         FloatingPointError, match=r"is (nan|inf) at step \d+|non-finite values in banks\.main"
     ):
-        training.train(c, tmp_path / "run")
+        loop.train(c, tmp_path / "run")
     state = final_state(c, tmp_path / "run")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.banks))
 
@@ -652,8 +653,8 @@ def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path
     shared = dict(width=64, bandwidth=0.1, initial_threshold=0.1)
     banks = {"main": dict(layers=(1, 2), **shared), "mlp": mlp | shared}
     c = tiny.run_config(inputs, banks=banks, log__evaluate_every=7, mesh__data=2, mesh__latent=4)
-    training.train(c, tmp_path / "run")
-    entries = training.log.read_metrics(tmp_path / "run")
+    loop.train(c, tmp_path / "run")
+    entries = loop.log.read_metrics(tmp_path / "run")
     assert [entry["step"] for entry in entries if "held_out" in entry] == [7, 14]
     found = entries[-1]["held_out"]
     assert "held out FVU" in log_lib.progress(entries[-1])

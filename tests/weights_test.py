@@ -27,6 +27,7 @@ from gemma import gm
 from gemma.gm.ckpts import _checkpoint
 
 from gemma_scope_jax.models import forward, masking, predictions, registry, tokenizer, weights
+from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.runtime import sharding
 
 # Where an array cannot be read Orbax leaves those that read the others behind; the scripts keep them quiet (cli.run).
@@ -244,7 +245,7 @@ def _flat(params):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_parameters_come_in_their_sharding_and_dtype_and_only_as_many_as_asked_for(way, ways):
-    placement = sharding.gemma_placement(sharding.make_mesh(2, 4), split=True)
+    placement = placement_lib.gemma_placement(sharding.make_mesh(2, 4), split=True)
     params = load_tiny(str(ways[way]), num_layers=3, dtype=jnp.bfloat16, placement=placement)
     assert sorted(params) == ["embedder", "final_norm", "layer_0", "layer_1", "layer_2"]
     want = _flat({k: v for k, v in PARAMS.items() if k != "layer_3"})

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import token_rows
-from gemma_scope_jax.models import masking
+from gemma_scope_jax.models import chat, masking, tokenizer
 from gemma_scope_jax.runtime import sharding
 
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
@@ -69,3 +70,16 @@ def batches(
 def padded_rows(mesh: jax.sharding.Mesh, count: int, per_batch: int) -> int:
     """Rows in a batch: as many as asked for, no more than there are, and a multiple of the devices."""
     return -(-min(per_batch, count) // mesh.size) * mesh.size
+
+
+def counts_of(config: config_lib.Config, turns: str | None = None) -> Counts:
+    """Which positions count: all, or those of one side's turns."""
+    prefix = masking.masked_prefix(config.data)
+
+    def counts(tokens_SxL: np.ndarray) -> np.ndarray:
+        return np.asarray(masking.is_kept(tokens_SxL, prefix))
+
+    if turns in (None, "all"):
+        return counts
+    is_inside = chat.in_turns(tokenizer.load(config.model, config.tokenizer, config.weights), turns)
+    return lambda tokens_SxL: counts(tokens_SxL) & is_inside(tokens_SxL)

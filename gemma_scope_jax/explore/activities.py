@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gemma_scope_jax import opening
+from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import dashboards, edits
 from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.runtime import ranges
@@ -56,7 +56,7 @@ def _gather(
     placed: Mapping[str, jumprelu.SAE] | None = None,
 ) -> dict[str, dashboards.Gathered]:
     ranges.check("rows", rows, ranges.COUNT)
-    per_batch, counts = scope.config.evaluation.rows_per_batch, opening.counts_of(scope.config)
+    per_batch, counts = scope.config.evaluation.rows_per_batch, batching.counts_of(scope.config)
     return dashboards.gather(
         scope.loaded, subjects, scope.held_out(), rows, per_batch, counts, _LEAST, scope.mesh, placed=placed
     )

@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import metrics, opening, tables
+from gemma_scope_jax import metrics, tables
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import edits, pictures
 from gemma_scope_jax.explore import scope as scope_lib
@@ -398,7 +398,7 @@ def _held_out(scope: Scope, rows: int) -> list[batching.PlacedRows]:
     config, count = scope.config, min(rows, len(split))
     return list(
         batching.batches(
-            scope.mesh, split, count, config.evaluation.rows_per_batch, opening.counts_of(config)
+            scope.mesh, split, count, config.evaluation.rows_per_batch, batching.counts_of(config)
         )
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import opening, tables
+from gemma_scope_jax import tables
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import directions, pictures
 from gemma_scope_jax.explore.edits import check_latent
@@ -226,7 +226,7 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
         return
     ranges.check("rows", rows, ranges.COUNT)
     held_out = scope.held_out()
-    counts = opening.counts_of(scope.config)
+    counts = batching.counts_of(scope.config)
     count = min(rows, len(held_out))
     with tqdm.tqdm(total=count, desc="Linking", unit="row", dynamic_ncols=True) as bar:
         for batch in batching.batches(scope.mesh, held_out, count, 1, counts):

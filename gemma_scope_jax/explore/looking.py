@@ -13,7 +13,8 @@ import rich.style
 import rich.table
 import rich.text
 
-from gemma_scope_jax import opening, tables
+from gemma_scope_jax import tables
+from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import dashboards, directions, pictures, site
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope
@@ -161,7 +162,7 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
     held_out = scope.held_out()
     gathered = dashboards.gather(
         scope.loaded, {name: subject}, held_out, rows, scope.config.evaluation.rows_per_batch,
-        opening.counts_of(scope.config), dashboards.Options(top=top), scope.mesh,
+        batching.counts_of(scope.config), dashboards.Options(top=top), scope.mesh,
     )[name]  # fmt: skip
     if not gathered.count_M[0]:
         raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax import opening
 from gemma_scope_jax.data import token_rows
-from gemma_scope_jax.models import masking, registry, tokenizer
+from gemma_scope_jax.models import masking, placement, registry, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
 from gemma_scope_jax.saes import attached, jumprelu
@@ -60,7 +60,7 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
     """
     opened = opening.open_path(path, **overrides)
     config = opened.config
-    mesh, loaded = opening.load_gemma(config)
+    mesh, loaded = placement.load_gemma(config)
     return Scope(
         config,
         mesh,

@@ -14,7 +14,7 @@ import matplotlib.figure
 import numpy as np
 import tqdm
 
-from gemma_scope_jax import metrics, opening, page, tables
+from gemma_scope_jax import metrics, page, tables
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.explore import activities, directions, edits
 from gemma_scope_jax.explore.edits import Edit
@@ -184,7 +184,7 @@ def _measure(
     rows = min(rows, len(held_out))
     per_batch = scope.config.evaluation.rows_per_batch
     parts: dict[str, list[np.ndarray]] = {"clean_S": [], "scored_S": [], "effect_NxS": [], "damage_NxS": []}
-    batches = batching.batches(mesh, held_out, rows, per_batch, opening.counts_of(scope.config))
+    batches = batching.batches(mesh, held_out, rows, per_batch, batching.counts_of(scope.config))
     bar = {"desc": "Sweeping", "unit": "row", "dynamic_ncols": True, "disable": not distributed.is_first()}
     with tqdm.tqdm(total=rows * (1 + len(changes)), **bar) as progress:
         for batch in batches:

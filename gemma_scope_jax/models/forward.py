@@ -164,19 +164,6 @@ def read_sites(
     return run_blocks(model, params, x_SxLxD, tokens_SxL, range(blocks_needed(sites)), read=sites)[1]
 
 
-def harvest_flops(model: gm.nn.Transformer, sequences: int, length: int, num_layers: int) -> int:
-    """FLOPs of the forward pass through `num_layers` blocks.
-
-    Two for each token and weight of the blocks' matrices, and for attention's two products; the lookup of
-    embeddings takes none, and norms, soft-caps and softmax are left out.
-    """
-    config = model.config
-    d, heads, h = config.embed_dim, config.num_heads, config.head_dim
-    matrices = d * h * (2 * heads + 2 * config.num_kv_heads) + 3 * d * config.hidden_dim
-    attention = 2 * heads * h * length
-    return 2 * sequences * length * num_layers * (matrices + attention)
-
-
 def gather_gemma(mesh: jax.sharding.Mesh, params: weights.Params) -> weights.Params:
     """Gemma's blocks whole on each chip, gathered when their turn comes if they were split.
 

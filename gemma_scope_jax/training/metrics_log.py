@@ -14,10 +14,10 @@ import numpy as np
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from gemma_scope_jax import bank, ring, step
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.saes import verdicts
+from gemma_scope_jax.training import bank, shuffle_buffer, step
 
 # By then a threshold that can move has moved.
 WATCHED_UPDATES = 1000
@@ -353,7 +353,7 @@ def judge(plan: step.Plan, workdir: pathlib.Path, number: int) -> dict[str, verd
 
 def same_document_share(source_Bx3: np.ndarray, weight_B: np.ndarray) -> float:
     """The share of pairs in a batch that come from one document."""
-    _, counts = np.unique(source_Bx3[weight_B > 0, ring.DOCUMENT], return_counts=True)
+    _, counts = np.unique(source_Bx3[weight_B > 0, shuffle_buffer.DOCUMENT], return_counts=True)
     total = counts.sum()
     return float((counts * (counts - 1)).sum() / max(total * (total - 1), 1))
 

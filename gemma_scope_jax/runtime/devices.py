@@ -1,13 +1,10 @@
 """What chips can do, and what a step asks of them."""
 
 import dataclasses
+import os
+import pathlib
 
 import jax
-from gemma import gm
-
-from gemma_scope_jax import bank, step
-from gemma_scope_jax.models import forward
-from gemma_scope_jax.models.sites import blocks_needed, site_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +47,19 @@ def chip_of(device: jax.Device) -> Chip | None:
     return CHIPS.get(_KINDS.get(device.device_kind, ""))
 
 
-def update_flops(plan: bank.Plan, model: gm.nn.Transformer, batch: int) -> int:
-    """FLOPs of one update of a bank, padding included: five matrix products, seven with a skip connection."""
-    d, o = (site_width(model, site) for site in (plan.members[0].site, plan.members[0].target_site))
-    # Encoder and its gradient; decoder, its gradient, and what the latents receive.
-    products = plan.width * (2 * d + 3 * o) + (2 * d * o if plan.members[0].skip else 0)
-    return 2 * plan.padded_members * batch * products
+# Of control groups, version 2 and 1.
+_CONTAINER_LIMITS = tuple(
+    map(pathlib.Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+)
 
 
-def step_flops(plan: step.Plan, model: gm.nn.Transformer, length: int) -> tuple[int, list[int]]:
-    """FLOPs of a steady step on all devices: of Gemma on rows of `length` tokens, and of each bank's updates."""
-    depth = blocks_needed(plan.sites)
-    banks = [update_flops(b, model, plan.batch) * plan.updates_per_step for b in plan.banks]
-    return forward.harvest_flops(model, plan.activations // length, length, depth), banks
+def memory_of(device: jax.Device) -> int:
+    """Bytes that a device has; a CPU's share of the machine's, or of the container's."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CONTAINER_LIMITS:
+        if path.exists() and (limit := path.read_text().strip()).isdigit():
+            limits.append(int(limit))
+    return min(limits) // jax.local_device_count()

@@ -10,14 +10,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from gemma import gm
 
-from gemma_scope_jax import bank, checkpoint, chips, planning, plans, step
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import normalizer as normalizer_lib
 from gemma_scope_jax.data import prepare, token_rows
-from gemma_scope_jax.models import registry, weights
+from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
 from gemma_scope_jax.runtime import files, printing, sharding
 from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.training import bank, checkpoint, plans, shardings, step
+from gemma_scope_jax.training import normalizer as normalizer_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,22 +115,7 @@ def own_evaluation(
 
 def gemma_placement(run: Run) -> weights.Placement:
     """Where Gemma's parameters lie, up to the deepest site."""
-    return placement_of(run.config, run.mesh, run.model, blocks_needed(run.plan.sites))
-
-
-def placement_of(
-    config: config_lib.Config, mesh: jax.sharding.Mesh, model: gm.nn.Transformer, num_layers: int
-) -> weights.Placement:
-    """Where Gemma's parameters lie; left open, split where whole they would take over a quarter of a device."""
-    is_split = config.mesh.gemma == "split"
-    if config.mesh.gemma == "auto":
-        shapes = weights.parameter_shapes(model, num_layers)
-        itemsize = jnp.dtype(registry.dtype(config)).itemsize
-        whole = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * itemsize
-        # That of a slice which is only planned cannot be asked.
-        chip = chips.chip_of(mesh.devices.flat[0])
-        is_split = whole > (chip.memory if chip else planning.memory_of(jax.local_devices()[0])) / 4
-    return sharding.gemma_placement(mesh, is_split)
+    return placement.placement_of(run.config, run.mesh, run.model, blocks_needed(run.plan.sites))
 
 
 def check_weights(run: Run) -> None:
@@ -169,7 +154,7 @@ def init_state(run: Run, normalizers: dict[str, normalizer_lib.Normalizer]) -> s
     def init(normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
         return step.init_state(run.plan, normalizers, registry.dtype(run.config))
 
-    out = sharding.state_shardings(run.mesh, jax.eval_shape(init, normalizers))
+    out = shardings.state_shardings(run.mesh, jax.eval_shape(init, normalizers))
     return jax.jit(init, out_shardings=out)(normalizers)
 
 
@@ -182,7 +167,7 @@ def abstract_state(run: Run) -> step.State:
         vector, scalar = shape((width,), jnp.float32), shape((), jnp.float32)
         normalizers[str(site)] = normalizer_lib.Normalizer(vector, scalar, scalar, vector)
     abstract = jax.eval_shape(lambda n: step.init_state(run.plan, n, registry.dtype(run.config)), normalizers)
-    placed = sharding.state_shardings(run.mesh, abstract)
+    placed = shardings.state_shardings(run.mesh, abstract)
     return jax.tree.map(lambda leaf, s: shape(leaf.shape, leaf.dtype, sharding=s), abstract, placed)
 
 
@@ -269,7 +254,7 @@ def _padded(run: Run, plan: bank.Plan, state: bank.State) -> bank.State:
     def pad(state: bank.State) -> bank.State:
         return jax.tree.map(lambda leaf: leaf[place_E], state)
 
-    out = sharding.state_shardings(run.mesh, jax.eval_shape(pad, state))
+    out = shardings.state_shardings(run.mesh, jax.eval_shape(pad, state))
     return jax.jit(pad, out_shardings=out)(state)
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gemma_scope_jax import step as step_lib
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.training import step as step_lib
 
 
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:

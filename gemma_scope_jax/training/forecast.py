@@ -12,8 +12,12 @@ import re
 import jax
 from jax.experimental import topologies
 
-from gemma_scope_jax import chips, planning, runs, tables, training
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax import tables
+from gemma_scope_jax.runtime import devices as devices_lib
+from gemma_scope_jax.training import flops as flops_lib
+from gemma_scope_jax.training import loop, runs
+from gemma_scope_jax.training import memory as memory_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Forecast:
     tokens: int  # of the run
     tokens_per_step: int
     memory: float  # of a device
-    needs: list[planning.Need]
+    needs: list[memory_lib.Need]
     peak_bytes: int
     gemma_flops: int  # in a step, of all devices
     banks_flops: int
@@ -70,9 +74,11 @@ def slice_devices(topology: str) -> list[jax.Device]:
       ValueError: there is no such slice, or no compiler for it.
     """
     kind = topology.split(":")[0]
-    if kind not in chips.CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", topology.removeprefix(f"{kind}:")):
+    if kind not in devices_lib.CHIPS or not re.fullmatch(
+        r"\d+(x\d+){1,2}", topology.removeprefix(f"{kind}:")
+    ):
         raise ValueError(
-            f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with a KIND of {', '.join(chips.CHIPS)}; for "
+            f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with a KIND of {', '.join(devices_lib.CHIPS)}; for "
             "example v5e:2x4 (v5e-8) or v5p:2x2x4 (v5p-32)"
         )
     # A slice of one chip is a host's only one.
@@ -114,30 +120,30 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
       ValueError: the config does not fit the slice; says what to change.
     """
     devices = slice_devices(topology)
-    chip = chips.CHIPS[topology.split(":")[0]]
+    chip = devices_lib.CHIPS[topology.split(":")[0]]
     run = runs.build(config, devices=devices)
     inputs = runs.abstract_inputs(run)
     state, _, gemma_params = inputs
     try:
-        compiled = training.lower_step(run, *inputs).compile()
+        compiled = loop.lower_step(run, *inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        planning.check(planning.needs(state, gemma_params, 0), chip.memory)
-        raise ValueError(planning.too_large(state, gemma_params, chip.memory)) from error
+        memory_lib.check(memory_lib.needs(state, gemma_params, 0), chip.memory)
+        raise ValueError(memory_lib.too_large(state, gemma_params, chip.memory)) from error
     memory = compiled.memory_analysis()
     plan, model, count = run.plan, run.model, len(devices)
     collectives = parse_collectives(compiled.as_text(), plan.updates_per_step)
 
-    gemma_flops, per_bank = chips.step_flops(plan, model, config.data.context_length)
-    gemma_passes = chips.PASSES["highest"] if config.gemma_dtype == "float32" else 1
+    gemma_flops, per_bank = flops_lib.step_flops(plan, model, config.data.context_length)
+    gemma_passes = devices_lib.PASSES["highest"] if config.gemma_dtype == "float32" else 1
     rate = count * chip.flops
     banks_s = sum(
-        chips.PASSES[b.precision] * flops / rate for b, flops in zip(plan.banks, per_bank, strict=True)
+        devices_lib.PASSES[b.precision] * flops / rate for b, flops in zip(plan.banks, per_bank, strict=True)
     )
     # Adam without a first moment reads weights, gradient and second moment, writes weights and second moment, and
     # the gradient was written before: six times four bytes for each weight, in every update.
-    weights_bytes = sum(planning.bytes_per_device(b.params) for b in state.banks.values())
+    weights_bytes = sum(memory_lib.bytes_per_device(b.params) for b in state.banks.values())
     # A chip receives all but its own part of what is gathered, of what is reduced twice as much, and of what is
     # reduced and scattered as often its part as there are others; over one link, as if all chips took part.
     factors = {"all-reduce": 2, "reduce-scatter": count}
@@ -151,7 +157,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
         tokens=config.train.tokens,
         tokens_per_step=plan.activations,
         memory=chip.memory,
-        needs=planning.needs(state, gemma_params, memory.temp_size_in_bytes),
+        needs=memory_lib.needs(state, gemma_params, memory.temp_size_in_bytes),
         peak_bytes=memory.peak_memory_in_bytes,
         gemma_flops=gemma_flops,
         banks_flops=sum(per_bank),
@@ -160,7 +166,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
         banks_s=banks_s,
         optimizer_s=6 * weights_bytes * plan.updates_per_step / chip.memory_bandwidth,
         collectives_s=moved / chip.link_bandwidth,
-        passes=max(chips.PASSES[b.precision] for b in plan.banks),
+        passes=max(devices_lib.PASSES[b.precision] for b in plan.banks),
     )
 
 

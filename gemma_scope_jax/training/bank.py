@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_scope_jax import config, optim, ring
+from gemma_scope_jax import config
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.normalizer import CONSTANT, Normalizer
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import jumprelu, naming, objectives
+from gemma_scope_jax.training import optimizer as optimizer_lib
+from gemma_scope_jax.training import shardings, shuffle_buffer
+from gemma_scope_jax.training.normalizer import CONSTANT, Normalizer
 
 # How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
 # the thresholds that L0 follows with, which move by about one. `objectives.controlled_penalty` acts at once and damps it.
@@ -115,7 +117,7 @@ def init(plan: Plan, key: jax.Array, normalizers: Mapping[str, Normalizer]) -> S
     return State(
         params=params,
         # Mapped, so that each member counts its own updates.
-        opt_state=jax.vmap(optim.make_optimizer(config.OptimizerConfig()).init)(params),
+        opt_state=jax.vmap(optimizer_lib.make_optimizer(config.OptimizerConfig()).init)(params),
         updates_E=jnp.zeros(e, jnp.int32),
         coefficient_E=jnp.array([member.sparsity_coefficient for member in plan.padded]),
         firing=Firing(
@@ -143,7 +145,7 @@ def _penalty(plan: Plan, coefficient: jax.Array, target_l0: jax.Array) -> object
 
 
 def _member_batches(
-    plan: Plan, mesh: jax.sharding.Mesh, normalizers: Mapping[str, Normalizer], batch: ring.Slots
+    plan: Plan, mesh: jax.sharding.Mesh, normalizers: Mapping[str, Normalizer], batch: shuffle_buffer.Slots
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """What each member reads, how much each row counts, and what a transcoder is to predict, where its chips are."""
     members = plan.padded
@@ -161,7 +163,7 @@ def _member_batches(
     y_ExBxO = jnp.stack([batch.acts[target] for target in targets]) if is_transcoder else None
     # Said here, or the compiler gathers the same activations for each use. In two stages, so that a chip is
     # sent its own members' activations and no others: an all-to-all over `data`, an all-gather over `latent`.
-    for spec in (sharding.MEMBERS_SPLIT, sharding.MEMBERS):
+    for spec in (shardings.MEMBERS_SPLIT, shardings.MEMBERS):
         x_ExBxD, weight_ExB, y_ExBxO = sharding.constrain(mesh, (x_ExBxD, weight_ExB, y_ExBxO), spec)
     # Only now, so that what is sent is in the ring's dtype.
     x_ExBxD = x_ExBxD.astype(jnp.float32)
@@ -198,12 +200,12 @@ def update(
     mesh: jax.sharding.Mesh,
     normalizers: Mapping[str, Normalizer],
     state: State,
-    batch: ring.Slots,
+    batch: shuffle_buffer.Slots,
     number: jax.Array,
     total_updates: int,
 ) -> tuple[State, objectives.BatchSums]:
     """One update of every member on its own site's rows of one batch; `number` is how many the run has had."""
-    optimizer = optim.make_optimizer(optimizer_config)
+    optimizer = optimizer_lib.make_optimizer(optimizer_config)
     x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)
 
     def update_one(
@@ -225,9 +227,9 @@ def update(
             y_BxO,
             jax.lax.Precision(plan.precision),
         )
-        return *optim.apply_gradient(optimizer, gradient, opt_state, params, rate), sums
+        return *optimizer_lib.apply_gradient(optimizer, gradient, opt_state, params, rate), sums
 
-    rate_E = optim.learning_rate(optimizer_config, total_updates, number, state.updates_E)
+    rate_E = optimizer_lib.learning_rate(optimizer_config, total_updates, number, state.updates_E)
     target_l0_E = jnp.array([member.target_l0 for member in plan.padded])
     params, opt_state, sums = jax.vmap(update_one)(
         state.params,
@@ -235,7 +237,7 @@ def update(
         x_ExBxD,
         weight_ExB,
         y_ExBxO,
-        state.coefficient_E * optim.sparsity_warmup(optimizer_config)(state.updates_E),
+        state.coefficient_E * optimizer_lib.sparsity_warmup(optimizer_config)(state.updates_E),
         target_l0_E,
         rate_E,
     )
@@ -292,8 +294,8 @@ def metrics(
         activations_E=sums.rows.sum(0),
         dead_E=jnp.where(has_window_E, (state.firing.frequency_ExM == 0).sum(1), -1),
         dense_E=jnp.where(has_window_E, (state.firing.frequency_ExM > jumprelu.DENSE).sum(1), -1),
-        learning_rate_E=optim.learning_rate(optimizer_config, total_updates, number, own_E),
-        sparsity_coefficient_E=state.coefficient_E * optim.sparsity_warmup(optimizer_config)(own_E),
+        learning_rate_E=optimizer_lib.learning_rate(optimizer_config, total_updates, number, own_E),
+        sparsity_coefficient_E=state.coefficient_E * optimizer_lib.sparsity_warmup(optimizer_config)(own_E),
         threshold_E=jnp.exp(state.params.log_threshold.mean(1)),
         theta_from_error_E=sums.theta_from_error.mean(0),
         theta_from_sparsity_E=sums.theta_from_sparsity.mean(0),
@@ -320,7 +322,7 @@ def measure(
     mesh: jax.sharding.Mesh,
     normalizers: Mapping[str, Normalizer],
     params: jumprelu.Params,
-    batch: ring.Slots,
+    batch: shuffle_buffer.Slots,
 ) -> objectives.BatchSums:
     """What an update would sum of a batch, nothing being updated."""
     x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)

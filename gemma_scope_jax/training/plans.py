@@ -4,13 +4,13 @@ import itertools
 
 from gemma import gm
 
-from gemma_scope_jax import bank, step
 from gemma_scope_jax.config import BankConfig, Config, check_ranges
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.sites import Site, check_site, site_width
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.ranges import Range
 from gemma_scope_jax.saes import naming
+from gemma_scope_jax.training import bank, step
 
 
 def _require(holds: bool, message: str) -> None:

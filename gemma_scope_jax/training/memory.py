@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-import os
-import pathlib
 
 import jax
 
-from gemma_scope_jax import step
 from gemma_scope_jax.models import weights
+from gemma_scope_jax.training import step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +16,6 @@ class Need:
     what: str
     bytes: int
     remedy: str  # What to change if it is too much.
-
-
-# Of control groups, version 2 and 1.
-_CONTAINER_LIMITS = tuple(
-    map(pathlib.Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-)
 
 
 def bytes_per_device(tree: object) -> int:
@@ -74,18 +66,6 @@ def too_large(state: step.State, gemma_params: weights.Params, limit: float) -> 
         f"{describe(needs(state, gemma_params, 0), limit)} With gradients and the step's activations it does not "
         "fit; lower train.sequences_per_step, or the banks' widths"
     )
-
-
-def memory_of(device: jax.Device) -> int:
-    """Bytes that a device has; a CPU's share of the machine's, or of the container's."""
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in _CONTAINER_LIMITS:
-        if path.exists() and (limit := path.read_text().strip()).isdigit():
-            limits.append(int(limit))
-    return min(limits) // jax.local_device_count()
 
 
 def describe(found: list[Need], limit: float) -> str:

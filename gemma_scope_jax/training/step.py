@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from gemma import gm
 
-from gemma_scope_jax import bank, config, ring
+from gemma_scope_jax import config
 from gemma_scope_jax.models import forward, masking, weights
 from gemma_scope_jax.models.sites import Site, blocks_needed
-from gemma_scope_jax.normalizer import Normalizer, outlier_weight
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import naming, objectives
+from gemma_scope_jax.training import bank, shuffle_buffer
+from gemma_scope_jax.training.normalizer import Normalizer, outlier_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class State:
     harvests: jax.Array  # [], int32, steps done that ran Gemma
     fills: jax.Array  # [], int32, steps done that only filled the ring
     banks: Mapping[str, bank.State]  # by name
-    ring: ring.Ring
+    ring: shuffle_buffer.Ring
     normalizers: Mapping[str, Normalizer]  # by site
     key: jax.Array  # raw key data, uint32
 
@@ -121,7 +122,7 @@ def init_state(plan: Plan, normalizers: Mapping[str, Normalizer], dtype: jnp.dty
         harvests=jnp.zeros((), jnp.int32),
         fills=jnp.zeros((), jnp.int32),
         banks={b.name: bank.init(b, jax.random.fold_in(key, 0), normalizers) for b in plan.banks},
-        ring=ring.init(plan.ring_groups, plan.ring_capacity, widths, dtype),
+        ring=shuffle_buffer.init(plan.ring_groups, plan.ring_capacity, widths, dtype),
         normalizers=dict(normalizers),
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
     )
@@ -137,7 +138,7 @@ def harvest(
     groups: int,
     dtype: jnp.dtype,
     masked_prefix: int = 0,
-) -> ring.Slots:
+) -> shuffle_buffer.Slots:
     """Runs Gemma to the deepest site: normalised activations of every position, as the ring takes them.
 
     `params` may be split over the mesh. Activations that are not finite come as zeros, and the weight of those that
@@ -171,11 +172,11 @@ def harvest(
         ],
         axis=-1,
     )
-    new = ring.Slots(acts=acts, weight=weight, source=source_SxLx3.reshape(-1, 3))
-    return jax.tree.map(lambda value: ring.group_rows(value, groups), new)
+    new = shuffle_buffer.Slots(acts=acts, weight=weight, source=source_SxLx3.reshape(-1, 3))
+    return jax.tree.map(lambda value: shuffle_buffer.group_rows(value, groups), new)
 
 
-def leave_out(slots: ring.Slots) -> tuple[ring.Slots, dict[str, Nonfinite]]:
+def leave_out(slots: shuffle_buffer.Slots) -> tuple[shuffle_buffer.Slots, dict[str, Nonfinite]]:
     """What `harvest` gave with a weight of 0 where an activation is not finite, and where that is, by site."""
     weights, nonfinite = {}, {}
     for site, weight_RxT in slots.weight.items():
@@ -188,7 +189,7 @@ def leave_out(slots: ring.Slots) -> tuple[ring.Slots, dict[str, Nonfinite]]:
 
 
 def train(
-    plan: Plan, mesh: jax.sharding.Mesh, state: State, batches: ring.Slots
+    plan: Plan, mesh: jax.sharding.Mesh, state: State, batches: shuffle_buffer.Slots
 ) -> tuple[dict[str, bank.State], dict[str, objectives.BatchSums]]:
     """K updates of every bank, one after the other; the sums of each batch are returned stacked on axis K."""
     first_update = state.draws * plan.updates_per_step
@@ -216,12 +217,12 @@ def train(
 
 
 def measure(
-    plan: Plan, mesh: jax.sharding.Mesh, state: State, slots: ring.Slots
+    plan: Plan, mesh: jax.sharding.Mesh, state: State, slots: shuffle_buffer.Slots
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """L0 and FVU [E] of every bank, without padding, on activations as `harvest` gives them."""
-    batches = jax.tree.map(lambda value: ring.deal(value, plan.updates_per_step), slots)
+    batches = jax.tree.map(lambda value: shuffle_buffer.deal(value, plan.updates_per_step), slots)
 
-    def body(carry: None, batch: ring.Slots) -> tuple:
+    def body(carry: None, batch: shuffle_buffer.Slots) -> tuple:
         made = {
             b.name: bank.measure(b, mesh, state.normalizers, state.banks[b.name].params, batch)
             for b in plan.banks
@@ -246,12 +247,12 @@ def make_step(
 
         with jax.named_scope("ring_draw"):
             key = jax.random.wrap_key_data(state.key)
-            index_RxT = ring.choose_slots(
+            index_RxT = shuffle_buffer.choose_slots(
                 state.ring, key, plan.activations // groups, state.step, occupancy, draining
             )
-            drawn = ring.gather(state.ring.slots, index_RxT)
+            drawn = shuffle_buffer.gather(state.ring.slots, index_RxT)
 
-        def run_gemma() -> tuple[ring.Slots, dict[str, Nonfinite]]:
+        def run_gemma() -> tuple[shuffle_buffer.Slots, dict[str, Nonfinite]]:
             with jax.named_scope("gemma"):
                 new = harvest(
                     mesh,
@@ -266,15 +267,15 @@ def make_step(
                 )
                 return leave_out(new)
 
-        def run_nothing() -> tuple[ring.Slots, dict[str, Nonfinite]]:
+        def run_nothing() -> tuple[shuffle_buffer.Slots, dict[str, Nonfinite]]:
             none = jnp.zeros((), jnp.int32)
             return jax.tree.map(jnp.zeros_like, drawn), {str(s): Nonfinite(none, none) for s in plan.sites}
 
         new, nonfinite = jax.lax.cond(draining, run_nothing, run_gemma)
         with jax.named_scope("ring_write"):
-            slots = ring.scatter(state.ring.slots, index_RxT, new)
+            slots = shuffle_buffer.scatter(state.ring.slots, index_RxT, new)
 
-        batches = jax.tree.map(lambda value: ring.deal(value, k), drawn)
+        batches = jax.tree.map(lambda value: shuffle_buffer.deal(value, k), drawn)
 
         def run_banks() -> tuple:
             with jax.named_scope("banks"):
@@ -294,7 +295,7 @@ def make_step(
             harvests=harvests,
             fills=fills,
             banks=banks,
-            ring=ring.Ring(slots, jnp.where(is_full, harvests, state.ring.last_full)),
+            ring=shuffle_buffer.Ring(slots, jnp.where(is_full, harvests, state.ring.last_full)),
         )
         last_update = state.draws * k + k - 1
         metrics = Metrics(

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gemma_scope_jax import bank, log, runs, step
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import distributed, files, printing
@@ -16,6 +15,7 @@ from gemma_scope_jax.saes import jumprelu, loading, naming, saving
 from gemma_scope_jax.saes.formats import (
     common,
 )
+from gemma_scope_jax.training import bank, metrics_log, runs, step
 
 
 def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, jumprelu.SAE]]:
@@ -38,7 +38,7 @@ def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict
     with contextlib.suppress(ValueError):  # A damaged one is no reason to export nothing.
         evaluated, others = runs.own_evaluation(workdir, run.config, number)
     held_out = {} if evaluated is None or others else evaluated.get("sae", {})
-    logged = log.last_values(workdir, number)
+    logged = metrics_log.last_values(workdir, number)
     measured = {}
     for b in run.plan.banks:
         firing = distributed.fetch(state.banks[b.name].firing)

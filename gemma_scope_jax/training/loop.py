@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tqdm
 
-from gemma_scope_jax import bank, checkpoint, chips, export, log, optim, planning, runs, step
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import normalizer as normalizer_lib
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking, registry
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, files, locks, printing, ranges, sharding, signals
+from gemma_scope_jax.runtime import devices, distributed, files, locks, printing, ranges, sharding, signals
 from gemma_scope_jax.runtime.printing import say
 from gemma_scope_jax.saes import loading, verdicts
+from gemma_scope_jax.training import bank, checkpoint, export, memory, optimizer, runs, step
+from gemma_scope_jax.training import flops as flops_lib
+from gemma_scope_jax.training import metrics_log as metrics_log_lib
+from gemma_scope_jax.training import normalizer as normalizer_lib
 
 
 def calibrate(
@@ -108,17 +110,17 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
       ValueError: it does not fit; names the largest part and what to change.
     """
     state, batch, gemma_params = runs.abstract_inputs(run)
-    limit = planning.memory_of(run.mesh.local_devices[0])
+    limit = devices.memory_of(run.mesh.local_devices[0])
     print("Compiling the step.", flush=True)
     try:
         compiled = lower_step(run, state, batch, gemma_params).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(planning.too_large(state, gemma_params, limit)) from error
-    needs = planning.needs(state, gemma_params, compiled.memory_analysis().temp_size_in_bytes)
-    planning.check(needs, limit)
-    print(planning.describe(needs, limit), flush=True)
+        raise ValueError(memory.too_large(state, gemma_params, limit)) from error
+    needs = memory.needs(state, gemma_params, compiled.memory_analysis().temp_size_in_bytes)
+    memory.check(needs, limit)
+    print(memory.describe(needs, limit), flush=True)
     return compiled
 
 
@@ -203,8 +205,8 @@ def _start_or_continue(
     if has_work:
         # Before an hour is spent on the text.
         state_shapes, _, gemma_shapes = runs.abstract_inputs(run)
-        limit = planning.memory_of(run.mesh.local_devices[0])
-        planning.check(planning.needs(state_shapes, gemma_shapes, 0), limit)
+        limit = devices.memory_of(run.mesh.local_devices[0])
+        memory.check(memory.needs(state_shapes, gemma_shapes, 0), limit)
         runs.check_weights(run)
     if state is not None:
         folder = runs.run_rows(config, workdir)
@@ -285,12 +287,12 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
             )
         export.write_own(run, state, workdir / "sae", token_rows.name_of(rows.folder))
         if distributed.is_first():
-            ours, perfect = log.shuffle_quality(workdir, rows)
+            ours, perfect = metrics_log_lib.shuffle_quality(workdir, rows)
             print(
                 f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
                 flush=True,
             )
-            for line in verdicts.lines(log.judge(run.plan, workdir, int(state.step))):
+            for line in verdicts.lines(metrics_log_lib.judge(run.plan, workdir, int(state.step))):
                 printing.say(line)
     return run
 
@@ -312,11 +314,11 @@ def _loop(
     first_step, left = int(state.step), runs.steps_left(plan, state)
     harvests = int(state.harvests)
     last_harvest = first_step + plan.harvests - harvests
-    metrics_log = log.MetricsLog(workdir, first_step) if distributed.is_first() else None
+    metrics_log = metrics_log_lib.MetricsLog(workdir, first_step) if distributed.is_first() else None
     is_new = metrics_log is not None and metrics_log.is_new
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
     youngest = _fewest_updates(plan, state)  # Computed on the state's devices, and so by every process.
-    for warning in log.check_plan(plan, *_to_come(plan, state, youngest)) if is_new else ():
+    for warning in metrics_log_lib.check_plan(plan, *_to_come(plan, state, youngest)) if is_new else ():
         print(f"Warning: {warning}.", flush=True)
 
     words = printing.unfailing(sys.stderr)  # A reader that is gone must not cost what was trained.
@@ -330,8 +332,8 @@ def _loop(
         disable=metrics_log is None,
     )
     watched: list[dict] = []  # The first entries, for a look at what moves the thresholds.
-    flops = chips.step_flops(plan, run.model, config.data.context_length)
-    chip = chips.chip_of(jax.devices()[0])
+    flops = flops_lib.step_flops(plan, run.model, config.data.context_length)
+    chip = devices.chip_of(jax.devices()[0])
     peak = chip.flops * jax.device_count() if chip else None
     clock = time.perf_counter()
     data_wait_s = 0.0
@@ -357,20 +359,20 @@ def _loop(
             of_gemma, of_banks = flops
             # While the ring fills and drains only one of the two computes.
             done = of_gemma * (number <= last_harvest), sum(of_banks) * bool(metrics.trained)
-            speed = log.measure_speed(plan, clock - before, data_wait_s, done, peak)
-            entry = log.entry(plan, number, metrics, speed, held_out)
+            speed = metrics_log_lib.measure_speed(plan, clock - before, data_wait_s, done, peak)
+            entry = metrics_log_lib.entry(plan, number, metrics, speed, held_out)
             if metrics_log is not None:
                 metrics_log.write(entry)
-                for name, text in log.undefined(entry).items():
+                for name, text in metrics_log_lib.undefined(entry).items():
                     if name not in told:
                         tell(f"Warning: {text}.")
                     told.add(name)
-            if is_new and entry["sae"] and len(watched) < log.watched_steps(plan):
+            if is_new and entry["sae"] and len(watched) < metrics_log_lib.watched_steps(plan):
                 watched.append(entry)
-                if len(watched) == log.watched_steps(plan):
-                    for warning in log.stuck_thresholds(plan, watched):
+                if len(watched) == metrics_log_lib.watched_steps(plan):
+                    for warning in metrics_log_lib.stuck_thresholds(plan, watched):
                         tell(f"Warning: {warning}.")
-            bar.set_postfix_str(log.progress(entry), refresh=False)
+            bar.set_postfix_str(metrics_log_lib.progress(entry), refresh=False)
             bar.update()
         pending = now
 
@@ -444,7 +446,9 @@ def _held_out(
     def of_state(state: step.State) -> dict[str, dict[str, float]]:
         found = jax.device_get(measure(state.replace(ring=None), slots))
         return {
-            member.name: {key: log.finite(found[b.name][k][i]) for k, key in enumerate(("l0", "fvu"))}
+            member.name: {
+                key: metrics_log_lib.finite(found[b.name][k][i]) for k, key in enumerate(("l0", "fvu"))
+            }
             for b in plan.banks
             for i, member in enumerate(b.members)
         }
@@ -463,5 +467,5 @@ def _to_come(plan: step.Plan, state: step.State, youngest: int) -> tuple[int, fl
     left = max(plan.total_updates - first, 0)
     stride = max(left // 2**20, 1)  # Of a long run an estimate.
     updates = jnp.arange(first, plan.total_updates, stride)
-    rates = optim.learning_rate(plan.optimizer, plan.total_updates, updates, updates - first + youngest)
+    rates = optimizer.learning_rate(plan.optimizer, plan.total_updates, updates, updates - first + youngest)
     return youngest + left, float(rates.sum()) * stride

@@ -8,13 +8,13 @@ import huggingface_hub
 import jinja2
 import yaml
 
-from gemma_scope_jax import bank, export, runs
 from gemma_scope_jax.models import registry as registry_lib
 from gemma_scope_jax.models import weights
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.printing import printable, say
 from gemma_scope_jax.saes import loading, naming, saving, verdicts
+from gemma_scope_jax.training import bank, export, runs
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
 
