@@ -34,7 +34,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     cli.check_outputs(args)
-    from gemma_scope_jax import config, report
+    from gemma_scope_jax import config
+    from gemma_scope_jax.evaluation import report
     from gemma_scope_jax.runtime import distributed  # Imported late: --help should not take seconds.
 
     distributed.initialize(config.HostsConfig())

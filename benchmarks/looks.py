@@ -10,9 +10,10 @@ import tempfile
 import numpy as np
 
 from benchmarks.commands import RESULTS, measure
-from gemma_scope_jax import detection, explore
+from gemma_scope_jax import explore
 from gemma_scope_jax.data import token_rows
-from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.display import plotting
+from gemma_scope_jax.evaluation import detection
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.saes import attached
 
@@ -79,7 +80,7 @@ def latent() -> tuple[list[str], dict]:
     picked, random = other[best], [other[latent] for latent in drawn.tolist()]
     unseen = dataclasses.replace(scope, held_out=lambda: ends[1])
     look = explore.look_at(unseen, name, best, rows=ROWS)
-    pictures.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
+    plotting.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
     with tempfile.TemporaryDirectory() as scratch:
         command = f"python -m gemma_scope_jax dashboards {RUN}"
         seconds, memory = measure(f"{command} --out={pathlib.Path(scratch) / 'dashboards'}")

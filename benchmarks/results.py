@@ -25,8 +25,8 @@ import numpy as np
 
 from benchmarks import looks
 from benchmarks.commands import RESULTS, run
-from gemma_scope_jax import page
 from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.evaluation import page
 from gemma_scope_jax.models import forward, masking, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.saes import jumprelu

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import metrics
+from gemma_scope_jax.evaluation import metrics
 from gemma_scope_jax.models import interventions, placement, registry, weights
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import devices as devices_lib

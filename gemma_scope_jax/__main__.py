@@ -165,15 +165,15 @@ def main() -> None:
 
         publish_lib.publish(args.run, args.out, args.repo, args.license, args.format, args.dtype, args.push)
     elif args.command == "compare":
-        from gemma_scope_jax import suites
+        from gemma_scope_jax.evaluation import side_by_side
 
-        suites.compare(args.folders, args.out)
+        side_by_side.compare(args.folders, args.out)
     elif args.command == "probe":
-        from gemma_scope_jax import probing
+        from gemma_scope_jax.evaluation import probing
 
         probing.probe_path(**options)
     elif args.command == "detect":
-        from gemma_scope_jax import detection
+        from gemma_scope_jax.evaluation import detection
 
         detection.detect_path(**options)
     elif args.command == "prepare":

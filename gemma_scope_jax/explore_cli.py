@@ -304,7 +304,7 @@ def run_attribute(
     """
     from gemma_scope_jax import explore
     from gemma_scope_jax.data import sources
-    from gemma_scope_jax.explore import pictures
+    from gemma_scope_jax.display import plotting
     from gemma_scope_jax.explore.scope import only
 
     if (prompt is None) == (prompts is None):
@@ -332,7 +332,7 @@ def run_attribute(
     if ablate:
         made = explore.ablations(scope, found, ablate, seed)
         made.show(top)
-        shown = {"Held against ablation": pictures.png(made.figure())}
+        shown = {"Held against ablation": plotting.png(made.figure())}
     if html:
         found.write_html(html, top, shown)
         _tell(html)
@@ -340,10 +340,10 @@ def run_attribute(
 
 
 def _write_png(path: pathlib.Path | None, draw: Callable[[], object]) -> None:
-    from gemma_scope_jax.explore import pictures
+    from gemma_scope_jax.display import plotting
 
     if path:
-        pictures.write_png(path, draw())
+        plotting.write_png(path, draw())
         _tell(path)
 
 

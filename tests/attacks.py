@@ -245,9 +245,9 @@ def make_inputs(folder: pathlib.Path) -> None:
 
 def keep_parts() -> None:
     """Has evaluations keep their parts."""
-    from gemma_scope_jax import evaluation
+    from gemma_scope_jax.runtime import resumable
 
-    evaluation.Parts.remove = lambda self: None
+    resumable.Parts.remove = lambda self: None
 
 
 def lay_out(folder: pathlib.Path) -> Base:

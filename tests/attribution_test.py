@@ -14,7 +14,8 @@ from scipy import special
 from toys import random_sae
 
 from gemma_scope_jax import explore, explore_cli
-from gemma_scope_jax.explore import ablating, attribution, pictures
+from gemma_scope_jax.display import plotting
+from gemma_scope_jax.explore import ablating, attribution
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models import placement as placement_lib
@@ -472,7 +473,7 @@ def test_where_nothing_fires_there_is_nothing_to_take_out(tiny_gemma):
 def test_names_are_drawn_as_text(found, capsys):
     parts = {r"$\q$ [/]": next(iter(found.parts.values()))}
     named = dataclasses.replace(found, parts=parts, answer=(1, r"$\q$"))
-    assert pictures.png(named.figure()).startswith(b"\x89PNG")  # As mathematics it would raise.
+    assert plotting.png(named.figure()).startswith(b"\x89PNG")  # As mathematics it would raise.
     named.show()
     assert r"$\q$ [/]" in capsys.readouterr().out
 

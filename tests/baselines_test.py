@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from toys import random_sae
 
-from gemma_scope_jax import baselines, metrics
+from gemma_scope_jax.evaluation import baselines, metrics
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached, jumprelu
 

@@ -13,9 +13,11 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import explore, metrics
+from gemma_scope_jax import explore
 from gemma_scope_jax.data import batching, sources, token_rows
-from gemma_scope_jax.explore import correction, edits, pictures
+from gemma_scope_jax.display import plotting
+from gemma_scope_jax.evaluation import metrics
+from gemma_scope_jax.explore import correction, edits
 from gemma_scope_jax.models import forward, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
@@ -195,7 +197,7 @@ def test_gaps_and_their_errors_by_hand(tmp_path):
     few.write_json(tmp_path / "few.json")  # Of one prompt there is no standard error.
     assert json.loads((tmp_path / "few.json").read_text())["gap_se"] is None
     few.show()
-    pictures.png(few.figure())
+    plotting.png(few.figure())
     pairs = correction.Correction("x", "y", True, (), outcome([3, 5], [0, 1]), outcome([2, 2], [1, 1]), ())
     np.testing.assert_allclose(pairs.gap_se, np.std([3, 4], ddof=1) / np.sqrt(2))
     np.testing.assert_allclose(pairs.change_se, np.std([-2, -3], ddof=1) / np.sqrt(2))

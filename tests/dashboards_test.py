@@ -9,12 +9,11 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.explore import dashboards, directions
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime import resumable, sharding
 from gemma_scope_jax.saes import attached, geometry, jumprelu
 
 SITES = {"stream": Site("resid_post", 1), "embed": Site("embed", 0)}
@@ -192,7 +191,7 @@ def test_a_pass_that_is_cut_off_goes_on(tiny_gemma, subjects, rows, tmp_path, mo
             return super().read(indices)
 
     def parts():
-        return evaluation.Parts(tmp_path / "partial", {"a": 1})
+        return resumable.Parts(tmp_path / "partial", {"a": 1})
 
     with pytest.raises(Stopped):
         dashboards.gather(tiny_gemma, subjects, Cut(rows.tokens), COUNT, 2, options=OPTIONS, parts=parts())

@@ -9,8 +9,9 @@ import tiny
 from sklearn.metrics import roc_auc_score
 from toys import random_sae
 
-from gemma_scope_jax import __main__, descriptions, detection
+from gemma_scope_jax import __main__
 from gemma_scope_jax.data import token_rows
+from gemma_scope_jax.evaluation import detection, token_descriptions
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -36,7 +37,7 @@ def rows_of(count, length=32, seed=0, vocabulary=40):
 
 def test_documents_go_whole_into_halves_of_like_size():
     rows = rows_of(40)
-    text = descriptions.divide(rows.tokens, rows.first_document, 1)
+    text = token_descriptions.divide(rows.tokens, rows.first_document, 1)
     half_of = {}
     for row in range(40):
         segment, position = -1, 0
@@ -57,13 +58,13 @@ def test_documents_go_whole_into_halves_of_like_size():
 def test_one_document_cannot_be_divided():
     rows = rows_of(1)
     with pytest.raises(ValueError, match="1 rows are of 1 document; it takes two, give more --rows"):
-        descriptions.divide(rows.tokens, rows.first_document, 0)
+        token_descriptions.divide(rows.tokens, rows.first_document, 0)
 
 
 def test_passages_end_where_they_are_asked_for_and_begin_with_their_segment():
     tokens = np.array([[BOS, *range(10, 20), BOS, 20, 21, PAD], [BOS, *range(30, 44)]], np.int32)
-    text = descriptions.divide(tokens, np.array([0, 2]), 0)
-    found = descriptions.passages(text, np.array([1, 10, 13, 15 + 14]))
+    text = token_descriptions.divide(tokens, np.array([0, 2]), 0)
+    found = token_descriptions.passages(text, np.array([1, 10, 13, 15 + 14]))
     found = np.where(found >= 0, text.vocabulary_V[found], -1)
     assert found.tolist() == [
         [*[-1] * 7, BOS, 10],
@@ -107,7 +108,7 @@ def test_descriptions_equal_slow_numpy(favoured):
     examples = random_passages(rng, 20, favoured)
     elsewhere, silent, tested = (random_passages(rng, n) for n in (60, 40, 15))
     size = 13  # One of the tokens never occurs.
-    found = descriptions.describe(examples, descriptions.count(elsewhere, size), silent)
+    found = token_descriptions.describe(examples, token_descriptions.count(elsewhere, size), silent)
     examples, elsewhere, silent, tested = (part.tolist() for part in (examples, elsewhere, silent, tested))
     for token in range(size):
         for name, is_last in (("last_V", True), ("before_V", False)):
@@ -117,7 +118,7 @@ def test_descriptions_equal_slow_numpy(favoured):
     expected = [evidence_slowly(examples, elsewhere, found.weight, passage) for passage in tested]
     np.testing.assert_allclose(evidence, expected, rtol=1e-10, atol=1e-12)
     by_weight = {}
-    for weight in descriptions.WEIGHTS:
+    for weight in token_descriptions.WEIGHTS:
         own = [
             evidence_slowly(examples[:i] + examples[i + 1 :], elsewhere, weight, passage)
             for i, passage in enumerate(examples)
@@ -130,10 +131,10 @@ def test_descriptions_equal_slow_numpy(favoured):
 
 def test_the_score_is_the_share_of_pairs_in_the_right_order_and_scikit_learns():
     rng = np.random.default_rng(0)
-    description = descriptions.Description(rng.integers(-2, 3, size=6).astype(float), np.zeros(6), 1.0)
+    description = token_descriptions.Description(rng.integers(-2, 3, size=6).astype(float), np.zeros(6), 1.0)
     firing, silent = rng.integers(6, size=(20, 9)), rng.integers(6, size=(70, 9))
     expected = auroc_slowly(description.evidence(firing), description.evidence(silent))
-    found = descriptions.score(description, firing, silent)
+    found = token_descriptions.score(description, firing, silent)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     both = description.evidence(np.concatenate([firing, silent]))
     np.testing.assert_allclose(found, roc_auc_score([1] * 20 + [0] * 70, both), rtol=1e-12)
@@ -155,7 +156,7 @@ def collected(text, pool, f, per_batch):
 
 def test_firings_are_remembered_as_they_are_found_by_looking_at_all_of_them(monkeypatch):
     rows = rows_of(60, length=40)
-    text = descriptions.divide(rows.tokens, rows.first_document, 0)
+    text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     half = text.half_RxL.reshape(-1)
     pool = np.sort(np.random.default_rng(2).permutation(half.size)[:100])
     f = random_latents(text, 5, 0.3)
@@ -184,7 +185,7 @@ def test_firings_are_remembered_as_they_are_found_by_looking_at_all_of_them(monk
 
 def test_the_sample_of_firings_is_even_over_rows_and_strengths():
     rows = rows_of(400)
-    text = descriptions.divide(rows.tokens, rows.first_document, 0)
+    text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     f = random_latents(text, 200, 0.3)
     found = collected(text, np.flatnonzero(text.half_RxL.reshape(-1) == 1)[:10], f, 50)
     firing = np.flatnonzero(text.half_RxL.reshape(-1) == 1)
@@ -198,8 +199,8 @@ def test_the_sample_of_firings_is_even_over_rows_and_strengths():
 def summarized(text, f, wanted=100):
     half = text.half_RxL.reshape(-1)
     pool = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(half >= 0))[:4000])
-    first = descriptions.passages(text, pool[half[pool] == 0])
-    elsewhere = descriptions.count(first, len(text.vocabulary_V))
+    first = token_descriptions.passages(text, pool[half[pool] == 0])
+    elsewhere = token_descriptions.count(first, len(text.vocabulary_V))
     return detection.summarize(
         collected(text, pool, f, 50), np.arange(f.shape[-1]) + 1000, wanted, elsewhere, str
     )
@@ -208,7 +209,7 @@ def summarized(text, f, wanted=100):
 def test_random_firing_is_not_told_and_what_comes_before_is():
     """A latent of a token, one of a token behind another, one of what was there five tokens ago, and noise."""
     rows = rows_of(400)
-    text = descriptions.divide(rows.tokens, rows.first_document, 0)
+    text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     tokens, kept = rows.tokens, text.half_RxL >= 0
 
     def ago(n):
@@ -240,7 +241,7 @@ def test_random_firing_is_not_told_and_what_comes_before_is():
 
 def test_latents_that_fire_too_seldom_or_everywhere_are_not_scored():
     rows = rows_of(100)
-    text = descriptions.divide(rows.tokens, rows.first_document, 0)
+    text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     f = random_latents(text, 4, 0.3)
     f[..., 0] = 0
     f.reshape(-1, 4)[np.flatnonzero(f[..., 1].reshape(-1))[5:], 1] = 0

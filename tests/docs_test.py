@@ -11,7 +11,8 @@ import tiny
 import toys
 
 from benchmarks import results
-from gemma_scope_jax import config, explore, probing
+from gemma_scope_jax import config, explore
+from gemma_scope_jax.evaluation import probing
 from gemma_scope_jax.models import forward, interventions, predictions, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import devices

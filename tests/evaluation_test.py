@@ -15,11 +15,13 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation, metrics, opening, report, suites
 from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.evaluation import evaluate as evaluate_lib
+from gemma_scope_jax.evaluation import metrics, opening, report, side_by_side
 from gemma_scope_jax.explore import scope
 from gemma_scope_jax.models import forward, interventions, masking, placement, predictions, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site, site_width
+from gemma_scope_jax.runtime import resumable
 from gemma_scope_jax.saes import attached, evaluation_file, jumprelu
 from gemma_scope_jax.saes.formats import saelens
 from gemma_scope_jax.training import loop
@@ -35,7 +37,7 @@ def rows():
 def evaluate(tiny_gemma, subject, rows, count=10, site=SITE, mean=None, per_batch=4):
     mean = np.full(subject.W_enc.shape[0], 0.5, np.float32) if mean is None else mean
     subjects = {"a": attached.Subject(subject, site, mean)}
-    return evaluation.evaluate(tiny_gemma, subjects, rows, rows, count, per_batch)[0]["a"]
+    return evaluate_lib.evaluate(tiny_gemma, subjects, rows, rows, count, per_batch)[0]["a"]
 
 
 def loss_in_float64(tiny_gemma, tokens, replace):
@@ -124,7 +126,7 @@ def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
         "transcoder": attached.Subject(subject, read, mean, target),
         "autoencoder": attached.Subject(random_sae(1), target, mean),
     }
-    both, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 10, 4)
+    both, _ = evaluate_lib.evaluate(tiny_gemma, subjects, rows, rows, 10, 4)
     assert list(both) == ["transcoder", "autoencoder"]
     result = both["transcoder"]
     alone = evaluate(tiny_gemma, random_sae(1), rows, site=target)
@@ -196,7 +198,7 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
     }
 
     def evaluated(parts):
-        results, cost = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 10, 4, parts=parts)
+        results, cost = evaluate_lib.evaluate(tiny_gemma, subjects, rows, rows, 10, 4, parts=parts)
         return results, cost
 
     want, cost = evaluated(None)
@@ -209,22 +211,22 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
             raise KeyboardInterrupt
         return clean(*args)
 
-    means = evaluation.site_means(tiny_gemma, (SITE,), rows, 4)
-    monkeypatch.setattr(evaluation, "site_means", lambda *args: means)
+    means = evaluate_lib.site_means(tiny_gemma, (SITE,), rows, 4)
+    monkeypatch.setattr(evaluate_lib, "site_means", lambda *args: means)
     monkeypatch.setattr(interventions, "clean", counted)
     with pytest.raises(KeyboardInterrupt):
-        evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
+        evaluated(resumable.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(list((tmp_path / "parts").rglob("*.npz"))) == 2
-    found, _ = evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
+    found, _ = evaluated(resumable.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(asked) == 4  # One pass more, of the third batch.
     for name in want:
         assert evaluation_file.numbers(found[name]) == evaluation_file.numbers(want[name])
         np.testing.assert_array_equal(found[name].l0_counts, want[name].l0_counts)
-    another = evaluation.Parts(tmp_path / "parts", {"of": "another"})
+    another = resumable.Parts(tmp_path / "parts", {"of": "another"})
     evaluated(another)
     assert len(asked) == 7  # Nothing of the first was taken for the other's,
     another.remove()
-    evaluated(evaluation.Parts(tmp_path / "parts", {"of": "a"}))
+    evaluated(resumable.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(asked) == 7  # which is there still.
 
 
@@ -232,10 +234,10 @@ def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, c
     subjects = {"a": attached.Subject(random_sae(), SITE, np.zeros(32, np.float32))}
 
     def parts():
-        return evaluation.Parts(tmp_path / "parts", {"of": "a"})
+        return resumable.Parts(tmp_path / "parts", {"of": "a"})
 
     def evaluated():
-        found, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 8, 4, is_fast=True, parts=parts())
+        found, _ = evaluate_lib.evaluate(tiny_gemma, subjects, rows, rows, 8, 4, is_fast=True, parts=parts())
         return evaluation_file.numbers(found["a"])
 
     want = evaluated()
@@ -254,7 +256,7 @@ def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, c
 
 
 def test_a_second_evaluation_is_refused_while_one_is_under_way(run, tmp_path, monkeypatch):
-    with evaluation.holding_parts(run / "evaluation.parts"):
+    with resumable.holding_parts(run / "evaluation.parts"):
         with pytest.raises(ValueError, match=f"another process is writing to {run}; wait for it or stop it"):
             report.evaluate_path(run, rows=8, is_fast=True)
         report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "other")
@@ -268,7 +270,7 @@ def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp
     monkeypatch.setattr(fcntl, "flock", no_locks)
     want = report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "alone")
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
-    evaluate, found = evaluation.evaluate, []
+    evaluate, found = evaluate_lib.evaluate, []
 
     def meanwhile(*args):
         """The first waits for a second one, from its start to its end."""
@@ -277,7 +279,7 @@ def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp
             found.append(report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
         return evaluate(*args)
 
-    monkeypatch.setattr(evaluation, "evaluate", meanwhile)
+    monkeypatch.setattr(evaluate_lib, "evaluate", meanwhile)
     found.append(report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
     for of in found[1:]:
         for name in want:
@@ -416,7 +418,7 @@ def test_texts_that_are_done_are_not_evaluated_again(run, inputs, tmp_path, monk
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"other words {i}"}) for i in range(12)))
     options = {"text": [f"a={inputs / 'text.jsonl'}", f"b={other}"], "rows": 8, "out": tmp_path / "out"}
-    evaluate, calls = evaluation.evaluate, []
+    evaluate, calls = evaluate_lib.evaluate, []
 
     def once(*args):
         if calls:
@@ -424,12 +426,12 @@ def test_texts_that_are_done_are_not_evaluated_again(run, inputs, tmp_path, monk
         calls.append(args)
         return evaluate(*args)
 
-    monkeypatch.setattr(evaluation, "evaluate", once)
+    monkeypatch.setattr(evaluate_lib, "evaluate", once)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         report.evaluate_path(run, is_fast=True, **options)
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    measured, measure = [], evaluation._measure
-    monkeypatch.setattr(evaluation, "_measure", lambda *args: measured.append(args) or measure(*args))
+    monkeypatch.setattr(evaluate_lib, "evaluate", evaluate)
+    measured, measure = [], evaluate_lib._measure
+    monkeypatch.setattr(evaluate_lib, "_measure", lambda *args: measured.append(args) or measure(*args))
     report.evaluate_path(run, is_fast=True, **options)
     assert len(measured) == 1  # The one batch of b.
     assert not list((tmp_path / "out").rglob("evaluation.parts"))
@@ -461,7 +463,7 @@ def test_saes_that_are_filed_with_other_means_are_held_against_one(tiny_gemma):
 
     def ablated(*names):
         subjects = {n: attached.Subject(random_sae(), SITE, means[n]) for n in names}
-        found, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 8, 8, is_fast=True)
+        found, _ = evaluate_lib.evaluate(tiny_gemma, subjects, rows, rows, 8, 8, is_fast=True)
         return [found[name].mean_ablation_loss for name in names]
 
     (measured,) = ablated("none")
@@ -501,7 +503,7 @@ def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_
     assert same[name].tokens == other[name].tokens == rounded[name].tokens
     assert abs(other[name].clean_loss - same[name].clean_loss) > 1e-3
     assert 0 < abs(rounded[name].clean_loss - same[name].clean_loss) < 0.1
-    suites.compare([tmp_path / part for part in "abc"], tmp_path / "side")
+    side_by_side.compare([tmp_path / part for part in "abc"], tmp_path / "side")
     with (tmp_path / "side" / "side_by_side.csv").open() as file:
         cells = {(c["number"], c["sae"], c["column"]): c for c in csv.DictReader(file)}
     cell = cells["delta_loss", name, "c"]

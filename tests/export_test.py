@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import report
+from gemma_scope_jax.evaluation import report
 from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import formats, jumprelu, loading, naming, saving

@@ -12,7 +12,7 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import explore
-from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.display import plotting
 from gemma_scope_jax.models import forward, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -177,17 +177,17 @@ def test_pictures_have_tokens_layers_and_the_likeliest_tokens(flow):
     lens = flow.lens
     stream, _ = lens.figure().axes
     texts = [text.get_text() for text in stream.texts if text.get_fontsize() == 7]
-    row = [pictures.label(lens.texts[int(token)], 9) for token in lens.output.token[0]]
+    row = [plotting.label(lens.texts[int(token)], 9) for token in lens.output.token[0]]
     assert texts[: len(row)] == row
     assert [label.get_text() for label in stream.get_yticklabels()] == ["Gemma's own", "3", "1", "0"]
     framed = sum(token == lens.answer_L[0] for token in (*lens.output.token[0], *lens.stream.token.flat))
     assert len(stream.patches) == framed
-    assert pictures.png(figure)[:4] == b"\x89PNG"
+    assert plotting.png(figure)[:4] == b"\x89PNG"
 
 
 def test_labels_can_be_drawn():
-    assert pictures.label(" a\nb") == "·a↵b" and pictures.label("x" * 20) == "x" * 11 + "…"
-    assert pictures.label("語\x00$") == "□□$"
+    assert plotting.label(" a\nb") == "·a↵b" and plotting.label("x" * 20) == "x" * 11 + "…"
+    assert plotting.label("語\x00$") == "□□$"
 
 
 def test_a_page_holds_text_as_text(flow, tmp_path):

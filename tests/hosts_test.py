@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import config, report
+from gemma_scope_jax import config
+from gemma_scope_jax.evaluation import report
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.training import loop, metrics_log, runs
 

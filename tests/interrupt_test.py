@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from gemma_scope_jax import config, detection, opening, probing, report, rollouts
+from gemma_scope_jax import config, rollouts
+from gemma_scope_jax.evaluation import detection, opening, probing, report
 from gemma_scope_jax.explore import audit, build, scope
 from gemma_scope_jax.models import placement
 from gemma_scope_jax.runtime import signals

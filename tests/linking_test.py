@@ -11,7 +11,7 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import explore
-from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.display import plotting
 from gemma_scope_jax.explore.linking import virtual_weights
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
@@ -204,7 +204,7 @@ def test_the_terminal_and_a_picture_show_them(linked, capsys, monkeypatch):
     }
     odd = dataclasses.replace(found, **renamed)
     odd.show(3)
-    pictures.png(odd.figure())
+    plotting.png(odd.figure())
 
 
 def test_held_out_rows_on_several_devices(tiny_gemma):

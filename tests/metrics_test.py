@@ -9,8 +9,8 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import evaluation, metrics
 from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.evaluation import evaluate, metrics
 from gemma_scope_jax.models import forward, interventions, masking, predictions, registry
 from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.models.sites import Site
@@ -43,7 +43,7 @@ def measured(tiny_gemma):
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     mean = np.full(32, 0.5, np.float32)
     subjects = {"a": attached.Subject(subject, SITE, mean)}
-    result = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4)[0]["a"]
+    result = evaluate.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4)[0]["a"]
     return subject, rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, COUNT)], mean, result
 
 
@@ -286,7 +286,7 @@ def test_fast_leaves_out_what_costs_most_and_changes_nothing_else(measured, tiny
     subject, _, mean, result = measured
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     subjects = {"a": attached.Subject(subject, SITE, mean)}
-    fast = evaluation.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4, is_fast=True)[0]["a"]
+    fast = evaluate.evaluate(tiny_gemma, subjects, rows, rows, COUNT, 4, is_fast=True)[0]["a"]
     assert (fast.kl, fast.r_l0, fast.r_l0_se) == (None, None, None)
     full = evaluation_file.numbers(result)
     for name, value in evaluation_file.numbers(fast).items():
@@ -304,7 +304,7 @@ def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
     loaded = registry.Gemma("tiny", tiny_gemma.model, split, 4)
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     subjects = {"a": attached.Subject(subject, SITE, mean)}
-    many = evaluation.evaluate(loaded, subjects, rows, rows, COUNT, 4, mesh=mesh)[0]["a"]
+    many = evaluate.evaluate(loaded, subjects, rows, rows, COUNT, 4, mesh=mesh)[0]["a"]
     for name, value in evaluation_file.numbers(many).items():
         np.testing.assert_allclose(
             value, evaluation_file.numbers(result)[name], rtol=1e-4, atol=1e-5, err_msg=name
@@ -333,7 +333,7 @@ def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch)
     monkeypatch.setattr(interventions, "clean", constant_site)
     rows = Rows(tiny.tokens(4, 24, special=0.1))
     subjects = {"a": attached.Subject(random_sae(), SITE, np.asarray(constant))}
-    results, _ = evaluation.evaluate(tiny_gemma, subjects, rows, rows, 4, 2)
+    results, _ = evaluate.evaluate(tiny_gemma, subjects, rows, rows, 4, 2)
     result = results["a"]
     for name in ("fvu", "fvu_se", "fvu_per_dimension", "explained_variance_tokens", "loss_recovered_mean"):
         assert np.isnan(getattr(result, name)), name
@@ -357,15 +357,15 @@ def test_what_is_not_finite_is_named_by_row_and_position(tiny_gemma):
     with pytest.raises(
         FloatingPointError, match=r"at row \d+, position \d+ Gemma's own loss is not finite; look"
     ):
-        evaluation.evaluate(broken, {"a": attached.Subject(random_sae(), SITE, mean)}, rows, rows, COUNT, 4)
+        evaluate.evaluate(broken, {"a": attached.Subject(random_sae(), SITE, mean)}, rows, rows, COUNT, 4)
     with pytest.raises(
         FloatingPointError, match="activations of layer_1_resid_post on the first 12 training rows"
     ):
-        evaluation.evaluate(broken, {"a": attached.Subject(random_sae(), SITE, None)}, rows, rows, COUNT, 4)
+        evaluate.evaluate(broken, {"a": attached.Subject(random_sae(), SITE, None)}, rows, rows, COUNT, 4)
     subject = random_sae().replace(b_dec=np.full(32, np.nan, np.float32))
     first = rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 1)[0]]
     with pytest.raises(
         FloatingPointError,
         match=f"position {np.flatnonzero(first > masking.BOS)[0]} what a makes of an activation is not finite",
     ):
-        evaluation.evaluate(tiny_gemma, {"a": attached.Subject(subject, SITE, mean)}, rows, rows, COUNT, 4)
+        evaluate.evaluate(tiny_gemma, {"a": attached.Subject(subject, SITE, mean)}, rows, rows, COUNT, 4)

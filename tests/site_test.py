@@ -11,8 +11,8 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
-from gemma_scope_jax import opening
 from gemma_scope_jax.data import prepare
+from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.explore import build, dashboards, directions, neuronpedia, site
 from gemma_scope_jax.models import masking, tokenizer
 from gemma_scope_jax.models.sites import Site

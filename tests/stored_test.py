@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import opening
 from gemma_scope_jax.data import sources, token_rows
+from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import SITES, Site, site_from_hook
 from gemma_scope_jax.saes import finding, jumprelu, loading, saving

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from gemma_scope_jax import metrics, suites
+from gemma_scope_jax.evaluation import metrics, side_by_side
 from gemma_scope_jax.explore import scope
 from gemma_scope_jax.saes import evaluation_file
 
@@ -44,25 +44,28 @@ def test_a_difference_has_the_error_of_rows_drawn_again(number):
 
 
 def suite(*names):
-    return suites.Suite({}, {name: types.SimpleNamespace() for name in names})
+    return side_by_side.Suite({}, {name: types.SimpleNamespace() for name in names})
 
 
 def test_saes_stand_side_by_side_by_name_or_else_in_order():
     a, b = suite("x", "y"), suite("y", "z")
-    assert suites.rows_of({"a": a, "b": b}) == [{"a": "x"}, {"a": "y", "b": "y"}, {"b": "z"}]
-    assert suites.rows_of({"a": a, "b": suite("p", "q")}) == [{"a": "x", "b": "p"}, {"a": "y", "b": "q"}]
-    assert suites.rows_of({"a": a, "b": suite("p")}) == [{"a": "x"}, {"a": "y"}, {"b": "p"}]
+    assert side_by_side.rows_of({"a": a, "b": b}) == [{"a": "x"}, {"a": "y", "b": "y"}, {"b": "z"}]
+    assert side_by_side.rows_of({"a": a, "b": suite("p", "q")}) == [
+        {"a": "x", "b": "p"},
+        {"a": "y", "b": "q"},
+    ]
+    assert side_by_side.rows_of({"a": a, "b": suite("p")}) == [{"a": "x"}, {"a": "y"}, {"b": "p"}]
 
 
 def test_other_rows_leave_a_difference_without_an_error():
     a = types.SimpleNamespace(l0=4.0, by_row=by_row(1))
     b = types.SimpleNamespace(l0=6.0, by_row=by_row(2))
     fewer = types.SimpleNamespace(l0=6.0, by_row={**by_row(2), "tokens": np.ones(40)})
-    assert np.isfinite(suites.difference("l0", a, b, is_same_text=True)[1])
+    assert np.isfinite(side_by_side.difference("l0", a, b, is_same_text=True)[1])
     for other, is_same_text in ((b, False), (fewer, True)):
-        found, error = suites.difference("l0", a, other, is_same_text)
+        found, error = side_by_side.difference("l0", a, other, is_same_text)
         assert found == 2 and np.isnan(error)
-    assert suites.difference("kl", a, b, True) is None
+    assert side_by_side.difference("kl", a, b, True) is None
 
     about = {
         "rows_of": "sotu-1",
@@ -71,30 +74,30 @@ def test_other_rows_leave_a_difference_without_an_error():
         "context_length": 256,
         "dtype": "float32",
     }
-    first = suites.Suite(about, {})
-    assert suites._same_text(first, suites.Suite(about | {"dtype": "bfloat16"}, {}))
+    first = side_by_side.Suite(about, {})
+    assert side_by_side._same_text(first, side_by_side.Suite(about | {"dtype": "bfloat16"}, {}))
     for name, value in {
         "rows_of": "other",
         "split": "train",
         "turns": "model",
         "context_length": 128,
     }.items():
-        assert not suites._same_text(first, suites.Suite(about | {name: value}, {}))
-    assert not suites._same_text(suites.Suite({}, {}), suites.Suite({}, {}))
+        assert not side_by_side._same_text(first, side_by_side.Suite(about | {name: value}, {}))
+    assert not side_by_side._same_text(side_by_side.Suite({}, {}), side_by_side.Suite({}, {}))
 
 
 def test_folders_are_told_apart(tmp_path):
     folders = [tmp_path / "one" / "eval", tmp_path / "two" / "eval"]
-    assert suites._labels(folders) == ["one/eval", "two/eval"]
+    assert side_by_side._labels(folders) == ["one/eval", "two/eval"]
     with pytest.raises(ValueError, match="given twice"):
-        suites._labels([folders[0], folders[0]])
+        side_by_side._labels([folders[0], folders[0]])
     with pytest.raises(ValueError, match="alone cannot be compared"):
-        suites.compare(folders[:1], tmp_path / "out")
+        side_by_side.compare(folders[:1], tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file is a file; give a folder"):
-        suites.compare(folders, tmp_path / "file")
+        side_by_side.compare(folders, tmp_path / "file")
     with pytest.raises(ValueError, match="has no evaluation"):
-        suites.compare(folders, tmp_path / "out")
+        side_by_side.compare(folders, tmp_path / "out")
 
 
 ROWS = 40
@@ -114,16 +117,16 @@ def evaluated(folder, numbers=NUMBERS, arrays=None, **about):
 
 
 def test_an_evaluation_comes_back_as_it_was_written(tmp_path):
-    found = suites.read(evaluated(tmp_path / "a"))
+    found = side_by_side.read(evaluated(tmp_path / "a"))
     assert found.about == {"model": "tiny", "text": "a"}
     assert vars(found.results["x"]) == NUMBERS | {"by_row": found.results["x"].by_row}
     for key, value in by_row(1).items():
         np.testing.assert_array_equal(found.results["x"].by_row[key], value)
     # Of an older version, which knew fewer numbers, and of one that will know more.
     fewer = {"rows": ROWS, "l0": 3.0, "r_l0": None, "of_later": [1]}
-    other = suites.read(evaluated(tmp_path / "b", fewer, {"tokens": np.ones(ROWS)})).results["x"]
+    other = side_by_side.read(evaluated(tmp_path / "b", fewer, {"tokens": np.ones(ROWS)})).results["x"]
     assert (other.l0, other.r_l0, other.by_row) == (3.0, None, {}) and np.isnan(other.fvu)
-    suites.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    side_by_side.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_an_evaluation_comes_back_as_it_was_written(tmp_path):
 def test_an_evaluation_of_a_stranger_is_refused_in_a_line(text, tmp_path):
     (evaluated(tmp_path / "a") / "evaluation.json").write_text(text)
     with pytest.raises(ValueError, match=r"a/evaluation\.json") as caught:
-        suites.compare([evaluated(tmp_path / "b"), tmp_path / "a"], tmp_path / "out")
+        side_by_side.compare([evaluated(tmp_path / "b"), tmp_path / "a"], tmp_path / "out")
     assert len(str(caught.value)) < 480 and not (tmp_path / "out").exists()
 
 
@@ -162,7 +165,7 @@ def test_arrays_of_a_stranger_are_what_they_should_be_or_are_refused(arrays, mes
     folder = evaluated(tmp_path / "a", arrays={**by_row(1), **arrays})
     tracemalloc.start()
     with pytest.raises(ValueError, match=rf"evaluation\.npz is not a whole npz file: {message}"):
-        suites.read(folder)
+        side_by_side.read(folder)
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
 
@@ -174,7 +177,7 @@ def test_pipes_and_cut_files_beside_an_sae_are_refused_by_all_that_read_them(tmp
     for write in (lambda: beside.write_bytes(content[:300]), lambda: os.mkfifo(beside)):
         beside.unlink()
         write()
-        for read in (suites.read, lambda folder: scope._frequencies(folder, {"x": subject})):
+        for read in (side_by_side.read, lambda folder: scope._frequencies(folder, {"x": subject})):
             with pytest.raises(ValueError, match=r"evaluation\.npz"):
                 read(tmp_path / "a")
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from page_test import ABOUT, evaluation
 
-from gemma_scope_jax import detection, page, plots, probing, report, suites
+from gemma_scope_jax.display import plotting
+from gemma_scope_jax.evaluation import detection, page, plots, probing, report, side_by_side
 from gemma_scope_jax.explore import (
     ablating,
     attribution,
@@ -22,7 +23,6 @@ from gemma_scope_jax.explore import (
     lens,
     linking,
     looking,
-    pictures,
     reading,
     site,
     steering,
@@ -62,7 +62,7 @@ def check_printed(capsys, *expected):
 
 
 def draw(figure: matplotlib.figure.Figure) -> matplotlib.figure.Figure:
-    assert pictures.png(figure, 30)
+    assert plotting.png(figure, 30)
     return figure
 
 
@@ -112,8 +112,8 @@ def test_legends_show_every_name(monkeypatch):
 
 
 def test_side_by_side(tmp_path, capsys):
-    columns = {name: suites.Suite({"text": name}, by_name(evaluation)) for name in NAMES[:8]}
-    suites.write(tmp_path, columns, "command")
+    columns = {name: side_by_side.Suite({"text": name}, by_name(evaluation)) for name in NAMES[:8]}
+    side_by_side.write(tmp_path, columns, "command")
     check_printed(capsys, "[bold]x", "_hidden", "a$b_$", r"\u202eabc")
     check_page(tmp_path / "side_by_side.html")
 
@@ -251,7 +251,7 @@ def test_steered_texts_and_links_of_dashboards(tmp_path, capsys):
 def test_a_name_in_a_figure_is_text(name):
     figure = matplotlib.figure.Figure(figsize=(2, 2))
     axis = figure.subplots()
-    axis.plot([1], label=pictures.plottable(name))
-    axis.set_title(pictures.plottable(name))
+    axis.plot([1], label=plotting.plottable(name))
+    axis.set_title(plotting.plottable(name))
     assert len(axis.get_legend_handles_labels()[1]) == 1
     draw(figure)

@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gemma_scope_jax import probing
 from gemma_scope_jax.data import sources
+from gemma_scope_jax.evaluation import probing
 
 
 def lines(*found, end="\n"):

@@ -141,7 +141,8 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
 def main() -> None:
     """Trains the run whose config and workdir the JSON argument gives, or evaluates as its `evaluate` says."""
     register()
-    from gemma_scope_jax import cli, report
+    from gemma_scope_jax import cli
+    from gemma_scope_jax.evaluation import report
     from gemma_scope_jax.runtime import distributed
     from gemma_scope_jax.training import loop
 

@@ -14,7 +14,7 @@ import numpy as np
 from gemma import gm
 from scipy import stats
 
-from gemma_scope_jax import tables
+from gemma_scope_jax.display import tables
 from gemma_scope_jax.explore import attribution as attribution_lib
 from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib

@@ -19,8 +19,7 @@ import matplotlib.figure
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import page, tables
-from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.models import forward, masking, predictions, weights
@@ -167,7 +166,7 @@ class Attribution:
             title: {name: getattr(parts, column).tolist() for name, parts in self.parts.items()}
             for title, column in (("latents", "latents_L"), ("errors", "error_L"))
         }
-        page.render(
+        html.render(
             pathlib.Path(path),
             "explore/attribution.html.jinja",
             about=self,
@@ -178,14 +177,14 @@ class Attribution:
             cells=[
                 [parts.strongest(t, 12) for t in range(len(self.tokens))] for parts in self.parts.values()
             ],
-            pictures={title: page.data_url(png) for title, png in (pngs or {}).items()},
+            pictures={title: html.data_url(png) for title, png in (pngs or {}).items()},
         )
 
     def figure(self) -> matplotlib.figure.Figure:
         """Two maps, of latents and of errors: SAEs down, tokens across, the sum of parts as colour."""
         names, length = list(self.parts), len(self.tokens)
-        width = min(max(0.32 * length, 3), 14) + 0.05 * min(max(map(len, names)), pictures.LABEL) + 0.6
-        figure, axes = pictures.new_figure(1, 2, width, 0.24 * len(names) + 1.8, sharey=True)
+        width = min(max(0.32 * length, 3), 14) + 0.05 * min(max(map(len, names)), plotting.LABEL) + 0.6
+        figure, axes = plotting.new_figure(1, 2, width, 0.24 * len(names) + 1.8, sharey=True)
         maps = [
             np.stack([getattr(parts, column) for parts in self.parts.values()])
             for column in ("latents_L", "error_L")
@@ -194,8 +193,8 @@ class Attribution:
         for axis, title, values in zip(axes[0], ("latents", "error"), maps, strict=True):
             image = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
             axis.set_title(title, fontsize=10)
-            pictures.label_tokens(axis, self.tokens)
-        pictures.label_rows(axes[0, 0], names)
+            plotting.label_tokens(axis, self.tokens)
+        plotting.label_rows(axes[0, 0], names)
         figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01).set_label("part, logits", fontsize=8)
         figure.suptitle(plottable(f"{self.question}: {self.metric:.3f}", 200), fontsize=10)
         return figure

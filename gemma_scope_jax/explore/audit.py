@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from gemma_scope_jax.data import sources
-from gemma_scope_jax.explore import contrasts, pictures
+from gemma_scope_jax.display import plotting
+from gemma_scope_jax.explore import contrasts
 from gemma_scope_jax.explore.contrasts import At, Contrast
 from gemma_scope_jax.explore.correction import Correction, behaviour, correct
 from gemma_scope_jax.explore.scope import Scope, one_token, open_scope
@@ -77,7 +78,7 @@ def audit(
     found.show()
     if out is not None:  # Now: what follows takes its time, and may be refused.
         found.write_json(out / "contrast.json")
-        pictures.write_png(out / "contrast.png", found.figure())
+        plotting.write_png(out / "contrast.png", found.figure())
     if measured:
         corrected = _correct(scope, found, answer, against, measured, top, seed)
     if corrected and out is not None:

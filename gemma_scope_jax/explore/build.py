@@ -3,11 +3,11 @@
 import pathlib
 from collections.abc import Sequence
 
-from gemma_scope_jax import evaluation, opening
 from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.explore import dashboards, directions, neuronpedia, site
 from gemma_scope_jax.models import placement, registry, tokenizer, weights
-from gemma_scope_jax.runtime import distributed, files, printing, ranges
+from gemma_scope_jax.runtime import distributed, files, printing, ranges, resumable
 from gemma_scope_jax.runtime.printing import printable, say
 from gemma_scope_jax.saes import attached, geometry
 
@@ -69,9 +69,9 @@ def build(
     }
     if distributed.is_first():
         files.write_json(out / _MARK, about)
-    with evaluation.holding_parts(out / "partial"):
+    with resumable.holding_parts(out / "partial"):
         mesh, loaded = placement.load_gemma(config)
-        parts = evaluation.Parts(out / "partial", about)
+        parts = resumable.Parts(out / "partial", about)
         counts = batching.counts_of(config)
         gathered = dashboards.gather(
             loaded, subjects, held_out, rows, rows_per_batch, counts, options, mesh, parts

@@ -18,9 +18,10 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import metrics, tables
 from gemma_scope_jax.data import batching
-from gemma_scope_jax.explore import edits, pictures
+from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.evaluation import metrics
+from gemma_scope_jax.explore import edits
 from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
 from gemma_scope_jax.explore.scope import Scope
@@ -140,7 +141,7 @@ class Correction:
 
     def figure(self) -> matplotlib.figure.Figure:
         """The gap with each set of latents ablated, and without; random sets in no order."""
-        figure, ((axis,),) = pictures.new_figure(1, 1, 6, 2.2)
+        figure, ((axis,),) = plotting.new_figure(1, 1, 6, 2.2)
         gaps = [one.gap for one in self.random]
         axis.scatter(gaps, np.zeros(len(gaps)), s=24, color="#9aa0a6", alpha=0.7, label="random sets ablated")
         for y, gap, error, color, label in (

@@ -25,10 +25,9 @@ import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import evaluation
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import activations, masking, registry
-from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime import distributed, ranges, resumable, sharding
 from gemma_scope_jax.saes import attached, jumprelu
 
 # Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
@@ -127,7 +126,7 @@ def gather(
     counts: batching.Counts = batching.every_position,
     options: Options = DEFAULTS,
     mesh: jax.sharding.Mesh | None = None,
-    parts: evaluation.Parts | None = None,
+    parts: resumable.Parts | None = None,
     placed: Mapping[str, jumprelu.SAE] | None = None,
 ) -> dict[str, Gathered]:
     """Gathers what the latents of SAEs fire on, all of them in the same forward passes.

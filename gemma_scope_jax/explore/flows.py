@@ -18,9 +18,9 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import page, tables
+from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.explore import lens as lens_lib
-from gemma_scope_jax.explore import pictures, site
+from gemma_scope_jax.explore import site
 from gemma_scope_jax.explore.scope import Scope, is_kept, one_token, place_copies, prompt, reconstruct
 from gemma_scope_jax.models import forward, interventions, masking, weights
 from gemma_scope_jax.models.sites import SITES, Site
@@ -80,19 +80,19 @@ class Flow:
         kinds = list(dict.fromkeys(self.kinds))
         tallest = max(map(self.kinds.count, kinds))
         width = min(max(0.14 * len(self.tokens) + 1.3, 3.4), 14)
-        figure, axes = pictures.new_figure(
+        figure, axes = plotting.new_figure(
             len(kinds), len(_MEASURED), width, 0.17 * tallest + 1.4, sharex=True
         )
         for row, kind in zip(axes, kinds, strict=True):
             numbers = self.of_kind(kind)
             labels = self._labels(numbers)
             for axis, (title, (field, scale)) in zip(row, _MEASURED.items(), strict=True):
-                pictures.heat_map(figure, axis, getattr(self, field)[numbers], scale, f"{kind}: {title}")
+                plotting.heat_map(figure, axis, getattr(self, field)[numbers], scale, f"{kind}: {title}")
                 axis.set_yticks([])
-            pictures.label_rows(row[0], labels)
+            plotting.label_rows(row[0], labels)
             row[0].set_ylabel("layer", fontsize=8)
         for axis in axes[-1]:
-            pictures.label_tokens(axis, self.tokens)
+            plotting.label_tokens(axis, self.tokens)
         return figure
 
     def _labels(self, numbers: Sequence[int]) -> list[str]:
@@ -115,9 +115,9 @@ class Flow:
                 "From the stream": lens.grid(lens.stream),
                 "From the SAEs’ reconstructions": lens.grid(lens.reconstruction),
             }
-        page.render(
-            pathlib.Path(path), "explore/flow.html.jinja", model=self.model, tokens=self.tokens, seen=pictures.seen,
-            picture=page.data_url(pictures.png(self.figure(), 110)), measured=list(_MEASURED), means=means,
+        html.render(
+            pathlib.Path(path), "explore/flow.html.jinja", model=self.model, tokens=self.tokens, seen=plotting.seen,
+            picture=html.data_url(plotting.png(self.figure(), 110)), measured=list(_MEASURED), means=means,
             rows=lens.rows if lens else (), grids=grids,
             answer=lens.texts[int(lens.answer_L[0])] if lens and lens.is_given else None,
         )  # fmt: skip

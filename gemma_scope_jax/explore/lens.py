@@ -15,8 +15,7 @@ import matplotlib.patches
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import tables
-from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.models import predictions as predictions_lib
 from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.runtime import distributed, sharding
@@ -94,7 +93,7 @@ class Lens:
         Framed where that is the answer; elsewhere a small number is the answer's rank.
         """
         height = 0.34 * len(self.rows) + 1.2
-        figure, axes = pictures.new_figure(2, 1, max(0.62 * len(self.tokens) + 1.2, 5), height)
+        figure, axes = plotting.new_figure(2, 1, max(0.62 * len(self.tokens) + 1.2, 5), height)
         answer = f"{self.texts[int(self.answer_L[0])]!r}" if self.is_given else "what the model predicts"
         figure.suptitle(
             plottable(
@@ -118,7 +117,7 @@ class Lens:
             for x, cell in enumerate(row):
                 style = {"ha": "center", "va": "center", "parse_math": False}
                 lift = 0 if cell["is_answer"] else 0.15
-                text = pictures.label(cell["text"], 9)
+                text = plotting.label(cell["text"], 9)
                 weight = "bold" if cell["is_answer"] else "normal"
                 axis.text(x, y - lift, text, fontsize=7, fontweight=weight, **style)
                 if cell["is_answer"]:
@@ -126,8 +125,8 @@ class Lens:
                     axis.add_patch(_frame(corner, *size))
                 else:
                     axis.text(x, y + 0.27, _short(cell["rank"]), fontsize=5, color="#333333", **style)
-        pictures.label_tokens(axis, self.tokens, most=len(self.tokens))
-        pictures.label_rows(axis, self.rows)
+        plotting.label_tokens(axis, self.tokens, most=len(self.tokens))
+        plotting.label_rows(axis, self.rows)
 
 
 def _frame(corner: tuple[float, float], width: float, height: float) -> object:

@@ -15,9 +15,9 @@ import numpy as np
 import tqdm
 from gemma import gm
 
-from gemma_scope_jax import tables
 from gemma_scope_jax.data import batching
-from gemma_scope_jax.explore import directions, pictures
+from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.explore import directions
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
 from gemma_scope_jax.models import forward, weights
@@ -105,7 +105,7 @@ class Links:
 
     def figure(self) -> matplotlib.figure.Figure:
         """Effects against attributions and against weights, a point for each later latent that is reached."""
-        figure, ((left, right),) = pictures.new_figure(1, 2, 6, 5)
+        figure, ((left, right),) = plotting.new_figure(1, 2, 6, 5)
         figure.suptitle(f"latent {self.latent} of {plottable(self.name, 100)}", fontsize=10)
         image = None
         layers = self.layer.values()

@@ -13,9 +13,9 @@ import rich.style
 import rich.table
 import rich.text
 
-from gemma_scope_jax import tables
 from gemma_scope_jax.data import batching
-from gemma_scope_jax.explore import dashboards, directions, pictures, site
+from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.explore import dashboards, directions, site
 from gemma_scope_jax.explore.edits import check_latent
 from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.runtime import ranges
@@ -99,7 +99,7 @@ class Look:
         for line, excerpt in enumerate(shown):
             self._draw(above, line, excerpt, width)
         if self.raises:
-            raised = " ".join(pictures.label(token, 20) for token, _ in self.raises)
+            raised = " ".join(plotting.label(token, 20) for token, _ in self.raises)
             below.set_title(f"raises {raised}", fontsize=8, loc="left", parse_math=False)
         edges = dashboards.EDGES
         below.stairs(self.histogram_H, edges, fill=True, color=np.array(_GREEN) / 255)
@@ -115,7 +115,7 @@ class Look:
 
     def _draw(self, axis: object, line: int, excerpt: Excerpt, width: int) -> None:
         """Writes a passage on a line: its peak in one column, what does not fit left out."""
-        texts = [pictures.label(token, 40, " ") for token in excerpt.tokens]
+        texts = [plotting.label(token, 40, " ") for token in excerpt.tokens]
         peak_at = int(0.62 * width)
         ends = np.cumsum([len(text) for text in texts])
         starts = ends - [len(text) for text in texts]

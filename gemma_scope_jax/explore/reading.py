@@ -10,8 +10,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import page, tables
-from gemma_scope_jax.explore import pictures
+from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.explore.scope import Scope, place_copies, prompt, reconstruct
 from gemma_scope_jax.models import interventions
 from gemma_scope_jax.runtime import distributed
@@ -75,12 +74,12 @@ class Reading:
         # In the order in which they are the strongest, so that the picture has a diagonal.
         chosen = chosen[np.argsort(f_LxM[:, chosen].argmax(0), kind="stable")][::-1]
         size = (max(0.3 * len(self.tokens) + 1.6, 4), 0.19 * len(chosen) + 1.4)
-        figure, ((axis,),) = pictures.new_figure(1, 1, *size)
-        pictures.heat_map(
+        figure, ((axis,),) = plotting.new_figure(1, 1, *size)
+        plotting.heat_map(
             figure, axis, f_LxM[:, chosen].T, "linear", f"{printable(name, 60)}: latents by token"
         )
-        pictures.label_tokens(axis, self.tokens)
-        pictures.label_rows(axis, list(map(str, chosen)))
+        plotting.label_tokens(axis, self.tokens)
+        plotting.label_rows(axis, list(map(str, chosen)))
         axis.set_ylabel("latent", fontsize=8)
         return figure
 
@@ -98,7 +97,7 @@ class Reading:
             for name, f_LxM in self.latents.items()
         }
         largest = {name: self._largest(name) for name in self.latents}
-        page.render(
+        html.render(
             pathlib.Path(path), "explore/reading.html.jinja", model=self.model, tokens=self.tokens,
             cells=cells, largest=largest, top=top,
         )  # fmt: skip

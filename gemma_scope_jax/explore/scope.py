@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import opening
 from gemma_scope_jax.data import token_rows
+from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import masking, placement, registry, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding

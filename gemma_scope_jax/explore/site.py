@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from gemma_scope_jax import page
+from gemma_scope_jax.display import html
 from gemma_scope_jax.explore import dashboards
 from gemma_scope_jax.explore.dashboards import Gathered, Passages
 from gemma_scope_jax.explore.directions import Logits
@@ -87,7 +87,7 @@ def write(folder: pathlib.Path, shown: Dashboards, text_of: Callable[[int], str]
         number = start // PER_FILE
         _write_script(folder / "data" / f"latents_{number}.js", f"window.latents[{number}]", value)
     _write_script(folder / "data" / "index.js", "window.about", _index(shown, text_of))
-    page.render(folder / "index.html", "explore/site.html.jinja", name=shown.name, model=shown.model)
+    html.render(folder / "index.html", "explore/site.html.jinja", name=shown.name, model=shown.model)
 
 
 def write_links(path: pathlib.Path, folders: Mapping[str, str], all_shown: Mapping[str, Dashboards]) -> None:
@@ -103,7 +103,7 @@ def write_links(path: pathlib.Path, folders: Mapping[str, str], all_shown: Mappi
             "dense": f"{g.is_dense_M.mean():.1%}",
         }
     first = next(iter(all_shown.values()))
-    page.render(
+    html.render(
         path, "explore/sites.html.jinja", model=first.model, text=first.text,
         activations=f"{first.gathered.activations:,}", table=table,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax import page, tables
+from gemma_scope_jax.display import html, tables
 from gemma_scope_jax.explore import edits, specs
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope
@@ -66,7 +66,7 @@ class Steered:
 
     def write_html(self, path: str | pathlib.Path) -> None:
         """Writes a page of the same that needs no network."""
-        page.render(
+        html.render(
             pathlib.Path(path), "explore/steered.html.jinja", model=self.model, how=self.how,
             edits=[specs.written(edit) for edit in self.edits], pairs=self.pairs,
         )  # fmt: skip

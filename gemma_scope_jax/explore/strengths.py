@@ -14,8 +14,9 @@ import matplotlib.figure
 import numpy as np
 import tqdm
 
-from gemma_scope_jax import metrics, page, tables
 from gemma_scope_jax.data import batching
+from gemma_scope_jax.display import tables
+from gemma_scope_jax.evaluation import metrics, page
 from gemma_scope_jax.explore import activities, directions, edits
 from gemma_scope_jax.explore.edits import Edit
 from gemma_scope_jax.explore.scope import Scope, one_token

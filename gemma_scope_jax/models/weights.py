@@ -23,7 +23,7 @@ from etils import epath
 from gemma import gm
 from gemma.gm.nn import _config, _modules
 
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.printing import printable, quoted, say
 
@@ -184,7 +184,7 @@ def _is_finite(leaf: jax.Array) -> jax.Array:
 class _Stored(NamedTuple):
     """A parameter in terms of tensors: one, turned into Gemma's layout, or several of them stacked."""
 
-    tensors: tuple[files.Tensor, ...]
+    tensors: tuple[safetensors_io.Tensor, ...]
     layout: Callable[[np.ndarray], np.ndarray]
 
 
@@ -213,7 +213,11 @@ _HUGGING_FACE, _LLAMA_CPP = 0, 1
 
 
 def _from_matrices(
-    path: str, tensors: Mapping[str, files.Tensor], naming: int, model: gm.nn.Transformer, num_layers: int
+    path: str,
+    tensors: Mapping[str, safetensors_io.Tensor],
+    naming: int,
+    model: gm.nn.Transformer,
+    num_layers: int,
 ) -> Params:
     """Gemma's tree of `_Stored`, every tensor's name and shape checked."""
     config = model.config
@@ -222,7 +226,7 @@ def _from_matrices(
     # llama.cpp keeps gains with the 1 already added.
     offset = 1 if naming == _LLAMA_CPP else 0
 
-    def tensor(key: str, block: int, *shape: int) -> files.Tensor:
+    def tensor(key: str, block: int, *shape: int) -> safetensors_io.Tensor:
         name = _NAMES[key][naming].format(block)
         if name not in tensors:
             raise ValueError(f"{path} does not hold {type(model).__name__}: it has no tensor {quoted(name)}")
@@ -322,7 +326,7 @@ def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> 
     for shard in shards:
         if not (folder / shard).exists():
             raise ValueError(f"{path} is not whole: {shard} is missing")
-        tensors |= files.map_safetensors(str(folder / shard))
+        tensors |= safetensors_io.map_safetensors(str(folder / shard))
     # With a vision tower beside it, the text model's names have one of two prefixes.
     renamed = {
         name.replace("language_model.model.", "model.").replace("model.language_model.", "model."): tensor
@@ -445,8 +449,8 @@ def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
             f"{path} does not hold {type(model).__name__}: it has {blocks} blocks, expected {model.config.num_layers}"
         )
 
-    def tensor(found: gguf.ReaderTensor) -> files.Tensor:
-        return files.Tensor(
+    def tensor(found: gguf.ReaderTensor) -> safetensors_io.Tensor:
+        return safetensors_io.Tensor(
             tuple(int(size) for size in reversed(found.shape)),
             found.tensor_type.name,
             lambda: gguf.quants.dequantize(found.data, found.tensor_type),

@@ -15,17 +15,13 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, BinaryIO
 
-import ml_dtypes
 import numpy as np
-import safetensors
 from etils import epath
 
 from gemma_scope_jax.runtime.printing import printable
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-_MAX_HEADER = 2**20  # Gemma 27B's longest takes 100 kB.
 _MAX_JSON = 16 * 2**20
 _MAX_DIRECTORY = 4 * 2**20  # Of an archive: the names of some 40,000 members.
 _MAX_UNPACKED = 2**30  # Of an npz file of numbers.
@@ -34,14 +30,6 @@ _MAX_BYTES = 2**37
 
 # What reading a damaged or forbidden file raises. Libraries add errors of their own; PyArrow's are ValueErrors.
 READING_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error)
-
-
-class Tensor(NamedTuple):
-    """A tensor of a file. `read` may be slow, and what it returns may be a view of the file."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
 
 
 def parts(value: np.ndarray) -> list[np.ndarray]:
@@ -312,41 +300,6 @@ def write_json(path: pathlib.Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of a file as views of it; safetensors itself gives NumPy no bfloat16, nor parts of a tensor.
-
-    Raises:
-      ValueError: the file is not whole.
-    """
-    with open_regular(path) as file, reading(path, "safetensors"):
-        size = int.from_bytes(file.read(8), "little")
-        if size > _MAX_HEADER:
-            raise ValueError(f"its header has {size:,} bytes, at most {_MAX_HEADER:,} are read")
-        header = json.loads(file.read(size))
-        try:
-            with safetensors.safe_open(path, framework="numpy"):  # Checks that header and length agree.
-                pass
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{error}; fetch it again") from error
-    header.pop("__metadata__", None)
-    is_empty = os.path.getsize(path) == 8 + size  # NumPy maps no file of no bytes.
-    data = np.zeros(0, np.uint8) if is_empty else np.memmap(path, np.uint8, mode="r", offset=8 + size)
-
-    def tensor(name: str, entry: dict) -> Tensor:
-        begin, end = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), entry["dtype"]
-
-        def read() -> np.ndarray:
-            if dtype not in DTYPES:
-                raise ValueError(f"{path}: {name} is in {dtype}; only {', '.join(DTYPES)} are read")
-            with reading(path, "safetensors"):
-                return data[begin:end].view(DTYPES[dtype]).reshape(shape)
-
-        return Tensor(shape, dtype, read)
-
-    return {name: tensor(name, entry) for name, entry in header.items()}
-
-
 @contextlib.contextmanager
 def open_archive(path: str | pathlib.Path) -> Iterator[zipfile.ZipFile]:
     """Opens a zip archive of others, if the list of its members is of bounded length; see `open_regular`.
@@ -421,21 +374,3 @@ def read_npz(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     except Exception as error:  # Of as many kinds as there are ways to break an archive.
         raise ValueError(f"{path} is not a whole npz file: {printable(error)}") from error
     return arrays
-
-
-def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a file from arrays that are not copied whole; transposed ones are, a part at a time."""
-    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-    header, end = {}, 0
-    for name, value in tensors.items():
-        entry = {"dtype": names[value.dtype], "shape": list(value.shape)}
-        begin, end = end, end + value.nbytes
-        header[name] = entry | {"data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # Tensors begin at multiples of eight.
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for value in tensors.values():
-            for part in parts(value):
-                file.write(np.ascontiguousarray(part).view(np.uint8).data)

@@ -1,7 +1,7 @@
 """Text that somebody else wrote, made safe to print, to plot and to put on a page.
 
 A name in a file may hold escape sequences that a terminal obeys, line breaks that forge a second message, letters
-that turn the rest of a line around, or a million characters. What HTML itself reads, `page.render` escapes.
+that turn the rest of a line around, or a million characters. What HTML itself reads, `html.render` escapes.
 """
 
 import functools

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import tables
+from gemma_scope_jax.display import tables
 from gemma_scope_jax.runtime import devices as devices_lib
 from gemma_scope_jax.training import flops as flops_lib
 from gemma_scope_jax.training import loop, runs

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import yaml
 
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -44,7 +44,7 @@ def write(folder: pathlib.Path, sae: SAE, layer: int, dtype: str = "float32") ->
     }
     path = folder / f"layer_{layer}.safetensors"
     with files.replacing_file(path) as partial:
-        files.write_safetensors(partial, tensors)
+        safetensors_io.write_safetensors(partial, tensors)
     return path
 
 

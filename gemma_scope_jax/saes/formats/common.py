@@ -8,7 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.jumprelu import SAE
 
@@ -91,7 +91,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the file is not whole, or has more tensors than an SAE.
     """
-    tensors = files.map_safetensors(path)
+    tensors = safetensors_io.map_safetensors(path)
     if len(tensors) > 16:
         raise ValueError(f"{path} has {len(tensors)} tensors; an SAE has five or six")
     return {name: tensor.read() for name, tensor in tensors.items()}

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -51,7 +51,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
     }
     tensors = {_NAMES[name]: value for name, value in common.arrays(sae, dtype).items()}
     with files.replacing_file(folder / "params.safetensors") as partial:
-        files.write_safetensors(partial, tensors)
+        safetensors_io.write_safetensors(partial, tensors)
     files.write_json(folder / "config.json", config)
 
 
@@ -151,7 +151,7 @@ def write_layers(folder: pathlib.Path, layers: list[Layer]) -> None:
             if value is not None
         }
         with files.replacing_file(folder / f"params_layer_{i}.safetensors") as partial:
-            files.write_safetensors(partial, tensors)
+            safetensors_io.write_safetensors(partial, tensors)
 
 
 def read_layers(folder: pathlib.Path) -> list[Layer]:

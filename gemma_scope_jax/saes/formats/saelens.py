@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -71,12 +71,14 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
     files.write_json(folder / "cfg.json", config)
     if about.site_mean_O is not None:
         with files.replacing_file(folder / _SITE_MEAN) as partial:
-            files.write_safetensors(partial, {"site_mean": np.asarray(about.site_mean_O, np.float32)})
+            safetensors_io.write_safetensors(
+                partial, {"site_mean": np.asarray(about.site_mean_O, np.float32)}
+            )
     tensors = common.arrays(sae, dtype)
     if "W_skip" in tensors:  # SAELens applies it as x @ W_skip.T.
         tensors["W_skip"] = tensors["W_skip"].T
     with files.replacing_file(folder / "sae_weights.safetensors") as partial:
-        files.write_safetensors(partial, tensors)
+        safetensors_io.write_safetensors(partial, tensors)
 
 
 def _architecture(sae: SAE, about: common.About) -> str:

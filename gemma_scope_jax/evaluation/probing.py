@@ -16,8 +16,9 @@ import numpy as np
 from scipy import sparse
 from sklearn import linear_model, model_selection
 
-from gemma_scope_jax import opening, tables
 from gemma_scope_jax.data import sources
+from gemma_scope_jax.display import tables
+from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import activations, masking, placement, registry, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gemma_scope_jax import metrics, page, plots, tables
+from gemma_scope_jax.display import html, tables
+from gemma_scope_jax.evaluation import metrics, page, plots
 from gemma_scope_jax.runtime import files, printing
 from gemma_scope_jax.runtime.printing import printable, say
 from gemma_scope_jax.saes import evaluation_file
@@ -165,7 +166,7 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
     headings = list(columns)
     if is_compared:
         headings += [f"{column} − {first}" for column in headings[1:]]
-    page.render(
+    html.render(
         out / "side_by_side.html",
         "side_by_side.html.jinja",
         tables=tables,
@@ -173,7 +174,7 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
         numbers=page.NUMBERS,
         about={label: suite.about for label, suite in columns.items()},
         remark=remark,
-        picture=page.data_url(plots.side_by_side({c: suite.results for c, suite in columns.items()})),
+        picture=html.data_url(plots.side_by_side({c: suite.results for c, suite in columns.items()})),
         command=command,
     )
     names = ("number", "sae", "column", "value", "se", "difference", "difference_se")

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import descriptions, opening, tables
 from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.display import tables
+from gemma_scope_jax.evaluation import opening, token_descriptions
 from gemma_scope_jax.models import activations, masking, placement, registry, tokenizer
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import printable, say
@@ -65,7 +66,7 @@ class Firings:
     some positions, in ascending order, it fires.
     """
 
-    def __init__(self, text: descriptions.Text, pool_N: np.ndarray, candidates: int, seed: int) -> None:
+    def __init__(self, text: token_descriptions.Text, pool_N: np.ndarray, candidates: int, seed: int) -> None:
         empty = np.zeros(0, np.int64)
         self.text, self.pool_N = text, pool_N
         self.examples = Events(empty, empty, np.zeros(0, np.float32), np.zeros(0))
@@ -110,7 +111,7 @@ class Latent:
     auroc: float
     auroc_strongest: float  # telling the strongest quarter of its firings
     control: float  # AUROC by another latent's description
-    words: Mapping[str, list[str]]  # see `descriptions.words`
+    words: Mapping[str, list[str]]  # see `token_descriptions.words`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def summarize(
     found: Firings,
     candidates_C: np.ndarray,
     wanted: int,
-    elsewhere: descriptions.Counts,
+    elsewhere: token_descriptions.Counts,
     decode: Callable[[list[int]], str],
 ) -> Detection:
     """Scores the first candidates that can be.
@@ -152,7 +153,7 @@ def summarize(
       decode: from token ids to text.
     """
     text, size = found.text, len(candidates_C)
-    pool_NxW = descriptions.passages(text, found.pool_N)
+    pool_NxW = token_descriptions.passages(text, found.pool_N)
     is_silent = [
         (text.half_RxL.reshape(-1)[found.pool_N] == half)[:, None] & ~found.is_firing_NxC for half in (0, 1)
     ]
@@ -160,26 +161,26 @@ def summarize(
     is_scorable_C = np.min([*counts, *(is_it.sum(0) for is_it in is_silent)], axis=0) >= FEWEST
     chosen = np.flatnonzero(is_scorable_C)[:wanted]
 
-    def description_of(c: int) -> descriptions.Description:
+    def description_of(c: int) -> token_descriptions.Description:
         examples = found.examples.position[found.examples.latent == c]
         silent_KxW = pool_NxW[is_silent[0][:, c]]
-        return descriptions.describe(descriptions.passages(text, examples), elsewhere, silent_KxW)
+        return token_descriptions.describe(token_descriptions.passages(text, examples), elsewhere, silent_KxW)
 
     described = [description_of(c) for c in chosen]
     latents = []
     for place, c in enumerate(chosen):
         tested = found.tested.where(found.tested.latent == c)
-        firing = descriptions.passages(text, tested.position[np.argsort(-tested.value, kind="stable")])
+        firing = token_descriptions.passages(text, tested.position[np.argsort(-tested.value, kind="stable")])
         silent = pool_NxW[is_silent[1][:, c]]
         other = described[(place + 1) % len(chosen)]
         latents.append(
             Latent(
                 int(candidates_C[c]),
                 float(found.count_C[c] / (text.half_RxL >= 0).sum()),
-                descriptions.score(described[place], firing, silent),
-                descriptions.score(described[place], firing[: -(-len(firing) // 4)], silent),
-                descriptions.score(other, firing, silent) if len(chosen) > 1 else float("nan"),
-                descriptions.words(described[place], text, decode),
+                token_descriptions.score(described[place], firing, silent),
+                token_descriptions.score(described[place], firing[: -(-len(firing) // 4)], silent),
+                token_descriptions.score(other, firing, silent) if len(chosen) > 1 else float("nan"),
+                token_descriptions.words(described[place], text, decode),
             )
         )
     means = {
@@ -235,7 +236,7 @@ def detect(
       decode: from token ids to text, for the descriptions.
       prefix: see `masking.is_kept`.
     """
-    text = descriptions.divide(rows.tokens, rows.first_document, prefix)
+    text = token_descriptions.divide(rows.tokens, rows.first_document, prefix)
     rng = np.random.default_rng(seed)
     halves = [np.flatnonzero(text.half_RxL.reshape(-1) == half) for half in (0, 1)]
     background_N = rng.permutation(halves[0])[:BACKGROUND]
@@ -251,7 +252,9 @@ def detect(
             x_SxLxD = batch.values[subject.site]
             f_SxLxC = _latents(mesh, encoders[name], x_SxLxD, batch.tokens_SxL, candidates[name], prefix)
             found[name].add(batch.first, np.asarray(f_SxLxC)[: batch.count])
-    elsewhere = descriptions.count(descriptions.passages(text, background_N), len(text.vocabulary_V))
+    elsewhere = token_descriptions.count(
+        token_descriptions.passages(text, background_N), len(text.vocabulary_V)
+    )
     return {name: summarize(found[name], candidates[name], latents, elsewhere, decode) for name in subjects}
 
 

@@ -4,27 +4,21 @@ Every position that counts is spliced, and only predictions made from such posit
 BOS, EOS and PAD. `passes` has the compiled passes, `metrics` the numbers.
 """
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import pathlib
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 import tqdm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import metrics
 from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.evaluation import metrics
 from gemma_scope_jax.models import interventions, registry
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, files, locks, sharding
-from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime import distributed, resumable, sharding
 from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 
@@ -90,94 +84,6 @@ def activations(
     return {site: np.concatenate(parts) for site, parts in found.items()}
 
 
-@contextlib.contextmanager
-def holding_parts(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process away from a folder of parts; one that is left empty goes away.
-
-    Raises:
-      ValueError: another process is at work there.
-    """
-    if not distributed.is_first():
-        yield
-        return
-    try:
-        busy = f"another process is writing to {folder.parent}; wait for it or stop it, or give another --out"
-        with locks.locked(folder / ".lock", busy):
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # Something was cut off there before, or is under way.
-            folder.rmdir()
-
-
-class Parts:
-    """What was measured of each batch, kept in a folder so that a long evaluation goes on where it was cut off."""
-
-    def __init__(self, folder: pathlib.Path, identity: Mapping[str, object]) -> None:
-        """Opens what lies in the folder of this `identity`, beside that of others, which were cut off, too."""
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.folder = folder / digest[:16]
-        if distributed.is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        distributed.wait_for_all("the parts of an evaluation are opened")
-
-    def read(self, index: int) -> dict[str, dict[str, np.ndarray]] | None:
-        """What `write` was given; None if it was not, or if the file is damaged, which is said."""
-        path = self._path(index)
-        found = None
-        if path.exists():
-            try:
-                found = _read_part(path)
-            except (OSError, ValueError):
-                tqdm.tqdm.write(f"{printable(path)} is damaged; it is measured again.")
-        return found if distributed.all_agree(found is not None) else None
-
-    def write(self, index: int, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        """Keeps what was found, by SAE or site and quantity."""
-        if distributed.is_first():
-            # Where there are no locks, another process may have ended and taken the folder with it.
-            with contextlib.suppress(FileNotFoundError):
-                _write_part(self._path(index), found)
-        distributed.wait_for_all(f"part {index} of an evaluation is written")
-
-    def remove(self) -> None:
-        """To be called when nothing can be lost any more."""
-        if distributed.is_first():
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _path(self, index: int) -> pathlib.Path:
-        return self.folder / f"batch_{index:06}.npz"
-
-
-_DIGEST = hashlib.sha256  # Before an archive of arrays: nothing of a damaged file is ever parsed.
-
-
-def _write_part(path: pathlib.Path, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    arrays = {f"{of}/{name}": value for of, values in found.items() for name, value in values.items()}
-    size = _DIGEST().digest_size
-    with files.replacing_file(path) as partial, partial.open("w+b") as file:
-        file.seek(size)
-        np.savez(file, **arrays)
-        file.seek(size)
-        digest = hashlib.file_digest(file, _DIGEST).digest()
-        file.seek(0)
-        file.write(digest)
-
-
-def _read_part(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-    """What `_write_part` was given; ValueError if the file has changed since."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    size = _DIGEST().digest_size
-    with files.open_regular(path) as file:
-        if file.read(size) != hashlib.file_digest(file, _DIGEST).digest():
-            raise ValueError(f"{path} is damaged")
-        file.seek(size)
-        with np.load(file, allow_pickle=False) as arrays:
-            for key in arrays.files:
-                of, _, quantity = key.rpartition("/")
-                found.setdefault(of, {})[quantity] = arrays[key]
-    return found
-
-
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Seconds that a batch took, in the median of all but the first, which compiles. None: there was no other."""
@@ -198,7 +104,7 @@ def evaluate(
     counts: batching.Counts = batching.every_position,
     is_fast: bool = False,
     mesh: jax.sharding.Mesh | None = None,
-    parts: Parts | None = None,
+    parts: resumable.Parts | None = None,
 ) -> tuple[dict[str, Evaluation], Cost | None]:
     """Evaluates SAEs on the first `count` held-out rows in a fixed order; also says what a batch of them cost.
 

@@ -1,17 +1,15 @@
 """An evaluation as one page that needs no network: tables, plots, definitions, and how to make it again."""
 
-import base64
 import csv
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import jinja2
 import numpy as np
 
-from gemma_scope_jax import plots
+from gemma_scope_jax.display import html
+from gemma_scope_jax.evaluation import plots
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.printing import lines, printable
 from gemma_scope_jax.saes import evaluation_file, verdicts
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 
@@ -165,10 +163,10 @@ def write_html(
       judgements: verdicts, by SAE.
       remarks: on all of it, a sentence each.
     """
-    pictures_of = {title: data_url(image.read_bytes()) for title, image in (images or {}).items()}
+    pictures_of = {title: html.data_url(image.read_bytes()) for title, image in (images or {}).items()}
     if len(set(layers.values())) > 1:
-        pictures_of["By layer"] = data_url(plots.by_layer(results, layers))
-    render(
+        pictures_of["By layer"] = html.data_url(plots.by_layer(results, layers))
+    html.render(
         path,
         "evaluation.html.jinja",
         about=about,
@@ -188,27 +186,8 @@ def write_html(
             )
             for name, result in results.items()
         },
-        pictures={name: data_url(plots.details(result)) for name, result in results.items()},
+        pictures={name: html.data_url(plots.details(result)) for name, result in results.items()},
         plots=pictures_of,
         verdicts=judgements or {},
         remarks=remarks,
     )
-
-
-def render(path: pathlib.Path, template: str, **values: object) -> None:
-    """Writes a page made of one of this package's templates."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gemma_scope_jax", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: lines(value) if type(value) is str else value,
-    )
-    environment.filters["line"] = printable
-    rendered = environment.get_template(template).render(values)
-    with files.replacing_file(path) as partial:
-        partial.write_text(rendered, encoding="utf-8")
-
-
-def data_url(png: bytes) -> str:
-    """A picture as the address of an image, which a page then holds itself."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Collection
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import results
 from gemma_scope_jax.data import prepare, sources, token_rows
+from gemma_scope_jax.evaluation import output
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable, say, well_formed
@@ -229,7 +229,7 @@ def results_folder(
     text: str | None = None,
     options: str = "",
 ) -> pathlib.Path:
-    """`results.results_folder`; results that are not of the SAEs' own text and model overwrite none that are.
+    """`output.results_folder`; results that are not of the SAEs' own text and model overwrite none that are.
 
     Args:
       opened: what lies at the location.
@@ -241,7 +241,7 @@ def results_folder(
     is_other = not sources.is_same_text(opened.config.data.text, opened.own.data.text)
     name = text or text_label(opened.config.data.text)
     label = pathlib.Path(options or options_of(opened), name if is_other else "")
-    return results.results_folder(location, out, None if label == pathlib.Path() else label)
+    return output.results_folder(location, out, None if label == pathlib.Path() else label)
 
 
 def text_label(source: str) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from gemma_scope_jax import baselines, evaluation, metrics, opening, page, plots, suites, tables
-from gemma_scope_jax import results as results_lib
 from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.display import tables
+from gemma_scope_jax.evaluation import baselines, evaluate, metrics, opening, page, plots, side_by_side
+from gemma_scope_jax.evaluation import output as results_lib
 from gemma_scope_jax.models import placement, registry, weights
-from gemma_scope_jax.runtime import distributed, files, ranges
+from gemma_scope_jax.runtime import distributed, files, ranges, resumable
 from gemma_scope_jax.runtime.printing import printable, say, shareable
 from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
 from gemma_scope_jax.training import runs
@@ -54,7 +55,7 @@ def evaluate_path(
     text: Sequence[str] | str | None = None,
     has_baselines: bool = False,
     **overrides: str | None,
-) -> dict[str, evaluation.Evaluation]:
+) -> dict[str, evaluate.Evaluation]:
     """Evaluates what lies at a path; writes evaluation.json, .csv, .npz, .html and .png, and prints a table.
 
     Cut off and called again, it goes on behind the last batch that was whole.
@@ -65,7 +66,7 @@ def evaluate_path(
       rows_per_batch: in one pass; likewise.
       out: the folder to write to; None: beside the SAE or in the run; of what is not its own, below it, see
         `opening.results_folder`.
-      is_fast: without what costs most; see `evaluation.evaluate`.
+      is_fast: without what costs most; see `evaluate.evaluate`.
       split: of the rows, one of `data.TRAIN` and `data.HELD_OUT`.
       text: to evaluate on; of several, each has a folder of its own in `out`, and there is a table by text.
       has_baselines: with the `baselines` of each SAE.
@@ -92,7 +93,7 @@ def evaluate_path(
     out, places = _places(path, out, by_label, split, kind, overrides)
     with contextlib.ExitStack() as held:
         for place in places.values():
-            held.enter_context(evaluation.holding_parts(place / _PARTS))
+            held.enter_context(resumable.holding_parts(place / _PARTS))
         mesh, loaded = placement.load_gemma(config)
         judged = tuple(opened.subjects)
         if has_baselines:
@@ -107,12 +108,14 @@ def evaluate_path(
             place = places[label]
             of_text = options | {"text": f"{label}={texts[label]}" if label else None}
             of_text["out"] = given_out if place == out else place
-            parts.append(evaluation.Parts(place / _PARTS, _identity_of_all(one, mesh, options)))
+            parts.append(resumable.Parts(place / _PARTS, _identity_of_all(one, mesh, options)))
             found[label] = _evaluate(
                 one, loaded, mesh, options, place, _command(path, of_text), parts[-1], judged, own_folder
             )
         if len(found) > 1 and distributed.is_first():
-            suites.write(out, found, _command(path, options | {"text": list(map("=".join, texts.items()))}))
+            side_by_side.write(
+                out, found, _command(path, options | {"text": list(map("=".join, texts.items()))})
+            )
         # Not before all texts are done, or the same command would begin with the first again.
         for of_one in parts:
             of_one.remove()
@@ -184,7 +187,7 @@ def _with_baselines(
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
     count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
     rows = token_rows.open_rows(opened.rows, split)
-    found = evaluation.activations(
+    found = evaluate.activations(
         loaded, tuple(sorted(sites, key=str)), rows, count, per_batch, batching.counts_of(opened.config), mesh
     )
     subjects = {}
@@ -224,7 +227,7 @@ def _identity_of_all(
         "rows": options["rows"],
         "rows_in_a_batch": batching.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
         "is_fast": bool(options["fast"]),
-        "measures": evaluation.MEASURES,
+        "measures": evaluate.MEASURES,
         "saes": {name: attached.identity(subject) for name, subject in opened.subjects.items()},
     }
 
@@ -236,10 +239,10 @@ def _evaluate(
     options: Mapping[str, object],
     out: pathlib.Path,
     command: str,
-    parts: evaluation.Parts,
+    parts: resumable.Parts,
     judged: Sequence[str],
     own_folder: pathlib.Path,
-) -> suites.Suite:
+) -> side_by_side.Suite:
     """Evaluates on one text, and writes and prints what is found, with verdicts on those that are `judged`."""
     config, split = opened.config, options["split"]
     about = _about(opened, options)
@@ -247,7 +250,7 @@ def _evaluate(
     training = (
         token_rows.open_rows(opened.rows, token_rows.TRAIN) if config.data.held_out_fraction < 1 else held_out
     )
-    results, cost = evaluation.evaluate(
+    results, cost = evaluate.evaluate(
         loaded,
         opened.subjects,
         training,
@@ -259,7 +262,7 @@ def _evaluate(
         mesh,
         parts,
     )
-    suite = suites.Suite(about, results)
+    suite = side_by_side.Suite(about, results)
     if not distributed.is_first():
         return suite
     about["cost"] = dataclasses.asdict(cost) if cost else None
@@ -314,11 +317,11 @@ def _evaluate(
 
 
 def _remarks(
-    opened: opening.Opened, results: Mapping[str, evaluation.Evaluation], own_folder: pathlib.Path
+    opened: opening.Opened, results: Mapping[str, evaluate.Evaluation], own_folder: pathlib.Path
 ) -> list[str]:
     """What to know of an evaluation on another text than the one trained on."""
     texts = [shareable(text) for text in (opened.config.data.text, opened.text_trained_on)]
-    remarks = [f"Evaluated on {texts[0]}, trained on {texts[1]}. {suites.FVU_OF_TEXTS}"]
+    remarks = [f"Evaluated on {texts[0]}, trained on {texts[1]}. {side_by_side.FVU_OF_TEXTS}"]
     own, others = None, {}
     with contextlib.suppress(ValueError):  # A damaged one is no reason to lose this one.
         own, others = runs.own_evaluation(own_folder, opened.own, opened.step)
@@ -343,7 +346,7 @@ def sweeps(members: Mapping[str, naming.Member]) -> dict[str, dict[str, str]]:
 
 
 def _lines(
-    subjects: Mapping[str, attached.Subject], results: Mapping[str, evaluation.Evaluation]
+    subjects: Mapping[str, attached.Subject], results: Mapping[str, evaluate.Evaluation]
 ) -> dict[str, dict[str, str]]:
     """The same of files, which do not say their λ: those of one place and width, by their L0."""
     found: dict[str, dict[str, str]] = {}
@@ -360,7 +363,7 @@ def _lines(
 _OF_MANY = ("l0", "fvu", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction")
 
 
-def print_table(results: dict[str, evaluation.Evaluation], of: str) -> None:
+def print_table(results: dict[str, evaluate.Evaluation], of: str) -> None:
     """The numbers of every SAE: a column each, or of more than three a row each with those that matter most."""
     first = next(iter(results.values()))
     counts = f"{first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"
