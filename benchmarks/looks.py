@@ -10,7 +10,7 @@ import tempfile
 import numpy as np
 
 from benchmarks.commands import RESULTS, measure
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.evaluation import detection
@@ -49,7 +49,7 @@ class Part:
 
 def latent() -> tuple[list[str], dict]:
     """A latent that is picked by how well its passages describe it, on other text, beside latents drawn at random."""
-    scope = explore.open_scope(RUN)
+    scope = analysis.open_scope(RUN)
     ((name, subject),) = scope.subjects.items()
     held_out = scope.held_out()
     ends = [Part(held_out, first, ROWS) for first in (0, len(held_out) - ROWS)]
@@ -79,7 +79,7 @@ def latent() -> tuple[list[str], dict]:
     drawn = np.random.default_rng(0).permutation([latent for latent in other if latent != best])[:RANDOM]
     picked, random = other[best], [other[latent] for latent in drawn.tolist()]
     unseen = dataclasses.replace(scope, held_out=lambda: ends[1])
-    look = explore.look_at(unseen, name, best, rows=ROWS)
+    look = analysis.look_at(unseen, name, best, rows=ROWS)
     plotting.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
     with tempfile.TemporaryDirectory() as scratch:
         command = f"python -m gemma_scope_jax dashboards {RUN}"
@@ -102,7 +102,7 @@ def latent() -> tuple[list[str], dict]:
     }
 
 
-def prompts(scope: explore.Scope) -> list[str]:
+def prompts(scope: analysis.Scope) -> list[str]:
     """Ten of 24 tokens each, of held-out addresses."""
     rows = scope.held_out().read(np.arange(0, 800, 80))
     return [scope.tokenizer.decode(row[100:124].tolist()) for row in rows.tokens]
@@ -112,9 +112,9 @@ def attribution() -> tuple[list[str], dict]:
     """How attributions agree with ablations, and what integrated gradients leave."""
     numbers = {}
     for path, latents in ((RUN, 32), (SITES, 48)):
-        scope = explore.open_scope(path)
+        scope = analysis.open_scope(path)
         texts = prompts(scope)
-        found = explore.ablations_of_prompts(scope, texts, latents)
+        found = analysis.ablations_of_prompts(scope, texts, latents)
         numbers[path] = {
             "saes": len(scope.subjects),
             "width": len(next(iter(scope.subjects.values())).sae.b_enc),
@@ -122,13 +122,13 @@ def attribution() -> tuple[list[str], dict]:
             "prompts": [found.correlation(prompt=number) for number in range(len(texts))],
             "layers": {int(layer): found.correlation(layer=layer) for layer in np.unique(found.layer_N)},
         }
-    scope = explore.open_scope(RUN)
+    scope = analysis.open_scope(RUN)
     (name,) = scope.subjects
     integrals = []
     for text in prompts(scope):
-        whole, plain = explore.integrate(scope, text, name), explore.attribute(scope, text)
+        whole, plain = analysis.integrate(scope, text, name), analysis.attribute(scope, text)
         # The same latents for both: those that the plain gradient chooses.
-        ablated = explore.ablations(scope, plain, 32)
+        ablated = analysis.ablations(scope, plain, 32)
         parts_N = whole.parts[name].latents_M[ablated.latent_N]
         integrals.append(
             {
@@ -142,7 +142,7 @@ def attribution() -> tuple[list[str], dict]:
     return ["python -m benchmarks.results attribution"], numbers | {"integrals": integrals}
 
 
-def _off(parts: explore.attribution.Parts) -> float:
+def _off(parts: analysis.attribution.Parts) -> float:
     """How far the parts of gradient × activation are from y · g, of the largest of that."""
     summed_L = parts.latents_L + parts.error_L + parts.bias_L + parts.skip_L
     return float(np.abs(summed_L - parts.total_L).max() / np.abs(parts.total_L).max())
@@ -151,12 +151,12 @@ def _off(parts: explore.attribution.Parts) -> float:
 def steering() -> tuple[list[str], dict]:
     """The latent that `latent` picked added to what Gemma writes, and effect against damage."""
     latent = json.loads((RESULTS / "latent.json").read_text())["numbers"]["latent"]
-    scope = explore.open_scope(RUN)
+    scope = analysis.open_scope(RUN)
     (name,) = scope.subjects
-    typical = explore.typical(scope, name, latent)
+    typical = analysis.typical(scope, name, latent)
     texts = ["Once upon a time", "My fellow Americans"]
-    steered = explore.steer(scope, texts, [explore.add(name, latent, 3 * typical)], num_tokens=30)
-    swept = explore.sweep(scope, name, latent, rows=8)
+    steered = analysis.steer(scope, texts, [analysis.add(name, latent, 3 * typical)], num_tokens=30)
+    swept = analysis.sweep(scope, name, latent, rows=8)
     numbers = {
         key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(swept).items()
     }
@@ -181,21 +181,21 @@ def bias() -> tuple[list[str], dict]:
     made = {"seed 0": _corrected(names["found"], names["corrected"])}
 
     def add(label: str, choosing: tuple, measured: tuple, is_paired: bool = False, seed: int = 0) -> None:
-        found = explore.contrast(scope, *choosing, is_paired=is_paired, seed=seed)
+        found = analysis.contrast(scope, *choosing, is_paired=is_paired, seed=seed)
         made[label] = None
         if found.found():
-            made[label] = _corrected(found, explore.correct(scope, found, *asked, *measured, seed=seed))
+            made[label] = _corrected(found, analysis.correct(scope, found, *asked, *measured, seed=seed))
 
     for seed in (1, 2):
-        add(f"seed {seed}", *explore.halves(women, men, seed=seed), seed=seed)
-    add("pairs", *explore.halves(women, men, True), is_paired=True)
+        add(f"seed {seed}", *analysis.halves(women, men, seed=seed), seed=seed)
+    add("pairs", *analysis.halves(women, men, True), is_paired=True)
     professions = [[f"The {word} said that" for word in words.split()] for words in PROFESSIONS]
     add("latents of all the words, on professions", (women, men), professions)
-    add("latents of professions, on others", *explore.halves(*professions))
+    add("latents of professions, on others", *analysis.halves(*professions))
     return [f"python {script}", "python -m benchmarks.results bias"], made
 
 
-def _corrected(found: explore.Contrast, corrected: explore.Correction) -> dict:
+def _corrected(found: analysis.Contrast, corrected: analysis.Correction) -> dict:
     changes = [corrected.change, *(one.gap - corrected.clean.gap for one in corrected.random)]
     return {
         "tested": found.tested,
@@ -221,18 +221,18 @@ def _corrected(found: explore.Contrast, corrected: explore.Correction) -> dict:
 
 def links() -> tuple[list[str], dict]:
     """How well attributions and weights tell what ablation does to later latents."""
-    scope = explore.open_scope(SITES)
+    scope = analysis.open_scope(SITES)
     names = {s.site.layer: name for name, s in scope.subjects.items() if s.site.kind == "resid_post"}
-    of = explore.activity(scope, 8, [names[6]])[names[6]]
+    of = analysis.activity(scope, 8, [names[6]])[names[6]]
     latents = np.random.default_rng(0).choice(np.flatnonzero(of.frequency_M > 0), 5, replace=False).tolist()
     layers: dict[int, dict[str, list[float]]] = {}
     for latent in latents:
-        found = explore.links(scope, names[6], latent)
+        found = analysis.links(scope, names[6], latent)
         for layer in range(7, 18):
             kept = layers.setdefault(layer, {"attribution": [], "weight": []})
             kept["attribution"].append(found.correlation(found.attribution, names[layer]))
             kept["weight"].append(found.correlation(found.weight, names[layer]))
-    flow = explore.flow(scope, PROMPT, ANSWER)
+    flow = analysis.flow(scope, PROMPT, ANSWER)
     lens = {
         "stream": flow.lens.stream,
         "reconstruction": flow.lens.reconstruction,

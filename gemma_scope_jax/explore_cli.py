@@ -212,9 +212,9 @@ def _strengths(text: str) -> list[float]:
 
 def run_explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **overrides: str | None) -> None:
     """A prompt as the SAEs read it; see `explore.read`."""
-    from gemma_scope_jax import explore
+    from gemma_scope_jax import analysis
 
-    reading = explore.read(explore.open_scope(path, **overrides), prompt)
+    reading = analysis.read(analysis.open_scope(path, **overrides), prompt)
     reading.show(top)
     if html:
         reading.write_html(html)
@@ -230,9 +230,9 @@ def run_flow(
     **overrides: str | None,
 ) -> None:
     """A prompt through the layers; see `explore.flow`."""
-    from gemma_scope_jax import explore
+    from gemma_scope_jax import analysis
 
-    found = explore.flow(explore.open_scope(path, **overrides), prompt, answer)
+    found = analysis.flow(analysis.open_scope(path, **overrides), prompt, answer)
     found.show()
     _write_png(png, found.figure)
     if png and found.lens:
@@ -254,9 +254,9 @@ def run_links(
     **overrides: str | None,
 ) -> None:
     """What a latent feeds; see `explore.links`."""
-    from gemma_scope_jax import explore
+    from gemma_scope_jax import analysis
 
-    found = explore.links(explore.open_scope(path, **overrides), sae, latent, to, rows, prompt)
+    found = analysis.links(analysis.open_scope(path, **overrides), sae, latent, to, rows, prompt)
     found.show(top)
     _write_png(png, found.figure)
 
@@ -302,35 +302,35 @@ def run_attribute(
     Raises:
       ValueError: options that do not go together; see also `attribute`, `integrate` and `ablations`.
     """
-    from gemma_scope_jax import explore
+    from gemma_scope_jax import analysis
+    from gemma_scope_jax.analysis.session import only
     from gemma_scope_jax.data import sources
     from gemma_scope_jax.display import plotting
-    from gemma_scope_jax.explore.scope import only
 
     if (prompt is None) == (prompts is None):
         raise ValueError("give a prompt, or --prompts=FILE, and not both")
     if prompts and (not ablate or is_integrated or html):
         raise ValueError("--prompts goes with --ablate=N and without --integrated and --html")
     texts = sources.read_prompts(prompts) if prompts else None
-    scope = explore.open_scope(path, **overrides)
+    scope = analysis.open_scope(path, **overrides)
     if sae is not None:
         scope = only(scope, sae)
     question = {"answer": answer, "against": against, "token": token}
     if prompts:
-        made = explore.ablations_of_prompts(scope, texts, ablate, seed, **question)
+        made = analysis.ablations_of_prompts(scope, texts, ablate, seed, **question)
         made.show(top)
         _write_png(png, made.figure)
         return
     if is_integrated:
         if len(scope.subjects) > 1:
             raise ValueError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
-        found = explore.integrate(scope, prompt, next(iter(scope.subjects)), **question)
+        found = analysis.integrate(scope, prompt, next(iter(scope.subjects)), **question)
     else:
-        found = explore.attribute(scope, prompt, **question)
+        found = analysis.attribute(scope, prompt, **question)
     found.show(top)
     shown = {}
     if ablate:
-        made = explore.ablations(scope, found, ablate, seed)
+        made = analysis.ablations(scope, found, ablate, seed)
         made.show(top)
         shown = {"Held against ablation": plotting.png(made.figure())}
     if html:
@@ -364,32 +364,33 @@ def run_steer(
     rows: int | None,
     **overrides: str | None,
 ) -> None:
-    """`steering.steer`, or of one edit `strengths.sweep`.
+    """`steer.steer`, or of one edit `sweep.sweep`.
 
     Args:
       path: see `opening.open_path`.
       prompts: see `steer`.
       edit: edits as `specs` writes them.
-      num_tokens: see `steer`; None: `steering.NUM_TOKENS`.
+      num_tokens: see `steer`; None: `steer.NUM_TOKENS`.
       temperature: likewise.
       samples: likewise.
       seed: likewise.
       chat: likewise.
       html: a page to write.
       sweep: whether the edit is swept over.
-      multiples: of the edit; None: `strengths.STRENGTHS`.
-      tokens: see `strengths.sweep`.
+      multiples: of the edit; None: `sweep.STRENGTHS`.
+      tokens: see `sweep.sweep`.
       png: of the sweep's figure.
-      rows: see `strengths.sweep`; None: `strengths.ROWS`.
+      rows: see `sweep.sweep`; None: `sweep.ROWS`.
       **overrides: see `opening.open_path`.
 
     Raises:
       ValueError: an edit is not written as one, or options do not go together.
     """
-    from gemma_scope_jax import explore
-    from gemma_scope_jax.explore import specs, steering, strengths
+    from gemma_scope_jax import analysis
+    from gemma_scope_jax.analysis.steering import edit_syntax, steer
+    from gemma_scope_jax.analysis.steering import sweep as sweep_lib
 
-    made = [specs.parse(text) for text in edit]
+    made = [edit_syntax.parse(text) for text in edit]
     of_replies = {
         "a prompt": prompts, "--html": html, "--chat": chat, "--temperature": temperature, "--samples": samples > 1,
         "--num_tokens": num_tokens,
@@ -403,21 +404,21 @@ def run_steer(
         _check_swept(edit, made)
     elif not prompts:
         raise ValueError("there is no prompt to go on with; give one, or --sweep")
-    scope = explore.open_scope(path, **overrides)
+    scope = analysis.open_scope(path, **overrides)
     if not sweep:
-        changes = specs.resolve(scope, made)
-        length = steering.NUM_TOKENS if num_tokens is None else num_tokens
-        steered = explore.steer(scope, prompts, changes, length, temperature, samples, seed, chat)
+        changes = edit_syntax.resolve(scope, made)
+        length = steer.NUM_TOKENS if num_tokens is None else num_tokens
+        steered = analysis.steer(scope, prompts, changes, length, temperature, samples, seed, chat)
         steered.show()
         if html:
             steered.write_html(html)
             _tell(html)
     else:
-        once = specs.named(scope, made[0].edit)
+        once = edit_syntax.named(scope, made[0].edit)
         kind = "add" if once.scale else "clamp"
-        by = [once.add * multiple for multiple in multiples or strengths.STRENGTHS]
-        swept = explore.sweep(
-            scope, once.sae, once.latent, by, kind, strengths.ROWS if rows is None else rows, tokens
+        by = [once.add * multiple for multiple in multiples or sweep_lib.STRENGTHS]
+        swept = analysis.sweep(
+            scope, once.sae, once.latent, by, kind, sweep_lib.ROWS if rows is None else rows, tokens
         )
         swept.show()
         _write_png(png, swept.figure)
@@ -438,7 +439,7 @@ def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
 
 def run_contrast(**options: object) -> None:
     """See `audit.audit`."""
-    from gemma_scope_jax.explore import audit
+    from gemma_scope_jax.analysis.contrast import audit
 
     audit.audit(**options)
 
@@ -446,8 +447,8 @@ def run_contrast(**options: object) -> None:
 def run_dashboards(top: int, **options: object) -> None:
     """See `build.build`."""
     from gemma_scope_jax import config
-    from gemma_scope_jax.explore import build, dashboards
+    from gemma_scope_jax.analysis.dashboards import build, collect
     from gemma_scope_jax.runtime import distributed
 
     distributed.initialize(config.HostsConfig())
-    build.build(**options, options=dashboards.Options(top=top))
+    build.build(**options, options=collect.Options(top=top))

@@ -1101,7 +1101,7 @@ def imports() -> None:
     """Imports what commands import late, so that forks need not."""
     import tensorflow_datasets  # noqa: F401
 
-    from gemma_scope_jax.explore import build  # noqa: F401
+    from gemma_scope_jax.analysis.dashboards import build  # noqa: F401
     from gemma_scope_jax.runtime import distributed  # noqa: F401
 
 

@@ -13,10 +13,11 @@ import tiny
 from scipy import special
 from toys import random_sae
 
-from gemma_scope_jax import explore, explore_cli
+from gemma_scope_jax import analysis, explore_cli
+from gemma_scope_jax.analysis import session as scope_lib
+from gemma_scope_jax.analysis.attribution import ablation
+from gemma_scope_jax.analysis.attribution import gradients as gradients_lib
 from gemma_scope_jax.display import plotting
-from gemma_scope_jax.explore import ablating, attribution
-from gemma_scope_jax.explore import scope as scope_lib
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.models.sites import Site
@@ -61,12 +62,12 @@ def scope(tiny_gemma):
 
 @pytest.fixture(scope="module")
 def found(scope):
-    return explore.attribute(scope, TEXT)
+    return analysis.attribute(scope, TEXT)
 
 
 @pytest.fixture(scope="module")
 def ablated(scope, found):
-    return explore.ablations(scope, found, 24)
+    return analysis.ablations(scope, found, 24)
 
 
 PARAMS = jax.tree.map(np.float64, tiny.params())
@@ -133,8 +134,8 @@ def latents(name, values):
 def gradients(scope, found, answer=None, against=None):
     placed = scope_lib.place_prompts(scope, [found.ids])
     chosen = (answer or found.answer[0], against or found.against[0])
-    metric = attribution.metric_behind(found.ids, *chosen)
-    return attribution.differentiate(scope, placed, metric, attribution.zeros(scope, placed, SPLICED))
+    metric = gradients_lib.metric_behind(found.ids, *chosen)
+    return gradients_lib.differentiate(scope, placed, metric, gradients_lib.zeros(scope, placed, SPLICED))
 
 
 def test_the_two_likeliest_tokens_are_asked_for(found):
@@ -151,7 +152,7 @@ def test_the_two_likeliest_tokens_are_asked_for(found):
 def test_what_is_asked_for_is_measured_behind_its_token(scope, answer, against, token):
     ids = IDS[: range(1, len(IDS))[token] + 1]
     logits, _ = slow_gemma(ids)
-    found = explore.attribute(scope, TEXT, answer, against, token)
+    found = analysis.attribute(scope, TEXT, answer, against, token)
     a = logits.argmax() if answer is None else tiny.encode(answer)[0]
     rest = np.where(np.arange(272) == a, -np.inf, logits)
     b = rest.argmax() if against is None else None if against == "mean" else tiny.encode(against)[0]
@@ -164,7 +165,7 @@ def test_what_is_asked_for_is_measured_behind_its_token(scope, answer, against, 
 
 def test_the_likeliest_answer_is_not_the_one_that_it_is_held_against(scope, found):
     """Else the difference would be nothing."""
-    turned = gradients(scope, found, attribution.LIKELIEST, found.answer[0])
+    turned = gradients(scope, found, gradients_lib.LIKELIEST, found.answer[0])
     assert (turned.answer_S[0], turned.against_S[0]) == (found.against[0], found.answer[0])
     np.testing.assert_allclose(turned.metric_S[0], -found.metric, atol=1e-5)
 
@@ -210,7 +211,7 @@ def test_parts_equal_slow_numpy_and_add_up_to_the_activations_share(scope, found
 
 @pytest.mark.parametrize("name", ["mlp", "skip"])  # At one site: one program.
 def test_integrated_parts_equal_an_integral_in_float64_and_add_up(scope, name):
-    found = explore.integrate(scope, TEXT, name, tolerance=1e-4)
+    found = analysis.integrate(scope, TEXT, name, tolerance=1e-4)
     subject, parts, integral = SUBJECTS[name], found.parts[name], found.integral
     _, values = slow_gemma(IDS)
     W_dec, f = np.float64(subject.sae.W_dec), latents(name, values)
@@ -238,7 +239,7 @@ def test_integrated_parts_equal_an_integral_in_float64_and_add_up(scope, name):
 
 
 def test_what_gap_too_few_nodes_leave_is_said(scope, capsys):
-    found = explore.integrate(scope, TEXT, "mlp", tolerance=1e-9, most_nodes=4)
+    found = analysis.integrate(scope, TEXT, "mlp", tolerance=1e-9, most_nodes=4)
     gain = found.metric - found.integral.baseline
     parts = found.parts["mlp"]
     np.testing.assert_allclose(
@@ -273,7 +274,7 @@ def test_half_are_the_strongest_and_the_others_are_drawn(scope, found, ablated):
     strongest = sorted(every, key=lambda pair: -every[pair])[:12]
     assert pairs[:12] == strongest and ablated.is_strongest_N.tolist() == [True] * 12 + [False] * 12
     assert len(set(pairs)) == 24 and set(pairs) <= every.keys()
-    again, other = (explore.ablations(scope, found, 24, seed) for seed in (0, 1))
+    again, other = (analysis.ablations(scope, found, 24, seed) for seed in (0, 1))
     np.testing.assert_array_equal(again.latent_N, ablated.latent_N)
     np.testing.assert_array_equal(again.effect_N, ablated.effect_N)
     assert (other.latent_N[12:] != ablated.latent_N[12:]).any()
@@ -283,7 +284,7 @@ def test_half_are_the_strongest_and_the_others_are_drawn(scope, found, ablated):
 def test_no_more_latents_are_taken_out_than_fire(scope, found):
     few = dataclasses.replace(found, parts={"embed": found.parts["embed"]})
     count = len(np.unique(found.parts["embed"].latent_N))
-    chosen, is_strongest_N = ablating._choose(few, 10_000, 0)
+    chosen, is_strongest_N = ablation._choose(few, 10_000, 0)
     assert len(set(chosen)) == count == len(is_strongest_N) and is_strongest_N.all()
 
 
@@ -306,10 +307,10 @@ def test_correlations_are_those_of_numpy(ablated):
 
 
 def test_ablations_of_prompts_are_those_of_each(scope, ablated):
-    pooled = explore.ablations_of_prompts(scope, [TEXT, "bread and law"], 24)
+    pooled = analysis.ablations_of_prompts(scope, [TEXT, "bread and law"], 24)
     assert pooled.prompt_N.tolist() == [0] * 24 + [1] * 24
     np.testing.assert_array_equal(pooled.effect_N[:24], ablated.effect_N)
-    alone = explore.ablations(scope, explore.attribute(scope, "bread and law"), 24, seed=1)
+    alone = analysis.ablations(scope, analysis.attribute(scope, "bread and law"), 24, seed=1)
     np.testing.assert_array_equal(pooled.effect_N[24:], alone.effect_N)
     assert pooled.sae == ablated.sae + alone.sae
 
@@ -322,16 +323,16 @@ def test_several_devices_give_what_one_gives(scope, found, ablated, tiny_gemma):
         lambda path, value: jax.device_put(value, placement(path[-1].key, value.shape)), tiny_gemma.params
     )
     several = dataclasses.replace(several, loaded=dataclasses.replace(tiny_gemma, params=params))
-    got = explore.attribute(several, TEXT)
+    got = analysis.attribute(several, TEXT)
     assert got.answer == found.answer
     for name, parts in found.parts.items():
         scale = np.abs(parts.part_N).max()
         np.testing.assert_array_equal(got.parts[name].latent_N, parts.latent_N)
         np.testing.assert_allclose(got.parts[name].part_N, parts.part_N, atol=1e-4 * scale)
-    many = explore.ablations(several, got, 24)
+    many = analysis.ablations(several, got, 24)
     assert many.sae == ablated.sae
     np.testing.assert_allclose(many.effect_N, ablated.effect_N, atol=1e-5)
-    one, got = (explore.integrate(of, TEXT, "resid") for of in (scope, several))
+    one, got = (analysis.integrate(of, TEXT, "resid") for of in (scope, several))
     assert one.integral.nodes == got.integral.nodes
     np.testing.assert_allclose(got.integral.baseline, one.integral.baseline, atol=1e-5)
     scale = np.abs(one.parts["resid"].part_N).max()
@@ -351,16 +352,16 @@ def test_several_devices_give_what_one_gives(scope, found, ablated, tiny_gemma):
 )
 def test_what_cannot_be_asked_is_refused(scope, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        explore.attribute(scope, **{"prompt": TEXT} | options)
+        analysis.attribute(scope, **{"prompt": TEXT} | options)
 
 
 def test_other_mistakes_are_refused(scope, found):
     with pytest.raises(ValueError, match="there is no SAE 'other'; there are resid, beside"):
-        explore.integrate(scope, TEXT, "other")
+        analysis.integrate(scope, TEXT, "other")
     with pytest.raises(ValueError, match="latents is 0; it must be at least 1"):
-        explore.ablations(scope, found, 0)
+        analysis.ablations(scope, found, 0)
     with pytest.raises(ValueError, match="there are no prompts"):
-        explore.ablations_of_prompts(scope, [])
+        analysis.ablations_of_prompts(scope, [])
 
 
 def test_the_strongest_and_the_sums_are_shown(found, ablated, capsys, tmp_path):
@@ -430,7 +431,7 @@ def command(**options):
 
 
 def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
+    monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
     command(prompt=TEXT, ablate=24, html=tmp_path / "a.html", png=tmp_path / "a.png")
     shown = capsys.readouterr().out
     assert f"{found.metric:.3f}" in shown and "Spearman" in shown
@@ -441,7 +442,7 @@ def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_
     )
     command(prompts=tmp_path / "texts.jsonl", ablate=24, png=tmp_path / "b.png")
     shown = capsys.readouterr().out
-    pooled = explore.ablations_of_prompts(scope, [TEXT, "bread and law"], 24)
+    pooled = analysis.ablations_of_prompts(scope, [TEXT, "bread and law"], 24)
     assert f"{pooled.correlation().pearson:.3f}" in shown
     apart = sorted(pooled.correlation(prompt=number).spearman for number in range(2))
     assert re.search(rf"2 prompts apart .* {apart[0]:.3f} to {apart[1]:.3f} ", shown)
@@ -454,8 +455,8 @@ def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_
 
 
 def test_parts_do_not_depend_on_how_many_tokens_are_divided_at_a_time(scope, found, monkeypatch):
-    monkeypatch.setattr(attribution, "_DENSE", 64 * 4)
-    got = explore.attribute(scope, TEXT)
+    monkeypatch.setattr(gradients_lib, "_DENSE", 64 * 4)
+    got = analysis.attribute(scope, TEXT)
     for name, parts in found.parts.items():
         for part, expected in zip(got.parts[name], parts, strict=True):
             np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
@@ -464,10 +465,10 @@ def test_parts_do_not_depend_on_how_many_tokens_are_divided_at_a_time(scope, fou
 def test_where_nothing_fires_there_is_nothing_to_take_out(tiny_gemma):
     silent = SUBJECTS["resid"].sae.replace(threshold=np.full(64, 1e9, np.float32))
     scope = scopes.make(tiny_gemma, {"silent": attached.Subject(silent, RESID, None)})
-    found = explore.attribute(scope, TEXT)
+    found = analysis.attribute(scope, TEXT)
     found.show()
     with pytest.raises(ValueError, match=f"no latent fires on '{TEXT}'"):
-        explore.ablations(scope, found)
+        analysis.ablations(scope, found)
 
 
 def test_names_are_drawn_as_text(found, capsys):
@@ -488,6 +489,6 @@ def test_names_are_drawn_as_text(found, capsys):
     ],
 )
 def test_options_that_do_not_go_together_are_refused(scope, monkeypatch, options, message):
-    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
+    monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
     with pytest.raises(ValueError, match=message):
         command(**options)

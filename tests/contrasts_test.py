@@ -13,7 +13,7 @@ import tiny
 from scipy import stats
 from toys import random_sae
 
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -75,7 +75,7 @@ def contrast_of(monkeypatch, scope, features, second, **options):
     """A contrast of features [N, M] by SAE, the last `second` of them the second set's."""
     monkeypatch.setattr(module, "features_of", lambda *_: (features, features))
     prompts = [f"prompt {number}" for number in range(len(next(iter(features.values()))))]
-    return explore.contrast(scope, prompts[:-second], prompts[-second:], **options)
+    return analysis.contrast(scope, prompts[:-second], prompts[-second:], **options)
 
 
 # Of 120 latents these are planted.
@@ -214,4 +214,4 @@ def test_few_prompts_say_what_they_can_show(monkeypatch, scope):
 )
 def test_what_cannot_be_is_refused(scope, first, second, options, message):
     with pytest.raises(ValueError, match=message):
-        explore.contrast(scope, first, second, **options)
+        analysis.contrast(scope, first, second, **options)

@@ -13,11 +13,12 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import __main__ as command
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
+from gemma_scope_jax.analysis.contrast import correction
+from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching, sources, token_rows
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.evaluation import metrics
-from gemma_scope_jax.explore import correction, edits
 from gemma_scope_jax.models import forward, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
@@ -43,7 +44,7 @@ def scope(tiny_gemma, rows):
 
 @pytest.fixture(scope="module")
 def found(scope):
-    return explore.contrast(scope, FIRST, SECOND)
+    return analysis.contrast(scope, FIRST, SECOND)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def rows():
 @pytest.fixture(scope="module")
 def corrected(scope, found):
     before = edits.final_stream._cache_size()
-    made = explore.correct(
+    made = analysis.correct(
         scope, found, "x", "y", NEW_FIRST, NEW_SECOND, top=13, random_sets=7, seed=1, rows=5
     )
     # One program for prompts and one for rows of text, whatever is ablated.
@@ -92,9 +93,9 @@ def slow_behaviour(scope, prompt, ablated=()):
 def test_a_behaviour_is_a_difference_of_logits_behind_each_prompt(scope):
     prompts = ["q", *NEW_SECOND, "rivers of sun"]
     expected = [slow_behaviour(scope, prompt) for prompt in prompts]
-    np.testing.assert_allclose(explore.behaviour(scope, prompts, "x", "y"), expected, atol=1e-4)
+    np.testing.assert_allclose(analysis.behaviour(scope, prompts, "x", "y"), expected, atol=1e-4)
     np.testing.assert_allclose(
-        explore.behaviour(scope, prompts, "y", "x"), [-value for value in expected], atol=1e-4
+        analysis.behaviour(scope, prompts, "y", "x"), [-value for value in expected], atol=1e-4
     )
 
 
@@ -145,7 +146,7 @@ def test_in_text_with_a_chat_template_it_is_left_as_it_is(scope, found, correcte
     given = dict(
         answer="x", against="y", first=NEW_FIRST, second=NEW_SECOND, top=13, random_sets=1, seed=1, rows=5
     )
-    made = explore.correct(scope, found, **given)
+    made = analysis.correct(scope, found, **given)
     # Prompts have no template, and text that has one loses less where that is spared.
     np.testing.assert_allclose(made.ablated.gap, corrected.ablated.gap, atol=1e-5)
     assert made.ablated.delta_loss != corrected.ablated.delta_loss
@@ -226,11 +227,11 @@ def test_it_shows_and_writes_what_came_out(corrected, tmp_path, capsys):
 
 
 def test_halves_hold_each_prompt_once_and_keep_pairs():
-    (first_a, second_a), (first_b, second_b) = explore.halves(FIRST, SECOND[:7])
+    (first_a, second_a), (first_b, second_b) = analysis.halves(FIRST, SECOND[:7])
     assert (len(first_a), len(first_b), len(second_a), len(second_b)) == (5, 5, 4, 3)
     assert sorted(first_a + first_b) == sorted(FIRST) and sorted(second_a + second_b) == sorted(SECOND[:7])
-    assert first_a != FIRST[:5] and explore.halves(FIRST, SECOND, seed=1) != explore.halves(FIRST, SECOND)
-    for first, second in explore.halves(FIRST, SECOND, is_paired=True):
+    assert first_a != FIRST[:5] and analysis.halves(FIRST, SECOND, seed=1) != analysis.halves(FIRST, SECOND)
+    for first, second in analysis.halves(FIRST, SECOND, is_paired=True):
         assert [FIRST.index(one) for one in first] == [SECOND.index(one) for one in second]
 
 
@@ -249,7 +250,7 @@ def test_halves_hold_each_prompt_once_and_keep_pairs():
 def test_what_cannot_be_is_refused(scope, found, change, message):
     given = {"answer": "x", "against": "y", "first": NEW_FIRST, "second": NEW_SECOND} | change
     with pytest.raises(ValueError, match=message):
-        explore.correct(scope, found, **given)
+        analysis.correct(scope, found, **given)
 
 
 def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
@@ -271,7 +272,9 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     after = json.loads((out / "correction.json").read_text())
     assert (out / "contrast.png").read_bytes().startswith(b"\x89PNG")
     assert (len(stored["first"]), len(after["clean"]["first"]), len(after["random"])) == (10, 10, 20)
-    halves = explore.halves(*(sources.read_prompts(tmp_path / name) for name in ("a.txt", "b.jsonl")), seed=3)
+    halves = analysis.halves(
+        *(sources.read_prompts(tmp_path / name) for name in ("a.txt", "b.jsonl")), seed=3
+    )
     assert (stored["first"], stored["second"]) == tuple(map(list, halves[0]))
     assert f"the gap is {after['ablated']['gap']:.3f} instead of {after['clean']['gap']:.3f}" in shown
     assert after["ablated"]["delta_loss"] is not None and f"Wrote {out}" in shown

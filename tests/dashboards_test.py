@@ -9,15 +9,16 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
+from gemma_scope_jax.analysis import decoder_directions
+from gemma_scope_jax.analysis.dashboards import collect
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.explore import dashboards, directions
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import resumable, sharding
 from gemma_scope_jax.saes import attached, geometry, jumprelu
 
 SITES = {"stream": Site("resid_post", 1), "embed": Site("embed", 0)}
-OPTIONS = dashboards.Options(top=6, sample=10, before=3, after=2)
+OPTIONS = collect.Options(top=6, sample=10, before=3, after=2)
 COUNT, LENGTH = 13, 24
 
 
@@ -39,7 +40,7 @@ def subjects():
 
 @pytest.fixture(scope="module")
 def gathered(tiny_gemma, subjects, rows):
-    return dashboards.gather(tiny_gemma, subjects, rows, COUNT, 4, options=OPTIONS)
+    return collect.gather(tiny_gemma, subjects, rows, COUNT, 4, options=OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def slow(tiny_gemma, subjects, rows):
 
 def same(a, b, exact=True):
     for name, value in vars(a).items():
-        if isinstance(value, dashboards.Firings):
+        if isinstance(value, collect.Firings):
             same(value, getattr(b, name), exact)
         elif isinstance(value, np.ndarray) and (exact or value.dtype == np.int32):
             np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
@@ -84,18 +85,18 @@ def test_counts_means_and_histograms_equal_slow_numpy(slow, gathered, name):
     np.testing.assert_allclose(found.max_M, f.max((0, 1)), rtol=1e-4)
     for latent in range(64):
         fired = f[..., latent][f[..., latent] > 0]
-        expected, _ = np.histogram(fired, dashboards.EDGES)
+        expected, _ = np.histogram(fired, collect.EDGES)
         np.testing.assert_array_equal(found.histogram_MxH[latent], expected)
 
 
 def test_activations_beyond_the_bins_are_in_the_first_and_the_last(tiny_gemma, subjects, rows):
-    for factor, at in ((1e-9, 0), (1e9, dashboards.BINS - 1)):
+    for factor, at in ((1e-9, 0), (1e9, collect.BINS - 1)):
         one = subjects["stream"].sae
         scaled = one.replace(
             W_enc=one.W_enc * factor, b_enc=one.b_enc * factor, threshold=one.threshold * factor
         )
         subject = {"a": dataclasses.replace(subjects["stream"], sae=scaled)}
-        found = dashboards.gather(tiny_gemma, subject, rows, COUNT, 4, options=OPTIONS)["a"]
+        found = collect.gather(tiny_gemma, subject, rows, COUNT, 4, options=OPTIONS)["a"]
         np.testing.assert_array_equal(found.histogram_MxH[:, at], found.count_M)
 
 
@@ -160,7 +161,7 @@ def test_every_firing_is_drawn_as_often_as_any_other(slow, gathered):
 
 @pytest.mark.parametrize("per_batch", [1, 13])
 def test_batches_change_nothing(tiny_gemma, subjects, rows, gathered, per_batch):
-    again = dashboards.gather(tiny_gemma, subjects, rows, COUNT, per_batch, options=OPTIONS)
+    again = collect.gather(tiny_gemma, subjects, rows, COUNT, per_batch, options=OPTIONS)
     for name in subjects:
         same(again[name], gathered[name], exact=False)
 
@@ -169,7 +170,7 @@ def test_eight_devices_find_what_one_does(tiny_gemma, subjects, rows, gathered):
     mesh = sharding.make_mesh(4, 2)
     everywhere = jax.device_put(tiny_gemma.params, jax.NamedSharding(mesh, sharding.REPLICATED))
     loaded = dataclasses.replace(tiny_gemma, params=everywhere)
-    again = dashboards.gather(loaded, subjects, rows, COUNT, 8, options=OPTIONS, mesh=mesh)
+    again = collect.gather(loaded, subjects, rows, COUNT, 8, options=OPTIONS, mesh=mesh)
     for name in subjects:
         same(again[name], gathered[name], exact=False)
 
@@ -179,8 +180,8 @@ class Stopped(Exception):
 
 
 def test_a_pass_that_is_cut_off_goes_on(tiny_gemma, subjects, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(dashboards, "SAVE_EVERY", 2)
-    whole = dashboards.gather(tiny_gemma, subjects, rows, COUNT, 2, options=OPTIONS)
+    monkeypatch.setattr(collect, "SAVE_EVERY", 2)
+    whole = collect.gather(tiny_gemma, subjects, rows, COUNT, 2, options=OPTIONS)
     read = []
 
     class Cut(Rows):
@@ -194,11 +195,9 @@ def test_a_pass_that_is_cut_off_goes_on(tiny_gemma, subjects, rows, tmp_path, mo
         return resumable.Parts(tmp_path / "partial", {"a": 1})
 
     with pytest.raises(Stopped):
-        dashboards.gather(tiny_gemma, subjects, Cut(rows.tokens), COUNT, 2, options=OPTIONS, parts=parts())
+        collect.gather(tiny_gemma, subjects, Cut(rows.tokens), COUNT, 2, options=OPTIONS, parts=parts())
     read.clear()
-    again = dashboards.gather(
-        tiny_gemma, subjects, Cut(rows.tokens), COUNT, 2, options=OPTIONS, parts=parts()
-    )
+    again = collect.gather(tiny_gemma, subjects, Cut(rows.tokens), COUNT, 2, options=OPTIONS, parts=parts())
     assert sum(read) == COUNT - 8  # Four batches were kept.
     for name in subjects:
         same(again[name], whole[name])
@@ -206,7 +205,7 @@ def test_a_pass_that_is_cut_off_goes_on(tiny_gemma, subjects, rows, tmp_path, mo
 
 def test_only_the_k_strongest_fire_where_an_sae_is_cut_to_them(tiny_gemma, subjects, rows, slow):
     subject = {"a": dataclasses.replace(subjects["stream"], top_k=2)}
-    found = dashboards.gather(tiny_gemma, subject, rows, COUNT, 4, options=OPTIONS)["a"]
+    found = collect.gather(tiny_gemma, subject, rows, COUNT, 4, options=OPTIONS)["a"]
     fired = (slow[1]["stream"] > 0).sum(2)
     assert found.count_M.sum() == np.minimum(fired, 2).sum() < fired.sum()
 
@@ -218,8 +217,8 @@ def test_passages_end_where_documents_do():
     row = np.array([[0, 0, 1, 1]])
     position = np.array([[2, 8, 0, 5]])
     window = np.arange(24, dtype=np.float32).reshape(1, 4, 6)
-    firings = dashboards.Firings(row, position, window)
-    cut = dashboards.Passages(tokens)
+    firings = collect.Firings(row, position, window)
+    cut = collect.Passages(tokens)
     expected = [
         (0, [11, 12, 13], [2, 3, 4], 1),
         (0, [21, 22, 23, 24], [6, 7, 8, 9], 3),
@@ -237,16 +236,16 @@ def test_bands_hold_as_many_firings_each_and_begin_with_the_first_drawn():
     value = np.array([5, 1, 9, 2, 7, 3, 8, 4, 6, 10, 0], np.float32)
     row = np.array([[0] * 10 + [-1]])
     window = np.pad(value[None, :, None], ((0, 0), (0, 0), (OPTIONS.before, OPTIONS.after)))
-    firings = dashboards.Firings(row, row, window)
-    found = dashboards.Gathered(OPTIONS, 1, 10, np.array([10]), value[:1], np.zeros((1, 2)), firings, firings)
-    assert [value[band].tolist() for band in dashboards.bands(found, 0)] == [
+    firings = collect.Firings(row, row, window)
+    found = collect.Gathered(OPTIONS, 1, 10, np.array([10]), value[:1], np.zeros((1, 2)), firings, firings)
+    assert [value[band].tolist() for band in collect.bands(found, 0)] == [
         [9, 10], [7, 8], [5, 6], [3, 4], [1, 2]
     ]  # fmt: skip
-    assert [band[0] for band in dashboards.bands(found, 0)] == [2, 4, 0, 5, 1]
+    assert [band[0] for band in collect.bands(found, 0)] == [2, 4, 0, 5, 1]
     few = dataclasses.replace(
-        found, sample=dashboards.Firings(np.where(np.arange(11)[None] < 2, 0, -1), row, window)
+        found, sample=collect.Firings(np.where(np.arange(11)[None] < 2, 0, -1), row, window)
     )
-    assert [value[band].tolist() for band in dashboards.bands(few, 0)] == [[5], [1]]
+    assert [value[band].tolist() for band in collect.bands(few, 0)] == [[5], [1]]
 
 
 def test_what_is_planted_is_found(tiny_gemma):
@@ -262,7 +261,7 @@ def test_what_is_planted_is_found(tiny_gemma):
     tokens[:, 0] = masking.BOS
     tokens[1, 7] = tokens[3, 20] = tokens[3, 23] = tokens[2, 0] = 77
     subjects = {"a": attached.Subject(planted, SITES["embed"], None)}
-    found = dashboards.gather(
+    found = collect.gather(
         tiny_gemma, subjects, Rows(tokens), 4, 4, lambda tokens: tokens != masking.PAD, options=OPTIONS
     )["a"]
     order = token_rows.order(4, batching.ORDER_SEED, 0, 4)
@@ -275,18 +274,20 @@ def test_what_is_planted_is_found(tiny_gemma):
     assert top == {(1, 7), (2, 0), (3, 20)}  # The other is in the second's passage, which shows it.
     drawn = (found.sample.row_MxK[5] >= 0).sum()
     assert drawn == 4
-    said = directions.logits(sharding.one_device(), tiny_gemma, W_dec, 1)
+    said = decoder_directions.logits(sharding.one_device(), tiny_gemma, W_dec, 1)
     logits = W_dec[5] / np.sqrt(np.square(W_dec[5]).mean()) * gain @ table.T
     assert said.highest_token_MxT[5, 0] == logits.argmax()
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_logits_of_directions_equal_slow_numpy(tiny_gemma, monkeypatch, devices):
-    monkeypatch.setattr(directions, "_LOGITS", 272 * 24)  # In three chunks, of which the last is not full.
+    monkeypatch.setattr(
+        decoder_directions, "_LOGITS", 272 * 24
+    )  # In three chunks, of which the last is not full.
     mesh = sharding.make_mesh(1, devices, jax.devices()[:devices])
     everywhere = jax.device_put(tiny_gemma.params, jax.NamedSharding(mesh, sharding.REPLICATED))
     W_dec = np.asarray(random_sae().W_dec)
-    found = directions.logits(mesh, dataclasses.replace(tiny_gemma, params=everywhere), W_dec, 4)
+    found = decoder_directions.logits(mesh, dataclasses.replace(tiny_gemma, params=everywhere), W_dec, 4)
     x = W_dec.astype(np.float64)
     x = x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-6)
     x = x * (1 + np.asarray(tiny_gemma.params["final_norm"]["scale"], np.float64))
@@ -302,7 +303,7 @@ def test_directions_of_heads_go_through_the_output_projection(tiny_gemma):
     """What a head's output adds to the stream, by the model itself: its norm behind the projection only scales it."""
     site = Site("attn_out", 2)
     W_dec = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
-    found = directions.in_stream(tiny_gemma.params, site, W_dec)
+    found = decoder_directions.in_stream(tiny_gemma.params, site, W_dec)
     tokens = jnp.asarray([[masking.BOS, 50, 60]])
     x = forward.embed(tiny_gemma.model, tiny_gemma.params, tokens)
     for latent in range(5):
@@ -317,8 +318,8 @@ def test_directions_of_heads_go_through_the_output_projection(tiny_gemma):
         added = np.asarray(after - x)[0, -1]
         cosine = added @ found[latent] / np.linalg.norm(added) / np.linalg.norm(found[latent])
         np.testing.assert_allclose(cosine, 1, atol=1e-5)
-    assert directions.in_stream(tiny_gemma.params, Site("mlp_in", 2), W_dec) is None
-    assert directions.in_stream(tiny_gemma.params, Site("mlp_out", 2), W_dec) is W_dec
+    assert decoder_directions.in_stream(tiny_gemma.params, Site("mlp_in", 2), W_dec) is None
+    assert decoder_directions.in_stream(tiny_gemma.params, Site("mlp_out", 2), W_dec) is W_dec
 
 
 def test_nearest_decoders_equal_slow_numpy():
@@ -333,4 +334,4 @@ def test_nearest_decoders_equal_slow_numpy():
 @pytest.mark.parametrize(("name", "value"), [("top", 0), ("sample", 0), ("before", 0), ("after", -1)])
 def test_options_that_keep_nothing_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least"):
-        dashboards.Options(**{name: value})
+        collect.Options(**{name: value})

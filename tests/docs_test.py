@@ -11,7 +11,7 @@ import tiny
 import toys
 
 from benchmarks import results
-from gemma_scope_jax import config, explore
+from gemma_scope_jax import analysis, config
 from gemma_scope_jax.evaluation import probing
 from gemma_scope_jax.models import forward, interventions, predictions, registry
 from gemma_scope_jax.models.sites import Site
@@ -88,7 +88,7 @@ def test_the_python_of_looking_inside_runs(tiny_gemma, tmp_path, monkeypatch, ca
     """On the small model, of which a letter is a token."""
     subjects = {"layer_1": attached.Subject(toys.random_sae(), Site("resid_post", 1), None)}
     scope = scopes.make(tiny_gemma, subjects, held_out=tiny.tokens(4, 24, seed=4))
-    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
+    monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
     monkeypatch.chdir(tmp_path)
     code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "explore.md").read_text(), re.DOTALL))
     names = {}

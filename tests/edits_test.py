@@ -8,9 +8,9 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import explore
-from gemma_scope_jax.explore import edits
-from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax import analysis
+from gemma_scope_jax.analysis import session as scope_lib
+from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
@@ -73,13 +73,13 @@ def test_latents_that_keep_their_values_change_no_logit(scope, name):
         tokens, masking.packed_positions(tokens), jnp.full(tokens.shape, True), passed
     )
     expected = predictions.logits(loaded.model, loaded.params, clean)
-    for made in ([explore.scale(name, latent, 1.0)], [explore.add(name, latent, 0.0)]):
+    for made in ([analysis.scale(name, latent, 1.0)], [analysis.add(name, latent, 0.0)]):
         y_SxLxO = edits.writes(scope, made)[subject.spliced](passed[subject.spliced], where)
         np.testing.assert_array_equal(y_SxLxO[0], values[subject.spliced])
         np.testing.assert_allclose(logits(made), expected, atol=1e-5)
-    measured = explore.clamp(name, latent, f_LxM[token, latent], range(token - 1, token))
+    measured = analysis.clamp(name, latent, f_LxM[token, latent], range(token - 1, token))
     np.testing.assert_allclose(logits([measured]), expected, atol=1e-4)
-    twice = explore.clamp(name, latent, 2 * f_LxM[token, latent], range(token - 1, token))
+    twice = analysis.clamp(name, latent, 2 * f_LxM[token, latent], range(token - 1, token))
     assert np.abs(logits([twice]) - expected).max() > 1e-3
 
 
@@ -89,7 +89,7 @@ def test_what_edits_make_of_a_site_equals_slow_numpy(scope, name):
     often = (f_LxM > 0).sum(0)
     other = int(np.where(np.arange(64) == latent, -1, often).argmax())
     subject = SUBJECTS[name]
-    made = [explore.ablate(name, latent), explore.Edit(name, other, 3.0, 0.5, range(2, 6))]
+    made = [analysis.ablate(name, latent), analysis.Edit(name, other, 3.0, 0.5, range(2, 6))]
     (y,) = run(scope, {}, read=(subject.spliced,))[1].values()
     f_new = f_LxM.copy()
     f_new[1:, latent] = 0
@@ -106,13 +106,13 @@ def test_what_edits_make_of_a_site_equals_slow_numpy(scope, name):
 def test_what_lies_before_the_first_token_that_is_changed_is_as_it_was(scope):
     _, latent = firing(scope, "resid")
     clean, _ = run(scope, {})
-    got, _ = run(scope, [explore.add("resid", latent, 5.0, range(4, 6))])
+    got, _ = run(scope, [analysis.add("resid", latent, 5.0, range(4, 6))])
     np.testing.assert_allclose(got[:5], clean[:5], atol=1e-5)  # Of another program.
     assert (np.abs(got[5:] - clean[5:]).max(1) > 1e-3).all()
 
 
 def test_edits_at_one_site_add_up(scope):
-    both = [explore.add("resid", 3, 2.0), explore.add("beside", 5, -1.0)]
+    both = [analysis.add("resid", 3, 2.0), analysis.add("beside", 5, -1.0)]
     added = 2 * np.asarray(SUBJECTS["resid"].sae.W_dec[3]) - np.asarray(SUBJECTS["beside"].sae.W_dec[5])
     write = edits.writes(scope, both)
     loaded, tokens = scope.loaded, jnp.asarray([PROMPT])
@@ -131,7 +131,7 @@ def test_a_transcoder_reads_what_an_edit_made_of_its_site(scope):
     where = interventions.Where(
         tokens, masking.packed_positions(tokens), jnp.full(tokens.shape, True), passed
     )
-    write = edits.writes(scope, [explore.add("input", 0, 9.0), explore.ablate("transcoder", 2)])
+    write = edits.writes(scope, [analysis.add("input", 0, 9.0), analysis.ablate("transcoder", 2)])
     passed[READ] = write[READ](x, where)
     moved = np.float64(x[0])
     moved[1:] += 9 * np.float64(SUBJECTS["input"].sae.W_dec[0])
@@ -145,7 +145,7 @@ def test_a_transcoder_reads_what_an_edit_made_of_its_site(scope):
 def test_special_tokens_are_never_changed(scope):
     tokens = jnp.asarray([[masking.BOS, 70, masking.EOS, 71, masking.BOS, 72, masking.PAD]])
     where = interventions.Where(tokens, masking.packed_positions(tokens), jnp.full(tokens.shape, True), {})
-    write = edits.writes(scope, [explore.add("resid", 3, 2.0)])
+    write = edits.writes(scope, [analysis.add("resid", 3, 2.0)])
     changed = write[RESID](jnp.zeros((1, 7, 32)), where)
     assert np.flatnonzero(np.abs(changed[0]).max(1)).tolist() == [1, 3, 5]
 
@@ -160,7 +160,7 @@ def test_rows_may_differ(scope):
     write = edits.writes_of_saes(scope, {"resid": per_row})
     got, _ = edits.final_stream(scope.mesh, scope.loaded.model, scope.loaded.params, placed, write)
     for row, made in zip(
-        got, ([], [explore.ablate("resid", latent)], [explore.add("resid", 7, 2.0)]), strict=True
+        got, ([], [analysis.ablate("resid", latent)], [analysis.add("resid", 7, 2.0)]), strict=True
     ):
         np.testing.assert_allclose(row[: len(PROMPT)], run(scope, made)[0], rtol=1e-5, atol=1e-4)
 
@@ -168,7 +168,7 @@ def test_rows_may_differ(scope):
 @pytest.mark.parametrize("tokens", ["all", "prompt", "reply", range(3, 18)])
 def test_generation_with_edits_equals_running_everything_again(scope, tokens):
     _, latent = firing(scope, "resid")
-    made = [explore.clamp("resid", latent, 6.0, tokens), explore.add("transcoder", 2, 4.0, tokens)]
+    made = [analysis.clamp("resid", latent, 6.0, tokens), analysis.add("transcoder", 2, 4.0, tokens)]
     write = edits.writes(scope, made)
     (reply,) = generation.generate(scope.loaded, [PROMPT], 6, temperature=0, write=write)
     clean = generation.generate(scope.loaded, [PROMPT], 6, temperature=0)[0]
@@ -188,26 +188,26 @@ def test_generation_with_edits_equals_running_everything_again(scope, tokens):
 
 
 def test_nothing_is_compiled_anew_for_other_values(scope):
-    run(scope, [explore.clamp("resid", 1, 2.0), explore.ablate("transcoder", 2)])
+    run(scope, [analysis.clamp("resid", 1, 2.0), analysis.ablate("transcoder", 2)])
     compiled = edits.final_stream._cache_size()
-    run(scope, [explore.add("resid", 9, 1.0, "prompt"), explore.scale("transcoder", 4, 3.0, range(2))])
+    run(scope, [analysis.add("resid", 9, 1.0, "prompt"), analysis.scale("transcoder", 4, 3.0, range(2))])
     assert edits.final_stream._cache_size() == compiled
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([explore.ablate("other", 1)], "there is no SAE 'other'; there are resid"),
-        ([explore.ablate("resid", 64)], "resid has no latent 64; it has 0 to 63"),
-        ([explore.ablate("resid", 1), explore.add("resid", 1, 2.0)], "latent 1 of resid is edited twice"),
+        ([analysis.ablate("other", 1)], "there is no SAE 'other'; there are resid"),
+        ([analysis.ablate("resid", 64)], "resid has no latent 64; it has 0 to 63"),
+        ([analysis.ablate("resid", 1), analysis.add("resid", 1, 2.0)], "latent 1 of resid is edited twice"),
         (
-            [explore.ablate("resid", 1, "answer")],
+            [analysis.ablate("resid", 1, "answer")],
             "the tokens of an edit are 'answer'; give a range or one of",
         ),
-        ([explore.ablate("resid", 1, range(-1, 2))], "give a range of step 1 from 0"),
-        ([explore.ablate("resid", 1, range(5, 2))], "tokens of an edit are 5:2"),
-        ([explore.clamp("resid", 1, float("inf"))], "what an edit adds is inf"),
-        ([explore.scale("resid", 1, float("nan"))], "the scale of an edit is nan"),
+        ([analysis.ablate("resid", 1, range(-1, 2))], "give a range of step 1 from 0"),
+        ([analysis.ablate("resid", 1, range(5, 2))], "tokens of an edit are 5:2"),
+        ([analysis.clamp("resid", 1, float("inf"))], "what an edit adds is inf"),
+        ([analysis.scale("resid", 1, float("nan"))], "the scale of an edit is nan"),
     ],
 )
 def test_what_cannot_be_is_refused(scope, made, message):

@@ -15,10 +15,10 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
+from gemma_scope_jax.analysis import session
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import evaluate as evaluate_lib
 from gemma_scope_jax.evaluation import metrics, opening, report, side_by_side
-from gemma_scope_jax.explore import scope
 from gemma_scope_jax.models import forward, interventions, masking, placement, predictions, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site, site_width
 from gemma_scope_jax.runtime import resumable
@@ -397,7 +397,7 @@ def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
     assert [n for n, of in with_baselines.items() if "verdict" in of] == list(results)
     assert (run / "evaluation.json").read_bytes() == own
     subjects = opening.open_path(run).subjects
-    assert scope._frequencies(run, subjects).keys() == results.keys()
+    assert session._frequencies(run, subjects).keys() == results.keys()
 
     # Two texts of one name are told apart before the first is overwritten.
     second = tmp_path / "second" / "news.jsonl"

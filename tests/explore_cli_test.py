@@ -5,7 +5,7 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, explore
+from gemma_scope_jax import __main__, analysis
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
 
@@ -27,7 +27,7 @@ def command(tiny_gemma, tmp_path, monkeypatch, capsys):
         )
         return scope
 
-    monkeypatch.setattr(explore, "open_scope", open_scope)
+    monkeypatch.setattr(analysis, "open_scope", open_scope)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.chdir(tmp_path)
 

@@ -11,7 +11,7 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.models import forward, masking, predictions
 from gemma_scope_jax.models.sites import Site
@@ -55,7 +55,7 @@ def open_scope(loaded, mesh, names=tuple(SUBJECTS)):
 
 @pytest.fixture(scope="module")
 def flow(tiny_gemma):
-    return explore.flow(open_scope(tiny_gemma, sharding.one_device()), TEXT, "e")
+    return analysis.flow(open_scope(tiny_gemma, sharding.one_device()), TEXT, "e")
 
 
 def softmax(logits):
@@ -151,7 +151,7 @@ def test_what_an_sae_gives_back_exactly_costs_nothing_and_looks_the_same(flow):
 def test_without_an_answer_the_lens_follows_the_models_own(flow, tiny_gemma, walked):
     _, predict = walked
     scope = open_scope(tiny_gemma, sharding.make_mesh(2, 2, jax.devices()[:4]), ("deep",))
-    found = explore.flow(scope, TEXT)
+    found = analysis.flow(scope, TEXT)
     np.testing.assert_array_equal(found.lens.answer_L, predict({})[1:].argmax(1))
     np.testing.assert_array_equal(found.lens.stream.answer_rank[0], 1)
     np.testing.assert_allclose(found.lens.stream.answer_probability, found.lens.stream.probability)
@@ -238,4 +238,4 @@ def test_the_terminal_shows_means_and_the_last_token(flow, capsys, monkeypatch):
 def test_what_cannot_be_is_refused(tiny_gemma, text, answer, message):
     scope = open_scope(tiny_gemma, sharding.one_device(), ("deep",))
     with pytest.raises(ValueError, match=message):
-        explore.flow(scope, text, answer)
+        analysis.flow(scope, text, answer)

@@ -11,8 +11,10 @@ import time
 import pytest
 
 from gemma_scope_jax import config, rollouts
+from gemma_scope_jax.analysis import session
+from gemma_scope_jax.analysis.contrast import audit
+from gemma_scope_jax.analysis.dashboards import build
 from gemma_scope_jax.evaluation import detection, opening, probing, report
-from gemma_scope_jax.explore import audit, build, scope
 from gemma_scope_jax.models import placement
 from gemma_scope_jax.runtime import signals
 
@@ -170,7 +172,7 @@ def test_library_functions_raise_keyboard_interrupt(untouched, tmp_path, monkeyp
 
     monkeypatch.setattr(opening, "open_path", interrupted)
     monkeypatch.setattr(placement, "load_gemma", interrupted)
-    monkeypatch.setattr(scope.opening, "open_path", interrupted)
+    monkeypatch.setattr(session.opening, "open_path", interrupted)
     for file, word in (("a", "first"), ("b", "second")):
         (tmp_path / f"{file}.txt").write_text("\n".join(f"{word} {i}" for i in range(8)))
     labelled = tmp_path / "labelled.jsonl"
@@ -185,7 +187,7 @@ def test_library_functions_raise_keyboard_interrupt(untouched, tmp_path, monkeyp
         ),
         "audit": lambda: audit.audit(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt"),
         "dashboards": lambda: build.build(tmp_path),
-        "explore": lambda: scope.open_scope(tmp_path),
+        "explore": lambda: session.open_scope(tmp_path),
     }[name]
     with pytest.raises(KeyboardInterrupt):
         call()

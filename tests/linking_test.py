@@ -10,9 +10,9 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
+from gemma_scope_jax.analysis.layers.links import virtual_weights
 from gemma_scope_jax.display import plotting
-from gemma_scope_jax.explore.linking import virtual_weights
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -95,7 +95,7 @@ class Walk:
 def linked(request, scope):
     walk = Walk(scope.loaded, request.param, PROMPT)
     latent = int((walk.f_LxM > 0).sum(0).argmax())
-    return walk, latent, explore.links(scope, request.param, latent, text=TEXT)
+    return walk, latent, analysis.links(scope, request.param, latent, text=TEXT)
 
 
 def test_later_saes_are_those_that_read_behind_what_is_given(linked):
@@ -212,7 +212,7 @@ def test_held_out_rows_on_several_devices(tiny_gemma):
 
     mesh = sharding.make_mesh(2, 1, jax.devices()[:2])
     scope = open_scope(tiny_gemma, mesh, ("source", "last"), rows)
-    found = explore.links(scope, "source", 5, rows=3)
+    found = analysis.links(scope, "source", 5, rows=3)
     kept = np.asarray(masking.is_kept(jnp.asarray(rows), 0))
     effect, firings = 0, 0
     for row, is_kept in zip(rows, kept, strict=True):
@@ -246,9 +246,9 @@ def test_held_out_rows_on_several_devices(tiny_gemma):
 )
 def test_what_cannot_be_is_refused(scope, arguments, message):
     with pytest.raises(ValueError, match=message):
-        explore.links(scope, *arguments)
+        analysis.links(scope, *arguments)
 
 
 def test_a_latent_that_is_silent_is_refused(scope):
     with pytest.raises(ValueError, match="latent 60 of source does not fire on these 24 activations"):
-        explore.links(scope, "source", 60, text=TEXT)
+        analysis.links(scope, "source", 60, text=TEXT)

@@ -9,7 +9,7 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
@@ -39,7 +39,7 @@ def f_SxLxM(tiny_gemma):
 
 def test_a_latent_is_shown_as_slow_numpy_finds_it(scope, f_SxLxM):
     latent = int((f_SxLxM > 0).sum((0, 1)).argmax())
-    look = explore.look_at(scope, "stream", latent)
+    look = analysis.look_at(scope, "stream", latent)
     f_SxL = f_SxLxM[..., latent]
     counted = (TOKENS != masking.BOS).sum()
     assert (look.activations, look.histogram_H.sum()) == (counted, (f_SxL > 0).sum())
@@ -67,14 +67,14 @@ def test_latents_of_a_subject_alone_are_in_the_order_asked_for():
 
 
 def test_what_is_not_in_the_stream_raises_nothing(scope):
-    frequency_M = explore.activity(scope, 3, ["read"])["read"].frequency_M
-    look = explore.look_at(scope, "read", int(frequency_M.argmax()))
+    frequency_M = analysis.activity(scope, 3, ["read"])["read"].frequency_M
+    look = analysis.look_at(scope, "read", int(frequency_M.argmax()))
     assert look.raises is look.lowers is None
     look.figure()
 
 
 def test_text_is_shown_as_text(scope, f_SxLxM, capsys):
-    look = explore.look_at(scope, "stream", int((f_SxLxM > 0).sum((0, 1)).argmax()))
+    look = analysis.look_at(scope, "stream", int((f_SxLxM > 0).sum((0, 1)).argmax()))
     look = dataclasses.replace(look, sae=r"[red]$\q$")  # No mathematics: drawn as such it is an error.
     look.show()
     shown = capsys.readouterr().out
@@ -96,11 +96,11 @@ def test_text_is_shown_as_text(scope, f_SxLxM, capsys):
 )
 def test_what_cannot_be_looked_at_is_refused(scope, name, latent, rows, message):
     with pytest.raises(ValueError, match=message):
-        explore.look_at(scope, name, latent, rows)
+        analysis.look_at(scope, name, latent, rows)
 
 
 def test_a_latent_that_is_silent_is_refused(tiny_gemma):
     silent = random_sae(0).replace(threshold=np.full(64, 1e9, np.float32))
     scope = scopes.make(tiny_gemma, {"a": attached.Subject(silent, SITE, None)}, held_out=TOKENS)
     with pytest.raises(ValueError, match="latent 3 of a fires nowhere on 3 held-out rows"):
-        explore.look_at(scope, "a", 3)
+        analysis.look_at(scope, "a", 3)

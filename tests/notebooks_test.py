@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from toys import Rows
 
+from gemma_scope_jax import analysis
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import explore
+from gemma_scope_jax.analysis import session
 from gemma_scope_jax.data import sources
-from gemma_scope_jax.explore import scope
 from gemma_scope_jax.models import forward, masking, placement, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import jumprelu, loading, saving
@@ -75,14 +75,14 @@ def run(tmp_path_factory):
 
     @functools.cache
     def open_scope(path):
-        return dataclasses.replace(scope.open_scope(path), held_out=lambda: Rows(held_out))
+        return dataclasses.replace(session.open_scope(path), held_out=lambda: Rows(held_out))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(placement, "load_gemma", lambda config: (mesh, loaded))
-        patch.setattr(explore, "open_scope", open_scope)
+        patch.setattr(analysis, "open_scope", open_scope)
         # Of the quickstart's 20 random sets and 8 rows a few, which show as well that all of it runs.
-        patch.setattr(explore, "correct", functools.partial(explore.correct, random_sets=6, rows=2))
+        patch.setattr(analysis, "correct", functools.partial(analysis.correct, random_sets=6, rows=2))
         yield lambda name: runpy.run_path(str(NOTEBOOKS / f"{name}.py"))
 
 

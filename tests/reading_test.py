@@ -11,7 +11,7 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
@@ -32,7 +32,7 @@ def scope(tiny_gemma):
 
 @pytest.fixture(scope="module")
 def reading(scope):
-    return explore.read(scope, TEXT)
+    return analysis.read(scope, TEXT)
 
 
 def test_latents_and_errors_equal_slow_numpy(scope, reading, tiny_gemma):
@@ -113,4 +113,4 @@ def test_a_browser_lists_the_latents_of_the_first_token_and_of_one_that_is_click
 
 def test_an_empty_text_is_refused(scope):
     with pytest.raises(ValueError, match="the text is empty"):
-        explore.read(scope, "")
+        analysis.read(scope, "")

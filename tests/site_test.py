@@ -11,9 +11,10 @@ import pytest
 import tiny
 from toys import Rows, random_sae
 
+from gemma_scope_jax.analysis import decoder_directions
+from gemma_scope_jax.analysis.dashboards import build, collect, neuronpedia, website
 from gemma_scope_jax.data import prepare
 from gemma_scope_jax.evaluation import opening
-from gemma_scope_jax.explore import build, dashboards, directions, neuronpedia, site
 from gemma_scope_jax.models import masking, tokenizer
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -27,7 +28,7 @@ def decode(tokens):
     return "".join(chr(t - 3) if 3 <= t < 259 else f"[{t}]" for t in tokens)
 
 
-TEXT_OF = site.token_texts(decode)
+TEXT_OF = website.token_texts(decode)
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +40,20 @@ def shown(tiny_gemma):
     texts = [HOSTILE, "laws of rivers and of stars, songs ", "no bread today, no bread tomorrow "]
     row = [[masking.BOS, *tiny.encode(text)] for text in texts]
     rows = Rows(np.array([(one * 2)[:48] for one in row] * 2, np.int32))
-    options = dashboards.Options(top=4, sample=10, before=12, after=12)
-    gathered = dashboards.gather(tiny_gemma, {"a": subject}, rows, 6, 3, options=options)["a"]
-    logits = directions.logits(sharding.one_device(), tiny_gemma, rarer.W_dec)
+    options = collect.Options(top=4, sample=10, before=12, after=12)
+    gathered = collect.gather(tiny_gemma, {"a": subject}, rows, 6, 3, options=options)["a"]
+    logits = decoder_directions.logits(sharding.one_device(), tiny_gemma, rarer.W_dec)
     nearest = geometry.nearest(rarer.W_dec)
-    passages = dashboards.Passages(dashboards.read_tokens(rows, 6))
-    return site.Dashboards(NAME, "tiny", subject, HOSTILE, gathered, logits, *nearest, passages)
+    passages = collect.Passages(collect.read_tokens(rows, 6))
+    return website.Dashboards(NAME, "tiny", subject, HOSTILE, gathered, logits, *nearest, passages)
 
 
 @pytest.fixture(scope="module")
 def folder(shown, tmp_path_factory):
     made = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(site, "PER_FILE", 24)
-        site.write(made, shown, TEXT_OF)
+        patch.setattr(website, "PER_FILE", 24)
+        website.write(made, shown, TEXT_OF)
     return made
 
 
@@ -129,7 +130,7 @@ def test_a_browser_shows_the_latent_of_the_address(shown, folder):
     alive = np.flatnonzero(g.count_M)
     assert listed(html) == sorted(alive, key=lambda i: (-float(f"{g.max_M[i]:.3g}"), i))
     passages = re.findall(r'<div class="passage"[^>]*>(.*?)</div>', html, re.DOTALL)
-    bands = dashboards.bands(g, latent)
+    bands = collect.bands(g, latent)
     assert len(passages) == (g.top.row_MxK[latent] >= 0).sum() + len(bands)
     cut = shown.passages(g.options, g.top, latent, 0)
     assert plain(passages[0].split("</span>", 1)[1]) == decode(cut.tokens).replace("\n", "↵")
@@ -149,7 +150,7 @@ def test_a_browser_finds_text_tokens_and_numbers(shown, folder):
     def texts(latent):
         for k in np.flatnonzero(g.top.row_MxK[latent] >= 0):
             yield decode(shown.passages(g.options, g.top, latent, int(k)).tokens)
-        for band in dashboards.bands(g, latent):
+        for band in collect.bands(g, latent):
             yield decode(shown.passages(g.options, g.sample, latent, int(band[0])).tokens)
 
     html = dump(folder / "index.html", "?q=%3C%2Fscript%3E%3Cb%3EX")

@@ -13,8 +13,8 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, explore, explore_cli
-from gemma_scope_jax.explore import edits, specs, strengths
+from gemma_scope_jax import __main__, analysis, explore_cli
+from gemma_scope_jax.analysis.steering import edit_syntax, edits, sweep
 from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -62,7 +62,7 @@ def often(name, values):
 
 
 def test_activity_equals_slow_numpy(scope, values):
-    found = explore.activity(scope)
+    found = analysis.activity(scope)
     assert list(found) == list(SUBJECTS)
     for name, one in found.items():
         f_BxM = latents(name, values)[COUNTED]
@@ -72,7 +72,7 @@ def test_activity_equals_slow_numpy(scope, values):
         np.testing.assert_allclose(one.largest_M, f_BxM.max(0), rtol=1e-4)
         assert one.rows == len(TOKENS)
     latent = often("resid", values)
-    typical = explore.typical(scope, "resid", latent)
+    typical = analysis.typical(scope, "resid", latent)
     np.testing.assert_allclose(typical, found["resid"].mean_M[latent], rtol=1e-6)
 
 
@@ -81,19 +81,19 @@ def test_a_latent_that_never_fired_has_no_typical_activation(scope):
     threshold = np.where(np.arange(64) == 5, 1e9, subject.sae.threshold)
     silenced = dataclasses.replace(subject, sae=subject.sae.replace(threshold=threshold))
     scope = scopes.make(scope.loaded, {"resid": silenced}, held_out=TOKENS)
-    one = explore.activity(scope, 3)["resid"]
+    one = analysis.activity(scope, 3)["resid"]
     assert one.frequency_M[5] == one.mean_M[5] == one.largest_M[5] == 0 < one.frequency_M[4]
     with pytest.raises(ValueError, match="latent 5 of resid fires nowhere on 3 held-out rows"):
-        explore.typical(scope, "resid", 5, 3)
+        analysis.typical(scope, "resid", 5, 3)
 
 
 def test_what_cannot_be_measured_is_refused(scope):
     with pytest.raises(ValueError, match="rows is 0"):
-        explore.activity(scope, 0)
+        analysis.activity(scope, 0)
     with pytest.raises(ValueError, match="there is no SAE 'other'"):
-        explore.activity(scope, names=["other"])
+        analysis.activity(scope, names=["other"])
     with pytest.raises(ValueError, match="without a text"):
-        explore.activity(dataclasses.replace(scope, held_out=explore.Scope.held_out))
+        analysis.activity(dataclasses.replace(scope, held_out=analysis.Scope.held_out))
 
 
 def log_softmax(tiny_gemma, site, value):
@@ -113,7 +113,7 @@ def log_softmax(tiny_gemma, site, value):
 def test_a_sweep_equals_slow_numpy(scope, values, tiny_gemma, name, kind, tokens):
     subject, latent = SUBJECTS[name], often(name, values)
     by = (-2.0, 0.0, 3.0)
-    found = explore.sweep(scope, name, latent, by, kind, rows=100, tokens=tokens)
+    found = analysis.sweep(scope, name, latent, by, kind, rows=100, tokens=tokens)
     f_SxL = latents(name, values)[..., latent]
     unit = f_SxL[f_SxL > 0].mean()
     W_dec_O = np.float64(subject.sae.W_dec[latent])
@@ -162,11 +162,11 @@ def test_a_sweep_equals_slow_numpy(scope, values, tiny_gemma, name, kind, tokens
 
 def test_no_strength_is_no_change_and_all_are_one_program(scope, values):
     latent = often("resid", values)
-    found = explore.sweep(scope, "resid", latent, (0.0,), rows=4)
+    found = analysis.sweep(scope, "resid", latent, (0.0,), rows=4)
     assert found.effect_N == found.damage_N == found.effect_se_N == found.damage_se_N == 0
-    programs = (interventions.spliced, interventions.likelihoods, strengths._written, interventions.clean)
+    programs = (interventions.spliced, interventions.likelihoods, sweep._written, interventions.clean)
     compiled = [program._cache_size() for program in programs]
-    other = explore.sweep(scope, "resid", latent, (1.0, -3.0), rows=4, unit=2.5)
+    other = analysis.sweep(scope, "resid", latent, (1.0, -3.0), rows=4, unit=2.5)
     assert [program._cache_size() for program in programs] == compiled
     assert other.unit == 2.5 and (other.damage_N != 0).all()
 
@@ -175,7 +175,7 @@ def test_a_sweep_is_the_same_on_many_devices(scope, tiny_gemma, values):
     latent = often("resid", values)
     mesh = sharding.make_mesh(2, 4)
     asked = ("resid", latent, (0.0, 2.0), "add", 8, ["a"], 9.0)
-    found, expected = explore.sweep(make_scope(tiny_gemma, mesh), *asked), explore.sweep(scope, *asked)
+    found, expected = analysis.sweep(make_scope(tiny_gemma, mesh), *asked), analysis.sweep(scope, *asked)
     assert found.damage_N[0] == found.effect_N[0] == 0 and found.predictions == expected.predictions
     for of in ("effect_N", "effect_se_N", "damage_N", "damage_se_N"):
         np.testing.assert_allclose(getattr(found, of), getattr(expected, of), rtol=1e-3, atol=1e-6)
@@ -183,7 +183,7 @@ def test_a_sweep_is_the_same_on_many_devices(scope, tiny_gemma, values):
 
 def test_a_sweep_is_shown(scope, values, capsys):
     latent = often("resid", values)
-    found = explore.sweep(scope, "resid", latent, (-1.0, 0.0, 2.0), rows=4, tokens=["$", "<"], unit=2.5)
+    found = analysis.sweep(scope, "resid", latent, (-1.0, 0.0, 2.0), rows=4, tokens=["$", "<"], unit=2.5)
     found = dataclasses.replace(found, tokens=(r"$\q$", "<"))  # No mathematics: drawn as such it is an error.
     found.show()
     shown = capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_a_sweep_is_shown(scope, values, capsys):
 )
 def test_what_cannot_be_swept_is_refused(scope, arguments, message):
     with pytest.raises(ValueError, match=message):
-        explore.sweep(scope, **{"name": "resid", "latent": 1} | arguments)
+        analysis.sweep(scope, **{"name": "resid", "latent": 1} | arguments)
 
 
 PROMPTS = [
@@ -225,10 +225,10 @@ PROMPTS = [
 def test_what_is_steered_equals_generation_by_hand(scope, values, temperature, samples):
     prompts = PROMPTS[: 4 // samples]
     changes = [
-        explore.clamp("resid", often("resid", values), 9.0),
-        explore.add("transcoder", 3, 8.0, "reply"),
+        analysis.clamp("resid", often("resid", values), 9.0),
+        analysis.add("transcoder", 3, 8.0, "reply"),
     ]
-    found = explore.steer(scope, prompts, changes, 6, temperature, samples, seed=3)
+    found = analysis.steer(scope, prompts, changes, 6, temperature, samples, seed=3)
     rows = [[masking.BOS, *tiny.encode(prompt)] for prompt in prompts for _ in range(samples)]
     stop = (masking.EOS, 261)
     for replies, write in ((found.clean, None), (found.changed, edits.writes(scope, changes))):
@@ -237,13 +237,13 @@ def test_what_is_steered_equals_generation_by_hand(scope, values, temperature, s
         assert [text for some in replies for text in some] == texts
         assert all(len(some) == samples for some in replies)
     assert found.clean != found.changed and found.prompts == tuple(prompts)
-    kept = [explore.scale("resid", 1, 1.0), explore.add("transcoder", 1, 0.0)]
-    same = explore.steer(scope, prompts, kept, 6, temperature, samples, seed=3)
+    kept = [analysis.scale("resid", 1, 1.0), analysis.add("transcoder", 1, 0.0)]
+    same = analysis.steer(scope, prompts, kept, 6, temperature, samples, seed=3)
     assert same.changed == same.clean == found.clean
 
 
-STEERED = explore.Steered(
-    "<tiny>", (explore.add("a<b>", 3, 2.5, range(2, 4)),), ("say <b>", "[red]"),
+STEERED = analysis.Steered(
+    "<tiny>", (analysis.add("a<b>", 3, 2.5, range(2, 4)),), ("say <b>", "[red]"),
     (("so & so", "[dim]x"), ("", "")), (("so <i>", "[dim]y"), ("", "[/]\n\na")), 0.7, 4,
 )  # fmt: skip
 
@@ -286,29 +286,29 @@ def test_a_browser_shows_replies_beside_each_other(tmp_path):
 )
 def test_what_cannot_be_steered_is_refused(scope, arguments, message):
     with pytest.raises(ValueError, match=message):
-        explore.steer(scope, **{"prompts": "a", "changes": [explore.ablate("resid", 1)]} | arguments)
+        analysis.steer(scope, **{"prompts": "a", "changes": [analysis.ablate("resid", 1)]} | arguments)
 
 
 @pytest.mark.parametrize(
     ("text", "edit", "is_typical"),
     [
-        ("layer_9:12=ablate", explore.ablate("layer_9", 12), False),
-        ("12*0.5", explore.scale("", 12, 0.5), False),
-        ("a:b:12*-1", explore.scale("a:b", 12, -1.0), False),
-        ("a:12+3t", explore.add("a", 12, 3.0), True),
-        ("a:12-.5@reply", explore.add("a", 12, -0.5, "reply"), False),
-        ("a:12+1e+06", explore.add("a", 12, 1e6), False),
-        ("a:12=2t@3:7", explore.clamp("a", 12, 2.0, range(3, 7)), True),
-        ("a:12=-t@prompt", explore.clamp("a", 12, -1.0, "prompt"), True),
-        ("12+t", explore.add("", 12, 1.0), True),
-        ("12=t", explore.clamp("", 12, 1.0), True),
-        ("a:12*2+3t@all", explore.Edit("a", 12, 2.0, 3.0), True),
-        ("a:12=0", explore.ablate("a", 12), False),
+        ("layer_9:12=ablate", analysis.ablate("layer_9", 12), False),
+        ("12*0.5", analysis.scale("", 12, 0.5), False),
+        ("a:b:12*-1", analysis.scale("a:b", 12, -1.0), False),
+        ("a:12+3t", analysis.add("a", 12, 3.0), True),
+        ("a:12-.5@reply", analysis.add("a", 12, -0.5, "reply"), False),
+        ("a:12+1e+06", analysis.add("a", 12, 1e6), False),
+        ("a:12=2t@3:7", analysis.clamp("a", 12, 2.0, range(3, 7)), True),
+        ("a:12=-t@prompt", analysis.clamp("a", 12, -1.0, "prompt"), True),
+        ("12+t", analysis.add("", 12, 1.0), True),
+        ("12=t", analysis.clamp("", 12, 1.0), True),
+        ("a:12*2+3t@all", analysis.Edit("a", 12, 2.0, 3.0), True),
+        ("a:12=0", analysis.ablate("a", 12), False),
     ],
 )
 def test_edits_are_read_as_they_are_written(text, edit, is_typical):
-    assert specs.parse(text) == (edit, is_typical)
-    assert specs.parse(specs.written(edit)).edit == edit
+    assert edit_syntax.parse(text) == (edit, is_typical)
+    assert edit_syntax.parse(edit_syntax.written(edit)).edit == edit
 
 
 @pytest.mark.parametrize(
@@ -332,20 +332,22 @@ def test_edits_are_read_as_they_are_written(text, edit, is_typical):
 )
 def test_what_is_no_edit_is_said(text, message):
     with pytest.raises(ValueError, match=message):
-        specs.parse(text)
+        edit_syntax.parse(text)
 
 
 def test_typical_activations_are_measured_for_edits_that_ask_for_them(scope, values):
     latent = often("resid", values)
-    made = specs.resolve(scope, [specs.parse(f"resid:{latent}+3t"), specs.parse("transcoder:2+3")])
-    assert made[0].add == pytest.approx(3 * explore.typical(scope, "resid", latent))
-    assert made[1] == explore.add("transcoder", 2, 3.0)
+    made = edit_syntax.resolve(
+        scope, [edit_syntax.parse(f"resid:{latent}+3t"), edit_syntax.parse("transcoder:2+3")]
+    )
+    assert made[0].add == pytest.approx(3 * analysis.typical(scope, "resid", latent))
+    assert made[1] == analysis.add("transcoder", 2, 3.0)
     with pytest.raises(ValueError, match=r"'2=ablate' names no SAE; write NAME: .* resid, transcoder, input"):
-        specs.resolve(scope, [specs.parse("2=ablate")])
+        edit_syntax.resolve(scope, [edit_syntax.parse("2=ablate")])
     with pytest.raises(ValueError, match="resid has no latent 64"):
-        specs.resolve(scope, [specs.parse("resid:64+t")])
+        edit_syntax.resolve(scope, [edit_syntax.parse("resid:64+t")])
     only = dataclasses.replace(scope, subjects={"resid": SUBJECTS["resid"]})
-    assert specs.resolve(only, [specs.parse("2=ablate")]) == [explore.ablate("resid", 2)]
+    assert edit_syntax.resolve(only, [edit_syntax.parse("2=ablate")]) == [analysis.ablate("resid", 2)]
 
 
 DEFAULTS = dict(
@@ -355,11 +357,11 @@ DEFAULTS = dict(
 
 
 def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
+    monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
     latent = often("resid", values)
     edits = [f"resid:{latent}+2t@reply", "transcoder:3=ablate"]
     explore_cli.run_steer(**DEFAULTS | {"prompts": PROMPTS, "edit": edits, "html": tmp_path / "a.html"})
-    unit = explore.typical(scope, "resid", latent)
+    unit = analysis.typical(scope, "resid", latent)
     assert f"resid:{latent}+{2 * unit:.6g}@reply" in (tmp_path / "a.html").read_text()
     assert "as it is" in capsys.readouterr().out
     asked = DEFAULTS | {"sweep": True, "multiples": [0.0, 2.0], "rows": 4}
@@ -368,7 +370,7 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
     shown = capsys.readouterr().out
     assert "in the place of the activation of" in shown and f"Wrote {tmp_path / 'a.png'}" in shown
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    expected = explore.sweep(scope, "resid", latent, (0.0, 4.0), "clamp", rows=4)
+    expected = analysis.sweep(scope, "resid", latent, (0.0, 4.0), "clamp", rows=4)
     for effect, error in zip(expected.effect_N, expected.effect_se_N, strict=True):
         assert f"{effect:+.3f} ± {error:.3f}" in shown
 

@@ -8,8 +8,8 @@ import types
 import numpy as np
 import pytest
 
+from gemma_scope_jax.analysis import session
 from gemma_scope_jax.evaluation import metrics, side_by_side
-from gemma_scope_jax.explore import scope
 from gemma_scope_jax.saes import evaluation_file
 
 
@@ -177,7 +177,7 @@ def test_pipes_and_cut_files_beside_an_sae_are_refused_by_all_that_read_them(tmp
     for write in (lambda: beside.write_bytes(content[:300]), lambda: os.mkfifo(beside)):
         beside.unlink()
         write()
-        for read in (side_by_side.read, lambda folder: scope._frequencies(folder, {"x": subject})):
+        for read in (side_by_side.read, lambda folder: session._frequencies(folder, {"x": subject})):
             with pytest.raises(ValueError, match=r"evaluation\.npz"):
                 read(tmp_path / "a")
 
@@ -185,8 +185,8 @@ def test_pipes_and_cut_files_beside_an_sae_are_refused_by_all_that_read_them(tmp
 def test_frequencies_beside_an_sae_are_as_many_as_its_latents(tmp_path):
     subject = types.SimpleNamespace(sae=types.SimpleNamespace(b_enc=np.zeros(8)))
     np.savez(tmp_path / "evaluation.npz", **{"x/frequency": np.arange(8) / 8, "y/frequency": np.ones(3)})
-    found = scope._frequencies(tmp_path, {"x": subject, "z": subject})
+    found = session._frequencies(tmp_path, {"x": subject, "z": subject})
     assert list(found) == ["x"]
     np.testing.assert_array_equal(found["x"], np.arange(8) / 8)
     with pytest.raises(ValueError, match=r"an array of shape \(3,\), expected \(8,\)"):
-        scope._frequencies(tmp_path, {"y": subject})
+        session._frequencies(tmp_path, {"y": subject})

@@ -10,24 +10,16 @@ import numpy as np
 import pytest
 from page_test import ABOUT, evaluation
 
+from gemma_scope_jax.analysis import one_latent, prompt_activations
+from gemma_scope_jax.analysis.attribution import ablation, gradients
+from gemma_scope_jax.analysis.contrast import correction, find
+from gemma_scope_jax.analysis.dashboards import collect, website
+from gemma_scope_jax.analysis.layers import flow as flow_lib
+from gemma_scope_jax.analysis.layers import links, logit_lens
+from gemma_scope_jax.analysis.steering import edits, steer
+from gemma_scope_jax.analysis.steering import sweep as sweep_lib
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.evaluation import detection, page, plots, probing, report, side_by_side
-from gemma_scope_jax.explore import (
-    ablating,
-    attribution,
-    contrasts,
-    correction,
-    dashboards,
-    edits,
-    flows,
-    lens,
-    linking,
-    looking,
-    reading,
-    site,
-    steering,
-    strengths,
-)
 from gemma_scope_jax.runtime.printing import well_formed
 
 NAMES = (
@@ -134,7 +126,9 @@ def test_probes_and_detections(capsys):
 
 def test_reading_and_flow(tmp_path, capsys):
     length = len(TOKENS)
-    found = reading.Reading(NAMES[6], TOKENS, by_name(lambda: np.diag(RNG.random(length))), line(length), {})
+    found = prompt_activations.Reading(
+        NAMES[6], TOKENS, by_name(lambda: np.diag(RNG.random(length))), line(length), {}
+    )
     found.show()
     check_printed(capsys, "[bold]x", r"\x1b[2J", "'[bold]'")
     for name in NASTIEST:
@@ -144,13 +138,13 @@ def test_reading_and_flow(tmp_path, capsys):
 
     ids = np.arange(length)
     seen = [
-        lens.Predictions(np.tile(ids, (r, 1)), *RNG.random((2, r, length)), np.ones((r, length), int))
+        logit_lens.Predictions(np.tile(ids, (r, 1)), *RNG.random((2, r, length)), np.ones((r, length), int))
         for r in (2, 2, 1)
     ]
     texts = dict(enumerate(TOKENS))
-    through = lens.Lens(TOKENS, NAMES[:2], ids, True, *seen, texts)
+    through = logit_lens.Lens(TOKENS, NAMES[:2], ids, True, *seen, texts)
     values = RNG.random((4, len(NAMES), length))
-    flow = flows.Flow(
+    flow = flow_lib.Flow(
         NAMES[6], TOKENS, NAMES, ("resid_post",) * len(NAMES), (1,) * len(NAMES), *values, through
     )
     flow.show()
@@ -166,9 +160,9 @@ def test_attribution_and_ablations(tmp_path, capsys):
 
     def parts():
         token_N, latent_N = RNG.integers(length, size=9), RNG.integers(5, size=9)
-        return attribution.Parts(token_N, latent_N, *RNG.random((2, 9)), 5, *RNG.random((4, length)))
+        return gradients.Parts(token_N, latent_N, *RNG.random((2, 9)), 5, *RNG.random((4, length)))
 
-    found = attribution.Attribution(
+    found = gradients.Attribution(
         NAMES[6], TOKENS, (2, *range(length)), (1, "$a$"), (2, "\x1b"), 0.5, by_name(parts)
     )
     found.show()
@@ -178,7 +172,7 @@ def test_attribution_and_ablations(tmp_path, capsys):
     check_page(tmp_path / "a.html")
     count = len(NAMES)
     numbers = [RNG.integers(3, size=count) for _ in range(3)]
-    made = ablating.Ablations(NAMES, *numbers, RNG.random(count) < 0.5, *RNG.random((2, count)))
+    made = ablation.Ablations(NAMES, *numbers, RNG.random(count) < 0.5, *RNG.random((2, count)))
     made.show(99)
     check_printed(capsys, "[bold]x", "_hidden", "a$b_$", r"a\x1b[2J")
     draw(made.figure())
@@ -186,9 +180,9 @@ def test_attribution_and_ablations(tmp_path, capsys):
 
 def test_contrast_and_correction(capsys):
     def latents():
-        return contrasts.Latents(*RNG.random((2, 4)), np.full(4, 0.001), *RNG.random((5, 4)))
+        return find.Latents(*RNG.random((2, 4)), np.full(4, 0.001), *RNG.random((5, 4)))
 
-    found = contrasts.Contrast("m", NAMES, NAMES, "mean", 0.05, False, 0.001, by_name(latents))
+    found = find.Contrast("m", NAMES, NAMES, "mean", 0.05, False, 0.001, by_name(latents))
     found.show()
     check_printed(capsys, "[bold]x", "_hidden", "a$b_$", r"a\x1b[2J")
     draw(found.figure(99))
@@ -205,21 +199,21 @@ def test_contrast_and_correction(capsys):
 def test_links_looks_and_sweeps(capsys):
     weights = (line(4), line(4), line(4), line(4), line(4))
     for name in NAMES:
-        found = linking.Links(
+        found = links.Links(
             name, 1, 9, 9, 0.5, *weights, by_name(lambda: 1.0), {n: i for i, n in enumerate(NAMES)}
         )
         found.show()
     check_printed(capsys, "[bold]x", "_hidden", "a$b_$", r"a\x1b[2J", "x" * 50)
     draw(found.figure())
 
-    excerpt = looking.Excerpt(TOKENS, RNG.random(len(TOKENS)), 2)
-    histogram = np.ones(len(dashboards.EDGES) - 1, int)
+    excerpt = one_latent.Excerpt(TOKENS, RNG.random(len(TOKENS)), 2)
+    histogram = np.ones(len(collect.EDGES) - 1, int)
     told = tuple((token, 0.5) for token in TOKENS)
     four = np.array([-1.0, 0, 1, 2])
     for name in NAMES:
-        look = looking.Look("m", name, 1, 9, 0.1, 0.5, 1.0, histogram, (excerpt,), (excerpt,), told, told)
+        look = one_latent.Look("m", name, 1, 9, 0.1, 0.5, 1.0, histogram, (excerpt,), (excerpt,), told, told)
         look.show()
-        sweep = strengths.Sweep(name, 1, "add", 1.0, TOKENS, four, *RNG.random((4, 4)), 3.0, 2, 9)
+        sweep = sweep_lib.Sweep(name, 1, "add", 1.0, TOKENS, four, *RNG.random((4, 4)), 3.0, 2, 9)
         sweep.show()
         for figure in (look.figure(), sweep.figure()) if name in NASTIEST else ():
             draw(figure)
@@ -229,7 +223,7 @@ def test_links_looks_and_sweeps(capsys):
 def test_steered_texts_and_links_of_dashboards(tmp_path, capsys):
     changes = tuple(edits.ablate(name, 1) for name in NAMES)
     replies = (tuple("".join(TOKENS) for _ in range(2)),) * len(NAMES)
-    steered = steering.Steered(NAMES[6], changes, NAMES, replies, replies)
+    steered = steer.Steered(NAMES[6], changes, NAMES, replies, replies)
     steered.show()
     check_printed(capsys, "[bold]x", r"a\x1b[2J", ":smile:")
     steered.write_html(tmp_path / "a.html")
@@ -242,8 +236,10 @@ def test_steered_texts_and_links_of_dashboards(tmp_path, capsys):
         count_M=np.ones(4),
         frequency_M=np.ones(4),
     )
-    shown = {name: site.Dashboards(name, "m", None, name, gathered, None, None, None, None) for name in NAMES}
-    site.write_links(tmp_path / "b.html", {name: f"f{i}" for i, name in enumerate(NAMES)}, shown)
+    shown = {
+        name: website.Dashboards(name, "m", None, name, gathered, None, None, None, None) for name in NAMES
+    }
+    website.write_links(tmp_path / "b.html", {name: f"f{i}" for i, name in enumerate(NAMES)}, shown)
     check_page(tmp_path / "b.html")
 
 

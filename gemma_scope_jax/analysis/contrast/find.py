@@ -19,9 +19,9 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
+from gemma_scope_jax.analysis.contrast import rank_tests
+from gemma_scope_jax.analysis.session import Scope, padded
 from gemma_scope_jax.display import tables
-from gemma_scope_jax.explore import rank_tests
-from gemma_scope_jax.explore.scope import Scope, padded
 from gemma_scope_jax.models import activations, generation, masking
 from gemma_scope_jax.runtime import distributed, files, sharding
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted

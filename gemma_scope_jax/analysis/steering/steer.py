@@ -8,10 +8,10 @@ import rich.console
 import rich.table
 import rich.text
 
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering import edit_syntax, edits
+from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.display import html, tables
-from gemma_scope_jax.explore import edits, specs
-from gemma_scope_jax.explore.edits import Edit
-from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.models import generation
 from gemma_scope_jax.runtime.printing import lines, printable
 
@@ -49,7 +49,7 @@ class Steered:
     def show(self) -> None:
         """Prints the replies side by side, ↵ for a new line; what they begin with alike is dim."""
         for edit in self.edits:
-            tables.show(printable(specs.written(edit)), "bold")
+            tables.show(printable(edit_syntax.written(edit)), "bold")
         tables.show(self.how, "dim")
         for prompt, pairs in self.pairs:
             title = rich.text.Text(lines(prompt))
@@ -68,7 +68,7 @@ class Steered:
         """Writes a page of the same that needs no network."""
         html.render(
             pathlib.Path(path), "explore/steered.html.jinja", model=self.model, how=self.how,
-            edits=[specs.written(edit) for edit in self.edits], pairs=self.pairs,
+            edits=[edit_syntax.written(edit) for edit in self.edits], pairs=self.pairs,
         )  # fmt: skip
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from gemma_scope_jax.analysis.dashboards import collect
+from gemma_scope_jax.analysis.dashboards.collect import Gathered, Passages
+from gemma_scope_jax.analysis.decoder_directions import Logits
 from gemma_scope_jax.display import html
-from gemma_scope_jax.explore import dashboards
-from gemma_scope_jax.explore.dashboards import Gathered, Passages
-from gemma_scope_jax.explore.directions import Logits
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.saes import attached
@@ -145,7 +145,7 @@ def _index(shown: Dashboards, text_of: Callable[[int], str]) -> dict:
         "rows": g.rows,
         "activations": g.activations,
         "per_file": PER_FILE,
-        "histogram": [dashboards.LOWEST_OCTAVE, dashboards.BINS_PER_OCTAVE],
+        "histogram": [collect.LOWEST_OCTAVE, collect.BINS_PER_OCTAVE],
         "count": g.count_M.tolist(),
         "max": [rounded(value) for value in g.max_M],
         "dense": np.flatnonzero(g.is_dense_M).tolist(),
@@ -159,7 +159,7 @@ def _latent(shown: Dashboards, latent: int, vocabulary: _Vocabulary) -> dict:
     """All that is shown of one latent; a passage is its row, the place of the firing, tokens and activations."""
     g = shown.gathered
 
-    def passage(firings: dashboards.Firings, index: int) -> list:
+    def passage(firings: collect.Firings, index: int) -> list:
         found = shown.passages(g.options, firings, latent, index)
         tokens = [vocabulary(token) for token in found.tokens]
         return [found.row, found.peak, tokens, [rounded(value) for value in found.values]]
@@ -170,7 +170,7 @@ def _latent(shown: Dashboards, latent: int, vocabulary: _Vocabulary) -> dict:
         "mean": rounded(g.mean_M[latent]),
         "histogram": [first, *g.histogram_MxH[latent, first : last + 1].tolist()],
         "top": [passage(g.top, int(i)) for i in np.flatnonzero(g.top.row_MxK[latent] >= 0)],
-        "bands": [passage(g.sample, int(band[0])) for band in dashboards.bands(g, latent)],
+        "bands": [passage(g.sample, int(band[0])) for band in collect.bands(g, latent)],
         "nearest": [
             [int(other), rounded(cosine)]
             for other, cosine in zip(shown.nearest_MxN[latent], shown.cosine_MxN[latent], strict=True)

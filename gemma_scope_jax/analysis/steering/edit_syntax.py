@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gemma_scope_jax.explore import activities, edits
-from gemma_scope_jax.explore.edits import Edit
-from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.analysis import latent_statistics
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering import edits
+from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.runtime.printing import printable
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
@@ -116,7 +117,7 @@ def resolve(scope: Scope, specs: Sequence[Spec]) -> list[Edit]:
     for spec in specs:
         edit = named(scope, spec.edit)
         if spec.is_typical:
-            unit = activities.typical(scope, edit.sae, edit.latent)
+            unit = latent_statistics.typical(scope, edit.sae, edit.latent)
             edit = dataclasses.replace(edit, add=edit.add * unit)
         made.append(edit)
     return made

@@ -3,9 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
+from gemma_scope_jax.analysis import decoder_directions
+from gemma_scope_jax.analysis.dashboards import collect, neuronpedia, website
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import opening
-from gemma_scope_jax.explore import dashboards, directions, neuronpedia, site
 from gemma_scope_jax.models import placement, registry, tokenizer, weights
 from gemma_scope_jax.runtime import distributed, files, printing, ranges, resumable
 from gemma_scope_jax.runtime.printing import printable, say
@@ -19,14 +20,14 @@ def build(
     rows: int = 512,
     saes: Sequence[str] = (),
     out: pathlib.Path | None = None,
-    options: dashboards.Options = dashboards.DEFAULTS,
+    options: collect.Options = collect.DEFAULTS,
     rows_per_batch: int | None = None,
     is_for_neuronpedia: bool = False,
     **overrides: str | None,
-) -> dict[str, site.Dashboards]:
+) -> dict[str, website.Dashboards]:
     """Writes dashboards of the SAEs at a path.
 
-    Cut off and called again, it goes on behind the last state that was kept; see `dashboards.SAVE_EVERY`.
+    Cut off and called again, it goes on behind the last state that was kept; see `collect.SAVE_EVERY`.
 
     Args:
       path: see `opening.open_path`.
@@ -73,37 +74,37 @@ def build(
         mesh, loaded = placement.load_gemma(config)
         parts = resumable.Parts(out / "partial", about)
         counts = batching.counts_of(config)
-        gathered = dashboards.gather(
+        gathered = collect.gather(
             loaded, subjects, held_out, rows, rows_per_batch, counts, options, mesh, parts
         )
-        passages = dashboards.Passages(dashboards.read_tokens(held_out, rows))
+        passages = collect.Passages(collect.read_tokens(held_out, rows))
         words = tokenizer.load(config.model, config.tokenizer, config.weights)
-        text_of = site.token_texts(words.decode)
+        text_of = website.token_texts(words.decode)
         # What lies beside the folders of SAEs is called by none of them.
         names = files.folder_names([_MARK, "partial", "index.html", *subjects])
         folders = {name: names[name] for name in subjects} if len(subjects) > 1 else {}
         all_shown = {}
         for name, subject in subjects.items():
-            in_stream = directions.in_stream(loaded.params, subject.spliced, subject.sae.W_dec)
-            logits = None if in_stream is None else directions.logits(mesh, loaded, in_stream)
+            in_stream = decoder_directions.in_stream(loaded.params, subject.spliced, subject.sae.W_dec)
+            logits = None if in_stream is None else decoder_directions.logits(mesh, loaded, in_stream)
             nearest = geometry.nearest(subject.sae.W_dec)
-            shown = site.Dashboards(
+            shown = website.Dashboards(
                 name, config.model, subject, text, gathered[name], logits, *nearest, passages
             )
             all_shown[name] = shown
             if distributed.is_first():
                 with files.filling_folder(out / folders.get(name, "")) as folder:
-                    site.write(folder, shown, text_of)
+                    website.write(folder, shown, text_of)
                     if is_for_neuronpedia:
                         neuronpedia.write(folder / "neuronpedia", shown, config.data.context_length, text_of)
         if distributed.is_first() and folders:
-            site.write_links(out / "index.html", folders, all_shown)
+            website.write_links(out / "index.html", folders, all_shown)
         _tell(out, all_shown)
         parts.remove()
         return all_shown
 
 
-def _tell(out: pathlib.Path, all_shown: dict[str, site.Dashboards]) -> None:
+def _tell(out: pathlib.Path, all_shown: dict[str, website.Dashboards]) -> None:
     for name, shown in all_shown.items():
         g = shown.gathered
         say(

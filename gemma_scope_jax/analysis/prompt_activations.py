@@ -10,8 +10,8 @@ import rich.console
 import rich.table
 import rich.text
 
+from gemma_scope_jax.analysis.session import Scope, place_copies, prompt, reconstruct
 from gemma_scope_jax.display import html, plotting, tables
-from gemma_scope_jax.explore.scope import Scope, place_copies, prompt, reconstruct
 from gemma_scope_jax.models import interventions
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.runtime.printing import printable
@@ -26,7 +26,7 @@ class Reading:
     tokens: tuple[str, ...]  # L of them, as text
     latents: Mapping[str, np.ndarray]  # by SAE: activations [L, M]
     error: Mapping[str, np.ndarray]  # by SAE: ‖y − ŷ‖ / ‖y‖ [L]
-    frequency: Mapping[str, np.ndarray]  # by SAE, where it is known; see `scope.Scope`
+    frequency: Mapping[str, np.ndarray]  # by SAE, where it is known; see `session.Scope`
 
     def is_dense(self, name: str) -> np.ndarray:
         """Which latents [M] are muted: they fire on over a tenth of all text, or none knows and half of this."""

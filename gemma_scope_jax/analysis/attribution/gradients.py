@@ -19,9 +19,9 @@ import matplotlib.figure
 import numpy as np
 from gemma import gm
 
+from gemma_scope_jax.analysis import session as scope_lib
+from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.display import html, plotting, tables
-from gemma_scope_jax.explore import scope as scope_lib
-from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.models import forward, masking, predictions, weights
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import distributed, sharding

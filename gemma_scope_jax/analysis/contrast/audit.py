@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gemma_scope_jax.analysis.contrast import find
+from gemma_scope_jax.analysis.contrast.correction import Correction, behaviour, correct
+from gemma_scope_jax.analysis.contrast.find import At, Contrast
+from gemma_scope_jax.analysis.session import Scope, one_token, open_scope
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import plotting
-from gemma_scope_jax.explore import contrasts
-from gemma_scope_jax.explore.contrasts import At, Contrast
-from gemma_scope_jax.explore.correction import Correction, behaviour, correct
-from gemma_scope_jax.explore.scope import Scope, one_token, open_scope
 from gemma_scope_jax.runtime import files, ranges
 from gemma_scope_jax.runtime.printing import say
 
@@ -63,7 +63,7 @@ def audit(
         raise ValueError(f"--paired: {first} has {len(sets[0])} prompts, {second} has {len(sets[1])}")
     choosing, measured = (sets, None) if answer is None else halves(*sets, is_paired, seed)
     # Before Gemma is loaded.
-    contrasts.check(*choosing, at, rate, is_paired)
+    find.check(*choosing, at, rate, is_paired)
     if measured and not all(measured):
         raise ValueError(
             f"{first} and {second} have {len(sets[0])} and {len(sets[1])} prompts, too few for two halves"
@@ -74,7 +74,7 @@ def audit(
     if measured:
         sizes = f"{len(choosing[0])} and {len(choosing[1])} prompts"
         print(f"Latents are found on {sizes} drawn at random, and measured on the others.", flush=True)
-    found, corrected = contrasts.contrast(scope, *choosing, at, rate, is_paired, seed), None
+    found, corrected = find.contrast(scope, *choosing, at, rate, is_paired, seed), None
     found.show()
     if out is not None:  # Now: what follows takes its time, and may be refused.
         found.write_json(out / "contrast.json")

@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from gemma_scope_jax.analysis.dashboards import collect
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching
-from gemma_scope_jax.explore import dashboards, edits
-from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.attached import alone
 
 ROWS = 64  # Of held-out text, unless more or fewer are asked for: a rare latent fires a few dozen times.
 # Of what dashboards gather only the sums are wanted.
-_LEAST = dashboards.Options(top=1, sample=1, before=1, after=0)
+_LEAST = collect.Options(top=1, sample=1, before=1, after=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,10 @@ def _gather(
     subjects: Mapping[str, attached.Subject],
     rows: int,
     placed: Mapping[str, jumprelu.SAE] | None = None,
-) -> dict[str, dashboards.Gathered]:
+) -> dict[str, collect.Gathered]:
     ranges.check("rows", rows, ranges.COUNT)
     per_batch, counts = scope.config.evaluation.rows_per_batch, batching.counts_of(scope.config)
-    return dashboards.gather(
+    return collect.gather(
         scope.loaded, subjects, scope.held_out(), rows, per_batch, counts, _LEAST, scope.mesh, placed=placed
     )
 

@@ -15,11 +15,11 @@ import numpy as np
 import tqdm
 from gemma import gm
 
+from gemma_scope_jax.analysis import decoder_directions
+from gemma_scope_jax.analysis.session import Scope, is_kept, place_prompts, prompt
+from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
-from gemma_scope_jax.explore import directions
-from gemma_scope_jax.explore.edits import check_latent
-from gemma_scope_jax.explore.scope import Scope, is_kept, place_prompts, prompt
 from gemma_scope_jax.models import forward, weights
 from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
 from gemma_scope_jax.runtime import distributed, ranges, sharding
@@ -316,7 +316,7 @@ def virtual_weights(
     behind the MLP's norm is multiplied by that norm's gain. What the norms divide by is left out.
     """
     params = scope.loaded.params
-    written = directions.in_stream(params, subject.spliced, np.asarray(subject.sae.W_dec)[[latent]])
+    written = decoder_directions.in_stream(params, subject.spliced, np.asarray(subject.sae.W_dec)[[latent]])
     if written is None or later.site.kind in ("mlp_out", "attn_out"):
         return None, None
     written_D, gain_D = np.float64(written[0]), 1.0

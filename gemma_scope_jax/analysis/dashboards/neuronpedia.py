@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gemma_scope_jax.explore import dashboards
-from gemma_scope_jax.explore.site import Dashboards
+from gemma_scope_jax.analysis.dashboards import collect
+from gemma_scope_jax.analysis.dashboards.website import Dashboards
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import SITES
 from gemma_scope_jax.runtime import files
@@ -88,7 +88,7 @@ def _feature(shown: Dashboards, latent: int, length: int, text_of: Callable[[int
         "neg_values": _round(down_values),
         "frac_nonzero": float(g.frequency_M[latent]),
         # Bars by their middle, which of bins of equal ratio is the geometric one.
-        "freq_hist_data_bar_values": _round(np.sqrt(dashboards.EDGES[bins] * dashboards.EDGES[bins + 1])),
+        "freq_hist_data_bar_values": _round(np.sqrt(collect.EDGES[bins] * collect.EDGES[bins + 1])),
         "freq_hist_data_bar_heights": g.histogram_MxH[latent, bins].tolist(),
         "n_prompts_total": g.rows,
         "n_tokens_in_prompt": length,
@@ -102,7 +102,7 @@ def _activations(shown: Dashboards, latent: int, text_of: Callable[[int], str]) 
     """The top passages, and one of each band; -1 in place of a band's least and share says that it is of the top."""
     g = shown.gathered
 
-    def activation(firings: dashboards.Firings, index: int, bounds: tuple[float, float, float]) -> dict:
+    def activation(firings: collect.Firings, index: int, bounds: tuple[float, float, float]) -> dict:
         found = shown.passages(g.options, firings, latent, index)
         return {
             **dict(zip(("bin_min", "bin_max", "bin_contains"), bounds, strict=True)),
@@ -117,7 +117,7 @@ def _activations(shown: Dashboards, latent: int, text_of: Callable[[int], str]) 
     ]
     value_R = g.sample.window_MxKxT[latent, :, g.options.before]
     drawn = (g.sample.row_MxK[latent] >= 0).sum()
-    for band in dashboards.bands(g, latent):
+    for band in collect.bands(g, latent):
         least, most = float(value_R[band].min()), float(value_R[band].max())
         made.append(
             activation(g.sample, int(band[0]), (round(least, 3), round(most, 3), round(band.size / drawn, 3)))

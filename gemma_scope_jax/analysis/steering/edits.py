@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.models import forward, interventions, masking, weights
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import ranges, sharding

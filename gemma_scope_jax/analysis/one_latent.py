@@ -13,11 +13,12 @@ import rich.style
 import rich.table
 import rich.text
 
+from gemma_scope_jax.analysis import decoder_directions
+from gemma_scope_jax.analysis.dashboards import collect, website
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
-from gemma_scope_jax.explore import dashboards, directions, site
-from gemma_scope_jax.explore.edits import check_latent
-from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.printing import lines, plottable, printable
 from gemma_scope_jax.saes.attached import alone
@@ -47,7 +48,7 @@ class Look:
     frequency: float  # the share of them on which it fires
     mean: float  # activation where it fires
     largest: float
-    histogram_H: np.ndarray  # firings by activation; see `dashboards.EDGES`
+    histogram_H: np.ndarray  # firings by activation; see `collect.EDGES`
     strongest: tuple[Excerpt, ...]
     sampled: tuple[Excerpt, ...]  # one of each fifth of its firings, from the strongest fifth on
     # Logits if its decoder direction alone were the residual stream; None where it is not added to that.
@@ -101,7 +102,7 @@ class Look:
         if self.raises:
             raised = " ".join(plotting.label(token, 20) for token, _ in self.raises)
             below.set_title(f"raises {raised}", fontsize=8, loc="left", parse_math=False)
-        edges = dashboards.EDGES
+        edges = collect.EDGES
         below.stairs(self.histogram_H, edges, fill=True, color=np.array(_GREEN) / 255)
         fires = np.flatnonzero(self.histogram_H)
         below.set_xscale("log")
@@ -160,26 +161,26 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
     ranges.check("rows", rows, ranges.COUNT)
     subject = alone(scope.subjects[name], [latent])
     held_out = scope.held_out()
-    gathered = dashboards.gather(
+    gathered = collect.gather(
         scope.loaded, {name: subject}, held_out, rows, scope.config.evaluation.rows_per_batch,
-        batching.counts_of(scope.config), dashboards.Options(top=top), scope.mesh,
+        batching.counts_of(scope.config), collect.Options(top=top), scope.mesh,
     )[name]  # fmt: skip
     if not gathered.count_M[0]:
         raise ValueError(
             f"latent {latent} of {name} fires nowhere on {gathered.rows} held-out rows; read more rows"
         )
-    cut = dashboards.Passages(dashboards.read_tokens(held_out, rows))
-    text_of = site.token_texts(scope.tokenizer.decode)
+    cut = collect.Passages(collect.read_tokens(held_out, rows))
+    text_of = website.token_texts(scope.tokenizer.decode)
 
-    def excerpts(firings: dashboards.Firings, indices: Sequence[int]) -> tuple[Excerpt, ...]:
+    def excerpts(firings: collect.Firings, indices: Sequence[int]) -> tuple[Excerpt, ...]:
         found = [cut(gathered.options, firings, 0, int(index)) for index in indices]
         return tuple(Excerpt(tuple(map(text_of, one.tokens.tolist())), one.values, one.peak) for one in found)
 
     raises = lowers = None
-    in_stream = directions.in_stream(scope.loaded.params, subject.spliced, subject.sae.W_dec)
+    in_stream = decoder_directions.in_stream(scope.loaded.params, subject.spliced, subject.sae.W_dec)
     if in_stream is not None:
         up_T, raised_T, down_T, lowered_T = (
-            part[0].tolist() for part in directions.logits(scope.mesh, scope.loaded, in_stream)
+            part[0].tolist() for part in decoder_directions.logits(scope.mesh, scope.loaded, in_stream)
         )
         raises = tuple(zip(map(text_of, up_T), raised_T, strict=True))
         lowers = tuple(zip(map(text_of, down_T), lowered_T, strict=True))
@@ -193,7 +194,7 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
         float(gathered.max_M[0]),
         gathered.histogram_MxH[0],
         excerpts(gathered.top, np.flatnonzero(gathered.top.row_MxK[0] >= 0)),
-        excerpts(gathered.sample, [band[0] for band in dashboards.bands(gathered, 0)]),
+        excerpts(gathered.sample, [band[0] for band in collect.bands(gathered, 0)]),
         raises,
         lowers,
     )

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.explore import attribution
-from gemma_scope_jax.explore import scope as scope_lib
-from gemma_scope_jax.explore.attribution import Attribution
-from gemma_scope_jax.explore.scope import Scope
+from gemma_scope_jax.analysis import session as scope_lib
+from gemma_scope_jax.analysis.attribution import gradients
+from gemma_scope_jax.analysis.attribution.gradients import Attribution
+from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
@@ -50,17 +50,17 @@ def integrate(
     """
     if name not in scope.subjects:
         raise ValueError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
-    ids, chosen = attribution.ask(scope, prompt, answer, against, token)
+    ids, chosen = gradients.ask(scope, prompt, answer, against, token)
     site = scope.subjects[name].spliced
     placed = scope_lib.place_copies(scope, ids, rows_per_batch)
     rows = len(placed)
-    whole = attribution.differentiate(
+    whole = gradients.differentiate(
         scope,
         placed,
-        attribution.metric_behind(ids, *chosen),
-        attribution.zeros(scope, placed, [site]),
+        gradients.metric_behind(ids, *chosen),
+        gradients.zeros(scope, placed, [site]),
     )
-    fixed = attribution.metric_behind(ids, int(whole.answer_S[0]), int(whole.against_S[0]))
+    fixed = gradients.metric_behind(ids, int(whole.answer_S[0]), int(whole.against_S[0]))
 
     def mean(alphas: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, jax.Array]:
         """The metric [N] at points of the path, and the gradient [L, O] in shares of each."""
@@ -71,7 +71,7 @@ def integrate(
             alpha_S[: len(alphas[here])], share_S[: len(alphas[here])] = alphas[here], shares[here]
             read = (whole.values[scope.subjects[name].site], whole.values[site])
             added = _from_whole(scope.mesh, scope.placed[name], *read, alpha_S, np.int32(len(ids)))
-            passed = attribution.differentiate(scope, placed, fixed, {site: added})
+            passed = gradients.differentiate(scope, placed, fixed, {site: added})
             metrics.append(distributed.fetch(passed.metric_S))
             gradient += _shared(scope.mesh, share_S, passed.gradients[site])
         return np.concatenate(metrics)[: len(alphas)], gradient
@@ -82,7 +82,7 @@ def integrate(
         x, weight = np.polynomial.legendre.leggauss(nodes)
         # The path's beginning goes with the nodes, without a share.
         metrics, g_LxO = mean(np.append(0, (x + 1) / 2), np.append(0, weight / 2))
-        parts = attribution.parts_of(scope, name, whole.values, g_LxO[None], len(ids) - 1)
+        parts = gradients.parts_of(scope, name, whole.values, g_LxO[None], len(ids) - 1)
         # What does not change on the path has no part.
         none_L = np.zeros_like(parts.bias_L)
         total_L = parts.total_L - parts.bias_L - parts.skip_L
@@ -90,8 +90,8 @@ def integrate(
         gain = float(whole.metric_S[0]) - float(metrics[0])
         gap = float(parts.part_N.sum(dtype=np.float64) + parts.error_L.sum(dtype=np.float64)) - gain
         if abs(gap) <= tolerance * abs(gain) or 2 * nodes > most_nodes:
-            integral = attribution.Integral(float(metrics[0]), nodes, gap)
-            return attribution.tell(scope, ids, whole, {name: parts}, integral)
+            integral = gradients.Integral(float(metrics[0]), nodes, gap)
+            return gradients.tell(scope, ids, whole, {name: parts}, integral)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

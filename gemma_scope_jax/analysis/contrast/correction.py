@@ -18,13 +18,13 @@ import numpy as np
 import tqdm
 from gemma import gm
 
+from gemma_scope_jax.analysis import session as scope_lib
+from gemma_scope_jax.analysis.contrast.find import Contrast, counted, last_token, rows_of
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.evaluation import metrics
-from gemma_scope_jax.explore import edits
-from gemma_scope_jax.explore import scope as scope_lib
-from gemma_scope_jax.explore.contrasts import Contrast, counted, last_token, rows_of
-from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.models import interventions, masking, predictions, weights
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, ranges, sharding

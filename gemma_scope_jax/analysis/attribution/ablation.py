@@ -14,12 +14,12 @@ import numpy as np
 from gemma import gm
 from scipy import stats
 
+from gemma_scope_jax.analysis import session as scope_lib
+from gemma_scope_jax.analysis.attribution import gradients as attribution_lib
+from gemma_scope_jax.analysis.attribution.gradients import Attribution, Metric
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.display import tables
-from gemma_scope_jax.explore import attribution as attribution_lib
-from gemma_scope_jax.explore import edits
-from gemma_scope_jax.explore import scope as scope_lib
-from gemma_scope_jax.explore.attribution import Attribution, Metric
-from gemma_scope_jax.explore.scope import Scope
 from gemma_scope_jax.models import weights
 from gemma_scope_jax.runtime import distributed, ranges, sharding
 from gemma_scope_jax.runtime.printing import quoted

@@ -14,12 +14,13 @@ import matplotlib.figure
 import numpy as np
 import tqdm
 
+from gemma_scope_jax.analysis import decoder_directions, latent_statistics
+from gemma_scope_jax.analysis.session import Scope, one_token
+from gemma_scope_jax.analysis.steering import edits
+from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.evaluation import metrics, page
-from gemma_scope_jax.explore import activities, directions, edits
-from gemma_scope_jax.explore.edits import Edit
-from gemma_scope_jax.explore.scope import Scope, one_token
 from gemma_scope_jax.models import interventions, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, ranges, sharding
@@ -118,7 +119,7 @@ def sweep(
       strengths: so many times the unit is added to the activation, or takes its place.
       kind: `add` or `clamp`, which tells the two apart.
       rows: of held-out text, at most all.
-      tokens: texts of one token each; None: the ten that the decoder direction raises most, see `directions.logits`.
+      tokens: texts of one token each; None: the ten that the decoder direction raises most, see `decoder_directions.logits`.
       unit: an activation; None: the latent's typical one, whatever `rows` is.
 
     Raises:
@@ -134,7 +135,7 @@ def sweep(
     for strength in strengths:
         ranges.check("a strength", strength, ranges.SIGNED)
     chosen_T = _chosen(scope, name, latent, tokens)
-    unit = activities.typical(scope, name, latent) if unit is None else unit
+    unit = latent_statistics.typical(scope, name, latent) if unit is None else unit
     changes = [Edit(name, latent, KINDS[kind], float(strength) * unit) for strength in strengths]
     found = _measure(scope, name, changes, chosen_T, rows)
     scored_S = found["scored_S"]
@@ -163,13 +164,13 @@ def _chosen(scope: Scope, name: str, latent: int, tokens: Sequence[str] | None) 
     if tokens:
         return np.array([one_token(scope, text) for text in tokens], np.int32)
     direction_1xO = np.asarray(subject.sae.W_dec[latent : latent + 1])
-    in_stream = directions.in_stream(scope.loaded.params, subject.spliced, direction_1xO)
+    in_stream = decoder_directions.in_stream(scope.loaded.params, subject.spliced, direction_1xO)
     if in_stream is None:
         raise ValueError(
             f"{name} gives {subject.spliced}, which is not added to the residual stream, so its latents raise no "
             "tokens by themselves; give the tokens to look at"
         )
-    return directions.logits(scope.mesh, scope.loaded, in_stream, _RAISED).highest_token_MxT[0]
+    return decoder_directions.logits(scope.mesh, scope.loaded, in_stream, _RAISED).highest_token_MxT[0]
 
 
 def _measure(
