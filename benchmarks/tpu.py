@@ -12,9 +12,9 @@ import json
 import pathlib
 import time
 
-from gemma_scope_jax import cli
+from gemma_scope_jax.cli import common
 
-cli.find_tpu_compiler()
+common.find_tpu_compiler()
 
 import jax
 import jax.numpy as jnp

@@ -43,8 +43,9 @@ from array_record.python import array_record_module
 
 import evaluate
 import train
-from gemma_scope_jax import __main__ as commands
-from gemma_scope_jax import cli, config
+from gemma_scope_jax import config
+from gemma_scope_jax.cli import common
+from gemma_scope_jax.cli import main as commands
 from gemma_scope_jax.runtime import files
 
 warnings.filterwarnings("ignore", ".*fork", Warning)
@@ -158,7 +159,7 @@ def start(
         if before is not None:
             before()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        cli.run(MAINS.get(name, commands.main))
+        common.run(MAINS.get(name, commands.main))
 
     return Process(forked(work), list(command), out, err)
 

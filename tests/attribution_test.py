@@ -13,10 +13,11 @@ import tiny
 from scipy import special
 from toys import random_sae
 
-from gemma_scope_jax import analysis, explore_cli
+from gemma_scope_jax import analysis
 from gemma_scope_jax.analysis import session as scope_lib
 from gemma_scope_jax.analysis.attribution import ablation
 from gemma_scope_jax.analysis.attribution import gradients as gradients_lib
+from gemma_scope_jax.cli import analysis as analysis_lib
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models import placement as placement_lib
@@ -427,7 +428,7 @@ def test_a_browser_lists_the_latents_of_a_clicked_token(found, tmp_path):
 def command(**options):
     given = dict.fromkeys(("prompt", "prompts", "answer", "against", "sae", "html", "png"))
     given |= {"token": -1, "is_integrated": False, "ablate": 0, "seed": 0, "top": 3, "path": "run"}
-    explore_cli.run_attribute(**given | options)
+    analysis_lib.run_attribute(**given | options)
 
 
 def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_path, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax import cli
+from gemma_scope_jax.cli import common
 from gemma_scope_jax.training import checkpoint, runs
 
 
@@ -197,20 +197,20 @@ def test_a_state_that_is_not_finite_is_never_saved(run, state, tmp_path):
 
 
 def test_a_full_disk_is_said_in_one_line():
-    assert "the disk is full" in cli.explain(OSError(errno.ENOSPC, "No space left on device"))
-    assert "the disk is full" in cli.explain(
+    assert "the disk is full" in common.explain(OSError(errno.ENOSPC, "No space left on device"))
+    assert "the disk is full" in common.explain(
         ValueError("RESOURCE_EXHAUSTED: write: No space left on device\n more")
     )
-    assert cli.explain(TypeError("a defect")) is None
+    assert common.explain(TypeError("a defect")) is None
 
 
 def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
     with pytest.raises(ValueError) as ours:
         runs.read_config(pathlib.Path("nowhere"))
-    assert "nowhere is no run directory" in cli.explain(ours.value)
+    assert "nowhere is no run directory" in common.explain(ours.value)
     with pytest.raises(ValueError) as librarys:
         json.loads("{")
-    assert cli.explain(librarys.value) is None
+    assert common.explain(librarys.value) is None
 
 
 @pytest.mark.parametrize("name", ["[v1] a", "*?"])
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run, state, tmp_path, 
         path.chmod(0)
     with pytest.raises(PermissionError, match="Permission denied") as caught:
         restore(tmp_path, run)
-    assert any(str(path) in cli.explain(caught.value) for path in paths)
+    assert any(str(path) in common.explain(caught.value) for path in paths)
     assert (tmp_path / "checkpoints" / "5").exists()
     for path in paths:
         path.chmod(0o644)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from gemma_scope_jax import __main__, cli
+from gemma_scope_jax.cli import common, main
 
 # ml_collections loads config files in a way that Python 3.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 def test_a_config_is_read_with_the_fields_given(monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest", "--config.seed=9"])
-    values = cli.read_config("configs/gemma2_2b.py:resid_post_16k", ["--config.banks.main.layers=(5, 7)"])
+    values = common.read_config("configs/gemma2_2b.py:resid_post_16k", ["--config.banks.main.layers=(5, 7)"])
     assert values["banks"]["main"]["layers"] == (5, 7)
     assert (values["model"], values["seed"]) == ("gemma2_2b", 0)
 
@@ -36,7 +36,7 @@ def test_a_config_is_read_with_the_fields_given(monkeypatch):
 def test_mistakes_are_said_in_one_line(file, fields, message):
     path = f"configs/{file}" if ":" in file else f"configs/{file}.py"
     with pytest.raises(ValueError, match=message) as caught:
-        cli.read_config(path, fields)
+        common.read_config(path, fields)
     assert "\n" not in str(caught.value)
 
 
@@ -55,13 +55,13 @@ def test_mistakes_are_said_in_one_line(file, fields, message):
     ],
 )
 def test_what_the_system_refuses_is_said_in_one_line_with_the_files_name(error, message):
-    found = cli.explain(error)
+    found = common.explain(error)
     assert found is None if message is None else re.fullmatch(f".*{message}.*", found) and len(found) < 500
 
 
 def test_a_tilde_is_the_home_folder_in_every_argument(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    parser = __main__._parser()
+    parser = main._parser()
     for line in (
         "export ~/run --out=~/x", "publish ~/run --repo=a/b --out=~/x", "convert x --format=saelens --out=~/x",
         "compare ~/a ~/b --out=~/x", "dashboards x --out=~/x", "explore x y --html=~/x", "flow x y --png=~/x",
@@ -88,7 +88,7 @@ def numbers_of(parser):
 
 
 def test_no_option_takes_a_number_without_a_range():
-    found = list(numbers_of(__main__._parser()))
+    found = list(numbers_of(main._parser()))
     assert len(found) > 20
     assert [option for option in found if option[2] in (int, float, None)] == []
 
@@ -112,7 +112,7 @@ def test_no_option_takes_a_number_without_a_range():
 def test_numbers_out_of_range_are_refused_in_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *arguments])
     with pytest.raises(SystemExit) as ended:
-        __main__.main()
+        main.main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and re.search(message, said)
     assert said.count("\n") == 1 and len(said) < 500

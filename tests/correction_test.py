@@ -12,10 +12,10 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__ as command
 from gemma_scope_jax import analysis
 from gemma_scope_jax.analysis.contrast import correction
 from gemma_scope_jax.analysis.steering import edits
+from gemma_scope_jax.cli import main as command
 from gemma_scope_jax.data import batching, sources, token_rows
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.evaluation import metrics

@@ -9,7 +9,7 @@ import tiny
 from sklearn.metrics import roc_auc_score
 from toys import random_sae
 
-from gemma_scope_jax import __main__
+from gemma_scope_jax.cli import main
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.evaluation import detection, token_descriptions
 from gemma_scope_jax.models import masking
@@ -299,7 +299,7 @@ def test_the_command_scores_a_run(inputs, tmp_path, capsys, monkeypatch):
     loop.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), run)
     asked = ["detect", str(run), "--rows=100000", "--latents=6", f"--out={tmp_path / 'out'}"]
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
-    __main__.main()
+    main.main()
     stored = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert stored["rows"] > 10 and len(stored["sae"]) == 2
     shown = capsys.readouterr().out
@@ -311,5 +311,5 @@ def test_the_command_scores_a_run(inputs, tmp_path, capsys, monkeypatch):
     for option in ("--rows", "--latents", "--rows_per_batch"):
         monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, f"{option}=0"])
         with pytest.raises(SystemExit):
-            __main__.main()
+            main.main()
         assert f"argument {option}: it is 0; it must be at least 1 and" in capsys.readouterr().err

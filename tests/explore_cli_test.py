@@ -5,7 +5,8 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, analysis
+from gemma_scope_jax import analysis
+from gemma_scope_jax.cli import main
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
 
@@ -33,7 +34,7 @@ def command(tiny_gemma, tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *arguments])
-        __main__.main()
+        main.main()
         return capsys.readouterr().out, opened
 
     return run

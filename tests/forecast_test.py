@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from gemma_scope_jax import cli
+from gemma_scope_jax.cli import common
 from gemma_scope_jax.runtime import devices
 from gemma_scope_jax.training import flops, forecast, loop, plans
 
@@ -54,7 +54,7 @@ def test_collectives_are_counted_with_the_updates_that_repeat_them():
 @needs_compiler
 def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys):
     """A step with another sum over all chips in it is planned with it."""
-    cli.find_tpu_compiler()
+    common.find_tpu_compiler()
     # Large enough to be laid out over chips, and small enough to compile in seconds.
     c = tiny.run_config(inputs, banks__main__width=1024, gemma_dtype="bfloat16")
     before = forecast.forecast(c, "v5e:2x4")
@@ -95,7 +95,7 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
     ],
 )
 def test_slices_that_there_are_not_are_refused(topology, message):
-    cli.find_tpu_compiler()
+    common.find_tpu_compiler()
     with pytest.raises(ValueError, match=message):
         forecast.slice_devices(topology)
 

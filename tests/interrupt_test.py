@@ -10,10 +10,11 @@ import time
 
 import pytest
 
-from gemma_scope_jax import config, rollouts
+from gemma_scope_jax import config
 from gemma_scope_jax.analysis import session
 from gemma_scope_jax.analysis.contrast import audit
 from gemma_scope_jax.analysis.dashboards import build
+from gemma_scope_jax.cli import generate
 from gemma_scope_jax.evaluation import detection, opening, probing, report
 from gemma_scope_jax.models import placement
 from gemma_scope_jax.runtime import signals
@@ -182,7 +183,7 @@ def test_library_functions_raise_keyboard_interrupt(untouched, tmp_path, monkeyp
         "evaluate": lambda: report.evaluate_path(tmp_path),
         "detect": lambda: detection.detect_path(tmp_path),
         "probe": lambda: probing.probe_path(tmp_path, labelled),
-        "generate": lambda: rollouts.write_rollouts(
+        "generate": lambda: generate.write_rollouts(
             of_model, tmp_path / "a.txt", tmp_path / "out.jsonl", 3, 0.0, 0, False, 2
         ),
         "audit": lambda: audit.audit(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt"),

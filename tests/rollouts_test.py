@@ -6,7 +6,7 @@ import sys
 import pytest
 import tiny
 
-from gemma_scope_jax import __main__ as command
+from gemma_scope_jax.cli import main as command
 from gemma_scope_jax.models import generation, masking, placement
 from gemma_scope_jax.runtime import sharding
 

@@ -13,8 +13,10 @@ import scopes
 import tiny
 from toys import random_sae
 
-from gemma_scope_jax import __main__, analysis, explore_cli
+from gemma_scope_jax import analysis
 from gemma_scope_jax.analysis.steering import edit_syntax, edits, sweep
+from gemma_scope_jax.cli import analysis as analysis_lib
+from gemma_scope_jax.cli import main
 from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -360,13 +362,13 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
     monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
     latent = often("resid", values)
     edits = [f"resid:{latent}+2t@reply", "transcoder:3=ablate"]
-    explore_cli.run_steer(**DEFAULTS | {"prompts": PROMPTS, "edit": edits, "html": tmp_path / "a.html"})
+    analysis_lib.run_steer(**DEFAULTS | {"prompts": PROMPTS, "edit": edits, "html": tmp_path / "a.html"})
     unit = analysis.typical(scope, "resid", latent)
     assert f"resid:{latent}+{2 * unit:.6g}@reply" in (tmp_path / "a.html").read_text()
     assert "as it is" in capsys.readouterr().out
     asked = DEFAULTS | {"sweep": True, "multiples": [0.0, 2.0], "rows": 4}
     asked |= {"edit": [f"resid:{latent}=2t"], "png": tmp_path / "a.png"}
-    explore_cli.run_steer(**asked)
+    analysis_lib.run_steer(**asked)
     shown = capsys.readouterr().out
     assert "in the place of the activation of" in shown and f"Wrote {tmp_path / 'a.png'}" in shown
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -393,17 +395,17 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_opened(arguments, message):
     with pytest.raises(ValueError, match=message):
-        explore_cli.run_steer(**DEFAULTS | arguments)
+        analysis_lib.run_steer(**DEFAULTS | arguments)
 
 
 def test_prompts_may_stand_before_and_behind_options(monkeypatch):
     asked = ["steer", "run", "a b", "--edit=1+2t", "--edit=2=ablate", "--strengths=-1,2", "c"]
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
     called = {}
-    monkeypatch.setattr(explore_cli, "run_steer", lambda **options: called.update(options))
-    __main__.main()
+    monkeypatch.setattr(analysis_lib, "run_steer", lambda **options: called.update(options))
+    main.main()
     assert called["prompts"] == ["a b", "c"] and called["edit"] == ["1+2t", "2=ablate"]
     assert called.keys() >= DEFAULTS.keys() and called["multiples"] == [-1, 2] and called["model"] is None
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, "--nothing"])
     with pytest.raises(SystemExit):
-        __main__.main()
+        main.main()

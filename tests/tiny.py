@@ -141,7 +141,7 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
 def main() -> None:
     """Trains the run whose config and workdir the JSON argument gives, or evaluates as its `evaluate` says."""
     register()
-    from gemma_scope_jax import cli
+    from gemma_scope_jax.cli import common
     from gemma_scope_jax.evaluation import report
     from gemma_scope_jax.runtime import distributed
     from gemma_scope_jax.training import loop
@@ -153,7 +153,7 @@ def main() -> None:
             distributed.initialize(config.HostsConfig(heartbeat_timeout_seconds=10))
             report.evaluate_path(**given["evaluate"] | {"out": pathlib.Path(given["evaluate"]["out"])})
 
-        cli.run(evaluate)
+        common.run(evaluate)
         return
     made = config.from_dict(given["config"])
 
@@ -161,7 +161,7 @@ def main() -> None:
         distributed.initialize(made.hosts, saves_together=True)
         loop.train(made, pathlib.Path(given["workdir"]))
 
-    cli.run(train, "nothing has been trained yet")
+    common.run(train, "nothing has been trained yet")
 
 
 if __name__ == "__main__":

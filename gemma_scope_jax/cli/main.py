@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from gemma_scope_jax import cli, explore_cli
+from gemma_scope_jax.cli import analysis, common
 from gemma_scope_jax.runtime import ranges, signals
 from gemma_scope_jax.runtime.printing import say
 from gemma_scope_jax.runtime.ranges import COUNT, SEED
@@ -22,10 +22,10 @@ _WHEN_INTERRUPTED = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="python -m gemma_scope_jax")
+    parser = common.Parser(prog="python -m gemma_scope_jax")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the SAEs of a run in a format that other tools read")
-    export.add_argument("run", type=cli.path, help="a run directory")
+    export.add_argument("run", type=common.path, help="a run directory")
     export.add_argument(
         "--format", default="saelens", help=f"of {', '.join(FORMATS)}; several with commas, or all"
     )
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Gemma's, where formats differ in the gain that a transcoder reads behind",
     )
     publish = commands.add_parser("publish", help="write, and perhaps upload, a repository of a run's SAEs")
-    publish.add_argument("run", type=cli.path, help="the directory of a run that has been evaluated")
+    publish.add_argument("run", type=common.path, help="the directory of a run that has been evaluated")
     publish.add_argument("--repo", required=True, help="OWNER/NAME on Hugging Face's hub")
     publish.add_argument("--format", choices=PUBLISHED, default="saelens")
     publish.add_argument(
@@ -52,39 +52,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.add_argument("--push", action="store_true", help="upload it, too")
     compare = commands.add_parser("compare", help="evaluations side by side, each compared with the first")
-    compare.add_argument("folders", nargs="+", type=cli.path, help="what evaluate.py was given, or its --out")
-    compare.add_argument("--out", type=cli.path, required=True, help="folder to write to")
-    explore_cli.add_commands(commands)
+    compare.add_argument(
+        "folders", nargs="+", type=common.path, help="what evaluate.py was given, or its --out"
+    )
+    compare.add_argument("--out", type=common.path, required=True, help="folder to write to")
+    analysis.add_commands(commands)
     for command in (export, convert, publish):
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices"
         )
-        command.add_argument("--out", type=cli.path, required=True, help="folder to write to")
+        command.add_argument("--out", type=common.path, required=True, help="folder to write to")
     probe = commands.add_parser(
         "probe", help="how well a few latents tell the classes of labelled texts apart"
     )
     probe.add_argument(
         "--labelled",
-        type=cli.path,
+        type=common.path,
         required=True,
         help='a .jsonl file of a "text" and a "label" each, and perhaps a "group" that is not to be divided',
     )
     probe.add_argument(
-        "--seed", type=cli.number(SEED), default=0, help="of the split into training and test texts"
+        "--seed", type=common.number(SEED), default=0, help="of the split into training and test texts"
     )
     detect = commands.add_parser(
         "detect", help="whether what a latent's strongest passages share tells where else it fires"
     )
     detect.add_argument("--text", help="another than the run's, as in config.data.text")
-    detect.add_argument("--rows", type=cli.number(COUNT), help="held-out rows")
+    detect.add_argument("--rows", type=common.number(COUNT), help="held-out rows")
     detect.add_argument(
-        "--latents", type=cli.number(COUNT), default=100, help="so many of each SAE are scored"
+        "--latents", type=common.number(COUNT), default=100, help="so many of each SAE are scored"
     )
     detect.add_argument(
-        "--seed", type=cli.number(SEED), default=0, help="of the latents and positions that are drawn"
+        "--seed", type=common.number(SEED), default=0, help="of the latents and positions that are drawn"
     )
     for command in (probe, detect):
-        cli.add_subject(command)
+        common.add_subject(command)
     plan = commands.add_parser(
         "plan",
         allow_abbrev=False,
@@ -101,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, help="a config file, as for train.py; likewise its fields"
     )
     prepare.add_argument(
-        "--workers", type=cli.number(ranges.FEW), help="processes (default: as many as there are cores)"
+        "--workers", type=common.number(ranges.FEW), help="processes (default: as many as there are cores)"
     )
     generate = commands.add_parser("generate", help="have Gemma go on with, or answer, the texts of a file")
     generate.add_argument("--model", required=True, help="for example gemma2_2b-it")
@@ -109,21 +111,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokenizer", default="", help="Gemma's, as in config.tokenizer")
     generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Gemma's")
     generate.add_argument(
-        "--prompts", type=cli.path, required=True, help='a file of texts: .jsonl with {"text": …} a line'
+        "--prompts", type=common.path, required=True, help='a file of texts: .jsonl with {"text": …} a line'
     )
     generate.add_argument("--chat", action="store_true", help="each text is a user's turn, to be answered")
     generate.add_argument(
-        "--num_tokens", type=cli.number(ranges.NEW_TOKENS), default=128, help="the most for one prompt"
+        "--num_tokens", type=common.number(ranges.NEW_TOKENS), default=128, help="the most for one prompt"
     )
     generate.add_argument(
         "--temperature",
-        type=cli.number(ranges.POSITIVE_OR_ZERO, float),
+        type=common.number(ranges.POSITIVE_OR_ZERO, float),
         default=1.0,
         help="of the draws; 0: the likeliest token",
     )
-    generate.add_argument("--seed", type=cli.number(SEED), default=0, help="of the draws")
-    generate.add_argument("--rows_per_batch", type=cli.number(COUNT), default=16, help="prompts run together")
-    generate.add_argument("--out", type=cli.path, required=True, help="file to write, .jsonl")
+    generate.add_argument("--seed", type=common.number(SEED), default=0, help="of the draws")
+    generate.add_argument(
+        "--rows_per_batch", type=common.number(COUNT), default=16, help="prompts run together"
+    )
+    generate.add_argument("--out", type=common.path, required=True, help="file to write, .jsonl")
     return parser
 
 
@@ -138,7 +142,7 @@ def main() -> None:
     options = {name: value for name, value in vars(args).items() if name not in ("command", "call")}
     if fields and args.command not in ("plan", "prepare"):
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
-    cli.check_outputs(args)
+    common.check_outputs(args)
     # Imported late: --help should not take seconds.
     if "call" in args:
         args.call(**options)
@@ -181,15 +185,16 @@ def main() -> None:
         from gemma_scope_jax.data import prepare as prepare_lib
         from gemma_scope_jax.data import token_rows
 
-        chosen = config.from_dict(cli.read_config(args.config, fields))
+        chosen = config.from_dict(common.read_config(args.config, fields))
         config.check_ranges(chosen)
         rows = token_rows.open_rows(prepare_lib.rows_of(chosen, args.workers), token_rows.TRAIN)
         print(f"{len(rows):,} rows to train on in {rows.folder}.")
     elif args.command == "generate":
-        from gemma_scope_jax import config, rollouts
+        from gemma_scope_jax import config
+        from gemma_scope_jax.cli import generate as generate_lib
 
         names = {"model": args.model, "weights": args.weights, "tokenizer": args.tokenizer}
-        rollouts.write_rollouts(
+        generate_lib.write_rollouts(
             config.from_dict(names | {"gemma_dtype": args.dtype}),
             args.prompts,
             args.out,
@@ -200,14 +205,14 @@ def main() -> None:
             args.rows_per_batch,
         )
     else:
-        cli.find_tpu_compiler()
+        common.find_tpu_compiler()
         from gemma_scope_jax import config
         from gemma_scope_jax.training import forecast
 
-        chosen = config.from_dict(cli.read_config(args.config, fields))
+        chosen = config.from_dict(common.read_config(args.config, fields))
         if not forecast.show(forecast.forecast(chosen, args.topology)):
             sys.exit(1)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

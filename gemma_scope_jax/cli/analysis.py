@@ -7,7 +7,7 @@ import argparse
 import pathlib
 from collections.abc import Callable, Sequence
 
-from gemma_scope_jax import cli
+from gemma_scope_jax.cli import common
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.printing import say, well_formed
 from gemma_scope_jax.runtime.ranges import COUNT, COUNT_OR_NONE, FEW, NEW_TOKENS, SEED
@@ -34,7 +34,7 @@ def _add(
     command = commands.add_parser(name, help=about)
     command.set_defaults(call=call)
     command.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    cli.add_overrides(command)
+    common.add_overrides(command)
     return command
 
 
@@ -42,9 +42,9 @@ def _add_explore(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "explore", run_explore, "which latents fire on a prompt, by token and SAE")
     command.add_argument("prompt", type=well_formed)
     command.add_argument(
-        "--top", type=cli.number(COUNT), default=5, help="latents of a token that are listed"
+        "--top", type=common.number(COUNT), default=5, help="latents of a token that are listed"
     )
-    command.add_argument("--html", type=cli.path, help="a page to write, too")
+    command.add_argument("--html", type=common.path, help="a page to write, too")
 
 
 def _add_flow(commands: argparse._SubParsersAction) -> None:
@@ -53,20 +53,20 @@ def _add_flow(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--answer", type=well_formed, help="the token that the lens follows, for example ' union'"
     )
-    command.add_argument("--png", type=cli.path, help="a picture to write, and beside it one of the lens")
-    command.add_argument("--html", type=cli.path, help="a page to write, too")
+    command.add_argument("--png", type=common.path, help="a picture to write, and beside it one of the lens")
+    command.add_argument("--html", type=common.path, help="a page to write, too")
 
 
 def _add_links(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "links", run_links, "which latents of later SAEs a latent feeds")
     command.add_argument("--sae", required=True, help="the latent's")
-    command.add_argument("--latent", type=cli.number(COUNT_OR_NONE), required=True)
+    command.add_argument("--latent", type=common.number(COUNT_OR_NONE), required=True)
     command.add_argument("--to", help="only this later SAE (default: all that are)")
     command.add_argument("--text", help="another than the run's, as in config.data.text")
-    command.add_argument("--rows", type=cli.number(COUNT), default=8, help="of held-out text")
+    command.add_argument("--rows", type=common.number(COUNT), default=8, help="of held-out text")
     command.add_argument("--prompt", type=well_formed, help="in their place")
-    command.add_argument("--top", type=cli.number(COUNT), default=20, help="latents that are listed")
-    command.add_argument("--png", type=cli.path, help="a picture to write, too")
+    command.add_argument("--top", type=common.number(COUNT), default=20, help="latents that are listed")
+    command.add_argument("--png", type=common.path, help="a picture to write, too")
 
 
 def _add_attribute(commands: argparse._SubParsersAction) -> None:
@@ -75,7 +75,7 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
     command.add_argument("prompt", type=well_formed, nargs="?", help="the text whose next token is predicted")
     command.add_argument(
         "--prompts",
-        type=cli.path,
+        type=common.path,
         help='instead, a file of them: .txt with one a line, or .jsonl of {"text": …}',
     )
     command.add_argument(
@@ -88,7 +88,7 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--token",
-        type=cli.number(ranges.WHOLE),
+        type=common.number(ranges.WHOLE),
         default=-1,
         help="behind which token, from 0, or from the end below 0",
     )
@@ -98,16 +98,16 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--ablate",
-        type=cli.number(COUNT_OR_NONE),
+        type=common.number(COUNT_OR_NONE),
         default=0,
         help="take out so many latents, too, one by one, and compare",
     )
     command.add_argument(
-        "--seed", type=cli.number(SEED), default=0, help="of the latents that are drawn for that"
+        "--seed", type=common.number(SEED), default=0, help="of the latents that are drawn for that"
     )
-    command.add_argument("--top", type=cli.number(COUNT), default=20, help="latents that are listed")
-    command.add_argument("--html", type=cli.path, help="a page to write, too")
-    command.add_argument("--png", type=cli.path, help="a picture to write, too")
+    command.add_argument("--top", type=common.number(COUNT), default=20, help="latents that are listed")
+    command.add_argument("--html", type=common.path, help="a page to write, too")
+    command.add_argument("--png", type=common.path, help="a picture to write, too")
 
 
 def _add_steer(commands: argparse._SubParsersAction) -> None:
@@ -121,18 +121,18 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
         "@prompt, @reply or, of tokens from one up to another, @3:7. May be repeated; of one SAE without its name",
     )
     command.add_argument(
-        "--num_tokens", type=cli.number(NEW_TOKENS), help="the most for one prompt (default: 40)"
+        "--num_tokens", type=common.number(NEW_TOKENS), help="the most for one prompt (default: 40)"
     )
     command.add_argument(
         "--temperature",
-        type=cli.number(ranges.POSITIVE_OR_ZERO, float),
+        type=common.number(ranges.POSITIVE_OR_ZERO, float),
         default=0.0,
         help="of the draws; 0: the likeliest token",
     )
-    command.add_argument("--samples", type=cli.number(FEW), default=1, help="replies to each prompt")
-    command.add_argument("--seed", type=cli.number(SEED), default=0, help="of the draws")
+    command.add_argument("--samples", type=common.number(FEW), default=1, help="replies to each prompt")
+    command.add_argument("--seed", type=common.number(SEED), default=0, help="of the draws")
     command.add_argument("--chat", action="store_true", help="a prompt is a user's turn, to be answered")
-    command.add_argument("--html", type=cli.path, help="a page to write, too")
+    command.add_argument("--html", type=common.path, help="a page to write, too")
     command.add_argument("--text", help="another than the run's to measure on, as in config.data.text")
     sweep = command.add_argument_group("in place of replies")
     sweep.add_argument(
@@ -154,8 +154,10 @@ def _add_steer(commands: argparse._SubParsersAction) -> None:
         metavar="TEXT",
         help="one whose likelihood is looked at; may be repeated (default: what the decoder raises most)",
     )
-    sweep.add_argument("--rows", type=cli.number(COUNT), help="of held-out text to measure on (default: 16)")
-    sweep.add_argument("--png", type=cli.path, help="a figure to write, too")
+    sweep.add_argument(
+        "--rows", type=common.number(COUNT), help="of held-out text to measure on (default: 16)"
+    )
+    sweep.add_argument("--png", type=common.path, help="a figure to write, too")
 
 
 def _add_contrast(commands: argparse._SubParsersAction) -> None:
@@ -163,11 +165,11 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, "contrast", run_contrast, about)
     for name in ("first", "second"):
         command.add_argument(
-            f"--{name}", type=cli.path, required=True, help="prompts: .txt with one a line, or .jsonl"
+            f"--{name}", type=common.path, required=True, help="prompts: .txt with one a line, or .jsonl"
         )
     command.add_argument("--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens")
     command.add_argument(
-        "--rate", type=cli.number(ranges.SHARE, float), default=0.05, help="of false discoveries"
+        "--rate", type=common.number(ranges.SHARE, float), default=0.05, help="of false discoveries"
     )
     command.add_argument(
         "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
@@ -176,38 +178,40 @@ def _add_contrast(commands: argparse._SubParsersAction) -> None:
         "--answer", type=well_formed, help='a token whose logit is the behaviour, such as " she"'
     )
     command.add_argument("--against", type=well_formed, help="the token whose logit is taken off it")
-    command.add_argument("--top", type=cli.number(COUNT), help="ablate only so many latents, the strongest")
     command.add_argument(
-        "--seed", type=cli.number(SEED), default=0, help="of shuffles, halves and random sets"
+        "--top", type=common.number(COUNT), help="ablate only so many latents, the strongest"
+    )
+    command.add_argument(
+        "--seed", type=common.number(SEED), default=0, help="of shuffles, halves and random sets"
     )
     command.add_argument("--text", help="another than the run's to measure the delta loss on")
-    command.add_argument("--out", type=cli.path, help="folder for contrast.json, .png, correction.json")
+    command.add_argument("--out", type=common.path, help="folder for contrast.json, .png, correction.json")
 
 
 def _add_dashboards(commands: argparse._SubParsersAction) -> None:
     about = "pages of what each latent fires on, which need neither server nor network"
     command = _add(commands, "dashboards", run_dashboards, about)
     command.add_argument("--text", help="another than the run's, as in config.data.text")
-    command.add_argument("--rows", type=cli.number(COUNT), default=512, help="of held-out text to read")
-    command.add_argument("--rows_per_batch", type=cli.number(COUNT), help="in one pass of the model")
+    command.add_argument("--rows", type=common.number(COUNT), default=512, help="of held-out text to read")
+    command.add_argument("--rows_per_batch", type=common.number(COUNT), help="in one pass of the model")
     command.add_argument(
         "--sae", action="append", default=[], dest="saes", help="only this one; may be repeated"
     )
     command.add_argument(
-        "--top", type=cli.number(FEW), default=20, help="passages of a latent's strongest firings"
+        "--top", type=common.number(FEW), default=20, help="passages of a latent's strongest firings"
     )
     command.add_argument(
         "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
     )
     command.add_argument(
         "--out",
-        type=cli.path,
+        type=common.path,
         help="folder to write to (default: dashboards in the folder for results)",
     )
 
 
 def _strengths(text: str) -> list[float]:
-    return [cli.number(ranges.SIGNED, float)(one) for one in text.split(",")]
+    return [common.number(ranges.SIGNED, float)(one) for one in text.split(",")]
 
 
 def run_explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **overrides: str | None) -> None:
