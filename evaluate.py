@@ -34,11 +34,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     common.check_outputs(args)
-    from gemma_scope_jax import config
     from gemma_scope_jax.evaluation import report
     from gemma_scope_jax.runtime import distributed  # Imported late: --help should not take seconds.
 
-    distributed.initialize(config.HostsConfig())
+    distributed.initialize()
     report.evaluate_path(**vars(args))
 
 

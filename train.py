@@ -6,6 +6,7 @@ On a slice of several hosts, the same command on each of them; see docs/pods.md.
 """
 
 import argparse
+import dataclasses
 
 from gemma_scope_jax.cli import common
 
@@ -31,7 +32,7 @@ def main() -> None:
     from gemma_scope_jax.training import loop
 
     made = config.from_dict(values)
-    distributed.initialize(made.hosts, saves_together=True)
+    distributed.initialize(**dataclasses.asdict(made.hosts), saves_together=True)
     loop.train(made, args.workdir)
 
 

@@ -18,6 +18,7 @@ common.find_tpu_compiler()
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.evaluation import metrics
@@ -105,7 +106,7 @@ def report(lowered: jax.stages.Lowered) -> dict:
     }
 
 
-def placed(mesh: jax.sharding.Mesh, shape: tuple, dtype: jnp.dtype, spec: sharding.P) -> jax.ShapeDtypeStruct:
+def placed(mesh: jax.sharding.Mesh, shape: tuple, dtype: jnp.dtype, spec: P) -> jax.ShapeDtypeStruct:
     """A shape on the mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
@@ -177,7 +178,7 @@ def measure_evaluation(case: Evaluation) -> dict:
     arrays = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
     specs = attached.latent_specs(mesh, m)
     subject = jumprelu.SAE(
-        **{name: placed(mesh, of, jnp.float32, specs.get(name, sharding.P())) for name, of in arrays.items()}
+        **{name: placed(mesh, of, jnp.float32, specs.get(name, P())) for name, of in arrays.items()}
     )
     lowered = {
         "clean": interventions.clean.lower(mesh, model, params, tokens, (site,)),

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from gemma_scope_jax.cli import common
+from gemma_scope_jax.runtime import files
 from gemma_scope_jax.training import checkpoint, runs
 
 
@@ -221,7 +222,7 @@ def test_a_folder_whose_name_is_a_pattern_keeps_what_is_saved(name, run, state, 
 
 def test_what_orbax_saves_and_cannot_open_is_not_called_saved(state, tmp_path, monkeypatch):
     """Orbax looks for the parts that it merges by a pattern, and so finds none here."""
-    monkeypatch.setattr(checkpoint.files, "for_orbax", str)
+    monkeypatch.setattr(files, "for_orbax", str)
     with checkpoint.open_manager(tmp_path / "[v1]", 5) as manager:
         checkpoint.save(manager, at_step(state, 5), {})
         with pytest.raises(ValueError, match=r"checkpoint 5 in .* was saved and cannot be opened") as caught:

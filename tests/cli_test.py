@@ -119,7 +119,9 @@ def test_numbers_out_of_range_are_refused_in_one_line(arguments, message, monkey
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_nothing():
-    program = r'from gemma_scope_jax import cli; cli.run(lambda: print("Wrote \udce9/±", flush=True))'
+    program = (
+        r'from gemma_scope_jax.cli import common; common.run(lambda: print("Wrote \udce9/±", flush=True))'
+    )
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=True)
     assert done.stdout == b"Wrote \\udce9/\\xb1\n"

@@ -70,9 +70,9 @@ def test_turns_are_found_in_rows_of_several_documents():
     tokenizer = tiny.load_tokenizer()
     before, after = chat.chat_template(tokenizer)
     exchanges = [
-        token_rows.Exchange("abc", "vwxyz"),
-        token_rows.Exchange("d", "s" * 30),
-        token_rows.Exchange("efgh", "t"),
+        sources.Exchange("abc", "vwxyz"),
+        sources.Exchange("d", "s" * 30),
+        sources.Exchange("efgh", "t"),
     ]
     documents = (packing.encode(tokenizer, exchange, after) for exchange in exchanges)
     rows = np.stack([tokens for tokens, _ in packing.pack(documents, 40, before, after, is_cut=True)])

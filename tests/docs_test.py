@@ -115,14 +115,11 @@ def test_the_labelled_texts_in_the_documents_can_be_probed_with(tmp_path, monkey
     probing.split(found, 0)
 
 
-def test_the_readme_names_every_module_and_only_files_that_exist():
-    modules = {path.name for path in (ROOT / "gemma_scope_jax").glob("*.py")} - {
-        "__init__.py",
-        "__main__.py",
-        "cli.py",
-    }
+def test_the_readme_names_every_room_and_only_files_that_exist():
     layout = README.split("## Layout")[1]
-    assert modules <= set(re.findall(r"\w+\.py", layout))
+    package = ROOT / "gemma_scope_jax"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert rooms | {"config.py"} == set(re.findall(r"^  ([\w.]+/?) ", layout, re.MULTILINE))
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / target).exists(), target
 

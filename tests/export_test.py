@@ -13,7 +13,7 @@ from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import formats, jumprelu, loading, naming, saving
 from gemma_scope_jax.saes.formats import gemma_scope_2
-from gemma_scope_jax.training import export, loop, runs
+from gemma_scope_jax.training import export, loop, metrics_log, runs
 
 MLP = dict(
     target_site="mlp_out", layers=(2,), width=64, bandwidth=0.1, initial_threshold=0.1, window_updates=12
@@ -177,7 +177,7 @@ def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
 def test_the_l0_in_a_name_is_that_of_held_out_rows_or_of_the_last_updates(workdir, tmp_path):
     run, state = runs.open_run(workdir)
     step = int(state.step)
-    logged = {name: v["l0"] for name, v in loop.log.read_metrics(workdir)[-1]["sae"].items()}
+    logged = {name: v["l0"] for name, v in metrics_log.read_metrics(workdir)[-1]["sae"].items()}
     assert export.measured_l0(run, state, workdir) == pytest.approx(logged)
     since = export.measured_l0(run, state, tmp_path)  # Where there is no log.
     for plan in run.plan.banks:

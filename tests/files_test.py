@@ -122,7 +122,7 @@ def test_two_writers_of_one_file_do_not_take_each_others_for_left_over(tmp_path,
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path):
     code = (
-        "import sys, pathlib; from gemma_scope_jax import files\n"
+        "import sys, pathlib; from gemma_scope_jax.runtime import files\n"
         "with files.filling_folder(pathlib.Path(sys.argv[1])) as made: print(made, flush=True); input()"
     )
     with subprocess.Popen(

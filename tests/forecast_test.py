@@ -10,7 +10,7 @@ import tiny
 
 from gemma_scope_jax.cli import common
 from gemma_scope_jax.runtime import devices
-from gemma_scope_jax.training import flops, forecast, loop, plans
+from gemma_scope_jax.training import flops, forecast, plans, step
 
 needs_compiler = pytest.mark.skipif(
     not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu"
@@ -67,7 +67,7 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
     forecast.show(before)
     assert "v5e:2x4: 8 devices, mesh 1 × 8, SAEs: 1" in " ".join(capsys.readouterr().out.split())
 
-    make_step = loop.step.make_step
+    make_step = step.make_step
 
     def make_other_step(*args):
         step = make_step(*args)
@@ -79,7 +79,7 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
 
         return other
 
-    monkeypatch.setattr(loop.step, "make_step", make_other_step)
+    monkeypatch.setattr(step, "make_step", make_other_step)
     after = forecast.forecast(c, "v5e:2x4")
     sums = [sum(x.times for x in f.collectives if x.kind == "all-reduce") for f in (before, after)]
     assert sums[1] > sums[0]

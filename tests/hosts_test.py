@@ -247,7 +247,7 @@ def test_what_cannot_be_a_process_is_refused_by_name(changes, message, monkeypat
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message) as caught:
-        distributed.initialize(config.HostsConfig())
+        distributed.initialize()
     assert "\n" not in str(caught.value)
 
 
@@ -295,7 +295,7 @@ def test_waiting_for_others_is_told_and_ends_in_one_line(monkeypatch, capsys, in
     monkeypatch.setattr(distributed, "_SAY_AFTER", 0.1)
     monkeypatch.setattr(distributed, "_connect", lambda *_: threading.Event().wait(5))
     with pytest.raises(ValueError, match=r"^waited 1 s \(hosts\.join_timeout_seconds\) as proc") as caught:
-        distributed.initialize(config.HostsConfig(join_timeout_seconds=1))
+        distributed.initialize(join_timeout_seconds=1)
     assert seen in str(caught.value) and "\n" not in str(caught.value)
     first = capsys.readouterr().out.splitlines()[0]
     assert f"Waiting as process {index} of 3 (from 0)" in first and address in first and seen in first
@@ -316,7 +316,7 @@ def test_a_port_in_use_is_said_before_the_others_are_waited_for(monkeypatch):
         with pytest.raises(
             ValueError, match=rf"cannot listen on port {port} for the other processes: Address al"
         ):
-            distributed.initialize(config.HostsConfig())
+            distributed.initialize()
 
 
 @pytest.mark.soak

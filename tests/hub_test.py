@@ -112,7 +112,7 @@ def server(tmp_path):
 
 def fetch(environment, location):
     """`finding.local` in a process of its own, for the client reads its environment once."""
-    code = f"from gemma_scope_jax import hub; print(*hub.paths({location!r}))"
+    code = f"from gemma_scope_jax.saes import finding; print(*finding.paths({location!r}))"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )

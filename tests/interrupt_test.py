@@ -22,30 +22,32 @@ from gemma_scope_jax.runtime import signals
 # What runs trains for so many seconds once it is asked to stop; without JAX, so that it starts at once.
 TRAINS = """
 import signal, sys, time
-from gemma_scope_jax import cli, interrupt
+from gemma_scope_jax.cli import common
+from gemma_scope_jax.runtime import signals
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Whatever the tests were started by.
 
 def main():
-    with interrupt.saving() as request:
+    with signals.saving() as request:
         print("Training.", flush=True)
         while request.number is None:
             print("a step", flush=True)
             time.sleep(0.01)
         time.sleep(float(sys.argv[1]))
-    raise interrupt.Interrupted(request.number, "Saved step 7.")
+    raise signals.Interrupted(request.number, "Saved step 7.")
 
-cli.run(main)
+common.run(main)
 """
 READS = """
 import time
-from gemma_scope_jax import cli, interrupt
+from gemma_scope_jax.cli import common
+from gemma_scope_jax.runtime import signals
 
 def main():
     print("Reading.", flush=True)
     time.sleep(60)
 
-cli.run(main, "nothing was written")
+common.run(main, "nothing was written")
 """
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
 
@@ -107,7 +109,7 @@ def test_a_hangup_is_ignored_where_it_was_before():
 
 SPEAKS = """
 import contextlib, os, sys
-from gemma_scope_jax import cli
+from gemma_scope_jax.cli import common
 
 def main():
     with open(sys.argv[1], "wb", buffering=0) as file:
@@ -117,7 +119,7 @@ def main():
             os.write(2, b"of a library")
         file.write(b"kept")
 
-cli.run(main)
+common.run(main)
 """
 
 
@@ -173,7 +175,6 @@ def test_library_functions_raise_keyboard_interrupt(untouched, tmp_path, monkeyp
 
     monkeypatch.setattr(opening, "open_path", interrupted)
     monkeypatch.setattr(placement, "load_gemma", interrupted)
-    monkeypatch.setattr(session.opening, "open_path", interrupted)
     for file, word in (("a", "first"), ("b", "second")):
         (tmp_path / f"{file}.txt").write_text("\n".join(f"{word} {i}" for i in range(8)))
     labelled = tmp_path / "labelled.jsonl"

@@ -20,7 +20,7 @@ from gemma_scope_jax.analysis.steering import edits, steer
 from gemma_scope_jax.analysis.steering import sweep as sweep_lib
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.evaluation import detection, page, plots, probing, report, side_by_side
-from gemma_scope_jax.runtime.printing import well_formed
+from gemma_scope_jax.runtime.printing import plottable, well_formed
 
 NAMES = (
     "a$b_$", "$x", "[bold]x", "[/]", ":smile:", "_hidden", "a\x1b[2J\x1b]0;title\x07b", "two\nlines\r", "🙂🏽",
@@ -247,7 +247,7 @@ def test_steered_texts_and_links_of_dashboards(tmp_path, capsys):
 def test_a_name_in_a_figure_is_text(name):
     figure = matplotlib.figure.Figure(figsize=(2, 2))
     axis = figure.subplots()
-    axis.plot([1], label=plotting.plottable(name))
-    axis.set_title(plotting.plottable(name))
+    axis.plot([1], label=plottable(name))
+    axis.set_title(plottable(name))
     assert len(axis.get_legend_handles_labels()[1]) == 1
     draw(figure)

@@ -3,6 +3,7 @@
 Also a program: `python tests/tiny.py JSON` does what train.py or evaluate.py does, with the small model known.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -150,7 +151,7 @@ def main() -> None:
     if "evaluate" in given:
 
         def evaluate() -> None:
-            distributed.initialize(config.HostsConfig(heartbeat_timeout_seconds=10))
+            distributed.initialize(heartbeat_timeout_seconds=10)
             report.evaluate_path(**given["evaluate"] | {"out": pathlib.Path(given["evaluate"]["out"])})
 
         common.run(evaluate)
@@ -158,7 +159,7 @@ def main() -> None:
     made = config.from_dict(given["config"])
 
     def train() -> None:
-        distributed.initialize(made.hosts, saves_together=True)
+        distributed.initialize(**dataclasses.asdict(made.hosts), saves_together=True)
         loop.train(made, pathlib.Path(given["workdir"]))
 
     common.run(train, "nothing has been trained yet")

@@ -98,7 +98,7 @@ class Reading:
         }
         largest = {name: self._largest(name) for name in self.latents}
         html.render(
-            pathlib.Path(path), "explore/reading.html.jinja", model=self.model, tokens=self.tokens,
+            pathlib.Path(path), "analysis/prompt_activations.html.jinja", model=self.model, tokens=self.tokens,
             cells=cells, largest=largest, top=top,
         )  # fmt: skip
 

@@ -450,9 +450,8 @@ def run_contrast(**options: object) -> None:
 
 def run_dashboards(top: int, **options: object) -> None:
     """See `build.build`."""
-    from gemma_scope_jax import config
     from gemma_scope_jax.analysis.dashboards import build, collect
     from gemma_scope_jax.runtime import distributed
 
-    distributed.initialize(config.HostsConfig())
+    distributed.initialize()
     build.build(**options, options=collect.Options(top=top))

@@ -239,6 +239,6 @@ def _raised_by_us(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return True
-    package = pathlib.Path(__file__).parent
+    package = pathlib.Path(__file__).parents[1]
     raised_in = pathlib.Path(frames[-1].filename)
     return package in raised_in.parents or raised_in.parent == package.parent

@@ -212,7 +212,3 @@ def main() -> None:
         chosen = config.from_dict(common.read_config(args.config, fields))
         if not forecast.show(forecast.forecast(chosen, args.topology)):
             sys.exit(1)
-
-
-if __name__ == "__main__":
-    common.run(main)

@@ -24,8 +24,8 @@ from array_record.python import array_record_module
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.config import DataConfig
 from gemma_scope_jax.data.packing import encode, is_held_out, pack
-from gemma_scope_jax.data.sources import documents, fingerprint, only_document
-from gemma_scope_jax.data.token_rows import HELD_OUT, TRAIN, Exchange, cached
+from gemma_scope_jax.data.sources import Exchange, documents, fingerprint, only_document
+from gemma_scope_jax.data.token_rows import HELD_OUT, TRAIN, cached
 from gemma_scope_jax.models import tokenizer, weights
 from gemma_scope_jax.models.chat import chat_template
 from gemma_scope_jax.models.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from gemma_scope_jax.runtime.printing import lines, printable
 
 
 def render(path: pathlib.Path, template: str, **values: object) -> None:
-    """Writes a page made of one of this package's templates."""
+    """Writes a page made of one of this package's templates, named by its path within the package."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gemma_scope_jax", "."),
         autoescape=True,

@@ -168,7 +168,7 @@ def write_html(
         pictures_of["By layer"] = html.data_url(plots.by_layer(results, layers))
     html.render(
         path,
-        "evaluation.html.jinja",
+        "evaluation/evaluation.html.jinja",
         about=about,
         command=command,
         first=next(iter(results.values())),

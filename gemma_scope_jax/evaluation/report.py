@@ -11,12 +11,21 @@ import jax
 
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.display import tables
-from gemma_scope_jax.evaluation import baselines, evaluate, metrics, opening, page, plots, side_by_side
-from gemma_scope_jax.evaluation import output as results_lib
+from gemma_scope_jax.evaluation import (
+    baselines,
+    evaluate,
+    metrics,
+    opening,
+    output,
+    page,
+    plots,
+    side_by_side,
+)
 from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.runtime import distributed, files, ranges, resumable
 from gemma_scope_jax.runtime.printing import printable, say, shareable
 from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
+from gemma_scope_jax.saes.evaluation_file import Evaluation
 from gemma_scope_jax.training import runs
 
 # Of the training rows so many activations are what baselines are fitted to.
@@ -55,7 +64,7 @@ def evaluate_path(
     text: Sequence[str] | str | None = None,
     has_baselines: bool = False,
     **overrides: str | None,
-) -> dict[str, evaluate.Evaluation]:
+) -> dict[str, Evaluation]:
     """Evaluates what lies at a path; writes evaluation.json, .csv, .npz, .html and .png, and prints a table.
 
     Cut off and called again, it goes on behind the last batch that was whole.
@@ -88,7 +97,7 @@ def evaluate_path(
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
         ranges.check(f"--{name}", value, ranges.COUNT)
-    given_out, own_folder = out, results_lib.own_folder(path)
+    given_out, own_folder = out, output.own_folder(path)
     kind = "baselines" if has_baselines else ""
     out, places = _places(path, out, by_label, split, kind, overrides)
     with contextlib.ExitStack() as held:
@@ -138,7 +147,7 @@ def _places(
     first = next(iter(by_label.values()))
     of = opening.options_of(first, split, overrides.get("turns"), kind)
     if len(by_label) > 1:  # A folder for each, of the text that was trained on too.
-        out = results_lib.results_folder(path, given_out, pathlib.Path(of))
+        out = output.results_folder(path, given_out, pathlib.Path(of))
         places = {label: out / label for label in by_label}
     else:
         (label,) = by_label
@@ -148,7 +157,7 @@ def _places(
         is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
         if given_out is not None and place != out and not is_free and not list(place.glob("evaluation.*")):
             raise ValueError(f"{place} holds something that is no evaluation; give the text another name")
-        if given_out is None and place != results_lib.own_folder(path):
+        if given_out is None and place != output.own_folder(path):
             _check_same(place, _about(by_label[label], {"split": split, **overrides}))
     return out, places
 
@@ -317,7 +326,7 @@ def _evaluate(
 
 
 def _remarks(
-    opened: opening.Opened, results: Mapping[str, evaluate.Evaluation], own_folder: pathlib.Path
+    opened: opening.Opened, results: Mapping[str, Evaluation], own_folder: pathlib.Path
 ) -> list[str]:
     """What to know of an evaluation on another text than the one trained on."""
     texts = [shareable(text) for text in (opened.config.data.text, opened.text_trained_on)]
@@ -346,7 +355,7 @@ def sweeps(members: Mapping[str, naming.Member]) -> dict[str, dict[str, str]]:
 
 
 def _lines(
-    subjects: Mapping[str, attached.Subject], results: Mapping[str, evaluate.Evaluation]
+    subjects: Mapping[str, attached.Subject], results: Mapping[str, Evaluation]
 ) -> dict[str, dict[str, str]]:
     """The same of files, which do not say their λ: those of one place and width, by their L0."""
     found: dict[str, dict[str, str]] = {}
@@ -363,7 +372,7 @@ def _lines(
 _OF_MANY = ("l0", "fvu", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction")
 
 
-def print_table(results: dict[str, evaluate.Evaluation], of: str) -> None:
+def print_table(results: dict[str, Evaluation], of: str) -> None:
     """The numbers of every SAE: a column each, or of more than three a row each with those that matter most."""
     first = next(iter(results.values()))
     counts = f"{first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"

@@ -168,7 +168,7 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
         headings += [f"{column} − {first}" for column in headings[1:]]
     html.render(
         out / "side_by_side.html",
-        "side_by_side.html.jinja",
+        "evaluation/side_by_side.html.jinja",
         tables=tables,
         headings=headings,
         numbers=page.NUMBERS,

@@ -17,7 +17,6 @@ import numpy as np
 from jax._src import clusters
 from jax.experimental import multihost_utils
 
-from gemma_scope_jax.config import HostsConfig
 from gemma_scope_jax.runtime import signals
 from gemma_scope_jax.runtime.printing import printable
 
@@ -37,14 +36,17 @@ class Place:
 ALONE = Place(None, 1, 0, None)
 
 
-def initialize(config: HostsConfig, saves_together: bool = False) -> None:
+def initialize(
+    *, heartbeat_timeout_seconds: int = 30, join_timeout_seconds: int = 300, saves_together: bool = False
+) -> None:
     """Joins the processes of the other hosts, if there are any; to be called before anything looks at a device.
 
     Cloud TPU, GKE and Slurm tell who they are. Elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID do; JAX_NUM_PROCESSES=1 runs alone wherever it is.
 
     Args:
-      config: how long it waits for the others, and notices that one is gone.
+      heartbeat_timeout_seconds: when another has not been heard of for so long, this process ends.
+      join_timeout_seconds: how long it waits for the others at the start.
       saves_together: whether SIGTERM is JAX's, for `is_preempted`; else it ends this process at once.
 
     Raises:
@@ -58,7 +60,7 @@ def initialize(config: HostsConfig, saves_together: bool = False) -> None:
         try:
             place = place_in(os.environ)
             if place.count > 1:
-                _connect(place, config)
+                _connect(place, heartbeat_timeout_seconds, join_timeout_seconds)
         except Exception as error:  # Of any kind: none may go on as if it were alone.
             failed.append(error)
 
@@ -67,10 +69,10 @@ def initialize(config: HostsConfig, saves_together: bool = False) -> None:
     thread.start()
     started, wait = time.monotonic(), _SAY_AFTER
     while thread.is_alive():
-        left = started + config.join_timeout_seconds - time.monotonic()
+        left = started + join_timeout_seconds - time.monotonic()
         if left <= 0:
             raise ValueError(
-                f"waited {config.join_timeout_seconds} s (hosts.join_timeout_seconds) {_waited_for(place)}; start "
+                f"waited {join_timeout_seconds} s (hosts.join_timeout_seconds) {_waited_for(place)}; start "
                 "the same command for all of them, or set JAX_NUM_PROCESSES=1 to run alone"
             )
         thread.join(min(wait, left))
@@ -171,7 +173,7 @@ def _tasks_on_this_host(environment: Mapping[str, str]) -> int | None:
     return 1 if nodes and nodes == environment.get("SLURM_NTASKS") else None
 
 
-def _connect(place: Place, config: HostsConfig) -> None:
+def _connect(place: Place, heartbeat_timeout_seconds: int, join_timeout_seconds: int) -> None:
     port = int(place.address.rsplit(":", 1)[1])
     if place.index == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         with (
@@ -192,8 +194,8 @@ def _connect(place: Place, config: HostsConfig) -> None:
             place.count,
             place.index,
             place.devices,
-            initialization_timeout=config.join_timeout_seconds + 60,  # `initialize` says it first.
-            heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+            initialization_timeout=join_timeout_seconds + 60,  # `initialize` says it first.
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
     except Exception as error:  # Of JAX, gRPC or a variable that JAX reads itself.
         reason = printable(" ".join(str(error).split()))

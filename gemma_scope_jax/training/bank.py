@@ -20,7 +20,8 @@ from gemma_scope_jax.training import shardings, shuffle_buffer
 from gemma_scope_jax.training.normalizer import CONSTANT, Normalizer
 
 # How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
-# the thresholds that L0 follows with, which move by about one. `objectives.controlled_penalty` acts at once and damps it.
+# the thresholds that L0 follows with, which move by about one. `objectives.controlled_penalty` acts at once and
+# damps it.
 CONTROLLER_SPEED = 5
 CONTROLLER_REACH = 1000  # How far it goes from the λ given, as a factor.
 

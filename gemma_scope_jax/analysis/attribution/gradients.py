@@ -168,7 +168,7 @@ class Attribution:
         }
         html.render(
             pathlib.Path(path),
-            "explore/attribution.html.jinja",
+            "analysis/attribution/attribution.html.jinja",
             about=self,
             strongest=self.strongest(top),
             sums=self.sums(),
@@ -237,8 +237,8 @@ def _gradients(
 ) -> Pass:
     """One pass forwards and one back, for the gradient of each row's metric by what is added [S, L, O] at sites."""
 
-    # Each block is computed again on the way back, as in `interventions.importance`: what it needs inside lies on a chip for
-    # one block at a time.
+    # Each block is computed again on the way back, as in `interventions.importance`: what it needs inside lies on a
+    # chip for one block at a time.
     @functools.partial(jax.checkpoint, static_argnums=0)
     def block(layer: int, x_SxLxD: jax.Array, added: Mapping[Site, jax.Array]) -> tuple:
         def add(more_SxLxO: jax.Array, y_SxLxO: jax.Array) -> jax.Array:

@@ -87,7 +87,9 @@ def write(folder: pathlib.Path, shown: Dashboards, text_of: Callable[[int], str]
         number = start // PER_FILE
         _write_script(folder / "data" / f"latents_{number}.js", f"window.latents[{number}]", value)
     _write_script(folder / "data" / "index.js", "window.about", _index(shown, text_of))
-    html.render(folder / "index.html", "explore/site.html.jinja", name=shown.name, model=shown.model)
+    html.render(
+        folder / "index.html", "analysis/dashboards/website.html.jinja", name=shown.name, model=shown.model
+    )
 
 
 def write_links(path: pathlib.Path, folders: Mapping[str, str], all_shown: Mapping[str, Dashboards]) -> None:
@@ -104,7 +106,7 @@ def write_links(path: pathlib.Path, folders: Mapping[str, str], all_shown: Mappi
         }
     first = next(iter(all_shown.values()))
     html.render(
-        path, "explore/sites.html.jinja", model=first.model, text=first.text,
+        path, "analysis/dashboards/index.html.jinja", model=first.model, text=first.text,
         activations=f"{first.gathered.activations:,}", table=table,
     )  # fmt: skip
 

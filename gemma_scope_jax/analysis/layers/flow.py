@@ -116,7 +116,8 @@ class Flow:
                 "From the SAEs’ reconstructions": lens.grid(lens.reconstruction),
             }
         html.render(
-            pathlib.Path(path), "explore/flow.html.jinja", model=self.model, tokens=self.tokens, seen=plotting.seen,
+            pathlib.Path(path), "analysis/layers/flow.html.jinja",
+            model=self.model, tokens=self.tokens, seen=plotting.seen,
             picture=html.data_url(plotting.png(self.figure(), 110)), measured=list(_MEASURED), means=means,
             rows=lens.rows if lens else (), grids=grids,
             answer=lens.texts[int(lens.answer_L[0])] if lens and lens.is_given else None,

@@ -67,7 +67,7 @@ class Steered:
     def write_html(self, path: str | pathlib.Path) -> None:
         """Writes a page of the same that needs no network."""
         html.render(
-            pathlib.Path(path), "explore/steered.html.jinja", model=self.model, how=self.how,
+            pathlib.Path(path), "analysis/steering/steered.html.jinja", model=self.model, how=self.how,
             edits=[edit_syntax.written(edit) for edit in self.edits], pairs=self.pairs,
         )  # fmt: skip
 

@@ -119,7 +119,8 @@ def sweep(
       strengths: so many times the unit is added to the activation, or takes its place.
       kind: `add` or `clamp`, which tells the two apart.
       rows: of held-out text, at most all.
-      tokens: texts of one token each; None: the ten that the decoder direction raises most, see `decoder_directions.logits`.
+      tokens: texts of one token each; None: the ten that the decoder direction raises most, see
+        `decoder_directions.logits`.
       unit: an activation; None: the latent's typical one, whatever `rows` is.
 
     Raises:
