@@ -4,7 +4,7 @@ import jax
 import pytest
 import tiny
 
-from gemma_scope_jax.data import prepare
+from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.training import loop, runs
 from gemma_scope_jax.training import memory as memory_lib
@@ -22,7 +22,7 @@ def test_the_parts_are_the_bytes_that_arrays_take_on_a_device(inputs, mesh):
     needs = {need.what: need.bytes for need in memory_lib.needs(state, gemma_params, 0)}
 
     params = runs.load_gemma(run).params
-    rows = runs.data.open_rows(prepare.rows_of(config), runs.data.TRAIN)
+    rows = token_rows.open_rows(prepare.rows_of(config), token_rows.TRAIN)
     real = runs.init_state(run, loop.calibrate(run, rows, params, run.plan.sites))
     device = jax.devices()[0]
 

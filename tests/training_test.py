@@ -24,7 +24,7 @@ import pytest
 import tiny
 
 from gemma_scope_jax import config
-from gemma_scope_jax.data import prepare
+from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.runtime import devices, sharding
 from gemma_scope_jax.saes import jumprelu
@@ -342,8 +342,8 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
     """The embedding of a token that first comes after calibration; its run goes on without it when asked to."""
     sites = dict(banks__main__layers=(0,), banks__main__sites=("embed",), log__checkpoint_every=1)
     c = tiny.run_config(inputs, normalizer__rows=8, **sites)
-    rows = runs.data.open_rows(prepare.rows_of(c), runs.data.TRAIN)
-    order = runs.data.order(len(rows), c.seed, 0, 80)
+    rows = token_rows.open_rows(prepare.rows_of(c), token_rows.TRAIN)
+    order = token_rows.order(len(rows), c.seed, 0, 80)
     tokens = rows.read(order).tokens
     late = sorted({*tokens[16:].flatten().tolist()} - {*tokens[:16].flatten().tolist()})
     place = min(int(np.flatnonzero(tokens.reshape(-1) == token)[0]) for token in late)
@@ -660,8 +660,8 @@ def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path
     assert "held out FVU" in log_lib.progress(entries[-1])
 
     run, state = runs.open_run(tmp_path / "run")
-    rows = runs.data.open_rows(runs.run_rows(c, tmp_path / "run"), runs.data.HELD_OUT)
-    tokens = jnp.asarray(rows.read(runs.data.order(len(rows), c.seed, 0, 8)).tokens)
+    rows = token_rows.open_rows(runs.run_rows(c, tmp_path / "run"), token_rows.HELD_OUT)
+    tokens = jnp.asarray(rows.read(token_rows.order(len(rows), c.seed, 0, 8)).tokens)
     kept = np.asarray(masking.is_kept(tokens, 0))
     for b in run.plan.banks:
         p = {

@@ -7,7 +7,7 @@ Shapes: S prompts, L tokens run at once, C slots of the cache, N new tokens, D s
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,9 +20,6 @@ from gemma_scope_jax.models import chat, forward, interventions, masking, predic
 from gemma_scope_jax.models.sites import Site, check_site
 from gemma_scope_jax.models.tokenizer import Tokenizer
 from gemma_scope_jax.runtime import distributed, ranges, sharding
-
-# From a site's activations [S, L, D] to what takes their place: of whole prompts first, then of one token at a time.
-Intervention = Callable[[jax.Array, interventions.Where], jax.Array]
 
 
 class Cache(NamedTuple):
@@ -51,7 +48,7 @@ def advance(
     cache: Cache,
     tokens_SxL: jax.Array,
     is_prompt: bool,
-    write: Mapping[Site, Intervention],
+    write: Mapping[Site, interventions.Intervention],
     mesh: jax.sharding.Mesh,
 ) -> tuple[Cache, jax.Array]:
     """Runs tokens behind those in the cache.
@@ -87,7 +84,7 @@ def _run_prompts(
     params: weights.Params,
     tokens_SxL: jax.Array,
     start_S: jax.Array,
-    write: Mapping[Site, Intervention],
+    write: Mapping[Site, interventions.Intervention],
     num_tokens: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Cache, jax.Array]:
@@ -124,7 +121,7 @@ def _write_replies(
     replies_SxN: jax.Array,
     logits_SxV: jax.Array,
     is_over_S: jax.Array,
-    write: Mapping[Site, Intervention],
+    write: Mapping[Site, interventions.Intervention],
     keys_S: jax.Array,
     temperature: jax.Array,
     stop_K: jax.Array,
@@ -158,7 +155,7 @@ def generate(
     num_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    write: Mapping[Site, Intervention] | None = None,
+    write: Mapping[Site, interventions.Intervention] | None = None,
     stop: Sequence[int] = (masking.EOS,),
     rows_per_batch: int = 16,
     mesh: jax.sharding.Mesh | None = None,
@@ -242,7 +239,7 @@ def _check(
     num_tokens: int,
     temperature: float,
     seed: int,
-    write: Mapping[Site, Intervention],
+    write: Mapping[Site, interventions.Intervention],
     rows_per_batch: int,
 ) -> None:
     config = loaded.model.config

@@ -1,7 +1,7 @@
 """Changes to the forward pass, and what a model makes of them: splices, losses, likelihoods and gradients."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gemma import gm
 from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax.models import forward, generation, masking, predictions, weights
+from gemma_scope_jax.models import forward, masking, predictions, weights
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 
@@ -24,8 +24,12 @@ class Where(NamedTuple):
     passed: Mapping[Site, jax.Array]
 
 
+# From a site's activations [S, L, D] to what takes their place: of whole prompts first, then of one token at a time.
+Intervention = Callable[[jax.Array, Where], jax.Array]
+
+
 def at(
-    write: Mapping[Site, generation.Intervention],
+    write: Mapping[Site, Intervention],
     tokens_SxL: jax.Array,
     positions_SxL: jax.Array,
     is_prompt_SxL: jax.Array,

@@ -107,8 +107,8 @@ class _LiteralPath(type(epath.Path("/"))):
 
 
 def for_orbax(path: str | pathlib.Path) -> epath.Path:
-    """A path as Orbax is to have it, which looks for the files that it is to merge by a pattern."""
-    return epath.Path(path) if "://" in str(path) else _LiteralPath(path)
+    """A path as Orbax is to have it: absolute, and no pattern, by which it looks for the files that it merges."""
+    return epath.Path(path) if "://" in str(path) else _LiteralPath(os.path.abspath(path))
 
 
 def expanded(path: str | pathlib.Path) -> pathlib.Path:
