@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.commands import RESULTS, measure
 from gemma_scope_jax import analysis
+from gemma_scope_jax.analysis.attribution import gradients
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.evaluation import detection
@@ -142,7 +143,7 @@ def attribution() -> tuple[list[str], dict]:
     return ["python -m benchmarks.results attribution"], numbers | {"integrals": integrals}
 
 
-def _off(parts: analysis.attribution.Parts) -> float:
+def _off(parts: gradients.Parts) -> float:
     """How far the parts of gradient × activation are from y · g, of the largest of that."""
     summed_L = parts.latents_L + parts.error_L + parts.bias_L + parts.skip_L
     return float(np.abs(summed_L - parts.total_L).max() / np.abs(parts.total_L).max())

@@ -443,7 +443,7 @@ def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
 
 def run_contrast(**options: object) -> None:
     """See `audit.audit`."""
-    from gemma_scope_jax.analysis.contrast import audit
+    from gemma_scope_jax.analysis.contrasts import audit
 
     audit.audit(**options)
 

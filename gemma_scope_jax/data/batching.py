@@ -1,4 +1,4 @@
-"""Rows in an order that is the same for every run, some at a time on a mesh."""
+"""Batches of rows on a mesh, in an order that is the same for every run, and which of their positions count."""
 
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -1,4 +1,8 @@
-"""Documents as packed rows: which are held out, and how tokens of several fill a row."""
+"""Documents as packed rows: which documents are held out, and how their tokens fill rows.
+
+A row of L tokens holds one or more segments. Each document, and each continuation of a long one, begins with its own
+BOS, so the tokens alone tell where segments begin.
+"""
 
 from collections.abc import Iterator, Sequence
 

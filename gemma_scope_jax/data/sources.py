@@ -1,4 +1,4 @@
-"""Texts in files: plain, JSON Lines and Parquet, all by one rule.
+"""Where text comes from: plain, JSON Lines and Parquet files by one rule, TFDS datasets, the default text.
 
 A file is in UTF-8, and a byte order mark at its start is not part of it. Blank lines of JSON Lines are skipped. Half
 of a surrogate pair, which JSON can name, is no character: U+FFFD takes its place. What cannot be read is an error

@@ -1,8 +1,6 @@
-"""Documents, packed rows of tokens, and rows read by random access.
+"""Packed rows of tokens on the disk, read by random access.
 
-A row of L tokens holds one or more segments. Each document, and each continuation of a long one, begins with
-its own BOS, so the tokens alone tell where segments begin. Which row comes when is a pure function of the
-seed and a running index, so nothing about reading is ever saved.
+Which row comes when is a pure function of the seed and a running index, so nothing about reading is ever saved.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """SAEs and transcoders in Gemma's place: what they make of its activations, and what that costs its predictions.
 
 Every position that counts is spliced, and only predictions made from such positions are scored: by default all but
-BOS, EOS and PAD. `passes` has the compiled passes, `metrics` the numbers.
+BOS, EOS and PAD. `interventions` has the compiled passes, `metrics` the numbers.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Where results are written, and what is stored of an evaluation."""
+"""Where results are written."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Gemma by name, and a walk over its blocks in which any site can be read or written.
+"""The forward pass: a walk over Gemma's blocks in which any site can be read or written.
 
 Shapes: S sequences, L context length, D site width, N heads, H head width, V vocabulary.
 """

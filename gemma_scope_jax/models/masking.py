@@ -1,4 +1,8 @@
-"""Which tokens are special, which see each other in a packed row, and which are kept or scored."""
+"""Masks over tokens: which are special, which see each other in a packed row, which are kept, which are scored.
+
+A token that is not kept is neither trained on nor spliced. BOS, EOS and PAD never are; in the chat template the
+tokens of the user prefix are not either, since they are the same in every document.
+"""
 
 import jax
 import jax.numpy as jnp

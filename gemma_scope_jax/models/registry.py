@@ -1,4 +1,4 @@
-"""The models by name: their module, where their weights lie, and how they are loaded."""
+"""The models by name: their modules, their Hugging Face names, where their weights lie, and how they are loaded."""
 
 import dataclasses
 from typing import NamedTuple

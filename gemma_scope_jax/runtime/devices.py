@@ -1,4 +1,4 @@
-"""What chips can do, and what a step asks of them."""
+"""What chips can do: FLOPs, memory and bandwidth by kind, and the memory of the devices at hand."""
 
 import dataclasses
 import os

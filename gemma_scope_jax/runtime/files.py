@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and tensors in safetensors files without copies of them."""
+"""Files that are written whole or not at all, and files of others opened with care."""
 
 import contextlib
 import errno

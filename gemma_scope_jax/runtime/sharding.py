@@ -1,7 +1,7 @@
-"""The mesh and every partition rule, in one place.
+"""The mesh, and how tokens lie on it.
 
-Two axes. Tokens, and with them Gemma's activations and the ring, are split over both; only the SAEs tell the
-axes apart: a bank's members over `data`, their latents over `latent`.
+Two axes. Tokens, and with them Gemma's activations and the shuffle buffer, are split over both; only the SAEs tell
+the axes apart: a bank's members over `data`, their latents over `latent` (`training.shardings`).
 """
 
 from collections.abc import Sequence

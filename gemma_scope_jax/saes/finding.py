@@ -1,4 +1,4 @@
-"""SAEs in Hugging Face's repositories: fetched whole and checked, without what else lies there; and published."""
+"""Where SAEs lie: at a path, at several by `*`, or in a repository on the hub, fetched whole and checked."""
 
 import contextlib
 import fnmatch

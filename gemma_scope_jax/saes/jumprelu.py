@@ -1,4 +1,4 @@
-"""The JumpReLU sparse autoencoder and transcoder: their arrays, loss, and the gradient that trains them.
+"""The JumpReLU sparse autoencoder and transcoder: their arrays, and what they compute.
 
 A transcoder reads one site and predicts another (Gemma Scope, appendix B). It differs from an autoencoder in
 three things: a target beside x, no pre-encoder bias, and W_enc not initialised from W_dec. It may have a skip

@@ -1,4 +1,7 @@
-"""What an SAE is trained on: reconstruction and a penalty, and the gradients of both."""
+"""What an SAE is trained on: squared error and a penalty on L0, and their gradients, written by hand.
+
+Shapes and equations are those of `jumprelu`.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""SAEs in the formats and under the names that other tools know: a run's, and those of files."""
+"""A run's SAEs, written in the formats and under the names that other tools know."""
 
 import contextlib
 import dataclasses

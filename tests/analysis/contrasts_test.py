@@ -20,7 +20,7 @@ from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached
 
 # The package has the function by this name.
-module = importlib.import_module("gemma_scope_jax.analysis.contrast.find")
+module = importlib.import_module("gemma_scope_jax.analysis.contrasts.find")
 
 SITES = {"first": Site("resid_post", 0), "second": Site("mlp_out", 2)}
 PROMPTS = ["rivers", "bread and law", "a", "stars are older than any of us"]

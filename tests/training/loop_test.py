@@ -466,7 +466,7 @@ class Process:
         given = json.dumps({"config": config.to_dict(run_config), "workdir": str(workdir)})
         self.workdir = workdir
         self.output = output or workdir.with_suffix(".out")
-        root = pathlib.Path(__file__).parent.parent
+        root = pathlib.Path(__file__).parents[2]
         environment = {"JAX_NUM_CPU_DEVICES": "8", "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'tests'}"
         with self.output.open("w") as file:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_scope_jax.analysis.contrast import find
-from gemma_scope_jax.analysis.contrast.correction import Correction, behaviour, correct
-from gemma_scope_jax.analysis.contrast.find import At, Contrast
+from gemma_scope_jax.analysis.contrasts import find
+from gemma_scope_jax.analysis.contrasts.correction import Correction, behaviour, correct
+from gemma_scope_jax.analysis.contrasts.find import At, Contrast
 from gemma_scope_jax.analysis.session import Scope, one_token, open_scope
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import plotting

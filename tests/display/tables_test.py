@@ -8,11 +8,11 @@ import unicodedata
 import matplotlib.figure
 import numpy as np
 import pytest
-from page_test import ABOUT, evaluation
+from random_evaluations import ABOUT, evaluation
 
 from gemma_scope_jax.analysis import one_latent, prompt_activations
 from gemma_scope_jax.analysis.attribution import ablation, gradients
-from gemma_scope_jax.analysis.contrast import correction, find
+from gemma_scope_jax.analysis.contrasts import correction, find
 from gemma_scope_jax.analysis.dashboards import collect, website
 from gemma_scope_jax.analysis.layers import flow as flow_lib
 from gemma_scope_jax.analysis.layers import links, logit_lens

@@ -19,7 +19,7 @@ import tqdm
 from gemma import gm
 
 from gemma_scope_jax.analysis import session as scope_lib
-from gemma_scope_jax.analysis.contrast.find import Contrast, counted, last_token, rows_of
+from gemma_scope_jax.analysis.contrasts.find import Contrast, counted, last_token, rows_of
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching

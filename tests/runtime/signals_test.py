@@ -12,7 +12,7 @@ import pytest
 
 from gemma_scope_jax import config
 from gemma_scope_jax.analysis import session
-from gemma_scope_jax.analysis.contrast import audit
+from gemma_scope_jax.analysis.contrasts import audit
 from gemma_scope_jax.analysis.dashboards import build
 from gemma_scope_jax.cli import generate
 from gemma_scope_jax.evaluation import detection, opening, probing, report
@@ -49,7 +49,7 @@ def main():
 
 common.run(main, "nothing was written")
 """
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
 
 
 def start(program, *arguments, stderr=subprocess.PIPE, under=()):

@@ -1,41 +1,17 @@
 """The page of an evaluation, as a reader of its text and as a browser sees it; and its table for spreadsheets."""
 
 import csv
-import dataclasses
 import pathlib
 import re
 from html import unescape
 
 import browser
 import matplotlib.image
-import numpy as np
 import pytest
+from random_evaluations import ABOUT, evaluation
 
 from gemma_scope_jax.evaluation import page
-from gemma_scope_jax.saes import evaluation_file, verdicts
-
-
-def evaluation(seed=0):
-    """Numbers of no SAE."""
-    rng = np.random.default_rng(seed)
-    made = {field.name: float(rng.random()) for field in dataclasses.fields(evaluation_file.Evaluation)}
-    return evaluation_file.Evaluation(
-        **made
-        | {
-            "rows": 4, "activations": 1020, "tokens": 1016, "l0_quantiles": (1, 2, 3, 4, 5),
-            "kl": None, "kl_se": None,
-            "l0_counts": rng.integers(9, size=20),
-            "by_position": {name: rng.random(16) for name in ("l0", "error", "delta_loss", "activations", "tokens")},
-            **{n: rng.random(64) for n in ("frequency", "nearest_cosine", "threshold", "encoder_norm")},
-            "decoder_norm": np.ones(64) + 1e-7 * rng.random(64),
-        }
-    )  # fmt: skip
-
-
-ABOUT = {
-    "model": "gemma3_270m", "text": "<sotu & co>", "text_trained_on": "<i>", "is_other_text": True,
-    "split": "held_out", "context_length": 256,
-}  # fmt: skip
+from gemma_scope_jax.saes import verdicts
 
 
 @pytest.fixture
@@ -102,7 +78,7 @@ def test_the_table_for_spreadsheets_has_a_column_for_each_number(tmp_path):
 
 
 def test_every_number_is_defined_in_the_documents():
-    text = (pathlib.Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for label, _, _ in page.NUMBERS.values():
         first = label.split(",")[0]
         assert first in text or first in ("clean loss", "spliced loss", "zero ablation", "mean ablation"), (

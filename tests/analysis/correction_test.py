@@ -13,7 +13,7 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import analysis
-from gemma_scope_jax.analysis.contrast import correction
+from gemma_scope_jax.analysis.contrasts import correction
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.cli import main as command
 from gemma_scope_jax.data import batching, sources, token_rows

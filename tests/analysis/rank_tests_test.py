@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from gemma_scope_jax.analysis.contrast import rank_tests
+from gemma_scope_jax.analysis.contrasts import rank_tests
 
 
 def features(first, second, seed=0):

@@ -19,7 +19,7 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
-from gemma_scope_jax.analysis.contrast import rank_tests
+from gemma_scope_jax.analysis.contrasts import rank_tests
 from gemma_scope_jax.analysis.session import Scope, padded
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.models import activations, generation, masking

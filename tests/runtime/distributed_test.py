@@ -21,7 +21,7 @@ from gemma_scope_jax.evaluation import report
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.training import loop, metrics_log, runs
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # Three members, padded to four; Gemma split over all devices; a mesh of 2 × 4.
 CHANGES = dict(
     banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1),
