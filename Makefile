@@ -24,19 +24,19 @@ test-peers: .venv/installed .venv-peers/installed
 	$(VENV)/python tests/peers_evaluation.py $(PEERS)/evaluation
 	.venv-peers/bin/python tests/peers/evaluation.py $(PEERS)
 	.venv-peers/bin/python tests/peers/bench.py $(PEERS)
-	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/parity_test.py tests/interop_test.py \
-	  tests/peers_evaluation_test.py
+	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/models/parity_test.py tests/saes/interop_test.py \
+	  tests/evaluation/peers_evaluation_test.py
 
 # Pages in a real browser (Debian's package chromium).
 test-pages: .venv/installed
 	@command -v chromium >/dev/null || { echo "chromium is needed: apt-get install chromium"; exit 1; }
-	$(VENV)/python -m pytest tests/page_test.py
+	$(VENV)/python -m pytest tests/evaluation/page_test.py
 
 # Long fault loops: ten runs killed at random moments; four processes of which one is preempted or killed; and each of
 # the attacks of tests/attacks.py COUNT times. SEED makes an earlier call's again.
 COUNT := 50
 soak: .venv/installed
-	$(VENV)/python -m pytest -m soak tests/training_test.py tests/hosts_test.py
+	$(VENV)/python -m pytest -m soak tests/training/loop_test.py tests/runtime/distributed_test.py
 	$(VENV)/python tests/attacks.py all --count=$(COUNT) $(if $(SEED),--seed=$(SEED))
 
 benchmark: .venv/installed
@@ -65,6 +65,7 @@ results: .venv/installed
 lint: .venv/installed
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
+	$(VENV)/lint-imports --no-logo --no-cache
 
 .venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \

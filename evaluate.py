@@ -7,14 +7,15 @@ On a slice of several hosts, the same command on each of them.
 
 import argparse
 
-from gemma_scope_jax import cli, ranges
+from gemma_scope_jax.cli import common
+from gemma_scope_jax.runtime import ranges
 
 
 def main() -> None:
     """Parses the command line, evaluates, and shows and stores the results."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_subject(parser)
-    parser.add_argument("--rows", type=cli.number(ranges.COUNT), help="how many to evaluate on")
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_subject(parser)
+    parser.add_argument("--rows", type=common.number(ranges.COUNT), help="how many to evaluate on")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="which rows")
     parser.add_argument("--fast", action="store_true", dest="is_fast", help="without KL and r_L0")
     parser.add_argument(
@@ -32,12 +33,13 @@ def main() -> None:
         "--turns", choices=("all", "user", "model"), help="in the chat template, whose turns count"
     )
     args = parser.parse_args()
-    cli.check_outputs(args)
-    from gemma_scope_jax import config, hosts, report  # Imported late: --help should not take seconds.
+    common.check_outputs(args)
+    from gemma_scope_jax.evaluation import report
+    from gemma_scope_jax.runtime import distributed  # Imported late: --help should not take seconds.
 
-    hosts.initialize(config.HostsConfig())
+    distributed.initialize()
     report.evaluate_path(**vars(args))
 
 
 if __name__ == "__main__":
-    cli.run(main, "the same command goes on after the last whole batch")
+    common.run(main, "the same command goes on after the last whole batch")

@@ -6,32 +6,35 @@ On a slice of several hosts, the same command on each of them; see docs/pods.md.
 """
 
 import argparse
+import dataclasses
 
-from gemma_scope_jax import cli
+from gemma_scope_jax.cli import common
 
 
 def main() -> None:
     """Parses the command line and trains."""
-    parser = cli.Parser(
+    parser = common.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="the run's config file")
     parser.add_argument(
         "--workdir",
         required=True,
-        type=cli.path,
+        type=common.path,
         help="the run's directory; an unfinished run is continued",
     )
     args, fields = parser.parse_known_args()
-    cli.check_outputs(args)
-    values = cli.read_config(args.config, fields)
+    common.check_outputs(args)
+    values = common.read_config(args.config, fields)
     # Imported late: a mistyped flag should not cost the seconds that JAX and Gemma take.
-    from gemma_scope_jax import config, hosts, training
+    from gemma_scope_jax import config
+    from gemma_scope_jax.runtime import distributed
+    from gemma_scope_jax.training import loop
 
     made = config.from_dict(values)
-    hosts.initialize(made.hosts, saves_together=True)
-    training.train(made, args.workdir)
+    distributed.initialize(**dataclasses.asdict(made.hosts), saves_together=True)
+    loop.train(made, args.workdir)
 
 
 if __name__ == "__main__":
-    cli.run(main, "nothing has been trained yet")
+    common.run(main, "nothing has been trained yet")

@@ -17,7 +17,8 @@ import jax
 from benchmarks import step as step_benchmark
 from configs import quickstart
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, runs, training
+from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.training import loop, runs
 
 M = 1024
 SIZES = (1, 2, 4, 8, 16)
@@ -33,13 +34,13 @@ def build(size: int) -> runs.Run:
 
 
 def step_seconds(
-    run: runs.Run, rows: data.Rows, gemma_params: dict, normalizers: dict, repeat: int = 4
+    run: runs.Run, rows: token_rows.Rows, gemma_params: dict, normalizers: dict, repeat: int = 4
 ) -> float:
     """Seconds of a steady step."""
     state = runs.init_state(run, normalizers)
     sequences = run.config.train.sequences_per_step
     batch = runs.read_batch(run, rows, 0, sequences)
-    compiled = training.lower_step(run, state, batch, gemma_params).compile()
+    compiled = loop.lower_step(run, state, batch, gemma_params).compile()
     best = float("inf")
     for i in range(run.plan.ring_steps + 1 + repeat):  # With a full ring every step trains.
         start = time.perf_counter()
@@ -52,9 +53,9 @@ def step_seconds(
 def measure() -> dict:
     """Seconds of a step by the size of the bank."""
     one = build(1)
-    rows = data.open_rows(runs.prepare_rows(one.config), data.TRAIN)
+    rows = token_rows.open_rows(prepare.rows_of(one.config), token_rows.TRAIN)
     gemma_params = runs.load_gemma(one).params
-    normalizers = training.calibrate(one, rows, gemma_params, one.plan.sites)
+    normalizers = loop.calibrate(one, rows, gemma_params, one.plan.sites)
     seconds = {size: step_seconds(build(size), rows, gemma_params, normalizers) for size in SIZES}
     plan = one.plan
     matmuls = plan.updates_per_step * step_benchmark.five_matmuls(plan.batch, 640, M)

@@ -10,9 +10,13 @@ import tempfile
 import numpy as np
 
 from benchmarks.commands import RESULTS, measure
-from gemma_scope_jax import data, detection, explore
-from gemma_scope_jax.explore import pictures
-from gemma_scope_jax.explore import scope as scope_lib
+from gemma_scope_jax import analysis
+from gemma_scope_jax.analysis.attribution import gradients
+from gemma_scope_jax.data import token_rows
+from gemma_scope_jax.display import plotting
+from gemma_scope_jax.evaluation import detection
+from gemma_scope_jax.models import masking
+from gemma_scope_jax.saes import attached
 
 RUN, SITES = "runs/quickstart", "runs/sites"
 NOTEBOOKS = pathlib.Path("docs/notebooks")
@@ -32,21 +36,21 @@ PROFESSIONS = (
 class Part:
     """Some rows of others, in their order."""
 
-    whole: data.Rows
+    whole: token_rows.Rows
     first: int
     count: int
 
     def __len__(self) -> int:
         return self.count
 
-    def read(self, indices: np.ndarray) -> data.Batch:
+    def read(self, indices: np.ndarray) -> token_rows.Batch:
         """Those rows."""
         return self.whole.read(self.first + np.asarray(indices))
 
 
 def latent() -> tuple[list[str], dict]:
     """A latent that is picked by how well its passages describe it, on other text, beside latents drawn at random."""
-    scope = explore.open_scope(RUN)
+    scope = analysis.open_scope(RUN)
     ((name, subject),) = scope.subjects.items()
     held_out = scope.held_out()
     ends = [Part(held_out, first, ROWS) for first in (0, len(held_out) - ROWS)]
@@ -54,14 +58,14 @@ def latent() -> tuple[list[str], dict]:
     # Rows follow each other in the order of documents: none is in both.
     assert batches[0].first_document.max() + 1 < batches[1].first_document.min()
 
-    def detect(subject: object, rows: data.Batch, latents: int) -> detection.Detection:
+    def detect(subject: object, rows: token_rows.Batch, latents: int) -> detection.Detection:
         config = scope.config
         options = (
             latents,
             0,
             config.evaluation.rows_per_batch,
             scope.tokenizer.decode,
-            config.data.masked_prefix,
+            masking.masked_prefix(config.data),
         )
         return detection.detect(scope.mesh, scope.loaded, {name: subject}, rows, *options)[name]
 
@@ -69,15 +73,15 @@ def latent() -> tuple[list[str], dict]:
     latents = list(first)
     other = {
         latents[one.latent]: one
-        for one in detect(scope_lib.alone(subject, latents), batches[1], len(latents)).latents
+        for one in detect(attached.alone(subject, latents), batches[1], len(latents)).latents
     }
     # Of those that fire often enough on both to be scored; how well they are there has no part in the choice.
     best = max(other, key=lambda latent: first[latent].auroc)
     drawn = np.random.default_rng(0).permutation([latent for latent in other if latent != best])[:RANDOM]
     picked, random = other[best], [other[latent] for latent in drawn.tolist()]
     unseen = dataclasses.replace(scope, held_out=lambda: ends[1])
-    look = explore.look_at(unseen, name, best, rows=ROWS)
-    pictures.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
+    look = analysis.look_at(unseen, name, best, rows=ROWS)
+    plotting.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
     with tempfile.TemporaryDirectory() as scratch:
         command = f"python -m gemma_scope_jax dashboards {RUN}"
         seconds, memory = measure(f"{command} --out={pathlib.Path(scratch) / 'dashboards'}")
@@ -99,7 +103,7 @@ def latent() -> tuple[list[str], dict]:
     }
 
 
-def prompts(scope: explore.Scope) -> list[str]:
+def prompts(scope: analysis.Scope) -> list[str]:
     """Ten of 24 tokens each, of held-out addresses."""
     rows = scope.held_out().read(np.arange(0, 800, 80))
     return [scope.tokenizer.decode(row[100:124].tolist()) for row in rows.tokens]
@@ -109,9 +113,9 @@ def attribution() -> tuple[list[str], dict]:
     """How attributions agree with ablations, and what integrated gradients leave."""
     numbers = {}
     for path, latents in ((RUN, 32), (SITES, 48)):
-        scope = explore.open_scope(path)
+        scope = analysis.open_scope(path)
         texts = prompts(scope)
-        found = explore.ablations_of_prompts(scope, texts, latents)
+        found = analysis.ablations_of_prompts(scope, texts, latents)
         numbers[path] = {
             "saes": len(scope.subjects),
             "width": len(next(iter(scope.subjects.values())).sae.b_enc),
@@ -119,13 +123,13 @@ def attribution() -> tuple[list[str], dict]:
             "prompts": [found.correlation(prompt=number) for number in range(len(texts))],
             "layers": {int(layer): found.correlation(layer=layer) for layer in np.unique(found.layer_N)},
         }
-    scope = explore.open_scope(RUN)
+    scope = analysis.open_scope(RUN)
     (name,) = scope.subjects
     integrals = []
     for text in prompts(scope):
-        whole, plain = explore.integrate(scope, text, name), explore.attribute(scope, text)
+        whole, plain = analysis.integrate(scope, text, name), analysis.attribute(scope, text)
         # The same latents for both: those that the plain gradient chooses.
-        ablated = explore.ablations(scope, plain, 32)
+        ablated = analysis.ablations(scope, plain, 32)
         parts_N = whole.parts[name].latents_M[ablated.latent_N]
         integrals.append(
             {
@@ -139,7 +143,7 @@ def attribution() -> tuple[list[str], dict]:
     return ["python -m benchmarks.results attribution"], numbers | {"integrals": integrals}
 
 
-def _off(parts: explore.attribution.Parts) -> float:
+def _off(parts: gradients.Parts) -> float:
     """How far the parts of gradient × activation are from y · g, of the largest of that."""
     summed_L = parts.latents_L + parts.error_L + parts.bias_L + parts.skip_L
     return float(np.abs(summed_L - parts.total_L).max() / np.abs(parts.total_L).max())
@@ -148,12 +152,12 @@ def _off(parts: explore.attribution.Parts) -> float:
 def steering() -> tuple[list[str], dict]:
     """The latent that `latent` picked added to what Gemma writes, and effect against damage."""
     latent = json.loads((RESULTS / "latent.json").read_text())["numbers"]["latent"]
-    scope = explore.open_scope(RUN)
+    scope = analysis.open_scope(RUN)
     (name,) = scope.subjects
-    typical = explore.typical(scope, name, latent)
+    typical = analysis.typical(scope, name, latent)
     texts = ["Once upon a time", "My fellow Americans"]
-    steered = explore.steer(scope, texts, [explore.add(name, latent, 3 * typical)], num_tokens=30)
-    swept = explore.sweep(scope, name, latent, rows=8)
+    steered = analysis.steer(scope, texts, [analysis.add(name, latent, 3 * typical)], num_tokens=30)
+    swept = analysis.sweep(scope, name, latent, rows=8)
     numbers = {
         key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(swept).items()
     }
@@ -178,21 +182,21 @@ def bias() -> tuple[list[str], dict]:
     made = {"seed 0": _corrected(names["found"], names["corrected"])}
 
     def add(label: str, choosing: tuple, measured: tuple, is_paired: bool = False, seed: int = 0) -> None:
-        found = explore.contrast(scope, *choosing, is_paired=is_paired, seed=seed)
+        found = analysis.contrast(scope, *choosing, is_paired=is_paired, seed=seed)
         made[label] = None
         if found.found():
-            made[label] = _corrected(found, explore.correct(scope, found, *asked, *measured, seed=seed))
+            made[label] = _corrected(found, analysis.correct(scope, found, *asked, *measured, seed=seed))
 
     for seed in (1, 2):
-        add(f"seed {seed}", *explore.halves(women, men, seed=seed), seed=seed)
-    add("pairs", *explore.halves(women, men, True), is_paired=True)
+        add(f"seed {seed}", *analysis.halves(women, men, seed=seed), seed=seed)
+    add("pairs", *analysis.halves(women, men, True), is_paired=True)
     professions = [[f"The {word} said that" for word in words.split()] for words in PROFESSIONS]
     add("latents of all the words, on professions", (women, men), professions)
-    add("latents of professions, on others", *explore.halves(*professions))
+    add("latents of professions, on others", *analysis.halves(*professions))
     return [f"python {script}", "python -m benchmarks.results bias"], made
 
 
-def _corrected(found: explore.Contrast, corrected: explore.Correction) -> dict:
+def _corrected(found: analysis.Contrast, corrected: analysis.Correction) -> dict:
     changes = [corrected.change, *(one.gap - corrected.clean.gap for one in corrected.random)]
     return {
         "tested": found.tested,
@@ -218,18 +222,18 @@ def _corrected(found: explore.Contrast, corrected: explore.Correction) -> dict:
 
 def links() -> tuple[list[str], dict]:
     """How well attributions and weights tell what ablation does to later latents."""
-    scope = explore.open_scope(SITES)
+    scope = analysis.open_scope(SITES)
     names = {s.site.layer: name for name, s in scope.subjects.items() if s.site.kind == "resid_post"}
-    of = explore.activity(scope, 8, [names[6]])[names[6]]
+    of = analysis.activity(scope, 8, [names[6]])[names[6]]
     latents = np.random.default_rng(0).choice(np.flatnonzero(of.frequency_M > 0), 5, replace=False).tolist()
     layers: dict[int, dict[str, list[float]]] = {}
     for latent in latents:
-        found = explore.links(scope, names[6], latent)
+        found = analysis.links(scope, names[6], latent)
         for layer in range(7, 18):
             kept = layers.setdefault(layer, {"attribution": [], "weight": []})
             kept["attribution"].append(found.correlation(found.attribution, names[layer]))
             kept["weight"].append(found.correlation(found.weight, names[layer]))
-    flow = explore.flow(scope, PROMPT, ANSWER)
+    flow = analysis.flow(scope, PROMPT, ANSWER)
     lens = {
         "stream": flow.lens.stream,
         "reconstruction": flow.lens.reconstruction,

@@ -13,7 +13,10 @@ import pathlib
 import platform
 import time
 
-from gemma_scope_jax import data, tokenizer
+from gemma_scope_jax import config
+from gemma_scope_jax.data import packing as packing_lib
+from gemma_scope_jax.data import sources
+from gemma_scope_jax.models import tokenizer
 
 CHARACTERS = (10**5, 10**6, 10**7)
 TOKENS = (10**5, 10**6, 10**7)
@@ -32,7 +35,7 @@ def processor() -> str:
 def measure() -> dict:
     """Seconds by the length of the document."""
     encode = tokenizer.load("gemma3_270m", "", "").encode
-    corpus = " ".join(data.documents(data.DEFAULT_TEXT)).replace("\n", " ")
+    corpus = " ".join(sources.documents(config.DEFAULT_TEXT)).replace("\n", " ")
     tokenising, packing = [], []
     for characters in CHARACTERS:
         line = (corpus * (characters // len(corpus) + 1))[:characters]
@@ -43,7 +46,7 @@ def measure() -> dict:
     for count in TOKENS:
         document = list(itertools.islice(itertools.cycle(tokens), count))
         start = time.perf_counter()
-        rows = sum(1 for _ in data.pack(iter([document]), 1024))
+        rows = sum(1 for _ in packing_lib.pack(iter([document]), 1024))
         packing.append({"tokens": count, "rows": rows, "seconds": time.perf_counter() - start})
     return {"processor": processor(), "tokenising": tokenising, "packing": packing}
 

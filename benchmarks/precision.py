@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-from gemma_scope_jax import gemma, weights
+from gemma_scope_jax.models import forward as forward_lib
+from gemma_scope_jax.models import predictions, registry, weights
+from gemma_scope_jax.models.sites import Site
 
 LAYERS = (5, 9, 12, 15)
 SITES = tuple(
-    gemma.Site(kind, layer) for kind in ("resid_post", "mlp_out", "attn_out", "mlp_in") for layer in LAYERS
+    Site(kind, layer) for kind in ("resid_post", "mlp_out", "attn_out", "mlp_in") for layer in LAYERS
 )
 
 
@@ -38,9 +40,11 @@ def forward(
     model: gm.nn.Transformer, params: weights.Params, tokens_1xL: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Losses [L - 1] and sites [L, D]."""
-    x = gemma.embed(model, params, tokens_1xL)
-    x, values = gemma.run_blocks(model, params, x, tokens_1xL, range(model.config.num_layers), read=SITES)
-    loss, _ = gemma.next_token_loss(model, params, x, tokens_1xL)
+    x = forward_lib.embed(model, params, tokens_1xL)
+    x, values = forward_lib.run_blocks(
+        model, params, x, tokens_1xL, range(model.config.num_layers), read=SITES
+    )
+    loss, _ = predictions.next_token_loss(model, params, x, tokens_1xL)
     return loss[0, :-1], {str(site): value[0] for site, value in values.items()}
 
 
@@ -53,17 +57,17 @@ def relative_error(actual: np.ndarray, exact: np.ndarray) -> float:
 def measure(folder: pathlib.Path) -> dict:
     """Losses and relative errors, by way of computing."""
     want = np.load(folder / "gemma3_270m" / "expected.npz")
-    loaded = gemma.load("gemma3_270m", str(folder / "gemma3_270m"), jnp.float32)
+    loaded = registry.load("gemma3_270m", str(folder / "gemma3_270m"), jnp.float32)
     tokens = jnp.asarray(want["tokens"])[None]
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded.params)
     results = {
         "float32": forward(loaded.model, loaded.params, tokens),
         "bfloat16": forward(loaded.model, low, tokens),
     }
-    ours, gemma._float32_norm = gemma._float32_norm, gemmas_norm
+    ours, forward_lib.float32_norm = forward_lib.float32_norm, gemmas_norm
     jax.clear_caches()
     results["bfloat16, gemma's norms"] = forward(loaded.model, low, tokens)
-    gemma._float32_norm = ours
+    forward_lib.float32_norm = ours
     transformers = {str(site): want[f"bfloat16/{site}"] for site in SITES}
     results["bfloat16, transformers"] = (want["bfloat16/loss"], transformers)
     exact_loss = want["float32/loss"]

@@ -25,8 +25,13 @@ import numpy as np
 
 from benchmarks import looks
 from benchmarks.commands import RESULTS, run
-from gemma_scope_jax import data, export, gemma, log, page, runs, sae, weights
-from gemma_scope_jax.formats import detect
+from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.evaluation import page
+from gemma_scope_jax.models import forward, masking, registry, weights
+from gemma_scope_jax.models.sites import SITES, Site
+from gemma_scope_jax.saes import jumprelu
+from gemma_scope_jax.saes.formats import detect
+from gemma_scope_jax.training import export, metrics_log, runs
 
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
 SUITES = {"sweep": 64, "layers": 16, "sites": 4, "targets": 32, "transcoders": 64}
@@ -50,8 +55,8 @@ def quickstart() -> tuple[list[str], dict]:
         few = json.loads((workdir / "evaluation.json").read_text())
         run(f"python evaluate.py {workdir} --rows=512 --fast")
         many = json.loads((workdir / "evaluation.json").read_text())
-        rows = data.open_rows(runs.prepare_rows(runs.read_config(workdir)), data.TRAIN)
-        ours, perfect = log.shuffle_quality(workdir, rows)
+        rows = token_rows.open_rows(prepare.rows_of(runs.read_config(workdir)), token_rows.TRAIN)
+        ours, perfect = metrics_log.shuffle_quality(workdir, rows)
         (RESULTS / "quickstart.png").write_bytes((workdir / "evaluation.png").read_bytes())
     numbers = {
         "quickstart_s": quickstart_s,
@@ -101,7 +106,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
         f"python evaluate.py {workdir} --rows={rows} --fast",
     ]
     _, evaluate_s = (run(command) for command in commands)
-    config, entries = runs.read_config(workdir), log.read_metrics(workdir)
+    config, entries = runs.read_config(workdir), metrics_log.read_metrics(workdir)
     tokens = config.train.sequences_per_step * config.data.context_length
     # By its own log, since the run may have been there, in part or whole; without compiling and saving.
     train_s = sum(tokens / entry["speed"]["tokens_per_second"] for entry in entries)
@@ -140,10 +145,10 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     activations, and apart from where a pre-activation lies so near its threshold that float32 decides.
     """
     run, state = runs.open_run(workdir)
-    rows = data.open_rows(runs.run_rows(run.config, workdir), data.HELD_OUT)
+    rows = token_rows.open_rows(runs.run_rows(run.config, workdir), token_rows.HELD_OUT)
     loaded = runs.load_gemma(run)
     tokens = jax.numpy.asarray(rows.read(np.arange(8)).tokens)
-    kept = np.asarray(gemma.is_kept(tokens, run.config.data.masked_prefix))
+    kept = np.asarray(masking.is_kept(tokens, masking.masked_prefix(run.config.data)))
     found = {}
     for bank_name, file_format, kind in (
         ("plain", "gemma_scope", "mlp_in_gain_free"),
@@ -156,9 +161,9 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
             (path,) = export.export_run(workdir, (file_format,), pathlib.Path(scratch), bank_name)
             (found,) = detect.read(path)
             again = found.sae
-        values = gemma.read_sites(loaded.model, loaded.params, tokens, [gemma.Site(kind, member.site.layer)])
+        values = forward.read_sites(loaded.model, loaded.params, tokens, [Site(kind, member.site.layer)])
         x = np.asarray(next(iter(values.values())))[kept]
-        got = np.asarray(sae.decode(again, sae.encode(again, x), x))
+        got = np.asarray(jumprelu.decode(again, jumprelu.encode(again, x), x))
 
         trained = vars(state.banks[bank_name].params)
         p = {name: np.asarray(value[0], np.float64) for name, value in trained.items() if value is not None}
@@ -223,7 +228,7 @@ def precision() -> tuple[list[str], dict]:
 def models_table() -> str:
     """Every model that is known by name."""
     lines = ["| name | Hugging Face | layers | D | N·H | parameters, billions |", "|---|---|---|---|---|---|"]
-    for name, known in gemma.MODELS.items():
+    for name, known in registry.MODELS.items():
         config = known.module.config
         shapes = weights.parameter_shapes(known.module, config.num_layers)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9
@@ -248,7 +253,7 @@ _SITES = {
 def sites_table() -> str:
     """Every kind of site."""
     lines = ["| site | what it is | width | TransformerLens | Hugging Face |", "|---|---|---|---|---|"]
-    for kind, names in gemma.SITES.items():
+    for kind, names in SITES.items():
         lens, module = (name.format("L") for name in names)
         what, width = _SITES[kind]
         lines.append(f"| `{kind}` | {what} | {width} | `{lens}` | {f'`{module}`' if module else ''} |")

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from configs import quickstart
-from gemma_scope_jax import bank, data, ring, runs, step, training
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.normalizer import Normalizer
+from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.training import bank, loop, runs, shuffle_buffer, step
+from gemma_scope_jax.training.normalizer import Normalizer
 
 B, D, M, L0 = 1024, 640, 4096, 60
 
@@ -89,7 +90,7 @@ def update_benchmark() -> dict:
     site = str(run.plan.sites[0])
     x_KxBxD = jax.random.normal(jax.random.key(1), (updates, B, D)) / D**0.5
     state = synthetic_state(run, x_KxBxD[0])
-    batches = ring.Slots(
+    batches = shuffle_buffer.Slots(
         {site: x_KxBxD}, {site: jnp.ones((updates, B))}, jnp.zeros((updates, B, 3), jnp.int32)
     )
     plan = dataclasses.replace(
@@ -131,14 +132,14 @@ def step_benchmark() -> dict:
     """The harvest's FLOP rate, and the fused step against its parts."""
     run = quickstart_run()
     plan, sequences = run.plan, run.config.train.sequences_per_step
-    rows = data.open_rows(runs.prepare_rows(run.config), data.TRAIN)
+    rows = token_rows.open_rows(prepare.rows_of(run.config), token_rows.TRAIN)
     gemma_params = runs.load_gemma(run).params
-    normalizers = training.calibrate(run, rows, gemma_params, run.plan.sites)
+    normalizers = loop.calibrate(run, rows, gemma_params, run.plan.sites)
     state = runs.init_state(run, normalizers)
     compiled, batch = None, None
     for i in range(plan.ring_steps + 1):  # Until the ring is full and the bank trained.
         batch = runs.read_batch(run, rows, i * sequences, sequences)
-        compiled = compiled or training.lower_step(run, state, batch, gemma_params).compile()
+        compiled = compiled or loop.lower_step(run, state, batch, gemma_params).compile()
         state, _ = jax.block_until_ready(compiled(state, batch, gemma_params))
 
     groups, count = plan.ring_groups, plan.activations // plan.ring_groups
@@ -151,13 +152,15 @@ def step_benchmark() -> dict:
     new = harvest(gemma_params, batch)
 
     @jax.jit
-    def draw(slots: ring.Slots, key: jax.Array, number: jax.Array) -> tuple:
-        index = ring.choose_slots(
-            ring.Ring(slots, number), key, count, number, plan.ring_steps, jnp.bool_(False)
+    def draw(slots: shuffle_buffer.Slots, key: jax.Array, number: jax.Array) -> tuple:
+        index = shuffle_buffer.choose_slots(
+            shuffle_buffer.Ring(slots, number), key, count, number, plan.ring_steps, jnp.bool_(False)
         )
-        return index, jax.tree.map(lambda v: ring.deal(v, plan.updates_per_step), ring.gather(slots, index))
+        return index, jax.tree.map(
+            lambda v: shuffle_buffer.deal(v, plan.updates_per_step), shuffle_buffer.gather(slots, index)
+        )
 
-    write = jax.jit(ring.scatter, donate_argnums=0)
+    write = jax.jit(shuffle_buffer.scatter, donate_argnums=0)
     train = jax.jit(lambda state, batches: step.train(plan, run.mesh, state, batches)[0])
     small_state = jax.tree.map(jnp.copy, state.replace(ring=None))
     slots = jax.tree.map(jnp.copy, state.ring.slots)

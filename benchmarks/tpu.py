@@ -12,16 +12,24 @@ import json
 import pathlib
 import time
 
-from gemma_scope_jax import cli
+from gemma_scope_jax.cli import common
 
-cli.find_tpu_compiler()
+common.find_tpu_compiler()
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax import chips, forecast, gemma, passes, planning, runs, sae, sharding, step, weights
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.normalizer import Normalizer
+from gemma_scope_jax.evaluation import metrics
+from gemma_scope_jax.models import interventions, placement, registry, weights
+from gemma_scope_jax.models.sites import Site, site_width
+from gemma_scope_jax.runtime import devices as devices_lib
+from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached, jumprelu
+from gemma_scope_jax.training import flops, forecast, step
+from gemma_scope_jax.training import memory as memory_lib
+from gemma_scope_jax.training.normalizer import Normalizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +106,7 @@ def report(lowered: jax.stages.Lowered) -> dict:
     }
 
 
-def placed(mesh: jax.sharding.Mesh, shape: tuple, dtype: jnp.dtype, spec: sharding.P) -> jax.ShapeDtypeStruct:
+def placed(mesh: jax.sharding.Mesh, shape: tuple, dtype: jnp.dtype, spec: P) -> jax.ShapeDtypeStruct:
     """A shape on the mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
@@ -113,11 +121,11 @@ def measure_harvest(case: Harvest) -> dict:
     """A harvest alone."""
     devices = forecast.slice_devices(case.topology)
     mesh = sharding.make_mesh(1, 0, devices)
-    model, site = gemma.build_model(case.model), gemma.Site("resid_post", case.layer)
+    model, site = registry.build_model(case.model), Site("resid_post", case.layer)
     params = weights.placed_shapes(
-        model, case.layer + 1, jnp.bfloat16, sharding.gemma_placement(mesh, case.split)
+        model, case.layer + 1, jnp.bfloat16, placement.gemma_placement(mesh, case.split)
     )
-    vector = placed(mesh, (gemma.site_width(model, site),), jnp.float32, sharding.REPLICATED)
+    vector = placed(mesh, (site_width(model, site),), jnp.float32, sharding.REPLICATED)
     scalar = placed(mesh, (), jnp.float32, sharding.REPLICATED)
     normalizers = {str(site): Normalizer(vector, scalar, scalar, vector)}
 
@@ -152,12 +160,14 @@ def measure_step(case: Step) -> dict:
 def measure_evaluation(case: Evaluation) -> dict:
     """Every pass of an evaluation; bytes are those of the pass that needs most, with all that lies beside it."""
     devices = forecast.slice_devices(case.topology)
-    chip = chips.CHIPS[case.topology.split(":")[0]]
+    chip = devices_lib.CHIPS[case.topology.split(":")[0]]
     mesh = sharding.make_mesh(1, 0, devices)
-    model, site = gemma.build_model(case.model), gemma.Site("resid_post", case.layer)
+    model, site = registry.build_model(case.model), Site("resid_post", case.layer)
     layers = model.config.num_layers
     c = config_lib.from_dict({"model": case.model})
-    params = weights.placed_shapes(model, layers, jnp.bfloat16, runs.placement_of(c, mesh, model, layers))
+    params = weights.placed_shapes(
+        model, layers, jnp.bfloat16, placement.placement_of(c, mesh, model, layers)
+    )
     d, v, m = model.config.embed_dim, model.config.num_embed, case.width
     shape = (case.sequences_per_chip * len(devices), case.length)
     tokens, kept = (placed(mesh, shape, dtype, sharding.TOKENS) for dtype in (jnp.int32, jnp.bool))
@@ -166,31 +176,31 @@ def measure_evaluation(case: Evaluation) -> dict:
     )
     mean = placed(mesh, (d,), jnp.float32, sharding.REPLICATED)
     arrays = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
-    specs = passes.latent_specs(mesh, m)
-    subject = sae.SAE(
-        **{name: placed(mesh, of, jnp.float32, specs.get(name, sharding.P())) for name, of in arrays.items()}
+    specs = attached.latent_specs(mesh, m)
+    subject = jumprelu.SAE(
+        **{name: placed(mesh, of, jnp.float32, specs.get(name, P())) for name, of in arrays.items()}
     )
     lowered = {
-        "clean": passes.clean.lower(mesh, model, params, tokens, (site,)),
-        "loss": passes.loss.lower(mesh, model, params, x, tokens, kept),
-        "spliced": passes.spliced.lower(mesh, model, params, x, tokens, kept, site, x),
-        "importance": passes.importance.lower(mesh, model, params, x, x, tokens, kept, site),
-        "reconstruct": passes.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
-        "divergence": passes.divergence.lower(mesh, model, params, x, x, tokens, kept),
+        "clean": interventions.clean.lower(mesh, model, params, tokens, (site,)),
+        "loss": interventions.loss.lower(mesh, model, params, x, tokens, kept),
+        "spliced": interventions.spliced.lower(mesh, model, params, x, tokens, kept, site, x),
+        "importance": interventions.importance.lower(mesh, model, params, x, x, tokens, kept, site),
+        "reconstruct": metrics.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
+        "divergence": interventions.divergence.lower(mesh, model, params, x, x, tokens, kept),
     }
     of_passes = {name: report(one) for name, one in lowered.items()}
     # Before the site's block, the site, the last, what is spliced, and the gradient lie there throughout.
-    resident = planning.bytes_per_device((params, subject, tokens, kept, x, x, x, x, importance))
+    resident = memory_lib.bytes_per_device((params, subject, tokens, kept, x, x, x, x, importance))
     peak = max(resident + of["temporary_bytes"] + of["output_bytes"] for of in of_passes.values())
     count = case.rows * case.length
-    blocks = gemma.harvest_flops(model, case.rows, case.length, layers)
+    blocks = flops.harvest_flops(model, case.rows, case.length, layers)
     upper = blocks * (1 - case.layer / layers)
     logits = 2 * count * d * v
     # Clean; two ablations; a gradient of the activations alone, forward, again, and back; the splice, whose KL makes
     # logits twice.
     gemma_flops = blocks + 2 * upper + 3 * upper + upper + logits * (1 + 2 + 3 + 2)
     # Encoding, decoding and, for r_L0, one product more, each in float32.
-    sae_flops = chips.PASSES["highest"] * 2 * count * 3 * d * m
+    sae_flops = devices_lib.PASSES["highest"] * 2 * count * 3 * d * m
     return {
         **dataclasses.asdict(case),
         "chips": len(devices),

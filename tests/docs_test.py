@@ -11,7 +11,13 @@ import tiny
 import toys
 
 from benchmarks import results
-from gemma_scope_jax import chips, config, evaluation, explore, gemma, generation, plans, probing
+from gemma_scope_jax import analysis, config
+from gemma_scope_jax.evaluation import probing
+from gemma_scope_jax.models import forward, interventions, predictions, registry
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.runtime import devices
+from gemma_scope_jax.saes import attached
+from gemma_scope_jax.training import plans
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_table_stands_in_the_documents_as_it_was_measured(monkeypatch):
     for name in ("tiny", "gemma2_small"):  # Of other tests.
-        monkeypatch.delitem(gemma.MODELS, name, raising=False)
+        monkeypatch.delitem(registry.MODELS, name, raising=False)
     tables = results.tables()
     text = "".join((ROOT / path).read_text(encoding="utf-8") for path in results.DOCUMENTS)
     named = re.findall(r"<!-- (\S+) -->\n", text)
@@ -56,7 +62,7 @@ def test_harvests_on_tpu_slices_hold_the_parameters_up_to_their_layer_and_nothin
         share = 2 * case["parameters"] / (case["chips"] if case["split"] else 1)
         assert abs(case["argument_bytes"] / share - 1) < 0.01, case["model"]
         assert case["argument_bytes"] < case["peak_bytes"]
-        assert case["peak_bytes"] < chips.CHIPS[case["topology"].split(":")[0]].memory
+        assert case["peak_bytes"] < devices.CHIPS[case["topology"].split(":")[0]].memory
 
 
 def test_the_python_in_the_documents_runs(capsys):
@@ -69,20 +75,20 @@ def test_the_python_in_the_documents_runs(capsys):
     assert np.isfinite(names["logits"]).all()
     loaded, prompt, reply = names["loaded"], names["prompts"][0], names["replies"][0]
     tokens = jnp.array([[*prompt, *reply]])
-    where = generation.Where(tokens, jnp.arange(tokens.size)[None], None, {})
+    where = interventions.Where(tokens, jnp.arange(tokens.size)[None], None, {})
     write = {names["resid"]: lambda x: names["steering"](x, where)}
-    x = gemma.embed(loaded.model, loaded.params, tokens)
-    x, _ = gemma.run_blocks(loaded.model, loaded.params, x, tokens, range(loaded.num_layers), write=write)
-    logits = gemma.logits(loaded.model, loaded.params, x)
+    x = forward.embed(loaded.model, loaded.params, tokens)
+    x, _ = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(loaded.num_layers), write=write)
+    logits = predictions.logits(loaded.model, loaded.params, x)
     assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == reply
     assert capsys.readouterr().out
 
 
 def test_the_python_of_looking_inside_runs(tiny_gemma, tmp_path, monkeypatch, capsys):
     """On the small model, of which a letter is a token."""
-    subjects = {"layer_1": evaluation.Subject(toys.random_sae(), gemma.Site("resid_post", 1), None)}
+    subjects = {"layer_1": attached.Subject(toys.random_sae(), Site("resid_post", 1), None)}
     scope = scopes.make(tiny_gemma, subjects, held_out=tiny.tokens(4, 24, seed=4))
-    monkeypatch.setattr(explore, "open_scope", lambda path: scope)
+    monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
     monkeypatch.chdir(tmp_path)
     code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "explore.md").read_text(), re.DOTALL))
     names = {}
@@ -109,14 +115,11 @@ def test_the_labelled_texts_in_the_documents_can_be_probed_with(tmp_path, monkey
     probing.split(found, 0)
 
 
-def test_the_readme_names_every_module_and_only_files_that_exist():
-    modules = {path.name for path in (ROOT / "gemma_scope_jax").glob("*.py")} - {
-        "__init__.py",
-        "__main__.py",
-        "cli.py",
-    }
+def test_the_readme_names_every_room_and_only_files_that_exist():
     layout = README.split("## Layout")[1]
-    assert modules <= set(re.findall(r"\w+\.py", layout))
+    package = ROOT / "gemma_scope_jax"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert rooms | {"config.py"} == set(re.findall(r"^  ([\w.]+/?) ", layout, re.MULTILINE))
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / target).exists(), target
 

@@ -18,8 +18,10 @@ import zipfile
 
 import numpy as np
 
-from gemma_scope_jax import files, metrics, suites
-from gemma_scope_jax.formats import (
+from gemma_scope_jax.evaluation import side_by_side
+from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.saes.formats import (
     circuit_tracer,
     common,
     detect,
@@ -28,7 +30,7 @@ from gemma_scope_jax.formats import (
     gemma_scope_2,
     saelens,
 )
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.saes.jumprelu import SAE
 
 D, M = 8, 32
 ABOUT = common.About(
@@ -72,13 +74,13 @@ def originals(folder: pathlib.Path) -> list[pathlib.Path]:
     (folder / "saelens_5").mkdir()
     files.write_json(folder / "saelens_5" / "cfg.json", flat)
     factor = {"scaling_factor": np.ones(M, np.float32)}
-    files.write_safetensors(folder / "saelens_5" / "sae_weights.safetensors", named | factor)
+    safetensors_io.write_safetensors(folder / "saelens_5" / "sae_weights.safetensors", named | factor)
     (folder / "evaluation").mkdir()
-    numbers = {field.name: 0.5 for field in dataclasses.fields(metrics.Evaluation)} | {"rows": 40}
+    numbers = {field.name: 0.5 for field in dataclasses.fields(evaluation_file.Evaluation)} | {"rows": 40}
     files.write_json(
         folder / "evaluation" / "evaluation.json", {"model": "tiny", "sae": {"a": numbers, "b": numbers}}
     )
-    sums = {f"{name}/by_row/{key}": rng.random(40) for name in "ab" for key in suites.BY_ROW}
+    sums = {f"{name}/by_row/{key}": rng.random(40) for name in "ab" for key in side_by_side.BY_ROW}
     np.savez_compressed(folder / "evaluation" / "evaluation.npz", **sums)
     return sorted(folder.iterdir())
 
@@ -169,7 +171,7 @@ def read(place: pathlib.Path) -> None:
     if place.name == "multi_layer":
         gemma_scope_2.read_layers(place)
     elif place.name == "evaluation":
-        found = suites.read(place)
+        found = side_by_side.read(place)
         json.dumps(
             {name: vars(one) | {"by_row": None} for name, one in found.results.items()}, allow_nan=True
         )

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax import sae
+from gemma_scope_jax.saes import jumprelu, objectives
 
 BANDWIDTH, SPARSITY_COEFFICIENT = 0.1, 1.2
-PENALTY = sae.linear_penalty(SPARSITY_COEFFICIENT)
+PENALTY = objectives.linear_penalty(SPARSITY_COEFFICIENT)
 
 # Gradients on the first batch: every stride-th value.
 GRADIENTS = {
@@ -28,7 +28,7 @@ AFTER_THREE_UPDATES = {
 }
 
 
-def setup() -> tuple[sae.Params, np.ndarray]:
+def setup() -> tuple[jumprelu.Params, np.ndarray]:
     """Parameters, and three batches of 1,024 activations, in float64."""
     batches = np.random.default_rng(9328302).normal(size=(3, 1024, 16)) / 4
     rng = np.random.default_rng(24396)
@@ -38,7 +38,7 @@ def setup() -> tuple[sae.Params, np.ndarray]:
     b_enc = (rng.uniform(size=128) - 0.5) * 0.1
     b_dec = (rng.uniform(size=16) - 0.5) * 0.1
     threshold = 0.15 * rng.uniform(size=128) * 0.1
-    params = sae.Params(
+    params = jumprelu.Params(
         *(jnp.asarray(v, jnp.float64) for v in (W_enc, b_enc, np.log(threshold), W_dec, b_dec))
     )
     return params, jnp.asarray(batches, jnp.float64)

@@ -9,9 +9,10 @@ import sys
 
 import numpy as np
 
-from gemma_scope_jax import export, gemma, stored
-from gemma_scope_jax.formats import circuit_tracer, common
-from gemma_scope_jax.sae import SAE
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import loading, saving
+from gemma_scope_jax.saes.formats import circuit_tracer, common
+from gemma_scope_jax.saes.jumprelu import SAE
 
 D, M, LAYER = 48, 128, 12
 KINDS = {
@@ -29,7 +30,7 @@ FIRST = {
 SECOND = {"sae": "resid_post", "attention": "attn_out", "transcoder": "transcoder", "skip": "transcoder"}
 
 
-def make(kind: str) -> stored.Stored:
+def make(kind: str) -> loading.Stored:
     """An SAE of unit decoder rows, on activations of norm about √D, of which a quarter of latents fire."""
     rng = np.random.default_rng(list(KINDS).index(kind))
     W_dec = rng.standard_normal((M, D))
@@ -44,10 +45,10 @@ def make(kind: str) -> stored.Stored:
     }
     folded = SAE(**{k: None if v is None else v.astype(np.float32) for k, v in arrays.items()})
     reads, predicts = KINDS[kind]
-    site = gemma.Site(reads, LAYER)
-    target = gemma.Site(predicts, LAYER) if predicts else site
+    site = Site(reads, LAYER)
+    target = Site(predicts, LAYER) if predicts else site
     about = common.About(context_length=128, text="sotu", l0=32.0)
-    return stored.Stored(kind, folded, about, "gemma2_2b", site, target)
+    return loading.Stored(kind, folded, about, "gemma2_2b", site, target)
 
 
 def activations(kind: str) -> np.ndarray:
@@ -62,20 +63,20 @@ def main(folder: pathlib.Path) -> None:
     shutil.rmtree(ours, ignore_errors=True)
     for kind in KINDS:
         one = make(kind)
-        export.write(ours / "saelens" / kind, "saelens", one)
-        export.write(ours / "saelens" / f"{kind}_bfloat16", "saelens", one, "bfloat16")
+        saving.write(ours / "saelens" / kind, "saelens", one)
+        saving.write(ours / "saelens" / f"{kind}_bfloat16", "saelens", one, "bfloat16")
         if kind in FIRST:
             place = ours / "hub" / "google" / FIRST[kind] / f"layer_{LAYER}" / "width_16k" / "average_l0_7"
-            export.write(place, "gemma_scope", one)
+            saving.write(place, "gemma_scope", one)
         affine = "_affine" if kind == "skip" else ""
         place = f"{SECOND[kind]}/layer_{LAYER}_width_16k_l0_medium{affine}"
-        export.write(ours / "hub" / "google" / "gemma-scope-2-1b-pt" / place, "gemma_scope_2", one)
+        saving.write(ours / "hub" / "google" / "gemma-scope-2-1b-pt" / place, "gemma_scope_2", one)
         if one.site == one.target_site:
-            export.write(ours / "dictionary_learning" / kind, "dictionary_learning", one)
+            saving.write(ours / "dictionary_learning" / kind, "dictionary_learning", one)
         else:
             for layer in range(2):
                 circuit_tracer.write(ours / "circuit_tracer" / kind, one.sae, layer)
-            export.write(ours / "circuit_tracer" / kind, "circuit_tracer", one)
+            saving.write(ours / "circuit_tracer" / kind, "circuit_tracer", one)
     np.savez(folder / "activations.npz", **{kind: activations(kind) for kind in KINDS})
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from gemma import gm
 from tiny import TinyGemma
 
-from gemma_scope_jax import weights
+from gemma_scope_jax.models import weights
 
 
 def model(blocks: int) -> gm.nn.Transformer:

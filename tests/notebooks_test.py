@@ -12,28 +12,32 @@ import numpy as np
 import pytest
 from toys import Rows
 
+from gemma_scope_jax import analysis
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax import data, explore, export, gemma, opening, sae, stored, tokenizer
-from gemma_scope_jax.explore import scope
-from gemma_scope_jax.formats import common
+from gemma_scope_jax.analysis import session
+from gemma_scope_jax.data import sources
+from gemma_scope_jax.models import forward, masking, placement, tokenizer
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import jumprelu, loading, saving
+from gemma_scope_jax.saes.formats import common
 
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "docs" / "notebooks"
-SITE, WIDTH = gemma.Site("resid_post", 9), 64
+SITE, WIDTH = Site("resid_post", 9), 64
 NAVY, WOMEN = 62, 63  # The last latents; the others are of tokens of the text.
 
 
 def activations(loaded, rows):
     """Behind BOS, [N, D] of each row."""
-    padded = np.full((len(rows), max(map(len, rows))), gemma.PAD, np.int32)
+    padded = np.full((len(rows), max(map(len, rows))), masking.PAD, np.int32)
     for row_L, row in zip(padded, rows, strict=True):
         row_L[: len(row)] = row
-    x_SxLxD = np.asarray(gemma.read_sites(loaded.model, loaded.params, jnp.asarray(padded), [SITE])[SITE])
+    x_SxLxD = np.asarray(forward.read_sites(loaded.model, loaded.params, jnp.asarray(padded), [SITE])[SITE])
     return [x_LxD[1 : len(row)] for x_LxD, row in zip(x_SxLxD, rows, strict=True)]
 
 
 def planted(loaded, encode, texts):
     """An SAE of which each latent is the direction from the mean to one activation, and fires half way to it."""
-    found = iter(activations(loaded, [[gemma.BOS, *encode(one)][:64] for some in texts for one in some]))
+    found = iter(activations(loaded, [[masking.BOS, *encode(one)][:64] for some in texts for one in some]))
     of_text, women, men, (navy,) = ([next(found) for _ in some] for some in texts)
     x_NxD = np.concatenate(of_text)
     mean_D = np.median(x_NxD, axis=0)
@@ -50,35 +54,35 @@ def planted(loaded, encode, texts):
     b_enc[WOMEN] = -(men_BxD @ W_dec[WOMEN]).max()
     threshold[WOMEN] = 0
     arrays = {"W_enc": W_dec.T, "b_enc": b_enc, "threshold": threshold, "W_dec": W_dec, "b_dec": mean_D}
-    return sae.SAE(**{name: np.float32(value) for name, value in arrays.items()})
+    return jumprelu.SAE(**{name: np.float32(value) for name, value in arrays.items()})
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Runs a notebook where `make quickstart` would have been, with Gemma loaded once for all."""
     folder = tmp_path_factory.mktemp("notebooks")
-    texts = list(itertools.islice(data.documents(data.DEFAULT_TEXT), 24))
+    texts = list(itertools.islice(sources.documents(config_lib.DEFAULT_TEXT), 24))
     encode = tokenizer.load("gemma3_270m", "", "").encode
-    mesh, loaded = opening.load_gemma(
+    mesh, loaded = placement.load_gemma(
         config_lib.from_dict({"model": "gemma3_270m", "gemma_dtype": "float32"})
     )
     people = ("woman", "girl", "mother", "queen"), ("man", "boy", "father", "king")
     prompts = [[f"The {word}" for word in words] for words in people]
     made = planted(loaded, encode, [[text[:300] for text in texts], *prompts, ["strength of our navy"]])
-    one = stored.Stored("planted", made, common.About(), "gemma3_270m", SITE, SITE)
-    export.write(folder / "runs" / "quickstart", "saelens", one)
-    held_out = np.array([[gemma.BOS, *encode(text[2000:])][:64] for text in texts], np.int32)
+    one = loading.Stored("planted", made, common.About(), "gemma3_270m", SITE, SITE)
+    saving.write(folder / "runs" / "quickstart", "saelens", one)
+    held_out = np.array([[masking.BOS, *encode(text[2000:])][:64] for text in texts], np.int32)
 
     @functools.cache
     def open_scope(path):
-        return dataclasses.replace(scope.open_scope(path), held_out=lambda: Rows(held_out))
+        return dataclasses.replace(session.open_scope(path), held_out=lambda: Rows(held_out))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(opening, "load_gemma", lambda config: (mesh, loaded))
-        patch.setattr(explore, "open_scope", open_scope)
+        patch.setattr(placement, "load_gemma", lambda config: (mesh, loaded))
+        patch.setattr(analysis, "open_scope", open_scope)
         # Of the quickstart's 20 random sets and 8 rows a few, which show as well that all of it runs.
-        patch.setattr(explore, "correct", functools.partial(explore.correct, random_sets=6, rows=2))
+        patch.setattr(analysis, "correct", functools.partial(analysis.correct, random_sets=6, rows=2))
         yield lambda name: runpy.run_path(str(NOTEBOOKS / f"{name}.py"))
 
 

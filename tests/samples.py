@@ -1,6 +1,6 @@
 """A few documents, and what packed rows hold of them."""
 
-from gemma_scope_jax.gemma import BOS, PAD
+from gemma_scope_jax.models.masking import BOS, PAD
 
 
 def unpack(rows):

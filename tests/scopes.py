@@ -7,26 +7,29 @@ import numpy as np
 import tiny
 import toys
 
-from gemma_scope_jax import config, evaluation, explore, gemma, passes
+from gemma_scope_jax import analysis, config
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import attached
 
 
 def make(
-    loaded: gemma.Gemma,
-    subjects: Mapping[str, evaluation.Subject],
+    loaded: registry.Gemma,
+    subjects: Mapping[str, attached.Subject],
     mesh: jax.sharding.Mesh | None = None,
     frequency: Mapping[str, np.ndarray] | None = None,
     held_out: np.ndarray | None = None,
     rows_per_batch: int = 4,
-) -> explore.Scope:
+) -> analysis.Scope:
     """A scope, on the first device by default, whose held-out rows are tokens [S, L]; None: it has no text."""
-    mesh = mesh or evaluation.one_device()
-    return explore.Scope(
+    mesh = mesh or sharding.one_device()
+    return analysis.Scope(
         config.from_dict({"model": "tiny", "evaluation": {"rows_per_batch": rows_per_batch}}),
         mesh,
         loaded,
         tiny.load_tokenizer(),
         subjects,
-        {name: passes.place(mesh, subject.sae) for name, subject in subjects.items()},
+        {name: attached.place(mesh, subject.sae) for name, subject in subjects.items()},
         frequency or {},
-        explore.Scope.held_out if held_out is None else lambda: toys.Rows(held_out),
+        analysis.Scope.held_out if held_out is None else lambda: toys.Rows(held_out),
     )

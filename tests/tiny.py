@@ -3,6 +3,7 @@
 Also a program: `python tests/tiny.py JSON` does what train.py or evaluate.py does, with the small model known.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -13,7 +14,8 @@ import numpy as np
 from gemma import gm
 from gemma.gm.nn import _config, _modules
 
-from gemma_scope_jax import config, gemma, tokenizer, weights
+from gemma_scope_jax import config
+from gemma_scope_jax.models import masking, registry, tokenizer, weights
 
 LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
 
@@ -59,7 +61,7 @@ def load_tokenizer() -> tokenizer.Tokenizer:
 
 def register() -> None:
     """Makes the small model known by the name `tiny`."""
-    gemma.MODELS["tiny"] = gemma.ModelSpec(TinyGemma(), "test/tiny", "gs://none/tiny")
+    registry.MODELS["tiny"] = registry.ModelSpec(TinyGemma(), "test/tiny", "gs://none/tiny")
     original = tokenizer.load
     tokenizer.load = lambda name, *rest: load_tokenizer() if name == "tiny" else original(name, *rest)
 
@@ -87,10 +89,10 @@ def tokens(rows: int, length: int, seed: int = 0, special: float = 0.0) -> np.nd
     """Packed rows: some of two segments, some padded, a share of EOS among them."""
     rng = np.random.default_rng(seed)
     made = rng.integers(3, 259, size=(rows, length)).astype(np.int32)
-    made[rng.random(made.shape) < special] = gemma.EOS
-    made[:, 0] = gemma.BOS
-    made[::2, length // 3] = gemma.BOS
-    made[::3, length - 3 :] = gemma.PAD
+    made[rng.random(made.shape) < special] = masking.EOS
+    made[:, 0] = masking.BOS
+    made[::2, length // 3] = masking.BOS
+    made[::3, length - 3 :] = masking.PAD
     return made
 
 
@@ -140,24 +142,27 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
 def main() -> None:
     """Trains the run whose config and workdir the JSON argument gives, or evaluates as its `evaluate` says."""
     register()
-    from gemma_scope_jax import cli, hosts, report, training
+    from gemma_scope_jax.cli import common
+    from gemma_scope_jax.evaluation import report
+    from gemma_scope_jax.runtime import distributed
+    from gemma_scope_jax.training import loop
 
     given = json.loads(sys.argv[1])
     if "evaluate" in given:
 
         def evaluate() -> None:
-            hosts.initialize(config.HostsConfig(heartbeat_timeout_seconds=10))
+            distributed.initialize(heartbeat_timeout_seconds=10)
             report.evaluate_path(**given["evaluate"] | {"out": pathlib.Path(given["evaluate"]["out"])})
 
-        cli.run(evaluate)
+        common.run(evaluate)
         return
     made = config.from_dict(given["config"])
 
     def train() -> None:
-        hosts.initialize(made.hosts, saves_together=True)
-        training.train(made, pathlib.Path(given["workdir"]))
+        distributed.initialize(**dataclasses.asdict(made.hosts), saves_together=True)
+        loop.train(made, pathlib.Path(given["workdir"]))
 
-    cli.run(train, "nothing has been trained yet")
+    common.run(train, "nothing has been trained yet")
 
 
 if __name__ == "__main__":

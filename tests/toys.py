@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from gemma_scope_jax import data, sae
+from gemma_scope_jax.data import token_rows
+from gemma_scope_jax.saes import jumprelu
 
 
 class Rows:
@@ -14,16 +15,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def read(self, indices: np.ndarray) -> data.Batch:
+    def read(self, indices: np.ndarray) -> token_rows.Batch:
         """Those rows."""
-        return data.Batch(self.tokens[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
+        return token_rows.Batch(self.tokens[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
 
 
-def random_sae(seed: int = 0) -> sae.SAE:
+def random_sae(seed: int = 0) -> jumprelu.SAE:
     """Of width 64 on activations of width 32, of which a part fires."""
     rng = np.random.default_rng(seed)
     arrays = dict(
         W_enc=rng.normal(size=(32, 64)), b_enc=rng.normal(size=64), threshold=2 + rng.random(64),
         W_dec=0.2 * rng.normal(size=(64, 32)), b_dec=rng.normal(size=32),
     )  # fmt: skip
-    return sae.SAE(**{k: v.astype(np.float32) for k, v in arrays.items()})
+    return jumprelu.SAE(**{k: v.astype(np.float32) for k, v in arrays.items()})

@@ -5,9 +5,9 @@
 # what is left of the behaviour is held against ablating random latents. Run `make quickstart` first.
 
 # %%
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
 
-scope = explore.open_scope("runs/quickstart")
+scope = analysis.open_scope("runs/quickstart")
 template = "The {} said that"
 women = """woman girl mother sister daughter wife queen lady aunt niece grandmother widow princess actress
 duchess nun bride heroine hostess waitress goddess countess mistress stewardess granddaughter stepmother
@@ -22,15 +22,15 @@ women, men = ([template.format(word) for word in words.split()] for words in (wo
 
 # %%
 asked = (" she", " he")
-gap = explore.behaviour(scope, women, *asked).mean() - explore.behaviour(scope, men, *asked).mean()
+gap = analysis.behaviour(scope, women, *asked).mean() - analysis.behaviour(scope, men, *asked).mean()
 print(f"a gap of {gap:.3f} between the sets")
 
 # %% [markdown]
 # On half of the prompts: latents that fire differently, by rank tests whose false discoveries are held to 5 %.
 
 # %%
-choosing, measured = explore.halves(women, men)
-found = explore.contrast(scope, *choosing)
+choosing, measured = analysis.halves(women, men)
+found = analysis.contrast(scope, *choosing)
 found.show()
 found.figure()
 
@@ -38,6 +38,6 @@ found.figure()
 # On the other half: the gap with exactly those ablated, and with random sets that fire as strongly.
 
 # %%
-corrected = explore.correct(scope, found, *asked, *measured)
+corrected = analysis.correct(scope, found, *asked, *measured)
 corrected.show()
 corrected.figure()

@@ -5,16 +5,16 @@
 # `make quickstart` first; each cell shows a figure or prints a table.
 
 # %%
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
 
-scope = explore.open_scope("runs/quickstart")
+scope = analysis.open_scope("runs/quickstart")
 (name,) = scope.subjects
 
 # %% [markdown]
 # A prompt as the SAE reads it: tokens across, latents down.
 
 # %%
-reading = explore.read(scope, "The state of the union depends on the strength of our navy and the seas")
+reading = analysis.read(scope, "The state of the union depends on the strength of our navy and the seas")
 reading.figure()
 
 # %% [markdown]
@@ -23,7 +23,7 @@ reading.figure()
 # %%
 token = reading.tokens.index(" navy")
 ((latent, activation),) = reading.strongest(name, token, top=1)
-look = explore.look_at(scope, name, latent, rows=32)
+look = analysis.look_at(scope, name, latent, rows=32)
 look.show(top=5)
 look.figure()
 
@@ -32,13 +32,13 @@ look.figure()
 
 # %%
 typical = look.mean
-steered = explore.steer(scope, "Once upon a time", [explore.add(name, latent, 3 * typical)], num_tokens=30)
+steered = analysis.steer(scope, "Once upon a time", [analysis.add(name, latent, 3 * typical)], num_tokens=30)
 steered.show()
 
 # %% [markdown]
 # And what does it cost? Effect on the tokens that the latent raises, against damage to all predictions.
 
 # %%
-swept = explore.sweep(scope, name, latent, strengths=(-2, 0, 1, 2, 4), rows=4, unit=typical)
+swept = analysis.sweep(scope, name, latent, strengths=(-2, 0, 1, 2, 4), rows=4, unit=typical)
 swept.show()
 swept.figure()

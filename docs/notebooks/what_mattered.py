@@ -6,9 +6,9 @@
 # rows.
 
 # %%
-from gemma_scope_jax import explore
+from gemma_scope_jax import analysis
 
-scope = explore.open_scope("runs/quickstart")
+scope = analysis.open_scope("runs/quickstart")
 name = next(iter(scope.subjects))
 prompt = "Fellow citizens of the Senate and of the House of"
 
@@ -17,7 +17,7 @@ prompt = "Fellow citizens of the Senate and of the House of"
 # gradient.
 
 # %%
-parts = explore.attribute(scope, prompt, answer=" Representatives", against=" Commons")
+parts = analysis.attribute(scope, prompt, answer=" Representatives", against=" Commons")
 parts.show(top=8)
 parts.figure()
 
@@ -32,7 +32,7 @@ print(f"{of.latents_L.sum() + of.error_L.sum() + of.bias_L.sum():.4f} and {of.to
 # A gradient is a guess. Each latent taken out for real, against what was attributed to it:
 
 # %%
-ablated = explore.ablations(scope, parts, latents=24)
+ablated = analysis.ablations(scope, parts, latents=24)
 ablated.show(top=5)
 ablated.figure()
 
@@ -40,7 +40,7 @@ ablated.figure()
 # Integrated gradients add up to what the difference of logits gains on their path.
 
 # %%
-integrated = explore.integrate(scope, prompt, name, answer=" Representatives", against=" Commons")
+integrated = analysis.integrate(scope, prompt, name, answer=" Representatives", against=" Commons")
 gain = integrated.metric - integrated.integral.baseline
 print(f"gain {gain:.4f}, with a gap of {integrated.integral.gap:.1e} at {integrated.integral.nodes} nodes")
 
@@ -48,6 +48,6 @@ print(f"gain {gain:.4f}, with a gap of {integrated.integral.gap:.1e} at {integra
 # Where in the layers the answer appears, and what is left of it in the SAEs' reconstructions.
 
 # %%
-flow = explore.flow(scope, prompt, answer=" Representatives")
+flow = analysis.flow(scope, prompt, answer=" Representatives")
 flow.show()
 flow.lens.figure()

@@ -1,4 +1,4 @@
-"""Small random Gemmas and the real 270M by transformers, and what it computes: the reference of tests/parity_test.py.
+"""Small random Gemmas and the real 270M by transformers, and what it computes: the reference of parity_test.py.
 
     python tests/peers/hugging_face.py OUT [GGUF]            in an environment with torch and transformers
 

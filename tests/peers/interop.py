@@ -1,4 +1,4 @@
-"""What other tools make of our files, and files of their own: for tests/interop_test.py to compare.
+"""What other tools make of our files, and files of their own: for tests/saes/interop_test.py to compare.
 
     python tests/peers/interop.py FOLDER
 

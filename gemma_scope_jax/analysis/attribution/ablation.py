@@ -1,0 +1,252 @@
+"""What attributions are held against: latents taken out one by one, and what that does to the difference of logits.
+
+Shapes: N latents taken out, S rows, L tokens, K latents of an SAE that an edit knows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import matplotlib.figure
+import numpy as np
+from gemma import gm
+from scipy import stats
+
+from gemma_scope_jax.analysis import session as scope_lib
+from gemma_scope_jax.analysis.attribution import gradients as attribution_lib
+from gemma_scope_jax.analysis.attribution.gradients import Attribution, Metric
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering import edits
+from gemma_scope_jax.display import tables
+from gemma_scope_jax.models import weights
+from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.printing import quoted
+
+# Rows of a pass; the first is left as it is.
+_ROWS = 16
+
+_KINDS = {"all": "all", "strongest": "strongest attributed", "random": "drawn of the others"}
+
+
+class Correlation(NamedTuple):
+    """Of what was attributed with what ablation did."""
+
+    latents: int
+    pearson: float
+    spearman: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablations:
+    """Latents of one prompt or of several, each kept from firing on all tokens, with its SAE's error as it was."""
+
+    sae: tuple[str, ...]
+    latent_N: np.ndarray
+    layer_N: np.ndarray
+    prompt_N: np.ndarray
+    is_strongest_N: np.ndarray  # The others were drawn of those that fire.
+    attributed_N: np.ndarray  # Over all tokens.
+    effect_N: np.ndarray  # The difference of logits as it is, less that without the latent.
+
+    def correlation(
+        self,
+        of: Literal["all", "strongest", "random"] = "all",
+        prompt: int | None = None,
+        layer: int | None = None,
+    ) -> Correlation:
+        """Pearson's and Spearman's, of all or of a part; NaN of under three latents or of values all alike."""
+        chosen_N = np.full(len(self.sae), True)
+        if of != "all":
+            chosen_N &= self.is_strongest_N == (of == "strongest")
+        if prompt is not None:
+            chosen_N &= self.prompt_N == prompt
+        if layer is not None:
+            chosen_N &= self.layer_N == layer
+        x, y = self.attributed_N[chosen_N], self.effect_N[chosen_N]
+        if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+            return Correlation(len(x), np.nan, np.nan)
+        pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
+        return Correlation(len(x), float(pearson), float(spearman))
+
+    def show(self, top: int = 10) -> None:
+        """Prints the correlations, and the latents whose ablation does most."""
+        prompts = np.unique(self.prompt_N)
+        table = tables.Table(title="attributed and done by ablation")
+        for number, heading in enumerate(("latents", "number", "Pearson", "Spearman")):
+            table.add_column(heading, justify="right" if number else "left")
+        found_of = {label: self.correlation(of) for of, label in _KINDS.items()}
+        layers = np.unique(self.layer_N)
+        if len(layers) > 1:
+            found_of |= {f"layer {layer}": self.correlation(layer=layer) for layer in layers}
+        for label, found in found_of.items():
+            table.add_row(label, f"{found.latents}", f"{found.pearson:.3f}", f"{found.spearman:.3f}")
+        if len(prompts) > 1:
+            apart = np.array([self.correlation("all", prompt)[1:] for prompt in prompts])
+            known = apart[np.isfinite(apart).all(1)]  # Not of a prompt on which hardly anything fires.
+            if len(known):
+                ends = [
+                    f"{least:.3f} to {most:.3f}"
+                    for least, most in zip(known.min(0), known.max(0), strict=True)
+                ]
+                table.add_row(f"{len(known)} prompts apart", "", *ends)
+        tables.show(table)
+        table = tables.Table(title=f"largest {top} effects")
+        # Where there is one SAE or one prompt the column would say the same all over.
+        several = {"SAE": len(set(self.sae)) > 1, "prompt": len(prompts) > 1}
+        columns = [
+            one for one in ("SAE", "latent", "prompt", "attributed", "effect") if several.get(one, True)
+        ]
+        for heading in columns:
+            table.add_column(heading, justify="left" if heading == "SAE" else "right", overflow="fold")
+        for n in np.argsort(-np.abs(self.effect_N), kind="stable")[:top]:
+            cells = {
+                "SAE": self.sae[n],
+                "latent": f"{self.latent_N[n]}",
+                "prompt": f"{self.prompt_N[n]}",
+                "attributed": f"{self.attributed_N[n]:+.4f}",
+                "effect": f"{self.effect_N[n]:+.4f}",
+            }
+            table.add_row(*(cells[column] for column in columns))
+        tables.show(table)
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """A point for each latent: what was attributed across, what its ablation does up."""
+        figure = matplotlib.figure.Figure(figsize=(5.2, 4.4), layout="constrained")
+        axis = figure.subplots()
+        values = np.concatenate([self.attributed_N, self.effect_N])
+        ends = (values.min(), values.max())
+        axis.plot(ends, ends, color="#80868b", lw=0.8, label="equal")
+        for of, colour in (("strongest", "#1a73e8"), ("random", "#e8710a")):
+            chosen_N = self.is_strongest_N == (of == "strongest")
+            x, y = self.attributed_N[chosen_N], self.effect_N[chosen_N]
+            label = f"{_KINDS[of]}: Pearson {self.correlation(of).pearson:.2f}"
+            axis.scatter(x, y, 14, color=colour, alpha=0.7, label=label)
+        axis.set_xlabel("attributed")
+        axis.set_ylabel("effect: difference of logits, less that without")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        return figure
+
+
+def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: int = 0) -> Ablations:
+    """Takes latents out, one by one: half of them the strongest attributed, the others drawn of those that fire.
+
+    Args:
+      scope: the model and SAEs.
+      attribution: of a prompt, by this scope.
+      latents: how many at most, of all SAEs together.
+      seed: of the draw.
+
+    Raises:
+      ValueError: `latents` is below 1, or none fires.
+    """
+    ranges.check("latents", latents, ranges.COUNT)
+    ranges.check("seed", seed, ranges.SEED)
+    chosen, is_strongest_N = _choose(attribution, latents, seed)
+    if not chosen:
+        raise ValueError(
+            f"no latent fires on {quoted(''.join(attribution.tokens))}, so there is none to take out"
+        )
+    names = tuple(name for name, _ in chosen)
+    latent_N = np.array([latent for _, latent in chosen], int)
+    metric_N = _without(scope, attribution, names, latent_N)
+    attributed = {name: parts.latents_M for name, parts in attribution.parts.items()}
+    return Ablations(
+        names,
+        latent_N,
+        np.array([scope.subjects[name].spliced.layer for name in names], int),
+        np.zeros(len(chosen), int),
+        is_strongest_N,
+        np.array([attributed[name][latent] for name, latent in chosen]),
+        metric_N[0] - metric_N[1:],
+    )
+
+
+def ablations_of_prompts(
+    scope: Scope, prompts: Sequence[str], latents: int = 32, seed: int = 0, **options: str | int | None
+) -> Ablations:
+    """`ablations` of several prompts, `latents` of each; options are those of `attribute`.
+
+    Raises:
+      ValueError: see `ablations` and `attribute`; or there are no prompts.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts; give at least one")
+    made = [
+        ablations(scope, attribution_lib.attribute(scope, prompt, **options), latents, seed + number)
+        for number, prompt in enumerate(prompts)
+    ]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(of, name) for of in made])
+
+    return Ablations(
+        tuple(name for of in made for name in of.sae),
+        joined("latent_N"),
+        joined("layer_N"),
+        np.repeat(np.arange(len(made)), [len(of.sae) for of in made]),
+        *(joined(name) for name in ("is_strongest_N", "attributed_N", "effect_N")),
+    )
+
+
+def _choose(attribution: Attribution, latents: int, seed: int) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """Latents by SAE, and which of them are the strongest."""
+    fire = [
+        (abs(sums_M[latent]), name, int(latent))
+        for name, parts in attribution.parts.items()
+        for sums_M in (parts.latents_M,)
+        for latent in np.unique(parts.latent_N)
+    ]
+    fire.sort(key=lambda found: -found[0])
+    half = -(-latents // 2)
+    strongest, others = fire[:half], fire[half:]
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(others), min(latents - len(strongest), len(others)), replace=False)
+    chosen = [*strongest, *(others[n] for n in np.sort(drawn))]
+    return [(name, latent) for _, name, latent in chosen], np.arange(len(chosen)) < len(strongest)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def _measured(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    final_SxLxD: jax.Array,
+    metric: Metric,
+) -> jax.Array:
+    found = attribution_lib.read_metric(model, params, final_SxLxD, metric)[0]
+    return sharding.constrain(mesh, found, sharding.REPLICATED)
+
+
+def _without(
+    scope: Scope, attribution: Attribution, names: Sequence[str], latent_N: np.ndarray
+) -> np.ndarray:
+    """The difference of logits [1 + N] as it is, and without each latent."""
+    placed = scope_lib.place_copies(scope, attribution.ids, _ROWS)
+    rows, loaded = len(placed), scope.loaded
+    against = attribution_lib.MEAN if attribution.against is None else attribution.against[0]
+    metric = attribution_lib.metric_behind(attribution.ids, attribution.answer[0], against)
+    # The first row of all takes out nothing. In every pass all SAEs may be edited, so that all are one program.
+    names, latent_N = (None, *names), np.append(0, latent_N)
+    found = []
+    for start in range(0, len(names), rows):
+        latent_K, of_K = np.zeros(rows, int), np.full(rows, None)
+        here = slice(start, start + rows)
+        latent_K[: len(latent_N[here])], of_K[: len(latent_N[here])] = latent_N[here], names[here]
+        made = {}
+        for name in attribution.parts:
+            is_of_K = of_K == name
+            made[name] = edits.of_sae(
+                scope.subjects[name].sae,
+                np.where(is_of_K, latent_K, 0),
+                1.0 - np.diag(is_of_K),
+                np.zeros((rows, rows)),
+            )
+        write = edits.writes_of_saes(scope, made)
+        final_SxLxD, _ = edits.final_stream(scope.mesh, loaded.model, loaded.params, placed, write)
+        found.append(
+            distributed.fetch(_measured(scope.mesh, loaded.model, loaded.params, final_SxLxD, metric))
+        )
+    return np.concatenate(found)[: len(names)]

@@ -1,0 +1,416 @@
+"""What a model makes of one set of prompts and not of another, and what is left of it without the latents between.
+
+The latents that tell the sets apart are ablated, exactly those, and as many others that fire as strongly, drawn at
+random: what any such damage does. Latents are chosen on other prompts than those that are measured.
+
+Shapes: A prompts of the first set and B of the second, N in all, S rows in one pass, L tokens, K latents of an SAE.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import tqdm
+from gemma import gm
+
+from gemma_scope_jax.analysis import session as scope_lib
+from gemma_scope_jax.analysis.contrasts.find import Contrast, counted, last_token, rows_of
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering import edits
+from gemma_scope_jax.data import batching
+from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.evaluation import metrics
+from gemma_scope_jax.models import interventions, masking, predictions, weights
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.runtime import distributed, files, ranges, sharding
+from gemma_scope_jax.runtime.printing import plottable
+
+NEAREST = 10  # A random latent is one of so many that are nearest in strength to the one it stands for.
+DAMAGE_SETS = 5  # Of so many random sets the delta loss is measured, too.
+
+Write = Mapping[Site, jax.tree_util.Partial]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a model does with some latents ablated, or with none."""
+
+    first_A: np.ndarray  # behaviour at the end of each prompt; see `behaviour`
+    second_B: np.ndarray
+    activation: float  # of the latents ablated, summed: what each has in the mean over the tokens of a prompt
+    delta_loss: float | None = None  # on held-out text; None: not measured
+    delta_loss_se: float | None = None
+
+    @property
+    def gap(self) -> float:
+        """The mean over the first set less that over the second."""
+        return float(self.first_A.mean() - self.second_B.mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """What ablating the latents that tell two sets apart makes of a behaviour."""
+
+    answer: str
+    against: str
+    is_paired: bool
+    latents: tuple[tuple[str, int], ...]  # that are ablated: the SAE, and which of its latents
+    clean: Outcome
+    ablated: Outcome
+    random: tuple[Outcome, ...]  # of as many latents of the same SAEs
+
+    @property
+    def change(self) -> float:
+        """Of the gap, by the ablation."""
+        return self.ablated.gap - self.clean.gap
+
+    @property
+    def gap_se(self) -> float:
+        """The standard error, over prompts, of the gap without ablation."""
+        return self._se(self.clean.first_A, self.clean.second_B)
+
+    @property
+    def change_se(self) -> float:
+        """That of the change, of each prompt's own."""
+        return self._se(
+            self.ablated.first_A - self.clean.first_A, self.ablated.second_B - self.clean.second_B
+        )
+
+    def _se(self, first_A: np.ndarray, second_B: np.ndarray) -> float:
+        parts = [first_A - second_B] if self.is_paired else [first_A, second_B]
+        if min(map(len, parts)) < 2:
+            return float("nan")
+        return float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
+
+    def narrowed(self, outcome: Outcome) -> float:
+        """By how much the gap is smaller in size than without ablation; below 0 where it is larger."""
+        return abs(self.clean.gap) - abs(outcome.gap)
+
+    @property
+    def as_good(self) -> int:
+        """How many random sets narrow the gap by as much."""
+        return sum(self.narrowed(one) >= self.narrowed(self.ablated) for one in self.random)
+
+    @property
+    def strength(self) -> float:
+        """How strongly the latents of random sets fire, of how strongly those ablated do."""
+        return float(np.mean([one.activation for one in self.random])) / (self.ablated.activation or 1.0)
+
+    def about(self) -> str:
+        """What came out, in three sentences."""
+        share = self.ablated.gap / self.clean.gap if self.clean.gap else float("nan")
+        p = (1 + self.as_good) / (1 + len(self.random))
+        return (
+            f"Without {counted(len(self.latents))} the gap is {self.ablated.gap:.3f} instead of "
+            f"{self.clean.gap:.3f}, {share:.0%} of it. {self.as_good} of {len(self.random)} random sets narrow it by "
+            f"as much (p = {p:.2g}). They fire {self.strength:.0%} as strongly."
+        )
+
+    def show(self) -> None:
+        """Prints the behaviour of both sets without ablation, with it, and with random sets ablated."""
+        changes = [one.gap - self.clean.gap for one in self.random]
+        random = f"{np.mean(changes):+.3f}, {min(changes):+.3f} to {max(changes):+.3f}"
+        title = f"logit of {self.answer!r} less that of {self.against!r}"
+        table = tables.Table(title=title)
+        table.add_column("ablated")
+        for heading in ("first", "second", "gap", "change of the gap", "activation", "delta loss, nats"):
+            table.add_column(heading, justify="right")
+        for label, some, error, change in (
+            ("nothing", [self.clean], f" ± {self.gap_se:.3f}", ""),
+            (
+                f"{counted(len(self.latents))} found",
+                [self.ablated],
+                "",
+                f"{self.change:+.3f} ± {self.change_se:.3f}",
+            ),
+            (f"random sets, mean of {len(self.random)}", self.random, "", random),
+        ):
+            first, second = (np.mean([value.mean() for value in of]) for of in _behaviours(some))
+            activation = np.mean([one.activation for one in some])
+            table.add_row(
+                label, f"{first:.3f}", f"{second:.3f}", f"{first - second:.3f}{error}", change,
+                f"{activation:.4g}", _shown_loss(some),
+            )  # fmt: skip
+        tables.show(table, least_width=130)
+        print(self.about(), flush=True)
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """The gap with each set of latents ablated, and without; random sets in no order."""
+        figure, ((axis,),) = plotting.new_figure(1, 1, 6, 2.2)
+        gaps = [one.gap for one in self.random]
+        axis.scatter(gaps, np.zeros(len(gaps)), s=24, color="#9aa0a6", alpha=0.7, label="random sets ablated")
+        for y, gap, error, color, label in (
+            (0, self.clean.gap, None, "#202124", "nothing ablated"),
+            (1, self.ablated.gap, self.change_se, "#1a73e8", f"{counted(len(self.latents))} found ablated"),
+        ):
+            axis.axvline(gap, color=color, lw=0.8, ls=":")
+            # The error is of the change, which prompts share most of.
+            axis.errorbar([gap], [y], xerr=error, fmt="o", color=color, capsize=3, label=label)
+        axis.axvline(0, color="#dadce0", lw=0.8)
+        axis.set_ylim(-0.6, 1.6)
+        axis.set_yticks([])
+        axis.set_xlabel(plottable(f"gap in the logit of {self.answer!r} less that of {self.against!r}", 200))
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        return figure
+
+    def write_json(self, path: str | pathlib.Path) -> None:
+        """Writes all that was measured, prompt by prompt."""
+
+        def outcome(one: Outcome) -> dict:
+            values = {
+                key: value.tolist() if isinstance(value, np.ndarray) else value
+                for key, value in vars(one).items()
+            }
+            values = {
+                key.removesuffix("_A").removesuffix("_B"): _finite(value) for key, value in values.items()
+            }
+            return {"gap": one.gap, **values}
+
+        about = {
+            "answer": self.answer,
+            "against": self.against,
+            "is_paired": self.is_paired,
+            "latents": self.latents,
+            "gap_se": _finite(self.gap_se),
+            "change": self.change,
+            "change_se": _finite(self.change_se),
+            "as_good": self.as_good,
+            "clean": outcome(self.clean),
+            "ablated": outcome(self.ablated),
+            "random": [outcome(one) for one in self.random],
+        }
+        files.write_json(pathlib.Path(path), about)
+
+
+def _finite(value: object) -> object:
+    """None in the place of a number that JSON has not."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _behaviours(some: Sequence[Outcome]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return [one.first_A for one in some], [one.second_B for one in some]
+
+
+def _shown_loss(some: Sequence[Outcome]) -> str:
+    """The delta loss with its standard error, of several their mean; of those that it was measured of."""
+    measured = [one.delta_loss for one in some if one.delta_loss is not None]
+    if not measured:
+        return ""
+    error = f" ± {some[0].delta_loss_se:.4f}" if len(some) == 1 else f", mean of {len(measured)}"
+    return f"{np.mean(measured):.4f}{error}"
+
+
+def behaviour(
+    scope: Scope, prompts: Sequence[str], answer: str, against: str, write: Write | None = None
+) -> np.ndarray:
+    """The logit of one token less that of another, [N], behind each prompt.
+
+    Args:
+      scope: of the model.
+      prompts: texts.
+      answer: the token, as text, such as `" she"` with its space.
+      against: the other.
+      write: sites written on the way, as `edits.writes` makes them.
+
+    Raises:
+      ValueError: `answer` or `against` is not one token, or a prompt is empty.
+    """
+    tokens = scope_lib.one_token(scope, answer), scope_lib.one_token(scope, against)
+    return _behaviour(scope, rows_of(scope, prompts), tokens, write or {})
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def _at_end(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    final_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    answer: jax.Array,
+    against: jax.Array,
+) -> jax.Array:
+    """The difference of the two tokens' logits [S] behind each row's last token."""
+    last_Sx1x1 = last_token(tokens_SxL)[:, None, None]
+    x_SxD = jnp.take_along_axis(final_SxLxD, last_Sx1x1, axis=1)[:, 0]
+    params = sharding.constrain(
+        mesh, {name: params[name] for name in ("embedder", "final_norm")}, sharding.REPLICATED
+    )
+    logits_SxV = predictions.logits(model, params, x_SxD)
+    return sharding.constrain(mesh, logits_SxV[:, answer] - logits_SxV[:, against], sharding.REPLICATED)
+
+
+def _behaviour(scope: Scope, tokens_NxL: np.ndarray, tokens: tuple[int, int], write: Write) -> np.ndarray:
+    model = (scope.mesh, scope.loaded.model, scope.loaded.params)
+    size = batching.padded_rows(scope.mesh, len(tokens_NxL), scope.config.evaluation.rows_per_batch)
+    parts = []
+    for start in range(0, len(tokens_NxL), size):
+        some = tokens_NxL[start : start + size]
+        padded = np.pad(some, ((0, size - len(some)), (0, 0)), constant_values=masking.PAD)
+        placed = scope_lib.place_prompts(scope, padded)
+        final_SxLxD, _ = edits.final_stream(*model, placed, write)
+        found_S = _at_end(*model, final_SxLxD, placed, *map(np.int32, tokens))
+        parts.append(np.asarray(distributed.fetch(found_S))[: len(some)])
+    return np.concatenate(parts).astype(np.float64)
+
+
+def correct(
+    scope: Scope,
+    found: Contrast,
+    answer: str,
+    against: str,
+    first: Sequence[str],
+    second: Sequence[str],
+    top: int | None = None,
+    random_sets: int = 20,
+    seed: int = 0,
+    rows: int = 8,
+) -> Correction:
+    """Ablates the latents that a contrast found, at all tokens, and measures the gap between the sets.
+
+    What SAEs leave out of activations stays as it is; see `edits`. All sets of latents run through one program.
+
+    Args:
+      scope: that the contrast is of.
+      found: which latents.
+      answer: the token whose logit is the behaviour.
+      against: the token whose logit is taken off it; see `behaviour`.
+      first: prompts like the contrast's first, but none of them.
+      second: likewise.
+      top: only so many latents, the strongest; None: all.
+      random_sets: so many sets of as many latents of the same SAEs that fire on the contrast's prompts. Each stands
+        for one of those ablated, and is one of the `NEAREST` by mean activation times length of decoder direction.
+      seed: of the draws.
+      rows: of held-out text, on which the delta loss is measured, of random sets' that of the first `DAMAGE_SETS`; at
+        most all; 0: it is not measured.
+
+    Raises:
+      ValueError: there are no latents or no prompts, prompts are among those that latents were chosen on, too few
+        other latents fire, `answer` or `against` is not one token, or the scope is another.
+    """
+    tokens = scope_lib.one_token(scope, answer), scope_lib.one_token(scope, against)
+    _check(scope, found, first, second, top, random_sets, rows)
+    latents = found.found()[:top]
+    chosen: dict[str, list[int]] = {}
+    for name, latent in latents:
+        chosen.setdefault(name, []).append(latent)
+    rng = np.random.default_rng(seed)
+    strengths = {name: _strength(scope, found, name) for name in chosen}
+    drawn = {name: _alike(strengths[name], found, name, of, random_sets, rng) for name, of in chosen.items()}
+    sets = [chosen, *({name: of[number] for name, of in drawn.items()} for number in range(random_sets))]
+    tokens_NxL = rows_of(scope, [*first, *second])
+    text = _held_out(scope, rows) if rows else None
+
+    # In text, not where a chat template has what no SAE was trained on; prompts have no template.
+    prefix = masking.masked_prefix(scope.config.data)
+    clean_loss = None if text is None else _losses(scope, text, _write(scope, chosen, 1, prefix))
+    clean_N = _behaviour(scope, tokens_NxL, tokens, _write(scope, chosen, 1))
+    outcomes = [Outcome(clean_N[: len(first)], clean_N[len(first) :], 0.0)]
+    for number, some in enumerate(tqdm.tqdm(sets, desc="Ablating", unit="set", dynamic_ncols=True)):
+        write = _write(scope, some, 0)
+        value_N = _behaviour(scope, tokens_NxL, tokens, write)
+        delta = (None, None)
+        if text is not None and number <= DAMAGE_SETS:
+            loss_S, scored_S = _losses(scope, text, _write(scope, some, 0, prefix))
+            delta = metrics.ratio(loss_S - clean_loss[0], scored_S)
+        activation = sum(float(found.of[name].activation_M[list(of)].sum()) for name, of in some.items())
+        outcomes.append(Outcome(value_N[: len(first)], value_N[len(first) :], activation, *delta))
+    clean, ablated, *random = outcomes
+    return Correction(answer, against, found.is_paired, tuple(latents), clean, ablated, tuple(random))
+
+
+def _check(
+    scope: Scope,
+    found: Contrast,
+    first: Sequence[str],
+    second: Sequence[str],
+    top: int | None,
+    random_sets: int,
+    rows: int,
+) -> None:
+    if top is not None:
+        ranges.check("top", top, ranges.COUNT)
+    ranges.check("random_sets", random_sets, ranges.COUNT)
+    ranges.check("rows", rows, ranges.COUNT_OR_NONE)
+    for name, latent in found.found():
+        edits.check_latent(scope, name, latent)
+    if not found.found():
+        raise ValueError(f"there is no latent to ablate: none was found at a rate of {found.rate:g}")
+    if not first or not second:
+        raise ValueError(f"there are {len(first)} and {len(second)} prompts to measure; give some of each")
+    if found.is_paired and len(first) != len(second):
+        raise ValueError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
+    # Those are apart by choice.
+    if chosen_on := {*first, *second} & {*found.first, *found.second}:
+        raise ValueError(
+            f"latents were chosen on the prompt {min(chosen_on)!r}; measure others, such as the other of two `halves`"
+        )
+
+
+def _strength(scope: Scope, found: Contrast, name: str) -> np.ndarray:
+    """The mean length [M] of what each latent adds to an activation."""
+    norm_M = np.linalg.norm(np.asarray(scope.subjects[name].sae.W_dec), axis=1).astype(np.float64)
+    return found.of[name].activation_M * norm_M
+
+
+def _alike(
+    strength_M: np.ndarray,
+    found: Contrast,
+    name: str,
+    latents_K: Sequence[int],
+    count: int,
+    rng: np.random.Generator,
+) -> list[list[int]]:
+    """Sets of as many latents that fire but were not found, each about as strong as the one that it stands for."""
+    others = np.setdiff1d(np.flatnonzero(strength_M > 0), found.latents(name))
+    if len(others) < len(latents_K):
+        raise ValueError(
+            f"only {len(others)} other latents of {name} fire on these prompts, too few for random sets of as many "
+            f"as the {len(latents_K)} that are ablated; set top to {len(others)} or less"
+        )
+    sets = []
+    for _ in range(count):
+        left = others
+        drawn = dict.fromkeys(latents_K)
+        for latent in rng.permutation(latents_K).tolist():
+            distance = np.abs(np.log(strength_M[left] / strength_M[latent]))
+            place = rng.choice(np.argsort(distance, kind="stable")[:NEAREST])
+            drawn[latent] = int(left[place])
+            left = np.delete(left, place)
+        sets.append(list(drawn.values()))
+    return sets
+
+
+def _write(scope: Scope, latents: Mapping[str, Sequence[int]], scale: float, first: int = 0) -> Write:
+    """The latents so many times as strong from a token on: ablated by 0, as they are by 1."""
+    made = {}
+    for name, of in latents.items():
+        every_1xK, tokens = np.ones((1, len(of))), [edits.from_token(first)] * len(of)
+        made[name] = edits.of_sae(scope.subjects[name].sae, of, scale * every_1xK, 0 * every_1xK, tokens)
+    return edits.writes_of_saes(scope, made)
+
+
+def _held_out(scope: Scope, rows: int) -> list[batching.PlacedRows]:
+    split = scope.held_out()
+    config, count = scope.config, min(rows, len(split))
+    return list(
+        batching.batches(
+            scope.mesh, split, count, config.evaluation.rows_per_batch, batching.counts_of(config)
+        )
+    )
+
+
+def _losses(scope: Scope, text: Sequence[batching.PlacedRows], write: Write) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the sum of its predictions' losses, and how many there are."""
+    model = (scope.mesh, scope.loaded.model, scope.loaded.params)
+    sums = []
+    for rows in text:
+        final_SxLxD, _ = edits.final_stream(*model, rows.tokens_SxL, write)
+        found = distributed.fetch(interventions.loss(*model, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
+        sums.append([np.float64(found[key]).sum(1)[: rows.count] for key in ("loss_SxL", "scored_SxL")])
+    loss_S, scored_S = (np.concatenate(part) for part in zip(*sums, strict=True))
+    return loss_S, scored_S

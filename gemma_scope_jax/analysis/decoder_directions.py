@@ -1,0 +1,71 @@
+"""What decoder directions say by themselves: the tokens that they make likelier, and the latents that are alike."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from gemma import gm
+
+from gemma_scope_jax.models import predictions, registry, weights
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.runtime import distributed, sharding
+
+# So many logits exist at a time.
+_LOGITS = 2**26
+
+
+class Logits(NamedTuple):
+    """The tokens of the highest and of the lowest logits of each direction, the most extreme first."""
+
+    highest_token_MxT: np.ndarray
+    highest_MxT: np.ndarray
+    lowest_token_MxT: np.ndarray
+    lowest_MxT: np.ndarray
+
+
+def in_stream(params: weights.Params, site: Site, W_dec_MxO: np.ndarray) -> np.ndarray | None:
+    """Decoder directions [M, D] in the residual stream; None of a site whose values are not added to it.
+
+    Those of `attn_out` go through the block's output projection and the gain of the norm behind it. Lengths do not
+    matter: the final norm takes them out.
+    """
+    if site.kind in ("resid_post", "mlp_out", "embed"):
+        return W_dec_MxO
+    if site.kind != "attn_out":
+        return None
+    block = params[f"layer_{site.layer}"]
+    w_NxHxD, scale_D = distributed.fetch(
+        (block["attn"]["attn_vec_einsum"]["w"], block["post_attention_norm"]["scale"])
+    )
+    w_NxHxD, gain_D = w_NxHxD.astype(np.float32), 1 + scale_D.astype(np.float32)
+    return W_dec_MxO @ w_NxHxD.reshape(-1, w_NxHxD.shape[-1]) * gain_D
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "top"))
+def _extremes(
+    mesh: jax.sharding.Mesh, model: gm.nn.Transformer, params: weights.Params, x_CxD: jax.Array, top: int
+) -> tuple[jax.Array, ...]:
+    logits_CxV = predictions.logits(model, sharding.constrain(mesh, params, sharding.REPLICATED), x_CxD)
+    highest, highest_token = jax.lax.top_k(logits_CxV, top)
+    lowest, lowest_token = jax.lax.top_k(-logits_CxV, top)
+    found = (highest_token, highest, lowest_token, -lowest)
+    return sharding.constrain(mesh, found, sharding.REPLICATED)
+
+
+def logits(
+    mesh: jax.sharding.Mesh, loaded: registry.Gemma, directions_MxD: np.ndarray, top: int = 10
+) -> Logits:
+    """What each direction does to the next token if it alone is the stream: final norm, unembedding, soft-cap."""
+    params = {name: loaded.params[name] for name in ("embedder", "final_norm")}
+    table = params["embedder"]["input_embedding"]
+    chunk = -(-min(max(_LOGITS // len(table), 1), len(directions_MxD)) // mesh.size) * mesh.size
+    placed = jax.NamedSharding(mesh, sharding.TOKENS)
+    parts = []
+    for start in range(0, len(directions_MxD), chunk):
+        # All chunks of one shape, so that they are compiled once.
+        x_CxD = directions_MxD[np.minimum(start + np.arange(chunk), len(directions_MxD) - 1)]
+        x_CxD = np.asarray(x_CxD, table.dtype)
+        put = jax.make_array_from_callback(x_CxD.shape, placed, lambda index, x=x_CxD: x[index])
+        parts.append(distributed.fetch(_extremes(mesh, loaded.model, params, put, top)))
+    return Logits(*(np.concatenate(part)[: len(directions_MxD)] for part in zip(*parts, strict=True)))

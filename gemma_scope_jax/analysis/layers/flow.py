@@ -1,0 +1,304 @@
+"""A prompt through the layers: what SAEs at many of them make of it, and what that costs each prediction.
+
+One clean pass, and for each SAE one with its reconstruction in the place of its site. SAEs at sites of one width go
+together, each in a row of its own.
+
+Shapes: E SAEs, L tokens, O width of a site that is spliced, S rows in a pass.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import tqdm
+from gemma import gm
+
+from gemma_scope_jax.analysis.dashboards import website
+from gemma_scope_jax.analysis.layers import logit_lens as lens_lib
+from gemma_scope_jax.analysis.session import Scope, is_kept, one_token, place_copies, prompt, reconstruct
+from gemma_scope_jax.display import html, plotting, tables
+from gemma_scope_jax.models import forward, interventions, masking, weights
+from gemma_scope_jax.models.sites import SITES, Site
+from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes import attached
+
+# What is measured: of each its field of `Flow`, and its scale in pictures.
+_MEASURED = {
+    "‖y‖": ("norm_ExL", "log"),
+    "L0": ("l0_ExL", "linear"),
+    "‖y − ŷ‖ / ‖y‖": ("error_ExL", "linear"),
+    "delta loss, nats": ("delta_loss_ExL", "signed"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What SAEs make of each token of a prompt, in the order of their kinds of site, then of layers. Without BOS."""
+
+    model: str
+    tokens: tuple[str, ...]  # L of them, as text
+    names: tuple[str, ...]  # E SAEs
+    kinds: tuple[str, ...]  # of each its kind of site, as in resid_post, or mlp_in → mlp_out
+    layers: tuple[int, ...]  # of each
+    norm_ExL: np.ndarray  # ‖y‖, of what is spliced
+    l0_ExL: np.ndarray
+    error_ExL: np.ndarray  # ‖y − ŷ‖ / ‖y‖
+    # In nats, of predicting the token behind, all tokens spliced; NaN where nothing is predicted, as of the last.
+    delta_loss_ExL: np.ndarray
+    lens: lens_lib.Lens | None  # through the SAEs of resid_post, if there are any
+
+    def of_kind(self, kind: str) -> list[int]:
+        """The numbers of the SAEs of one kind of site, the shallowest first."""
+        return [number for number, of in enumerate(self.kinds) if of == kind]
+
+    def show(self) -> None:
+        """Prints means over the tokens, and what the last token's stream predicts at each layer."""
+        table = tables.Table(title=f"{printable(self.model)}, means over {len(self.tokens)} tokens")
+        table.add_column("SAE")
+        for heading in (*_MEASURED, "at most", "on"):
+            table.add_column(heading, justify="right")
+        for number, name in enumerate(self.names):
+            means = [_mean(getattr(self, field)[number]) for field, _ in _MEASURED.values()]
+            shown = [f"{means[0]:,.0f}", f"{means[1]:.1f}", f"{means[2]:.1%}", f"{means[3]:+.3f}"]
+            delta_L = self.delta_loss_ExL[number]
+            if np.isfinite(delta_L).any():
+                worst = int(np.nanargmax(delta_L))
+                shown += [f"{delta_L[worst]:+.2f}", repr(self.tokens[worst])]
+            table.add_row(name, *shown)
+        tables.show(table)
+        if self.lens:
+            self.lens.show()
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """Heat maps of tokens × layers, a row of them for each kind of site."""
+        kinds = list(dict.fromkeys(self.kinds))
+        tallest = max(map(self.kinds.count, kinds))
+        width = min(max(0.14 * len(self.tokens) + 1.3, 3.4), 14)
+        figure, axes = plotting.new_figure(
+            len(kinds), len(_MEASURED), width, 0.17 * tallest + 1.4, sharex=True
+        )
+        for row, kind in zip(axes, kinds, strict=True):
+            numbers = self.of_kind(kind)
+            labels = self._labels(numbers)
+            for axis, (title, (field, scale)) in zip(row, _MEASURED.items(), strict=True):
+                plotting.heat_map(figure, axis, getattr(self, field)[numbers], scale, f"{kind}: {title}")
+                axis.set_yticks([])
+            plotting.label_rows(row[0], labels)
+            row[0].set_ylabel("layer", fontsize=8)
+        for axis in axes[-1]:
+            plotting.label_tokens(axis, self.tokens)
+        return figure
+
+    def _labels(self, numbers: Sequence[int]) -> list[str]:
+        """Of SAEs of one kind: their layers, or names where several are at one layer."""
+        layers = [self.layers[number] for number in numbers]
+        if len(set(layers)) == len(layers):
+            return list(map(str, layers))
+        return [self.names[number] for number in numbers]
+
+    def write_html(self, path: str | pathlib.Path) -> None:
+        """Writes a page that needs no network: the heat maps, the lens as a table, means."""
+        means = {
+            name: [_mean(getattr(self, field)[number]) for field, _ in _MEASURED.values()]
+            for number, name in enumerate(self.names)
+        }
+        lens = self.lens
+        grids = {}
+        if lens:
+            grids = {
+                "From the stream": lens.grid(lens.stream),
+                "From the SAEs’ reconstructions": lens.grid(lens.reconstruction),
+            }
+        html.render(
+            pathlib.Path(path), "analysis/layers/flow.html.jinja",
+            model=self.model, tokens=self.tokens, seen=plotting.seen,
+            picture=html.data_url(plotting.png(self.figure(), 110)), measured=list(_MEASURED), means=means,
+            rows=lens.rows if lens else (), grids=grids,
+            answer=lens.texts[int(lens.answer_L[0])] if lens and lens.is_given else None,
+        )  # fmt: skip
+
+
+def _mean(values_L: np.ndarray) -> float:
+    """Over the tokens that have one."""
+    known = values_L[np.isfinite(values_L)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
+    """Runs a prompt through Gemma once, and once more for each SAE with its reconstruction spliced.
+
+    Args:
+      scope: the model and its SAEs.
+      text: of the prompt.
+      answer: the token whose probability the lens follows through the layers; None: at each token what the model
+        itself predicts.
+
+    Raises:
+      ValueError: the text has no tokens, or the answer is not one token.
+    """
+    row = prompt(scope, text)
+    answer_token = None if answer is None else one_token(scope, answer)
+    model, params = scope.loaded.model, scope.loaded.params
+    placed = place_copies(scope, row, 1)
+    _, values, final_SxLxD = interventions.clean(scope.mesh, model, params, placed, scope.sites)
+    names = sorted(scope.subjects, key=lambda name: _order(scope.subjects[name]))
+    found, streams = {}, {}
+    for name in names:
+        subject = scope.subjects[name]
+        x, y = values[subject.site], values[subject.spliced]
+        made = reconstruct(scope.mesh, scope.placed[name], x, y)
+        made["l0_L"] = (made.pop("f_LxM") > 0).sum(1)
+        found[name] = distributed.fetch(made)
+        if subject.site == subject.spliced and subject.site.kind == "resid_post":
+            streams[name] = found[name]["y_LxO"]
+    here = slice(1, len(row))
+    delta = _delta_losses(scope, row, {name: found[name]["recon_LxO"] for name in names})
+    followed = None
+    if streams:
+        recon = {name: found[name]["recon_LxO"] for name in streams}
+        final_LxD = distributed.fetch(_first(scope.mesh, final_SxLxD))
+        streams, recon = ({name: x[here] for name, x in of.items()} for of in (streams, recon))
+        followed = _lens(scope, row[1:], streams, recon, final_LxD[here], answer_token)
+    return Flow(
+        model=scope.config.model,
+        tokens=tuple(scope.tokenizer.decode([token]) for token in row[1:]),
+        names=tuple(names),
+        kinds=tuple(_kind(scope.subjects[name]) for name in names),
+        layers=tuple(scope.subjects[name].spliced.layer for name in names),
+        norm_ExL=np.stack([found[name]["norm_L"][here] for name in names]),
+        l0_ExL=np.stack([found[name]["l0_L"][here] for name in names]),
+        error_ExL=np.stack([found[name]["error_L"][here] for name in names]),
+        delta_loss_ExL=np.stack([delta[name][here] for name in names]),
+        lens=followed,
+    )
+
+
+def _order(subject: attached.Subject) -> tuple[int, int, int]:
+    kinds = list(SITES)
+    return kinds.index(subject.spliced.kind), kinds.index(subject.site.kind), subject.spliced.layer
+
+
+def _kind(subject: attached.Subject) -> str:
+    read, spliced = subject.site.kind, subject.spliced.kind
+    return spliced if read == spliced else f"{read} → {spliced}"
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _first(mesh: jax.sharding.Mesh, x_SxLxD: jax.Array) -> jax.Array:
+    return sharding.constrain(mesh, x_SxLxD[0], sharding.REPLICATED)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
+def _spliced(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    number_S: jax.Array,
+    replacement_SxLxO: jax.Array,
+    sites: tuple[Site, ...],
+) -> jax.Array:
+    """The stream behind the last block, each row with something else at one of `sites`, that of its number."""
+    is_kept_SxL = masking.is_kept(tokens_SxL, 0)
+
+    def replace(number: int, x_SxLxO: jax.Array) -> jax.Array:
+        is_meant_SxL = is_kept_SxL & (number_S == number)[:, None]
+        return jnp.where(is_meant_SxL[..., None], replacement_SxLxO, x_SxLxO)
+
+    params = forward.gather_gemma(mesh, params)
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
+    write = {site: functools.partial(replace, number) for number, site in enumerate(sites)}
+    layers = range(model.config.num_layers)
+    return forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, write=write)[0]
+
+
+def _delta_losses(
+    scope: Scope, row_L: Sequence[int], recon: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """By SAE: what its reconstruction [L, O] costs each prediction [L]; NaN where none is scored."""
+    by_kind: dict[str, list[str]] = {}
+    for name in recon:
+        by_kind.setdefault(scope.subjects[name].spliced.kind, []).append(name)
+    made = {}
+    with tqdm.tqdm(total=len(recon), desc="Splicing", unit="SAE", dynamic_ncols=True) as bar:
+        for names in by_kind.values():
+            sites = tuple(dict.fromkeys(scope.subjects[name].spliced for name in names))
+            # As many tokens at a time as in an evaluation, and always a row that is left as it is.
+            config = scope.config
+            most = config.evaluation.rows_per_batch * config.data.context_length // len(row_L)
+            rows = -(-max(2, min(most, len(names) + 1)) // scope.mesh.size) * scope.mesh.size
+            for first in range(0, len(names), rows - 1):
+                some = names[first : first + rows - 1]
+                delta_RxL = _delta_losses_of(scope, row_L, sites, some, recon, rows)
+                made |= dict(zip(some, delta_RxL, strict=True))
+                bar.update(len(some))
+    return made
+
+
+def _delta_losses_of(
+    scope: Scope,
+    row_L: Sequence[int],
+    sites: tuple[Site, ...],
+    names: Sequence[str],
+    recon: Mapping[str, np.ndarray],
+    rows: int,
+) -> np.ndarray:
+    """[R, L] of one batch of `rows`, of which the last ones are clean: to be compared within one program."""
+    tokens_SxL = place_copies(scope, row_L, rows)
+    number_S = np.full(rows, -1, np.int32)
+    replacement_SxLxO = np.zeros((*tokens_SxL.shape, recon[names[0]].shape[-1]), recon[names[0]].dtype)
+    for row, name in enumerate(names):
+        number_S[row] = sites.index(scope.subjects[name].spliced)
+        replacement_SxLxO[row] = recon[name]
+    placed = jax.NamedSharding(scope.mesh, sharding.TOKENS)
+    replacement_SxLxO = jax.make_array_from_callback(
+        replacement_SxLxO.shape, placed, lambda index: replacement_SxLxO[index]
+    )
+    of = (scope.mesh, scope.loaded.model, scope.loaded.params)
+    final_SxLxD = _spliced(*of, tokens_SxL, number_S, replacement_SxLxO, sites)
+    found = distributed.fetch(
+        interventions.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL))
+    )
+    loss_SxL = np.where(found["scored_SxL"] > 0, found["loss_SxL"], np.nan)
+    return loss_SxL[: len(names)] - loss_SxL[-1:]
+
+
+def _lens(
+    scope: Scope,
+    tokens: Sequence[int],
+    streams: Mapping[str, np.ndarray],
+    recon: Mapping[str, np.ndarray],
+    final_LxD: np.ndarray,
+    answer: int | None,
+) -> lens_lib.Lens:
+    """Of streams [L, D] by SAE."""
+    of = (scope.mesh, scope.loaded)
+    answer_L = np.full(len(tokens), 0 if answer is None else answer)
+    if answer is None:
+        (answer_L,) = lens_lib.predictions(*of, final_LxD[None], answer_L).token
+    everything = np.stack([*streams.values(), *recon.values(), final_LxD])
+    seen = lens_lib.predictions(*of, everything, answer_L)
+    stream, reconstruction, output = (
+        lens_lib.Predictions(*(part[rows] for part in seen))
+        for rows in (slice(len(streams)), slice(len(streams), -1), slice(-1, None))
+    )
+    layers = [str(scope.subjects[name].site.layer) for name in streams]
+    is_one_each = len(set(layers)) == len(layers)
+    used = {int(token) for token in (*seen.token.flat, *answer_L)}
+    text_of = website.token_texts(scope.tokenizer.decode)
+    return lens_lib.Lens(
+        tokens=tuple(scope.tokenizer.decode([token]) for token in tokens),
+        layers=tuple(layers if is_one_each else streams),
+        answer_L=answer_L,
+        is_given=answer is not None,
+        stream=stream,
+        reconstruction=reconstruction,
+        output=output,
+        texts={token: text_of(token) for token in used},
+    )

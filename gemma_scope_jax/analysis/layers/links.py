@@ -1,0 +1,331 @@
+"""Which latents of later SAEs a latent feeds: by its weights, by a derivative, and by taking it away.
+
+The latent's part in its site's activations is f W_dec, at the tokens on which it fires. What an SAE leaves out of an
+activation stays as it is. Shapes: S rows, L tokens, M latents of a later SAE, D and O widths of sites.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import tqdm
+from gemma import gm
+
+from gemma_scope_jax.analysis import decoder_directions
+from gemma_scope_jax.analysis.session import Scope, is_kept, place_prompts, prompt
+from gemma_scope_jax.analysis.steering.edits import check_latent
+from gemma_scope_jax.data import batching
+from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.models import forward, weights
+from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
+from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.printing import plottable, printable, quoted
+from gemma_scope_jax.saes import attached, jumprelu
+
+_BLOCK = 2**14  # So many latents' weights are in float64 at a time.
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """What later SAEs' latents have of one latent; by SAE, in the order in which Gemma passes them, arrays [M].
+
+    Attributions and effects are sums over tokens for each firing of the latent. Streams grow from layer to layer, and
+    with them activations, so SAEs are compared in units of each one's mean activation.
+    """
+
+    name: str
+    latent: int
+    activations: int  # that were looked at
+    firings: int  # of the latent, among them
+    activation: float  # its mean where it fires
+    # W_dec[latent] · W_enc and the cosine of the two, in the residual stream; None where there is no such thing.
+    weight: Mapping[str, np.ndarray | None]
+    cosine: Mapping[str, np.ndarray | None]
+    attribution: Mapping[str, np.ndarray]  # of the pre-activation where the later latent fires, linearised
+    effect: Mapping[str, np.ndarray]  # f_later as it is less f_later with the latent ablated
+    frequency: Mapping[str, np.ndarray]  # of the later latents' firing
+    unit: Mapping[str, float]  # the mean activation of all that fire in a later SAE
+    layer: Mapping[str, int]  # of the later SAEs
+
+    def strongest(self, top: int = 20) -> list[tuple[str, int]]:
+        """The later latents, each with its SAE, with the largest effects of either sign in their SAE's units."""
+        size = {name: np.abs(self.in_units(self.effect, name)) for name in self.effect}
+        places = [(name, int(latent)) for name, of in size.items() for latent in np.argsort(-of)[:top]]
+        places.sort(key=lambda place: -size[place[0]][place[1]])
+        return [(name, latent) for name, latent in places[:top] if size[name][latent] > 0]
+
+    def in_units(self, of: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        """Attributions or effects [M] over the later SAE's mean activation; 0 where nothing fires."""
+        return of[name] / (self.unit[name] or 1)
+
+    def is_reached(self, name: str) -> np.ndarray:
+        """Which latents [M] of a later SAE have an attribution or an effect at all."""
+        return (self.attribution[name] != 0) | (self.effect[name] != 0)
+
+    def correlation(self, what: Mapping[str, np.ndarray | None], name: str) -> float:
+        """Of attributions or weights with effects, over the latents that are reached; NaN where there is none."""
+        reached_M = self.is_reached(name)
+        if what[name] is None or reached_M.sum() < 3:
+            return float("nan")
+        x, y = what[name][reached_M], self.effect[name][reached_M]
+        return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else float("nan")
+
+    def show(self, top: int = 20) -> None:
+        """Prints the later latents with the largest effects, and how well weights and attributions tell them."""
+        title = (
+            f"what latent {self.latent} of {printable(self.name, 60)} feeds; "
+            f"it fires on {self.firings:,} of {self.activations:,} "
+            f"activations, with {self.activation:.3g}"
+        )
+        table = tables.Table(title=title)
+        table.add_column("SAE")
+        for heading in ("latent", "effect", "attribution", "effect in units", "weight", "cosine", "fires on"):
+            table.add_column(heading, justify="right")
+        for name, latent in self.strongest(top):
+            numbers = [self.effect[name][latent], self.attribution[name][latent]]
+            numbers += [self.in_units(self.effect, name)[latent]]
+            numbers += [None if of[name] is None else of[name][latent] for of in (self.weight, self.cosine)]
+            shown = ["–" if number is None else f"{number:+.3g}" for number in numbers]
+            fires = f"{self.frequency[name][latent]:.1%}"
+            table.add_row(name, str(latent), *shown, fires)
+        tables.show(table)
+        table = tables.Table(title="correlations with the effects, over the latents that are reached")
+        table.add_column("SAE")
+        for heading in ("latents", "of attributions", "of weights"):
+            table.add_column(heading, justify="right")
+        for name in self.effect:
+            found = (self.correlation(of, name) for of in (self.attribution, self.weight))
+            shown = ["–" if np.isnan(r) else f"{r:.2f}" for r in found]
+            table.add_row(name, str(self.is_reached(name).sum()), *shown)
+        tables.show(table)
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """Effects against attributions and against weights, a point for each later latent that is reached."""
+        figure, ((left, right),) = plotting.new_figure(1, 2, 6, 5)
+        figure.suptitle(f"latent {self.latent} of {plottable(self.name, 100)}", fontsize=10)
+        image = None
+        layers = self.layer.values()
+        for axis, what, title in (
+            (left, self.attribution, "attribution, in mean activations of the later SAE"),
+            (right, self.weight, "weight, W_dec · W_enc"),
+        ):
+            axis.axhline(0, color="#bbbbbb", lw=0.8)
+            axis.axvline(0, color="#bbbbbb", lw=0.8)
+            known = [name for name in self.effect if what[name] is not None]
+            for name in known:
+                reached_M = self.is_reached(name)
+                x_M = self.in_units(what, name) if axis is left else what[name]
+                x, y = x_M[reached_M], self.in_units(self.effect, name)[reached_M]
+                of_sae = {"c": np.full(len(x), self.layer[name]), "vmin": min(layers), "vmax": max(layers)}
+                image = axis.scatter(x, y, s=7, cmap="viridis", alpha=0.7, linewidths=0, **of_sae)
+            r = [self.correlation(what, name) for name in known]
+            if not np.isnan(r).all():
+                axis.set_title(f"median correlation over SAEs {np.nanmedian(r):.2f}", fontsize=9)
+            axis.set_xlabel(title)
+            axis.set_ylabel("effect of ablation, likewise")
+        for name, latent in self.strongest(4):
+            x, y = (float(self.in_units(of, name)[latent]) for of in (self.attribution, self.effect))
+            side = {"xytext": (-4, 2), "ha": "right"} if x > 0 else {"xytext": (4, 2), "ha": "left"}
+            left.annotate(
+                f"{plottable(name)} {latent}", (x, y), textcoords="offset points", fontsize=6, **side
+            )
+        low, high = left.get_xlim()
+        left.plot([low, high], [low, high], color="#d93025", lw=0.8, zorder=0)
+        if image is not None and len(set(layers)) > 1:
+            figure.colorbar(image, ax=right).set_label("layer of the later SAE", fontsize=8)
+        return figure
+
+
+def links(
+    scope: Scope, name: str, latent: int, to: str | None = None, rows: int = 8, text: str | None = None
+) -> Links:
+    """What a latent feeds in later SAEs: one pass with its derivative, and one without it.
+
+    Args:
+      scope: the model and its SAEs.
+      name: of the latent's SAE.
+      latent: its number.
+      to: the later SAE; None: all that read behind the site that this one gives.
+      rows: of held-out text, in the order in which an evaluation takes them.
+      text: a prompt in their place.
+
+    Raises:
+      ValueError: there is no such SAE or latent, none is later, or the latent does not fire on these tokens.
+    """
+    check_latent(scope, name, latent)
+    subject = scope.subjects[name]
+    later = _later(scope, name, to)
+    sites = tuple(dict.fromkeys(scope.subjects[other].site for other in later))
+    W_enc, W_dec = np.asarray(subject.sae.W_enc), np.asarray(subject.sae.W_dec)
+    reader = (W_enc[:, latent], subject.sae.b_enc[latent], subject.sae.threshold[latent])
+    of = (scope.mesh, scope.loaded.model, scope.loaded.params)
+    totals: dict[str, dict[str, np.ndarray]] = {other: {} for other in later}
+    activations, firings, strength = 0, 0, 0.0
+    for tokens_SxL, is_kept_SxL in _batches(scope, rows, text):
+        (f_SxL, kept_SxL), passed = _passed_on(
+            *of, tokens_SxL, is_kept_SxL, reader, W_dec[latent], subject.site, subject.spliced, sites
+        )
+        f_SxL, kept_SxL = distributed.fetch((f_SxL, kept_SxL))
+        activations += int(kept_SxL.sum())
+        firings += int((f_SxL > 0).sum())
+        strength += float(f_SxL.sum(dtype=np.float64))
+        for other in later:
+            site = scope.subjects[other].site
+            found = distributed.fetch(_sums(scope.mesh, scope.placed[other], is_kept_SxL, *passed[site]))
+            for key, value_M in found.items():
+                totals[other][key] = totals[other].get(key, 0) + value_M.astype(np.float64)
+    if not firings:
+        raise ValueError(
+            f"latent {latent} of {name} does not fire on these {activations:,} activations; give more rows, or a "
+            "text on which it does"
+        )
+    by_weight = {other: virtual_weights(scope, subject, latent, scope.subjects[other]) for other in later}
+    return Links(
+        name=name,
+        latent=latent,
+        activations=activations,
+        firings=firings,
+        activation=strength / firings,
+        weight={other: found[0] for other, found in by_weight.items()},
+        cosine={other: found[1] for other, found in by_weight.items()},
+        attribution={other: sums["attribution_M"] / firings for other, sums in totals.items()},
+        effect={other: sums["effect_M"] / firings for other, sums in totals.items()},
+        frequency={other: sums["fired_M"] / activations for other, sums in totals.items()},
+        unit={other: float(s["f_M"].sum() / max(s["fired_M"].sum(), 1)) for other, s in totals.items()},
+        layer={other: scope.subjects[other].site.layer for other in later},
+    )
+
+
+def _position(site: Site) -> tuple[int, int]:
+    """In the order in which Gemma passes sites."""
+    return site.layer, list(SITES).index(site.kind)
+
+
+def _later(scope: Scope, name: str, to: str | None) -> list[str]:
+    given = scope.subjects[name].spliced
+    if to is not None and to not in scope.subjects:
+        raise ValueError(f"there is no SAE {quoted(to)}; there are {', '.join(scope.subjects)}")
+    behind = [o for o, subject in scope.subjects.items() if _position(subject.site) > _position(given)]
+    if to is not None and to not in behind:
+        raise ValueError(f"{to} reads {scope.subjects[to].site}, which is not behind {given} of {name}")
+    if not behind:
+        raise ValueError(f"no SAE reads a site behind {given} of {name}; open SAEs at several layers")
+    chosen = behind if to is None else [to]
+    return sorted(chosen, key=lambda other: _position(scope.subjects[other].site))
+
+
+def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Rows of tokens on the devices, and which of their positions count; one row for each device at a time."""
+    if text is not None:
+        tokens_SxL = place_prompts(scope, [prompt(scope, text)])
+        yield tokens_SxL, is_kept(scope.mesh, tokens_SxL)
+        return
+    ranges.check("rows", rows, ranges.COUNT)
+    held_out = scope.held_out()
+    counts = batching.counts_of(scope.config)
+    count = min(rows, len(held_out))
+    with tqdm.tqdm(total=count, desc="Linking", unit="row", dynamic_ncols=True) as bar:
+        for batch in batching.batches(scope.mesh, held_out, count, 1, counts):
+            yield batch.tokens_SxL, batch.is_kept_SxL
+            bar.update(batch.count)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "site", "spliced", "later"))
+def _passed_on(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    is_kept_SxL: jax.Array,
+    reader: tuple[jax.Array, jax.Array, jax.Array],
+    direction_O: jax.Array,
+    site: Site,
+    spliced: Site,
+    later: tuple[Site, ...],
+) -> tuple[tuple[jax.Array, jax.Array], dict[Site, tuple[jax.Array, jax.Array, jax.Array]]]:
+    """The latent's activations [S, L] and which positions count; and of each later site three arrays [S, L, D].
+
+    These are its activations as they are, their derivative as the latent's part of its own site grows with itself,
+    and what they are without it.
+    """
+    params = forward.gather_gemma(mesh, params)
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
+    x_SxLxD, _ = forward.run_blocks(model, params, x_SxLxD, tokens_SxL, range(site.layer))
+    block = range(site.layer, site.layer + 1)
+    _, here = forward.run_blocks(model, params, x_SxLxD, tokens_SxL, block, read=(site,))
+    w_D, bias, threshold = reader
+    highest = jax.lax.Precision.HIGHEST
+    pre_SxL = jnp.matmul(here[site].astype(jnp.float32), w_D, precision=highest) + bias
+    f_SxL = jnp.where((pre_SxL > threshold) & is_kept_SxL, jax.nn.relu(pre_SxL), 0)
+    part_SxLxO = f_SxL[..., None] * direction_O[None, None]
+
+    def at_later(share: jax.Array) -> dict[Site, jax.Array]:
+        def change(y_SxLxO: jax.Array) -> jax.Array:
+            return (y_SxLxO.astype(jnp.float32) + (share - 1) * part_SxLxO).astype(y_SxLxO.dtype)
+
+        layers = range(site.layer, blocks_needed(later))
+        return forward.run_blocks(
+            model, params, x_SxLxD, tokens_SxL, layers, read=later, write={spliced: change}
+        )[1]
+
+    clean, slope = jax.jvp(at_later, (jnp.float32(1),), (jnp.float32(1),))
+    ablated = at_later(jnp.float32(0))
+    found = {of: (clean[of], slope[of], ablated[of]) for of in later}
+    seen = sharding.constrain(mesh, (f_SxL, is_kept_SxL), sharding.REPLICATED)
+    return seen, sharding.constrain(mesh, found, sharding.TOKENS)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _sums(
+    mesh: jax.sharding.Mesh,
+    subject: jumprelu.SAE,
+    is_kept_SxL: jax.Array,
+    clean_SxLxD: jax.Array,
+    slope_SxLxD: jax.Array,
+    ablated_SxLxD: jax.Array,
+) -> dict[str, jax.Array]:
+    """Sums [M] over the positions that count, of a later SAE's latents."""
+    highest = jax.lax.Precision.HIGHEST
+    clean_BxD, slope_BxD, ablated_BxD = (
+        value.reshape(is_kept_SxL.size, -1).astype(jnp.float32)
+        for value in (clean_SxLxD, slope_SxLxD, ablated_SxLxD)
+    )
+    is_kept_Bx1 = is_kept_SxL.reshape(-1, 1)
+    f_BxM = jumprelu.encode(subject, clean_BxD, highest)
+    slope_BxM = jnp.where(f_BxM > 0, jnp.matmul(slope_BxD, subject.W_enc, precision=highest), 0)
+    difference_BxM = f_BxM - jumprelu.encode(subject, ablated_BxD, highest)
+    found = {
+        "attribution_M": jnp.where(is_kept_Bx1, slope_BxM, 0).sum(0),
+        "effect_M": jnp.where(is_kept_Bx1, difference_BxM, 0).sum(0),
+        "fired_M": ((f_BxM > 0) & is_kept_Bx1).sum(0),
+        "f_M": jnp.where(is_kept_Bx1, f_BxM, 0).sum(0),
+    }
+    return sharding.constrain(mesh, found, sharding.REPLICATED)
+
+
+def virtual_weights(
+    scope: Scope, subject: attached.Subject, latent: int, later: attached.Subject
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """W_dec[latent] · W_enc of a later SAE and their cosine, both [M]; None where they do not meet in the stream.
+
+    A direction of `attn_out` goes through the output projection and the gain of the norm behind it; what reads
+    behind the MLP's norm is multiplied by that norm's gain. What the norms divide by is left out.
+    """
+    params = scope.loaded.params
+    written = decoder_directions.in_stream(params, subject.spliced, np.asarray(subject.sae.W_dec)[[latent]])
+    if written is None or later.site.kind in ("mlp_out", "attn_out"):
+        return None, None
+    written_D, gain_D = np.float64(written[0]), 1.0
+    if later.site.kind == "mlp_in":
+        gain_D = np.float64(distributed.fetch(forward.mlp_in_gain(params, later.site.layer)))
+    weights, lengths = [], []
+    for start in range(0, len(later.sae.b_enc), _BLOCK):
+        reads_DxC = np.float64(np.asarray(later.sae.W_enc)[:, start : start + _BLOCK])
+        weights.append((written_D * gain_D) @ reads_DxC)
+        lengths.append(np.sqrt(np.square(np.ones_like(written_D) * gain_D) @ np.square(reads_DxC)))
+    weight_M, length_M = np.concatenate(weights), np.concatenate(lengths)
+    return weight_M, weight_M / np.maximum(length_M * np.linalg.norm(written_D), 1e-30)

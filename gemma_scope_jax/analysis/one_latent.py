@@ -1,0 +1,200 @@
+"""One latent from near: what it fires on, and which tokens it raises. Dashboards show the same of all."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import matplotlib.figure
+import matplotlib.patches
+import matplotlib.ticker
+import numpy as np
+import rich.color
+import rich.console
+import rich.style
+import rich.table
+import rich.text
+
+from gemma_scope_jax.analysis import decoder_directions
+from gemma_scope_jax.analysis.dashboards import collect, website
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering.edits import check_latent
+from gemma_scope_jax.data import batching
+from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.printing import lines, plottable, printable
+from gemma_scope_jax.saes.attached import alone
+
+_GREEN = (30, 142, 62)
+# Of text in pictures, in inches at its size in points.
+_POINTS, _CHARACTER, _LINE = 8, 0.0669, 0.19
+
+
+@dataclasses.dataclass(frozen=True)
+class Excerpt:
+    """A passage around a firing."""
+
+    tokens: tuple[str, ...]
+    values: np.ndarray  # the latent's activations on them
+    peak: int  # which of them fired
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What one latent fires on, and which tokens it raises."""
+
+    model: str
+    sae: str
+    latent: int
+    activations: int  # that were looked at
+    frequency: float  # the share of them on which it fires
+    mean: float  # activation where it fires
+    largest: float
+    histogram_H: np.ndarray  # firings by activation; see `collect.EDGES`
+    strongest: tuple[Excerpt, ...]
+    sampled: tuple[Excerpt, ...]  # one of each fifth of its firings, from the strongest fifth on
+    # Logits if its decoder direction alone were the residual stream; None where it is not added to that.
+    raises: tuple[tuple[str, float], ...] | None
+    lowers: tuple[tuple[str, float], ...] | None
+
+    @property
+    def title(self) -> str:
+        """How often and how strongly it fires."""
+        return (
+            f"latent {self.latent} of {printable(self.sae, 100)}\n"
+            f"fires on {self.frequency:.2%} of {self.activations:,} activations, "
+            f"with {self.mean:.4g} in the mean, {self.largest:.4g} at most"
+        )
+
+    def show(self, top: int = 10) -> None:
+        """Prints passages, tokens shaded by activation, and the tokens that it raises and lowers."""
+        tables.show(self.title, "bold")
+        for heading, excerpts in (("strongest", self.strongest[:top]), ("one of each fifth", self.sampled)):
+            table = tables.Table(title=heading, title_justify="left", show_header=False, box=None)
+            table.add_column(justify="right", style="dim")
+            table.add_column(overflow="fold")
+            for excerpt in excerpts:
+                line = rich.text.Text()
+                for token, value in zip(excerpt.tokens, excerpt.values, strict=True):
+                    line.append(lines(token.replace("\n", "↵")), _style(value / self.largest))
+                table.add_row(f"{excerpt.values[excerpt.peak]:.4g}", line)
+            tables.show(table)
+        for heading, tokens in (("raises", self.raises), ("lowers", self.lowers)):
+            if tokens is not None:
+                tables.show(f"{heading} {' '.join(repr(token) for token, _ in tokens)}")
+
+    def figure(self, top: int = 8, width: int = 110) -> matplotlib.figure.Figure:
+        """Its strongest passages, darker the stronger it fires; what it raises; and its histogram.
+
+        Args:
+          top: how many passages.
+          width: of them, in characters.
+        """
+        shown = self.strongest[:top]
+        inches = _CHARACTER * width
+        height = _LINE * (len(shown) + 1)
+        figure = matplotlib.figure.Figure(figsize=(inches + 0.7, height + 2), layout="constrained")
+        above, below = figure.subplots(2, 1, height_ratios=(height, 0.8))
+        figure.suptitle("\n".join(plottable(line, 200) for line in self.title.split("\n")), fontsize=9)
+        above.set_xlim(0, width)
+        above.set_ylim(len(shown), 0)
+        above.set_axis_off()
+        for line, excerpt in enumerate(shown):
+            self._draw(above, line, excerpt, width)
+        if self.raises:
+            raised = " ".join(plotting.label(token, 20) for token, _ in self.raises)
+            below.set_title(f"raises {raised}", fontsize=8, loc="left", parse_math=False)
+        edges = collect.EDGES
+        below.stairs(self.histogram_H, edges, fill=True, color=np.array(_GREEN) / 255)
+        fires = np.flatnonzero(self.histogram_H)
+        below.set_xscale("log")
+        below.set_xlim(edges[fires[0]], edges[fires[-1] + 1])
+        for set_formatter in (below.xaxis.set_major_formatter, below.xaxis.set_minor_formatter):
+            set_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        below.tick_params(labelsize=7, which="both")
+        below.set_xlabel("activation", fontsize=8)
+        below.set_ylabel("firings", fontsize=8)
+        return figure
+
+    def _draw(self, axis: object, line: int, excerpt: Excerpt, width: int) -> None:
+        """Writes a passage on a line: its peak in one column, what does not fit left out."""
+        texts = [plotting.label(token, 40, " ") for token in excerpt.tokens]
+        peak_at = int(0.62 * width)
+        ends = np.cumsum([len(text) for text in texts])
+        starts = ends - [len(text) for text in texts]
+        shift = peak_at - starts[excerpt.peak]
+        style = {"fontsize": _POINTS, "family": "DejaVu Sans Mono", "va": "center", "ha": "center"}
+        style |= {"parse_math": False, "in_layout": False}
+        for text, start, value in zip(texts, starts + shift, excerpt.values, strict=True):
+            if start < 6 or start + len(text) > width:
+                continue
+            if value > 0:
+                colour = (*(np.array(_GREEN) / 255), 0.1 + 0.7 * min(value / self.largest, 1))
+                corner = (start, line + 0.08)
+                axis.add_patch(matplotlib.patches.Rectangle(corner, len(text), 0.84, color=colour, lw=0))
+            for place, character in enumerate(text):  # One by one, for a column each.
+                axis.text(start + place + 0.5, line + 0.5, character, **style)
+        value = f"{excerpt.values[excerpt.peak]:.4g}"
+        axis.text(5, line + 0.5, value, fontsize=7, va="center", ha="right", color="#5f6368")
+
+
+def _style(share: float) -> rich.style.Style:
+    if share <= 0:
+        return rich.style.Style()
+    weight = 0.15 + 0.85 * min(share, 1)
+    colour = (round(255 + weight * (part - 255)) for part in _GREEN)
+    return rich.style.Style(color="black", bgcolor=rich.color.Color.from_rgb(*colour))
+
+
+def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20) -> Look:
+    """What a latent fires on in held-out text, and which tokens it raises.
+
+    Args:
+      scope: the model and SAEs.
+      name: of the latent's SAE.
+      latent: its number.
+      rows: of held-out text, in the order in which an evaluation takes them; at most all.
+      top: passages of its strongest firings.
+
+    Raises:
+      ValueError: there is no such SAE or latent, no row, or it never fires.
+    """
+    check_latent(scope, name, latent)
+    ranges.check("rows", rows, ranges.COUNT)
+    subject = alone(scope.subjects[name], [latent])
+    held_out = scope.held_out()
+    gathered = collect.gather(
+        scope.loaded, {name: subject}, held_out, rows, scope.config.evaluation.rows_per_batch,
+        batching.counts_of(scope.config), collect.Options(top=top), scope.mesh,
+    )[name]  # fmt: skip
+    if not gathered.count_M[0]:
+        raise ValueError(
+            f"latent {latent} of {name} fires nowhere on {gathered.rows} held-out rows; read more rows"
+        )
+    cut = collect.Passages(collect.read_tokens(held_out, rows))
+    text_of = website.token_texts(scope.tokenizer.decode)
+
+    def excerpts(firings: collect.Firings, indices: Sequence[int]) -> tuple[Excerpt, ...]:
+        found = [cut(gathered.options, firings, 0, int(index)) for index in indices]
+        return tuple(Excerpt(tuple(map(text_of, one.tokens.tolist())), one.values, one.peak) for one in found)
+
+    raises = lowers = None
+    in_stream = decoder_directions.in_stream(scope.loaded.params, subject.spliced, subject.sae.W_dec)
+    if in_stream is not None:
+        up_T, raised_T, down_T, lowered_T = (
+            part[0].tolist() for part in decoder_directions.logits(scope.mesh, scope.loaded, in_stream)
+        )
+        raises = tuple(zip(map(text_of, up_T), raised_T, strict=True))
+        lowers = tuple(zip(map(text_of, down_T), lowered_T, strict=True))
+    return Look(
+        scope.config.model,
+        name,
+        latent,
+        gathered.activations,
+        float(gathered.frequency_M[0]),
+        float(gathered.mean_M[0]),
+        float(gathered.max_M[0]),
+        gathered.histogram_MxH[0],
+        excerpts(gathered.top, np.flatnonzero(gathered.top.row_MxK[0] >= 0)),
+        excerpts(gathered.sample, [band[0] for band in collect.bands(gathered, 0)]),
+        raises,
+        lowers,
+    )

@@ -1,0 +1,128 @@
+"""A prompt as the SAEs read it: which latents fire on each of its tokens, at each layer."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import matplotlib.figure
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+from gemma_scope_jax.analysis.session import Scope, place_copies, prompt, reconstruct
+from gemma_scope_jax.display import html, plotting, tables
+from gemma_scope_jax.models import interventions
+from gemma_scope_jax.runtime import distributed
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes import jumprelu
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What fires on the tokens of a prompt. BOS, on which no SAE was trained, is left out."""
+
+    model: str
+    tokens: tuple[str, ...]  # L of them, as text
+    latents: Mapping[str, np.ndarray]  # by SAE: activations [L, M]
+    error: Mapping[str, np.ndarray]  # by SAE: ‖y − ŷ‖ / ‖y‖ [L]
+    frequency: Mapping[str, np.ndarray]  # by SAE, where it is known; see `session.Scope`
+
+    def is_dense(self, name: str) -> np.ndarray:
+        """Which latents [M] are muted: they fire on over a tenth of all text, or none knows and half of this."""
+        if name in self.frequency:
+            return self.frequency[name] > jumprelu.DENSE
+        return (self.latents[name] > 0).mean(0) > 0.5
+
+    def strongest(self, name: str, token: int, top: int = 5) -> list[tuple[int, float]]:
+        """The latents of an SAE that fire most on a token, but for dense ones: each with its activation."""
+        f_M = np.where(self.is_dense(name), 0, self.latents[name][token])
+        order = np.argsort(-f_M, kind="stable")[:top]
+        return [(int(latent), float(f_M[latent])) for latent in order if f_M[latent] > 0]
+
+    def show(self, top: int = 5) -> None:
+        """Prints a table for each SAE: the brighter a latent, the stronger it fires, of all on this prompt."""
+        for name, f_LxM in self.latents.items():
+            table = tables.Table(title=name)
+            table.add_column("token")
+            for heading in ("L0", "dense", "error"):
+                table.add_column(heading, justify="right")
+            table.add_column(f"strongest {top}")
+            dense_M, largest = self.is_dense(name), self._largest(name)
+            for t, token in enumerate(self.tokens):
+                line = rich.text.Text()
+                for latent, value in self.strongest(name, t, top):
+                    green = round(90 + 165 * min(value / largest, 1))
+                    line.append(f"{latent}", style=f"bold rgb(40,{green},90)")
+                    line.append(f" {value:.3g}  ", style="dim")
+                counts = (f_LxM[t] > 0).sum(), ((f_LxM[t] > 0) & dense_M).sum()
+                shown = (repr(token), *map(str, counts), f"{self.error[name][t]:.0%}")
+                table.add_row(*shown, line)
+            tables.show(table)
+
+    def figure(self, name: str | None = None, top: int = 20) -> matplotlib.figure.Figure:
+        """A heat map: tokens across; down the `top` latents that fire most on any of them, but for dense ones.
+
+        Args:
+          name: of the SAE; None: the first.
+          top: how many latents.
+        """
+        name = next(iter(self.latents)) if name is None else name
+        f_LxM = np.where(self.is_dense(name)[None], 0, self.latents[name])
+        chosen = np.argsort(-f_LxM.max(0), kind="stable")[:top]
+        chosen = chosen[f_LxM[:, chosen].max(0) > 0]
+        # In the order in which they are the strongest, so that the picture has a diagonal.
+        chosen = chosen[np.argsort(f_LxM[:, chosen].argmax(0), kind="stable")][::-1]
+        size = (max(0.3 * len(self.tokens) + 1.6, 4), 0.19 * len(chosen) + 1.4)
+        figure, ((axis,),) = plotting.new_figure(1, 1, *size)
+        plotting.heat_map(
+            figure, axis, f_LxM[:, chosen].T, "linear", f"{printable(name, 60)}: latents by token"
+        )
+        plotting.label_tokens(axis, self.tokens)
+        plotting.label_rows(axis, list(map(str, chosen)))
+        axis.set_ylabel("latent", fontsize=8)
+        return figure
+
+    def write_html(self, path: str | pathlib.Path, top: int = 12) -> None:
+        """Writes a page that needs no network: tokens across, SAEs down, a token's latents by a click."""
+        cells = {
+            name: [
+                {
+                    "l0": int((f_LxM[t] > 0).sum()),
+                    "error": float(self.error[name][t]),
+                    "latents": self.strongest(name, t, top),
+                }
+                for t in range(len(self.tokens))
+            ]
+            for name, f_LxM in self.latents.items()
+        }
+        largest = {name: self._largest(name) for name in self.latents}
+        html.render(
+            pathlib.Path(path), "analysis/prompt_activations.html.jinja", model=self.model, tokens=self.tokens,
+            cells=cells, largest=largest, top=top,
+        )  # fmt: skip
+
+    def _largest(self, name: str) -> float:
+        """The strongest activation on this prompt that is not of a dense latent."""
+        return max(float(self.latents[name][:, ~self.is_dense(name)].max(initial=0)), 1e-30)
+
+
+def read(scope: Scope, text: str) -> Reading:
+    """Runs a prompt through Gemma and every SAE, once.
+
+    Raises:
+      ValueError: the text has no tokens.
+    """
+    row = prompt(scope, text)
+    placed = place_copies(scope, row, 1)
+    _, values, _ = interventions.clean(
+        scope.mesh, scope.loaded.model, scope.loaded.params, placed, scope.sites
+    )
+    latents, error = {}, {}
+    for name, subject in scope.subjects.items():
+        x, y = values[subject.site], values[subject.spliced]
+        found = reconstruct(scope.mesh, scope.placed[name], x, y)
+        f_LxM, error_L = distributed.fetch((found["f_LxM"], found["error_L"]))
+        latents[name], error[name] = f_LxM[1 : len(row)], error_L[1 : len(row)]
+    words = tuple(scope.tokenizer.decode([token]) for token in row[1:])
+    return Reading(scope.config.model, words, latents, error, scope.frequency)

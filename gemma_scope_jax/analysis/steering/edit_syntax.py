@@ -1,0 +1,123 @@
+"""Edits as they are written on a command line: NAME:LATENT, what becomes of it, and perhaps on which tokens.
+
+`NAME:12=ablate`, `NAME:12*0.5`, `NAME:12+3t@reply`, `NAME:12=2t@3:7`; t is the latent's typical activation.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gemma_scope_jax.analysis import latent_statistics
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.analysis.steering import edits
+from gemma_scope_jax.analysis.steering.edits import Edit
+from gemma_scope_jax.runtime.printing import printable
+
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+_ABLATED = re.compile(r"=ablate")
+_CLAMPED = re.compile(rf"=(?P<add>-?(?:{_NUMBER})?)(?P<typical>t?)")
+_MOVED = re.compile(rf"(?:\*(?P<scale>-?{_NUMBER}))?(?:(?P<add>[+-](?:{_NUMBER})?)(?P<typical>t?))?")
+
+
+class Spec(NamedTuple):
+    """An edit as it is written."""
+
+    edit: Edit  # Without a name where none is written.
+    is_typical: bool  # What is added is in units of the typical activation.
+
+
+def parse(text: str) -> Spec:
+    """An edit from what is written.
+
+    Raises:
+      ValueError: it is not written as an edit is, or a number is out of range.
+    """
+    head, at, where = text.partition("@")
+    name, colon, change = head.rpartition(":")
+    latent = re.match(r"\d+", change)
+    if latent is None or (colon and not name):
+        raise _error(text, f"{change!r} does not begin with a latent's number")
+    scale, add, is_typical = _change(text, change[latent.end() :])
+    edit = Edit(name, int(latent[0]), scale, add, _tokens(text, where) if at else "all")
+    try:
+        edits.check_change(edit)
+    except ValueError as error:
+        raise _error(text, str(error)) from error
+    return Spec(edit, is_typical)
+
+
+def _change(text: str, change: str) -> tuple[float, float, bool]:
+    """The scale, what is added, and whether that is in typical activations."""
+    if not change:
+        raise _error(text, "it does not say what becomes of the latent")
+    if _ABLATED.fullmatch(change):
+        return 0.0, 0.0, False
+    clamped, moved = _CLAMPED.fullmatch(change), _MOVED.fullmatch(change)
+    found = clamped or moved
+    # A number may be left out only before t, where it is 1.
+    if not found or (found["add"] in ("", "+", "-") and not found["typical"]):
+        raise _error(text, f"{change!r} is no change; there are =ablate, *0.5, +3, +3t and =2t")
+    amount = found["add"] or ("1" if found["typical"] else "0")
+    add = float(amount + "1" if amount in ("+", "-") else amount)
+    scale = 0.0 if clamped else float(moved["scale"] or 1)
+    return scale, add, bool(found["typical"])
+
+
+def _tokens(text: str, where: str) -> edits.Tokens:
+    if where in ("all", "prompt", "reply"):
+        return where
+    if ends := re.fullmatch(r"(\d+):(\d+)", where):
+        return range(int(ends[1]), int(ends[2]))
+    raise _error(
+        text, f"{where!r} are no tokens; there are @prompt, @reply and, from one up to another, @3:7"
+    )
+
+
+def _error(text: str, what: str) -> ValueError:
+    return ValueError(f"the edit {printable(text, 80)!r}: {what}; write it as in NAME:12+3t@reply")
+
+
+def written(edit: Edit) -> str:
+    """An edit as `parse` reads it."""
+    add = f"{edit.add:+.6g}" if edit.add else ""
+    if edit.scale == 0:
+        change = f"={edit.add:.6g}" if edit.add else "=ablate"
+    else:
+        change = f"*{edit.scale:.6g}{add}" if edit.scale != 1 else add or "+0"
+    where = f"{edit.tokens.start}:{edit.tokens.stop}" if isinstance(edit.tokens, range) else edit.tokens
+    name = f"{edit.sae}:" if edit.sae else ""
+    return f"{name}{edit.latent}{change}" + ("" if where == "all" else f"@{where}")
+
+
+def named(scope: Scope, edit: Edit) -> Edit:
+    """The edit with the name of the only SAE where it has none.
+
+    Raises:
+      ValueError: there are several; or there is no such SAE or latent.
+    """
+    if not edit.sae:
+        if len(scope.subjects) > 1:
+            raise ValueError(
+                f"the edit {written(edit)!r} names no SAE; write NAME: before it, NAME being one of "
+                f"{', '.join(scope.subjects)}"
+            )
+        edit = dataclasses.replace(edit, sae=next(iter(scope.subjects)))
+    edits.check_latent(scope, edit.sae, edit.latent)
+    return edit
+
+
+def resolve(scope: Scope, specs: Sequence[Spec]) -> list[Edit]:
+    """Edits in units of activations, typical ones being measured where they are asked for.
+
+    Raises:
+      ValueError: there is no such SAE or latent, or it never fired there.
+    """
+    made = []
+    for spec in specs:
+        edit = named(scope, spec.edit)
+        if spec.is_typical:
+            unit = latent_statistics.typical(scope, edit.sae, edit.latent)
+            edit = dataclasses.replace(edit, add=edit.add * unit)
+        made.append(edit)
+    return made

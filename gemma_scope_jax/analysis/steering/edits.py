@@ -1,0 +1,244 @@
+"""Changes of single latents, made in Gemma as it runs.
+
+What an SAE leaves out of an activation stays as it is: with f' in the place of its latents f, an activation y becomes
+y + (f' − f) W_dec. So latents that keep their values change nothing.
+
+Shapes: S rows, L tokens, K latents that are changed, D and O widths of the sites read and given.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gemma import gm
+
+from gemma_scope_jax.analysis.session import Scope
+from gemma_scope_jax.models import forward, interventions, masking, weights
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.runtime import ranges, sharding
+from gemma_scope_jax.runtime.printing import quoted
+from gemma_scope_jax.saes import jumprelu
+
+# Of a prompt, counted as a `Reading`'s tokens are, from the first behind BOS on; replies count on behind it.
+Tokens = Literal["all", "prompt", "reply"] | range
+_END = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """What becomes of a latent's activation f: scale · f + add. At BOS, EOS and PAD nothing is changed."""
+
+    sae: str  # its name in the scope
+    latent: int
+    scale: float = 1.0
+    add: float = 0.0  # in units of the activation
+    tokens: Tokens = "all"
+
+
+def ablate(sae: str, latent: int, tokens: Tokens = "all") -> Edit:
+    """The latent does not fire."""
+    return Edit(sae, latent, 0.0, 0.0, tokens)
+
+
+def clamp(sae: str, latent: int, value: float, tokens: Tokens = "all") -> Edit:
+    """The latent fires with this activation."""
+    return Edit(sae, latent, 0.0, value, tokens)
+
+
+def scale(sae: str, latent: int, by: float, tokens: Tokens = "all") -> Edit:
+    """The latent fires so many times as strongly where it fires."""
+    return Edit(sae, latent, by, 0.0, tokens)
+
+
+def add(sae: str, latent: int, value: float, tokens: Tokens = "all") -> Edit:
+    """The latent fires more strongly by this, also where it did not."""
+    return Edit(sae, latent, 1.0, value, tokens)
+
+
+class Edits(NamedTuple):
+    """Those of one SAE, as arrays: others of as many latents take no new compilation."""
+
+    W_enc_DxK: np.ndarray
+    b_enc_K: np.ndarray
+    threshold_K: np.ndarray
+    W_dec_KxO: np.ndarray
+    # Each row's, or [1, K] of all rows.
+    scale_SxK: np.ndarray
+    add_SxK: np.ndarray
+    # From which position behind BOS on and before which, and whether in prompts and in replies.
+    first_K: np.ndarray
+    last_K: np.ndarray
+    in_prompt_K: np.ndarray
+    in_reply_K: np.ndarray
+
+
+def of_sae(
+    subject: jumprelu.SAE,
+    latents_K: Sequence[int],
+    scale_SxK: np.ndarray,
+    add_SxK: np.ndarray,
+    tokens: Sequence[Tokens] | None = None,
+) -> Edits:
+    """Edits of one SAE, which may differ by row; `tokens` are each latent's, None: all.
+
+    Raises:
+      ValueError: `tokens` are none of those that `Tokens` names.
+    """
+    latents_K = np.asarray(latents_K)
+    spans = [_span(of) for of in tokens or ["all"] * len(latents_K)]
+    first_K, last_K, in_prompt_K, in_reply_K = (np.array(column) for column in zip(*spans, strict=True))
+    return Edits(
+        W_enc_DxK=np.asarray(subject.W_enc)[:, latents_K],
+        b_enc_K=np.asarray(subject.b_enc)[latents_K],
+        threshold_K=np.asarray(subject.threshold)[latents_K],
+        W_dec_KxO=np.asarray(subject.W_dec)[latents_K],
+        scale_SxK=np.asarray(scale_SxK, np.float32),
+        add_SxK=np.asarray(add_SxK, np.float32),
+        first_K=first_K.astype(np.int32),
+        last_K=last_K.astype(np.int32),
+        in_prompt_K=in_prompt_K,
+        in_reply_K=in_reply_K,
+    )
+
+
+def from_token(first: int) -> range:
+    """All tokens from one on, in prompts and in replies."""
+    return range(first, int(_END) - 1)
+
+
+def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
+    """From which position on, before which, whether in prompts, whether in replies."""
+    if isinstance(tokens, range):
+        if tokens.step != 1 or tokens.start < 0:
+            raise ValueError(f"the tokens of an edit are {tokens}; give a range of step 1 from 0 or more on")
+        if not tokens or tokens.stop >= _END:
+            raise ValueError(
+                f"the tokens of an edit are {tokens.start}:{ranges.shown(tokens.stop)}; the second number is that of "
+                f"the token after the last, {tokens.start + 1:,} to {_END - 1:,}"
+            )
+        return tokens.start + 1, tokens.stop + 1, True, True
+    spans = {"all": (True, True), "prompt": (True, False), "reply": (False, True)}
+    if tokens not in spans:
+        raise ValueError(
+            f"the tokens of an edit are {quoted(tokens)}; give a range or one of {', '.join(spans)}"
+        )
+    return 1, _END, *spans[tokens]
+
+
+def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Partial]:
+    """Edits as `generation.generate` and `final_stream` take them, the same in all rows.
+
+    Raises:
+      ValueError: there is no such SAE or latent, one is edited twice, or a number is out of range.
+    """
+    by_sae: dict[str, list[Edit]] = {}
+    for edit in edits:
+        check_latent(scope, edit.sae, edit.latent)
+        check_change(edit)
+        by_sae.setdefault(edit.sae, []).append(edit)
+    made = {}
+    for name, some in by_sae.items():
+        latents = [edit.latent for edit in some]
+        if twice := {latent for latent in latents if latents.count(latent) > 1}:
+            raise ValueError(f"latent {min(twice)} of {name} is edited twice; make one edit of the two")
+        made[name] = of_sae(
+            scope.subjects[name].sae,
+            latents,
+            np.array([[edit.scale for edit in some]]),
+            np.array([[edit.add for edit in some]]),
+            [edit.tokens for edit in some],
+        )
+    return writes_of_saes(scope, made)
+
+
+def check_change(edit: Edit) -> None:
+    """Raises ValueError if what becomes of the latent is no number, or its tokens are none."""
+    ranges.check("the scale of an edit", edit.scale, ranges.SIGNED)
+    ranges.check("what an edit adds", edit.add, ranges.SIGNED)
+    _span(edit.tokens)
+
+
+def check_latent(scope: Scope, name: str, latent: int) -> None:
+    """Raises ValueError if there is no such SAE or latent."""
+    if name not in scope.subjects:
+        raise ValueError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
+    width = len(scope.subjects[name].sae.b_enc)
+    if not 0 <= latent < width:
+        raise ValueError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
+
+
+def writes_of_saes(scope: Scope, edits: Mapping[str, Edits]) -> dict[Site, jax.tree_util.Partial]:
+    """`writes` of edits by SAE."""
+    of_site: dict[Site, list[tuple[Site, Edits]]] = {}
+    for name, of in edits.items():
+        subject = scope.subjects[name]
+        of_site.setdefault(subject.spliced, []).append((subject.site, of))
+    # What a transcoder reads is passed on as it is, for its target to find.
+    write = {read: jax.tree_util.Partial(_unchanged) for some in of_site.values() for read, _ in some}
+    for site, some in of_site.items():
+        reads, of = zip(*some, strict=True)
+        write[site] = jax.tree_util.Partial(_changed(site, reads), of)
+    return write
+
+
+def _unchanged(x_SxLxD: jax.Array, where: interventions.Where) -> jax.Array:
+    del where
+    return x_SxLxD
+
+
+# Cached: what was compiled with a function is found again by the same function.
+@functools.cache
+def _changed(site: Site, reads: tuple[Site, ...]) -> Callable[..., jax.Array]:
+    def change(edits: tuple[Edits, ...], y_SxLxO: jax.Array, where: interventions.Where) -> jax.Array:
+        changed_SxLxO = y_SxLxO.astype(jnp.float32)
+        for read, of in zip(reads, edits, strict=True):
+            x_SxLxD = y_SxLxO if read == site else where.passed[read]
+            changed_SxLxO += _difference(of, x_SxLxD.astype(jnp.float32), where)
+        return changed_SxLxO.astype(y_SxLxO.dtype)
+
+    return change
+
+
+def _difference(edits: Edits, x_SxLxD: jax.Array, where: interventions.Where) -> jax.Array:
+    """(f' − f) W_dec, [S, L, O]."""
+    highest = jax.lax.Precision.HIGHEST
+    pre_SxLxK = jnp.matmul(x_SxLxD, edits.W_enc_DxK, precision=highest) + edits.b_enc_K[None, None]
+    f_SxLxK = jnp.where(pre_SxLxK > edits.threshold_K[None, None], jax.nn.relu(pre_SxLxK), 0)
+    positions_SxLx1 = where.positions_SxL[..., None]
+    is_within_SxLxK = (positions_SxLx1 >= edits.first_K[None, None]) & (
+        positions_SxLx1 < edits.last_K[None, None]
+    )
+    is_meant_SxLxK = jnp.where(
+        where.is_prompt_SxL[..., None], edits.in_prompt_K[None, None], edits.in_reply_K[None, None]
+    )
+    is_special_SxLx1 = masking.is_special(where.tokens_SxL)[..., None]
+    new_SxLxK = edits.scale_SxK[:, None] * f_SxLxK + edits.add_SxK[:, None]
+    change_SxLxK = jnp.where(is_within_SxLxK & is_meant_SxLxK & ~is_special_SxLx1, new_SxLxK - f_SxLxK, 0)
+    return jnp.matmul(change_SxLxK, edits.W_dec_KxO, precision=highest)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "read"))
+def final_stream(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    write: Mapping[Site, jax.tree_util.Partial],
+    read: tuple[Site, ...] = (),
+) -> tuple[jax.Array, dict[Site, jax.Array]]:
+    """One pass over packed rows, all of it prompt, with sites written.
+
+    Returns:
+      The residual stream [S, L, D] behind the last block, and the activations of the sites `read`, as they are before
+      they are written.
+    """
+    params = forward.gather_gemma(mesh, params)
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
+    positions_SxL = masking.packed_positions(tokens_SxL)
+    replace = interventions.at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, True))
+    layers = range(model.config.num_layers)
+    return forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=read, write=replace)

@@ -1,0 +1,61 @@
+"""The command that has Gemma go on with, or answer, the texts of a file."""
+
+import json
+import pathlib
+
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.data import sources
+from gemma_scope_jax.models import generation, placement, tokenizer
+from gemma_scope_jax.runtime import files, locks
+from gemma_scope_jax.runtime.printing import say
+
+
+def write_rollouts(
+    config: config_lib.Config,
+    prompts: pathlib.Path,
+    out: pathlib.Path,
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    is_chat: bool,
+    rows_per_batch: int,
+) -> None:
+    """Writes a JSON object for each prompt, `{"prompt": …, "text": …}`, the reply being its text.
+
+    Args:
+      config: the model, its weights, tokenizer and dtype.
+      prompts: a file of texts; see `sources.read_prompts`.
+      out: the file to write, JSON Lines.
+      num_tokens: the most that are written for one prompt.
+      temperature: see `generation.generate`.
+      seed: likewise.
+      is_chat: whether a text is a user's turn to be answered; else it is gone on with.
+      rows_per_batch: see `generation.generate`.
+
+    Raises:
+      ValueError: there are no prompts, or `out` is there already.
+    """
+    files.check_output(out, is_folder=False)
+    texts = sources.read_prompts(prompts)
+    busy = f"another process is writing {out}; wait for it or stop it, or give another --out"
+    with locks.locked(out.with_name(f".{out.name}.lock"), busy):
+        if out.exists():  # Before an hour's work, not after it.
+            raise ValueError(f"{out} is there already; remove it, or give another --out")
+        found = tokenizer.load(config.model, config.tokenizer, config.weights)
+        prompt = generation.chat_prompt if is_chat else generation.text_prompt
+        mesh, loaded = placement.load_gemma(config)
+        replies = generation.generate(
+            loaded,
+            [prompt(found, text) for text in texts],
+            num_tokens,
+            temperature,
+            seed,
+            stop=generation.stop_tokens(found),
+            rows_per_batch=rows_per_batch,
+            mesh=mesh,
+        )
+        with files.replacing_file(out) as partial, partial.open("w", encoding="utf-8") as lines:
+            for text, reply in zip(texts, replies, strict=True):
+                line = {"prompt": text, "text": generation.reply_text(found, reply)}
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        say(f"Wrote {len(replies):,} replies of {sum(map(len, replies)):,} tokens to {out}.")

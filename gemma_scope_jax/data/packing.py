@@ -1,0 +1,75 @@
+"""Documents as packed rows: which documents are held out, and how their tokens fill rows.
+
+A row of L tokens holds one or more segments. Each document, and each continuation of a long one, begins with its own
+BOS, so the tokens alone tell where segments begin.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.data.sources import Exchange
+from gemma_scope_jax.models.masking import BOS, PAD
+from gemma_scope_jax.models.tokenizer import Tokenizer
+
+
+def is_held_out(config: config_lib.DataConfig, document: int) -> bool:
+    """Whether training never sees a document; a function of the seed and the document's number alone."""
+    return bool(np.random.default_rng((config.seed, document)).random() < config.held_out_fraction)
+
+
+def pack(
+    documents: Iterator[list[int]],
+    length: int,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+    is_cut: bool = False,
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows of `length` tokens and the number of the document each begins in.
+
+    Each segment is BOS, `before`, a document or a part of one, `after`. Only a document's continuation begins in
+    the middle of it, and always at the start of a row; so segment k of a row belongs to document
+    `first_document + k`. If `is_cut`, none is continued: it begins in a row that has room for it, or is cut off at
+    the end of its own.
+    """
+    frame = 1 + len(before) + len(after)
+    if length <= frame:
+        raise ValueError(
+            f"data.context_length is {length}, but BOS and the chat template alone take {frame} tokens; give more"
+        )
+    # The end of a row is padded rather than filled with a shorter piece.
+    shortest = max(length // 16, frame + 1)
+    row: list[int] = []
+    first_document = 0
+    for number, tokens in enumerate(tokens for tokens in documents if tokens):
+        begin = 0
+        while begin < len(tokens):
+            room = length - len(row)
+            if room < min(length if is_cut else shortest, len(tokens) - begin + frame):
+                yield _padded(row, length), first_document
+                row, room = [], length
+            if not row:
+                first_document = number
+            # By its place: what is left of a long document is not copied for each row.
+            end = begin + room - frame
+            row += [BOS, *before, *tokens[begin:end], *after]
+            begin = len(tokens) if is_cut else end
+    if row:
+        yield _padded(row, length), first_document
+
+
+def encode(tokenizer: Tokenizer, document: str | Exchange, between: Sequence[int]) -> list[int]:
+    """The tokens of a document, with `between` the turns what the chat template puts there."""
+    if isinstance(document, str):
+        return tokenizer.encode(document)
+    if not between:
+        raise ValueError(
+            "the text has prompts and replies; set data.chat_template, or --turns of evaluate.py, or remove "
+            'each "prompt"'
+        )
+    return [*tokenizer.encode(document.prompt), *between, *tokenizer.encode(document.reply)]
+
+
+def _padded(row: list[int], length: int) -> np.ndarray:
+    return np.array(row + [PAD] * (length - len(row)), np.int32)

@@ -1,0 +1,122 @@
+"""Packed rows of tokens on the disk, read by random access.
+
+Which row comes when is a pure function of the seed and a running index, so nothing about reading is ever saved.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+from array_record.python import array_record_module
+
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, say
+
+TRAIN, HELD_OUT = "train", "held_out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of tokens [S, L] with the dataset row and first document each came from [S]."""
+
+    tokens: np.ndarray
+    row: np.ndarray
+    first_document: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One split of a packed dataset."""
+
+    source: Sequence
+    folder: pathlib.Path
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """The rows at `indices`, in that order."""
+        try:
+            examples = [self.source[int(i)] for i in indices]
+        except Exception as error:  # ArrayRecord's: a damaged record, or a disk that cannot be read.
+            reason = printable(" ".join(str(error).split()), 200)
+            raise ValueError(
+                f"cannot read the rows in {self.folder} ({reason}); if it is damaged, remove it, and it is made again"
+            ) from error
+        return Batch(
+            tokens=np.stack([e["tokens"] for e in examples]).astype(np.int32),
+            row=np.asarray(indices, np.int32),
+            first_document=np.array([e["first_document"] for e in examples], np.int32),
+        )
+
+
+def order(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Row indices at places start … start + count of the training order; each epoch is shuffled anew."""
+    shuffled = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+    return np.array([shuffled[i] for i in range(start, start + count)])
+
+
+def open_rows(folder: pathlib.Path, split: str) -> Rows:
+    """Opens one split of a dataset that `prepare.prepare_rows` stored.
+
+    Raises:
+      ValueError: there are no rows in it.
+    """
+    import tensorflow_datasets as tfds  # Slow to import, and not needed by those who bring their own rows.
+
+    if why := damage(folder):
+        raise ValueError(f"cannot read the rows in {folder} ({why}); remove it, and it is made again")
+    builder = tfds.builder_from_directory(folder)
+    if split not in builder.info.splits:
+        raise ValueError(f"{folder} has no {split} rows: all of its documents are in the other split")
+    return Rows(builder.as_data_source(split), folder)
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """Why a stored dataset cannot be used, if it cannot: metadata are missing, or a file has not all of its rows.
+
+    Raises:
+      PermissionError: it may not be read, which says nothing of it.
+    """
+    import tensorflow_datasets as tfds
+
+    files.check_readable(folder)
+    try:
+        for split in tfds.builder_from_directory(folder).info.splits.values():
+            for path, count in zip(split.filepaths, split.shard_lengths, strict=True):
+                found = array_record_module.ArrayRecordReader(str(path)).num_records()
+                if found != count:
+                    return f"{path.name} has {found} rows, expected {count}"
+    except Exception as error:  # TFDS and ArrayRecord raise many kinds.
+        return printable(" ".join(str(error).split()), 200)
+    return None
+
+
+def name_of(folder: pathlib.Path) -> str:
+    """The name of a stored dataset, which stands for its text, tokenizer, packing and split."""
+    return folder.parent.name
+
+
+def is_name(name: str) -> bool:
+    """Whether a text is the name of a stored dataset."""
+    return re.fullmatch(r"rows_[0-9a-f]{16}", name) is not None
+
+
+def cached(config: config_lib.DataConfig, name: str) -> pathlib.Path | None:
+    """The folder of a stored dataset by its name, if it is there and whole.
+
+    Any other name is none: files of others name it, and TFDS runs what a dataset's folder tells it to.
+    """
+    if not is_name(name):
+        return None
+    folder = files.expanded(config.folder) / name / "1.0.0"
+    if not folder.exists():
+        return None
+    if why := damage(folder):
+        say(f"The rows in {folder} are damaged and are made again: {why}")
+        return None
+    return folder

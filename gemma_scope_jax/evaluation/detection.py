@@ -1,0 +1,346 @@
+"""Detection without a judge: whether what a latent's strongest passages share tells where else it fires.
+
+Documents are divided into two halves. From a latent's strongest passages in the first a description is made, and in
+the second it ranks positions where the latent fires against those where it does not.
+
+Shapes are those of `descriptions`, and C candidate latents.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.display import tables
+from gemma_scope_jax.evaluation import opening, token_descriptions
+from gemma_scope_jax.models import activations, masking, placement, registry, tokenizer
+from gemma_scope_jax.runtime import files, printing, ranges, sharding
+from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.saes import attached, jumprelu
+
+EXAMPLES = 50  # Passages that a description is made from.
+APART = 16  # No two of a latent's come from the same so many positions of a row.
+BACKGROUND = 16_384  # Positions that its tokens' frequencies are compared with.
+FIRINGS = 64  # Positions where a latent fires that its description is tested on.
+SILENT = (
+    2_048  # Of so many positions in each half those where it does not fire are told from those where it does.
+)
+FEWEST = 10  # A latent with fewer passages, firings or silent positions is not scored.
+CANDIDATES = 16  # For each latent that is to be scored: most of an SAE's may never fire.
+
+
+class Events(NamedTuple):
+    """Firings of candidate latents, each with what it is kept by: the strongest, or at random."""
+
+    latent: np.ndarray
+    position: np.ndarray
+    value: np.ndarray
+    key: np.ndarray
+
+    def strongest(self, group: np.ndarray, most: int) -> "Events":
+        """Of each group those of the greatest keys."""
+        order = np.lexsort((-self.key, group))
+        group = group[order]
+        is_kept = np.arange(len(order)) - np.searchsorted(group, group) < most
+        return Events(*(field[order[is_kept]] for field in self))
+
+    def joined(self, others: "Events") -> "Events":
+        """These and others."""
+        return Events(*map(np.concatenate, zip(self, others, strict=True)))
+
+    def where(self, is_it: np.ndarray) -> "Events":
+        """Those of which that is true."""
+        return Events(*(field[is_it] for field in self))
+
+
+class Firings:
+    """What is remembered of one SAE's candidate latents while rows go by, of a size that rows do not add to.
+
+    Of each the strongest firings in the first half and a random sample of those in the second, and at which of
+    some positions, in ascending order, it fires.
+    """
+
+    def __init__(self, text: token_descriptions.Text, pool_N: np.ndarray, candidates: int, seed: int) -> None:
+        empty = np.zeros(0, np.int64)
+        self.text, self.pool_N = text, pool_N
+        self.examples = Events(empty, empty, np.zeros(0, np.float32), np.zeros(0))
+        self.tested = self.examples
+        self.count_C = np.zeros(candidates, np.int64)  # In both halves.
+        self.is_firing_NxC = np.zeros((len(pool_N), candidates), bool)
+        self._rng = np.random.default_rng(seed)
+
+    def add(self, first_row: int, f_SxLxC: np.ndarray) -> None:
+        """Takes the latents of rows that follow those taken before."""
+        length = f_SxLxC.shape[1]
+        f_BxC = f_SxLxC.reshape(-1, f_SxLxC.shape[2])
+        place, latent = np.nonzero(f_BxC)
+        value, position = f_BxC[place, latent], first_row * length + place
+        half = self.text.half_RxL.reshape(-1)[position]
+        found = Events(latent, position, value, value)
+        self.count_C += np.bincount(latent[half >= 0], minlength=self.count_C.size)
+
+        learnt = found.where(half == 0)
+        # In passages of `APART` positions of a row, of which each gives its strongest.
+        passage = learnt.position // length * length + learnt.position % length // APART
+        learnt = learnt.strongest(learnt.latent * self.text.tokens_RxL.size + passage, 1)
+        joined = self.examples.joined(learnt)
+        self.examples = joined.strongest(joined.latent, EXAMPLES)
+
+        tested = found.where(half == 1)
+        tested = tested._replace(key=self._rng.random(len(tested.key)))
+        joined = self.tested.joined(tested)
+        self.tested = joined.strongest(joined.latent, FIRINGS)
+
+        place = np.searchsorted(self.pool_N, position).clip(max=len(self.pool_N) - 1)
+        is_one = self.pool_N[place] == position
+        self.is_firing_NxC[place[is_one], latent[is_one]] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """How well one latent is described."""
+
+    latent: int
+    frequency: float  # of its firing, on all positions that count
+    auroc: float
+    auroc_strongest: float  # telling the strongest quarter of its firings
+    control: float  # AUROC by another latent's description
+    words: Mapping[str, list[str]]  # see `token_descriptions.words`
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    """The means over an SAE's latents; `_se` is a standard error over them."""
+
+    auroc: float
+    auroc_se: float
+    auroc_strongest: float
+    auroc_strongest_se: float
+    control: float
+    control_se: float
+    scorable: float  # share of the latents looked at that fire often enough, and not nearly everywhere
+    latents: tuple[Latent, ...]
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    """The mean, and its standard error; nan where there are too few."""
+    n = len(values)
+    if not n:
+        return float("nan"), float("nan")
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+
+
+def summarize(
+    found: Firings,
+    candidates_C: np.ndarray,
+    wanted: int,
+    elsewhere: token_descriptions.Counts,
+    decode: Callable[[list[int]], str],
+) -> Detection:
+    """Scores the first candidates that can be.
+
+    Args:
+      found: of the candidates.
+      candidates_C: which latents they are, in random order.
+      wanted: how many to score, at most.
+      elsewhere: of random passages of the first half.
+      decode: from token ids to text.
+    """
+    text, size = found.text, len(candidates_C)
+    pool_NxW = token_descriptions.passages(text, found.pool_N)
+    is_silent = [
+        (text.half_RxL.reshape(-1)[found.pool_N] == half)[:, None] & ~found.is_firing_NxC for half in (0, 1)
+    ]
+    counts = [np.bincount(events.latent, minlength=size) for events in (found.examples, found.tested)]
+    is_scorable_C = np.min([*counts, *(is_it.sum(0) for is_it in is_silent)], axis=0) >= FEWEST
+    chosen = np.flatnonzero(is_scorable_C)[:wanted]
+
+    def description_of(c: int) -> token_descriptions.Description:
+        examples = found.examples.position[found.examples.latent == c]
+        silent_KxW = pool_NxW[is_silent[0][:, c]]
+        return token_descriptions.describe(token_descriptions.passages(text, examples), elsewhere, silent_KxW)
+
+    described = [description_of(c) for c in chosen]
+    latents = []
+    for place, c in enumerate(chosen):
+        tested = found.tested.where(found.tested.latent == c)
+        firing = token_descriptions.passages(text, tested.position[np.argsort(-tested.value, kind="stable")])
+        silent = pool_NxW[is_silent[1][:, c]]
+        other = described[(place + 1) % len(chosen)]
+        latents.append(
+            Latent(
+                int(candidates_C[c]),
+                float(found.count_C[c] / (text.half_RxL >= 0).sum()),
+                token_descriptions.score(described[place], firing, silent),
+                token_descriptions.score(described[place], firing[: -(-len(firing) // 4)], silent),
+                token_descriptions.score(other, firing, silent) if len(chosen) > 1 else float("nan"),
+                token_descriptions.words(described[place], text, decode),
+            )
+        )
+    means = {
+        name: _mean([getattr(latent, name) for latent in latents])
+        for name in ("auroc", "auroc_strongest", "control")
+    }
+    return Detection(
+        **{name: value for name, (value, _) in means.items()},
+        **{f"{name}_se": error for name, (_, error) in means.items()},
+        scorable=float(is_scorable_C.mean()),
+        latents=tuple(latents),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "prefix"))
+def _latents(
+    mesh: jax.sharding.Mesh,
+    subject: jumprelu.SAE,
+    x_SxLxD: jax.Array,
+    tokens_SxL: jax.Array,
+    candidates_C: jax.Array,
+    prefix: int,
+) -> jax.Array:
+    """Latents [S, L, C], 0 at positions that do not count."""
+    x_BxD = x_SxLxD.astype(jnp.float32).reshape(-1, x_SxLxD.shape[-1])
+    f_BxM = jumprelu.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
+    f_SxLxC = f_BxM[:, candidates_C].reshape(*tokens_SxL.shape, -1)
+    kept = jnp.where(masking.is_kept(tokens_SxL, prefix)[..., None], f_SxLxC, 0)
+    return sharding.constrain(mesh, kept, sharding.REPLICATED)
+
+
+def detect(
+    mesh: jax.sharding.Mesh,
+    loaded: registry.Gemma,
+    subjects: Mapping[str, attached.Subject],
+    rows: token_rows.Batch,
+    latents: int,
+    seed: int,
+    per_batch: int,
+    decode: Callable[[list[int]], str],
+    prefix: int = 0,
+) -> dict[str, Detection]:
+    """Detection scores of latents of SAEs, of all in one pass through the rows.
+
+    Args:
+      mesh: of the devices that `loaded` lies on.
+      loaded: the model.
+      subjects: the SAEs by name.
+      rows: that are learnt from and tested on.
+      latents: how many of each SAE to score; fewer where few fire often enough.
+      seed: of what is drawn: latents, and positions.
+      per_batch: rows in one pass of the model.
+      decode: from token ids to text, for the descriptions.
+      prefix: see `masking.is_kept`.
+    """
+    text = token_descriptions.divide(rows.tokens, rows.first_document, prefix)
+    rng = np.random.default_rng(seed)
+    halves = [np.flatnonzero(text.half_RxL.reshape(-1) == half) for half in (0, 1)]
+    background_N = rng.permutation(halves[0])[:BACKGROUND]
+    pool_N = np.sort(np.concatenate([rng.permutation(half)[:SILENT] for half in halves]))
+    encoders, candidates, found = {}, {}, {}
+    for name, subject in subjects.items():
+        encoders[name] = attached.encoder(mesh, subject.sae)
+        candidates[name] = rng.permutation(subject.sae.b_enc.size)[: CANDIDATES * latents]
+        found[name] = Firings(text, pool_N, len(candidates[name]), seed)
+    sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
+    for batch in activations.batches(mesh, loaded, sites, rows.tokens, per_batch, "Detecting"):
+        for name, subject in subjects.items():
+            x_SxLxD = batch.values[subject.site]
+            f_SxLxC = _latents(mesh, encoders[name], x_SxLxD, batch.tokens_SxL, candidates[name], prefix)
+            found[name].add(batch.first, np.asarray(f_SxLxC)[: batch.count])
+    elsewhere = token_descriptions.count(
+        token_descriptions.passages(text, background_N), len(text.vocabulary_V)
+    )
+    return {name: summarize(found[name], candidates[name], latents, elsewhere, decode) for name in subjects}
+
+
+def detect_path(
+    path: str | pathlib.Path,
+    rows: int | None = None,
+    latents: int = 100,
+    seed: int = 0,
+    rows_per_batch: int | None = None,
+    out: pathlib.Path | None = None,
+    **overrides: str | None,
+) -> dict[str, Detection]:
+    """Scores latents of the SAEs that lie at a path; writes detection.json and prints a table.
+
+    Args:
+      path: see `opening.open_path`.
+      rows: how many held-out rows, at most all; None: as the config says.
+      latents: how many of each SAE, at most.
+      seed: of what is drawn.
+      rows_per_batch: in one pass; None: as the config says.
+      out: the folder to write to; None: see `opening.results_folder`.
+      **overrides: see `opening.open_path`.
+    """
+    opened = opening.open_path(path, **overrides)
+    config = opened.config
+    rows = config.evaluation.rows if rows is None else rows
+    per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
+    for name, value in (("rows", rows), ("latents", latents), ("rows_per_batch", per_batch)):
+        ranges.check(f"--{name}", value, ranges.COUNT)
+    ranges.check("--seed", seed, ranges.SEED)
+    out = opening.results_folder(opened, path, out)
+    held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
+    order = token_rows.order(len(held_out), batching.ORDER_SEED, 0, min(rows, len(held_out)))
+    decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
+    mesh, loaded = placement.load_gemma(config)
+    results = detect(
+        mesh,
+        loaded,
+        opened.subjects,
+        held_out.read(order),
+        latents,
+        seed,
+        per_batch,
+        decode,
+        masking.masked_prefix(config.data),
+    )
+    about = {
+        "model": config.model,
+        "step": opened.step,
+        "text": printing.shareable(config.data.text),
+        "context_length": config.data.context_length,
+        "rows": len(order),
+        "seed": seed,
+    }
+    written = {name: numbers(result) for name, result in results.items()}
+    files.write_json(out / "detection.json", about | {"sae": written})
+    print_tables(results, len(order))
+    say(f"Wrote {out / 'detection.json'}")
+    return results
+
+
+def numbers(result: Detection | Latent) -> dict:
+    """A result as it is written to a file; what is not finite is None."""
+    found = vars(result) | (
+        {"latents": [*map(numbers, result.latents)]} if isinstance(result, Detection) else {}
+    )
+    return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in found.items()}
+
+
+def print_tables(results: Mapping[str, Detection], rows: int, most: int = 5) -> None:
+    """The means of every SAE, and of no more than three the best and the worst described latents."""
+    width = tables.width(results) + 70
+    table = tables.Table(title=f"AUROC of latents' descriptions on {rows:,} held-out rows")
+    table.add_column("", no_wrap=True)
+    for column in ("latents", "all firings", "strongest quarter", "another's description"):
+        table.add_column(column, justify="right")
+    for name, result in results.items():
+        pairs = ("auroc", "auroc_strongest", "control")
+        shown = [f"{getattr(result, key):.3f} ± {getattr(result, f'{key}_se'):.3f}" for key in pairs]
+        table.add_row(name, str(len(result.latents)), *shown)
+    tables.show(table, least_width=width)
+    for name, result in results.items() if len(results) <= 3 else ():
+        title = f"Best and worst of {printable(name)}"
+        table = tables.Table("latent", "fires", "AUROC", "on", "behind", title=title)
+        ordered = sorted(result.latents, key=lambda latent: -latent.auroc)
+        for latent in ordered if len(ordered) <= 2 * most else ordered[:most] + ordered[-most:]:
+            said = (" ".join(map(repr, latent.words[part])) for part in ("on", "before"))
+            table.add_row(str(latent.latent), f"{latent.frequency:.2%}", f"{latent.auroc:.3f}", *said)
+        tables.show(table, least_width=width)

@@ -1,0 +1,178 @@
+"""Pictures of what was measured."""
+
+import io
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import plottable
+from gemma_scope_jax.saes.evaluation_file import Evaluation
+
+
+def _png(figure: object, dpi: int = 80) -> bytes:
+    import matplotlib.pyplot as plt
+
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple:
+    """A figure and its axes; `width` and `height` are those of a panel, in inches."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+
+
+def write_plot(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
+    """Draws each SAE's histogram of firing frequencies."""
+    columns = 1 if len(results) < 4 else 3
+    figure, axes = _figure(-(-len(results) // columns), columns, 7 if columns == 1 else 5, 3.2)
+    for axis in axes.flat[len(results) :]:
+        axis.set_axis_off()
+    for (name, result), axis in zip(results.items(), axes.flat, strict=False):
+        alive = result.frequency[result.frequency > 0]
+        axis.hist(np.log10(alive), bins=60, color="#1a73e8")
+        axis.set_xlabel("log₁₀ of the share of tokens a latent fires on")
+        axis.set_ylabel("latents")
+        axis.set_title(
+            f"{plottable(name)}\nL0 {result.l0:.1f}, FVU {result.fvu:.3f}, delta loss {result.delta_loss:.3f} ± "
+            f"{result.delta_loss_se:.3f} nats, {result.dead_fraction:.1%} dead",
+            fontsize=10 if columns == 1 else 8,
+        )
+    with files.replacing_file(path) as partial:
+        partial.write_bytes(_png(figure, 120))
+
+
+def write_pareto(
+    path: pathlib.Path, results: Mapping[str, Evaluation], sweeps: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Draws L0 against delta loss, FVU and r_L0, with a line through each sweep in the order given.
+
+    Args:
+      path: of the PNG.
+      results: by SAE.
+      sweeps: by the label of a line, its SAEs in order, each with the label of its point.
+    """
+    lines = {
+        label: [(results[name], text) for name, text in points.items()] for label, points in sweeps.items()
+    }
+    with files.replacing_file(path) as partial:
+        partial.write_bytes(_against_l0(lines))
+
+
+def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> bytes:
+    """L0 against delta loss, FVU and r_L0 of several evaluations, a colour each."""
+    lines = {
+        label: [(result, "") for result in sorted(results.values(), key=lambda r: r.l0)]
+        for label, results in columns.items()
+    }
+    return _against_l0(lines, joined=False)
+
+
+def _against_l0(lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool = True) -> bytes:
+    """A panel for each number that was measured; each point is a result with its label."""
+    from matplotlib import ticker
+
+    everything = [result for points in lines.values() for result, _ in points]
+    numbers = {"delta_loss": "delta loss, nats", "fvu": "FVU", "r_l0": "r_L0"}
+    if any(result.r_l0 is None for result in everything):
+        del numbers["r_l0"]
+    figure, (axes,) = _figure(1, len(numbers), 5.5, 4.2)
+    for axis, (number, title) in zip(axes, numbers.items(), strict=True):
+        for label, points in lines.items():
+            l0, y = ([getattr(result, name) for result, _ in points] for name in ("l0", number))
+            error = [_finite(getattr(result, f"{number}_se")) for result, _ in points]
+            style = {"marker": "o", "capsize": 3, "linestyle": "-" if joined else "none"}
+            axis.errorbar(l0, y, error, label=plottable(label), **style)
+            for x, value, (_, text) in zip(l0, y, points, strict=True):
+                axis.annotate(plottable(text), (x, value), (6, 6), textcoords="offset points", fontsize=7)
+        # A splice may lower the loss, and an SAE may be silent.
+        for scale, of, name in ((axis.set_xscale, axis.xaxis, "l0"), (axis.set_yscale, axis.yaxis, number)):
+            values = [getattr(result, name) for result in everything]
+            if min(values) > 0:
+                scale("log")
+                # Of less than a decade few numbers would have a tick, of several decades too many.
+                is_wide = max(values) > 4 * min(values)
+                of.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if is_wide else ticker.MaxNLocator(5))
+                of.set_minor_locator(ticker.NullLocator())
+            of.set_major_formatter("{x:g}")
+        axis.margins(x=0.15)  # Room for the points' labels.
+        axis.set_xlabel("L0")
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes[0].legend(fontsize=7)
+    return _png(figure, 120)
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and np.isfinite(value) else 0.0
+
+
+def details(result: Evaluation) -> bytes:
+    """Distributions of one SAE, and what changes with a token's position."""
+    figure, axes = _figure(2, 4, 3.75, 2.8)
+    (frequency, l0, error, delta), (threshold, decoder, encoder, cosine) = axes
+    alive = result.frequency[result.frequency > 0]
+    frequency.hist(np.log10(alive), bins=60)
+    frequency.set_title("log₁₀ of a latent's firing frequency")
+    l0.bar(np.arange(result.l0_counts.size), result.l0_counts, width=1)
+    l0.set_title("L0 of an activation")
+    position = np.arange(len(result.by_position["error"]))
+    for axis, name, title in (
+        (error, "error", "squared error / variance, by position"),
+        (delta, "delta_loss", "delta loss by position, nats"),
+    ):
+        values = result.by_position[name]
+        axis.plot(position[1:], values[1:], lw=0.8)
+        axis.set_title(title)
+    for axis, values, title in (
+        (threshold, result.threshold, "thresholds"),
+        (decoder, result.decoder_norm, "decoder norms"),
+        (encoder, result.encoder_norm, "encoder norms"),
+        (cosine, result.nearest_cosine, "cosine with the nearest decoder"),
+    ):
+        # All alike but for rounding, as decoder norms are: one bar, not the shape of rounding.
+        low, high = float(values.min()), float(values.max())
+        near = high - low < 1e-4 * max(abs(high), 1e-30)
+        axis.hist(
+            values,
+            bins=60,
+            range=(low - 0.5 * abs(low) - 1e-3, high + 0.5 * abs(high) + 1e-3) if near else None,
+        )
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.title.set_fontsize(9)
+        axis.tick_params(labelsize=8)
+    return _png(figure)
+
+
+def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> bytes:
+    """L0, FVU and delta loss against the layer."""
+    figure, ((l0, fvu, delta),) = _figure(1, 3, 4.3, 3.6)
+    # A line for what is otherwise the same, by its name without the layer.
+    lines: dict[str, list[str]] = {}
+    for name in sorted(results, key=lambda name: layers[name]):
+        lines.setdefault(name.replace(f"layer_{layers[name]}_", "", 1), []).append(name)
+    for label, names in lines.items():
+        x = [layers[name] for name in names]
+        l0.plot(x, [results[name].l0 for name in names], marker="o", label=plottable(label))
+        fvu.plot(x, [results[name].fvu for name in names], marker="o")
+        of = [results[name] for name in names]
+        delta.errorbar(x, [r.delta_loss for r in of], [r.delta_loss_se for r in of], marker="o", capsize=3)
+    for axis, title in ((l0, "L0"), (fvu, "FVU"), (delta, "delta loss, nats")):
+        axis.set_title(title)
+        axis.set_xlabel("layer")
+        axis.grid(alpha=0.3)
+    if 1 < len(lines) <= 8:
+        l0.legend(fontsize=7)
+    return _png(figure, 100)

@@ -1,0 +1,170 @@
+"""What passages of text have in common that a reader would notice: which token is the last, and which come before it.
+
+R rows, L context length, V tokens that occur, N passages of W tokens. Positions are numbered through all rows, as
+row · L + column.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from gemma_scope_jax.models import masking
+
+BEFORE = 8  # Tokens of a passage before its last.
+PRIOR = 1.0  # See `Description`,
+WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0)  # and `describe`.
+
+
+class Text(NamedTuple):
+    """Rows of tokens and what is known of each position."""
+
+    tokens_RxL: np.ndarray  # places in the vocabulary
+    vocabulary_V: np.ndarray  # the tokens that occur
+    position_RxL: np.ndarray  # behind the segment's BOS
+    half_RxL: np.ndarray  # 0: learnt from, 1: tested on, -1: does not count
+
+
+def divide(tokens_RxL: np.ndarray, first_document_R: np.ndarray, prefix: int) -> Text:
+    """Puts whole documents into two halves of about as many positions.
+
+    Args:
+      tokens_RxL: packed rows.
+      first_document_R: the number of the document that each begins with; see `packing.pack`.
+      prefix: see `masking.is_kept`.
+
+    Raises:
+      ValueError: there is one document alone.
+    """
+    document_RxL = first_document_R[:, None] + np.cumsum(tokens_RxL == masking.BOS, axis=1) - 1
+    kept_RxL = np.asarray(masking.is_kept(jnp.asarray(tokens_RxL), prefix))
+    numbers, sizes = np.unique(document_RxL[kept_RxL], return_counts=True)
+    if len(numbers) < 2:
+        raise ValueError(
+            f"the {len(tokens_RxL)} rows are of {len(numbers)} document; it takes two, give more --rows"
+        )
+    half_of, filled = {}, [0, 0]
+    for place in np.argsort(-sizes, kind="stable"):
+        half = int(filled[1] < filled[0])
+        half_of[numbers[place]] = half
+        filled[half] += sizes[place]
+    halves = np.array([half_of[number] for number in numbers])
+    half_RxL = np.where(
+        kept_RxL, halves[np.searchsorted(numbers, document_RxL).clip(max=len(numbers) - 1)], -1
+    )
+    vocabulary_V, places = np.unique(tokens_RxL, return_inverse=True)
+    position_RxL = np.asarray(masking.packed_positions(jnp.asarray(tokens_RxL)))
+    return Text(
+        places.reshape(tokens_RxL.shape).astype(np.int32),
+        vocabulary_V,
+        position_RxL,
+        half_RxL.astype(np.int8),
+    )
+
+
+def passages(text: Text, positions_N: np.ndarray) -> np.ndarray:
+    """The tokens [N, W] up to each position, the one there last; -1 before the segment's BOS."""
+    offsets_W = np.arange(-BEFORE, 1)
+    places_NxW = np.maximum(positions_N[:, None] + offsets_W, 0)
+    is_inside_NxW = offsets_W >= -text.position_RxL.reshape(-1)[positions_N][:, None]
+    return np.where(is_inside_NxW, text.tokens_RxL.reshape(-1)[places_NxW], -1)
+
+
+def _each_once(tokens_NxW: np.ndarray) -> np.ndarray:
+    """The tokens of each row once, -1 in the place of others."""
+    ordered_NxW = np.sort(tokens_NxW, axis=1)
+    return np.where(np.diff(ordered_NxW, axis=1, prepend=-1) == 0, -1, ordered_NxW)
+
+
+class Counts(NamedTuple):
+    """Of how many of some passages each token is the last, and among those before it."""
+
+    passages: int
+    last_V: np.ndarray
+    before_V: np.ndarray
+
+
+def count(passages_NxW: np.ndarray, size: int) -> Counts:
+    """Counts the tokens of passages, of a vocabulary of some size."""
+    parts = (passages_NxW[:, -1], _each_once(passages_NxW[:, :-1]))
+    return Counts(len(passages_NxW), *(np.bincount(part[part >= 0], minlength=size) for part in parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What passages have in common: for each token, the logarithm of how many times as often as elsewhere it occurs.
+
+    That rate is its posterior mean where occurrences are Poisson and the rate has a gamma prior of mean 1: as if the
+    token had occurred `PRIOR` times more, and just as often as elsewhere. So what occurs once says little however
+    rare it is, and a common token that is missing says much.
+    """
+
+    last_V: np.ndarray  # of the last token
+    before_V: np.ndarray  # of passages with the token among those before it
+    weight: float  # of what comes before; the last token's is 1
+
+    def evidence(self, passages_NxW: np.ndarray) -> np.ndarray:
+        """How much speaks for each passage [N]: at weight 1 its log-odds, all tokens taken as independent."""
+        last_N, before_N = _parts((self.last_V, self.before_V), passages_NxW)
+        return last_N + self.weight * before_N
+
+
+def _parts(lift: tuple[np.ndarray, np.ndarray], passages_NxW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sums of lifts over the last token, and over those before it, [N] each."""
+    before_V = np.append(lift[1], 0)  # For -1.
+    return lift[0][passages_NxW[:, -1]], before_V[_each_once(passages_NxW[:, :-1])].sum(1)
+
+
+def describe(passages_NxW: np.ndarray, elsewhere: Counts, silent_KxW: np.ndarray) -> Description:
+    """What passages have in common.
+
+    Tokens that come before are many and mostly chance, so how much they count is decided by the passages themselves:
+    as much as tells them best from silent ones when each is left out of its own description.
+
+    Args:
+      passages_NxW: two at least.
+      elsewhere: of random passages.
+      silent_KxW: passages that have it not in common.
+    """
+    seen = count(passages_NxW, len(elsewhere.last_V))
+
+    def lifts(left_out: int) -> tuple[np.ndarray, np.ndarray]:
+        share = (seen.passages - left_out) / elsewhere.passages
+        return tuple(
+            np.log((np.maximum(seen_V - left_out, 0) + PRIOR) / (share * elsewhere_V + PRIOR))
+            for seen_V, elsewhere_V in zip(seen[1:], elsewhere[1:], strict=True)
+        )
+
+    # A passage is counted once for each of its tokens: one less, and they are counted without it.
+    own, others = _parts(lifts(1), passages_NxW), _parts(lifts(0), silent_KxW)
+    weight = max(WEIGHTS, key=lambda w: auroc(own[0] + w * own[1], others[0] + w * others[1]))
+    return Description(*lifts(0), weight)
+
+
+def auroc(positive_N: np.ndarray, negative_K: np.ndarray) -> float:
+    """The share of pairs in which the positive one is the greater; equal ones count half."""
+    n, k = len(positive_N), len(negative_K)
+    ranks = stats.rankdata(np.concatenate([positive_N, negative_K]))
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * k))
+
+
+def score(description: Description, firing_NxW: np.ndarray, silent_KxW: np.ndarray) -> float:
+    """The AUROC with which a description tells passages at which a latent fires from those at which it does not."""
+    return auroc(description.evidence(firing_NxW), description.evidence(silent_KxW))
+
+
+def words(
+    description: Description, text: Text, decode: Callable[[list[int]], str], most: int = 4
+) -> dict[str, list[str]]:
+    """The tokens that stand out, as text: last ones, and where they count those before them."""
+
+    def standing_out(lift_V: np.ndarray) -> list[str]:
+        strongest = np.argsort(-lift_V, kind="stable")[:most]
+        # A token that was seen once has a lift below 2.
+        return [decode([int(text.vocabulary_V[v])]) for v in strongest if lift_V[v] > np.log(2)]
+
+    before = standing_out(description.before_V) if description.weight else []
+    return {"on": standing_out(description.last_V), "before": before}

@@ -1,0 +1,66 @@
+"""Gemma's activations of rows of tokens, a batch at a time, for what reads SAEs without splicing them in."""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from gemma import gm
+
+from gemma_scope_jax.models import forward, masking, registry, weights
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.runtime import sharding
+
+
+class Batch(NamedTuple):
+    """Some rows on the devices. Behind the `count` first ones is padding."""
+
+    first: int
+    count: int
+    tokens_SxL: jax.Array
+    values: dict[Site, jax.Array]  # [S, L, D]
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
+def read(
+    mesh: jax.sharding.Mesh,
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    sites: tuple[Site, ...],
+) -> dict[Site, jax.Array]:
+    """The activations [S, L, D] of sites; nothing behind the deepest of them is computed."""
+    found = forward.read_sites(model, forward.gather_gemma(mesh, params), tokens_SxL, sites)
+    return sharding.constrain(mesh, found, sharding.TOKENS)
+
+
+def batches(
+    mesh: jax.sharding.Mesh,
+    loaded: registry.Gemma,
+    sites: tuple[Site, ...],
+    tokens_RxL: np.ndarray,
+    per_batch: int,
+    what: str,
+) -> Iterator[Batch]:
+    """One pass of Gemma, to the deepest site, over all rows.
+
+    Args:
+      mesh: of the devices that `loaded` lies on.
+      loaded: the model.
+      sites: to read, all in the same pass.
+      tokens_RxL: the rows.
+      per_batch: so many at a time, rounded up to what the devices divide.
+      what: is being done, for the progress bar.
+    """
+    per_batch = -(-min(per_batch, len(tokens_RxL)) // mesh.size) * mesh.size
+    placed = jax.NamedSharding(mesh, sharding.TOKENS)
+    with tqdm.tqdm(total=len(tokens_RxL), desc=what, unit="row", dynamic_ncols=True) as bar:
+        for first in range(0, len(tokens_RxL), per_batch):
+            rows = tokens_RxL[first : first + per_batch]
+            padded = np.pad(rows, ((0, per_batch - len(rows)), (0, 0)), constant_values=masking.PAD)
+            tokens_SxL = jax.device_put(padded, placed)
+            values = read(mesh, loaded.model, loaded.params, tokens_SxL, sites)
+            yield Batch(first, len(rows), tokens_SxL, values)
+            bar.update(len(rows))

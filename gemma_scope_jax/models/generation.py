@@ -1,0 +1,289 @@
+"""Text that Gemma writes, greedy or sampled, with any site written on the way.
+
+Two compiled programs: one runs the prompts, one is the loop over new tokens. Both fill a cache of keys and values,
+whose slots are the same for all rows: prompts are padded on the left, so that all end in the same slot.
+
+Shapes: S prompts, L tokens run at once, C slots of the cache, N new tokens, D site width, V vocabulary.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from gemma import gm
+
+from gemma_scope_jax.models import chat, forward, interventions, masking, predictions, registry, weights
+from gemma_scope_jax.models.sites import Site, check_site
+from gemma_scope_jax.models.tokenizer import Tokenizer
+from gemma_scope_jax.runtime import distributed, ranges, sharding
+
+
+class Cache(NamedTuple):
+    """What has been run: keys and values in slots that all rows share, and in which of them each row begins."""
+
+    blocks: forward.Cache
+    start_S: jax.Array
+
+
+def new_cache(
+    model: gm.nn.Transformer, start_S: jax.Array, slots: int, dtype: jnp.dtype, mesh: jax.sharding.Mesh
+) -> Cache:
+    """An empty cache; every block has all slots, also those that look no further back than a window."""
+    blocks = model.config.init_cache(start_S.size, dtype, cache_length=slots)
+    return Cache(jax.tree.map(functools.partial(_by_rows, mesh), blocks), start_S)
+
+
+def _by_rows(mesh: jax.sharding.Mesh, value: jax.Array) -> jax.Array:
+    """Rows over all chips; how many slots are taken is the same for every row, and on every chip."""
+    return sharding.constrain(mesh, value, sharding.TOKENS if value.ndim > 1 else sharding.REPLICATED)
+
+
+def advance(
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    cache: Cache,
+    tokens_SxL: jax.Array,
+    is_prompt: bool,
+    write: Mapping[Site, interventions.Intervention],
+    mesh: jax.sharding.Mesh,
+) -> tuple[Cache, jax.Array]:
+    """Runs tokens behind those in the cache.
+
+    Returns:
+      The cache with these tokens in it, and the logits [S, V] of what follows the last of them.
+    """
+    first = cache.blocks["layer_0"]
+    slot_L = first["end_index"][0] + jnp.arange(tokens_SxL.shape[1])
+    slot_1x1xC = jnp.arange(first["k"].shape[1])[None, None]
+    # From slots and not from tokens: a BOS or PAD that the model writes is a token like any other.
+    positions_SxL = slot_L[None] - cache.start_S[:, None]
+    mask_SxLxC = (slot_1x1xC <= slot_L[None, :, None]) & (slot_1x1xC >= cache.start_S[:, None, None])
+    replace = interventions.at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, is_prompt))
+
+    # Prompts are run as a harvest is: each chip its own rows, blocks gathered. One token of each row is less to send
+    # about than weights are, and those the compiler would gather before its loop, and keep.
+    if is_prompt:
+        params = forward.gather_gemma(mesh, params)
+    spec = sharding.TOKENS if is_prompt else sharding.REPLICATED
+    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), spec)
+    layers = range(model.config.num_layers)
+    x_SxLxD, _, blocks = forward.walk(
+        model, params, x_SxLxD, positions_SxL, mask_SxLxC, layers, write=replace, cache=cache.blocks
+    )
+    logits_SxV = predictions.logits(model, params, x_SxLxD[:, -1])
+    return Cache(blocks, cache.start_S), sharding.constrain(mesh, logits_SxV, sharding.REPLICATED)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "mesh"))
+def _run_prompts(
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    tokens_SxL: jax.Array,
+    start_S: jax.Array,
+    write: Mapping[Site, interventions.Intervention],
+    num_tokens: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Cache, jax.Array]:
+    """The cache with the prompts in it and room for `num_tokens`, and the logits [S, V] of each one's first."""
+    dtype = params["embedder"]["input_embedding"].dtype
+    cache = new_cache(model, start_S, tokens_SxL.shape[1] + num_tokens, dtype, mesh)
+    return advance(model, params, cache, tokens_SxL, True, write, mesh)
+
+
+def _draw(
+    logits_SxV: jax.Array, keys_S: jax.Array, number: jax.Array | int, temperature: jax.Array
+) -> jax.Array:
+    """A token [S] for each row, by its key and how many it has drawn before; at temperature 0 the likeliest."""
+
+    def sample() -> jax.Array:
+        now_S = jax.vmap(jax.random.fold_in, (0, None))(keys_S, number)
+        return jax.vmap(jax.random.categorical)(now_S, logits_SxV / temperature)
+
+    return jax.lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits_SxV, axis=-1))
+
+
+class _State(NamedTuple):
+    number: jax.Array  # of tokens written
+    cache: Cache
+    replies_SxN: jax.Array
+    is_over_S: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames=("cache", "replies_SxN"))
+def _write_replies(
+    model: gm.nn.Transformer,
+    params: weights.Params,
+    cache: Cache,
+    replies_SxN: jax.Array,
+    logits_SxV: jax.Array,
+    is_over_S: jax.Array,
+    write: Mapping[Site, interventions.Intervention],
+    keys_S: jax.Array,
+    temperature: jax.Array,
+    stop_K: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Cache, jax.Array]:
+    """Fills the replies; the cache is returned because it is donated."""
+
+    def record(state: _State, logits_SxV: jax.Array) -> _State:
+        token_S = _draw(logits_SxV, keys_S, state.number, temperature)
+        token_S = jnp.where(state.is_over_S, masking.PAD, token_S)
+        replies_SxN = jax.lax.dynamic_update_slice(state.replies_SxN, token_S[:, None], (0, state.number))
+        is_over_S = state.is_over_S | (token_S[:, None] == stop_K[None]).any(axis=1)
+        return _State(state.number + 1, state.cache, replies_SxN, is_over_S)
+
+    def is_wanted(state: _State) -> jax.Array:
+        return (state.number < replies_SxN.shape[1]) & ~state.is_over_S.all()
+
+    def extend(state: _State) -> _State:
+        token_Sx1 = jax.lax.dynamic_slice_in_dim(state.replies_SxN, state.number - 1, 1, axis=1)
+        cache, logits_SxV = advance(model, params, state.cache, token_Sx1, False, write, mesh)
+        return record(state._replace(cache=cache), logits_SxV)
+
+    state = record(_State(jnp.zeros((), jnp.int32), cache, replies_SxN, is_over_S), logits_SxV)
+    state = jax.lax.while_loop(is_wanted, extend, state)
+    return state.cache, sharding.constrain(mesh, state.replies_SxN, sharding.REPLICATED)
+
+
+def generate(
+    loaded: registry.Gemma,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    write: Mapping[Site, interventions.Intervention] | None = None,
+    stop: Sequence[int] = (masking.EOS,),
+    rows_per_batch: int = 16,
+    mesh: jax.sharding.Mesh | None = None,
+) -> list[list[int]]:
+    """What Gemma writes behind each prompt.
+
+    A reply is a function of its prompt, the seed and its prompt's number, whatever else is in its batch; up to the
+    rounding of matmuls, which may tip a draw. All batches are of one shape, prompts as long as the next power of two.
+
+    Args:
+      loaded: the whole model; its weights may be split over the mesh.
+      prompts: token ids, each beginning with its only BOS.
+      num_tokens: the most that are written for one prompt.
+      temperature: by which logits are divided; 0: always the likeliest token.
+      seed: of the draws.
+      write: functions of a site's activations and of where they are, whose results take their place, in prompts and
+        replies alike. A function is compiled anew unless it is the same object; arrays that change between calls
+        belong into a `jax.tree_util.Partial(function, array)`, which is called with them in front.
+      stop: tokens behind which nothing is written.
+      rows_per_batch: prompts that are run together, on all devices.
+      mesh: of the devices that `loaded` lies on; None: the default device.
+
+    Returns:
+      The replies' token ids without the prompts; where one ends with a stop token that is its last.
+
+    Raises:
+      ValueError: a prompt is none, the model is not whole or has no such site, or a number is out of range.
+    """
+    mesh = mesh or sharding.one_device()
+    write = {
+        site: function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
+        for site, function in (write or {}).items()
+    }
+    _check(loaded, prompts, num_tokens, temperature, seed, write, rows_per_batch)
+    if not prompts:
+        return []
+    model, params = loaded.model, loaded.params
+    rows = -(-min(rows_per_batch, len(prompts)) // mesh.size) * mesh.size
+    length = 1 << (max(map(len, prompts)) - 1).bit_length()
+    replies = []
+    starts = range(0, len(prompts), rows)
+    bar = {"desc": "Generating", "unit": "batch", "dynamic_ncols": True, "disable": len(starts) < 2}
+    for start in tqdm.tqdm(starts, **bar):
+        batch = prompts[start : start + rows]
+        tokens_SxL, start_S = _padded(batch, rows, length)
+        placed = jax.device_put(tokens_SxL, jax.NamedSharding(mesh, sharding.TOKENS))
+        cache, logits_SxV = _run_prompts(model, params, placed, start_S, write, num_tokens, mesh)
+        _, replies_SxN = _write_replies(
+            model,
+            params,
+            cache,
+            jnp.full((rows, num_tokens), masking.PAD, jnp.int32),
+            logits_SxV,
+            jnp.arange(rows) >= len(batch),
+            write,
+            jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(start, start + rows)),
+            jnp.float32(temperature),
+            jnp.asarray(list(stop), jnp.int32),
+            mesh,
+        )
+        replies += [_until(stop, reply) for reply in distributed.fetch(replies_SxN)[: len(batch)].tolist()]
+    return replies
+
+
+def _padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts [S, L] that end together, `rows` of them, and where each begins [S]; those too many are a BOS alone."""
+    filled = [*prompts, *[[masking.BOS]] * (rows - len(prompts))]
+    starts = [length - len(prompt) for prompt in filled]
+    padded = [[masking.PAD] * start + list(prompt) for start, prompt in zip(starts, filled, strict=True)]
+    return np.array(padded, np.int32), np.array(starts, np.int32)
+
+
+def _until(stop: Sequence[int], reply: list[int]) -> list[int]:
+    ends = (number for number, token in enumerate(reply, 1) if token in stop)
+    return reply[: next(ends, len(reply))]
+
+
+def _check(
+    loaded: registry.Gemma,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    write: Mapping[Site, interventions.Intervention],
+    rows_per_batch: int,
+) -> None:
+    config = loaded.model.config
+    if loaded.num_layers < config.num_layers:
+        raise ValueError(
+            f"only {loaded.num_layers} of {loaded.name}'s {config.num_layers} blocks are loaded; load all of them"
+        )
+    ranges.check("num_tokens", num_tokens, ranges.NEW_TOKENS)
+    ranges.check("rows_per_batch", rows_per_batch, ranges.COUNT)
+    ranges.check("temperature", temperature, ranges.POSITIVE_OR_ZERO)
+    ranges.check("seed", seed, ranges.SEED)
+    for site in write:
+        check_site(loaded.model, site)
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0 or prompt[0] != masking.BOS or masking.BOS in prompt[1:] or masking.PAD in prompt:
+            raise ValueError(
+                f"prompt {number} is {list(prompt[:8])}…; a prompt begins with its only BOS ({masking.BOS}) and has "
+                f"no PAD ({masking.PAD})"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < config.num_embed:
+            raise ValueError(
+                f"prompt {number} has tokens {min(prompt)} to {max(prompt)}, but {loaded.name} has a vocabulary of "
+                f"{config.num_embed}"
+            )
+
+
+def text_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The prompt that a text is, to be gone on with."""
+    return [masking.BOS, *tokenizer.encode(text)]
+
+
+def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The prompt of a user's turn, to be answered by an instruction-tuned model."""
+    before, after = chat.chat_template(tokenizer)
+    return [masking.BOS, *before, *tokenizer.encode(text), *after]
+
+
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends a document or a turn: EOS and, if there is one, <end_of_turn>."""
+    end_of_turn = tokenizer.token_id("<end_of_turn>")
+    return (masking.EOS,) if end_of_turn is None else (masking.EOS, end_of_turn)
+
+
+def reply_text(tokenizer: Tokenizer, reply: Sequence[int]) -> str:
+    """A reply as text, without the stop token that ends it."""
+    ends = len(reply) > 0 and reply[-1] in stop_tokens(tokenizer)
+    return tokenizer.decode(list(reply[:-1] if ends else reply))

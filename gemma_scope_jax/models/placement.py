@@ -1,0 +1,57 @@
+"""Where Gemma's parameters lie on a mesh, and Gemma loaded there."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from gemma import gm
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.models import registry, weights
+from gemma_scope_jax.runtime import devices as devices_lib
+from gemma_scope_jax.runtime import sharding
+
+
+def gemma_placement(mesh: Mesh, split: bool) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Where Gemma's parameters lie, by name and shape: whole on every device, or `split` over all of them.
+
+    Split is the largest dimension that the number of devices divides; a parameter that has none is small. Of the
+    embedding it is the width: each device then looks up its part of every token's vector.
+    """
+
+    def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        candidates = shape[1:] if name == "input_embedding" else shape
+        dividing = [size for size in candidates if size % mesh.size == 0]
+        if not split or not dividing:
+            return NamedSharding(mesh, sharding.REPLICATED)
+        axis = shape.index(max(dividing))
+        return NamedSharding(mesh, P(*[None] * axis, ("data", "latent")))
+
+    return place
+
+
+def placement_of(
+    config: config_lib.Config, mesh: jax.sharding.Mesh, model: gm.nn.Transformer, num_layers: int
+) -> weights.Placement:
+    """Where Gemma's parameters lie; left open, split where whole they would take over a quarter of a device."""
+    is_split = config.mesh.gemma == "split"
+    if config.mesh.gemma == "auto":
+        shapes = weights.parameter_shapes(model, num_layers)
+        itemsize = jnp.dtype(registry.dtype(config)).itemsize
+        whole = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * itemsize
+        # That of a slice which is only planned cannot be asked.
+        chip = devices_lib.chip_of(mesh.devices.flat[0])
+        is_split = whole > (chip.memory if chip else devices_lib.memory_of(jax.local_devices()[0])) / 4
+    return gemma_placement(mesh, is_split)
+
+
+def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, registry.Gemma]:
+    """The whole model, split over all devices if it is run in parallel; rows then lie over all of them."""
+    is_one = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
+    mesh = sharding.one_device() if is_one else sharding.make_mesh(1, 0)
+    model = registry.build_model(config.model)
+    layers, dtype = model.config.num_layers, registry.dtype(config)
+    placement = placement_of(config, mesh, model, layers)
+    return mesh, registry.load(config.model, config.weights, dtype, layers, placement)

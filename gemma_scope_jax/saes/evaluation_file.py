@@ -1,0 +1,118 @@
+"""The numbers of an SAE's evaluation, and the file beside it that has them."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, quoted
+
+QUANTILES = (5, 25, 50, 75, 95)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The numbers of one SAE. Losses are in nats per prediction; `_se` is a standard error over rows.
+
+    What was not measured is None.
+    """
+
+    l0: float
+    l0_se: float
+    l0_quantiles: tuple[int, ...]  # over activations, at `QUANTILES` per cent
+    # ‖y − ŷ‖² over ‖y − mean‖², y being what is spliced and the mean that of the evaluated activations.
+    fvu: float
+    fvu_se: float
+    fvu_per_dimension: float  # the mean over dimensions of the same ratio in each
+    fvu_per_dimension_se: float
+    explained_variance_elements: (
+        float  # 1 − mean squared error over the variance of all elements, as in tutorials
+    )
+    explained_variance_elements_se: float
+    explained_variance_tokens: (
+        float  # the mean over tokens of 1 − ‖y − ŷ‖² / ‖y − site's mean‖², as SAELens had it
+    )
+    explained_variance_tokens_se: float
+    cosine: float  # of y and ŷ, the mean over tokens
+    cosine_se: float
+    norm_ratio: float  # ‖ŷ‖ / ‖y‖, likewise
+    norm_ratio_se: float
+    delta_loss: float
+    delta_loss_se: float
+    clean_loss: float
+    clean_loss_se: float
+    spliced_loss: float
+    zero_ablation_loss: float
+    mean_ablation_loss: float
+    loss_recovered_zero: float
+    loss_recovered_zero_se: float
+    loss_recovered_mean: float
+    loss_recovered_mean_se: float
+    kl: float | None  # KL(clean ‖ spliced) of the predictions of the next token
+    kl_se: float | None
+    r_l0: float | None  # uniformity of active latent importance
+    r_l0_se: float | None
+    dead_fraction: float  # of latents that never fire on the evaluated tokens
+    dense_fraction: float  # of latents that fire on more than a tenth of them
+    decoder_cosine: float  # of a latent's decoder direction with that next to it, the median over latents
+    rows: int
+    activations: int  # positions that L0, FVU and frequencies are over
+    tokens: int  # predictions scored
+    # Distributions, which are not in the table.
+    frequency: np.ndarray  # [M], of each latent's firing
+    nearest_cosine: np.ndarray  # [M], of each decoder direction with that next to it
+    threshold: np.ndarray  # [M]
+    decoder_norm: np.ndarray  # [M]
+    encoder_norm: np.ndarray  # [M]
+    l0_counts: np.ndarray  # [highest L0 + 1], activations on which so many latents fire
+    by_position: Mapping[str, np.ndarray]  # [L]: behind a document's BOS; see `at_positions`
+    by_row: Mapping[str, np.ndarray]  # [S]: sums of each row; see `differences`
+
+
+def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
+    """All but the distributions; what is not finite is None."""
+    found = {
+        key: value for key, value in vars(result).items() if not isinstance(value, (np.ndarray, Mapping))
+    }
+    return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in found.items()}
+
+
+# All of an evaluation that is a single number, or a few.
+SCALARS = [
+    field.name
+    for field in dataclasses.fields(Evaluation)
+    if field.type not in (np.ndarray, Mapping[str, np.ndarray])
+]
+
+
+def read_numbers(path: pathlib.Path) -> dict:
+    """What an evaluation.json says, checked: `SCALARS` of each SAE under "sae", and what they were measured on.
+
+    What was not measured, or not by the version that wrote it, is None.
+
+    Raises:
+      ValueError: it is no evaluation.
+    """
+    found = files.read_json(path)
+    saes = found.pop("sae", None)
+    if not isinstance(saes, dict) or not saes or not all(isinstance(of, dict) for of in saes.values()):
+        raise ValueError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
+    checked = {name: {key: of.get(key) for key in SCALARS} for name, of in saes.items()}
+    for name, of in checked.items():
+        for key, value in of.items():
+            values = value if key == "l0_quantiles" and isinstance(value, list) else [value]
+            if not all(map(_is_number, values)):
+                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
+            if key.endswith("_se") and value is not None and value < 0:
+                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is below zero")
+    about = {
+        key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
+    }
+    return {**about, "sae": checked}
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (is_number and abs(value) < 1e30)

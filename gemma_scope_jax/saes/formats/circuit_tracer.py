@@ -1,0 +1,93 @@
+"""circuit-tracer's folder: `config.yaml`, and `layer_0.safetensors` and so on, a transcoder for each layer."""
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import yaml
+
+from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.saes.jumprelu import SAE
+
+# Its names of our arrays. W_enc is [M, D], and the skip connection is applied as x @ W_skip.T.
+_NAMES = {
+    "W_enc": "W_enc",
+    "W_dec": "W_dec",
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+    "threshold": "activation_function.threshold",
+    "W_skip": "W_skip",
+}
+_TURNED = ("W_enc", "W_skip")
+_MAX_CONFIG = 2**14  # A megabyte of YAML takes 20 seconds to read.
+
+
+def write_config(folder: pathlib.Path, about: common.About) -> None:
+    """Writes what all layers share, hooks being named as TransformerLens does in any of them."""
+    hooks = {
+        "feature_input_hook": re.sub(r"^blocks\.\d+\.", "", about.hook_name),
+        "feature_output_hook": re.sub(r"^blocks\.\d+\.", "", about.hook_name_out or about.hook_name),
+    }
+    config = {"model_kind": "transcoder_set", "model_name": about.model_name, **hooks}
+    with files.replacing_file(folder / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def write(folder: pathlib.Path, sae: SAE, layer: int, dtype: str = "float32") -> pathlib.Path:
+    """Writes one layer's folded transcoder; returns the file. circuit-tracer wants all layers, of one width."""
+    tensors = {
+        _NAMES[name]: value.T if name in _TURNED else value
+        for name, value in common.arrays(sae, dtype).items()
+    }
+    path = folder / f"layer_{layer}.safetensors"
+    with files.replacing_file(path) as partial:
+        safetensors_io.write_safetensors(partial, tensors)
+    return path
+
+
+def read(folder: pathlib.Path, only: int | None = None) -> Iterator[tuple[str, SAE, common.About]]:
+    """Each layer's transcoder by name, one at a time; or `only` one layer's.
+
+    Raises:
+      ValueError: a file is not whole, or the folder is of cross-layer transcoders.
+    """
+    path = folder / "config.yaml"
+    content = files.read_regular(path, _MAX_CONFIG)
+    try:
+        if content.count(b"[") + content.count(b"{") > 100:  # Each level within another slows the next.
+            raise ValueError("it has more than 100 brackets")
+        # Nothing but strings: that is all that is asked for, and other types have ways to fail of their own.
+        config = yaml.load(content.decode(), Loader=yaml.BaseLoader)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable YAML: {printable(error)}") from error
+    keys = ("model_kind", "model_name", "feature_input_hook", "feature_output_hook")
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in keys):
+        raise ValueError(f"{path} is not a circuit-tracer config: it must have {', '.join(keys)}")
+    if config["model_kind"] != "transcoder_set":
+        raise ValueError(
+            f"{path} has model_kind {printable(repr(config['model_kind']))}; only 'transcoder_set' is read"
+        )
+    if "transcoders" in config:
+        raise ValueError(f"{path} names transcoders elsewhere; read those one by one")
+    by_layer = {
+        int(match[1]): found
+        for found in folder.glob("layer_*.safetensors")
+        if (match := re.fullmatch(r"layer_(\d+)\.safetensors", found.name)) and only in (None, int(match[1]))
+    }
+    if not by_layer:
+        raise ValueError(f"{folder} has a config.yaml and no layer_{only or 0}.safetensors")
+    ours = {theirs: name for name, theirs in _NAMES.items()}
+    for layer, found in sorted(by_layer.items()):
+        tensors = {ours.get(name, name): value for name, value in common.read_safetensors(found).items()}
+        tensors |= {name: tensors[name].T for name in _TURNED if name in tensors}
+        if "W_enc" in tensors and "threshold" not in tensors:  # A plain ReLU's.
+            tensors["threshold"] = np.zeros(tensors["W_enc"].shape[-1], np.float32)
+        about = common.About(
+            config["model_name"],
+            f"blocks.{layer}.{config['feature_input_hook']}",
+            hook_name_out=f"blocks.{layer}.{config['feature_output_hook']}",
+        )
+        yield f"layer_{layer}", common.sae_from_arrays(tensors, found), about

@@ -1,0 +1,207 @@
+"""dictionary_learning's folder: `ae.pt`, tensors as torch saves them, and `config.json`.
+
+Written and read without torch, and without unpickling anything but tensors.
+"""
+
+import io
+import os
+import pathlib
+import pickle
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+
+import ml_dtypes
+import numpy as np
+
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.saes.jumprelu import SAE
+
+NO_TRANSCODER = "is a transcoder, for which dictionary_learning has no place"
+_STORAGES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+}
+_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+
+
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> None:
+    """Writes a folded SAE, its hook being named as TransformerLens does.
+
+    Raises:
+      ValueError: the folder holds something else, or the SAE is a transcoder.
+    """
+    if about.hook_name_out:
+        raise ValueError(f"{folder} {NO_TRANSCODER}")
+    common.check_own(folder, "ae.pt")
+    d, m = sae.W_enc.shape
+    residual = _RESIDUAL.fullmatch(about.hook_name)
+    trainer = {
+        "trainer_class": "JumpReluTrainer",
+        "dict_class": "JumpReluAutoEncoder",
+        "activation_dim": d,
+        "dict_size": m,
+        # Other readers take any for one of the residual stream.
+        "layer": int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", about.hook_name)) else 0,
+        "lm_name": about.model_name,
+        "submodule_name": f"resid_post_layer_{residual[1]}" if residual else about.hook_name,
+        "device": "cpu",
+    }
+    buffer = {"d_submodule": d, "io": "out", "ctx_len": about.context_length}
+    files.write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer})
+    with files.replacing_file(folder / "ae.pt") as partial:
+        _write_torch(partial, common.arrays(sae, dtype))
+
+
+def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
+    """Reads a JumpReLU SAE.
+
+    Raises:
+      ValueError: the folder is not whole, holds another kind of SAE, or a pickle of more than tensors.
+    """
+    path = folder / "config.json"
+    config = files.read_json(path)
+    trainer, buffer = config.get("trainer"), config.get("buffer")
+    if not isinstance(trainer, dict) or trainer.get("dict_class") != "JumpReluAutoEncoder":
+        kind = trainer.get("dict_class") if isinstance(trainer, dict) else trainer
+        raise ValueError(f"{path} is of {printable(repr(kind))}; only 'JumpReluAutoEncoder' is read")
+    length = buffer.get("ctx_len") if isinstance(buffer, dict) else None
+    name, layer = trainer.get("submodule_name"), trainer.get("layer")
+    # Its own names begin with the kind of place; only that of the residual stream is known.
+    is_residual = type(layer) is int and (not isinstance(name, str) or name.startswith("resid_post"))
+    about = common.About(
+        model_name=str(trainer.get("lm_name") or ""),
+        hook_name=f"blocks.{layer}.hook_resid_post" if is_residual else str(name),
+        context_length=length if type(length) is int else 1024,
+    )
+    return common.sae_from_arrays(read_torch(folder / "ae.pt"), folder / "ae.pt"), about
+
+
+# Those that torch writes a dict of tensors with. The others do more than it takes: allocate what a file states, or
+# set attributes of what is known here.
+_OPCODES = (
+    pickle.PROTO, pickle.MARK, pickle.STOP, pickle.GLOBAL, pickle.REDUCE, pickle.BINPERSID, pickle.NONE,
+    pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1,
+    pickle.TUPLE2, pickle.TUPLE3, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2,
+    pickle.LONG1, pickle.BINUNICODE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET,
+)  # fmt: skip
+
+
+class _TensorUnpickler(pickle._Unpickler):
+    """Makes arrays of what torch pickles tensors as, and nothing else."""
+
+    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}  # noqa: RUF012
+    # A state dict's metadata, which would be set as an attribute.
+    dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()
+
+    def __init__(self, file: io.BytesIO, storages: dict[str, np.ndarray]):
+        super().__init__(file)
+        self._storages = storages
+
+    def find_class(self, module: str, name: str) -> object:
+        match module, name:
+            case "collections", "OrderedDict":
+                return OrderedDict
+            case "torch._utils", "_rebuild_tensor_v2":
+                return _rebuild
+            case "torch", _ if name in _STORAGES:
+                return name
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and may hold nothing but tensors")
+
+    def persistent_load(self, pid: object) -> np.ndarray:
+        kind, storage, key, _, count = pid
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"it has a {kind!r} where a storage was expected")
+        found = self._storages[key].view(_STORAGES[storage])
+        if found.size != count:
+            raise pickle.UnpicklingError(f"storage {key} has {found.size} values, expected {count}")
+        return found
+
+
+def _rebuild(
+    storage: np.ndarray, offset: int, shape: tuple, strides: tuple, requires_grad: bool, hooks: object
+) -> np.ndarray:
+    """A tensor of its storage, laid out as rows or as columns."""
+    del requires_grad, hooks
+    if len(shape) > 2 or len(strides) != len(shape) or any(not 0 <= n <= storage.size for n in shape):
+        raise pickle.UnpicklingError(
+            f"a tensor of {len(shape)} dimensions in a storage of {storage.size} values"
+        )
+    count = int(np.prod([int(n) for n in shape], dtype=object))
+    if min(shape, default=0) < 0 or offset < 0 or offset + count > storage.size:
+        raise pickle.UnpicklingError(f"a tensor of shape {shape} in a storage of {storage.size} values")
+    flat = storage[offset : offset + count]
+    rows = tuple(int(np.prod(shape[i + 1 :], dtype=object)) for i in range(len(shape)))
+    if tuple(strides) == rows:
+        return flat.reshape(shape)
+    if len(shape) == 2 and tuple(strides) == (1, shape[0]):
+        return flat.reshape(shape[::-1]).T
+    raise pickle.UnpicklingError(f"a tensor of shape {shape} and strides {strides}")
+
+
+def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict that `torch.save` wrote; no torch is needed, and no code in the file is run.
+
+    Raises:
+      ValueError: the file is not whole, or holds something else.
+    """
+    try:
+        with files.open_archive(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > 2 * os.path.getsize(path):
+                raise ValueError("it would grow when unpacked, which torch's files do not")
+            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            root = pickled.removesuffix("data.pkl")
+            if archive.getinfo(pickled).file_size > 2**20:
+                raise ValueError("its pickle is too large for a few tensors")
+            storages = {
+                name.removeprefix(f"{root}data/"): np.frombuffer(archive.read(name), np.uint8)
+                for name in archive.namelist()
+                if name.startswith(f"{root}data/")
+            }
+            found = _TensorUnpickler(io.BytesIO(archive.read(pickled)), storages).load()
+    except Exception as error:  # Of as many kinds as there are ways to break a pickle.
+        raise ValueError(
+            f"{path} is not a whole file of tensors as torch saves them: {printable(repr(error))}"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
+        raise ValueError(f"{path} holds something else than tensors by name")
+    return found
+
+
+def _write_torch(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """A state dict as `torch.save` writes it: a pickle that refers to storages, and each storage as it is."""
+    storages = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}
+    out = io.BytesIO()
+    # The opcodes of protocol 2, since pickling torch's own functions needs torch.
+    out.write(b"\x80\x02ccollections\nOrderedDict\n)R(")
+    for key, (name, value) in enumerate(tensors.items()):
+        rows = [int(np.prod(value.shape[i + 1 :])) for i in range(value.ndim)]
+        out.write(_text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((")
+        out.write(_text("storage") + f"ctorch\n{storages[value.dtype]}\n".encode())
+        out.write(_text(str(key)) + _text("cpu") + _int(value.size) + b"tQ" + _int(0))
+        for numbers in (value.shape, rows):
+            out.write(b"(" + b"".join(map(_int, numbers)) + b"t")
+        out.write(b"\x89ccollections\nOrderedDict\n)RtR")  # No gradient is required, there are no hooks.
+    out.write(b"u.")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", out.getvalue())
+        archive.writestr("archive/byteorder", "little")
+        for key, value in enumerate(tensors.values()):
+            with archive.open(f"archive/data/{key}", "w", force_zip64=True) as file:
+                for part in files.parts(value):
+                    file.write(np.ascontiguousarray(part).view(np.uint8).data)
+        archive.writestr("archive/version", "3\n")
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def _int(value: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", value)

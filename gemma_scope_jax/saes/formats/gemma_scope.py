@@ -1,0 +1,81 @@
+"""Gemma Scope's own format: one `params.npz` of five float32 arrays, of an SAE or of a transcoder.
+
+The file says nothing of itself; the names of the folders around it do.
+"""
+
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes.formats import common
+from gemma_scope_jax.saes.jumprelu import SAE
+
+NO_SKIP = (
+    "has a skip connection, for which params.npz has no place; --format=gemma_scope_2 and saelens have one"
+)
+_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_HOOKS = {
+    "res": "blocks.{}.hook_resid_post",
+    "mlp": "blocks.{}.hook_mlp_out",
+    "att": "blocks.{}.attn.hook_z",
+    "transcoders": "blocks.{}.ln2.hook_normalized",
+}
+
+
+def write(path: pathlib.Path, sae: SAE) -> None:
+    """Writes a folded SAE or transcoder as an npz file.
+
+    Raises:
+      ValueError: a skip connection, for which the format has no place.
+    """
+    if sae.W_skip is not None:
+        raise ValueError(f"{path} {NO_SKIP}")
+    with files.replacing_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **common.arrays(sae))
+
+
+def read(path: pathlib.Path) -> tuple[SAE, common.About]:
+    """Reads an npz file, and what its path tells if that is one of Google's.
+
+    Raises:
+      ValueError: the file is not whole, holds other arrays, or pickled objects, or grows out of proportion.
+    """
+    try:
+        with files.open_archive(path) as archive:
+            # SAELens takes small letters too.
+            names = {re.sub("^w_", "W_", name.removesuffix(".npy")): name for name in archive.namelist()}
+            missing, extra = sorted(set(_NAMES) - names.keys()), sorted(names.keys() - set(_NAMES))
+            if missing or extra:
+                raise ValueError(f"arrays missing {missing}, not known {extra}")
+            if sum(info.file_size for info in archive.infolist()) > 100 * os.path.getsize(path):
+                raise ValueError("it would grow a hundredfold when unpacked")
+            tensors = {}
+            for name in _NAMES:
+                info = archive.getinfo(names[name])
+                with archive.open(info) as file:
+                    tensors[name] = files.read_array(file, info.file_size)
+    except Exception as error:  # Of as many kinds as there are ways to break an archive.
+        raise ValueError(f"{path} is not a whole npz file: {printable(error)}") from error
+    return common.sae_from_arrays(tensors, path), about_from_path(path)
+
+
+def about_from_path(path: pathlib.Path) -> common.About:
+    """What the names around a file in one of Google's repositories say; nothing where they are others."""
+    # .../gemma-scope-2b-pt-res/.../layer_20/width_16k/average_l0_71/params.npz
+    text = str(path)
+    repository = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)", text)
+    layer = re.search(r"(?:layer_(\d+)|embedding)/width_\w+/average_l0_(\d+)", text)
+    if not repository or not layer:
+        return common.About()
+    size, tuning, site = repository.groups()
+    is_embedding = layer[1] is None
+    return common.About(
+        model_name=f"google/gemma-2-{size}{'-it' if tuning == 'it' else ''}",
+        hook_name="hook_embed" if is_embedding else _HOOKS[site].format(layer[1]),
+        hook_name_out=f"blocks.{layer[1]}.hook_mlp_out" if site == "transcoders" else None,
+        l0=float(layer[2]),
+    )

@@ -1,0 +1,104 @@
+"""SAEs of files, in any format, here or on Hugging Face's hub: what model and site they are of."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
+from gemma_scope_jax.saes import finding, jumprelu
+from gemma_scope_jax.saes.formats import common, detect
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An SAE of a file on raw activations of a site, or a transcoder."""
+
+    name: str
+    sae: jumprelu.SAE
+    about: common.About
+    model: str
+    site: Site  # what it reads
+    target_site: Site  # what it predicts; an autoencoder's is the site that it reads
+    # Whether it lies in a run directory. Only then may the text, weights and tokenizer that it names be opened
+    # unasked: the file of a stranger may name anything on this machine, or on any other.
+    is_of_run: bool = True
+
+
+def read(
+    location: str | pathlib.Path, model: str = "", site: str = "", target_site: str = ""
+) -> Iterator[Stored]:
+    """The SAEs at a location, one after the other, no two of one name.
+
+    Args:
+      location: a path, or `hf://OWNER/NAME/FOLDER`; with `*` several.
+      model: its name, for files that do not name it.
+      site: what is read, as in `layer_9_resid_post`, likewise.
+      target_site: what a transcoder predicts, likewise.
+
+    Raises:
+      ValueError: there is none, it is broken, or does not fit its model.
+    """
+    of_places = ((place, found) for place in finding.paths(str(location)) for found in detect.read(place))
+    taken: set[str] = set()
+    for place, found in of_places:
+        about = found.about
+        if not (model or about.model_name) or not (site or about.hook_name):
+            raise ValueError(
+                f"{location} does not say of which model and site it is; give them, for example "
+                "--model=gemma2_2b --site=layer_20_resid_post, and for a transcoder --target_site"
+            )
+        hook_out = target_site or about.hook_name_out
+        try:
+            name = model or registry.name_from_hugging_face(about.model_name)
+            reads = site_from_hook(site or about.hook_name)
+            predicts = site_from_hook(hook_out) if hook_out else reads
+        except ValueError as error:
+            raise ValueError(
+                f"{location}: {error}; if the file calls it otherwise, give --model, --site or --target_site"
+            ) from error
+        stored = found.sae
+        if found.format == "gemma_scope" and reads.kind == "embed":
+            stored = common.in_other_units(stored, embedding_scale(name))
+        check(location, name, stored, reads, predicts)
+        is_of_run = not str(location).startswith("hf://") and _is_in_run(place)
+        called = found.name
+        for above in (place, *place.absolute().parents):
+            if called in taken and above.name != found.name:
+                called = f"{above.name}_{called}"
+        taken.add(called)
+        yield Stored(called, stored, about, name, reads, predicts, is_of_run)
+
+
+def _is_in_run(path: pathlib.Path) -> bool:
+    """Whether an SAE lies, links followed, where a run keeps its own: in `RUN/sae/NAME`."""
+    path = path.resolve()
+    place = (path.parent if path.is_file() else path).parent
+    return place.name == "sae" and is_run(place.parent)
+
+
+def embedding_scale(model: str) -> float:
+    """√D: Gemma Scope's SAEs read a token's embedding, `embed` is the stream that begins with so many times that."""
+    return registry.build_model(model).config.embed_dim ** 0.5
+
+
+def check(
+    location: str | pathlib.Path, name: str, stored: jumprelu.SAE, site: Site, target_site: Site
+) -> None:
+    """Raises ValueError if an SAE does not fit a model."""
+    model = registry.build_model(name)
+    for place, width, does in (
+        (site, stored.W_enc.shape[0], "takes"),
+        (target_site, stored.W_dec.shape[1], "gives"),
+    ):
+        check_site(model, place)
+        if width != site_width(model, place):
+            raise ValueError(
+                f"{location} {does} activations of width {width}, but {place} of {name} has width "
+                f"{site_width(model, place)}"
+            )
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether a path is a run directory; other formats have a config.json too."""
+    return (path / "config.json").exists() and (path / "checkpoints").exists()

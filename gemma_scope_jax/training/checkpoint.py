@@ -1,0 +1,238 @@
+"""Orbax checkpoints of the training state, each with a digest of every array.
+
+Orbax notices a truncated file but not a flipped bit or a zeroed block, so each array is digested on the
+device when it is saved and again when it is restored.
+"""
+
+import functools
+import itertools
+import logging
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.training import step as step_lib
+
+
+def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
+    """A manager that saves in the background and keeps the newest `keep` checkpoints."""
+    _quiet()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    return ocp.CheckpointManager(
+        files.for_orbax(folder.absolute()), options=options, item_names=("state", "about")
+    )
+
+
+def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
+    """A manager that changes nothing, for a run that may be in training.
+
+    Raises:
+      ValueError: there is no such folder.
+    """
+    if not folder.exists():
+        raise ValueError(f"{folder.parent} has no checkpoint yet")
+    _quiet()
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    return ocp.CheckpointManager(
+        files.for_orbax(folder.absolute()), options=options, item_names=("state", "about")
+    )
+
+
+def _quiet() -> None:
+    # Orbax leaves a task behind for each array that it cannot read or write, of which asyncio then complains at
+    # length; Orbax's own error is enough.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _inspect(leaves: list[jax.Array]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each array a digest, and whether all is finite."""
+    whole = leaves[0].sharding
+    if isinstance(whole, jax.NamedSharding):
+        whole = jax.NamedSharding(whole.mesh, jax.P())  # So that every host can fetch them.
+    return jax.device_get(_compiled_inspection(whole)(leaves))
+
+
+@functools.cache
+def _compiled_inspection(out: jax.sharding.Sharding) -> Callable:
+    def inspect(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+        return [(_digest(leaf), jnp.isfinite(leaf).all()) for leaf in leaves]
+
+    return jax.jit(inspect, out_shardings=out)
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    """Two sums of mixed words, uint32[2]. Sums do not depend on how an array is laid out over devices."""
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    word = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+    def mix(h: jax.Array) -> jax.Array:  # MurmurHash3's finaliser
+        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        return h ^ (h >> 16)
+
+    seeds = (jnp.uint32(0x9E3779B9), jnp.uint32(0x7F4A7C15))
+    return jnp.stack([mix(word + mix(index + seed)).sum(dtype=jnp.uint32) for seed in seeds])
+
+
+def _named_leaves(state: step_lib.State) -> dict[str, jax.Array]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def digests(state: step_lib.State) -> dict[str, list[int]]:
+    """A digest of every array of the state, by name.
+
+    Raises:
+      FloatingPointError: an array holds a value that is not finite.
+    """
+    named = _named_leaves(state)
+    inspected = _inspect(list(named.values()))
+    # An outlier limit of infinity means that every token weighs the same.
+    bad = [
+        n
+        for n, (_, finite) in zip(named, inspected, strict=True)
+        if not finite and "max_squared_norm" not in n
+    ]
+    if bad:
+        raise FloatingPointError(f"the state holds non-finite values in {', '.join(bad)}")
+    return {name: digest.tolist() for name, (digest, _) in zip(named, inspected, strict=True)}
+
+
+def save(manager: ocp.CheckpointManager, state: step_lib.State, config: Mapping) -> None:
+    """Saves a state under its step, in the background.
+
+    Raises:
+      FloatingPointError: the state is not finite; nothing is saved.
+      ValueError: the first checkpoint cannot be opened, and so no other could.
+    """
+    step, saved = int(state.step), manager.all_steps()
+    if step in saved:
+        return
+    if len(saved) == 1:
+        check_saved(manager)
+    shapes = {name: list(leaf.shape) for name, leaf in _named_leaves(state).items()}
+    about = {"digests": digests(state), "shapes": shapes, "config": dict(config)}
+    manager.save(
+        step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
+    )
+
+
+def check_saved(manager: ocp.CheckpointManager) -> None:
+    """Waits until the newest checkpoint is saved, and opens it: Orbax has said so of some that nothing could read.
+
+    Raises:
+      ValueError: it cannot be opened.
+    """
+    manager.wait_until_finished()
+    if (step := manager.latest_step()) is None:
+        return
+    item, options = {"step": jax.ShapeDtypeStruct((), np.int32)}, {"step": ocp.RestoreArgs(np.ndarray)}
+    wanted = ocp.args.PyTreeRestore(item, restore_args=options, partial_restore=True)
+    try:
+        found = manager.restore(step, args=ocp.args.Composite(state=wanted, about=ocp.args.JsonRestore()))
+        is_whole = int(found.state["step"]) == step and bool(found.about["digests"])
+        reason = "it holds another step"
+    except Exception as error:  # Orbax raises many kinds.
+        is_whole, reason = False, printable(repr(error), 200)
+    if not is_whole:
+        raise ValueError(
+            f"checkpoint {step} in {manager.directory} was saved and cannot be opened ({reason}); train in another "
+            "--workdir, on a disk of this machine"
+        )
+
+
+class OtherShapesError(ValueError):
+    """A checkpoint is whole, but of arrays of other shapes than the run's."""
+
+
+def _check_shapes(shapes: Mapping[str, list[int]], step: int, abstract_state: step_lib.State) -> None:
+    for name, leaf in _named_leaves(abstract_state).items():
+        if shapes.get(name) != list(leaf.shape):
+            raise OtherShapesError(
+                f"checkpoint {step} holds {name} of shape {shapes.get(name)}, this run needs {list(leaf.shape)}"
+            )
+
+
+def restore_newest(
+    manager: ocp.CheckpointManager,
+    make_abstract: Callable[[Mapping[str, list[int]]], step_lib.State],
+    set_aside: bool,
+) -> step_lib.State | None:
+    """The newest checkpoint that is whole, or None if there is none at all.
+
+    With one process, damaged ones are passed over and, if asked for, set aside in `damaged/` beside the checkpoints,
+    so that their steps can be saved again. Nothing is moved before a whole one has been found.
+
+    Args:
+      manager: of the checkpoints.
+      make_abstract: from the shapes saved, by name, what to restore: shapes with shardings. None in the place of an
+        array leaves it out.
+      set_aside: see above.
+
+    Raises:
+      ValueError: there are checkpoints, but none that can be read; they stay where they are.
+      OSError: the file system refuses to be read, which says nothing of the checkpoints.
+    """
+    damaged: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+            abstract_state = make_abstract(about["shapes"])
+            _check_shapes(about["shapes"], step, abstract_state)
+            restore_args = jax.tree.map(
+                lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), abstract_state
+            )
+            # Not StandardRestore, which cannot leave out a part.
+            wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=True)
+            state = manager.restore(step, args=ocp.args.Composite(state=wanted)).state
+            changed = [name for name, value in digests(state).items() if about["digests"][name] != value]
+            if not changed:
+                for number, reason in damaged.items():
+                    if set_aside:
+                        _move_aside(manager, number, reason)
+                    else:
+                        say(f"Checkpoint {number} cannot be read and is passed over: {reason}")
+                if damaged and set_aside:
+                    manager.reload()
+                return state
+            damaged[step] = f"its contents differ from what was saved, in {', '.join(changed)}"
+        except (MemoryError, jax.errors.JaxRuntimeError, OtherShapesError):
+            raise  # Not the checkpoint's fault.
+        except Exception as error:  # Orbax raises many kinds; each means that this one cannot be used.
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise
+            files.check_readable(pathlib.Path(manager.directory) / str(step))
+            if jax.process_count() > 1:  # Another host may see nothing wrong, and all must restore the same.
+                reason = " ".join(repr(error).split())[:200]
+                raise ValueError(
+                    f"checkpoint {step} in {manager.directory} cannot be read here ({reason}); a run of one process "
+                    "passes over it and sets it aside, or move it away"
+                ) from error
+            damaged[step] = " ".join(repr(error).split())[:200]
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {manager.directory} can be read ({damaged[max(damaged)]}); nothing was changed. "
+            "If the run is being trained, try again; else start anew in another --workdir"
+        )
+    return None
+
+
+def _move_aside(manager: ocp.CheckpointManager, step: int, reason: str) -> None:
+    folder = pathlib.Path(manager.directory).parent / "damaged"
+    folder.mkdir(exist_ok=True)
+    # A step may be damaged, done again and damaged again.
+    names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
+    aside = next(folder / name for name in names if not (folder / name).exists())
+    say(f"Checkpoint {step} is damaged and was moved to {aside}: {reason}")
+    (pathlib.Path(manager.directory) / str(step)).rename(aside)

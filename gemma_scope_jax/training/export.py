@@ -1,0 +1,170 @@
+"""A run's SAEs, written in the formats and under the names that other tools know."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from gemma_scope_jax.data import token_rows
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.runtime import distributed, files, printing
+from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.saes import jumprelu, loading, naming, saving
+from gemma_scope_jax.saes.formats import (
+    common,
+)
+from gemma_scope_jax.training import bank, metrics_log, runs, step
+
+
+def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, jumprelu.SAE]]:
+    """Each member of each bank, by name, on raw activations and on the host: one at a time, for they are large."""
+    for b in plan.banks:
+        for i, member in enumerate(b.members):
+            yield (
+                member.name,
+                distributed.fetch(bank.fold(b, state.banks[b.name].params, state.normalizers, i)),
+            )
+
+
+def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict[str, float]:
+    """Each member's mean L0 as the state is: on held-out rows if that was evaluated, else of training's last updates.
+
+    Those are in the run's log; of a run without one, the updates since the last whole window are taken.
+    """
+    number = int(state.step)
+    evaluated, others = None, {}
+    with contextlib.suppress(ValueError):  # A damaged one is no reason to export nothing.
+        evaluated, others = runs.own_evaluation(workdir, run.config, number)
+    held_out = {} if evaluated is None or others else evaluated.get("sae", {})
+    logged = metrics_log.last_values(workdir, number)
+    measured = {}
+    for b in run.plan.banks:
+        firing = distributed.fetch(state.banks[b.name].firing)
+        for i, member in enumerate(b.members):
+            known = [of[member.name]["l0"] for of in (held_out, logged) if member.name in of]
+            known = [l0 for l0 in known if l0 is not None]
+            rows = int(firing.rows_E[i])
+            since = firing.count_ExM[i].sum() / rows if rows else firing.frequency_ExM[i].sum()
+            measured[member.name] = float(known[0] if known else since)
+    return measured
+
+
+def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str) -> list[pathlib.Path]:
+    """Writes every member to `folder/<name>/` as a SAELens folder; `rows` names the dataset it was trained on."""
+    l0 = measured_l0(run, state, folder.parent)
+    members = {member.name: member for member in run.plan.members}
+    with files.filling_folder(folder) if distributed.is_first() else contextlib.nullcontext() as partial:
+        for name, folded in folded_saes(run.plan, state):
+            if partial is not None:
+                one = as_stored(run, state, members[name], folded, l0[name], rows)
+                saving.write(partial / name, "saelens", one)
+    for name in members:
+        say(f"Exported {folder / name}")
+    return [folder / name for name in members]
+
+
+def as_stored(
+    run: runs.Run, state: step.State, member: naming.Member, folded: jumprelu.SAE, l0: float, rows: str
+) -> loading.Stored:
+    """A run's member as if it came from a file; hooks are named by `write`."""
+    config = run.config
+    about = common.About(
+        model_name=registry.spec(config.model).hugging_face,
+        context_length=config.data.context_length,
+        text=printing.without_credentials(config.data.text),
+        l0=round(l0, 2),
+        held_out_fraction=config.data.held_out_fraction,
+        data_seed=config.data.seed,
+        chat_template=config.data.chat_template,
+        rows=rows,
+        weights=printing.without_credentials(config.weights),
+        tokenizer=printing.without_credentials(config.tokenizer),
+        gemma_dtype=config.gemma_dtype,
+        site_mean_O=np.asarray(state.normalizers[str(member.target_site)].ablation_mean_D),
+    )
+    return loading.Stored(member.name, folded, about, config.model, member.site, member.target_site)
+
+
+def export_run(
+    workdir: pathlib.Path,
+    formats: tuple[str, ...],
+    out: pathlib.Path,
+    bank_name: str | None = None,
+    dtype: str = "float32",
+) -> list[pathlib.Path]:
+    """Exports the newest state of a run directory in layouts such as Google's; returns the paths.
+
+    Args:
+      workdir: the run's.
+      formats: of `formats.WRITTEN`. Of several each has a folder of its own, without what it has no place for.
+      out: the folder to write to.
+      bank_name: only this bank's SAEs; None: all.
+      dtype: of the matrices.
+
+    Raises:
+      ValueError: there is no such bank, the only format has no place for a member, or a place is taken; nothing has
+        been written then.
+    """
+    run, state = runs.open_run(workdir, banks=None if bank_name is None else [bank_name])
+    return export_state(run, state, workdir, formats, out, dtype)
+
+
+def export_state(
+    run: runs.Run,
+    state: step.State,
+    workdir: pathlib.Path,
+    formats: tuple[str, ...],
+    out: pathlib.Path,
+    dtype: str = "float32",
+    is_public: bool = False,
+) -> list[pathlib.Path]:
+    """`export_run` of a run that is open.
+
+    Args:
+      run: as `runs.open_run` gives it.
+      state: likewise.
+      workdir: the run's.
+      formats: see `export_run`.
+      out: the folder to write to.
+      dtype: of the matrices.
+      is_public: whether paths of this machine are kept out of the files.
+
+    Raises:
+      ValueError: see `export_run`.
+    """
+    members = {member.name: member for member in run.plan.members}
+    rows = token_rows.name_of(runs.run_rows(run.config, workdir))
+    l0 = measured_l0(run, state, workdir)
+    wanted = [
+        (file_format, name, m.site, m.target_site, m.skip)
+        for file_format in formats
+        for name, m in members.items()
+    ]
+    dtype_of_gemma = registry.dtype(run.config)
+    found, gains = saving.obstacles(wanted, dtype, run.config.model, run.config.weights, dtype_of_gemma)
+    layouts = {file_format: naming.layout(members, l0, file_format) for file_format in formats}
+    places: dict[str, dict[str, pathlib.Path]] = {file_format: {} for file_format in formats}
+    for file_format, name, *_ in wanted:
+        why = found.get((file_format, name))
+        if why and len(formats) == 1:
+            raise ValueError(f"{name} {why}; with --bank other SAEs are exported")
+        if why:
+            say(f"Left out of {file_format}: {name} {why}")
+            continue
+        place = pathlib.Path(file_format if len(formats) > 1 else ".", layouts[file_format][name])
+        files.check_new(out / place)
+        places[file_format][name] = place
+    paths = []
+    with files.filling_folder(out) as partial:
+        for name, folded in folded_saes(run.plan, state):
+            one = as_stored(run, state, members[name], folded, l0[name], rows)
+            if is_public:
+                one = dataclasses.replace(one, about=saving.without_paths(one.about))
+            for file_format, by_name in places.items():
+                if name in by_name:
+                    made = saving.in_convention(file_format, one, gains)
+                    path = saving.write(partial / by_name[name], file_format, made, dtype)
+                    paths.append(out / path.relative_to(partial))
+    return paths

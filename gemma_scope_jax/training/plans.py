@@ -1,0 +1,242 @@
+"""What a config asks for, checked and made into what the step is compiled for."""
+
+import itertools
+
+from gemma import gm
+
+from gemma_scope_jax.config import BankConfig, Config, check_ranges
+from gemma_scope_jax.models import masking
+from gemma_scope_jax.models.sites import Site, check_site, site_width
+from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.ranges import Range
+from gemma_scope_jax.saes import naming
+from gemma_scope_jax.training import bank, step
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def members(config: BankConfig) -> tuple[naming.Member, ...]:
+    """The SAEs that a bank's config names, in the order of layers, sites, coefficients, targets, seeds."""
+    return tuple(
+        naming.Member(
+            Site(site, layer),
+            Site(config.target_site or site, layer),
+            config.width,
+            coefficient,
+            seed,
+            config.objective,
+            target_l0,
+            config.skip,
+        )
+        for layer, site, coefficient, target_l0, seed in itertools.product(
+            config.layers,
+            config.sites,
+            config.sparsity_coefficients,
+            config.target_l0s or (0.0,),
+            config.seeds,
+        )
+    )
+
+
+# What `objective`, `scale_target_by` and `precision` may be.
+_CHOICES = {
+    "objective": ("linear", "quadratic", "controlled"),
+    "scale_target_by": ("read", "target"),
+    "precision": ("default", "high", "highest"),
+}
+
+
+def _check_bank(
+    name: str, config: BankConfig, batch: int, model: gm.nn.Transformer, latent_axis: int
+) -> None:
+    at, named = f"banks.{name}", members(config)
+    _require(bool(named), f"{at} has no member: each of layers, sites, … needs a value")
+    for member in named:
+        check_site(model, member.site)
+        check_site(model, member.target_site)
+    for member in named:
+        _require(
+            member.is_transcoder or not config.target_site,
+            f"{at}: a transcoder from {member.site} to itself is an autoencoder; leave target_site empty",
+        )
+    for kind in ("site", "target_site"):
+        widths = {str(getattr(m, kind)): site_width(model, getattr(m, kind)) for m in named}
+        _require(
+            len(set(widths.values())) == 1,
+            f"the sites of a bank must have one width, those of {at} have {widths}; make a bank of each width",
+        )
+    _require(
+        config.width % latent_axis == 0,
+        f"{at}.width {config.width} is not divisible by the mesh's latent axis ({latent_axis}); "
+        f"choose a multiple of {latent_axis}",
+    )
+    for field, choices in _CHOICES.items():
+        value = getattr(config, field)
+        _require(value in choices, f"{at}.{field} is {value!r}; choose one of {', '.join(choices)}")
+    _require(not config.skip or bool(config.target_site), f"{at}.skip is for transcoders; set target_site")
+    o = site_width(model, named[0].target_site)
+    _require(
+        not config.skip or o % latent_axis == 0,
+        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}; "
+        "set mesh.data",
+    )
+    # A window's activations are counted in int32.
+    ranges.check(f"{at}.window_updates", config.window_updates, Range(1, ranges.LARGEST // batch))
+    if config.objective == "linear":
+        _require(
+            not config.target_l0s,
+            f"{at}.target_l0s are given; choose objective quadratic or controlled with them",
+        )
+        return
+    _require(bool(config.target_l0s), f"{at}.objective is {config.objective}; it needs {at}.target_l0s")
+    for target in config.target_l0s:
+        _require(
+            0 < target < config.width, f"{at}.target_l0s has {target}; choose above 0 and below the width"
+        )
+    _require(
+        min(config.sparsity_coefficients) > 0,
+        f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; the objective {config.objective} needs "
+        "them above 0",
+    )
+
+
+def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> None:
+    _require(bool(config.banks), "config.banks is empty; a run needs a bank")
+    banks_of = {}
+    for name, bank_config in config.banks.items():
+        _require(name.isidentifier(), f"config.banks has a bank {name!r}; choose letters, digits and _")
+        _check_bank(name, bank_config, config.train.batch, model, latent_axis)
+        for member in members(bank_config):
+            _require(
+                member.name not in banks_of,
+                f"{member.name} is named twice, in banks.{banks_of.get(member.name)} and banks.{name}; what "
+                "stands in the name must differ, for example the seed",
+            )
+            banks_of[member.name] = name
+
+
+GEMMA_PLACEMENTS = ("auto", "whole", "split")
+
+
+def _check_sizes(config: Config, devices: int) -> None:
+    train, ring, length = config.train, config.ring, config.data.context_length
+    activations = train.sequences_per_step * length
+    ranges.check("train.sequences_per_step × data.context_length", activations, Range(1, ranges.LARGEST))
+    _require(
+        train.sequences_per_step % devices == 0,
+        f"train.sequences_per_step {train.sequences_per_step} is not a multiple of the {devices} devices",
+    )
+    _require(
+        activations % train.batch == 0,
+        f"train.sequences_per_step × data.context_length = {activations} is not a multiple of train.batch "
+        f"{train.batch}",
+    )
+    _require(
+        ring.groups % devices == 0,
+        f"ring.groups {ring.groups} is not a multiple of the {devices} devices",
+    )
+    _require(
+        train.batch % ring.groups == 0,
+        f"train.batch {train.batch} is not a multiple of ring.groups {ring.groups}",
+    )
+    _require(
+        ring.capacity >= activations,
+        f"ring.capacity {ring.capacity} is smaller than the {activations} activations of one step "
+        "(train.sequences_per_step × data.context_length); ten times that shuffles well",
+    )
+    _require(
+        ring.capacity % activations == 0,
+        f"ring.capacity {ring.capacity} is not a multiple of the {activations} activations of one step; "
+        f"choose for example {ring.capacity // activations * activations}",
+    )
+    _require(
+        train.tokens >= ring.capacity,
+        f"train.tokens {train.tokens} do not fill the ring once; give more tokens or a ring.capacity "
+        f"of at most {train.tokens // activations * activations}",
+    )
+    # Steps and updates are counted in int32, those that fill and drain the ring among them.
+    ranges.check("train.tokens", train.tokens, Range(1, ranges.LARGEST * train.batch - 2 * ring.capacity))
+
+
+def padded(count: int, data_axis: int) -> int:
+    """A number of members, rounded up to a multiple of the mesh's data axis."""
+    return -(-count // data_axis) * data_axis
+
+
+def choose_data_axis(config: Config, devices: int) -> int:
+    """The mesh's `data` axis where the config leaves it open (0).
+
+    The more SAEs are on chips of their own, the less of each has to be summed over chips: so the largest divisor of
+    the number of devices to which no bank is padded by more than an eighth, and which leaves a `latent` axis that
+    divides every width.
+    """
+
+    def suits(data: int) -> bool:
+        return all(
+            8 * padded(len(members(b)), data) <= 9 * len(members(b)) and b.width % (devices // data) == 0
+            for b in config.banks.values()
+        )
+
+    if config.mesh.latent:
+        return max(devices // config.mesh.latent, 1)
+    return max((d for d in range(1, devices + 1) if devices % d == 0 and suits(d)), default=1)
+
+
+def make_plan(
+    config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int, started: Config | None = None
+) -> step.Plan:
+    """What the step is compiled for, on a mesh of `data_axis` × `latent_axis` devices.
+
+    Args:
+      config: of the run.
+      model: that it reads.
+      data_axis: of the mesh.
+      latent_axis: of the mesh.
+      started: what the run was started with, if it goes on; see `config.check_ranges`.
+
+    Raises:
+      ValueError: fields out of range, or that do not fit each other, the model or the mesh; names and values in the
+        message.
+    """
+    check_ranges(config, started)
+    _require(
+        config.mesh.gemma in GEMMA_PLACEMENTS,
+        f"mesh.gemma is {config.mesh.gemma!r}; choose one of {', '.join(GEMMA_PLACEMENTS)}",
+    )
+    _check_sizes(config, data_axis * latent_axis)
+    _check_banks(config, model, latent_axis)
+    return plan_of(config, data_axis)
+
+
+def plan_of(config: Config, data_axis: int) -> step.Plan:
+    """The plan of a config that has been checked: a finished run opens also where checks are stricter today."""
+    train = config.train
+    activations = train.sequences_per_step * config.data.context_length
+    return step.Plan(
+        banks=tuple(_bank_plan(name, b, data_axis) for name, b in config.banks.items()),
+        batch=train.batch,
+        updates_per_step=activations // train.batch,
+        harvests=train.tokens // activations,
+        ring_groups=config.ring.groups,
+        ring_capacity=config.ring.capacity,
+        optimizer=config.optimizer,
+        seed=config.seed,
+        masked_prefix=masking.masked_prefix(config.data),
+    )
+
+
+def _bank_plan(name: str, config: BankConfig, data_axis: int) -> bank.Plan:
+    named = members(config)
+    return bank.Plan(
+        name=name,
+        members=named,
+        padded_members=padded(len(named), data_axis),
+        scale_target_by=config.scale_target_by,
+        bandwidth=config.bandwidth,
+        initial_threshold=config.initial_threshold,
+        window_updates=config.window_updates,
+        precision=config.precision,
+    )

@@ -1,0 +1,299 @@
+"""What a run is built from: on a mesh, from a config, or from its directory."""
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from gemma import gm
+
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.models import placement, registry, weights
+from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
+from gemma_scope_jax.runtime import files, printing, sharding
+from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.training import bank, checkpoint, plans, shardings, step
+from gemma_scope_jax.training import normalizer as normalizer_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is built from; evaluation and export open a finished run as the same thing."""
+
+    config: config_lib.Config
+    mesh: jax.sharding.Mesh
+    model: gm.nn.Transformer
+    plan: step.Plan
+
+
+def build(
+    config: config_lib.Config,
+    mesh: jax.sharding.Mesh | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    started: config_lib.Config | None = None,
+) -> Run:
+    """Checks a config before anything slow is done.
+
+    Args:
+      config: of the run.
+      mesh: to run on; None: the one that the config asks for.
+      devices: of that one; None: all that there are.
+      started: see `plans.make_plan`.
+    """
+    if mesh is None:
+        devices = jax.devices() if devices is None else devices
+        data = config.mesh.data or plans.choose_data_axis(config, len(devices))
+        mesh = sharding.make_mesh(data, config.mesh.latent, devices)
+    model = registry.build_model(config.model)
+    plan = plans.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"], started)
+    registry.dtype(config)
+    return Run(config, mesh, model, plan)
+
+
+def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of the rows that the run in `workdir` was started with, or those of a new run.
+
+    Raises:
+      ValueError: they are no longer cached, and the text has changed since.
+    """
+    record = workdir / "rows"
+    name = None
+    if record.exists():
+        with files.reading(record):
+            name = record.read_text(encoding="utf-8").strip()
+            if not token_rows.is_name(name):
+                raise ValueError("it names no rows; remove it, and those of data.text as it is now are taken")
+    if name is not None and (folder := token_rows.cached(config.data, name)) is not None:
+        return folder
+    folder = prepare.rows_of_once(config)
+    if name not in (None, token_rows.name_of(folder)):
+        raise ValueError(
+            f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
+            f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
+        )
+    return folder
+
+
+def own_evaluation(
+    folder: pathlib.Path, config: config_lib.Config, step: int | None
+) -> tuple[dict | None, dict[str, object]]:
+    """The evaluation in a folder, and what it was made of that is not the SAEs' own, by name.
+
+    Their own are the model, the text and its held-out rows, all positions, and their newest step.
+
+    Args:
+      folder: the run's, or that of an SAE in files.
+      config: as the run or the file says.
+      step: at which the run is; None: of an SAE in files.
+
+    Returns:
+      What evaluation.json holds, None if there is none; and the differences, of an own one none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return None, {}
+    found = evaluation_file.read_numbers(path)
+    own = {
+        "step": step, "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text,
+        "split": token_rows.HELD_OUT, "turns": None, "context_length": config.data.context_length,
+        "weights": config.weights, "tokenizer": config.tokenizer,
+    }  # fmt: skip
+
+    def is_same(name: str) -> bool:
+        # Evaluations have their paths without the user's name, older ones with it.
+        return printing.shareable(found.get(name)) == printing.shareable(own[name])
+
+    return found, {name: found.get(name) for name in own if not is_same(name)}
+
+
+def gemma_placement(run: Run) -> weights.Placement:
+    """Where Gemma's parameters lie, up to the deepest site."""
+    return placement.placement_of(run.config, run.mesh, run.model, blocks_needed(run.plan.sites))
+
+
+def check_weights(run: Run) -> None:
+    """Raises ValueError if the weights are not there or not the model's, before an hour is spent on the text."""
+    path = registry.weights_path(run.config.model, run.config.weights)
+    weights.find(path, run.model, blocks_needed(run.plan.sites))
+
+
+def load_gemma(run: Run) -> registry.Gemma:
+    """Gemma up to the deepest site, on the mesh."""
+    config = run.config
+    dtype, depth = registry.dtype(config), blocks_needed(run.plan.sites)
+    return registry.load(config.model, config.weights, dtype, depth, gemma_placement(run))
+
+
+def read_batch(run: Run, rows: token_rows.Rows, start: int, count: int) -> step.Batch:
+    """Rows start … start + count of the training order, on the mesh; a host reads those of its own devices."""
+    order = token_rows.order(len(rows), run.config.seed, start, count)
+    placed = jax.NamedSharding(run.mesh, sharding.TOKENS)
+    own = np.zeros(count, bool)
+    for (places,) in placed.addressable_devices_indices_map((count,)).values():
+        own[places] = True
+    read = rows.read(order[own])
+
+    def place(values: np.ndarray) -> jax.Array:
+        whole = np.zeros((count, *values.shape[1:]), values.dtype)
+        whole[own] = values
+        return jax.make_array_from_callback(whole.shape, placed, lambda index: whole[index])
+
+    return step.Batch(place(read.tokens), place(read.row), place(read.first_document))
+
+
+def init_state(run: Run, normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
+    """The first state, every array made in its place on the mesh."""
+
+    def init(normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
+        return step.init_state(run.plan, normalizers, registry.dtype(run.config))
+
+    out = shardings.state_shardings(run.mesh, jax.eval_shape(init, normalizers))
+    return jax.jit(init, out_shardings=out)(normalizers)
+
+
+def abstract_state(run: Run) -> step.State:
+    """The shapes and shardings of the state; nothing is computed."""
+    shape = jax.ShapeDtypeStruct
+    normalizers = {}
+    for site in run.plan.sites:
+        width = site_width(run.model, site)
+        vector, scalar = shape((width,), jnp.float32), shape((), jnp.float32)
+        normalizers[str(site)] = normalizer_lib.Normalizer(vector, scalar, scalar, vector)
+    abstract = jax.eval_shape(lambda n: step.init_state(run.plan, n, registry.dtype(run.config)), normalizers)
+    placed = shardings.state_shardings(run.mesh, abstract)
+    return jax.tree.map(lambda leaf, s: shape(leaf.shape, leaf.dtype, sharding=s), abstract, placed)
+
+
+def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, weights.Params]:
+    """What the step takes, as shapes with shardings."""
+    config = run.config
+
+    placed = jax.NamedSharding(run.mesh, sharding.TOKENS)
+
+    def tokens(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
+
+    count = config.train.sequences_per_step
+    batch = step.Batch(tokens(count, config.data.context_length), tokens(count), tokens(count))
+    gemma_params = weights.placed_shapes(
+        run.model,
+        blocks_needed(run.plan.sites),
+        registry.dtype(config),
+        gemma_placement(run),
+    )
+    return abstract_state(run), batch, gemma_params
+
+
+def steps_left(plan: step.Plan, state: step.State) -> int:
+    """Steps until every activation harvested has been trained on."""
+    harvests, occupancy = int(state.harvests), int(state.harvests) - int(state.draws)
+    to_harvest = max(plan.harvests - harvests, 0)
+    return to_harvest + occupancy + min(plan.ring_steps - occupancy, to_harvest)
+
+
+def read_config(workdir: pathlib.Path) -> config_lib.Config:
+    """The config of a run directory."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} is no run directory: it has no config.json")
+    values = files.read_json(path)
+    with files.reading(path, "a run's config"):
+        return config_lib.from_dict(values)
+
+
+def restore(
+    run: Run, manager: ocp.CheckpointManager, set_aside: bool, what: str = "everything"
+) -> step.State | None:
+    """The newest whole checkpoint on the run's mesh, whatever mesh it was saved from; None if there is none.
+
+    Args:
+      run: as it goes on.
+      manager: of the checkpoints.
+      set_aside: see `checkpoint.restore_newest`.
+      what: "everything"; "banks", all but the ring's slots; or "saes", of the banks no optimizer either. What
+        is left out is None.
+    """
+
+    def abstract(shapes: Mapping[str, list[int]]) -> step.State:
+        def as_saved(b: bank.Plan) -> bank.Plan:
+            (padded,) = shapes.get(f"banks.{b.name}.updates_E", [b.padded_members])
+            return dataclasses.replace(b, padded_members=padded)
+
+        plan = dataclasses.replace(run.plan, banks=tuple(map(as_saved, run.plan.banks)))
+        state = abstract_state(dataclasses.replace(run, plan=plan))
+
+        def left_out(part: object) -> object:
+            return jax.tree.map(lambda _: None, part)
+
+        if what != "everything":
+            state = state.replace(ring=state.ring.replace(slots=left_out(state.ring.slots)))
+        if what == "saes":
+            banks = {name: b.replace(opt_state=left_out(b.opt_state)) for name, b in state.banks.items()}
+            state = state.replace(banks=banks)
+        return state
+
+    state = checkpoint.restore_newest(manager, abstract, set_aside)
+    if state is None:
+        return None
+    return state.replace(banks={b.name: _padded(run, b, state.banks[b.name]) for b in run.plan.banks})
+
+
+def _padded(run: Run, plan: bank.Plan, state: bank.State) -> bank.State:
+    """A bank's state, padded for the run's mesh; padding members are never trained, so copies do."""
+    if state.updates_E.size == plan.padded_members:
+        return state
+    place_E = jnp.minimum(jnp.arange(plan.padded_members), len(plan.members) - 1)
+
+    def pad(state: bank.State) -> bank.State:
+        return jax.tree.map(lambda leaf: leaf[place_E], state)
+
+    out = shardings.state_shardings(run.mesh, jax.eval_shape(pad, state))
+    return jax.jit(pad, out_shardings=out)(state)
+
+
+def open_run(
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh | None = None,
+    what: str = "saes",
+    banks: Collection[str] | None = None,
+) -> tuple[Run, step.State]:
+    """A run directory's run, and of its newest whole checkpoint what `restore` takes for `what`; changes nothing.
+
+    Args:
+      workdir: the run's.
+      mesh: to put it on; one device if None.
+      what: see `restore`.
+      banks: the names of those to open, and none of the others; None: all.
+
+    Raises:
+      ValueError: the directory holds no run, none of those banks, or no checkpoint that can be read.
+    """
+    config = read_config(workdir)
+    if banks is not None:
+        opened = {name: b for name, b in config.banks.items() if name in banks}
+        if not opened:
+            raise ValueError(
+                f"{workdir} has no bank {' or '.join(map(repr, banks))}; choose one of {', '.join(config.banks)}"
+            )
+        config = dataclasses.replace(config, banks=opened)
+    mesh, model = (
+        mesh or sharding.make_mesh(1, 1, jax.local_devices()[:1]),
+        registry.build_model(config.model),
+    )
+    run = Run(config, mesh, model, plans.plan_of(config, mesh.shape["data"]))
+    for site in run.plan.sites:
+        check_site(model, site)
+    with checkpoint.open_reader(workdir / "checkpoints") as manager:
+        state = restore(run, manager, set_aside=False, what=what)
+    if state is None:
+        raise ValueError(f"{workdir} has no checkpoint yet")
+    if steps_left(run.plan, state):
+        print(f"The run is not complete: this is step {int(state.step)}.", flush=True)
+    return run, state

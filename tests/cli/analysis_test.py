@@ -1,0 +1,77 @@
+"""The commands that look inside, as they are typed: what each opens, prints and writes."""
+
+import pytest
+import scopes
+import tiny
+from toys import random_sae
+
+from gemma_scope_jax import analysis
+from gemma_scope_jax.cli import main
+from gemma_scope_jax.models.sites import Site
+from gemma_scope_jax.saes import attached
+
+SUBJECTS = {
+    "shallow": attached.Subject(random_sae(0), Site("resid_post", 0), None),
+    "deep": attached.Subject(random_sae(1), Site("resid_post", 2), None),
+}
+
+
+@pytest.fixture
+def command(tiny_gemma, tmp_path, monkeypatch, capsys):
+    """Runs a command in a folder of its own; gives what it prints, and what the path was opened with."""
+    scope = scopes.make(tiny_gemma, SUBJECTS, held_out=tiny.tokens(4, 24, seed=4))
+    opened = {}
+
+    def open_scope(path, **overrides):
+        opened.update(
+            {"path": path}, **{name: value for name, value in overrides.items() if value is not None}
+        )
+        return scope
+
+    monkeypatch.setattr(analysis, "open_scope", open_scope)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *arguments])
+        main.main()
+        return capsys.readouterr().out, opened
+
+    return run
+
+
+def test_explore(command, tmp_path):
+    shown, opened = command("explore", "run", "a law", "--top=2", "--html=a.html", "--model=tiny")
+    assert opened == {"path": "run", "model": "tiny"}
+    assert "shallow" in shown and "deep" in shown and "strongest 2" in shown and "Wrote a.html" in shown
+    assert "shallow" in (tmp_path / "a.html").read_text()
+
+
+def test_bytes_of_a_prompt_that_are_no_text_are_replaced(command):
+    shown, _ = command("explore", "run", "caf\udce9")  # As Python gives what a terminal in Latin-1 sends.
+    assert "'f'" in shown and len(tiny.encode("caf\ufffd")) == 6
+
+
+def test_flow(command, tmp_path):
+    shown, _ = command("flow", "run", "a law", "--answer=e", "--png=a.png", "--html=a.html")
+    assert "rank of 'e'" in shown and "Wrote a_lens.png" in shown
+    for name in ("a.png", "a_lens.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "deep" in (tmp_path / "a.html").read_text()
+
+
+def test_links(command, tmp_path):
+    asked = ["links", "run", "--sae=shallow", "--latent=5", "--top=3"]
+    shown, opened = command(*asked, "--rows=2", "--to=deep", "--png=a.png", "--text=other.txt")
+    assert "what latent 5 of shallow feeds" in shown and opened["text"] == "other.txt"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    shown, _ = command(*asked, "--prompt=rivers of bread")
+    assert "of 15 activations" in shown
+    with pytest.raises(ValueError, match="there is no SAE 'other'; there are shallow, deep"):
+        command(*asked, "--to=other")
+
+
+def test_what_is_no_option_is_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        command("links", "run", "--sae=shallow", "--latent=5", "--nothing=1")
+    assert "unrecognized arguments: --nothing=1" in capsys.readouterr().err

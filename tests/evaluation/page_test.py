@@ -1,0 +1,86 @@
+"""The page of an evaluation, as a reader of its text and as a browser sees it; and its table for spreadsheets."""
+
+import csv
+import pathlib
+import re
+from html import unescape
+
+import browser
+import matplotlib.image
+import pytest
+from random_evaluations import ABOUT, evaluation
+
+from gemma_scope_jax.evaluation import page
+from gemma_scope_jax.saes import verdicts
+
+
+@pytest.fixture
+def written(tmp_path):
+    results = {f"layer_{i}_resid_post": evaluation(i) for i in (0, 1)}
+    layers = {name: i for i, name in enumerate(results)}
+    verdicts_of = {name: verdicts.Verdict(("<b>bad</b>",) * i, "wait") for i, name in enumerate(results)}
+    command = "python evaluate.py X --rows=4"
+    page.write_html(tmp_path / "a.html", results, ABOUT, command, layers, None, verdicts_of, ["<u>"])
+    return tmp_path / "a.html", results
+
+
+def cells(html):
+    """What stands in the table, by SAE and number."""
+    rows = re.findall(r'<tr data-name="([^"]+)">(.*?)</tr>', html, re.DOTALL)
+    return {name: dict(re.findall(r'data-number="(\w+)">([^<]+)<', row)) for name, row in rows}
+
+
+def check(html, results):
+    found = cells(html)
+    assert list(found) == list(results)
+    for name, result in results.items():
+        assert found[name]["l0"] == f"{result.l0:.1f} ± {result.l0_se:.1f}"
+        assert found[name]["delta_loss"] == f"{result.delta_loss:.4f} ± {result.delta_loss_se:.4f}"
+        assert found[name]["kl"] == "–"
+
+
+def test_the_page_holds_every_number_and_needs_no_network(written):
+    path, results = written
+    html = path.read_text()
+    check(html, results)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
+    assert html.count("data:image/png;base64,") == 3  # Of each SAE, and by layer.
+    assert "another text than the one trained on, <code>&lt;i&gt;</code>" in html and "&lt;u&gt;" in html
+    verdict = re.search('<ul id="verdict">(.*?)</ul>', html, re.DOTALL)[1]
+    assert "1 of 2 SAEs with nothing amiss" in verdict and "layer_0" not in verdict
+    assert "&lt;b&gt;bad&lt;/b&gt;. Next: wait." in verdict
+    assert "&lt;sotu &amp; co&gt;" in html and "python evaluate.py X --rows=4" in html
+    shown = set(map(unescape, re.findall(r"<d[td]>(.*?)</d[td]>", html, re.DOTALL)))
+    for label, _, definition in page.NUMBERS.values():
+        assert {label, definition} <= shown
+
+
+@browser.needs_chromium
+def test_a_browser_shows_what_was_measured(written):
+    path, results = written
+    check(browser.dump(path), results)
+    picture = path.with_name("shot.png")
+    browser.screenshot(path, picture)
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[:2] == (1000, 1400)
+    assert pixels[..., :3].std() > 0.05  # Not a blank page.
+
+
+def test_the_table_for_spreadsheets_has_a_column_for_each_number(tmp_path):
+    results = {"a": evaluation(0), "b": evaluation(1)}
+    page.write_csv(tmp_path / "a.csv", results)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["a", "b"]
+    assert float(rows[1]["fvu_se"]) == results["b"].fvu_se and rows[0]["kl"] == ""
+    assert rows[0]["l0_quantiles"] == "1 2 3 4 5"
+    assert "frequency" not in rows[0]
+
+
+def test_every_number_is_defined_in_the_documents():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for label, _, _ in page.NUMBERS.values():
+        first = label.split(",")[0]
+        assert first in text or first in ("clean loss", "spliced loss", "zero ablation", "mean ablation"), (
+            label
+        )

@@ -1,0 +1,84 @@
+"""Runs, a checkpoint in mid-run and exports of the first generation of this code open and evaluate as they did.
+
+`fixtures/first_generation.tar.xz` was made by commit 2174244: the small model and its text (`inputs`), a run of 20
+steps (`finished`) with its evaluation on eight rows, the same run stopped after six (`stopped`), and the finished one
+in every format (`exports`). Paths in it are relative, so it works wherever it is unpacked.
+"""
+
+import json
+import pathlib
+import re
+import tarfile
+
+import numpy as np
+import pytest
+
+from gemma_scope_jax.evaluation import report
+from gemma_scope_jax.saes import loading
+from gemma_scope_jax.saes.formats import WRITTEN
+from gemma_scope_jax.training import export, loop, runs
+
+ARCHIVE = pathlib.Path(__file__).parent / "fixtures" / "first_generation.tar.xz"
+# Another machine's XLA rounds otherwise, and twenty steps amplify that.
+ROUNDING = dict(rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def first_generation(tmp_path, monkeypatch):
+    """The archive unpacked, as the current folder."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def saes_of(workdir):
+    run, state = runs.open_run(workdir)
+    return dict(export.folded_saes(run.plan, state))
+
+
+def assert_same(found, wanted, **tolerance):
+    for name, value in vars(wanted).items():
+        if value is None:
+            assert getattr(found, name) is None
+        else:
+            np.testing.assert_allclose(getattr(found, name), value, **tolerance)
+
+
+def test_a_finished_run_has_the_saes_that_it_wrote(first_generation):
+    found = saes_of(first_generation / "finished")
+    written = {one.name: one.sae for one in loading.read(first_generation / "finished" / "sae" / "*")}
+    assert len(found) == 4 and found.keys() == written.keys()
+    for name, sae in found.items():
+        assert_same(sae, written[name], rtol=2e-6, atol=1e-6)  # Folded once more.
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(first_generation):
+    workdir = first_generation / "stopped"
+    loop.train(runs.read_config(workdir), workdir)
+    assert int(runs.open_run(workdir)[1].step) == 20
+    wanted = saes_of(first_generation / "finished")
+    for name, sae in saes_of(workdir).items():
+        assert_same(sae, wanted[name], **ROUNDING)
+
+
+def test_a_finished_run_is_evaluated_as_it_was(first_generation):
+    before = json.loads((first_generation / "finished" / "evaluation.json").read_text())["sae"]
+    now = report.evaluate_path("finished", rows=8, rows_per_batch=4, out=first_generation / "out")
+    for name, result in now.items():
+        for number in ("l0", "fvu", "delta_loss", "delta_loss_se", "kl", "r_l0", "cosine", "dead_fraction"):
+            assert getattr(result, number) == pytest.approx(before[name][number], rel=1e-4, abs=1e-5), number
+
+
+@pytest.mark.parametrize("file_format", WRITTEN)
+def test_exports_of_every_format_are_read(first_generation, file_format):
+    finished = saes_of(first_generation / "finished").values()
+    exported = first_generation / "exports" / file_format
+    files = [path for path in exported.rglob("*") if path.suffix in (".safetensors", ".npz", ".pt")]
+    places = sorted({path.parent for path in files})
+    assert places
+    for place in places:
+        layer = re.search(r"layer_\d", str(place.relative_to(exported)) + files[0].name)[0]
+        site = f"{layer}_resid_post" if file_format == "gemma_scope" else ""  # Whose files say nothing.
+        (one,) = loading.read(place, "tiny", site)
+        assert any(np.array_equal(one.sae.b_dec, sae.b_dec) for sae in finished)

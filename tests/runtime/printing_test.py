@@ -1,0 +1,41 @@
+import pytest
+
+from gemma_scope_jax.runtime import printing
+
+
+def test_what_a_terminal_obeys_is_escaped():
+    assert printing.printable("a\x1b[2Jb\r\nc\u202ed\ud800\u2028") == r"a\x1b[2Jb\r\nc\u202ed\ud800\u2028"
+
+
+def test_letters_of_all_languages_stay():
+    assert printing.printable("λ 日本 café 🙂") == "λ 日本 café 🙂"
+
+
+@pytest.mark.parametrize("letter", ["x", "\x1b", "\U000e0001"])
+def test_long_text_is_cut_and_its_length_told(letter):
+    shown = printing.printable(letter * 10**6)
+    assert len(shown) <= printing.LONGEST and shown.endswith("… (1,000,000 characters)")
+
+
+def test_a_dollar_is_no_formula():
+    assert printing.plottable("$x_1$") == r"\$x_1\$"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("https://alice:secret@host.org/a.jsonl", "https://host.org/a.jsonl"),
+        ("https://alice:p@ss@host.org/a?token=1#b", "https://host.org/a"),
+        (f"https://host.org/hf_{'x' * 34}/a", "https://host.org/hf_…/a"),
+        ("hf://google/gemma-2-2b@main/a", "hf://google/gemma-2-2b@main/a"),
+        ("--text=news=/home/alice/a.jsonl", "--text=news=~/a.jsonl"),
+        ("/Users/alice", "~"),
+        ("/srv/me/a.txt", "~/a.txt"),
+        ("/srv/menu/a.txt", "/srv/menu/a.txt"),
+        ("gs://bucket/home/models/a", "gs://bucket/home/models/a"),
+    ],
+)
+def test_what_is_shared_tells_neither_names_nor_credentials(given, shown, monkeypatch):
+    monkeypatch.setenv("HOME", "/srv/me")
+    assert printing.shareable(given) == shown
+    assert printing.shareable(shown) == shown

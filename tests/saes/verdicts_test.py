@@ -1,0 +1,113 @@
+"""What is called bad, and what is not."""
+
+import math
+import re
+
+import pytest
+
+from gemma_scope_jax.saes import verdicts
+
+# The quickstart's as measured, on 64 rows (results/quickstart.json), 4,096 latents.
+GOOD = {
+    "l0": 57.1, "fvu": 0.032, "cosine": 0.98, "delta_loss": 0.193, "delta_loss_se": 0.012, "clean_loss": 3.3,
+    "mean_ablation_loss": 7.58, "zero_ablation_loss": 24.2, "dead_fraction": 0.299, "dense_fraction": 0.026,
+    "activations": 16_253,
+}  # fmt: skip
+
+
+def judge(width=4096, target_l0=0.0, **changes):
+    return verdicts.verdict(GOOD | changes, width, target_l0)
+
+
+def test_a_good_one_is_said_to_be_in_few_words():
+    good = judge()
+    assert not good.faults
+    assert good.line == "nothing amiss: it costs 0.193 of the 4.28 nats that mean ablation costs, at L0 57.1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # Loss recovered against the mean −6.95 beside a cosine of 0.98.
+        ({"delta_loss": 34.0}, r"worse than mean ablation \(4.280\) and zero ablation \(20.900\): it costs 34.000"),
+        ({"delta_loss": 5.0}, r"worse than mean ablation \(4.280\): it costs 5.000 nats. Next: .*normalizer.center"),
+        ({"delta_loss": 2.6}, "recovers under half: it costs 2.600 of the 4.28 nats .* Next: train on more tokens"),
+        ({"fvu": 1.3}, "FVU 1.3: further from the activations than their mean is"),
+        ({"l0": 0.0, "dead_fraction": 1.0}, "nothing fires.* Next: if it was trained here, lower sparsity_coeff"),
+        ({"l0": 2000.0, "dead_fraction": 0.1}, "hardly sparse: 49% of latents fire on an activation. Next: raise"),
+        ({"dead_fraction": 0.3, "activations": 130_016}, "dead: 30% of latents never fired on 130,016 activations"),
+        ({"dead_fraction": 0.6}, "silent: 60% of latents never fired on 16,253 activations. Next: give more --rows"),
+        ({"dense_fraction": 0.05}, "dense: 5.0% of latents fire on over 10% of activations"),
+        ({"target_l0": 100.0}, "L0 57.1 is 43% below its target of 100. Next: lower sparsity_coefficients"),
+        ({"target_l0": 40.0}, "L0 57.1 is 43% above its target of 40. Next: raise sparsity_coefficients"),
+        ({"fvu": None}, "FVU nan means nothing: the activations do not vary"),
+        ({"fvu": -128_415.0}, "FVU -1.28e[+]05 means nothing"),
+        ({"fvu": "<b>"}, "FVU nan means nothing"),
+        ({"delta_loss": None}, "delta loss is not a number"),
+    ],
+)  # fmt: skip
+def test_a_bad_one_is_called_bad_with_what_to_do(changes, said):
+    bad = judge(**changes)
+    assert len(bad.faults) == 1 and "Next: " in bad.line
+    assert re.search(said, bad.line), bad.line
+
+
+def test_the_worst_comes_first_and_tells_what_to_do():
+    bad = judge(delta_loss=5.0, fvu=2.0, dense_fraction=0.2)
+    assert [fault.split()[0] for fault in bad.faults] == ["worse", "FVU", "dense:"]
+    assert bad.step == judge(delta_loss=5.0).step
+
+
+@pytest.mark.parametrize(
+    ("width", "l0", "dense"),
+    # Of results/sweep.json and results/targets.json, and the published JumpReLU SAEs of 131k with under 0.06%.
+    [
+        (2048, 152.2, 0.265),
+        (2048, 60.7, 0.054),
+        (2048, 34.8, 0.011),
+        (1024, 121.5, 0.508),
+        (131_072, 75.0, 0.0006),
+    ],
+)
+def test_a_narrow_one_is_not_called_dense_for_its_arithmetic(width, l0, dense):
+    assert not judge(width, l0=l0, dense_fraction=dense, dead_fraction=0.05).faults
+
+
+def test_what_may_be_chance_is_not_said():
+    """An ablation that costs as little as the splice does, as of attention's outputs at some layers."""
+    little = {"mean_ablation_loss": 3.31, "zero_ablation_loss": 3.31, "delta_loss": 0.017}
+    assert not judge(**little, delta_loss_se=0.014).faults
+    assert judge(**little, delta_loss_se=0.002).faults
+    assert judge(**little, delta_loss_se=math.nan).faults  # Of one row.
+    nothing = judge(mean_ablation_loss=3.29, zero_ablation_loss=3.2, delta_loss=-0.001, delta_loss_se=0.0)
+    assert nothing.line.startswith("delta loss (-0.001) cannot judge it: mean ablation costs nothing (-0.010")
+
+
+def test_training_tells_nothing_of_losses():
+    training = {name: GOOD[name] for name in ("l0", "fvu")}
+    assert verdicts.verdict(training, 4096).line == (
+        "nothing amiss at L0 57.1 and FVU 0.032; delta loss, by evaluate.py, decides"
+    )
+    assert verdicts.verdict(training | {"fvu": 1.5}, 4096).faults
+
+
+def test_a_text_that_costs_more_is_said_though_fvu_is_lower():
+    """As on news: delta loss 0.93 against 0.19 while FVU improved."""
+    own = {"delta_loss": 0.19, "delta_loss_se": 0.012, "fvu": 0.032}
+    news = {"delta_loss": 0.93, "delta_loss_se": 0.03, "fvu": 0.021}
+    assert verdicts.beside_own(news, own) == (
+        "delta loss 0.930 against 0.190 on the text it was trained on, although FVU is lower (0.021 against 0.032)"
+    )
+    assert "although" not in verdicts.beside_own(news | {"fvu": 0.05}, own)
+    assert verdicts.beside_own(own | {"delta_loss": 0.2}, own) == ""
+    assert verdicts.beside_own(own, {"delta_loss": [], "fvu": "x"}) == ""
+
+
+def test_of_many_only_those_amiss_are_listed():
+    one, bad = judge(), judge(fvu=2.0)
+    assert verdicts.lines({"a": one}) == [f"Verdict: {one.line}."]
+    assert verdicts.lines({"a": one, "b": one}) == ["Verdict: 2 of 2 SAEs with nothing amiss."]
+    many = verdicts.lines({"a": one} | {f"b{i}": bad for i in range(8)})
+    assert many[0] == "Verdict: 1 of 9 SAEs with nothing amiss." and many[1] == f"b0: {bad.line}."
+    assert len(many) == 7 and many[-1] == "And 3 more."
+    assert verdicts.lines({}) == []

@@ -1,0 +1,108 @@
+"""What `plan` says of a slice: by hand where there is a formula, by the TPU's own compiler where there is none."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from gemma_scope_jax.cli import common
+from gemma_scope_jax.runtime import devices
+from gemma_scope_jax.training import flops, forecast, plans, step
+
+needs_compiler = pytest.mark.skipif(
+    not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu"
+)
+
+
+def test_an_updates_flops_are_five_products_and_two_more_with_a_skip_connection():
+    banks = {
+        "plain": dict(layers=(0, 1, 2), width=64),
+        "skip": dict(layers=(1,), sites=("attn_out",), target_site="mlp_out", skip=True, width=128),
+    }
+    plan = plans.make_plan(tiny.run_config(pathlib.Path("nowhere"), banks=banks), tiny.TinyGemma(), 2, 1)
+    # Three SAEs are padded to four, the transcoder to two. D = 32, N·H = 64, a batch of 32.
+    assert flops.update_flops(plan.banks[0], tiny.TinyGemma(), 32) == 4 * 5 * (2 * 32 * 32 * 64)
+    products = 2 * 64 * 128 + 3 * 32 * 128 + 2 * 64 * 32
+    assert flops.update_flops(plan.banks[1], tiny.TinyGemma(), 32) == 2 * 2 * 32 * products
+    of_gemma, of_banks = flops.step_flops(plan, tiny.TinyGemma(), 16)
+    assert of_gemma == flops.harvest_flops(tiny.TinyGemma(), 8, 16, 3)
+    assert of_banks == [4 * flops.update_flops(b, tiny.TinyGemma(), 32) for b in plan.banks]
+
+
+HLO = """
+  %a = f32[1,4096]{1,0} all-gather(%x), metadata={op_name="jit(step)/cond/banks/while/body/c"}
+  %b = (f32[8]{0}, bf16[4,2]{1,0}) all-reduce(%y, %z), metadata={op_name="jit(step)/cond/banks/while/body/d"}
+  %c = (bf16[288,512]{1,0}, bf16[2304,512]{1,0}) all-gather-start(%w), metadata={op_name="jit(step)/cond/gemma/e"}
+  %d = bf16[2304,512]{1,0} all-gather-done(%c)
+  %e = s32[] all-reduce(%v), metadata={op_name="jit(step)/reduce_sum"}
+"""
+
+
+def test_collectives_are_counted_with_the_updates_that_repeat_them():
+    found = forecast.parse_collectives(HLO, 16)
+    assert [(c.kind, c.where, c.times, c.bytes) for c in found] == [
+        ("all-gather", "banks", 16, 16 * 4 * 4096),
+        ("all-gather", "gemma", 1, 2 * 2304 * 512),
+        ("all-reduce", "banks", 16, 16 * (32 + 16)),
+        ("all-reduce", "else", 1, 4),
+    ]
+
+
+@needs_compiler
+def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys):
+    """A step with another sum over all chips in it is planned with it."""
+    common.find_tpu_compiler()
+    # Large enough to be laid out over chips, and small enough to compile in seconds.
+    c = tiny.run_config(inputs, banks__main__width=1024, gemma_dtype="bfloat16")
+    before = forecast.forecast(c, "v5e:2x4")
+    assert (before.devices, before.data, before.latent) == (8, 1, 8)
+    assert before.tokens_per_step == 128 and before.hours > 0
+    total = before.gemma_s + before.banks_s + before.optimizer_s + before.collectives_s
+    assert before.step_s == total
+    # By hand: four updates, five products in six passes on eight chips.
+    assert before.banks_s == 4 * 6 * 5 * 2 * 32 * 32 * 1024 / (8 * 197e12)
+    forecast.show(before)
+    assert "v5e:2x4: 8 devices, mesh 1 × 8, SAEs: 1" in " ".join(capsys.readouterr().out.split())
+
+    make_step = step.make_step
+
+    def make_other_step(*args):
+        step = make_step(*args)
+
+        def other(state, batch, params):
+            state, metrics = step(state, batch, params)
+            tokens = batch.tokens_SxL.astype(jnp.float32)
+            return state, metrics.replace(weight_B=metrics.weight_B + jnp.sum(jnp.sin(tokens)))
+
+        return other
+
+    monkeypatch.setattr(step, "make_step", make_other_step)
+    after = forecast.forecast(c, "v5e:2x4")
+    sums = [sum(x.times for x in f.collectives if x.kind == "all-reduce") for f in (before, after)]
+    assert sums[1] > sums[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", "topology 'v9:2x2' is not KIND:AxB or KIND:AxBxC with a KIND of v4, v5e"),
+        ("v5e:8", "topology 'v5e:8' is not KIND"),
+        ("v5p:3x5", "no compiler for v5p:3x5"),
+    ],
+)
+def test_slices_that_there_are_not_are_refused(topology, message):
+    common.find_tpu_compiler()
+    with pytest.raises(ValueError, match=message):
+        forecast.slice_devices(topology)
+
+
+def test_a_device_is_known_by_what_jax_calls_it():
+    class Device:
+        device_kind = "TPU v5 lite"
+
+    assert devices.chip_of(Device()) == devices.CHIPS["v5e"]
+    assert devices.chip_of(jax.devices()[0]) is None

@@ -1,0 +1,624 @@
+"""The compiled step against an unfused reference, on one device and on eight."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.models import forward, masking, weights
+from gemma_scope_jax.models.sites import blocks_needed
+from gemma_scope_jax.runtime import devices as devices_lib
+from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.saes import jumprelu, objectives
+from gemma_scope_jax.training import bank, loop, normalizer, runs, shuffle_buffer, step
+
+
+def build(folder, data_axis=1, latent_axis=1, **changes):
+    """A run on a mesh of the first devices, with Gemma's weights placed on it and a first state."""
+    config = tiny.run_config(folder, **changes)
+    devices = jax.devices()[: data_axis * latent_axis]
+    run = runs.build(config, sharding.make_mesh(data_axis, latent_axis, devices))
+    rows = token_rows.open_rows(prepare.rows_of(config), token_rows.TRAIN)
+    params = runs.load_gemma(run).params
+    return run, rows, params, runs.init_state(run, loop.calibrate(run, rows, params, run.plan.sites))
+
+
+def member_params(state, place):
+    return jax.tree.map(lambda leaf: leaf[place], state.banks["main"].params)
+
+
+def run_steps(run, rows, params, state, count, compiled=None):
+    """States are donated; what is returned is on the host."""
+    sequences = run.config.train.sequences_per_step
+    metrics = []
+    for i in range(count):
+        batch = runs.read_batch(run, rows, i * sequences, sequences)
+        compiled = compiled or loop.lower_step(run, state, batch, params).compile()
+        state, m = compiled(state, batch, params)
+        metrics.append(jax.device_get(m))
+    return jax.device_get(state), metrics
+
+
+def reference(run, rows, gemma_params, state, count):
+    """The same steps as plain functions: gemma's own forward pass, optax's Adam, `jax.grad` of the definition."""
+    plan, model = run.plan, run.model
+    member = plan.members[0]
+    site, scaling = str(member.site), state.normalizers[str(member.site)]
+    params = member_params(state, 0)
+    penalty_of = objectives.linear_penalty
+    rate = run.config.optimizer
+    adam = optax.scale_by_adam(b1=0.0, b2=rate.beta2, eps=rate.eps)
+    adam_state = adam.init(params)
+    slots = jax.tree.map(np.array, state.ring.slots)
+    update, harvests, draws, last_full = 0, 0, 0, 0
+    for i in range(count):
+        draining = harvests >= plan.harvests
+        index = np.asarray(
+            shuffle_buffer.choose_slots(
+                shuffle_buffer.Ring(slots, jnp.int32(last_full)),
+                jax.random.wrap_key_data(state.key),
+                plan.activations // plan.ring_groups,
+                jnp.int32(i),
+                jnp.int32(harvests - draws),
+                jnp.bool_(draining),
+            )
+        )
+        groups = np.arange(plan.ring_groups)[:, None]
+        x, weight = slots.acts[site][groups, index], slots.weight[site][groups, index]
+        drawing = draining or harvests - draws == plan.ring_steps
+        if drawing:
+            for k in range(plan.updates_per_step):
+                share = plan.batch // plan.ring_groups
+                part = slice(k * share, (k + 1) * share)
+                x_k, w_k = x[:, part].reshape(-1, x.shape[-1]), weight[:, part].reshape(-1)
+                coefficient = member.sparsity_coefficient * min(update / rate.sparsity_warmup_updates, 1)
+                gradient = jax.grad(objectives.loss)(
+                    params, x_k, w_k, penalty_of(coefficient), plan.banks[0].bandwidth
+                )
+                direction = params.W_dec / (jnp.linalg.norm(params.W_dec, axis=1, keepdims=True) + 1e-6)
+                along = (gradient.W_dec * direction).sum(1, keepdims=True)
+                gradient = gradient.replace(W_dec=gradient.W_dec - along * direction)
+                scaled, adam_state = adam.update(gradient, adam_state)
+                rise = 0.1 + 0.9 * (1 - np.cos(np.pi * min(update / rate.warmup_updates, 1))) / 2
+                params = jax.tree.map(lambda p, u, r=rise: p - rate.learning_rate * r * u, params, scaled)
+                norm = jnp.linalg.norm(params.W_dec, axis=1, keepdims=True)
+                params = params.replace(W_dec=params.W_dec / norm)
+                update += 1
+        if not draining:
+            batch = rows.read(
+                token_rows.order(len(rows), run.config.seed, i * len(batch_rows(run)), len(batch_rows(run)))
+            )
+            tokens = jnp.asarray(batch.tokens)
+            positions, mask = masking.packed_positions(tokens), masking.packed_mask(tokens)
+            full = jax.tree.map(jnp.asarray, tiny.params())
+            _, captured = model.apply(
+                {"params": full}, tokens, positions=positions, attention_mask=mask,
+                capture_intermediates=True, mutable=["intermediates"],
+            )  # fmt: skip
+            block = captured["intermediates"][f"layer_{member.site.layer}"]
+            acts = np.asarray(block["__call__"][0][1]).reshape(plan.activations, -1)
+            acts = (acts - scaling.mean_D) / scaling.scale
+            kept = ~np.isin(batch.tokens.reshape(-1), [masking.PAD, masking.EOS, masking.BOS])
+            slots.acts[site][groups, index] = acts.reshape(*index.shape, -1)
+            slots.weight[site][groups, index] = kept.reshape(index.shape)
+            harvests += 1
+        draws += drawing
+        if harvests - draws == plan.ring_steps:
+            last_full = harvests
+    return params
+
+
+def batch_rows(run):
+    return range(run.config.train.sequences_per_step)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_fused_steps_equal_unfused_ones(inputs, layer):
+    """Through filling, steady running and draining."""
+    run, rows, params, state = build(inputs, banks__main__layers=(layer,), train__tokens=8 * 16 * 6)
+    count = run.plan.harvests + run.plan.ring_steps
+    expected = reference(run, rows, params, jax.device_get(state), count)
+    final, _ = run_steps(run, rows, params, state, count)
+    assert int(final.harvests) == int(final.draws) == 6
+    ours = member_params(final, 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), ours, expected)
+    # The comparison means something only if training has moved the parameters by more than that.
+    assert np.abs(ours.b_enc).max() > 1e-3
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (2, 4)])
+def test_eight_devices_give_what_one_gives(inputs, mesh):
+    """Four members on two layers and two sites; members are padded to a multiple of the data axis."""
+    fields = dict(
+        banks__main__layers=(0, 2), banks__main__sites=("resid_post", "mlp_out"),
+        banks__main__sparsity_coefficients=(1e-2,),
+    )  # fmt: skip
+    finals = []
+    for data_axis, latent_axis in [(1, 1), mesh]:
+        built = build(inputs, data_axis, latent_axis, **fields)
+        members = len(built[0].plan.members)
+        final, metrics = run_steps(*built, 7)
+        finals.append((jax.tree.map(lambda leaf, m=members: leaf[:m], final.banks), metrics[-1]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), finals[0][0], finals[1][0]
+    )
+    np.testing.assert_allclose(finals[0][1].banks["main"].l0_E, finals[1][1].banks["main"].l0_E, rtol=1e-3)
+    np.testing.assert_array_equal(finals[0][1].source_Bx3, finals[1][1].source_Bx3)
+
+
+# Three banks: mixed layers, sites, λ, objectives and widths; a transcoder and one with a skip connection.
+RECIPE = dict(bandwidth=0.1, initial_threshold=0.1, window_updates=3)
+BANKS = {
+    "residual": dict(layers=(0, 2), sites=("resid_post", "mlp_out"), width=64, sparsity_coefficients=(1e-2, 3e-3)),
+    "heads": dict(
+        layers=(1,), sites=("attn_out",), width=128, objective="controlled", target_l0s=(5.0, 9.0),
+        sparsity_coefficients=(1e-2,),
+    ),
+    "mlp": dict(
+        layers=(1, 3), sites=("mlp_in",), target_site="mlp_out", width=32, skip=True, scale_target_by="target",
+        objective="quadratic", target_l0s=(4.0,), sparsity_coefficients=(1e-2,), seeds=(0, 5),
+    ),
+    "gain_free": dict(layers=(3,), sites=("mlp_in_gain_free",), target_site="mlp_out", width=32),
+}  # fmt: skip
+
+
+def build_banks(inputs, banks, *mesh, **changes):
+    fields = {name: RECIPE | values for name, values in banks.items()}
+    return build(inputs, *mesh, banks=fields, **changes)
+
+
+def test_members_of_banks_equal_the_same_saes_alone(inputs):
+    """To 1e-6: their parameters, optimizer and counters, whatever else is trained beside them."""
+    everything = build_banks(inputs, BANKS)
+    together, _ = run_steps(*everything, 8)
+    for plan in everything[0].plan.banks:
+        member, place = plan.members[-1], len(plan.members) - 1
+        alone = dict(
+            BANKS[plan.name],
+            layers=(member.site.layer,),
+            sites=(member.site.kind,),
+            sparsity_coefficients=(member.sparsity_coefficient,),
+            seeds=(member.seed,),
+        )
+        if member.target_l0:
+            alone["target_l0s"] = (member.target_l0,)
+        final, _ = run_steps(*build_banks(inputs, {plan.name: alone}), 8)
+        mine, its = final.banks[plan.name], together.banks[plan.name]
+        jax.tree.map(
+            lambda a, b, i=place: np.testing.assert_allclose(a[0], b[i], rtol=1e-6, atol=1e-6), mine, its
+        )
+        assert int(mine.updates_E[0]) == 16
+        assert np.abs(mine.params.b_enc).max() > 1e-3
+
+
+def test_the_order_of_members_does_not_matter(inputs):
+    """So none gets another's site, λ, target or seed."""
+    turned = {
+        name: {field: v[::-1] if isinstance(v, tuple) else v for field, v in fields.items()}
+        for name, fields in BANKS.items()
+    }
+    found = []
+    for banks in (BANKS, turned):
+        built = build_banks(inputs, banks)
+        final, _ = run_steps(*built, 6)
+        found.append(
+            {
+                member.name: jax.tree.map(lambda leaf, i=i: leaf[i], final.banks[plan.name])
+                for plan in built[0].plan.banks
+                for i, member in enumerate(plan.members)
+            }
+        )
+    assert len(found[0]) == 8 + 2 + 4 + 1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *found)
+
+
+def test_banks_over_eight_devices_give_what_one_gives(inputs):
+    finals = []
+    for shape in [(1, 1), (2, 4)]:
+        built = build_banks(inputs, BANKS, *shape)
+        final, _ = run_steps(*built, 8)
+        counts = {plan.name: len(plan.members) for plan in built[0].plan.banks}
+        finals.append({n: jax.tree.map(lambda x, m=counts[n]: x[:m], b) for n, b in final.banks.items()})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), *finals)
+
+
+def test_a_sites_activations_are_in_the_ring_once_however_many_read_them(inputs):
+    banks = {
+        "a": dict(layers=(1,), width=32, sparsity_coefficients=(1e-3, 1e-2)),
+        "b": dict(layers=(1,), width=64),
+    }
+    run, _, _, state = build_banks(inputs, banks)
+    assert set(state.ring.slots.acts) == {"layer_1_resid_post"} and len(run.plan.members) == 3
+
+
+def test_a_transcoder_sees_its_two_sites_of_one_token_by_the_scales_it_is_given(inputs):
+    """The loss of the very first update, from Gemma's own activations in float64."""
+    for by in ("read", "target"):
+        bank_config = dict(
+            layers=(3,), sites=("mlp_in",), target_site="mlp_out", width=32, scale_target_by=by
+        )
+        run, rows, params, state = build_banks(
+            inputs, {"t": bank_config}, train__batch=128, ring__capacity=128, train__tokens=256
+        )
+        first = jax.device_get(state)
+        _, metrics = run_steps(run, rows, params, state, 2)
+        batch = runs.read_batch(run, rows, 0, 8)
+        read, target = run.plan.sites
+        values = forward.read_sites(run.model, params, batch.tokens_SxL, [read, target])
+        kept = np.asarray(masking.is_kept(batch.tokens_SxL, 0))
+        x, y = (np.asarray(values[site], np.float64)[kept] for site in (read, target))
+        n_x, n_y = (first.normalizers[str(site)] for site in (read, target))
+        x, y = (x - n_x.mean_D) / n_x.scale, (y - n_y.mean_D) / (n_x if by == "read" else n_y).scale
+        p = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), first.banks["t"].params)
+        pre = x @ p.W_enc + p.b_enc
+        f = pre * (pre > np.exp(p.log_threshold))
+        error = np.square(f @ p.W_dec + p.b_dec - y).sum(1).mean()
+        found = metrics[1].banks["t"]
+        np.testing.assert_allclose(found.loss_E, [error], rtol=1e-4)  # λ is still warming up from zero.
+        np.testing.assert_allclose(found.l0_E, [(f > 0).sum(1).mean()], rtol=1e-3)
+        np.testing.assert_allclose(found.fvu_E, [error / np.square(y - y.mean(0)).sum(1).mean()], rtol=1e-3)
+
+
+def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
+    """Against counts from encoding each batch with the parameters as they were: a rate of zero keeps them."""
+    run, rows, params, state = build_banks(
+        inputs,
+        {"main": dict(layers=(1,), width=64, window_updates=7)},
+        optimizer__learning_rate=0.0,
+        train__tokens=128 * 10,
+    )
+    first = jax.device_get(state)
+    p = member_params(first, 0)
+    batches = []
+    final, metrics = run_steps(run, rows, params, state, 9)
+    for m in metrics:
+        found = m.banks["main"]
+        if not m.trained:
+            continue
+        batches.append(m)
+        updates = 4 * len(batches)
+        assert (found.dead_E[0] >= 0) == (updates >= 7)
+    # 20 updates: two whole windows of seven, and six updates of the third.
+    assert int(final.banks["main"].updates_E[0]) == 20
+    firing = final.banks["main"].firing
+    assert int(firing.windows_E[0]) == 2
+    rows_of = lambda m: int(m.banks["main"].activations_E[0])  # noqa: E731
+    assert rows_of(metrics[-1]) < int(firing.rows_E[0]) < rows_of(metrics[-1]) + rows_of(metrics[-2])
+    threshold = np.exp(p.log_threshold)
+    values = forward.read_sites(
+        run.model, params, runs.read_batch(run, rows, 0, 40).tokens_SxL, run.plan.sites
+    )
+    site = run.plan.sites[0]
+    tokens = runs.read_batch(run, rows, 0, 40).tokens_SxL
+    x = np.asarray(values[site])[np.asarray(masking.is_kept(tokens, 0))]
+    scaling = first.normalizers[str(site)]
+    x = (x - scaling.mean_D) / scaling.scale
+    frequency = ((x - p.b_dec) @ p.W_enc + p.b_enc > threshold).mean(0)
+    # A window is a sample of all that was harvested: frequencies agree as a sample does.
+    window = 7 * run.plan.batch
+    deviation = np.sqrt(frequency * (1 - frequency) / window) + 1 / window
+    assert (np.abs(firing.frequency_ExM[0] - frequency) < 5 * deviation).all()
+    found = metrics[-1].banks["main"]
+    assert int(found.dead_E[0]) == (firing.frequency_ExM[0] == 0).sum()
+    assert int(found.dense_E[0]) == (firing.frequency_ExM[0] > 0.1).sum() > 0
+
+
+def test_the_controller_raises_lambda_above_the_target_and_lowers_it_below(inputs):
+    targets = dict(layers=(1,), width=64, objective="controlled", target_l0s=(1.0, 60.0))
+    run, rows, params, state = build_banks(
+        inputs, {"main": targets | {"sparsity_coefficients": (1e-2,)}}, optimizer__learning_rate=0.01
+    )
+    final, metrics = run_steps(run, rows, params, state, 8)
+    coefficient_E = final.banks["main"].coefficient_E
+    l0_E = metrics[-1].banks["main"].l0_E
+    assert l0_E[0] > 3 and l0_E[1] < 20
+    # Sixteen updates, eight of them while λ warms up; 1 e-fold off at most.
+    moved = np.exp(8 * 0.01 * bank.CONTROLLER_SPEED)
+    np.testing.assert_allclose(coefficient_E, [1e-2 * moved, 1e-2 / moved], rtol=2e-3)
+
+
+def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch):
+    """One update a step, so that the sources reported are all that were trained on; a tenth is masked."""
+    run, rows, params, state = build(
+        inputs, train__batch=128, train__tokens=8 * 16 * 9, normalizer__outlier_medians=1.4
+    )
+    tokens = np.array([rows.read(np.array([i])).tokens[0] for i in range(len(rows))])
+    tokens[np.random.default_rng(0).random(tokens.shape) < 0.1] = masking.EOS
+    with_eos = lambda _, i: token_rows.Batch(tokens[i], np.asarray(i, np.int32), np.zeros(len(i), np.int32))  # noqa: E731
+    monkeypatch.setattr(token_rows.Rows, "read", with_eos)
+    state, metrics = run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps)
+
+    trained = [
+        (tuple(source[:2].tolist()), float(weight))
+        for m in metrics
+        if m.trained
+        for source, weight in zip(m.source_Bx3, m.weight_B, strict=True)
+        if weight
+    ]
+    harvested = rows.read(token_rows.order(len(rows), 0, 0, 8 * 9))
+    special = np.isin(harvested.tokens, [masking.PAD, masking.EOS, masking.BOS])
+    assert 0.1 < special.mean() < 0.25
+    expected = sorted((int(harvested.row[s]), int(p)) for s, p in zip(*np.nonzero(~special), strict=True))
+    assert sorted(place for place, _ in trained) == expected
+
+    site = run.plan.sites[0]
+    scaling = state.normalizers[str(site)]
+    values = forward.read_sites(run.model, params, jnp.asarray(harvested.tokens), [site])[site]
+    squared = np.square(np.asarray(values) - scaling.mean_D).sum(-1)
+    weight = np.minimum(1, scaling.max_squared_norm / squared)
+    assert 0.02 < (weight < 1)[~special].mean() < 0.5
+    places = {(int(harvested.row[s]), p): weight[s, p] for s in range(72) for p in range(16)}
+    np.testing.assert_allclose([w for _, w in trained], [places[place] for place, _ in trained], rtol=1e-4)
+
+
+def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
+    run, rows, params, state = build(inputs, data__chat_template=True, data__context_length=32)
+    batch = runs.read_batch(run, rows, 0, 8)
+    tokens = np.asarray(batch.tokens_SxL)
+    assert (tokens == 260).sum() >= 16  # <start_of_turn>, twice in each turn.
+    new = step.harvest(
+        run.mesh,
+        run.model,
+        params,
+        batch,
+        state.normalizers,
+        run.plan.sites,
+        1,
+        jnp.float32,
+        run.plan.masked_prefix,
+    )
+    site = str(run.plan.sites[0])
+    trained = {(int(r), int(p)) for (r, p, _), w in zip(new.source[0], new.weight[site][0], strict=True) if w}
+    expected = set()
+    for row, tokens_L in zip(np.asarray(batch.row_S), tokens, strict=True):
+        since_start = 0
+        for place, token in enumerate(tokens_L):
+            since_start = 0 if token == masking.BOS else since_start + 1
+            if token not in (masking.PAD, masking.EOS, masking.BOS) and since_start > 3:
+                expected.add((int(row), place))
+    assert trained == expected and len(expected) < 0.9 * tokens.size
+
+
+def test_gemma_split_over_the_devices_gives_what_whole_copies_give(inputs):
+    results = []
+    for placement in ("whole", "split"):
+        run, rows, params, state = build(inputs, 2, 4, mesh__gemma=placement)
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        assert held == (whole // 8 if placement == "split" else whole)
+        results.append(run_steps(run, rows, params, state, 6)[0].banks["main"].params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_gemma_is_split_where_it_would_fill_more_than_a_quarter_of_a_device(inputs, monkeypatch):
+    run = runs.build(tiny.run_config(inputs, mesh__data=2, mesh__latent=4))
+    shapes = weights.parameter_shapes(run.model, blocks_needed(run.plan.sites))
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
+    for memory, is_split in ((4 * whole, False), (4 * whole - 4, True)):
+        monkeypatch.setattr(devices_lib, "memory_of", lambda device, memory=memory: memory)
+        place = runs.gemma_placement(run)
+        assert place("input_embedding", (256, 32)).is_fully_replicated != is_split
+
+
+def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
+    run, rows, params, state = build(inputs, 2, 4)
+    compiled = loop.lower_step(run, state, runs.read_batch(run, rows, 0, 8), params).compile()
+    per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * per_device
+    first = state
+    # An executable compiled ahead of time cannot compile again: other shapes or shardings would be an error.
+    run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps, compiled)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.banks))
+
+
+def collective_shapes(run, scope=""):
+    """Of every array that a collective of the compiled step gives, asked for within a named scope."""
+    hlo = loop.lower_step(run, *runs.abstract_inputs(run)).compile().as_text()
+    pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\((.*)"
+    return [
+        tuple(int(n) for n in shape.split(","))
+        for result, rest in re.findall(pattern, hlo)
+        if scope in rest
+        for shape in re.findall(r"\w+\[([\d,]+)\]", result)
+    ]
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])
+def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, mesh):
+    """No collective moves weights (512 latents), the ring, or another member's batch."""
+    c = tiny.run_config(
+        inputs,
+        banks__main__layers=(0, 1, 2, 3),
+        banks__main__width=512,
+        ring__capacity=128 * 16,
+        train__tokens=128 * 20,
+        mesh__data=mesh[0],
+        mesh__latent=mesh[1],
+    )
+    run = runs.build(c)
+    shapes = collective_shapes(run)
+    assert shapes
+    own = run.plan.banks[0].padded_members // mesh[0] * run.plan.batch * 32
+    assert max(math.prod(shape) for shape in shapes) <= own
+    assert not any({512, 512 // mesh[1]} & set(shape) for shape in shapes)
+
+
+def test_no_collective_moves_weights_whatever_the_banks(inputs):
+    """Of 2,048 latents, and of a skip connection of 32 × 32; a batch of 192 has no part of such a size."""
+    c = tiny.run_config(
+        inputs,
+        banks={name: {**RECIPE, **fields, "width": 2048} for name, fields in BANKS.items()},
+        train__sequences_per_step=24,
+        train__batch=192,
+        train__tokens=384 * 8,
+        ring__capacity=384 * 4,
+        mesh__data=2,
+        mesh__latent=4,
+    )
+    shapes = collective_shapes(runs.build(c))
+    assert shapes
+    assert not any({2048, 2048 // 4} & set(shape) for shape in shapes)
+    part = 32 // 4
+    assert not any(len(s) > 2 and s[-2:] in {(32, 32), (part, 32), (32, part)} for s in shapes)
+
+
+def test_split_gemma_moves_weights_and_only_the_embeddings_of_rows(inputs):
+    """Rows stay on their chips: of 24 rows of 16 tokens no block sends activations about."""
+    c = tiny.run_config(
+        inputs,
+        banks__main__layers=(3,),
+        train__sequences_per_step=24,
+        train__batch=192,
+        train__tokens=384 * 8,
+        ring__capacity=384 * 4,
+        mesh__data=1,
+        mesh__latent=8,
+        mesh__gemma="split",
+    )
+    run = runs.build(c)
+    shapes = collective_shapes(run, "/gemma/")
+    assert (64, 32) in shapes  # The MLP's weights, gathered.
+    assert not any(shape[:2] == (24, 16) and math.prod(shape) > 24 * 16 for shape in shapes)
+    # But for the embeddings, once: from each chip's part of all vectors to whole vectors of its own three rows.
+    assert shapes.count((1, 3, 16, 32 // 8)) == 8
+
+
+def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
+    run, rows, params, state = build(inputs)
+    batch = runs.read_batch(run, rows, 0, 8)
+    hlo = loop.lower_step(run, state, batch, params).compile().as_text()
+    assert "f32[272,32]" in hlo  # the embedding table
+    assert ",272]" not in hlo and "[272]" not in hlo  # logits
+    assert set(params) == {"embedder", "final_norm", "layer_0", "layer_1"}
+
+
+def test_calibration_equals_numpy():
+    rng = np.random.default_rng(0)
+    x = (3 + rng.normal(size=(500, 6))).astype(np.float32)
+    x[7] += 100
+    weight = (rng.random(500) > 0.2).astype(np.float32)
+    weight[7] = 1
+    kept = weight > 0
+    plain = jax.jit(functools.partial(normalizer.calibrate, center=False, outlier_medians=0.0))(x, weight)
+    np.testing.assert_allclose(plain.mean_D, 0)
+    np.testing.assert_allclose(plain.scale, np.sqrt(np.square(x[kept]).sum(1).mean()), rtol=1e-5)
+    np.testing.assert_allclose(plain.ablation_mean_D, x[kept].mean(0), rtol=1e-5)
+    assert np.isinf(plain.max_squared_norm)
+
+    robust = jax.jit(functools.partial(normalizer.calibrate, center=True, outlier_medians=16.0))(x, weight)
+    squared = np.square(x - x[kept].mean(0)).sum(1)
+    limit = 16 * np.median(squared[kept])
+    w = weight * np.minimum(1, limit / squared)
+    assert 0 < w[7] < 0.1 and (np.delete(w, 7) == np.delete(weight, 7)).all()
+    mean = np.average(x, axis=0, weights=w)
+    np.testing.assert_allclose(robust.max_squared_norm, limit, rtol=1e-5)
+    np.testing.assert_allclose(robust.mean_D, mean, rtol=1e-5)
+    np.testing.assert_allclose(
+        robust.scale, np.sqrt(np.average(np.square(x - mean).sum(1), weights=w)), rtol=1e-5
+    )
+    np.testing.assert_allclose(robust.ablation_mean_D, x[kept].mean(0), rtol=1e-5)
+
+
+def spoil(params, row, position, value=np.nan):
+    """Parameters with which the embedding of the token there, and of no other, is not finite."""
+    table = np.array(params["embedder"]["input_embedding"])
+    table[row[position]] = value
+    return {**params, "embedder": params["embedder"] | {"input_embedding": jnp.asarray(table)}}
+
+
+def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
+    """One at a site and another at BOS, which does not count; all others are as they were."""
+    sites = dict(banks__main__layers=(0,), banks__main__sites=("embed",))
+    run, rows, params, state = build(inputs, **sites)
+    batch = runs.read_batch(run, rows, 0, 8)
+    tokens = np.asarray(batch.tokens_SxL)
+    kept = np.asarray(masking.is_kept(tokens, 0))
+
+    def harvest(params):
+        plan = run.plan
+        new = step.harvest(run.mesh, run.model, params, batch, state.normalizers, plan.sites, 8, jnp.float32)
+        return jax.device_get(step.leave_out(new))
+
+    clean, none = harvest(params)
+    assert none["embed"].count == 0
+    position = int(np.flatnonzero(kept[3])[4])
+    token = tokens[3, position]
+    for value in (np.nan, np.inf, 1e30):  # The square of the last is infinite.
+        found, nonfinite = harvest(spoil(spoil(params, tokens[3], position, value), [masking.BOS], 0, value))
+        is_bad = ((tokens == token) & kept).reshape(-1)
+        assert nonfinite["embed"].count == is_bad.sum()
+        assert nonfinite["embed"].first == np.flatnonzero(is_bad)[0]
+        weight = found.weight["embed"].reshape(-1)
+        np.testing.assert_array_equal(weight, np.where(is_bad, 0, clean.weight["embed"].reshape(-1)))
+        zero = is_bad | (tokens == masking.BOS).reshape(-1)
+        expected = np.where(zero[:, None], 0, clean.acts["embed"].reshape(zero.size, -1))
+        np.testing.assert_array_equal(found.acts["embed"].reshape(zero.size, -1), expected)
+
+
+def sums_of(batches, params):
+    """The sums of several batches of one SAE, as a bank of one has them: [K, E]."""
+    made = [
+        objectives.loss_gradient(params, x, weight, objectives.linear_penalty(0.0), 0.1)[1].replace(
+            fired_M=None
+        )
+        for x, weight in batches
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves)[:, None], *made)
+
+
+def test_fvu_is_exact_beside_a_large_mean_and_not_defined_for_constants():
+    """Squares of these are a hundred million times their variance, of which float32 leaves nothing."""
+    rng = np.random.default_rng(0)
+    params = jumprelu.init(jax.random.key(0), 6, 16, 0.1)
+    x = (1e4 + rng.normal(size=(3, 50, 6))).astype(np.float32)
+    weight = rng.random((3, 50)).astype(np.float32)
+    weight[1] = 0  # A batch of which nothing counts.
+    sums = sums_of(zip(x, weight, strict=True), params)
+    kept, w = np.float64(x.reshape(-1, 6)), np.float64(weight.reshape(-1))
+    mean = np.average(kept, axis=0, weights=w)
+    variance = (w[:, None] * np.square(kept - mean)).sum()
+    _, fvu = bank.l0_and_fvu(sums)
+    np.testing.assert_allclose(fvu, sums.squared_error.sum() / variance, rtol=1e-3)
+
+    _, fvu = bank.l0_and_fvu(sums_of([(np.full((50, 6), 1234.567, np.float32), weight[0])] * 3, params))
+    assert np.isnan(fvu).all()
+    l0, fvu = bank.l0_and_fvu(sums_of([(x[0], weight[1])], params))
+    assert np.isnan(l0).all() and np.isnan(fvu).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (np.zeros((40, 6)), np.ones(40), "activations of embed are zero at all 40 positions"),
+        (np.full((40, 6), 1234.567), np.ones(40), "activations of embed are the same at all 40 positions"),
+        (np.arange(240.0).reshape(40, 6), np.zeros(40), "no position of the rows .* counts: all are BOS"),
+        (np.full((40, 6), np.nan), np.ones(40), "no activation of embed is finite, at 40 positions"),
+    ],
+)
+def test_what_nothing_can_be_learned_of_is_said(x, weight, message):
+    sample = jax.jit(normalizer.inspect)(jnp.float32(x), jnp.float32(weight))
+    with pytest.raises(ValueError, match=message):
+        normalizer.check("embed", jax.device_get(sample))
+
+
+def test_calibration_leaves_out_what_is_not_finite():
+    rng = np.random.default_rng(0)
+    x = (3 + rng.normal(size=(50, 6))).astype(np.float32)
+    weight = np.ones(50, np.float32)
+    bad = x.copy()
+    bad[7, 2], bad[9] = np.nan, np.inf
+    weight[7] = 0  # Masked, and so none of those that are reported.
+    sample = jax.jit(normalizer.inspect)(bad, weight)
+    assert np.flatnonzero(sample.nonfinite_N).tolist() == [9] and sample.kept == 49
+    left = np.delete(x, [7, 9], axis=0)
+    np.testing.assert_allclose(sample.variance, np.square(left - left.mean(0)).sum(1).mean(), rtol=1e-5)
+    calibrate = functools.partial(normalizer.calibrate, center=True, outlier_medians=4.0)
+    found, expected = (jax.jit(calibrate)(*v) for v in ((bad, weight), (left, np.ones(48, np.float32))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
