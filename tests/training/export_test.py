@@ -190,17 +190,19 @@ def test_the_l0_in_a_name_is_that_of_held_out_rows_or_of_the_last_updates(workdi
         "turns": None, "context_length": 16, "weights": config.weights, "tokenizer": "", "step": step,
     }  # fmt: skip
     measured = {name: 11.0 + i for i, name in enumerate(logged)}
+    shutil.copy(workdir / "metrics.jsonl", tmp_path)
+    logged = export.measured_l0(run, state, tmp_path)
     for differs, expected in (
         ({}, measured),
-        ({"step": step - 1}, since),
-        ({"text": "news"}, since),
-        ({"split": "train"}, since),
+        ({"step": step - 1}, logged),
+        ({"text": "news"}, logged),
+        ({"split": "train"}, logged),
     ):
         sae = {name: {"l0": value} for name, value in measured.items()}
         (tmp_path / "evaluation.json").write_text(json.dumps(about | differs | {"sae": sae}))
         assert export.measured_l0(run, state, tmp_path) == expected
     (tmp_path / "evaluation.json").write_text('{"sae": [1]}')
-    assert export.measured_l0(run, state, tmp_path) == since  # A damaged one keeps no run from its export.
+    assert export.measured_l0(run, state, tmp_path) == logged  # A damaged one keeps no run from its export.
 
 
 def test_places_are_googles_and_no_two_are_one():
