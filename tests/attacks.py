@@ -234,12 +234,12 @@ def make_inputs(folder: pathlib.Path) -> None:
     """The small model's weights in several formats, and a text."""
     import pyarrow
     import pyarrow.parquet
-    import weights_test
+    import weight_files
 
     tiny.lay_out(folder)
-    weights_test.write_hugging_face(folder / "hugging_face", params=tiny.params())
+    weight_files.write_hugging_face(folder / "hugging_face", params=tiny.params())
     (folder / "gguf").mkdir()
-    weights_test.write_gguf(folder / "gguf" / "tiny.gguf", params=tiny.params())
+    weight_files.write_gguf(folder / "gguf" / "tiny.gguf", params=tiny.params())
     texts = [json.loads(line) for line in (folder / "text.jsonl").read_text().splitlines()]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), folder / "text.parquet")
 

@@ -11,7 +11,6 @@ import pathlib
 import re
 import shutil
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -244,10 +243,14 @@ def check_output(path: pathlib.Path, is_folder: bool) -> None:
         there = path if is_folder else path.parent
         while not there.exists() and not there.is_symlink():
             there = there.parent
-        # Of the names that are to come, the longest is that of a file while it is written.
-        with tempfile.TemporaryDirectory(prefix=".", dir=there) as trial:
-            for name in path.relative_to(there).parts:
-                _partial(pathlib.Path(trial, name)).mkdir()
+        names = path.relative_to(there).parts
+        # By the name of what is to be written, whose writer removes it if this process is killed here.
+        trial = _partial(there / (names[0] if names else there.resolve().name))
+        with _writing(trial, lambda trial: trial.mkdir(exist_ok=True)) as (trial, _):
+            for (
+                name
+            ) in names:  # Of the names that are to come, the longest is that of a file while it is written.
+                _partial(trial / name).mkdir()
     except UnicodeEncodeError as error:
         raise ValueError(f"cannot write {path}: its name is not in UTF-8; give another place") from error
     except OSError as error:

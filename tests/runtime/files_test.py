@@ -182,6 +182,21 @@ def test_outputs_are_checked_before_the_work(tmp_path, path, is_folder, message)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("path", ["new.jsonl", "new/deep/x", "folder"])
+def test_a_check_that_was_killed_leaves_nothing_to_the_next(tmp_path, path):
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    program = (
+        "import os, pathlib, sys; from gemma_scope_jax.runtime import files\n"
+        "files._remove = lambda path: os._exit(0)\n"
+        "files.check_output(pathlib.Path(sys.argv[1]), sys.argv[1].endswith('folder'))\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / path)], check=True)
+    assert sorted(tmp_path.rglob("*")) != before
+    files.check_output(tmp_path / path, is_folder=path == "folder")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_each_name_has_a_folder_of_its_own_below_the_one_it_is_given():
     names = ["layer_1", "a b", "a_b", "A b", "a/b", "..", ".", "...npz", "../../up", "/etc", "", "é", "ü", "x" * 300,
              "x" * 301, "a\nb", "a\0b", "~", ".hidden", "\ud800"]  # fmt: skip
