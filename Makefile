@@ -20,7 +20,7 @@ test-peers: .venv/installed .venv-peers/installed
 	$(VENV)/python tests/interop.py $(PEERS)/interop
 	.venv-peers/bin/python tests/peers/interop.py $(PEERS)/interop
 	.venv-peers/bin/python tests/peers/hugging_face.py $(PEERS) \
-	  "$$($(VENV)/python -c 'from gemma_scope_jax import gemma; print(gemma.weights_path("gemma3_270m", ""))' | tail -1)"
+	  "$$($(VENV)/python -c 'from gemma_scope_jax.models import registry; print(registry.weights_path("gemma3_270m", ""))' | tail -1)"
 	$(VENV)/python tests/peers_evaluation.py $(PEERS)/evaluation
 	.venv-peers/bin/python tests/peers/evaluation.py $(PEERS)
 	.venv-peers/bin/python tests/peers/bench.py $(PEERS)

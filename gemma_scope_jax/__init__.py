@@ -8,35 +8,65 @@ __version__ = "0.1.0"
 
 # What lay flat in the package before it had rooms, for a release: by its old name, the modules that it is in now.
 _MOVED = {
-    "activations": ("models.activations",),
+    "activations": ("models.activations", "saes.attached"),
     "bank": ("training.bank", "saes.naming"),
     "baselines": ("evaluation.baselines",),
     "checkpoint": ("training.checkpoint",),
+    "chips": ("runtime.devices", "training.flops"),
+    "descriptions": ("evaluation.token_descriptions",),
     "detection": ("evaluation.detection",),
     "explore": ("analysis",),
-    "export": ("training.export", "saes.saving"),
+    "export": ("training.export", "saes.saving", "saes.naming"),
     "files": ("runtime.files", "runtime.safetensors_io"),
-    "forecast": ("training.forecast", "training.flops"),
+    "forecast": ("training.forecast",),
     "formats": ("saes.formats",),
-    "gemma": ("models.forward", "models.registry", "models.sites", "models.masking", "models.predictions"),
-    "generation": ("models.generation",),
-    "hub": ("saes.finding", "runtime.hub"),
+    "gemma": (
+        "models.forward", "models.registry", "models.sites", "models.masking", "models.predictions",
+        "training.flops",
+    ),
+    "generation": ("models.generation", "models.interventions"),
+    "hosts": ("runtime.distributed",),
+    "hub": ("saes.finding", "runtime.hub", "evaluation.output"),
+    "interrupt": ("runtime.signals",),
+    "locks": ("runtime.locks",),
     "log": ("training.metrics_log",),
-    "metrics": ("evaluation.metrics", "saes.evaluation_file"),
+    "metrics": ("evaluation.metrics", "saes.evaluation_file", "saes.geometry"),
     "normalizer": ("training.normalizer",),
-    "opening": ("evaluation.opening", "models.placement"),
-    "passes": ("models.interventions",),
+    "opening": ("evaluation.opening", "models.placement", "data.batching"),
+    "optim": ("training.optimizer",),
+    "page": ("evaluation.page", "display.html"),
+    "passes": ("models.interventions", "saes.attached", "evaluation.metrics"),
+    "planning": ("training.memory", "runtime.devices"),
+    "plans": ("training.plans",),
+    "plots": ("evaluation.plots",),
+    "prepare": ("data.prepare",),
+    "printing": ("runtime.printing",),
     "probing": ("evaluation.probing",),
     "publish": ("training.publish",),
-    "report": ("evaluation.report",),
-    "runs": ("training.runs",),
+    "ranges": ("runtime.ranges",),
+    "report": ("evaluation.report", "saes.attached"),
+    "ring": ("training.shuffle_buffer",),
+    "rollouts": ("cli.generate",),
+    "runs": ("training.runs", "saes.loading", "models.placement", "data.prepare"),
     "sae": ("saes.jumprelu", "saes.objectives"),
-    "sharding": ("runtime.sharding",),
-    "step": ("training.step",),
+    "sharding": ("runtime.sharding", "training.shardings", "models.placement"),
+    "step": ("training.step", "models.forward"),
     "stored": ("saes.loading",),
     "suites": ("evaluation.side_by_side",),
+    "tables": ("display.tables",),
+    "texts": ("data.sources",),
     "tokenizer": ("models.tokenizer",),
+    "verdicts": ("saes.verdicts",),
     "weights": ("models.weights",),
+}  # fmt: skip
+# By the old name of a module, what has another name of its own now: the place, and the name there.
+_RENAMED = {
+    "gemma": {"depth": ("models.sites", "blocks_needed")},
+    "runs": {
+        "prepare_rows": ("data.prepare", "rows_of"),
+        "prepare_rows_once": ("data.prepare", "rows_of_once"),
+    },
+    "sae": {"jumprelu": ("saes.objectives", "jump_relu"), "step": ("saes.objectives", "heaviside")},
 }
 
 
@@ -50,6 +80,8 @@ def __getattr__(name: str) -> types.ModuleType:
     if len(modules) == 1:
         return modules[0]
     merged = types.ModuleType(f"gemma_scope_jax.{name}")
-    for module in reversed(modules):
+    for module in reversed(modules):  # What several define is that of the first.
         merged.__dict__.update({key: value for key, value in vars(module).items() if not key.startswith("_")})
+    for key, (place, new_name) in _RENAMED.get(name, {}).items():
+        setattr(merged, key, getattr(importlib.import_module(f"gemma_scope_jax.{place}"), new_name))
     return merged

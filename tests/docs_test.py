@@ -124,6 +124,14 @@ def test_the_readme_names_every_room_and_only_files_that_exist():
         assert (ROOT / target).exists(), target
 
 
+def test_every_python_file_that_the_documents_name_exists():
+    there = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for named in re.findall(r"(?<![\w*])[\w/]+\.py\b", document.read_text()):
+            ending = "/" + named.lstrip("/")
+            assert any(f"/{path}".endswith(ending) for path in there), (document.name, named)
+
+
 def test_the_readmes_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([\w-]+)", README):

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import gemma_scope_jax
+from gemma_scope_jax.models import sites
 
 
 @pytest.mark.parametrize("name", gemma_scope_jax._MOVED)
@@ -18,6 +19,7 @@ def test_a_module_that_became_several_has_the_names_of_all():
     with pytest.warns(DeprecationWarning):
         from gemma_scope_jax import gemma
     assert gemma.Site("embed", 0) and gemma.BOS == 2 and gemma.run_blocks and gemma.load and gemma.logits
+    assert gemma.depth is sites.blocks_needed
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -1,4 +1,4 @@
-"""The small model with SAEs on the devices, put together in memory where `explore.open_scope` reads files."""
+"""The small model with SAEs on the devices, put together in memory where `analysis.open_scope` reads files."""
 
 from collections.abc import Mapping
 

@@ -215,7 +215,7 @@ def _strengths(text: str) -> list[float]:
 
 
 def run_explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **overrides: str | None) -> None:
-    """A prompt as the SAEs read it; see `explore.read`."""
+    """A prompt as the SAEs read it; see `analysis.read`."""
     from gemma_scope_jax import analysis
 
     reading = analysis.read(analysis.open_scope(path, **overrides), prompt)
@@ -233,7 +233,7 @@ def run_flow(
     html: pathlib.Path | None,
     **overrides: str | None,
 ) -> None:
-    """A prompt through the layers; see `explore.flow`."""
+    """A prompt through the layers; see `analysis.flow`."""
     from gemma_scope_jax import analysis
 
     found = analysis.flow(analysis.open_scope(path, **overrides), prompt, answer)
@@ -257,7 +257,7 @@ def run_links(
     png: pathlib.Path | None,
     **overrides: str | None,
 ) -> None:
-    """What a latent feeds; see `explore.links`."""
+    """What a latent feeds; see `analysis.links`."""
     from gemma_scope_jax import analysis
 
     found = analysis.links(analysis.open_scope(path, **overrides), sae, latent, to, rows, prompt)

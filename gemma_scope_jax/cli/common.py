@@ -1,4 +1,4 @@
-"""What the scripts share: configs by flags, and errors in one line."""
+"""What the commands share: arguments and their checks, configs by flags, errors in one line, the TPU's compiler."""
 
 import argparse
 import errno

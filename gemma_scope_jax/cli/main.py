@@ -1,4 +1,4 @@
-"""python -m gemma_scope_jax COMMAND"""
+"""The parser of all commands of `python -m gemma_scope_jax`, and which function each calls."""
 
 import argparse
 import sys
@@ -147,7 +147,6 @@ def main() -> None:
     if "call" in args:
         args.call(**options)
     elif args.command == "export":
-        from gemma_scope_jax.saes import saving
         from gemma_scope_jax.training import export as export_lib
 
         formats = FORMATS if args.format == "all" else tuple(args.format.split(","))
@@ -159,7 +158,6 @@ def main() -> None:
             say(f"Exported {place}")
     elif args.command == "convert":
         from gemma_scope_jax.saes import saving
-        from gemma_scope_jax.training import export as export_lib
 
         sites = {"model": args.model, "site": args.site, "target_site": args.target_site}
         for place in saving.convert(args.sae, args.format, args.out, args.dtype, args.weights, **sites):

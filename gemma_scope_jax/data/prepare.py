@@ -308,14 +308,14 @@ def _write_metadata(
 
 
 def rows_of(config: config_lib.Config, workers: int | None = None) -> pathlib.Path:
-    """The folder of a config's packed rows, made if needed by so many processes; see `prepare`."""
+    """The folder of a config's packed rows, made if needed by so many processes; see `prepare_rows`."""
     load_tokenizer = functools.partial(tokenizer.load, config.model, config.tokenizer, config.weights)
     name = f"{config.model}:{weights.fingerprint(config.tokenizer or config.weights)}"
     return prepare_rows(config.data, load_tokenizer, name, workers)
 
 
 def rows_of_once(config: config_lib.Config) -> pathlib.Path:
-    """`prepare_rows` by the first of all processes; the others then find it done, if they see the same disk."""
+    """`rows_of` by the first of all processes; the others then find it done, if they see the same disk."""
     if distributed.is_first():
         rows_of(config)
     distributed.wait_for_all("rows are prepared")

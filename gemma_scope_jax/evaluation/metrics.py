@@ -1,7 +1,8 @@
 """The numbers of an SAE, from what was measured of each token.
 
 Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them; docs/metrics.md writes them all out.
-`measure` and `importance` run on devices, a batch at a time; the rest is float64 on the host.
+`measure`, `measure_target` and what is compiled of them run on devices, a batch at a time; the rest is float64 on the
+host. The numbers themselves are the fields of `evaluation_file.Evaluation`.
 """
 
 import functools
@@ -337,12 +338,12 @@ def reconstruct(
     importance_SxLxO: jax.Array | None,
     top_k: int | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """See `metrics.measure`; what is measured is whole on every chip."""
+    """See `measure`; what is measured is whole on every chip."""
     recon_SxLxO, found = measure(subject, x_SxLxD, y_SxLxO, mean_O, is_kept_SxL, importance_SxLxO, top_k)
     return sharding.constrain(mesh, recon_SxLxO, sharding.TOKENS), sharding.constrain(mesh, found, P())
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def target(mesh: jax.sharding.Mesh, y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
-    """See `metrics.measure_target`; whole on every chip."""
+    """See `measure_target`; whole on every chip."""
     return sharding.constrain(mesh, measure_target(y_SxLxO, is_kept_SxL), P())

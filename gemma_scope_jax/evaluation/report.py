@@ -76,7 +76,7 @@ def evaluate_path(
       out: the folder to write to; None: beside the SAE or in the run; of what is not its own, below it, see
         `opening.results_folder`.
       is_fast: without what costs most; see `evaluate.evaluate`.
-      split: of the rows, one of `data.TRAIN` and `data.HELD_OUT`.
+      split: of the rows, one of `token_rows.TRAIN` and `token_rows.HELD_OUT`.
       text: to evaluate on; of several, each has a folder of its own in `out`, and there is a table by text.
       has_baselines: with the `baselines` of each SAE.
       **overrides: see `opening.open_path`.

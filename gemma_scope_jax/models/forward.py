@@ -1,6 +1,6 @@
 """The forward pass: a walk over Gemma's blocks in which any site can be read or written.
 
-Shapes: S sequences, L context length, D site width, N heads, H head width, V vocabulary.
+Shapes: S sequences, L context length, D site width, N heads, H head width, C positions attended to.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""What a model predicts: logits, losses and divergences of the next token, without whole logits in memory."""
+"""What a model predicts: logits, losses and divergences of the next token, without whole logits in memory.
+
+Shapes: S sequences, L context length, D width of the stream, V vocabulary.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""SAEs as they are used: attached to the sites of a model, on its mesh."""
+"""SAEs as they are used: a `Subject` is an SAE at the sites of a model, and is placed on its mesh."""
 
 import dataclasses
 import itertools

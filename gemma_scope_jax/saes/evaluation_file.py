@@ -67,8 +67,10 @@ class Evaluation:
     decoder_norm: np.ndarray  # [M]
     encoder_norm: np.ndarray  # [M]
     l0_counts: np.ndarray  # [highest L0 + 1], activations on which so many latents fire
-    by_position: Mapping[str, np.ndarray]  # [L]: behind a document's BOS; see `at_positions`
-    by_row: Mapping[str, np.ndarray]  # [S]: sums of each row; see `differences`
+    by_position: Mapping[
+        str, np.ndarray
+    ]  # [L]: behind a document's BOS; see `evaluation.metrics.at_positions`
+    by_row: Mapping[str, np.ndarray]  # [S]: sums of each row; see `evaluation.metrics.difference`
 
 
 def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:

@@ -160,7 +160,3 @@ def read_scaled(sae: SAE, gain_D: jax.Array) -> SAE:
         W_enc=sae.W_enc / gain_D[:, None],
         W_skip=None if sae.W_skip is None else sae.W_skip / gain_D[:, None],
     )
-
-
-# The definition: a loss whose threshold has pseudo-derivatives. Readable, but `jax.grad` of it costs half as
-# much again as `loss_gradient` below, which is what trains; tests hold the two equal.

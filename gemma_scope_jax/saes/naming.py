@@ -1,4 +1,4 @@
-"""What SAEs and their folders are called."""
+"""What SAEs and their folders are called: `Member` says all that tells an SAE of a bank from the others."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""What a run is built from: on a mesh, from a config, or from its directory."""
+"""A run: built from a config, opened from its directory, restored on any mesh; and the batches that it reads."""
 
 import dataclasses
 import pathlib
@@ -284,7 +284,7 @@ def open_run(
             )
         config = dataclasses.replace(config, banks=opened)
     mesh, model = (
-        mesh or sharding.make_mesh(1, 1, jax.local_devices()[:1]),
+        mesh or sharding.one_device(),
         registry.build_model(config.model),
     )
     run = Run(config, mesh, model, plans.plan_of(config, mesh.shape["data"]))

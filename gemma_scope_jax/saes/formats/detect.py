@@ -85,8 +85,8 @@ def read(path: pathlib.Path) -> Iterator[Found]:
                 yield Found(name, file_format, found, about)
         case "multi_layer":
             raise ValueError(
-                f"{path} reads and predicts several layers at once; formats.gemma_scope_2.read_layers reads it, and "
-                "nothing here evaluates or converts it"
+                f"{path} reads and predicts several layers at once; saes.formats.gemma_scope_2.read_layers reads it, "
+                "and nothing here evaluates or converts it"
             )
         case "sparsify":
             raise ValueError(
