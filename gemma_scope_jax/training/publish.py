@@ -62,11 +62,11 @@ def publish(
             for member, path in zip(run.plan.members, paths, strict=True)
         }
         places = {name: folder.relative_to(partial).as_posix() for name, folder in folders.items()}
-        trained_on = int(state.draws) * run.plan.activations
+        draws = int(state.draws)
         picture = workdir / "evaluation.png"
         if picture.exists():
             shutil.copyfile(picture, partial / picture.name)
-        card = _card(run, repository, file_format, licence, places, measured, trained_on, picture.exists())
+        card = _card(run, repository, file_format, licence, places, measured, draws, picture.exists())
         files.write_text(partial / "README.md", card)
         registry = _registry(run, repository, places, measured) if file_format == "saelens" else None
         if registry is not None:
@@ -114,7 +114,7 @@ def _card(
     licence: str,
     places: dict[str, str],
     measured: dict,
-    trained_on: int,
+    draws: int,
     has_picture: bool,
 ) -> str:
     model = registry_lib.spec(run.config.model).hugging_face
@@ -145,7 +145,8 @@ def _card(
         has_picture=has_picture,
         licence=licence,
         banks=banks,
-        trained_on=trained_on,
+        trained_on=draws * run.plan.activations,
+        updates=draws * run.plan.updates_per_step,
         text=printable(saving.public_name(run.config.data.text)).replace("`", "'"),  # In backticks.
         weights=_weights(run),
         config=run.config,

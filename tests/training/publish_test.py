@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import types
 
 import huggingface_hub
@@ -109,6 +110,19 @@ def test_only_what_was_measured_is_published(evaluated, tmp_path):
     with pytest.raises(ValueError, match="is there already"):
         publish.publish(workdir, tmp_path / "mine", "someone/tiny-saes", "mit")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lambda_that_did_not_rise_to_what_it_is_set_to_is_said(evaluated, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(evaluated[0], workdir)
+    publish.publish(workdir, tmp_path / "whole", "someone/tiny-saes", "cc-by-4.0")
+    config = json.loads((workdir / "config.json").read_text())
+    config["optimizer"]["sparsity_warmup_updates"] = 160
+    (workdir / "config.json").write_text(json.dumps(config))
+    publish.publish(workdir, tmp_path / "short", "someone/tiny-saes", "cc-by-4.0")
+    whole, short = ((tmp_path / name / "README.md").read_text() for name in ("whole", "short"))
+    assert "; 40 updates, on batches of 32\n" in whole and "λ warmed up over 8 updates\n" in whole
+    assert "λ warmed up over 160 updates, more than there were: it ended at 25% of what is named\n" in short
 
 
 def test_a_licence_is_asked_for(evaluated, tmp_path):
