@@ -20,10 +20,7 @@ from gemma_scope_jax.runtime.ranges import COUNT, Range, shown
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-
 _LONGEST_MESSAGE = 480  # Of an error, which is one line.
-
-
 _TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
 
 

@@ -15,7 +15,6 @@ from gemma_scope_jax.runtime import sharding
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0
 
-
 # Which positions [S, L] of rows of tokens count.
 Counts = Callable[[np.ndarray], np.ndarray]
 

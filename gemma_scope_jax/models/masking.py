@@ -11,7 +11,6 @@ from gemma_scope_jax import config as config_lib
 
 PAD, EOS, BOS = 0, 1, 2  # The same in every Gemma.
 
-
 # Of a document in the chat template: <start_of_turn>, "user" and a newline, behind BOS. A norm far above all
 # others', and the same in every document: Gemma Scope leaves these positions out (section 4.5).
 CHAT_PREFIX_LENGTH = 3

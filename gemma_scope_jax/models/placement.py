@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.models import registry, weights
-from gemma_scope_jax.runtime import devices as devices_lib
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime import devices, sharding
 
 
 def gemma_placement(mesh: Mesh, split: bool) -> Callable[[str, tuple[int, ...]], NamedSharding]:
@@ -42,8 +41,8 @@ def placement_of(
         itemsize = jnp.dtype(registry.dtype(config)).itemsize
         whole = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * itemsize
         # That of a slice which is only planned cannot be asked.
-        chip = devices_lib.chip_of(mesh.devices.flat[0])
-        is_split = whole > (chip.memory if chip else devices_lib.memory_of(jax.local_devices()[0])) / 4
+        chip = devices.chip_of(mesh.devices.flat[0])
+        is_split = whole > (chip.memory if chip else devices.memory_of(jax.local_devices()[0])) / 4
     return gemma_placement(mesh, is_split)
 
 

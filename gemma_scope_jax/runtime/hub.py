@@ -10,8 +10,6 @@ from gemma_scope_jax.runtime.printing import printable
 
 # As elsewhere of the hub's: a slash in a revision is %2F, but in those that it names itself, as refs/pr/3.
 _LOCATION = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@(refs/[\w.-]+/[\w.-]+|[\w.%-]+))?(?:/([^@]*))?")
-
-
 _ADDRESS = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
     r"(?:/(?:tree|blob|resolve)/(refs/[\w.-]+/[\w.-]+|[\w.%-]+)(/[^?#]*)?)?(?:[?#].*)?/?"

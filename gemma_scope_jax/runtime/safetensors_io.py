@@ -13,8 +13,6 @@ import safetensors
 from gemma_scope_jax.runtime import files
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-
-
 _MAX_HEADER = 2**20  # Gemma 27B's longest takes 100 kB.
 
 

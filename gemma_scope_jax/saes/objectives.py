@@ -67,8 +67,6 @@ def controlled_penalty(coefficient: jax.Array, target_l0: jax.Array) -> Penalty:
 
 # The definition: a loss whose threshold has pseudo-derivatives. Readable, but `jax.grad` of it costs half as
 # much again as `loss_gradient` below, which is what trains; tests hold the two equal.
-
-
 def _in_kernel(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
     return jnp.abs(pre - threshold) < bandwidth / 2
 

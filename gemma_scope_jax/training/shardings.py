@@ -7,10 +7,7 @@ from jax.sharding import PartitionSpec as P
 from gemma_scope_jax.runtime import sharding
 
 MEMBERS_SPLIT = P("data", "latent")  # [E, B, …], each member's batch split over the chips that hold it
-
-
 MEMBERS = P("data")  # The leading axis of what each member of a bank takes: all of its batch, no one else's.
-
 
 # Every array of a bank, by its field's name in `jumprelu.Params` or in the state that goes with it.
 BANK = {
