@@ -161,7 +161,7 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
             (path,) = export.export_run(workdir, (file_format,), pathlib.Path(scratch), bank_name)
             (found,) = detect.read(path)
             again = found.sae
-        values = forward.read_sites(loaded.model, loaded.params, tokens, [Site(kind, member.site.layer)])
+        values = forward.read_sites(loaded, tokens, [Site(kind, member.site.layer)])
         x = np.asarray(next(iter(values.values())))[kept]
         got = np.asarray(jumprelu.decode(again, jumprelu.encode(again, x), x))
 

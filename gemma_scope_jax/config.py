@@ -63,12 +63,15 @@ class BankConfig:
     layers: tuple[int, ...] = (12,)
     sites: tuple[str, ...] = ("resid_post",)
     sparsity_coefficients: tuple[float, ...] = (6e-4,)
-    target_l0s: tuple[float, ...] = ()  # Only where `objective` is not linear.
+    target_l0s: tuple[float, ...] = ()  # Where the objective has a target.
     seeds: tuple[int, ...] = (0,)
     width: int = 16_384
     # What sparsity costs: "linear", λ‖f‖₀; "quadratic", (λ / 2L0*)(‖f‖₀ − L0*)², which ends near its target;
-    # "controlled", λ‖f‖₀ with a λ that moves, from the one given, until L0 is at its target.
+    # "controlled", λ‖f‖₀ with a λ that moves, from the one given, until L0 is at its target. More can be registered.
     objective: str = "linear"
+    objective_options: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # Its own numbers, by name.
     # A transcoder predicts this site of the same layer instead of the one that it reads; empty: an autoencoder.
     target_site: str = ""
     skip: bool = False  # A transcoder with a skip connection.
@@ -318,7 +321,12 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
             if not isinstance(value, Mapping):
                 raise ValueError(f"config field {prefix}{name} is {value!r}, expected an object")
             element = typing.get_args(kind)[1]
-            made[name] = {key: from_dict(v, element, f"{prefix}{name}.{key}.") for key, v in value.items()}
+            made[name] = {
+                key: from_dict(v, element, f"{prefix}{name}.{key}.")
+                if dataclasses.is_dataclass(element)
+                else _typed(v, element, f"{prefix}{name}.{key}")
+                for key, v in value.items()
+            }
         elif typing.get_origin(kind) is tuple:
             elements = value if isinstance(value, (tuple, list)) else (value,)
             made[name] = tuple(_typed(v, typing.get_args(kind)[0], prefix + name) for v in elements)

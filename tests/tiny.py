@@ -11,11 +11,12 @@ import sys
 
 import jax
 import numpy as np
-from gemma import gm
-from gemma.gm.nn import _config, _modules
 
 from gemma_scope_jax import config
 from gemma_scope_jax.models import masking, registry, tokenizer, weights
+from gemma_scope_jax.models.gemma_package import gm
+from gemma_scope_jax.models.gemma_package import transformer_config as _config
+from gemma_scope_jax.models.gemma_package import transformer_modules as _modules
 
 LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
 

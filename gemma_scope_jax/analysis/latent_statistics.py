@@ -59,7 +59,14 @@ def _gather(
     ranges.check("rows", rows, ranges.COUNT)
     per_batch, counts = scope.config.evaluation.rows_per_batch, batching.counts_of(scope.config)
     return collect.gather(
-        scope.loaded, subjects, scope.held_out(), rows, per_batch, counts, _LEAST, scope.mesh, placed=placed
+        scope.gemma,
+        subjects,
+        scope.held_out(),
+        rows,
+        per_batch,
+        counts,
+        _LEAST,
+        placed=placed,
     )
 
 

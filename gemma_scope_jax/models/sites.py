@@ -4,8 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from gemma import gm
-
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.runtime.printing import quoted
 
 

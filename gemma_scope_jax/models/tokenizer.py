@@ -7,10 +7,10 @@ from collections.abc import Callable
 import sentencepiece
 import tokenizers
 from etils import epath
-from gemma import gm
 from sentencepiece import sentencepiece_model_pb2
 
 from gemma_scope_jax.models import masking, registry, weights
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.printing import printable, well_formed
 

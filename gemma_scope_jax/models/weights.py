@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from gemma import gm
-from gemma.gm.nn import _config, _modules
 
+from gemma_scope_jax.models.gemma_package import gm, transformer_config, transformer_modules
 from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.printing import printable, quoted, say
@@ -348,8 +347,8 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
     rope = found.get("rope_parameters") or {}
     config = model.config
     scale = {
-        _config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_HEAD_DIM: config.head_dim,
-        _config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS: config.embed_dim
+        transformer_config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_HEAD_DIM: config.head_dim,
+        transformer_config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS: config.embed_dim
         // config.num_heads,
     }[config.query_pre_attn_norm]
     expected = {
@@ -380,8 +379,8 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
         found["rope_scaling factor"] = scaling.get("factor", 1.0)
         expected["rope_scaling factor"] = (config.global_scale_factor,)
     kinds = {
-        _modules.AttentionType.LOCAL_SLIDING: "sliding_attention",
-        _modules.AttentionType.GLOBAL: "full_attention",
+        transformer_modules.AttentionType.LOCAL_SLIDING: "sliding_attention",
+        transformer_modules.AttentionType.GLOBAL: "full_attention",
     }
     for i, kind in enumerate(found.get("layer_types") or ()):
         if i < config.num_layers:  # Else their number is what is wrong.

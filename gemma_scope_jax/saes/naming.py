@@ -27,6 +27,7 @@ class Member:
     objective: str = "linear"
     target_l0: float = 0.0  # 0: none.
     skip: bool = False
+    options: tuple[tuple[str, float], ...] = ()  # Of the objective, those that are not its defaults.
 
     @property
     def is_transcoder(self) -> bool:
@@ -41,10 +42,12 @@ class Member:
     def name(self) -> str:
         """Differs from every other member's."""
         skip = "_skip" if self.skip else ""
-        target = f"_{self.objective}_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
+        objective = "" if self.objective == "linear" else f"_{self.objective}"
+        objective += f"_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
+        objective += "".join(f"_{name}_{value}" for name, value in self.options)
         seed = f"_seed_{self.seed}" if self.seed else ""
         width = width_name(self.width)
-        return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{target}{seed}"
+        return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{objective}{seed}"
 
 
 def layout(

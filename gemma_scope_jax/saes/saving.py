@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from gemma_scope_jax.models import forward, registry
+from gemma_scope_jax.models import forward, placement, registry
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import files, printing
 from gemma_scope_jax.runtime.printing import printable
@@ -186,8 +186,8 @@ def mlp_gains(
     """The gains of the MLPs' norms by layer; no weights are read for none."""
     if not layers:
         return {}
-    loaded = registry.load(model, weights, dtype, num_layers=max(layers) + 1)
-    return {layer: forward.mlp_in_gain(loaded.params, layer) for layer in layers}
+    gemma = placement.load(model, weights, dtype, num_layers=max(layers) + 1)
+    return {layer: forward.mlp_in_gain(gemma.params, layer) for layer in layers}
 
 
 def convert(

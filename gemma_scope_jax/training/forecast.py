@@ -123,16 +123,16 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     chip = devices_lib.CHIPS[topology.split(":")[0]]
     run = runs.build(config, devices=devices)
     inputs = runs.abstract_inputs(run)
-    state, _, gemma_params = inputs
+    state, _, gemma = inputs
     try:
         compiled = loop.lower_step(run, *inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        memory_lib.check(memory_lib.needs(state, gemma_params, 0), chip.memory)
-        raise ValueError(memory_lib.too_large(state, gemma_params, chip.memory)) from error
+        memory_lib.check(memory_lib.needs(state, gemma, 0), chip.memory)
+        raise ValueError(memory_lib.too_large(state, gemma, chip.memory)) from error
     memory = compiled.memory_analysis()
-    plan, model, count = run.plan, run.model, len(devices)
+    plan, model, count = run.plan, run.module, len(devices)
     collectives = parse_collectives(compiled.as_text(), plan.updates_per_step)
 
     gemma_flops, per_bank = flops_lib.step_flops(plan, model, config.data.context_length)
@@ -157,7 +157,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
         tokens=config.train.tokens,
         tokens_per_step=plan.activations,
         memory=chip.memory,
-        needs=memory_lib.needs(state, gemma_params, memory.temp_size_in_bytes),
+        needs=memory_lib.needs(state, gemma, memory.temp_size_in_bytes),
         peak_bytes=memory.peak_memory_in_bytes,
         gemma_flops=gemma_flops,
         banks_flops=sum(per_bank),

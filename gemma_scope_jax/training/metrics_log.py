@@ -314,7 +314,7 @@ def stuck_thresholds(plan: step.Plan, entries: list[Mapping]) -> list[str]:
                 )
                 continue
             error, sparsity = mean("theta_from_error"), mean("theta_from_sparsity")
-            if member.objective == "controlled":
+            if bank_plan.objective.next_coefficient is not None:
                 continue  # Its λ moves by itself.
             if now := mean("sparsity_coefficient"):
                 sparsity *= member.sparsity_coefficient / now  # While λ warms up: as it will be.

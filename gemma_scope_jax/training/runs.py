@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from gemma import gm
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import placement, registry, weights
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
 from gemma_scope_jax.runtime import files, printing, sharding
 from gemma_scope_jax.saes import evaluation_file
@@ -26,7 +27,7 @@ class Run:
 
     config: config_lib.Config
     mesh: jax.sharding.Mesh
-    model: gm.nn.Transformer
+    module: gm.nn.Transformer
     plan: step.Plan
 
 
@@ -48,10 +49,10 @@ def build(
         devices = jax.devices() if devices is None else devices
         data = config.mesh.data or plans.choose_data_axis(config, len(devices))
         mesh = sharding.make_mesh(data, config.mesh.latent, devices)
-    model = registry.build_model(config.model)
-    plan = plans.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"], started)
+    module = registry.build_model(config.model)
+    plan = plans.make_plan(config, module, mesh.shape["data"], mesh.shape["latent"], started)
     registry.dtype(config)
-    return Run(config, mesh, model, plan)
+    return Run(config, mesh, module, plan)
 
 
 def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -115,20 +116,20 @@ def own_evaluation(
 
 def gemma_placement(run: Run) -> weights.Placement:
     """Where Gemma's parameters lie, up to the deepest site."""
-    return placement.placement_of(run.config, run.mesh, run.model, blocks_needed(run.plan.sites))
+    return placement.placement_of(run.config, run.mesh, run.module, blocks_needed(run.plan.sites))
 
 
 def check_weights(run: Run) -> None:
     """Raises ValueError if the weights are not there or not the model's, before an hour is spent on the text."""
     path = registry.weights_path(run.config.model, run.config.weights)
-    weights.find(path, run.model, blocks_needed(run.plan.sites))
+    weights.find(path, run.module, blocks_needed(run.plan.sites))
 
 
-def load_gemma(run: Run) -> registry.Gemma:
+def load_gemma(run: Run) -> Gemma:
     """Gemma up to the deepest site, on the mesh."""
     config = run.config
     dtype, depth = registry.dtype(config), blocks_needed(run.plan.sites)
-    return registry.load(config.model, config.weights, dtype, depth, gemma_placement(run))
+    return placement.load(config.model, config.weights, dtype, depth, run.mesh, gemma_placement(run))
 
 
 def read_batch(run: Run, rows: token_rows.Rows, start: int, count: int) -> step.Batch:
@@ -163,7 +164,7 @@ def abstract_state(run: Run) -> step.State:
     shape = jax.ShapeDtypeStruct
     normalizers = {}
     for site in run.plan.sites:
-        width = site_width(run.model, site)
+        width = site_width(run.module, site)
         vector, scalar = shape((width,), jnp.float32), shape((), jnp.float32)
         normalizers[str(site)] = normalizer_lib.Normalizer(vector, scalar, scalar, vector)
     abstract = jax.eval_shape(lambda n: step.init_state(run.plan, n, registry.dtype(run.config)), normalizers)
@@ -171,7 +172,7 @@ def abstract_state(run: Run) -> step.State:
     return jax.tree.map(lambda leaf, s: shape(leaf.shape, leaf.dtype, sharding=s), abstract, placed)
 
 
-def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, weights.Params]:
+def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, Gemma]:
     """What the step takes, as shapes with shardings."""
     config = run.config
 
@@ -182,13 +183,9 @@ def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, weights.Params]:
 
     count = config.train.sequences_per_step
     batch = step.Batch(tokens(count, config.data.context_length), tokens(count), tokens(count))
-    gemma_params = weights.placed_shapes(
-        run.model,
-        blocks_needed(run.plan.sites),
-        registry.dtype(config),
-        gemma_placement(run),
-    )
-    return abstract_state(run), batch, gemma_params
+    depth = blocks_needed(run.plan.sites)
+    params = weights.placed_shapes(run.module, depth, registry.dtype(config), gemma_placement(run))
+    return abstract_state(run), batch, Gemma(config.model, run.module, run.mesh, depth, params)
 
 
 def steps_left(plan: step.Plan, state: step.State) -> int:
@@ -283,13 +280,10 @@ def open_run(
                 f"{workdir} has no bank {' or '.join(map(repr, banks))}; choose one of {', '.join(config.banks)}"
             )
         config = dataclasses.replace(config, banks=opened)
-    mesh, model = (
-        mesh or sharding.one_device(),
-        registry.build_model(config.model),
-    )
-    run = Run(config, mesh, model, plans.plan_of(config, mesh.shape["data"]))
+    mesh, module = mesh or sharding.one_device(), registry.build_model(config.model)
+    run = Run(config, mesh, module, plans.plan_of(config, mesh.shape["data"]))
     for site in run.plan.sites:
-        check_site(model, site)
+        check_site(module, site)
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
         state = restore(run, manager, set_aside=False, what=what)
     if state is None:

@@ -37,7 +37,7 @@ def activations(inputs, tiny_gemma):
     """What the MLP of layer 2 reads, with and without gain, and gives."""
     tokens = jnp.asarray(tiny.tokens(8, 16))
     sites = {kind: Site(kind, 2) for kind in ("mlp_in", "mlp_in_gain_free", "mlp_out")}
-    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(sites.values()))
+    values = forward.read_sites(tiny_gemma, tokens, list(sites.values()))
     return {kind: np.asarray(values[site]).reshape(-1, 32) for kind, site in sites.items()}
 
 

@@ -70,10 +70,10 @@ def integrate(
             here = slice(start, start + rows)
             alpha_S[: len(alphas[here])], share_S[: len(alphas[here])] = alphas[here], shares[here]
             read = (whole.values[scope.subjects[name].site], whole.values[site])
-            added = _from_whole(scope.mesh, scope.placed[name], *read, alpha_S, np.int32(len(ids)))
+            added = _from_whole(scope.gemma.mesh, scope.placed[name], *read, alpha_S, np.int32(len(ids)))
             passed = gradients.differentiate(scope, placed, fixed, {site: added})
             metrics.append(distributed.fetch(passed.metric_S))
-            gradient += _shared(scope.mesh, share_S, passed.gradients[site])
+            gradient += _shared(scope.gemma.mesh, share_S, passed.gradients[site])
         return np.concatenate(metrics)[: len(alphas)], gradient
 
     nodes = 2

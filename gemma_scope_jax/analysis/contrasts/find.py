@@ -301,10 +301,12 @@ def features_of(
     tokens_NxL = rows_of(scope, prompts)
     sites = tuple(dict.fromkeys(subject.site for subject in scope.subjects.values()))
     per_batch = scope.config.evaluation.rows_per_batch
-    for batch in activations.batches(scope.mesh, scope.loaded, sites, tokens_NxL, per_batch, "Reading"):
+    for batch in activations.batches(scope.gemma, sites, tokens_NxL, per_batch, "Reading"):
         for name, subject in scope.subjects.items():
             x_SxLxD = batch.values[subject.site]
-            found = distributed.fetch(_pooled(scope.mesh, scope.placed[name], x_SxLxD, batch.tokens_SxL, at))
+            found = distributed.fetch(
+                _pooled(scope.gemma.mesh, scope.placed[name], x_SxLxD, batch.tokens_SxL, at)
+            )
             for into, value_SxM in zip((features, means), found, strict=True):
                 into[name].append(value_SxM[: batch.count])
     features, means = (

@@ -71,12 +71,10 @@ def build(
     if distributed.is_first():
         files.write_json(out / _MARK, about)
     with resumable.holding_parts(out / "partial"):
-        mesh, loaded = placement.load_gemma(config)
+        gemma = placement.load_gemma(config)
         parts = resumable.Parts(out / "partial", about)
         counts = batching.counts_of(config)
-        gathered = collect.gather(
-            loaded, subjects, held_out, rows, rows_per_batch, counts, options, mesh, parts
-        )
+        gathered = collect.gather(gemma, subjects, held_out, rows, rows_per_batch, counts, options, parts)
         passages = collect.Passages(collect.read_tokens(held_out, rows))
         words = tokenizer.load(config.model, config.tokenizer, config.weights)
         text_of = website.token_texts(words.decode)
@@ -85,8 +83,8 @@ def build(
         folders = {name: names[name] for name in subjects} if len(subjects) > 1 else {}
         all_shown = {}
         for name, subject in subjects.items():
-            in_stream = decoder_directions.in_stream(loaded.params, subject.spliced, subject.sae.W_dec)
-            logits = None if in_stream is None else decoder_directions.logits(mesh, loaded, in_stream)
+            in_stream = decoder_directions.in_stream(gemma.params, subject.spliced, subject.sae.W_dec)
+            logits = None if in_stream is None else decoder_directions.logits(gemma, in_stream)
             nearest = geometry.nearest(subject.sae.W_dec)
             shown = website.Dashboards(
                 name, config.model, subject, text, gathered[name], logits, *nearest, passages

@@ -14,12 +14,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gemma import gm
 
 from gemma_scope_jax.analysis.session import Scope
-from gemma_scope_jax.models import forward, interventions, masking, weights
+from gemma_scope_jax.models import interventions, masking
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import ranges, sharding
+from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -130,7 +129,7 @@ def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
 
 
 def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Partial]:
-    """Edits as `generation.generate` and `final_stream` take them, the same in all rows.
+    """Edits as `generation.generate` and `passes.written` take them, the same in all rows.
 
     Raises:
       ValueError: there is no such SAE or latent, one is edited twice, or a number is out of range.
@@ -219,26 +218,3 @@ def _difference(edits: Edits, x_SxLxD: jax.Array, where: interventions.Where) ->
     new_SxLxK = edits.scale_SxK[:, None] * f_SxLxK + edits.add_SxK[:, None]
     change_SxLxK = jnp.where(is_within_SxLxK & is_meant_SxLxK & ~is_special_SxLx1, new_SxLxK - f_SxLxK, 0)
     return jnp.matmul(change_SxLxK, edits.W_dec_KxO, precision=highest)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "read"))
-def final_stream(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
-    tokens_SxL: jax.Array,
-    write: Mapping[Site, jax.tree_util.Partial],
-    read: tuple[Site, ...] = (),
-) -> tuple[jax.Array, dict[Site, jax.Array]]:
-    """One pass over packed rows, all of it prompt, with sites written.
-
-    Returns:
-      The residual stream [S, L, D] behind the last block, and the activations of the sites `read`, as they are before
-      they are written.
-    """
-    params = forward.gather_gemma(mesh, params)
-    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
-    positions_SxL = masking.packed_positions(tokens_SxL)
-    replace = interventions.at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, True))
-    layers = range(model.config.num_layers)
-    return forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=read, write=replace)

@@ -121,9 +121,7 @@ def steer(
     for made in (kept, changes):
         write = edits.writes(scope, made)
         stop = generation.stop_tokens(scope.tokenizer)
-        written = generation.generate(
-            scope.loaded, tokens, num_tokens, temperature, seed, write, stop, mesh=scope.mesh
-        )
+        written = generation.generate(scope.gemma, tokens, num_tokens, temperature, seed, write, stop)
         texts = [generation.reply_text(scope.tokenizer, reply) for reply in written]
         replies.append(tuple(tuple(texts[i : i + samples]) for i in range(0, len(texts), samples)))
     return Steered(scope.config.model, tuple(changes), prompts, *replies, temperature, seed)
