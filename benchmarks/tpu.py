@@ -13,6 +13,7 @@ import pathlib
 import time
 
 from gemma_scope_jax.cli import common
+from gemma_scope_jax.evaluation import measuring
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.models.gemma import Gemma
 
@@ -23,7 +24,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.evaluation import metrics
 from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import devices as devices_lib
@@ -190,7 +190,7 @@ def measure_evaluation(case: Evaluation) -> dict:
         "loss": passes.loss.lower(gemma, x, tokens, kept),
         "spliced": jax.jit(passes.spliced, static_argnames="site").lower(gemma, x, tokens, kept, site, x),
         "importance": passes.importance.lower(gemma, x, x, tokens, kept, site),
-        "reconstruct": metrics.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
+        "reconstruct": measuring.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
         "divergence": passes.divergence.lower(gemma, x, x, tokens, kept),
     }
     of_passes = {name: report(one) for name, one in lowered.items()}

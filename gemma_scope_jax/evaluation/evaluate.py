@@ -1,7 +1,7 @@
 """SAEs and transcoders in Gemma's place: what they make of its activations, and what that costs its predictions.
 
 Every position that counts is spliced, and only predictions made from such positions are scored: by default all but
-BOS, EOS and PAD. `interventions` has the compiled passes, `metrics` the numbers.
+BOS, EOS and PAD. `passes` has the compiled passes, `metrics` the numbers.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import tqdm
 from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.evaluation import metrics
+from gemma_scope_jax.evaluation import measuring, metrics
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
@@ -44,7 +44,7 @@ def site_means(
 
     @jax.jit
     def sums(values: dict, is_kept_SxL: jax.Array) -> dict:
-        means = {site: metrics.measure_target(v, is_kept_SxL)["y_SxO"].sum(0) for site, v in values.items()}
+        means = {site: measuring.measure_target(v, is_kept_SxL)["y_SxO"].sum(0) for site, v in values.items()}
         return sharding.constrain(gemma.mesh, (means, is_kept_SxL.sum()), P())
 
     count = min(CALIBRATION_ROWS, len(rows))
@@ -134,7 +134,7 @@ def evaluate(
     unknown = tuple(site for site in spliced if site not in known)
     means = known | site_means(gemma, unknown, training_rows, per_batch, counts)
     placed = {name: attached.place(gemma.mesh, subject.sae) for name, subject in subjects.items()}
-    totals = {name: metrics.Totals() for name in (*map(_reference, spliced), *subjects)}
+    totals = {name: measuring.Totals() for name in (*map(_reference, spliced), *subjects)}
     seconds: list[dict[str, float]] = []
 
     per_batch = batching.padded_rows(gemma.mesh, count, per_batch)
@@ -224,7 +224,7 @@ def _measure(
         splice = functools.partial(passes.spliced, gemma, before_SxLxD, *tokens, site)
         # On the host, since an array of this host's devices alone could not meet one of all hosts'.
         ablations = {"zero": np.zeros_like(mean_O), "mean": mean_O}
-        found = metrics.target(gemma.mesh, y_SxLxO, rows.is_kept_SxL)
+        found = measuring.target(gemma.mesh, y_SxLxO, rows.is_kept_SxL)
         found |= {"clean_SxL": clean["loss_SxL"], "scored_SxL": clean["scored_SxL"]}
         for name, value_O in ablations.items():
             found[f"{name}_SxL"] = passes.loss(gemma, splice(value_O[None, None]), *tokens)["loss_SxL"]
@@ -237,9 +237,9 @@ def _measure(
         for name, subject in subjects.items():
             if subject.spliced != site:
                 continue
-            recon_SxLxO, found = metrics.reconstruct(
+            recon_SxLxO, found = measuring.reconstruct(
                 gemma.mesh, placed[name], values[subject.site], y_SxLxO, mean_O, rows.is_kept_SxL, importance_SxLxO,
-                subject.top_k,
+                subject.top_k, metrics.measures(),
             )  # fmt: skip
             final_SxLxD = splice(recon_SxLxO)
             if is_fast:

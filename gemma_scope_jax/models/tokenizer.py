@@ -42,18 +42,23 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
     Args:
       name: of the model.
       path: a SentencePiece file, a tokenizer.json or a GGUF file, or a folder with one of them; empty: what lies
-        beside the weights, else Google's own, which gemma fetches.
-      weights_path: of the model's weights, as in `registry.load`.
+        beside the weights, else the model's own, which for Google's gemma fetches.
+      weights_path: of the model's weights, as in `placement.load`.
 
     Raises:
       ValueError: there is none, it is damaged, or it is not that of the model.
     """
-    found = _find(weights.local(path or registry.weights_path(name, weights_path)), name.split("_")[0])
+    own, found = registry.spec(name).tokenizer, None
+    if path or weights_path or own is None:
+        place = weights.local(path or registry.weights_path(name, weights_path))
+        found = _find(place, name.split("_")[0])
     if found is None and path:
         raise ValueError(
             f"no tokenizer at {path}; give a SentencePiece file, a tokenizer.json or a GGUF file"
         )
-    if found is None:
+    if found is None and own is not None:
+        found, loaded = f"of {name}", own()
+    elif found is None:
         found = f"of Google for {name}"
         loaded = _googles(name)
     else:

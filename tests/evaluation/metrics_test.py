@@ -10,7 +10,7 @@ import tiny
 from toys import Rows, random_sae
 
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.evaluation import evaluate, metrics
+from gemma_scope_jax.evaluation import evaluate, measuring, metrics
 from gemma_scope_jax.models import forward, masking, passes, predictions
 from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.models.sites import Site
@@ -218,7 +218,7 @@ def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
     hard = rng.gamma(2, size=(s, 1))  # Of some rows everything costs more.
     losses = {name: scored * hard * mean * rng.gamma(4, 0.25, size=(s, length)) for name, mean in
               (("clean", 2), ("loss", 2.4), ("zero", 9), ("mean", 5))}  # fmt: skip
-    of_sae, references = metrics.Totals(), metrics.Totals()
+    of_sae, references = measuring.Totals(), metrics.Totals()
     position = np.tile(np.arange(length), (s, 1))
     rest = {
         f"{n}_SxL": np.ones((s, length))
@@ -248,7 +248,7 @@ def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
 def test_uniformity_by_hand():
     """Four that matter equally: 1. One of four alone, but for a whisper: ¼. Two of two by 3 to 1: exp(H) / 2."""
     importance = jnp.array([[2.0, 2, 2, 2], [1, 1e-12, 1e-12, 1e-12], [3, 1, 0, 0], [0, 0, 0, 0]])
-    found, is_active = metrics.uniformity(importance)
+    found, is_active = measuring.uniformity(importance)
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     np.testing.assert_allclose(found, [1, 0.25, np.exp(entropy) / 2, 0], rtol=1e-5)
     assert is_active.tolist() == [True, True, True, False]
@@ -309,7 +309,7 @@ def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
 def test_a_silent_sae_has_no_uniformity():
     silent = jax.tree.map(np.zeros_like, random_sae())
     x = jnp.ones((1, 3, 32))
-    _, found = metrics.measure(silent, x, x, jnp.zeros(32), jnp.ones((1, 3), bool), x)
+    _, found = measuring.measure(silent, x, x, jnp.zeros(32), jnp.ones((1, 3), bool), x)
     assert found["active_SxL"].sum() == 0 and found["l0_SxL"].sum() == 0
 
 

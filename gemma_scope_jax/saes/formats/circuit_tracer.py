@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import yaml
 
+from gemma_scope_jax.models.sites import site_from_hook
 from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
@@ -25,7 +26,7 @@ _TURNED = ("W_enc", "W_skip")
 _MAX_CONFIG = 2**14  # A megabyte of YAML takes 20 seconds to read.
 
 
-def write_config(folder: pathlib.Path, about: common.About) -> None:
+def _write_config(folder: pathlib.Path, about: common.About) -> None:
     """Writes what all layers share, hooks being named as TransformerLens does in any of them."""
     hooks = {
         "feature_input_hook": re.sub(r"^blocks\.\d+\.", "", about.hook_name),
@@ -36,8 +37,10 @@ def write_config(folder: pathlib.Path, about: common.About) -> None:
         partial.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def write(folder: pathlib.Path, sae: SAE, layer: int, dtype: str = "float32") -> pathlib.Path:
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
     """Writes one layer's folded transcoder; returns the file. circuit-tracer wants all layers, of one width."""
+    _write_config(folder, about)
+    layer = site_from_hook(about.hook_name).layer
     tensors = {
         _NAMES[name]: value.T if name in _TURNED else value
         for name, value in common.arrays(sae, dtype).items()
@@ -48,7 +51,7 @@ def write(folder: pathlib.Path, sae: SAE, layer: int, dtype: str = "float32") ->
     return path
 
 
-def read(folder: pathlib.Path, only: int | None = None) -> Iterator[tuple[str, SAE, common.About]]:
+def read(folder: pathlib.Path, only: int | None = None) -> Iterator[common.Found]:
     """Each layer's transcoder by name, one at a time; or `only` one layer's.
 
     Raises:
@@ -90,4 +93,32 @@ def read(folder: pathlib.Path, only: int | None = None) -> Iterator[tuple[str, S
             f"blocks.{layer}.{config['feature_input_hook']}",
             hook_name_out=f"blocks.{layer}.{config['feature_output_hook']}",
         )
-        yield f"layer_{layer}", common.sae_from_arrays(tensors, found), about
+        yield common.Found(f"layer_{layer}", common.sae_from_arrays(tensors, found), about)
+
+
+def _found(path: pathlib.Path) -> Iterator[common.Found]:
+    match = re.fullmatch(r"layer_(\d+)\.safetensors", path.name)
+    return read(common.folder_of(path), int(match[1]) if match else None)
+
+
+def _obstacle(kind: common.Kind) -> str | None:
+    if not kind.is_transcoder:
+        return "is no transcoder, and circuit-tracer reads nothing else"
+    if kind.site.layer != kind.target_site.layer:
+        return (
+            f"reads layer {kind.site.layer} and predicts layer {kind.target_site.layer}; it knows one alone"
+        )
+    return None
+
+
+FORMAT = common.Format(
+    marks=("config.yaml",),
+    files=("config.yaml", "layer_*.safetensors"),
+    file_pattern=r"layer_\d+\.safetensors",
+    read=_found,
+    write=write,
+    obstacle=_obstacle,
+    # A folder for all layers that are otherwise the same.
+    place=lambda name, member, l0: re.sub(r"layer_\d+_", "", name, count=1),
+    holds_many=True,
+)

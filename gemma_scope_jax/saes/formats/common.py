@@ -1,15 +1,18 @@
-"""What the formats share: the arrays by name, what is told of them, and checks of what is read."""
+"""What a format is, and what they share: the arrays by name, what is told of them, checks of what is read."""
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
 
+from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes import naming
 from gemma_scope_jax.saes.jumprelu import SAE
 
 _OPTIONAL = {"W_skip"}
@@ -36,6 +39,62 @@ class About:
     tokenizer: str = ""
     gemma_dtype: str = "float32"
     site_mean_O: np.ndarray | None = dataclasses.field(default=None, compare=False)  # for mean ablation
+
+
+class Found(NamedTuple):
+    """An SAE of a file, with what the file tells of it."""
+
+    name: str
+    sae: SAE
+    about: About
+    format: str = ""  # its name, which `formats.read` fills in
+
+
+class Kind(NamedTuple):
+    """What a format must have a place for, to hold an SAE."""
+
+    site: Site
+    target_site: Site  # an autoencoder's is the site that it reads
+    skip: bool
+    dtype: str  # of the matrices
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.target_site != self.site
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format that SAEs are read in and, perhaps, written in.
+
+    Args:
+      marks: files by which a folder is known to hold an SAE in it, the surest first.
+      read: the SAEs of a file or folder, one after the other.
+      write: writes an SAE with what is told of it to a folder, matrices in a dtype of `DTYPES`; returns the folder,
+        or the file that is the SAE. None: the format is only read.
+      files: all files that it reads, or patterns of them: of a repository on the hub nothing else is fetched.
+      file_pattern: of the names of files that are an SAE in it by themselves.
+      obstacle: why it has no place for a kind of SAE; None: it has one.
+      place: where a run's SAE goes below an export's folder, by its name, what it is, and its mean L0.
+      holds_many: whether one folder holds several SAEs, so that they share a place.
+      hooks: whose names of sites the files have.
+      transcoders_read: the kind of site that its readers feed transcoders with; empty: any.
+      embedding_scale: whether its readers feed SAEs of `embed` with embeddings that are not multiplied by √D.
+      is_published: whether a repository of SAEs may be in it.
+    """
+
+    marks: tuple[str, ...]
+    read: Callable[[pathlib.Path], Iterable[Found]]
+    write: Callable[[pathlib.Path, SAE, About, str], pathlib.Path] | None = None
+    files: tuple[str, ...] = ()
+    file_pattern: str | None = None
+    obstacle: Callable[[Kind], str | None] = lambda kind: None
+    place: Callable[[str, naming.Member, float], str] = naming.place
+    holds_many: bool = False
+    hooks: Literal["transformer_lens", "hugging_face"] = "transformer_lens"
+    transcoders_read: str = ""
+    embedding_scale: bool = False
+    is_published: bool = False
 
 
 def arrays(sae: SAE, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -110,6 +169,16 @@ def in_other_units(sae: SAE, factor: float) -> SAE:
     """The SAE that does to factor · x what `sae` does to x, latents and reconstructions in the same units."""
     scaled = {name: factor * getattr(sae, name) for name in ("b_enc", "threshold", "b_dec")}
     return jax.device_get(sae.replace(**scaled))
+
+
+def folder_of(path: pathlib.Path) -> pathlib.Path:
+    """The folder of an SAE, of which a file may be given."""
+    return path.parent if path.is_file() else path
+
+
+def name_of(path: pathlib.Path) -> str:
+    """What an SAE is called that has a folder of its own."""
+    return folder_of(path).resolve().name
 
 
 def check_own(folder: pathlib.Path, name: str) -> None:

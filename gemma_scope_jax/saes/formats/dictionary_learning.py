@@ -20,7 +20,7 @@ from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
-NO_TRANSCODER = "is a transcoder, for which dictionary_learning has no place"
+_NO_TRANSCODER = "is a transcoder, for which dictionary_learning has no place"
 _STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -30,14 +30,14 @@ _STORAGES = {
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
-def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> None:
-    """Writes a folded SAE, its hook being named as TransformerLens does.
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
+    """Writes a folded SAE, its hook named as TransformerLens does; returns the folder.
 
     Raises:
       ValueError: the folder holds something else, or the SAE is a transcoder.
     """
     if about.hook_name_out:
-        raise ValueError(f"{folder} {NO_TRANSCODER}")
+        raise ValueError(f"{folder} {_NO_TRANSCODER}")
     common.check_own(folder, "ae.pt")
     d, m = sae.W_enc.shape
     residual = _RESIDUAL.fullmatch(about.hook_name)
@@ -56,6 +56,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
     files.write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer})
     with files.replacing_file(folder / "ae.pt") as partial:
         _write_torch(partial, common.arrays(sae, dtype))
+    return folder
 
 
 def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
@@ -205,3 +206,12 @@ def _text(value: str) -> bytes:
 
 def _int(value: int) -> bytes:
     return b"\x8a\x08" + struct.pack("<q", value)
+
+
+FORMAT = common.Format(
+    marks=("ae.pt",),
+    files=("config.json", "ae.pt"),
+    read=lambda path: [common.Found(common.name_of(path), *read(common.folder_of(path)))],
+    write=write,
+    obstacle=lambda kind: _NO_TRANSCODER if kind.is_transcoder else None,
+)

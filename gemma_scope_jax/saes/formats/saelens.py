@@ -27,8 +27,8 @@ _OWN_FIELDS = {
 }
 
 
-def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> None:
-    """Writes a folded SAE, hooks being named as TransformerLens does; other files in the folder stay.
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
+    """Writes a folded SAE, hooks named as TransformerLens does; returns the folder, whose other files stay.
 
     The site's mean, for mean ablation, lies beside it.
 
@@ -79,6 +79,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
         tensors["W_skip"] = tensors["W_skip"].T
     with files.replacing_file(folder / "sae_weights.safetensors") as partial:
         safetensors_io.write_safetensors(partial, tensors)
+    return folder
 
 
 def _architecture(sae: SAE, about: common.About) -> str:
@@ -196,3 +197,12 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         ):
             raise ValueError(f"{path} is not a SAELens config: {name} is {printable(repr(value))}")
     return common.About(**{name: value for name, (value, _) in fields.items()})
+
+
+FORMAT = common.Format(
+    marks=("sae_weights.safetensors", "cfg.json"),
+    files=("cfg.json", "sae_weights.safetensors", _SITE_MEAN),
+    read=lambda path: [common.Found(common.name_of(path), *read(common.folder_of(path)))],
+    write=write,
+    is_published=True,
+)
