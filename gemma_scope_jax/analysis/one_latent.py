@@ -20,6 +20,7 @@ from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import lines, plottable, printable
 from gemma_scope_jax.saes.attached import alone
 
@@ -166,7 +167,7 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
         batching.counts_of(scope.config), collect.Options(top=top),
     )[name]  # fmt: skip
     if not gathered.count_M[0]:
-        raise ValueError(
+        raise InputError(
             f"latent {latent} of {name} fires nowhere on {gathered.rows} held-out rows; read more rows"
         )
     cut = collect.Passages(collect.read_tokens(held_out, rows))

@@ -16,11 +16,12 @@ from gemma_scope_jax.models import masking, placement, tokenizer
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached, jumprelu
 
 
 def _no_text() -> token_rows.Rows:
-    raise ValueError("these SAEs were put together without a text; open_scope opens them with one")
+    raise InputError("these SAEs were put together without a text; open_scope opens them with one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Scope:
     def __post_init__(self) -> None:
         # Whether a latent fires would depend on all others, which few of the looks inside ask.
         if of_top_k := [name for name, subject in self.subjects.items() if subject.top_k is not None]:
-            raise ValueError(
+            raise InputError(
                 f"{of_top_k[0]} keeps the {self.subjects[of_top_k[0]].top_k} strongest latents; only "
                 "SAEs with thresholds are looked into"
             )
@@ -80,7 +81,7 @@ def prompt(scope: Scope, text: str) -> list[int]:
     """
     tokens = scope.tokenizer.encode(text)
     if not tokens:
-        raise ValueError("the text is empty; give one of at least one token")
+        raise InputError("the text is empty; give one of at least one token")
     return [masking.BOS, *tokens]
 
 
@@ -93,7 +94,7 @@ def one_token(scope: Scope, text: str) -> int:
     tokens = scope.tokenizer.encode(text)
     if len(tokens) != 1:
         pieces = " + ".join(repr(scope.tokenizer.decode([token])) for token in tokens)
-        raise ValueError(
+        raise InputError(
             f"{text!r} is {len(tokens)} tokens ({pieces or 'none'}); give a text of one token, most words with the "
             "space before them"
         )
@@ -107,7 +108,7 @@ def only(scope: Scope, name: str) -> Scope:
       ValueError: there is none of that name.
     """
     if name not in scope.subjects:
-        raise ValueError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
     by_name = ("subjects", "placed", "frequency")
     chosen = {field: {k: v for k, v in getattr(scope, field).items() if k == name} for field in by_name}
     return dataclasses.replace(scope, **chosen)

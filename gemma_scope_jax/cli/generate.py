@@ -7,6 +7,7 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.models import generation, placement, tokenizer
 from gemma_scope_jax.runtime import files, locks
+from gemma_scope_jax.runtime.errors import OutputError
 from gemma_scope_jax.runtime.printing import say
 
 
@@ -40,7 +41,7 @@ def write_rollouts(
     busy = f"another process is writing {out}; wait for it or stop it, or give another --out"
     with locks.locked(out.with_name(f".{out.name}.lock"), busy):
         if out.exists():  # Before an hour's work, not after it.
-            raise ValueError(f"{out} is there already; remove it, or give another --out")
+            raise OutputError(f"{out} is there already; remove it, or give another --out")
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt
         gemma = placement.load_gemma(config)

@@ -30,6 +30,7 @@ from gemma_scope_jax.models import tokenizer, weights
 from gemma_scope_jax.models.chat import chat_template
 from gemma_scope_jax.models.tokenizer import Tokenizer
 from gemma_scope_jax.runtime import distributed
+from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.files import expanded, read_json, replacing_file
 from gemma_scope_jax.runtime.locks import locked
 from gemma_scope_jax.runtime.printing import printable, say
@@ -78,11 +79,11 @@ def prepare_rows(
     only = only_document(config.text)
     several = f"{only} is one document; for several give .jsonl with a line for each, or several files"
     if only and config.held_out_fraction < 1:
-        raise ValueError(f"none is left to hold out: {several}")
+        raise DataError(f"none is left to hold out: {several}")
     tokenizer = load_tokenizer()
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     if len(before) + len(after) + 2 > config.context_length:
-        raise ValueError(f"data.context_length {config.context_length} leaves no room in the chat template")
+        raise DataError(f"data.context_length {config.context_length} leaves no room in the chat template")
     told = printable(f". {several}", 480) if only else ""
     print(f"Tokenising {printable(config.text)} into rows of {config.context_length}{told}.", flush=True)
     busy = f"Another process prepares the same text in {root / name}; waiting for it."
@@ -105,7 +106,7 @@ def _prepare(
     for split in (TRAIN, HELD_OUT):
         is_wanted = config.held_out_fraction < 1 or split == HELD_OUT
         if is_wanted and not sum(of_part[split] for of_part in lengths):
-            raise ValueError(
+            raise DataError(
                 f"data.text {config.text!r} leaves no document for the {split} split at "
                 f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
             )
@@ -225,7 +226,7 @@ def _read_lengths(folder: pathlib.Path, first: int) -> dict[str, int] | None:
             if path.exists() or not any(folder.glob("*.array_record-*")):
                 reader = array_record_module.ArrayRecordReader(str(path))
                 if reader.num_records() != lengths[split]:
-                    raise ValueError(f"{path} has {reader.num_records()} rows, not {lengths[split]}")
+                    raise DataError(f"{path} has {reader.num_records()} rows, not {lengths[split]}")
     except (OSError, ValueError, KeyError, RuntimeError):
         say(f"{done} or its rows are damaged; this part is made again.")
         return None

@@ -20,6 +20,7 @@ from gemma_scope_jax.models import passes
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, resumable, sharding
+from gemma_scope_jax.runtime.errors import InputError, NonFiniteError
 from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 
@@ -54,10 +55,10 @@ def site_means(
         totals = {site: totals[site] + np.asarray(found[site], np.float64) for site in sites}
         n += int(kept)
     if sites and not n:
-        raise ValueError(f"no position of the first {count} training rows counts: {_NONE_COUNTS}")
+        raise InputError(f"no position of the first {count} training rows counts: {_NONE_COUNTS}")
     for site, total in totals.items():
         if not np.isfinite(total).all():
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"activations of {site} on the first {count} training rows are not finite: {_NOT_FINITE}"
             )
     return {site: (total / n).astype(np.float32) for site, total in totals.items()}
@@ -157,7 +158,7 @@ def evaluate(
             for name, sums in found.items():
                 totals[name].add(sums, rows.position_SxL)
     if not totals[_reference(spliced[0])].of_rows("scored_S").sum():
-        raise ValueError(f"no prediction of these rows counts: {_NONE_COUNTS}")
+        raise InputError(f"no prediction of these rows counts: {_NONE_COUNTS}")
     results = {
         name: metrics.summarize(subject.sae, totals[name], totals[_reference(subject.spliced)])
         for name, subject in subjects.items()
@@ -184,7 +185,7 @@ def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: token_row
             )
             if quantity == "clean_SxL":
                 of, mend = "Gemma's own loss", _NOT_FINITE
-            raise FloatingPointError(f"at row {row}, position {position} {of} is not finite; {mend}")
+            raise NonFiniteError(f"at row {row}, position {position} {of} is not finite; {mend}")
 
 
 def _reference(site: Site) -> str:

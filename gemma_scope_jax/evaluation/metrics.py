@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from gemma_scope_jax.evaluation.measuring import OfTokens, Totals
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import evaluation_file, geometry, jumprelu
 from gemma_scope_jax.training.normalizer import CONSTANT
 
@@ -272,11 +273,11 @@ def register(name: str, metric: Metric) -> None:
       ValueError: the name is taken, or the metric is neither measured nor reduced.
     """
     if METRICS.get(name, metric) != metric or (name not in METRICS and name in _FIELDS):
-        raise ValueError(f"another number is called {name!r}; choose another name")
+        raise InputError(f"another number is called {name!r}; choose another name")
     if not name.isidentifier():
-        raise ValueError(f"a metric cannot be called {name!r}; choose letters, digits and _")
+        raise InputError(f"a metric cannot be called {name!r}; choose letters, digits and _")
     if metric.measure is None and metric.reduce is None:
-        raise ValueError(f"the metric {name} has neither measure nor reduce; give one of them")
+        raise InputError(f"the metric {name} has neither measure nor reduce; give one of them")
     METRICS[name] = metric
 
 

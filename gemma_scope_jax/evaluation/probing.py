@@ -23,6 +23,7 @@ from gemma_scope_jax.models import activations, masking, placement, tokenizer
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
+from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, say, well_formed
 from gemma_scope_jax.saes import attached, jumprelu
 
@@ -78,22 +79,22 @@ def read_labelled(path: pathlib.Path) -> Labelled:
       ValueError: there is no such file, a line is not such an object, or there are too few texts or classes.
     """
     if not path.is_file():
-        raise ValueError(f"--labelled={path}: there is no such file")
+        raise DataError(f"--labelled={path}: there is no such file")
     found, labels, groups = [], [], []
     for number, one in sources.read_objects(path):
         where = f"{path}:{number}"
         if not {"text", "label"} <= one.keys():
-            raise ValueError(f'{where} is not a JSON object with a "text" and a "label"')
+            raise DataError(f'{where} is not a JSON object with a "text" and a "label"')
         text, label, group = one["text"], one["label"], one.get("group", one["text"])
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: the text is {quoted(text)}, expected a string that is not empty")
+            raise DataError(f"{where}: the text is {quoted(text)}, expected a string that is not empty")
         for name, value in (("label", label), ("group", group)):
             if not isinstance(value, (str, int)) or isinstance(value, bool):
-                raise ValueError(
+                raise DataError(
                     f"{where}: the {name} is {quoted(value)}, expected a string or a whole number"
                 )
         if len(str(label)) > LONGEST:
-            raise ValueError(
+            raise DataError(
                 f"{where}: the label has {len(str(label)):,} characters, at most {LONGEST} are taken"
             )
         found.append(well_formed(text))
@@ -101,10 +102,10 @@ def read_labelled(path: pathlib.Path) -> Labelled:
         groups.append(str(group))
     counts = dict(sorted(collections.Counter(labels).items()))
     if len(counts) < 2:
-        raise ValueError(f"{path} has texts of {len(counts)} classes; it takes two to tell apart")
+        raise DataError(f"{path} has texts of {len(counts)} classes; it takes two to tell apart")
     if few := {label: count for label, count in counts.items() if count < FEWEST}:
         named = printable(", ".join(f"{label!r} {count}" for label, count in few.items()))
-        raise ValueError(f"{path} has too few texts of {named}; give at least {FEWEST} of each class")
+        raise DataError(f"{path} has too few texts of {named}; give at least {FEWEST} of each class")
     return Labelled(found, np.array(labels), _numbered(groups))
 
 
@@ -132,7 +133,7 @@ def split(labelled: Labelled, seed: int) -> np.ndarray:
     """
     groups = _joined(labelled)
     if (count := len(set(groups))) < PARTS:
-        raise ValueError(
+        raise DataError(
             f"the texts are of {count} groups, which are not divided; give at least {PARTS} groups"
         )
     folds = model_selection.StratifiedGroupKFold(PARTS, shuffle=True, random_state=seed)
@@ -141,7 +142,7 @@ def split(labelled: Labelled, seed: int) -> np.ndarray:
     for label in np.unique(labelled.labels).tolist():
         for part, is_in_T in (("test", is_test_T), ("training", ~is_test_T)):
             if label not in labelled.labels[is_in_T]:
-                raise ValueError(
+                raise DataError(
                     f"no text of class {quoted(label)} is in the {part} part, since groups are not divided; "
                     "give more groups of that class, or another --seed"
                 )
@@ -301,7 +302,7 @@ def probe_path(
     if given_out is None and (out / "probing.json").exists():
         before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))
         if before != printing.shareable(labelled):
-            raise ValueError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
+            raise DataError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
     encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
     tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
     gemma = placement.load_gemma(config)

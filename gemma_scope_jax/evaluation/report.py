@@ -24,6 +24,7 @@ from gemma_scope_jax.evaluation import (
 from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, files, ranges, resumable
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import printable, say, shareable
 from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
 from gemma_scope_jax.saes.evaluation_file import Evaluation
@@ -48,9 +49,9 @@ def texts_of(given: Sequence[str]) -> dict[str, str]:
         else:
             label, source = opening.text_label(value), value
         if label.startswith("."):
-            raise ValueError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
+            raise InputError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
         if label.lower() in map(str.lower, texts):  # A disk may not keep them apart.
-            raise ValueError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
+            raise InputError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
         texts[label] = source
     return texts
 
@@ -157,7 +158,7 @@ def _places(
     for label, place in places.items():
         is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
         if given_out is not None and place != out and not is_free and not list(place.glob("evaluation.*")):
-            raise ValueError(f"{place} holds something that is no evaluation; give the text another name")
+            raise InputError(f"{place} holds something that is no evaluation; give the text another name")
         if given_out is None and place != output.own_folder(path):
             _check_same(place, _about(by_label[label], {"split": split, **overrides}))
     return out, places
@@ -174,7 +175,7 @@ def _check_same(place: pathlib.Path, about: Mapping[str, object]) -> None:
     differs = [name for name in names if name in found and shareable(found[name]) != shareable(about[name])]
     if differs:
         said = ", ".join(f"{name} {printable(found[name])}" for name in differs)
-        raise ValueError(
+        raise InputError(
             f"{path} is of {said}; to keep it, call this text otherwise, as in --text=NAME=SOURCE, or give an --out"
         )
 

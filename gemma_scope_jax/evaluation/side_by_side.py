@@ -12,6 +12,7 @@ import numpy as np
 from gemma_scope_jax.display import html, tables
 from gemma_scope_jax.evaluation import metrics, page, plots
 from gemma_scope_jax.runtime import files, printing
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable, say
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.saes.evaluation_file import Evaluation
@@ -44,12 +45,14 @@ def read(folder: pathlib.Path) -> Suite:
     """
     path, arrays = folder / "evaluation.json", folder / "evaluation.npz"
     if not path.exists():
-        raise ValueError(f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared")
+        raise FormatError(
+            f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared"
+        )
     about = evaluation_file.read_numbers(path)
     saes = about.pop("sae")
     for name, numbers in saes.items():
         if not isinstance(numbers["rows"], int) or not 0 < numbers["rows"] <= _MAX_ROWS:
-            raise ValueError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
+            raise FormatError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
     shapes = {
         f"{name}/by_row/{quantity}": (numbers["rows"],)
         for name, numbers in saes.items()
@@ -76,7 +79,7 @@ def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
       ValueError: a folder holds no evaluation, there is but one, or `out` is no folder.
     """
     if len(folders) < 2:
-        raise ValueError(f"{folders[0]} alone cannot be compared; give two folders or more")
+        raise FormatError(f"{folders[0]} alone cannot be compared; give two folders or more")
     files.check_output(out, is_folder=True)
     shortest = _labels(folders)
     columns = {label: read(folder) for label, folder in zip(shortest, folders, strict=True)}
@@ -92,7 +95,7 @@ def _labels(folders: list[pathlib.Path]) -> list[str]:
         labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(labels)) == len(labels):
             return labels
-    raise ValueError("an evaluation is given twice; give different ones")
+    raise FormatError("an evaluation is given twice; give different ones")
 
 
 def rows_of(columns: Mapping[str, Suite]) -> list[dict[str, str]]:

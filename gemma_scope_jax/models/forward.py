@@ -15,6 +15,7 @@ from gemma_scope_jax.models import masking, weights
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import Site, blocks_needed
+from gemma_scope_jax.runtime.errors import InputError
 
 # From a site's activations [S, L, D] to what takes their place.
 Write = Callable[[jax.Array], jax.Array]
@@ -121,7 +122,7 @@ def walk(
     with matmul_precision(dtype):
         x_SxLxD = gemma.module.apply({"params": gemma.params}, x_SxLxD, method=through)
     if missed := (set(read) | write.keys()) - passed:
-        raise ValueError(
+        raise InputError(
             f"blocks {layers.start} to {layers.stop - 1} do not pass {', '.join(map(str, missed))}"
         )
     return x_SxLxD, values, grown

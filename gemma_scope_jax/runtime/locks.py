@@ -6,6 +6,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from gemma_scope_jax.runtime.errors import OutputError
 from gemma_scope_jax.runtime.printing import say
 
 
@@ -36,7 +37,7 @@ def locked(path: pathlib.Path, busy: str, waits: bool = False) -> Iterator[None]
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if not waits:
-                    raise ValueError(busy) from error
+                    raise OutputError(busy) from error
                 say(busy)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:

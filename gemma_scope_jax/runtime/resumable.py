@@ -11,6 +11,7 @@ import numpy as np
 import tqdm
 
 from gemma_scope_jax.runtime import distributed, files, locks
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 
 
@@ -93,7 +94,7 @@ def _read_part(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
     size = _DIGEST().digest_size
     with files.open_regular(path) as file:
         if file.read(size) != hashlib.file_digest(file, _DIGEST).digest():
-            raise ValueError(f"{path} is damaged")
+            raise FormatError(f"{path} is damaged")
         file.seek(size)
         with np.load(file, allow_pickle=False) as arrays:
             for key in arrays.files:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable, quoted
 
 QUANTILES = (5, 25, 50, 75, 95)
@@ -107,7 +108,7 @@ def read_numbers(path: pathlib.Path) -> dict:
     found = files.read_json(path)
     saes = found.pop("sae", None)
     if not isinstance(saes, dict) or not saes or not all(isinstance(of, dict) for of in saes.values()):
-        raise ValueError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
+        raise FormatError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
     checked = {
         name: {key: of.get(key) for key in SCALARS}
         | {key: value for key, value in of.items() if key not in SCALARS and _is_number(value)}
@@ -117,9 +118,9 @@ def read_numbers(path: pathlib.Path) -> dict:
         for key, value in of.items():
             values = value if key == "l0_quantiles" and isinstance(value, list) else [value]
             if not all(map(_is_number, values)):
-                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
+                raise FormatError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
             if key.endswith("_se") and value is not None and value < 0:
-                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is below zero")
+                raise FormatError(f"{path} is no evaluation: {key} of {printable(name)} is below zero")
     about = {
         key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
     }

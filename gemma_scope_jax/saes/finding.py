@@ -7,6 +7,7 @@ import pathlib
 import re
 
 from gemma_scope_jax.runtime import files, hub
+from gemma_scope_jax.runtime.errors import NotFoundError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import formats
 
@@ -32,8 +33,8 @@ def paths(location: str) -> list[pathlib.Path]:
     found = sorted(path for path in matches if formats.format_of(path))
     if not found:
         if location.startswith("hf://"):
-            raise ValueError(_nothing(location))
-        raise ValueError(f"{location} matches no SAE")
+            raise NotFoundError(_nothing(location))
+        raise NotFoundError(f"{location} matches no SAE")
     if location.startswith("hf://"):
         for path in found:
             _check_whole(location, path)
@@ -54,12 +55,12 @@ def local(location: str) -> pathlib.Path:
         if not path.exists():
             is_like = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", location)
             hint = f"; one on Hugging Face's hub is given as hf://{location}" if is_like else ""
-            raise ValueError(f"{path} does not exist{hint}")
+            raise NotFoundError(f"{path} does not exist{hint}")
         return path
     root, inside = _fetch(location)
     path = root / inside
     if not path.exists():
-        raise ValueError(_nothing(location))
+        raise NotFoundError(_nothing(location))
     _check_whole(location, path)
     return path
 
@@ -101,7 +102,7 @@ def _nothing(location: str) -> str:
 def _check_whole(location: str, path: pathlib.Path) -> None:
     beside = sorted((path if path.is_dir() else path.parent).iterdir())
     if damaged := [file.name for file in beside if file.is_file() and not _is_whole(file)]:
-        raise ValueError(
+        raise NotFoundError(
             f"{', '.join(damaged)} of {location} arrived damaged, not of the digest that the hub gives; what was "
             "fetched is removed, fetch it again"
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.saes import finding, formats, jumprelu
 from gemma_scope_jax.saes.formats import common
 
@@ -44,7 +45,7 @@ def read(
     for place, found in of_places:
         about = found.about
         if not (model or about.model_name) or not (site or about.hook_name):
-            raise ValueError(
+            raise FormatError(
                 f"{location} does not say of which model and site it is; give them, for example "
                 "--model=gemma2_2b --site=layer_20_resid_post, and for a transcoder --target_site"
             )
@@ -54,7 +55,7 @@ def read(
             reads = site_from_hook(site or about.hook_name)
             predicts = site_from_hook(hook_out) if hook_out else reads
         except ValueError as error:
-            raise ValueError(
+            raise FormatError(
                 f"{location}: {error}; if the file calls it otherwise, give --model, --site or --target_site"
             ) from error
         stored = found.sae
@@ -93,7 +94,7 @@ def check(
     ):
         check_site(model, place)
         if width != site_width(model, place):
-            raise ValueError(
+            raise FormatError(
                 f"{location} {does} activations of width {width}, but {place} of {name} has width "
                 f"{site_width(model, place)}"
             )

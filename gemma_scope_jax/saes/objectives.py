@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -295,9 +296,9 @@ def register(name: str, objective: Objective) -> None:
       ValueError: the name is taken by another, or could not stand in an SAE's.
     """
     if not name.isidentifier():
-        raise ValueError(f"an objective cannot be called {quoted(name)}; choose letters, digits and _")
+        raise ConfigError(f"an objective cannot be called {quoted(name)}; choose letters, digits and _")
     if OBJECTIVES.setdefault(name, objective) != objective:
-        raise ValueError(f"another objective is called {name!r}; choose another name")
+        raise ConfigError(f"another objective is called {name!r}; choose another name")
 
 
 def objective_of(name: str) -> Objective:
@@ -309,7 +310,7 @@ def objective_of(name: str) -> Objective:
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown objective {quoted(name)}; known: {', '.join(OBJECTIVES)}{hint}")
+        raise ConfigError(f"unknown objective {quoted(name)}; known: {', '.join(OBJECTIVES)}{hint}")
     return OBJECTIVES[name]
 
 

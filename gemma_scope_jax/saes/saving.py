@@ -10,6 +10,7 @@ import numpy as np
 from gemma_scope_jax.models import forward, placement, registry
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import files, printing
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import formats, jumprelu, loading
 from gemma_scope_jax.saes.formats import common
@@ -128,7 +129,7 @@ def in_convention(file_format: str, one: loading.Stored, gains: Mapping[int, jax
         # Trained behind the gain, fed before it. Where that is zero nothing got through, and 1 / inf keeps it so.
         gain_D = 1 / gain_D
     elif why := _lost_gain(file_format, kind, gains):
-        raise ValueError(f"{one.name} {why}")
+        raise FormatError(f"{one.name} {why}")
     site = Site(to.transcoders_read, one.site.layer)
     return dataclasses.replace(one, sae=jax.device_get(jumprelu.read_scaled(one.sae, gain_D)), site=site)
 
@@ -191,7 +192,7 @@ def convert(
     hindered, gains = obstacles(wanted, first.model, weights, np.float32)
     if hindered:
         (_, name), why = next(iter(hindered.items()))
-        raise ValueError(f"{name} {why}")
+        raise FormatError(f"{name} {why}")
     is_one = len(found) == 1 or formats.FORMATS[file_format].holds_many
     folders = {} if is_one else files.folder_names(one.name for one in found)
     paths = []

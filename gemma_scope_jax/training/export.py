@@ -10,6 +10,7 @@ import numpy as np
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import distributed, files, printing
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import say
 from gemma_scope_jax.saes import formats as formats_lib
 from gemma_scope_jax.saes import jumprelu, loading, naming, saving
@@ -161,7 +162,7 @@ def export_state(
     for file_format, name, *_ in wanted:
         why = found.get((file_format, name))
         if why and len(formats) == 1:
-            raise ValueError(f"{name} {why}; with --bank other SAEs are exported")
+            raise InputError(f"{name} {why}; with --bank other SAEs are exported")
         if why:
             say(f"Left out of {file_format}: {name} {why}")
             continue

@@ -19,6 +19,7 @@ from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import devices, distributed, files, locks, printing, ranges, sharding, signals
+from gemma_scope_jax.runtime.errors import NonFiniteError, RunError
 from gemma_scope_jax.runtime.printing import say
 from gemma_scope_jax.saes import loading, verdicts
 from gemma_scope_jax.training import bank, checkpoint, export, memory, optimizer, runs, step
@@ -86,7 +87,7 @@ def nonfinite_text(run: runs.Run, rows: token_rows.Rows, site: str, count: int, 
 
 def _tell_nonfinite(config: config_lib.Config, text: str, warn: Callable[[str], object]) -> None:
     if not config.normalizer.skip_nonfinite:
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"{text}: NaN, or too large for its square. To leave such positions out, run the same command with "
             "--config.normalizer.skip_nonfinite=True; what was saved before is good. Where there are many, look at "
             "the weights and at gemma_dtype"
@@ -118,7 +119,7 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(memory.too_large(state, gemma, limit)) from error
+        raise RunError(memory.too_large(state, gemma, limit)) from error
     needs = memory.needs(state, gemma, compiled.memory_analysis().temp_size_in_bytes)
     memory.check(needs, limit)
     print(memory.describe(needs, limit), flush=True)
@@ -149,7 +150,7 @@ def start_from(run: runs.Run, rows: token_rows.Rows, gemma: Gemma) -> step.State
     named = [b.name for b in run.plan.banks]
     old_run, old = runs.open_run(files.expanded(source), run.mesh, what="banks", banks=named)
     if runs.steps_left(old_run.plan, old):
-        raise ValueError(f"start_from: the run in {source} is not complete; finish it first")
+        raise RunError(f"start_from: the run in {source} is not complete; finish it first")
     new_sites = [site for site in run.plan.sites if str(site) not in old.normalizers]
     known = {str(site): old.normalizers[str(site)] for site in run.plan.sites if str(site) in old.normalizers}
     fresh = runs.init_state(run, known | calibrate(run, rows, gemma, new_sites))

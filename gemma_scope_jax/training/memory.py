@@ -6,6 +6,7 @@ import math
 import jax
 
 from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.training import step
 
 
@@ -79,6 +80,6 @@ def check(found: list[Need], limit: float) -> None:
     """Raises ValueError if they do not fit, saying what to change."""
     if sum(need.bytes for need in found) > limit:
         largest = max(found, key=lambda need: need.bytes)
-        raise ValueError(
+        raise ConfigError(
             f"{describe(found, limit)} That does not fit. Most is {largest.what}: {largest.remedy}"
         )

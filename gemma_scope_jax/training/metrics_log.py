@@ -16,6 +16,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import NonFiniteError
 from gemma_scope_jax.saes import verdicts
 from gemma_scope_jax.training import bank, shuffle_buffer, step
 
@@ -166,7 +167,7 @@ def entry(
             saes[member.name] = _member_entry(bank_plan, of_bank, i)
             # Without activations there is no loss.
             if of_bank.activations_E[i] and not math.isfinite(of_bank.loss_E[i]):
-                raise FloatingPointError(
+                raise NonFiniteError(
                     f"the loss of {member.name} is {of_bank.loss_E[i]} at step {number}; the last good state is "
                     "in the newest checkpoint. In another --workdir, lower optimizer.learning_rate or set "
                     "normalizer.outlier_medians"

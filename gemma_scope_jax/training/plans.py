@@ -7,6 +7,7 @@ from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import Site, check_site, site_width
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.ranges import Range
 from gemma_scope_jax.saes import naming, objectives
 from gemma_scope_jax.training import bank, step
@@ -14,7 +15,7 @@ from gemma_scope_jax.training import bank, step
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise ConfigError(message)
 
 
 def members(config: BankConfig) -> tuple[naming.Member, ...]:
@@ -87,7 +88,7 @@ def _check_bank(
     try:
         objective = objectives.objective_of(config.objective)
     except ValueError as error:
-        raise ValueError(f"{at}.objective: {error}") from error
+        raise ConfigError(f"{at}.objective: {error}") from error
     for option, value in config.objective_options.items():
         _require(
             option in objective.options,

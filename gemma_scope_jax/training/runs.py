@@ -16,6 +16,7 @@ from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
 from gemma_scope_jax.runtime import files, printing, sharding
+from gemma_scope_jax.runtime.errors import RunError
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.training import bank, checkpoint, plans, shardings, step
 from gemma_scope_jax.training import normalizer as normalizer_lib
@@ -67,12 +68,12 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
         with files.reading(record):
             name = record.read_text(encoding="utf-8").strip()
             if not token_rows.is_name(name):
-                raise ValueError("it names no rows; remove it, and those of data.text as it is now are taken")
+                raise RunError("it names no rows; remove it, and those of data.text as it is now are taken")
     if name is not None and (folder := token_rows.cached(config.data, name)) is not None:
         return folder
     folder = prepare.rows_of_once(config)
     if name not in (None, token_rows.name_of(folder)):
-        raise ValueError(
+        raise RunError(
             f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
             f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
         )
@@ -199,7 +200,7 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     """The config of a run directory."""
     path = workdir / "config.json"
     if not path.exists():
-        raise ValueError(f"{workdir} is no run directory: it has no config.json")
+        raise RunError(f"{workdir} is no run directory: it has no config.json")
     values = files.read_json(path)
     with files.reading(path, "a run's config"):
         return config_lib.from_dict(values)
@@ -276,7 +277,7 @@ def open_run(
     if banks is not None:
         opened = {name: b for name, b in config.banks.items() if name in banks}
         if not opened:
-            raise ValueError(
+            raise RunError(
                 f"{workdir} has no bank {' or '.join(map(repr, banks))}; choose one of {', '.join(config.banks)}"
             )
         config = dataclasses.replace(config, banks=opened)
@@ -287,7 +288,7 @@ def open_run(
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
         state = restore(run, manager, set_aside=False, what=what)
     if state is None:
-        raise ValueError(f"{workdir} has no checkpoint yet")
+        raise RunError(f"{workdir} has no checkpoint yet")
     if steps_left(run.plan, state):
         print(f"The run is not complete: this is step {int(state.step)}.", flush=True)
     return run, state

@@ -21,6 +21,7 @@ from gemma_scope_jax.display import tables
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
 # Rows of a pass; the first is left as it is.
@@ -145,7 +146,7 @@ def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: i
     ranges.check("seed", seed, ranges.SEED)
     chosen, is_strongest_N = _choose(attribution, latents, seed)
     if not chosen:
-        raise ValueError(
+        raise InputError(
             f"no latent fires on {quoted(''.join(attribution.tokens))}, so there is none to take out"
         )
     names = tuple(name for name, _ in chosen)
@@ -172,7 +173,7 @@ def ablations_of_prompts(
       ValueError: see `ablations` and `attribute`; or there are no prompts.
     """
     if not prompts:
-        raise ValueError("there are no prompts; give at least one")
+        raise InputError("there are no prompts; give at least one")
     made = [
         ablations(scope, attribution_lib.attribute(scope, prompt, **options), latents, seed + number)
         for number, prompt in enumerate(prompts)

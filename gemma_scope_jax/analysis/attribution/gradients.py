@@ -25,6 +25,7 @@ from gemma_scope_jax.models import forward, masking, predictions
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -371,14 +372,14 @@ def ask(
     """The prompt's ids up to the token, with BOS, and the ids of the two answers or what stands for them."""
     ids = scope_lib.prompt(scope, prompt)[1:]
     if not -len(ids) <= token < len(ids):
-        raise ValueError(f"there is no token {token}; the prompt has {len(ids)}, counted from 0")
+        raise InputError(f"there is no token {token}; the prompt has {len(ids)}, counted from 0")
     chosen_answer = LIKELIEST if answer is None else scope_lib.one_token(scope, answer)
     if against == "mean":
         chosen_against = MEAN
     else:
         chosen_against = LIKELIEST if against is None else scope_lib.one_token(scope, against)
     if chosen_answer == chosen_against >= 0:
-        raise ValueError(
+        raise InputError(
             f"answer and against are both {quoted(answer)}; give two tokens, or leave one of them out"
         )
     return [masking.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)

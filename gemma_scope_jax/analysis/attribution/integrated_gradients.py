@@ -14,6 +14,7 @@ from gemma_scope_jax.analysis.attribution import gradients
 from gemma_scope_jax.analysis.attribution.gradients import Attribution
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -49,7 +50,7 @@ def integrate(
       ValueError: see `attribute`; or there is no such SAE.
     """
     if name not in scope.subjects:
-        raise ValueError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
     ids, chosen = gradients.ask(scope, prompt, answer, against, token)
     site = scope.subjects[name].spliced
     placed = scope_lib.place_copies(scope, ids, rows_per_batch)

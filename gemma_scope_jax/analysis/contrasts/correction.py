@@ -27,6 +27,7 @@ from gemma_scope_jax.models import masking, passes, predictions
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, ranges, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable
 
 NEAREST = 10  # A random latent is one of so many that are nearest in strength to the one it stands for.
@@ -332,14 +333,14 @@ def _check(
     for name, latent in found.found():
         edits.check_latent(scope, name, latent)
     if not found.found():
-        raise ValueError(f"there is no latent to ablate: none was found at a rate of {found.rate:g}")
+        raise InputError(f"there is no latent to ablate: none was found at a rate of {found.rate:g}")
     if not first or not second:
-        raise ValueError(f"there are {len(first)} and {len(second)} prompts to measure; give some of each")
+        raise InputError(f"there are {len(first)} and {len(second)} prompts to measure; give some of each")
     if found.is_paired and len(first) != len(second):
-        raise ValueError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
+        raise InputError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
     # Those are apart by choice.
     if chosen_on := {*first, *second} & {*found.first, *found.second}:
-        raise ValueError(
+        raise InputError(
             f"latents were chosen on the prompt {min(chosen_on)!r}; measure others, such as the other of two `halves`"
         )
 
@@ -361,7 +362,7 @@ def _alike(
     """Sets of as many latents that fire but were not found, each about as strong as the one that it stands for."""
     others = np.setdiff1d(np.flatnonzero(strength_M > 0), found.latents(name))
     if len(others) < len(latents_K):
-        raise ValueError(
+        raise InputError(
             f"only {len(others)} other latents of {name} fire on these prompts, too few for random sets of as many "
             f"as the {len(latents_K)} that are ablated; set top to {len(others)} or less"
         )

@@ -9,6 +9,7 @@ from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import placement, registry, tokenizer, weights
 from gemma_scope_jax.runtime import distributed, files, printing, ranges, resumable
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import printable, say
 from gemma_scope_jax.saes import attached, geometry
 
@@ -45,7 +46,7 @@ def build(
     opened = opening.open_path(path, **overrides)
     config, subjects = opened.config, opened.subjects
     if unknown := set(saes) - subjects.keys():
-        raise ValueError(f"there is no SAE {', '.join(sorted(unknown))}; there are {', '.join(subjects)}")
+        raise InputError(f"there is no SAE {', '.join(sorted(unknown))}; there are {', '.join(subjects)}")
     subjects = {name: subject for name, subject in subjects.items() if not saes or name in saes}
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):

@@ -23,6 +23,7 @@ from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
 from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 from gemma_scope_jax.saes import attached, jumprelu
 
@@ -180,7 +181,7 @@ def links(
             for key, value_M in found.items():
                 totals[other][key] = totals[other].get(key, 0) + value_M.astype(np.float64)
     if not firings:
-        raise ValueError(
+        raise InputError(
             f"latent {latent} of {name} does not fire on these {activations:,} activations; give more rows, or a "
             "text on which it does"
         )
@@ -209,12 +210,12 @@ def _position(site: Site) -> tuple[int, int]:
 def _later(scope: Scope, name: str, to: str | None) -> list[str]:
     given = scope.subjects[name].spliced
     if to is not None and to not in scope.subjects:
-        raise ValueError(f"there is no SAE {quoted(to)}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {quoted(to)}; there are {', '.join(scope.subjects)}")
     behind = [o for o, subject in scope.subjects.items() if _position(subject.site) > _position(given)]
     if to is not None and to not in behind:
-        raise ValueError(f"{to} reads {scope.subjects[to].site}, which is not behind {given} of {name}")
+        raise InputError(f"{to} reads {scope.subjects[to].site}, which is not behind {given} of {name}")
     if not behind:
-        raise ValueError(f"no SAE reads a site behind {given} of {name}; open SAEs at several layers")
+        raise InputError(f"no SAE reads a site behind {given} of {name}; open SAEs at several layers")
     chosen = behind if to is None else [to]
     return sorted(chosen, key=lambda other: _position(scope.subjects[other].site))
 

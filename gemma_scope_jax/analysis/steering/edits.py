@@ -19,6 +19,7 @@ from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.models import interventions, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -113,16 +114,16 @@ def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
     """From which position on, before which, whether in prompts, whether in replies."""
     if isinstance(tokens, range):
         if tokens.step != 1 or tokens.start < 0:
-            raise ValueError(f"the tokens of an edit are {tokens}; give a range of step 1 from 0 or more on")
+            raise InputError(f"the tokens of an edit are {tokens}; give a range of step 1 from 0 or more on")
         if not tokens or tokens.stop >= _END:
-            raise ValueError(
+            raise InputError(
                 f"the tokens of an edit are {tokens.start}:{ranges.shown(tokens.stop)}; the second number is that of "
                 f"the token after the last, {tokens.start + 1:,} to {_END - 1:,}"
             )
         return tokens.start + 1, tokens.stop + 1, True, True
     spans = {"all": (True, True), "prompt": (True, False), "reply": (False, True)}
     if tokens not in spans:
-        raise ValueError(
+        raise InputError(
             f"the tokens of an edit are {quoted(tokens)}; give a range or one of {', '.join(spans)}"
         )
     return 1, _END, *spans[tokens]
@@ -143,7 +144,7 @@ def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Part
     for name, some in by_sae.items():
         latents = [edit.latent for edit in some]
         if twice := {latent for latent in latents if latents.count(latent) > 1}:
-            raise ValueError(f"latent {min(twice)} of {name} is edited twice; make one edit of the two")
+            raise InputError(f"latent {min(twice)} of {name} is edited twice; make one edit of the two")
         made[name] = of_sae(
             scope.subjects[name].sae,
             latents,
@@ -164,10 +165,10 @@ def check_change(edit: Edit) -> None:
 def check_latent(scope: Scope, name: str, latent: int) -> None:
     """Raises ValueError if there is no such SAE or latent."""
     if name not in scope.subjects:
-        raise ValueError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
     width = len(scope.subjects[name].sae.b_enc)
     if not 0 <= latent < width:
-        raise ValueError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
+        raise InputError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
 
 
 def writes_of_saes(scope: Scope, edits: Mapping[str, Edits]) -> dict[Site, jax.tree_util.Partial]:

@@ -25,6 +25,7 @@ from gemma_scope_jax.models import interventions, masking, passes
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable
 
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
@@ -130,7 +131,7 @@ def sweep(
     """
     edits.check_latent(scope, name, latent)
     if kind not in KINDS or not strengths or rows < 1:
-        raise ValueError(
+        raise InputError(
             f"kind is {kind!r}, rows {rows}, strengths {tuple(strengths)}; give one of {', '.join(KINDS)}, and at "
             "least one row and strength"
         )
@@ -168,7 +169,7 @@ def _chosen(scope: Scope, name: str, latent: int, tokens: Sequence[str] | None) 
     direction_1xO = np.asarray(subject.sae.W_dec[latent : latent + 1])
     in_stream = decoder_directions.in_stream(scope.gemma.params, subject.spliced, direction_1xO)
     if in_stream is None:
-        raise ValueError(
+        raise InputError(
             f"{name} gives {subject.spliced}, which is not added to the residual stream, so its latents raise no "
             "tokens by themselves; give the tokens to look at"
         )

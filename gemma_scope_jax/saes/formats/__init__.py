@@ -5,6 +5,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable, quoted
 from gemma_scope_jax.saes.formats import (
     circuit_tracer,
@@ -18,7 +19,7 @@ from gemma_scope_jax.saes.formats.common import Format, Found
 
 
 def _refuse_sparsify(path: pathlib.Path) -> list[Found]:
-    raise ValueError(
+    raise FormatError(
         f"{path} is one of sparsify's TopK SAEs, which has no thresholds: it cannot be had as a JumpReLU SAE"
     )
 
@@ -41,10 +42,10 @@ def register(name: str, one: Format) -> None:
       ValueError: the name is taken by another, or a mark of the format is another's.
     """
     if FORMATS.get(name, one) != one:
-        raise ValueError(f"another format is called {name!r}; choose another name")
+        raise FormatError(f"another format is called {name!r}; choose another name")
     for other, of in FORMATS.items():
         if other != name and (both := set(of.marks) & set(one.marks)):
-            raise ValueError(
+            raise FormatError(
                 f"{sorted(both)[0]} is a mark of the format {other!r} too; choose another file's name"
             )
     FORMATS[name] = one
@@ -62,7 +63,7 @@ def format_to_write(name: str) -> Format:
       ValueError: there is none that is written.
     """
     if name not in written():
-        raise ValueError(f"unknown format {quoted(name)}; choose one of {', '.join(written())}")
+        raise FormatError(f"unknown format {quoted(name)}; choose one of {', '.join(written())}")
     return FORMATS[name]
 
 
@@ -101,10 +102,10 @@ def read(path: pathlib.Path) -> Iterator[Found]:
             yield found._replace(format=name)
         return
     if (path / "checkpoints").exists() and (path / "config.json").exists():
-        raise ValueError(f"{path} is a run: export writes its SAEs, evaluate.py evaluates them")
+        raise FormatError(f"{path} is a run: export writes its SAEs, evaluate.py evaluates them")
     below = sorted(found.name for found in path.iterdir() if format_of(found)) if path.is_dir() else []
     hint = f"; {printable(below[0], 100)} in it is one" if below else ""
-    raise ValueError(
+    raise FormatError(
         f"{path} is neither a run directory nor an SAE: it has none of {', '.join(files())}{hint}"
     )
 

@@ -9,6 +9,7 @@ import yaml
 
 from gemma_scope_jax.models.sites import site_from_hook
 from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -61,27 +62,27 @@ def read(folder: pathlib.Path, only: int | None = None) -> Iterator[common.Found
     content = files.read_regular(path, _MAX_CONFIG)
     try:
         if content.count(b"[") + content.count(b"{") > 100:  # Each level within another slows the next.
-            raise ValueError("it has more than 100 brackets")
+            raise FormatError("it has more than 100 brackets")
         # Nothing but strings: that is all that is asked for, and other types have ways to fail of their own.
         config = yaml.load(content.decode(), Loader=yaml.BaseLoader)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable YAML: {printable(error)}") from error
+        raise FormatError(f"{path} is not readable YAML: {printable(error)}") from error
     keys = ("model_kind", "model_name", "feature_input_hook", "feature_output_hook")
     if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in keys):
-        raise ValueError(f"{path} is not a circuit-tracer config: it must have {', '.join(keys)}")
+        raise FormatError(f"{path} is not a circuit-tracer config: it must have {', '.join(keys)}")
     if config["model_kind"] != "transcoder_set":
-        raise ValueError(
+        raise FormatError(
             f"{path} has model_kind {printable(repr(config['model_kind']))}; only 'transcoder_set' is read"
         )
     if "transcoders" in config:
-        raise ValueError(f"{path} names transcoders elsewhere; read those one by one")
+        raise FormatError(f"{path} names transcoders elsewhere; read those one by one")
     by_layer = {
         int(match[1]): found
         for found in folder.glob("layer_*.safetensors")
         if (match := re.fullmatch(r"layer_(\d+)\.safetensors", found.name)) and only in (None, int(match[1]))
     }
     if not by_layer:
-        raise ValueError(f"{folder} has a config.yaml and no layer_{only or 0}.safetensors")
+        raise FormatError(f"{folder} has a config.yaml and no layer_{only or 0}.safetensors")
     ours = {theirs: name for name, theirs in _NAMES.items()}
     for layer, found in sorted(by_layer.items()):
         tensors = {ours.get(name, name): value for name, value in common.read_safetensors(found).items()}

@@ -11,6 +11,7 @@ import numpy as np
 
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import naming
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -119,23 +120,23 @@ def sae_from_arrays(tensors: Mapping[str, np.ndarray], source: pathlib.Path) -> 
     names = {field.name for field in dataclasses.fields(SAE)}
     missing, extra = sorted(names - _OPTIONAL - tensors.keys()), sorted(tensors.keys() - names)
     if missing or extra:
-        raise ValueError(
+        raise FormatError(
             f"{source} is no JumpReLU SAE: arrays missing {missing}, not known {printable(extra)}"
         )
     for name in ("W_enc", "W_dec"):
         if tensors[name].ndim != 2 or not tensors[name].size:
-            raise ValueError(f"{source}: {name} has shape {tensors[name].shape}, expected two dimensions")
+            raise FormatError(f"{source}: {name} has shape {tensors[name].shape}, expected two dimensions")
     (d, m), o = tensors["W_enc"].shape, tensors["W_dec"].shape[1]
     shapes = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, o), "b_dec": (o,)}
     if "W_skip" in tensors:
         shapes["W_skip"] = (d, o)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            raise ValueError(f"{source}: {name} has shape {tensors[name].shape}, expected {shape}")
+            raise FormatError(f"{source}: {name} has shape {tensors[name].shape}, expected {shape}")
         if not _is_finite(tensors[name]):
-            raise ValueError(f"{source}: {name} holds non-finite values")
+            raise FormatError(f"{source}: {name} holds non-finite values")
     if (tensors["threshold"] < 0).any():
-        raise ValueError(f"{source}: threshold holds negative values")
+        raise FormatError(f"{source}: threshold holds negative values")
     return SAE(**{name: np.asarray(value, np.float32) for name, value in tensors.items()})
 
 
@@ -152,7 +153,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """
     tensors = safetensors_io.map_safetensors(path)
     if len(tensors) > 16:
-        raise ValueError(f"{path} has {len(tensors)} tensors; an SAE has five or six")
+        raise FormatError(f"{path} has {len(tensors)} tensors; an SAE has five or six")
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
@@ -184,4 +185,4 @@ def name_of(path: pathlib.Path) -> str:
 def check_own(folder: pathlib.Path, name: str) -> None:
     """Raises ValueError if a folder to be written to holds things and no file `name` of an older export."""
     if folder.exists() and any(folder.iterdir()) and not (folder / name).exists():
-        raise ValueError(f"{folder} exists and holds something else; give another folder")
+        raise FormatError(f"{folder} exists and holds something else; give another folder")

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -37,7 +38,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
       ValueError: the folder holds something else, or the SAE is a transcoder.
     """
     if about.hook_name_out:
-        raise ValueError(f"{folder} {_NO_TRANSCODER}")
+        raise FormatError(f"{folder} {_NO_TRANSCODER}")
     common.check_own(folder, "ae.pt")
     d, m = sae.W_enc.shape
     residual = _RESIDUAL.fullmatch(about.hook_name)
@@ -70,7 +71,7 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     trainer, buffer = config.get("trainer"), config.get("buffer")
     if not isinstance(trainer, dict) or trainer.get("dict_class") != "JumpReluAutoEncoder":
         kind = trainer.get("dict_class") if isinstance(trainer, dict) else trainer
-        raise ValueError(f"{path} is of {printable(repr(kind))}; only 'JumpReluAutoEncoder' is read")
+        raise FormatError(f"{path} is of {printable(repr(kind))}; only 'JumpReluAutoEncoder' is read")
     length = buffer.get("ctx_len") if isinstance(buffer, dict) else None
     name, layer = trainer.get("submodule_name"), trainer.get("layer")
     # Its own names begin with the kind of place; only that of the residual stream is known.
@@ -154,11 +155,11 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with files.open_archive(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > 2 * os.path.getsize(path):
-                raise ValueError("it would grow when unpacked, which torch's files do not")
+                raise FormatError("it would grow when unpacked, which torch's files do not")
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             root = pickled.removesuffix("data.pkl")
             if archive.getinfo(pickled).file_size > 2**20:
-                raise ValueError("its pickle is too large for a few tensors")
+                raise FormatError("its pickle is too large for a few tensors")
             storages = {
                 name.removeprefix(f"{root}data/"): np.frombuffer(archive.read(name), np.uint8)
                 for name in archive.namelist()
@@ -166,11 +167,11 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             }
             found = _TensorUnpickler(io.BytesIO(archive.read(pickled)), storages).load()
     except Exception as error:  # Of as many kinds as there are ways to break a pickle.
-        raise ValueError(
+        raise FormatError(
             f"{path} is not a whole file of tensors as torch saves them: {printable(repr(error))}"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
-        raise ValueError(f"{path} holds something else than tensors by name")
+        raise FormatError(f"{path} holds something else than tensors by name")
     return found
 
 

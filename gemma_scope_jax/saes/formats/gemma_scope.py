@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -37,9 +38,9 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
     del about
     path = folder / "params.npz"
     if sae.W_skip is not None:
-        raise ValueError(f"{path} {_NO_SKIP}")
+        raise FormatError(f"{path} {_NO_SKIP}")
     if dtype != "float32":
-        raise ValueError(f"{path} {_NO_BFLOAT16}")
+        raise FormatError(f"{path} {_NO_BFLOAT16}")
     with files.replacing_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **common.arrays(sae))
     return path
@@ -57,16 +58,16 @@ def read(path: pathlib.Path) -> tuple[SAE, common.About]:
             names = {re.sub("^w_", "W_", name.removesuffix(".npy")): name for name in archive.namelist()}
             missing, extra = sorted(set(_NAMES) - names.keys()), sorted(names.keys() - set(_NAMES))
             if missing or extra:
-                raise ValueError(f"arrays missing {missing}, not known {extra}")
+                raise FormatError(f"arrays missing {missing}, not known {extra}")
             if sum(info.file_size for info in archive.infolist()) > 100 * os.path.getsize(path):
-                raise ValueError("it would grow a hundredfold when unpacked")
+                raise FormatError("it would grow a hundredfold when unpacked")
             tensors = {}
             for name in _NAMES:
                 info = archive.getinfo(names[name])
                 with archive.open(info) as file:
                     tensors[name] = files.read_array(file, info.file_size)
     except Exception as error:  # Of as many kinds as there are ways to break an archive.
-        raise ValueError(f"{path} is not a whole npz file: {printable(error)}") from error
+        raise FormatError(f"{path} is not a whole npz file: {printable(error)}") from error
     return common.sae_from_arrays(tensors, path), about_from_path(path)
 
 

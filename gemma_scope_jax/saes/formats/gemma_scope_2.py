@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import naming
 from gemma_scope_jax.saes.formats import common
@@ -77,10 +78,12 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         config.get(key) for key in ("architecture", "model_name", "hf_hook_point_in", "hf_hook_point_out")
     ]
     if not all(isinstance(value, str) for value in found):
-        raise ValueError(f"{path} is not a Gemma Scope 2 config: it has {printable(found)}")
+        raise FormatError(f"{path} is not a Gemma Scope 2 config: it has {printable(found)}")
     architecture, model_name, hook, hook_out = found
     if architecture != "jump_relu":
-        raise ValueError(f"{path} has architecture {printable(repr(architecture))}; only 'jump_relu' is read")
+        raise FormatError(
+            f"{path} has architecture {printable(repr(architecture))}; only 'jump_relu' is read"
+        )
     l0 = config.get("l0")
     return common.About(
         _model_name(model_name),
@@ -171,7 +174,7 @@ def read_layers(folder: pathlib.Path) -> list[Layer]:
         W_dec = tensors.get("W_dec")
         if W_dec is None or W_dec.ndim != 3 or W_dec.shape[1] != count:
             shape = None if W_dec is None else W_dec.shape
-            raise ValueError(f"{path}: w_dec has shape {shape}, expected [latents, {count}, width]")
+            raise FormatError(f"{path}: w_dec has shape {shape}, expected [latents, {count}, width]")
         # As a transcoder to all layers at once, it is checked like any other.
         flat = {**tensors, "W_dec": W_dec.reshape(W_dec.shape[0], -1)}
         flat |= {
@@ -182,7 +185,7 @@ def read_layers(folder: pathlib.Path) -> list[Layer]:
         common.sae_from_arrays(flat, path)
         layers.append(Layer(**{name: np.asarray(value, np.float32) for name, value in tensors.items()}))
     if not layers:
-        raise ValueError(f"{folder} has no params_layer_0.safetensors")
+        raise FormatError(f"{folder} has no params_layer_0.safetensors")
     return layers
 
 
@@ -213,7 +216,7 @@ FORMAT = common.Format(
 
 
 def _refuse(path: pathlib.Path) -> list[common.Found]:
-    raise ValueError(
+    raise FormatError(
         f"{path} reads and predicts several layers at once; saes.formats.gemma_scope_2.read_layers reads it, and "
         "nothing here evaluates or converts it"
     )
