@@ -11,7 +11,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 import tiny
 
 from gemma_scope_jax.models.gemma import Gemma
-from gemma_scope_jax.runtime import sharding, signals
+from gemma_scope_jax.runtime import reporting, sharding, signals
 
 tiny.register()
 
@@ -36,6 +36,16 @@ def signals_are_not_answered():
     """What answers signals ends the process: here that of every test to come. Such a test starts its own."""
     yield
     assert signals._command_line is None
+
+
+@pytest.fixture(autouse=True)
+def as_on_the_command_line(request):
+    """What is said is printed, for tests to read; a test that is marked `silent` is a caller of the library."""
+    if request.node.get_closest_marker("silent"):
+        yield
+        return
+    with reporting.speaking():
+        yield
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from gemma_scope_jax.cli import common
+from gemma_scope_jax.cli.common import say
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import say, well_formed
+from gemma_scope_jax.runtime.printing import well_formed
 from gemma_scope_jax.runtime.ranges import COUNT, COUNT_OR_NONE, FEW, NEW_TOKENS, SEED
 
 

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from gemma_scope_jax.runtime import signals
+from gemma_scope_jax.runtime import reporting, signals
 from gemma_scope_jax.runtime.errors import ConfigError, UserError
 from gemma_scope_jax.runtime.printing import Unfailing, printable
 from gemma_scope_jax.runtime.ranges import COUNT, Range, shown
@@ -23,6 +23,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 _LONGEST_MESSAGE = 480  # Of an error, which is one line.
 _TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+
+
+def say(text: str) -> None:
+    """Prints a line in which names and paths stand."""
+    print(printable(text, 2000), flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +82,8 @@ def run(main: Callable[[], None], why: str = "") -> None:
         lambda record: not _is_full_disk(f"{record.exc_info} {record.getMessage()}")
     )
     try:
-        main()
+        with reporting.speaking():
+            main()
     except signals.Interrupted as error:
         if not _is_one_of_many() or sys.modules["jax"].process_index() == 0:
             print(f"\n{error}", file=sys.stderr, flush=True)

@@ -4,11 +4,11 @@ import json
 import pathlib
 
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.cli.common import say
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.models import generation, placement, tokenizer
 from gemma_scope_jax.runtime import files, locks
 from gemma_scope_jax.runtime.errors import OutputError
-from gemma_scope_jax.runtime.printing import say
 
 
 def write_rollouts(

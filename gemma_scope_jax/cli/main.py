@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from gemma_scope_jax.cli import analysis, common
+from gemma_scope_jax.cli.common import say
 from gemma_scope_jax.runtime import ranges, signals
-from gemma_scope_jax.runtime.printing import say
 from gemma_scope_jax.runtime.ranges import COUNT, SEED
 from gemma_scope_jax.saes import formats
 

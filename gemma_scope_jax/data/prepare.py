@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import tqdm
 from array_record.python import array_record_module
 
 from gemma_scope_jax import config as config_lib
@@ -29,11 +28,12 @@ from gemma_scope_jax.data.token_rows import HELD_OUT, TRAIN, cached
 from gemma_scope_jax.models import tokenizer, weights
 from gemma_scope_jax.models.chat import chat_template
 from gemma_scope_jax.models.tokenizer import Tokenizer
-from gemma_scope_jax.runtime import distributed
+from gemma_scope_jax.runtime import distributed, reporting
 from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.files import expanded, read_json, replacing_file
 from gemma_scope_jax.runtime.locks import locked
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 
 # Documents that are tokenised and packed by themselves, into a file of their own.
 PART = 2**14
@@ -85,7 +85,7 @@ def prepare_rows(
     if len(before) + len(after) + 2 > config.context_length:
         raise DataError(f"data.context_length {config.context_length} leaves no room in the chat template")
     told = printable(f". {several}", 480) if only else ""
-    print(f"Tokenising {printable(config.text)} into rows of {config.context_length}{told}.", flush=True)
+    say(f"Tokenising {printable(config.text)} into rows of {config.context_length}{told}.")
     busy = f"Another process prepares the same text in {root / name}; waiting for it."
     with locked(root / name / ".lock", busy, waits=True):
         return cached(config, name) or _prepare(config, tokenizer, load_tokenizer, name, identity, workers)
@@ -136,7 +136,7 @@ def _write_parts(
     leash, ours = spawn.Pipe(duplex=False)
     pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _load_in_worker, (load_tokenizer, leash))
     lengths, running = [], collections.deque()
-    with pool, tqdm.tqdm(desc="Tokenising", unit="part", dynamic_ncols=True) as bar:
+    with pool, reporting.bar("Tokenising", "part") as bar:
 
         def take() -> None:
             lengths.append(running.popleft().result())

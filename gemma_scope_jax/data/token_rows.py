@@ -15,7 +15,8 @@ from array_record.python import array_record_module
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import DataError
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 
 TRAIN, HELD_OUT = "train", "held_out"
 

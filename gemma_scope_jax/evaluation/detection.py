@@ -22,7 +22,8 @@ from gemma_scope_jax.evaluation import opening, token_descriptions
 from gemma_scope_jax.models import activations, masking, placement, tokenizer
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, jumprelu
 
 EXAMPLES = 50  # Passages that a description is made from.

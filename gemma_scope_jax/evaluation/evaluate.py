@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-import tqdm
 from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax.data import batching, token_rows
@@ -19,7 +18,7 @@ from gemma_scope_jax.evaluation import measuring, metrics
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, resumable, sharding
+from gemma_scope_jax.runtime import distributed, reporting, resumable, sharding
 from gemma_scope_jax.runtime.errors import InputError, NonFiniteError
 from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.evaluation_file import Evaluation
@@ -142,9 +141,7 @@ def evaluate(
     passes_of_batch = 1 + (2 if is_fast else 3) * len(spliced) + len(subjects)
     total = -(-count // per_batch) * passes_of_batch
     speaks = distributed.is_first()
-    with tqdm.tqdm(
-        total=total, desc="Evaluating", unit="pass", dynamic_ncols=True, disable=not speaks
-    ) as bar:
+    with reporting.bar("Evaluating", "pass", total, speaks=speaks) as bar:
         for index, rows in enumerate(batching.batches(gemma.mesh, held_out_rows, count, per_batch, counts)):
             found = parts.read(index) if parts else None
             if found is None:

@@ -12,7 +12,8 @@ from gemma_scope_jax.evaluation import output
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import printable, say, well_formed
+from gemma_scope_jax.runtime.printing import printable, well_formed
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, finding, loading, naming
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.training import export, runs

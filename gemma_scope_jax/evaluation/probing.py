@@ -24,7 +24,8 @@ from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
 from gemma_scope_jax.runtime.errors import DataError
-from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, say, well_formed
+from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, well_formed
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, jumprelu
 
 FEATURES = (1, 2, 5, 20)  # So many are probed with.
@@ -325,7 +326,7 @@ def probe_path(
     files.write_json(out / "probing.json", about | {"sae": written})
     print_table(results, len(given.texts))
     if cut:
-        print(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
+        say(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
     say(f"Wrote {out / 'probing.json'}")
     return results
 

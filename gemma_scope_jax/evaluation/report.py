@@ -25,7 +25,8 @@ from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, files, ranges, resumable
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import printable, say, shareable
+from gemma_scope_jax.runtime.printing import printable, shareable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 from gemma_scope_jax.training import runs
@@ -314,10 +315,9 @@ def _evaluate(
     for line in [*verdicts.lines(judgements), *remarks]:
         say(line)
     if cost:
-        print(
+        say(
             f"A batch took {cost.seconds:.1f} s. Its clean pass, two ablations a site and one splice an SAE, at the "
-            f"speed of the clean pass, would take {cost.bound_seconds:.1f} s.",
-            flush=True,
+            f"speed of the clean pass, would take {cost.bound_seconds:.1f} s."
         )
     say(f"Wrote {', '.join(str(out / name) for name in written)}")
     return suite

@@ -13,7 +13,8 @@ from gemma_scope_jax.display import html, tables
 from gemma_scope_jax.evaluation import metrics, page, plots
 from gemma_scope_jax.runtime import files, printing
 from gemma_scope_jax.runtime.errors import FormatError
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime import reporting, sharding
 
 
 class Batch(NamedTuple):
@@ -52,7 +51,7 @@ def batches(
     """
     per_batch = -(-min(per_batch, len(tokens_RxL)) // gemma.mesh.size) * gemma.mesh.size
     placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)
-    with tqdm.tqdm(total=len(tokens_RxL), desc=what, unit="row", dynamic_ncols=True) as bar:
+    with reporting.bar(what, "row", len(tokens_RxL)) as bar:
         for first in range(0, len(tokens_RxL), per_batch):
             rows = tokens_RxL[first : first + per_batch]
             padded = np.pad(rows, ((0, per_batch - len(rows)), (0, 0)), constant_values=masking.PAD)

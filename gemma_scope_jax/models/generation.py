@@ -13,13 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.models import chat, forward, interventions, masking, predictions
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, check_site
 from gemma_scope_jax.models.tokenizer import Tokenizer
-from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
 
 
@@ -184,8 +183,8 @@ def generate(
     length = 1 << (max(map(len, prompts)) - 1).bit_length()
     replies = []
     starts = range(0, len(prompts), rows)
-    bar = {"desc": "Generating", "unit": "batch", "dynamic_ncols": True, "disable": len(starts) < 2}
-    for start in tqdm.tqdm(starts, **bar):
+    bar = reporting.bar("Generating", "batch", len(starts), speaks=len(starts) > 1)
+    for start in starts:
         batch = prompts[start : start + rows]
         tokens_SxL, start_S = _padded(batch, rows, length)
         placed = jax.device_put(tokens_SxL, jax.NamedSharding(gemma.mesh, sharding.TOKENS))
@@ -202,6 +201,8 @@ def generate(
             jnp.asarray(list(stop), jnp.int32),
         )
         replies += [_until(stop, reply) for reply in distributed.fetch(replies_SxN)[: len(batch)].tolist()]
+        bar.update()
+    bar.close()
     return replies
 
 

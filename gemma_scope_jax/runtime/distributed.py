@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from gemma_scope_jax.runtime import signals
 from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 
 _SAY_AFTER, _SAY_EVERY = 5, 30  # Seconds of waiting for others.
 
@@ -78,7 +79,7 @@ def initialize(
             )
         thread.join(min(wait, left))
         if thread.is_alive() and left > wait:
-            print(f"Waiting {_waited_for(place)}: {time.monotonic() - started:.0f} s so far.", flush=True)
+            say(f"Waiting {_waited_for(place)}: {time.monotonic() - started:.0f} s so far.")
         wait = _SAY_EVERY
     if failed:
         raise failed[0]

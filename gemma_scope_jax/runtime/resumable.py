@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.runtime import distributed, files, locks
 from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ class Parts:
             try:
                 found = _read_part(path)
             except (OSError, ValueError):
-                tqdm.tqdm.write(f"{printable(path)} is damaged; it is measured again.")
+                say(f"{printable(path)} is damaged; it is measured again.")
         return found if distributed.all_agree(found is not None) else None
 
     def write(self, index: int, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:

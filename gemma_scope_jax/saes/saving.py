@@ -12,6 +12,7 @@ from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import files, printing
 from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import formats, jumprelu, loading
 from gemma_scope_jax.saes.formats import common
 
@@ -188,7 +189,7 @@ def convert(
         if first.is_of_run:
             weights = named
         else:
-            print(f"The file names weights {printable(named)}. They are not used unless you give --weights.")
+            say(f"The file names weights {printable(named)}. They are not used unless you give --weights.")
     hindered, gains = obstacles(wanted, first.model, weights, np.float32)
     if hindered:
         (_, name), why = next(iter(hindered.items()))

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import NonFiniteError, RunError
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.training import step as step_lib
 
 

@@ -11,7 +11,7 @@ from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import distributed, files, printing
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import formats as formats_lib
 from gemma_scope_jax.saes import jumprelu, loading, naming, saving
 from gemma_scope_jax.saes.formats import (

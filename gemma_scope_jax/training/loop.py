@@ -4,23 +4,30 @@ import contextlib
 import functools
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tqdm
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import devices, distributed, files, locks, printing, ranges, sharding, signals
+from gemma_scope_jax.runtime import (
+    devices,
+    distributed,
+    files,
+    locks,
+    ranges,
+    reporting,
+    sharding,
+    signals,
+)
 from gemma_scope_jax.runtime.errors import NonFiniteError, RunError
-from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime.reporting import say, warn
 from gemma_scope_jax.saes import loading, verdicts
 from gemma_scope_jax.training import bank, checkpoint, export, memory, optimizer, runs, step
 from gemma_scope_jax.training import flops as flops_lib
@@ -61,7 +68,7 @@ def calibrate(
         normalizer_lib.check(site, sample)
         if sample.nonfinite_N.any():
             first, bad = int(sample.nonfinite_N.argmax()), int(sample.nonfinite_N.sum())
-            _tell_nonfinite(config, nonfinite_text(run, rows, site, bad, first), print)
+            _tell_nonfinite(config, nonfinite_text(run, rows, site, bad, first))
         made[site] = measure(
             x_NxD,
             weight_N,
@@ -85,7 +92,7 @@ def nonfinite_text(run: runs.Run, rows: token_rows.Rows, site: str, count: int, 
     return f"the activation of {site} at row {row}, position {place % length}{others} is not finite"
 
 
-def _tell_nonfinite(config: config_lib.Config, text: str, warn: Callable[[str], object]) -> None:
+def _tell_nonfinite(config: config_lib.Config, text: str) -> None:
     if not config.normalizer.skip_nonfinite:
         raise NonFiniteError(
             f"{text}: NaN, or too large for its square. To leave such positions out, run the same command with "
@@ -93,7 +100,7 @@ def _tell_nonfinite(config: config_lib.Config, text: str, warn: Callable[[str], 
             "the weights and at gemma_dtype"
         )
     if distributed.is_first():
-        warn(f"Warning: {text}. Such positions are left out, as normalizer.skip_nonfinite asks.")
+        warn(f"{text}. Such positions are left out, as normalizer.skip_nonfinite asks.")
 
 
 def lower_step(run: runs.Run, state: step.State, batch: step.Batch, gemma: Gemma) -> jax.stages.Lowered:
@@ -113,7 +120,7 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
     """
     state, batch, gemma = runs.abstract_inputs(run)
     limit = devices.memory_of(run.mesh.local_devices[0])
-    print("Compiling the step.", flush=True)
+    say("Compiling the step.")
     try:
         compiled = lower_step(run, state, batch, gemma).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -122,7 +129,7 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
         raise RunError(memory.too_large(state, gemma, limit)) from error
     needs = memory.needs(state, gemma, compiled.memory_analysis().temp_size_in_bytes)
     memory.check(needs, limit)
-    print(memory.describe(needs, limit), flush=True)
+    say(memory.describe(needs, limit))
     return compiled
 
 
@@ -201,7 +208,7 @@ def _start_or_continue(
     if manager.all_steps():
         config_lib.check_resumable(runs.read_config(workdir), config)
         state = runs.restore(run, manager, set_aside=True)
-        print(f"Continuing from step {int(state.step)}.", flush=True)
+        say(f"Continuing from step {int(state.step)}.")
         signals.leaving(f"checkpoint {int(state.step)} is the newest state there is")
     has_work = state is None or runs.steps_left(run.plan, state)
     if has_work:
@@ -222,7 +229,7 @@ def _start_or_continue(
     compiled = compile_step(run) if has_work else None
     gemma = runs.load_gemma(run) if has_work else None
     for sentence in _passes(run, len(rows)) if has_work else ():
-        print(sentence, flush=True)
+        say(sentence)
     if state is None and config.start_from:
         state = start_from(run, rows, gemma)
     # Only now has everything been read that a mistake in the config could spoil.
@@ -290,12 +297,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
         export.write_own(run, state, workdir / "sae", token_rows.name_of(rows.folder))
         if distributed.is_first():
             ours, perfect = metrics_log_lib.shuffle_quality(workdir, rows)
-            print(
-                f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
-                flush=True,
-            )
+            say(f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.")
             for line in verdicts.lines(metrics_log_lib.judge(run.plan, workdir, int(state.step))):
-                printing.say(line)
+                say(line)
     return run
 
 
@@ -321,18 +325,9 @@ def _loop(
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
     youngest = _fewest_updates(plan, state)  # Computed on the state's devices, and so by every process.
     for warning in metrics_log_lib.check_plan(plan, *_to_come(plan, state, youngest)) if is_new else ():
-        print(f"Warning: {warning}.", flush=True)
+        warn(f"{warning}.")
 
-    words = printing.unfailing(sys.stderr)  # A reader that is gone must not cost what was trained.
-    bar = tqdm.tqdm(
-        total=first_step + left,
-        initial=first_step,
-        unit="step",
-        dynamic_ncols=True,
-        smoothing=0.1,
-        file=words,
-        disable=metrics_log is None,
-    )
+    bar = reporting.bar("", "step", first_step + left, first_step, speaks=metrics_log is not None)
     watched: list[dict] = []  # The first entries, for a look at what moves the thresholds.
     flops = flops_lib.step_flops(plan, run.module, config.data.context_length)
     chip = devices.chip_of(jax.devices()[0])
@@ -343,9 +338,6 @@ def _loop(
     pending = None  # Metrics are fetched one step late, so that the host never waits for the newest step.
     told: set[str] = set()  # What need not be said twice.
 
-    def tell(text: str) -> None:
-        bar.write(text, printing.unfailing(sys.stdout))
-
     def flush(now: tuple[int, int, step.Metrics, dict | None] | None) -> None:
         nonlocal pending, clock
         if pending is not None:
@@ -355,7 +347,7 @@ def _loop(
                 if bad.count and site not in told:
                     place = first_row * config.data.context_length + int(bad.first)
                     text = nonfinite_text(run, rows, site, int(bad.count), place)
-                    _tell_nonfinite(config, f"in step {number} {text}", tell)
+                    _tell_nonfinite(config, f"in step {number} {text}")
                     told.add(site)
             before, clock = clock, time.perf_counter()
             of_gemma, of_banks = flops
@@ -367,13 +359,13 @@ def _loop(
                 metrics_log.write(entry)
                 for name, text in metrics_log_lib.undefined(entry).items():
                     if name not in told:
-                        tell(f"Warning: {text}.")
+                        warn(f"{text}.")
                     told.add(name)
             if is_new and entry["sae"] and len(watched) < metrics_log_lib.watched_steps(plan):
                 watched.append(entry)
                 if len(watched) == metrics_log_lib.watched_steps(plan):
                     for warning in metrics_log_lib.stuck_thresholds(plan, watched):
-                        tell(f"Warning: {warning}.")
+                        warn(f"{warning}.")
             bar.set_postfix_str(metrics_log_lib.progress(entry), refresh=False)
             bar.update()
         pending = now
@@ -419,7 +411,7 @@ def _is_to_stop(request: signals.Request, number: int) -> bool:
     """Whether this step is to be saved and be the last for now; of many processes the same step on all."""
     if jax.process_count() > 1 and request.number is None and distributed.is_preempted(number):
         request.number = signal.SIGTERM
-        print(f"\nSIGTERM: all hosts save step {number}, then leave.", flush=True)
+        say(f"SIGTERM: all hosts save step {number}, then leave.")
     return request.number is not None
 
 

@@ -17,6 +17,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import NonFiniteError
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import verdicts
 from gemma_scope_jax.training import bank, shuffle_buffer, step
 
@@ -91,10 +92,9 @@ class MetricsLog:
             places = (path.with_name(f"{path.name}.damaged.{n}") for n in itertools.count(1))
             aside = next(place for place in places if not place.exists())
             shutil.copyfile(path, aside)
-            print(
+            say(
                 f"{path}: {damaged} lines are damaged, or of a step that is there twice, and are left out; the file "
-                f"as it was is kept in {aside}.",
-                flush=True,
+                f"as it was is kept in {aside}."
             )
         kept = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= last_step]
         self.is_new = not kept

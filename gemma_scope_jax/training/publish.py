@@ -13,7 +13,8 @@ from gemma_scope_jax.models import weights
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import loading, naming, saving, verdicts
 from gemma_scope_jax.training import bank, export, runs
 

@@ -17,6 +17,7 @@ from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
 from gemma_scope_jax.runtime import files, printing, sharding
 from gemma_scope_jax.runtime.errors import RunError
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.training import bank, checkpoint, plans, shardings, step
 from gemma_scope_jax.training import normalizer as normalizer_lib
@@ -290,5 +291,5 @@ def open_run(
     if state is None:
         raise RunError(f"{workdir} has no checkpoint yet")
     if steps_left(run.plan, state):
-        print(f"The run is not complete: this is step {int(state.step)}.", flush=True)
+        say(f"The run is not complete: this is step {int(state.step)}.")
     return run, state

@@ -14,7 +14,7 @@ from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.runtime import files, ranges
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime.reporting import say
 
 
 def audit(
@@ -74,7 +74,7 @@ def audit(
         one_token(scope, text)
     if measured:
         sizes = f"{len(choosing[0])} and {len(choosing[1])} prompts"
-        print(f"Latents are found on {sizes} drawn at random, and measured on the others.", flush=True)
+        say(f"Latents are found on {sizes} drawn at random, and measured on the others.")
     found, corrected = find.contrast(scope, *choosing, at, rate, is_paired, seed), None
     found.show()
     if out is not None:  # Now: what follows takes its time, and may be refused.
@@ -104,10 +104,9 @@ def _correct(
         corrected.show()
         return corrected
     first, second = (behaviour(scope, prompts, answer, against).mean() for prompts in measured)
-    print(
+    say(
         f"The logit of {answer!r} less that of {against!r} is {first:.3f} and {second:.3f} behind the others, a gap "
-        f"of {first - second:.3f}. There is nothing to ablate.",
-        flush=True,
+        f"of {first - second:.3f}. There is nothing to ablate."
     )
     return None
 

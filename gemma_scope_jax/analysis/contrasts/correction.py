@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.analysis import session as scope_lib
 from gemma_scope_jax.analysis.contrasts.find import Contrast, counted, last_token, rows_of
@@ -26,7 +25,7 @@ from gemma_scope_jax.evaluation import metrics
 from gemma_scope_jax.models import masking, passes, predictions
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, files, ranges, sharding
+from gemma_scope_jax.runtime import distributed, files, ranges, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable
 
@@ -304,7 +303,8 @@ def correct(
     clean_loss = None if text is None else _losses(scope, text, _write(scope, chosen, 1, prefix))
     clean_N = _behaviour(scope, tokens_NxL, tokens, _write(scope, chosen, 1))
     outcomes = [Outcome(clean_N[: len(first)], clean_N[len(first) :], 0.0)]
-    for number, some in enumerate(tqdm.tqdm(sets, desc="Ablating", unit="set", dynamic_ncols=True)):
+    bar = reporting.bar("Ablating", "set", len(sets))
+    for number, some in enumerate(sets):
         write = _write(scope, some, 0)
         value_N = _behaviour(scope, tokens_NxL, tokens, write)
         delta = (None, None)
@@ -313,6 +313,8 @@ def correct(
             delta = metrics.ratio(loss_S - clean_loss[0], scored_S)
         activation = sum(float(found.of[name].activation_M[list(of)].sum()) for name, of in some.items())
         outcomes.append(Outcome(value_N[: len(first)], value_N[len(first) :], activation, *delta))
+        bar.update()
+    bar.close()
     clean, ablated, *random = outcomes
     return Correction(answer, against, found.is_paired, tuple(latents), clean, ablated, tuple(random))
 

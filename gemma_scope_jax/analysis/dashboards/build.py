@@ -10,7 +10,8 @@ from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import placement, registry, tokenizer, weights
 from gemma_scope_jax.runtime import distributed, files, printing, ranges, resumable
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, geometry
 
 _MARK = "dashboards.json"  # What lies in a folder of dashboards, and in no other.

@@ -22,13 +22,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.models import activations, masking
 from gemma_scope_jax.models.gemma import Gemma
-from gemma_scope_jax.runtime import distributed, ranges, resumable, sharding
+from gemma_scope_jax.runtime import distributed, ranges, reporting, resumable, sharding
 from gemma_scope_jax.saes import attached, jumprelu
 
 # Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
@@ -151,7 +150,7 @@ def gather(
     done, counted = int(progress["rows"]), int(progress["activations"])
     kept = found or {name: _empty(one.sae.b_enc.size, options) for name, one in subjects.items()}
     states = {name: _place(gemma.mesh, state) for name, state in kept.items()}
-    with tqdm.tqdm(total=count, initial=done, desc="Reading", unit="row", dynamic_ncols=True) as bar:
+    with reporting.bar("Reading", "row", count, done) as bar:
         batches = batching.batches(gemma.mesh, rows, count, per_batch, counts, done)
         for index, batch in enumerate(batches, 1):
             values = activations.read(gemma, batch.tokens_SxL, sites)

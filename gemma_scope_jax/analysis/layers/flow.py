@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import jax
 import matplotlib.figure
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.analysis.dashboards import website
 from gemma_scope_jax.analysis.layers import logit_lens as lens_lib
@@ -22,7 +21,7 @@ from gemma_scope_jax.analysis.session import Scope, is_kept, one_token, place_co
 from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.models import interventions, passes
 from gemma_scope_jax.models.sites import SITES, Site
-from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime import distributed, reporting, sharding
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import attached
 
@@ -199,7 +198,7 @@ def _delta_losses(
     for name in recon:
         by_kind.setdefault(scope.subjects[name].spliced.kind, []).append(name)
     made = {}
-    with tqdm.tqdm(total=len(recon), desc="Splicing", unit="SAE", dynamic_ncols=True) as bar:
+    with reporting.bar("Splicing", "SAE", len(recon)) as bar:
         for names in by_kind.values():
             sites = tuple(dict.fromkeys(scope.subjects[name].spliced for name in names))
             # As many tokens at a time as in an evaluation, and always a row that is left as it is.

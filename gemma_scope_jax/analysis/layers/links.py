@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.analysis import decoder_directions
 from gemma_scope_jax.analysis.session import Scope, is_kept, place_prompts, prompt
@@ -22,7 +21,7 @@ from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
-from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 from gemma_scope_jax.saes import attached, jumprelu
@@ -230,7 +229,7 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
     held_out = scope.held_out()
     counts = batching.counts_of(scope.config)
     count = min(rows, len(held_out))
-    with tqdm.tqdm(total=count, desc="Linking", unit="row", dynamic_ncols=True) as bar:
+    with reporting.bar("Linking", "row", count) as bar:
         for batch in batching.batches(scope.gemma.mesh, held_out, count, 1, counts):
             yield batch.tokens_SxL, batch.is_kept_SxL
             bar.update(batch.count)

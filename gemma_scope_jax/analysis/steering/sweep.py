@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.analysis import decoder_directions, latent_statistics
 from gemma_scope_jax.analysis.session import Scope, one_token
@@ -24,7 +23,7 @@ from gemma_scope_jax.evaluation import metrics, page
 from gemma_scope_jax.models import interventions, masking, passes
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable
 
@@ -189,8 +188,8 @@ def _measure(
     per_batch = scope.config.evaluation.rows_per_batch
     parts: dict[str, list[np.ndarray]] = {"clean_S": [], "scored_S": [], "effect_NxS": [], "damage_NxS": []}
     batches = batching.batches(mesh, held_out, rows, per_batch, batching.counts_of(scope.config))
-    bar = {"desc": "Sweeping", "unit": "row", "dynamic_ncols": True, "disable": not distributed.is_first()}
-    with tqdm.tqdm(total=rows * (1 + len(changes)), **bar) as progress:
+    total, speaks = rows * (1 + len(changes)), distributed.is_first()
+    with reporting.bar("Sweeping", "row", total, speaks=speaks) as progress:
         for batch in batches:
             streams, values, _ = passes.clean(scope.gemma, batch.tokens_SxL, sites)
             scores = functools.partial(_scores, scope.gemma, batch, streams[site.layer], site, chosen_T)
