@@ -34,11 +34,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     common.check_outputs(args)
-    from gemma_scope_jax.evaluation import report
+    from gemma_scope_jax.cli import evaluate
     from gemma_scope_jax.runtime import distributed  # Imported late: --help should not take seconds.
 
     distributed.initialize()
-    report.evaluate_path(**vars(args))
+    evaluate.evaluate_path(**vars(args))
 
 
 if __name__ == "__main__":

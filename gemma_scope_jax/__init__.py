@@ -1,10 +1,42 @@
-"""Gemma Scope in JAX: SAEs on Gemma's activations, trained in one compiled step, evaluated and looked into."""
+"""Gemma Scope in JAX: SAEs on Gemma's activations, trained in one compiled step, evaluated and looked into.
+
+    import gemma_scope_jax as gs
+
+`gs.load_sae`, `gs.load_model`, `gs.train`, `gs.evaluate` and `gs.session` are imported when they are first used.
+"""
 
 import importlib
 import types
+import typing
 import warnings
 
+if typing.TYPE_CHECKING:
+    from gemma_scope_jax.api import (
+        LanguageModel,
+        LoadedSAE,
+        TrainedRun,
+        evaluate,
+        load_model,
+        load_sae,
+        load_saes,
+        session,
+        train,
+    )
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "LanguageModel",
+    "LoadedSAE",
+    "TrainedRun",
+    "__version__",
+    "evaluate",
+    "load_model",
+    "load_sae",
+    "load_saes",
+    "session",
+    "train",
+]
 
 # What lay flat in the package before it had rooms, for a release: by its old name, the modules that it is in now.
 _MOVED = {
@@ -30,12 +62,12 @@ _MOVED = {
     "interrupt": ("runtime.signals",),
     "locks": ("runtime.locks",),
     "log": ("training.metrics_log",),
-    "metrics": ("evaluation.metrics", "saes.evaluation_file", "saes.geometry"),
+    "metrics": ("evaluation.metrics", "evaluation.measuring", "saes.evaluation_file", "saes.geometry"),
     "normalizer": ("training.normalizer",),
     "opening": ("evaluation.opening", "models.placement", "data.batching"),
     "optim": ("training.optimizer",),
     "page": ("evaluation.page", "display.html"),
-    "passes": ("models.interventions", "saes.attached", "evaluation.metrics"),
+    "passes": ("models.passes", "models.interventions", "saes.attached", "evaluation.measuring"),
     "planning": ("training.memory", "runtime.devices"),
     "plans": ("training.plans",),
     "plots": ("evaluation.plots",),
@@ -70,7 +102,13 @@ _RENAMED = {
 }
 
 
-def __getattr__(name: str) -> types.ModuleType:
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return getattr(importlib.import_module("gemma_scope_jax.api"), name)
     if name not in _MOVED:
         raise AttributeError(f"module 'gemma_scope_jax' has no attribute {name!r}")
     places = _MOVED[name]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_scope_jax.evaluation import metrics, report
+from gemma_scope_jax.cli import evaluate as evaluate_cli
+from gemma_scope_jax.evaluation import metrics
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.saes import evaluation_file, formats, loading, objectives
 from gemma_scope_jax.training import export, loop
@@ -41,7 +42,7 @@ def workdir(page, inputs, tmp_path_factory):
     options = {"extra": 20.0}
     bank = {"banks__main__objective": "frequent", "banks__main__objective_options": options}
     loop.train(tiny.run_config(inputs, banks__main__layers=(1,), **bank), folder)
-    report.evaluate_path(folder, rows=4, rows_per_batch=4)
+    evaluate_cli.evaluate_path(folder, rows=4, rows_per_batch=4)
     return folder
 
 

@@ -13,7 +13,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from gemma_scope_jax.evaluation import report
+from gemma_scope_jax.cli import evaluate as evaluate_cli
 from gemma_scope_jax.saes import formats, loading
 from gemma_scope_jax.training import export, loop, runs
 
@@ -63,7 +63,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(first_generation):
 
 def test_a_finished_run_is_evaluated_as_it_was(first_generation):
     before = json.loads((first_generation / "finished" / "evaluation.json").read_text())["sae"]
-    now = report.evaluate_path("finished", rows=8, rows_per_batch=4, out=first_generation / "out")
+    now = evaluate_cli.evaluate_path("finished", rows=8, rows_per_batch=4, out=first_generation / "out")
     for name, result in now.items():
         for number in ("l0", "fvu", "delta_loss", "delta_loss_se", "kl", "r_l0", "cosine", "dead_fraction"):
             assert getattr(result, number) == pytest.approx(before[name][number], rel=1e-4, abs=1e-5), number

@@ -30,7 +30,7 @@ FIRST = {
 SECOND = {"sae": "resid_post", "attention": "attn_out", "transcoder": "transcoder", "skip": "transcoder"}
 
 
-def make(kind: str) -> loading.Stored:
+def make(kind: str) -> loading.LoadedSAE:
     """An SAE of unit decoder rows, on activations of norm about √D, of which a quarter of latents fire."""
     rng = np.random.default_rng(list(KINDS).index(kind))
     W_dec = rng.standard_normal((M, D))
@@ -48,7 +48,7 @@ def make(kind: str) -> loading.Stored:
     site = Site(reads, LAYER)
     target = Site(predicts, LAYER) if predicts else site
     about = common.About(context_length=128, text="sotu", l0=32.0)
-    return loading.Stored(kind, folded, about, "gemma2_2b", site, target)
+    return loading.LoadedSAE(kind, folded, about, "gemma2_2b", site, target)
 
 
 def activations(kind: str) -> np.ndarray:

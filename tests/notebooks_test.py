@@ -67,7 +67,7 @@ def run(tmp_path_factory):
     people = ("woman", "girl", "mother", "queen"), ("man", "boy", "father", "king")
     prompts = [[f"The {word}" for word in words] for words in people]
     made = planted(loaded, encode, [[text[:300] for text in texts], *prompts, ["strength of our navy"]])
-    one = loading.Stored("planted", made, common.About(), "gemma3_270m", SITE, SITE)
+    one = loading.LoadedSAE("planted", made, common.About(), "gemma3_270m", SITE, SITE)
     saving.write(folder / "runs" / "quickstart", "saelens", one)
     held_out = np.array([[masking.BOS, *encode(text[2000:])][:64] for text in texts], np.int32)
 

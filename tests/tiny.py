@@ -143,7 +143,7 @@ def main() -> None:
     """Trains the run whose config and workdir the JSON argument gives, or evaluates as its `evaluate` says."""
     register()
     from gemma_scope_jax.cli import common
-    from gemma_scope_jax.evaluation import report
+    from gemma_scope_jax.cli import evaluate as evaluate_cli
     from gemma_scope_jax.runtime import distributed
     from gemma_scope_jax.training import loop
 
@@ -152,7 +152,7 @@ def main() -> None:
 
         def evaluate() -> None:
             distributed.initialize(heartbeat_timeout_seconds=10)
-            report.evaluate_path(**given["evaluate"] | {"out": pathlib.Path(given["evaluate"]["out"])})
+            evaluate_cli.evaluate_path(**given["evaluate"] | {"out": pathlib.Path(given["evaluate"]["out"])})
 
         common.run(evaluate)
         return

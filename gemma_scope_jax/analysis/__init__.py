@@ -3,9 +3,9 @@
 from gemma_scope_jax.analysis.attribution.ablation import Ablations, ablations, ablations_of_prompts
 from gemma_scope_jax.analysis.attribution.gradients import Attribution, attribute
 from gemma_scope_jax.analysis.attribution.integrated_gradients import integrate
-from gemma_scope_jax.analysis.contrasts.audit import halves
 from gemma_scope_jax.analysis.contrasts.correction import Correction, behaviour, correct
 from gemma_scope_jax.analysis.contrasts.find import Contrast, contrast
+from gemma_scope_jax.analysis.contrasts.halves import halves
 from gemma_scope_jax.analysis.latent_statistics import Activity, activity, typical
 from gemma_scope_jax.analysis.layers.flow import Flow, flow
 from gemma_scope_jax.analysis.layers.links import Links, links

@@ -14,6 +14,7 @@ from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import masking, placement, tokenizer
 from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.models.language_model import LanguageModel
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
 from gemma_scope_jax.runtime.errors import InputError
@@ -59,16 +60,20 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
       path: a run directory; or a path or `hf://OWNER/NAME/FOLDER` of an SAE, or of several with `*`.
       **overrides: see `opening.open_path`.
     """
-    opened = opening.open_path(path, **overrides)
+    return open_session(opening.open_path(path, **overrides))
+
+
+def open_session(opened: opening.Opened, model: LanguageModel | None = None) -> Scope:
+    """A scope of SAEs that are opened; of a model that is loaded, or else loads it."""
     config = opened.config
-    gemma = placement.load_gemma(config)
+    gemma = model.gemma if model else placement.load_gemma(config)
     return Scope(
         config,
         gemma,
-        tokenizer.load(config.model, config.tokenizer, config.weights),
+        model.tokenizer if model else tokenizer.load(config.model, config.tokenizer, config.weights),
         opened.subjects,
         {name: attached.place(gemma.mesh, subject.sae) for name, subject in opened.subjects.items()},
-        _frequencies(files.expanded(path), opened.subjects),
+        _frequencies(files.expanded(opened.location), opened.subjects),
         lambda: token_rows.open_rows(opened.rows, token_rows.HELD_OUT),
     )
 
@@ -156,10 +161,9 @@ def reconstruct(
     mesh: jax.sharding.Mesh, subject: jumprelu.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array
 ) -> dict[str, jax.Array]:
     """An SAE on the first row: latents, y and its reconstruction in Gemma's dtype, ‖y‖ and ‖y − ŷ‖ / ‖y‖."""
-    highest = jax.lax.Precision.HIGHEST
     x_LxD, y_LxO = x_SxLxD[0].astype(jnp.float32), y_SxLxO[0].astype(jnp.float32)
-    f_LxM = jumprelu.encode(subject, x_LxD, highest)
-    recon_LxO = jumprelu.decode(subject, f_LxM, x_LxD, highest)
+    f_LxM = jumprelu.encode(subject, x_LxD)
+    recon_LxO = jumprelu.decode(subject, f_LxM, x_LxD)
     norm_L = jnp.linalg.norm(y_LxO, axis=1)
     found = {
         "f_LxM": f_LxM,

@@ -444,10 +444,10 @@ def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
 
 
 def run_contrast(**options: object) -> None:
-    """See `audit.audit`."""
-    from gemma_scope_jax.analysis.contrasts import audit
+    """See `contrast.audit`."""
+    from gemma_scope_jax.cli import contrast
 
-    audit.audit(**options)
+    contrast.audit(**options)
 
 
 def run_dashboards(top: int, **options: object) -> None:

@@ -170,17 +170,17 @@ def main() -> None:
 
         publish_lib.publish(args.run, args.out, args.repo, args.license, args.format, args.dtype, args.push)
     elif args.command == "compare":
-        from gemma_scope_jax.evaluation import side_by_side
+        from gemma_scope_jax.cli import compare as compare_lib
 
-        side_by_side.compare(args.folders, args.out)
+        compare_lib.compare(args.folders, args.out)
     elif args.command == "probe":
-        from gemma_scope_jax.evaluation import probing
+        from gemma_scope_jax.cli import probe as probe_lib
 
-        probing.probe_path(**options)
+        probe_lib.probe_path(**options)
     elif args.command == "detect":
-        from gemma_scope_jax.evaluation import detection
+        from gemma_scope_jax.cli import detect as detect_lib
 
-        detection.detect_path(**options)
+        detect_lib.detect_path(**options)
     elif args.command == "prepare":
         from gemma_scope_jax import config
         from gemma_scope_jax.data import prepare as prepare_lib

@@ -8,7 +8,6 @@ Shapes are those of `descriptions`, and C candidate latents.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -16,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.data import batching, token_rows
+from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.display import tables
-from gemma_scope_jax.evaluation import opening, token_descriptions
-from gemma_scope_jax.models import activations, masking, placement, tokenizer
+from gemma_scope_jax.evaluation import token_descriptions
+from gemma_scope_jax.models import activations, masking
 from gemma_scope_jax.models.gemma import Gemma
-from gemma_scope_jax.runtime import files, printing, ranges, sharding
+from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, jumprelu
 
 EXAMPLES = 50  # Passages that a description is made from.
@@ -208,7 +206,7 @@ def _latents(
 ) -> jax.Array:
     """Latents [S, L, C], 0 at positions that do not count."""
     x_BxD = x_SxLxD.astype(jnp.float32).reshape(-1, x_SxLxD.shape[-1])
-    f_BxM = jumprelu.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
+    f_BxM = jumprelu.encode(subject, x_BxD)
     f_SxLxC = f_BxM[:, candidates_C].reshape(*tokens_SxL.shape, -1)
     kept = jnp.where(masking.is_kept(tokens_SxL, prefix)[..., None], f_SxLxC, 0)
     return sharding.constrain(mesh, kept, sharding.REPLICATED)
@@ -258,63 +256,6 @@ def detect(
         token_descriptions.passages(text, background_N), len(text.vocabulary_V)
     )
     return {name: summarize(found[name], candidates[name], latents, elsewhere, decode) for name in subjects}
-
-
-def detect_path(
-    path: str | pathlib.Path,
-    rows: int | None = None,
-    latents: int = 100,
-    seed: int = 0,
-    rows_per_batch: int | None = None,
-    out: pathlib.Path | None = None,
-    **overrides: str | None,
-) -> dict[str, Detection]:
-    """Scores latents of the SAEs that lie at a path; writes detection.json and prints a table.
-
-    Args:
-      path: see `opening.open_path`.
-      rows: how many held-out rows, at most all; None: as the config says.
-      latents: how many of each SAE, at most.
-      seed: of what is drawn.
-      rows_per_batch: in one pass; None: as the config says.
-      out: the folder to write to; None: see `opening.results_folder`.
-      **overrides: see `opening.open_path`.
-    """
-    opened = opening.open_path(path, **overrides)
-    config = opened.config
-    rows = config.evaluation.rows if rows is None else rows
-    per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-    for name, value in (("rows", rows), ("latents", latents), ("rows_per_batch", per_batch)):
-        ranges.check(f"--{name}", value, ranges.COUNT)
-    ranges.check("--seed", seed, ranges.SEED)
-    out = opening.results_folder(opened, path, out)
-    held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
-    order = token_rows.order(len(held_out), batching.ORDER_SEED, 0, min(rows, len(held_out)))
-    decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
-    gemma = placement.load_gemma(config)
-    results = detect(
-        gemma,
-        opened.subjects,
-        held_out.read(order),
-        latents,
-        seed,
-        per_batch,
-        decode,
-        masking.masked_prefix(config.data),
-    )
-    about = {
-        "model": config.model,
-        "step": opened.step,
-        "text": printing.shareable(config.data.text),
-        "context_length": config.data.context_length,
-        "rows": len(order),
-        "seed": seed,
-    }
-    written = {name: numbers(result) for name, result in results.items()}
-    files.write_json(out / "detection.json", about | {"sae": written})
-    print_tables(results, len(order))
-    say(f"Wrote {out / 'detection.json'}")
-    return results
 
 
 def numbers(result: Detection | Latent) -> dict:

@@ -59,10 +59,10 @@ def measure(
     shape = is_kept_SxL.shape
     weight_B = is_kept_SxL.reshape(-1).astype(jnp.float32)
     x_BxD, y_BxO = (v.reshape(weight_B.size, -1).astype(jnp.float32) for v in (x_SxLxD, y_SxLxO))
-    f_BxM = jumprelu.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
+    f_BxM = jumprelu.encode(subject, x_BxD)
     if top_k is not None:
         f_BxM = jumprelu.keep_top(f_BxM, top_k)
-    recon_BxO = jumprelu.decode(subject, f_BxM, x_BxD, jax.lax.Precision.HIGHEST)
+    recon_BxO = jumprelu.decode(subject, f_BxM, x_BxD)
     fired_BxM = (f_BxM > 0) * weight_B[:, None]
     error_BxO = recon_BxO - y_BxO
     # Sums and not matmuls, which on TPU would round their inputs to bfloat16.

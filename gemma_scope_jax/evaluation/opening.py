@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import prepare, sources, token_rows
@@ -31,6 +31,8 @@ class Opened:
     # As the run or the file says, whatever was given; a stranger's file leaves the most of it open.
     own: config_lib.Config = config_lib.Config()
     is_text_known: bool = True  # Whether `own` has the text that they were trained on.
+    location: str | pathlib.Path = "."  # where they were found
+    baselines: tuple[str, ...] = ()  # the names of those subjects that only are to be held against
 
     @property
     def text_trained_on(self) -> str | None:
@@ -97,7 +99,7 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
     def rows() -> pathlib.Path:
         return prepare.rows_of_once(config) if is_other else runs.run_rows(run.config, path)
 
-    return Opened(config, subjects, rows, members, int(state.step), run.config)
+    return Opened(config, subjects, rows, members, int(state.step), run.config, location=path)
 
 
 def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Config:
@@ -139,6 +141,26 @@ def on_text(opened: Opened, text: str) -> Opened:
 
 def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
     found = list(loading.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
+    return of_saes(found, given, trust, location)
+
+
+def of_saes(
+    found: Sequence[loading.LoadedSAE],
+    given: Mapping[str, str],
+    trust: bool = False,
+    location: str = ".",
+) -> Opened:
+    """SAEs that are loaded already, and what to evaluate them on.
+
+    Args:
+      found: the SAEs.
+      given: what `open_path` takes as `overrides`.
+      trust: see `open_path`.
+      location: where they came from.
+
+    Raises:
+      ValueError: they are of several models, or of one name; else as `open_path`.
+    """
     about, model = found[0].about, found[0].model
     if others := {one.model for one in found} - {model}:
         raise InputError(
@@ -200,7 +222,7 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
         and registry.spec(model).hugging_face.split("/")[-1] != about.model_name.split("/")[-1]
     ):
         trained = dataclasses.replace(trained, model=about.model_name)
-    return Opened(config, subjects, rows, {}, own=trained, is_text_known=bool(about.text))
+    return Opened(config, subjects, rows, {}, own=trained, is_text_known=bool(about.text), location=location)
 
 
 def options_of(

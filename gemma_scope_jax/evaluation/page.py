@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gemma_scope_jax.display import html
+from gemma_scope_jax.display import html, plotting
 from gemma_scope_jax.evaluation import metrics, plots
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.saes import evaluation_file, verdicts
@@ -95,7 +95,7 @@ def write_html(
     """
     pictures_of = {title: html.data_url(image.read_bytes()) for title, image in (images or {}).items()}
     if len(set(layers.values())) > 1:
-        pictures_of["By layer"] = html.data_url(plots.by_layer(results, layers))
+        pictures_of["By layer"] = html.data_url(plotting.png(plots.by_layer(results, layers)))
     columns = metrics.shown_in("page")
     html.render(
         path,
@@ -118,7 +118,9 @@ def write_html(
             )
             for name, result in results.items()
         },
-        pictures={name: html.data_url(plots.details(result)) for name, result in results.items()},
+        pictures={
+            name: html.data_url(plotting.png(plots.details(result), 80)) for name, result in results.items()
+        },
         plots=pictures_of,
         verdicts=judgements or {},
         remarks=remarks,

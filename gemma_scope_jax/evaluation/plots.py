@@ -1,41 +1,19 @@
 """Pictures of what was measured."""
 
-import io
-import pathlib
 from collections.abc import Mapping
 
+import matplotlib.figure
 import numpy as np
 
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.display import plotting
 from gemma_scope_jax.runtime.printing import plottable
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 
 
-def _png(figure: object, dpi: int = 80) -> bytes:
-    import matplotlib.pyplot as plt
-
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi)
-    plt.close(figure)
-    return out.getvalue()
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple:
-    """A figure and its axes; `width` and `height` are those of a panel, in inches."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
-    )
-
-
-def write_plot(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
-    """Draws each SAE's histogram of firing frequencies."""
+def frequencies(results: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
+    """Each SAE's histogram of firing frequencies."""
     columns = 1 if len(results) < 4 else 3
-    figure, axes = _figure(-(-len(results) // columns), columns, 7 if columns == 1 else 5, 3.2)
+    figure, axes = plotting.new_figure(-(-len(results) // columns), columns, 7 if columns == 1 else 5, 3.2)
     for axis in axes.flat[len(results) :]:
         axis.set_axis_off()
     for (name, result), axis in zip(results.items(), axes.flat, strict=False):
@@ -48,28 +26,25 @@ def write_plot(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
             f"{result.delta_loss_se:.3f} nats, {result.dead_fraction:.1%} dead",
             fontsize=10 if columns == 1 else 8,
         )
-    with files.replacing_file(path) as partial:
-        partial.write_bytes(_png(figure, 120))
+    return figure
 
 
-def write_pareto(
-    path: pathlib.Path, results: Mapping[str, Evaluation], sweeps: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Draws L0 against delta loss, FVU and r_L0, with a line through each sweep in the order given.
+def pareto(
+    results: Mapping[str, Evaluation], sweeps: Mapping[str, Mapping[str, str]]
+) -> matplotlib.figure.Figure:
+    """L0 against delta loss, FVU and r_L0, with a line through each sweep in the order given.
 
     Args:
-      path: of the PNG.
       results: by SAE.
       sweeps: by the label of a line, its SAEs in order, each with the label of its point.
     """
     lines = {
         label: [(results[name], text) for name, text in points.items()] for label, points in sweeps.items()
     }
-    with files.replacing_file(path) as partial:
-        partial.write_bytes(_against_l0(lines))
+    return _against_l0(lines)
 
 
-def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> bytes:
+def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> matplotlib.figure.Figure:
     """L0 against delta loss, FVU and r_L0 of several evaluations, a colour each."""
     lines = {
         label: [(result, "") for result in sorted(results.values(), key=lambda r: r.l0)]
@@ -78,7 +53,9 @@ def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> bytes:
     return _against_l0(lines, joined=False)
 
 
-def _against_l0(lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool = True) -> bytes:
+def _against_l0(
+    lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool = True
+) -> matplotlib.figure.Figure:
     """A panel for each number that was measured; each point is a result with its label."""
     from matplotlib import ticker
 
@@ -86,7 +63,7 @@ def _against_l0(lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool 
     numbers = {"delta_loss": "delta loss, nats", "fvu": "FVU", "r_l0": "r_L0"}
     if any(result.r_l0 is None for result in everything):
         del numbers["r_l0"]
-    figure, (axes,) = _figure(1, len(numbers), 5.5, 4.2)
+    figure, (axes,) = plotting.new_figure(1, len(numbers), 5.5, 4.2)
     for axis, (number, title) in zip(axes, numbers.items(), strict=True):
         for label, points in lines.items():
             l0, y = ([getattr(result, name) for result, _ in points] for name in ("l0", number))
@@ -111,16 +88,16 @@ def _against_l0(lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool 
         axis.grid(alpha=0.3)
     if len(lines) > 1:
         axes[0].legend(fontsize=7)
-    return _png(figure, 120)
+    return figure
 
 
 def _finite(value: float | None) -> float:
     return value if value is not None and np.isfinite(value) else 0.0
 
 
-def details(result: Evaluation) -> bytes:
+def details(result: Evaluation) -> matplotlib.figure.Figure:
     """Distributions of one SAE, and what changes with a token's position."""
-    figure, axes = _figure(2, 4, 3.75, 2.8)
+    figure, axes = plotting.new_figure(2, 4, 3.75, 2.8)
     (frequency, l0, error, delta), (threshold, decoder, encoder, cosine) = axes
     alive = result.frequency[result.frequency > 0]
     frequency.hist(np.log10(alive), bins=60)
@@ -153,12 +130,12 @@ def details(result: Evaluation) -> bytes:
     for axis in axes.flat:
         axis.title.set_fontsize(9)
         axis.tick_params(labelsize=8)
-    return _png(figure)
+    return figure
 
 
-def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> bytes:
+def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> matplotlib.figure.Figure:
     """L0, FVU and delta loss against the layer."""
-    figure, ((l0, fvu, delta),) = _figure(1, 3, 4.3, 3.6)
+    figure, ((l0, fvu, delta),) = plotting.new_figure(1, 3, 4.3, 3.6)
     # A line for what is otherwise the same, by its name without the layer.
     lines: dict[str, list[str]] = {}
     for name in sorted(results, key=lambda name: layers[name]):
@@ -175,4 +152,4 @@ def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> by
         axis.grid(alpha=0.3)
     if 1 < len(lines) <= 8:
         l0.legend(fontsize=7)
-    return _png(figure, 100)
+    return figure

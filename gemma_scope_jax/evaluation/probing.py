@@ -18,14 +18,12 @@ from sklearn import linear_model, model_selection
 
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import tables
-from gemma_scope_jax.evaluation import opening
-from gemma_scope_jax.models import activations, masking, placement, tokenizer
+from gemma_scope_jax.models import activations, masking
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import files, printing, ranges, sharding
+from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, well_formed
-from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, jumprelu
 
 FEATURES = (1, 2, 5, 20)  # So many are probed with.
@@ -269,66 +267,6 @@ def rows_of(texts: Sequence[str], encode: Callable[[str], list[int]], length: in
     for row_L, of_text in zip(rows_TxL, tokens, strict=True):
         row_L[: len(of_text)] = of_text[:longest]
     return rows_TxL, sum(len(of_text) > longest for of_text in tokens)
-
-
-def probe_path(
-    path: str | pathlib.Path,
-    labelled: pathlib.Path,
-    seed: int = 0,
-    rows_per_batch: int | None = None,
-    out: pathlib.Path | None = None,
-    **overrides: str | None,
-) -> dict[str, list[Task]]:
-    """Probes the SAEs that lie at a path; writes probing.json and prints a table.
-
-    Args:
-      path: see `opening.open_path`.
-      labelled: see `read_labelled`.
-      seed: of the split into training and test texts.
-      rows_per_batch: texts in one pass; None: as the config says.
-      out: the folder to write to; None: see `opening.results_folder`.
-      **overrides: see `opening.open_path`.
-
-    Returns:
-      The tasks of each SAE.
-    """
-    ranges.check("--seed", seed, ranges.SEED)
-    given = read_labelled(labelled)
-    is_test_T = split(given, seed)
-    opened = opening.open_path(path, **overrides)
-    config = opened.config
-    per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-    ranges.check("--rows_per_batch", per_batch, ranges.COUNT)
-    given_out, out = out, opening.results_folder(opened, path, out)
-    if given_out is None and (out / "probing.json").exists():
-        before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))
-        if before != printing.shareable(labelled):
-            raise DataError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
-    encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
-    tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
-    gemma = placement.load_gemma(config)
-    latents, values = pool(gemma, opened.subjects, tokens_TxL, per_batch)
-    results = {
-        name: tasks(latents[name], values[subject.site], given.labels, is_test_T)
-        for name, subject in opened.subjects.items()
-    }
-    labels, counts = np.unique(given.labels, return_counts=True)
-    about = {
-        "model": config.model,
-        "step": opened.step,
-        "labelled": printing.shareable(labelled),
-        "classes": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
-        "test_texts": int(is_test_T.sum()),
-        "cut_texts": cut,
-        "seed": seed,
-    }
-    written = {name: [as_numbers(task) for task in of] for name, of in results.items()}
-    files.write_json(out / "probing.json", about | {"sae": written})
-    print_table(results, len(given.texts))
-    if cut:
-        say(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
-    say(f"Wrote {out / 'probing.json'}")
-    return results
 
 
 def as_numbers(task: Task) -> dict:

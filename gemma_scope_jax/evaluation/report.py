@@ -1,16 +1,15 @@
-"""From a path to a report: opens a run or an exported SAE, evaluates it, and shows and stores the numbers."""
+"""The evaluation of SAEs as a value: their numbers, the verdicts on them, and what they were measured on."""
 
 import contextlib
 import dataclasses
 import pathlib
-import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
+import matplotlib.figure
 
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.display import tables
+from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.evaluation import (
     baselines,
     evaluate,
@@ -21,178 +20,154 @@ from gemma_scope_jax.evaluation import (
     plots,
     side_by_side,
 )
-from gemma_scope_jax.models import placement, registry, weights
+from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.models.gemma import Gemma
-from gemma_scope_jax.runtime import distributed, files, ranges, resumable
-from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime import ranges, resumable
 from gemma_scope_jax.runtime.printing import printable, shareable
-from gemma_scope_jax.runtime.reporting import say
-from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
+from gemma_scope_jax.saes import attached, evaluation_file, naming
+from gemma_scope_jax.saes import verdicts as verdicts_lib
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 from gemma_scope_jax.training import runs
 
 # Of the training rows so many activations are what baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
-_PARTS = "evaluation.parts"
 
 
-def texts_of(given: Sequence[str]) -> dict[str, str]:
-    """Texts by their labels, of `SOURCE` or `LABEL=SOURCE` each.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How SAEs are evaluated."""
 
-    Raises:
-      ValueError: two have one label, or one is none that a folder may have.
-    """
-    texts: dict[str, str] = {}
-    for value in given:
-        match = re.fullmatch(r"([\w.-]+)=(.+)", value)
-        if match and not pathlib.Path(value).exists():  # A file's name may have a = in it.
-            label, source = match.groups()
-        else:
-            label, source = opening.text_label(value), value
-        if label.startswith("."):
-            raise InputError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
-        if label.lower() in map(str.lower, texts):  # A disk may not keep them apart.
-            raise InputError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
-        texts[label] = source
-    return texts
+    rows: int = 512  # at most all of the split
+    rows_per_batch: int = 8  # in one pass
+    split: str = token_rows.HELD_OUT  # of the rows, or `token_rows.TRAIN`
+    turns: str | None = None  # in the chat template, whose turns count
+    is_fast: bool = False  # without what costs most; see `evaluate.evaluate`
+    has_baselines: bool = False  # with the `baselines` of each SAE
 
 
-def evaluate_path(
-    path: str | pathlib.Path,
-    rows: int | None = None,
-    rows_per_batch: int | None = None,
-    out: pathlib.Path | None = None,
-    is_fast: bool = False,
-    split: str = token_rows.HELD_OUT,
-    text: Sequence[str] | str | None = None,
-    has_baselines: bool = False,
-    **overrides: str | None,
-) -> dict[str, Evaluation]:
-    """Evaluates what lies at a path; writes evaluation.json, .csv, .npz, .html and .png, and prints a table.
+@dataclasses.dataclass(frozen=True)
+class Results(side_by_side.Suite):
+    """The evaluation of some SAEs on one text."""
 
-    Cut off and called again, it goes on behind the last batch that was whole.
+    verdicts: Mapping[str, verdicts_lib.Verdict] = dataclasses.field(
+        default_factory=dict
+    )  # by SAE; of no baseline
+    remarks: tuple[str, ...] = ()  # on all of it, a sentence each
+    layers: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of each SAE
+    # What is joined by a line where it is drawn: by label, SAEs with the labels of their points.
+    sweeps: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    rows_of: str = ""  # what the rows are, in words
+    command: str = ""  # that makes it again
+
+    def to_dataframe(self) -> "pandas.DataFrame":  # noqa: F821
+        """A row of numbers for each SAE, with standard errors in columns of their own."""
+        import pandas
+
+        rows = {name: evaluation_file.numbers(result) for name, result in self.results.items()}
+        return pandas.DataFrame.from_dict(rows, orient="index")
+
+    def show(self) -> None:
+        """Prints the numbers of every SAE, and the verdicts."""
+        print_table(dict(self.results), f"{self.about['text']}, {self.rows_of}")
+        for line in [*verdicts_lib.lines(self.verdicts), *self.remarks]:
+            print(printable(line, 2000), flush=True)
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """Each SAE's histogram of firing frequencies."""
+        return plots.frequencies(self.results)
+
+    def save(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
+        """Writes evaluation.json, .csv, .npz, .html and .png to a folder, of a sweep pareto.png too; returns them."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        page.write_json(folder / "evaluation.json", self.results, self.about, self.verdicts)
+        page.write_arrays(folder / "evaluation.npz", self.results)
+        page.write_csv(folder / "evaluation.csv", self.results)
+        plotting.write_png(folder / "evaluation.png", self.figure(), 120)
+        written = [folder / f"evaluation.{kind}" for kind in ("json", "npz", "csv", "png")]
+        pictures = {}
+        if self.sweeps:
+            written.append(folder / "pareto.png")
+            plotting.write_png(written[-1], plots.pareto(self.results, self.sweeps), 120)
+            pictures["Sweeps"] = written[-1]
+        written.append(folder / "evaluation.html")
+        page.write_html(
+            written[-1],
+            self.results,
+            self.about,
+            self.command,
+            self.layers,
+            pictures,
+            self.verdicts,
+            self.remarks,
+        )
+        return written
+
+
+def evaluate_opened(
+    opened: opening.Opened, gemma: Gemma, options: Options, parts: resumable.Parts | None = None
+) -> Results:
+    """Evaluates SAEs on the rows that they were opened with.
 
     Args:
-      path: see `opening.open_path`.
-      rows: how many, at most all of the split; None: as the config says.
-      rows_per_batch: in one pass; likewise.
-      out: the folder to write to; None: beside the SAE or in the run; of what is not its own, below it, see
-        `opening.results_folder`.
-      is_fast: without what costs most; see `evaluate.evaluate`.
-      split: of the rows, one of `token_rows.TRAIN` and `token_rows.HELD_OUT`.
-      text: to evaluate on; of several, each has a folder of its own in `out`, and there is a table by text.
-      has_baselines: with the `baselines` of each SAE.
-      **overrides: see `opening.open_path`.
-
-    Returns:
-      The numbers by SAE; of several texts those of the last.
-    """
-    texts = texts_of([text] if isinstance(text, str) else text or ())
-    opened = opening.open_path(path, text=next(iter(texts.values()), None), **overrides)
-    config = opened.config
-    # All of them before anything takes long.
-    by_label = {
-        label: opening.on_text(opened, source) for label, source in (texts or {"": config.data.text}).items()
-    }
-    for one in by_label.values():
-        token_rows.open_rows(one.rows, split)
-    rows = config.evaluation.rows if rows is None else rows
-    rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-    for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
-        ranges.check(f"--{name}", value, ranges.COUNT)
-    given_out, own_folder = out, output.own_folder(path)
-    kind = "baselines" if has_baselines else ""
-    out, places = _places(path, out, by_label, split, kind, overrides)
-    with contextlib.ExitStack() as held:
-        for place in places.values():
-            held.enter_context(resumable.holding_parts(place / _PARTS))
-        gemma = placement.load_gemma(config)
-        judged = tuple(opened.subjects)
-        if has_baselines:
-            subjects = _with_baselines(opened, gemma, rows_per_batch)
-            by_label = {label: dataclasses.replace(one, subjects=subjects) for label, one in by_label.items()}
-        options = {
-            "rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides,
-            "fast": is_fast or None, "baselines": has_baselines or None, "out": given_out,
-        }  # fmt: skip
-        found, parts = {}, []
-        for label, one in by_label.items():
-            place = places[label]
-            of_text = options | {"text": f"{label}={texts[label]}" if label else None}
-            of_text["out"] = given_out if place == out else place
-            parts.append(resumable.Parts(place / _PARTS, _identity_of_all(one, gemma.mesh, options)))
-            found[label] = _evaluate(
-                one, gemma, options, place, _command(path, of_text), parts[-1], judged, own_folder
-            )
-        if len(found) > 1 and distributed.is_first():
-            side_by_side.write(
-                out, found, _command(path, options | {"text": list(map("=".join, texts.items()))})
-            )
-        # Not before all texts are done, or the same command would begin with the first again.
-        for of_one in parts:
-            of_one.remove()
-        return dict(found[label].results)
-
-
-def _places(
-    path: str | pathlib.Path,
-    given_out: pathlib.Path | None,
-    by_label: Mapping[str, opening.Opened],
-    split: str,
-    kind: str,
-    overrides: Mapping[str, str | None],
-) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """The folder of the results, and that of each text: a folder in it for each of several, else itself.
+      opened: the SAEs, and with baselines those too; see `with_baselines`.
+      gemma: their whole model.
+      options: how.
+      parts: where what is measured of each batch is kept, to go on from; None: nowhere.
 
     Raises:
-      ValueError: a text's folder holds results of something else.
+      ValueError: a number is out of range, or no prediction counts.
+      FloatingPointError: what is measured is not finite.
     """
-    first = next(iter(by_label.values()))
-    of = opening.options_of(first, split, overrides.get("turns"), kind)
-    if len(by_label) > 1:  # A folder for each, of the text that was trained on too.
-        out = output.results_folder(path, given_out, pathlib.Path(of))
-        places = {label: out / label for label in by_label}
-    else:
-        (label,) = by_label
-        out = opening.results_folder(first, path, given_out, label, of)
-        places = {label: out}
-    for label, place in places.items():
-        is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
-        if given_out is not None and place != out and not is_free and not list(place.glob("evaluation.*")):
-            raise InputError(f"{place} holds something that is no evaluation; give the text another name")
-        if given_out is None and place != output.own_folder(path):
-            _check_same(place, _about(by_label[label], {"split": split, **overrides}))
-    return out, places
-
-
-def _check_same(place: pathlib.Path, about: Mapping[str, object]) -> None:
-    """Raises ValueError if the evaluation in a folder, if there is one, is of something else."""
-    path = place / "evaluation.json"
-    found = {}
-    with contextlib.suppress(ValueError):  # A damaged one is made again.
-        found = files.read_json(path) if path.exists() else {}
-    names = ("model", "weights", "tokenizer", "dtype", "text", "split", "turns")
-    # Older ones have their paths in full.
-    differs = [name for name in names if name in found and shareable(found[name]) != shareable(about[name])]
-    if differs:
-        said = ", ".join(f"{name} {printable(found[name])}" for name in differs)
-        raise InputError(
-            f"{path} is of {said}; to keep it, call this text otherwise, as in --text=NAME=SOURCE, or give an --out"
+    for name in ("rows", "rows_per_batch"):
+        ranges.check(name, getattr(options, name), ranges.COUNT)
+    config = opened.config
+    held_out = token_rows.open_rows(opened.rows, options.split)
+    training = held_out
+    if config.data.held_out_fraction < 1:
+        training = token_rows.open_rows(opened.rows, token_rows.TRAIN)
+    results, cost = evaluate.evaluate(
+        gemma,
+        opened.subjects,
+        training,
+        held_out,
+        options.rows,
+        options.rows_per_batch,
+        batching.counts_of(config, options.turns),
+        options.is_fast,
+        parts,
+    )
+    judged = [name for name in opened.subjects if name not in opened.baselines]
+    judgements = {
+        name: verdicts_lib.verdict(
+            evaluation_file.numbers(results[name]),
+            opened.subjects[name].sae.b_enc.size,
+            opened.members[name].target_l0 if name in opened.members else 0,
         )
+        for name in judged
+    }
+    remarks = _remarks(opened, results) if opened.is_other_text else []
+    remarks += [f"{sentence}." for sentence in metrics.undefined(results)]
+    rows_of = {token_rows.HELD_OUT: "held-out", token_rows.TRAIN: "training"}[options.split]
+    if opened.is_other_text:
+        rows_of = "all of it"
+    elif not opened.is_text_known:
+        rows_of = f"{options.split}; what was trained on is not known"
+    # Baselines are of no sweep.
+    is_of_files = not opened.members and not opened.baselines
+    return Results(
+        about(opened, options) | {"cost": dataclasses.asdict(cost) if cost else None},
+        results,
+        judgements,
+        tuple(remarks),
+        {name: subject.spliced.layer for name, subject in opened.subjects.items()},
+        sweeps(opened.members) or (_lines(opened.subjects, results) if is_of_files else {}),
+        rows_of,
+    )
 
 
-def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
-    """What makes it again, as it is typed."""
-    flags = []
-    for name, value in options.items():
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None:
-                flags.append(f"--{name}" if one is True else f"--{name}={shareable(one)}")
-    return shlex.join(["python", "evaluate.py", shareable(path), *flags])
-
-
-def _with_baselines(opened: opening.Opened, gemma: Gemma, per_batch: int) -> dict[str, attached.Subject]:
-    """Each SAE followed by its baselines."""
+def with_baselines(opened: opening.Opened, gemma: Gemma, per_batch: int) -> opening.Opened:
+    """The same with each SAE followed by its baselines."""
     split = token_rows.TRAIN if opened.config.data.held_out_fraction < 1 else token_rows.HELD_OUT
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
     count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
@@ -200,15 +175,16 @@ def _with_baselines(opened: opening.Opened, gemma: Gemma, per_batch: int) -> dic
     found = evaluate.activations(
         gemma, tuple(sorted(sites, key=str)), rows, count, per_batch, batching.counts_of(opened.config)
     )
-    subjects = {}
+    subjects, added = {}, []
     for name, subject in opened.subjects.items():
         subjects[name] = subject
         made = baselines.of(subject, found[subject.site], found[subject.spliced])
         subjects |= {f"{name}_{kind}": baseline for kind, baseline in made.items()}
-    return subjects
+        added += [f"{name}_{kind}" for kind in made]
+    return dataclasses.replace(opened, subjects=subjects, baselines=tuple(added))
 
 
-def _about(opened: opening.Opened, options: Mapping[str, object]) -> dict[str, object]:
+def about(opened: opening.Opened, options: Options) -> dict[str, object]:
     """What was evaluated, and on what."""
     config, trained_on = opened.config, opened.text_trained_on
     return {
@@ -220,120 +196,35 @@ def _about(opened: opening.Opened, options: Mapping[str, object]) -> dict[str, o
         "text_trained_on": None if trained_on is None else shareable(trained_on),
         "is_other_text": opened.is_other_text,
         "rows_of": token_rows.name_of(opened.rows),
-        "split": options["split"],
-        "turns": options.get("turns"),
+        "split": options.split,
+        "turns": options.turns,
         "context_length": config.data.context_length,
         "step": opened.step,
     }
 
 
-def _identity_of_all(
-    opened: opening.Opened, mesh: jax.sharding.Mesh, options: Mapping[str, object]
-) -> dict[str, object]:
+def identity(opened: opening.Opened, mesh: jax.sharding.Mesh, options: Options) -> dict[str, object]:
     """What changes whenever what would be measured of a batch does."""
     config = opened.config
-    return _about(opened, options) | {
+    return about(opened, options) | {
         "weights": weights.fingerprint(registry.weights_path(config.model, config.weights)),
-        "rows": options["rows"],
-        "rows_in_a_batch": batching.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
-        "is_fast": bool(options["fast"]),
+        "rows": options.rows,
+        "rows_in_a_batch": batching.padded_rows(mesh, options.rows, options.rows_per_batch),
+        "is_fast": options.is_fast,
         "measures": [evaluate.MEASURES, *(name for name, _ in metrics.measures())],
         "saes": {name: attached.identity(subject) for name, subject in opened.subjects.items()},
     }
 
 
-def _evaluate(
-    opened: opening.Opened,
-    gemma: Gemma,
-    options: Mapping[str, object],
-    out: pathlib.Path,
-    command: str,
-    parts: resumable.Parts,
-    judged: Sequence[str],
-    own_folder: pathlib.Path,
-) -> side_by_side.Suite:
-    """Evaluates on one text, and writes and prints what is found, with verdicts on those that are `judged`."""
-    config, split = opened.config, options["split"]
-    about = _about(opened, options)
-    held_out = token_rows.open_rows(opened.rows, split)
-    training = (
-        token_rows.open_rows(opened.rows, token_rows.TRAIN) if config.data.held_out_fraction < 1 else held_out
-    )
-    results, cost = evaluate.evaluate(
-        gemma,
-        opened.subjects,
-        training,
-        held_out,
-        options["rows"],
-        options["rows_per_batch"],
-        batching.counts_of(config, options.get("turns")),
-        bool(options["fast"]),
-        parts,
-    )
-    suite = side_by_side.Suite(about, results)
-    if not distributed.is_first():
-        return suite
-    about["cost"] = dataclasses.asdict(cost) if cost else None
-    judgements = {
-        name: verdicts.verdict(
-            evaluation_file.numbers(results[name]),
-            opened.subjects[name].sae.b_enc.size,
-            opened.members[name].target_l0 if name in opened.members else 0,
-        )
-        for name in judged
-    }
-    remarks = _remarks(opened, results, own_folder) if opened.is_other_text else []
-    remarks += [f"{sentence}." for sentence in metrics.undefined(results)]
-    page.write_json(out / "evaluation.json", results, about, judgements)
-    page.write_arrays(out / "evaluation.npz", results)
-    page.write_csv(out / "evaluation.csv", results)
-    plots.write_plot(out / "evaluation.png", results)
-    written = [f"evaluation.{kind}" for kind in ("json", "npz", "csv", "png")]
-    # Baselines are of no sweep.
-    is_of_files = not opened.members and not options["baselines"]
-    lines = sweeps(opened.members) or (_lines(opened.subjects, results) if is_of_files else {})
-    if lines:
-        plots.write_pareto(out / "pareto.png", results, lines)
-        written.append("pareto.png")
-    page.write_html(
-        out / "evaluation.html",
-        results,
-        about,
-        command,
-        {name: subject.spliced.layer for name, subject in opened.subjects.items()},
-        {"Sweeps": out / "pareto.png"} if lines else None,
-        judgements,
-        remarks,
-    )
-    written.append("evaluation.html")
-    rows_of = {token_rows.HELD_OUT: "held-out", token_rows.TRAIN: "training"}[split]
-    if opened.is_other_text:
-        rows_of = "all of it"
-    elif not opened.is_text_known:
-        rows_of = f"{split}; what was trained on is not known"
-    print_table(results, f"{about['text']}, {rows_of}")
-    for line in [*verdicts.lines(judgements), *remarks]:
-        say(line)
-    if cost:
-        say(
-            f"A batch took {cost.seconds:.1f} s. Its clean pass, two ablations a site and one splice an SAE, at the "
-            f"speed of the clean pass, would take {cost.bound_seconds:.1f} s."
-        )
-    say(f"Wrote {', '.join(str(out / name) for name in written)}")
-    return suite
-
-
-def _remarks(
-    opened: opening.Opened, results: Mapping[str, Evaluation], own_folder: pathlib.Path
-) -> list[str]:
+def _remarks(opened: opening.Opened, results: Mapping[str, Evaluation]) -> list[str]:
     """What to know of an evaluation on another text than the one trained on."""
     texts = [shareable(text) for text in (opened.config.data.text, opened.text_trained_on)]
     remarks = [f"Evaluated on {texts[0]}, trained on {texts[1]}. {side_by_side.FVU_OF_TEXTS}"]
     own, others = None, {}
     with contextlib.suppress(ValueError):  # A damaged one is no reason to lose this one.
-        own, others = runs.own_evaluation(own_folder, opened.own, opened.step)
+        own, others = runs.own_evaluation(output.own_folder(opened.location), opened.own, opened.step)
     for name, of in own["sae"].items() if own and not others else ():
-        if name in results and (said := verdicts.beside_own(evaluation_file.numbers(results[name]), of)):
+        if name in results and (said := verdicts_lib.beside_own(evaluation_file.numbers(results[name]), of)):
             remarks.append(f"{name}: {said}.")
     return remarks
 

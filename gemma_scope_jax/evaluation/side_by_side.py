@@ -3,18 +3,17 @@
 import csv
 import dataclasses
 import pathlib
-import shlex
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import matplotlib.figure
 import numpy as np
 
-from gemma_scope_jax.display import html, tables
+from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.evaluation import metrics, page, plots
-from gemma_scope_jax.runtime import files, printing
+from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 
@@ -70,27 +69,7 @@ def read(folder: pathlib.Path) -> Suite:
     return Suite(about, results)
 
 
-def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
-    """Writes and prints evaluations side by side, each compared with the first.
-
-    SAEs are compared where they have one name in both; where no name is in both and there are as many in each, in
-    their order. Differences have a standard error where both were evaluated on the same rows.
-
-    Raises:
-      ValueError: a folder holds no evaluation, there is but one, or `out` is no folder.
-    """
-    if len(folders) < 2:
-        raise FormatError(f"{folders[0]} alone cannot be compared; give two folders or more")
-    files.check_output(out, is_folder=True)
-    shortest = _labels(folders)
-    columns = {label: read(folder) for label, folder in zip(shortest, folders, strict=True)}
-    out.mkdir(parents=True, exist_ok=True)
-    command = ["python", "-m", "gemma_scope_jax", "compare", *map(str, folders), f"--out={out}"]
-    command = shlex.join(map(printing.shareable, command))
-    write(out, columns, command, is_compared=True)
-
-
-def _labels(folders: list[pathlib.Path]) -> list[str]:
+def labels(folders: list[pathlib.Path]) -> list[str]:
     """The last parts of the paths that tell them apart."""
     for depth in range(1, 20):
         labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
@@ -133,17 +112,82 @@ def _same_counts(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bo
     )
 
 
-def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_compared: bool = False) -> None:
-    """Writes side_by_side.html and .csv, and prints the table.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Evaluations side by side."""
+
+    columns: Mapping[str, Suite]  # by label
+    # By number: rows of the first SAE's name and what is shown of it in each column.
+    tables: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]]
+    headings: tuple[str, ...]
+    cells: Sequence[
+        Mapping[str, object]
+    ]  # every number, with its error and its difference to the first column
+    remark: str = ""
+
+    def to_dataframe(self) -> "pandas.DataFrame":  # noqa: F821
+        """A row for each number of each SAE in each column."""
+        import pandas
+
+        return pandas.DataFrame(self.cells)
+
+    def show(self) -> None:
+        """Prints a table for each number."""
+        names = tables.width(name for rows in self.tables.values() for name, _ in rows)
+        # Wider than a narrow terminal, where a row then takes two lines, rather than a digit on each.
+        width = names + sum(max(tables.width([heading]), 20) + 3 for heading in self.headings) + 5
+        for number, rows in self.tables.items():
+            table = tables.Table(title=metrics.METRICS[number].label)
+            table.add_column("", no_wrap=True)
+            for heading in self.headings:
+                table.add_column(heading, justify="right", overflow="fold")
+            for name, row in rows:
+                table.add_row(name, *(row.get(heading, "") for heading in self.headings))
+            tables.show(table, least_width=width)
+        if self.remark:
+            print(printable(self.remark), flush=True)
+
+    def figure(self) -> matplotlib.figure.Figure:
+        """L0 against delta loss, FVU and r_L0, a colour for each column."""
+        return plots.side_by_side({label: suite.results for label, suite in self.columns.items()})
+
+    def save(self, out: pathlib.Path, command: str = "") -> list[pathlib.Path]:
+        """Writes side_by_side.html and .csv, with the command that makes them again; returns them."""
+        written = [out / "side_by_side.html", out / "side_by_side.csv"]
+        html.render(
+            written[0],
+            "evaluation/side_by_side.html.jinja",
+            tables=self.tables,
+            numbers=metrics.METRICS,
+            headings=self.headings,
+            about={label: suite.about for label, suite in self.columns.items()},
+            remark=self.remark,
+            picture=html.data_url(plotting.png(self.figure(), 120)),
+            command=command,
+        )
+        names = ("number", "sae", "column", "value", "se", "difference", "difference_se")
+        with (
+            files.replacing_file(written[1]) as partial,
+            partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.cells)
+        return written
+
+
+def comparison(columns: Mapping[str, Suite], is_compared: bool = False) -> Comparison:
+    """Evaluations side by side.
+
+    SAEs are compared where they have one name in both; where no name is in both and there are as many in each, in
+    their order. Differences have a standard error where both were evaluated on the same rows.
 
     Args:
-      out: the folder.
       columns: by label.
-      command: that makes it again.
       is_compared: with the difference of each to the first.
     """
     first = next(iter(columns))
-    tables: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    shown_of: dict[str, list[tuple[str, dict[str, str]]]] = {}
     cells = []
     for number in metrics.shown_in("comparison"):
         form = metrics.METRICS[number].form
@@ -169,46 +213,10 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
                 cells.append(cell)
             table.append((next(iter(row.values())), shown))
         if any(value != "–" for _, row in table for value in row.values()):
-            tables[number] = table
+            shown_of[number] = table
     texts = {str(suite.about.get("text")) for suite in columns.values()}
     remark = FVU_OF_TEXTS if len(texts) > 1 else ""
     headings = list(columns)
     if is_compared:
         headings += [f"{column} − {first}" for column in headings[1:]]
-    html.render(
-        out / "side_by_side.html",
-        "evaluation/side_by_side.html.jinja",
-        tables=tables,
-        headings=headings,
-        numbers=metrics.METRICS,
-        about={label: suite.about for label, suite in columns.items()},
-        remark=remark,
-        picture=html.data_url(plots.side_by_side({c: suite.results for c, suite in columns.items()})),
-        command=command,
-    )
-    names = ("number", "sae", "column", "value", "se", "difference", "difference_se")
-    with (
-        files.replacing_file(out / "side_by_side.csv") as partial,
-        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(cells)
-    _print(tables, headings)
-    if remark:
-        say(remark)
-    say(f"Wrote {out / 'side_by_side.html'}, {out / 'side_by_side.csv'}")
-
-
-def _print(found: Mapping[str, list[tuple[str, dict[str, str]]]], headings: list[str]) -> None:
-    names = tables.width(name for rows in found.values() for name, _ in rows)
-    # Wider than a narrow terminal, where a row then takes two lines, rather than a digit on each.
-    width = names + sum(max(tables.width([heading]), 20) + 3 for heading in headings) + 5
-    for number, rows in found.items():
-        table = tables.Table(title=metrics.METRICS[number].label)
-        table.add_column("", no_wrap=True)
-        for heading in headings:
-            table.add_column(heading, justify="right", overflow="fold")
-        for name, row in rows:
-            table.add_row(name, *(row.get(heading, "") for heading in headings))
-        tables.show(table, least_width=width)
+    return Comparison(columns, shown_of, tuple(headings), cells, remark)

@@ -73,11 +73,16 @@ def load(
     return Gemma(name, module, mesh, num_layers, params)
 
 
-def load_gemma(config: config_lib.Config) -> Gemma:
-    """The whole model, split over all devices if it is run in parallel; rows then lie over all of them."""
+def load_gemma(config: config_lib.Config, layers: int | None = None) -> Gemma:
+    """The model, split over all devices if it is run in parallel; rows then lie over all of them.
+
+    Args:
+      config: names it.
+      layers: how many of its blocks, the first ones; None: all.
+    """
     is_one = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
     mesh = sharding.one_device() if is_one else sharding.make_mesh(1, 0)
     module = registry.build_model(config.model)
-    layers, dtype = module.config.num_layers, registry.dtype(config)
+    layers, dtype = layers or module.config.num_layers, registry.dtype(config)
     placement = placement_of(config, mesh, module, layers)
     return load(config.model, config.weights, dtype, layers, mesh, placement)

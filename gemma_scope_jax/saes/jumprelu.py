@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 from gemma_scope_jax.runtime.errors import FormatError
 
+# Full float32 unless told otherwise: a TPU would round inputs to bfloat16, and latents near their thresholds flip.
+EXACT = jax.lax.Precision.HIGHEST
+
 DENSE = 0.1  # A latent that fires on more than this share of activations counts as dense.
 
 
@@ -75,7 +78,7 @@ def init(
     )
 
 
-def encode(sae: SAE, x_BxD: jax.Array, precision: jax.lax.Precision | None = None) -> jax.Array:
+def encode(sae: SAE, x_BxD: jax.Array, precision: jax.lax.Precision = EXACT) -> jax.Array:
     """Latent activations f_BxM of raw activations."""
     pre_BxM = jnp.matmul(x_BxD, sae.W_enc, precision=precision) + sae.b_enc[None]
     return jnp.where(pre_BxM > sae.threshold[None], jax.nn.relu(pre_BxM), 0)
@@ -92,7 +95,7 @@ def decode(
     sae: SAE,
     f_BxM: jax.Array,
     x_BxD: jax.Array | None = None,
-    precision: jax.lax.Precision | None = None,
+    precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
     """Raw activations [B, O] as reconstructed or predicted from latent activations.
 

@@ -1,8 +1,12 @@
 """SAEs of files, in any format, here or on Hugging Face's hub: what model and site they are of."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
 
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
@@ -12,7 +16,7 @@ from gemma_scope_jax.saes.formats import common
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class LoadedSAE:
     """An SAE of a file on raw activations of a site, or a transcoder."""
 
     name: str
@@ -25,10 +29,36 @@ class Stored:
     # unasked: the file of a stranger may name anything on this machine, or on any other.
     is_of_run: bool = True
 
+    def encode(self, x: jax.typing.ArrayLike, precision: jax.lax.Precision = jumprelu.EXACT) -> jax.Array:
+        """Latents [..., M] of raw activations [..., D] of the site that it reads, in float32."""
+        x = jnp.asarray(x, jnp.float32)
+        f_BxM = jumprelu.encode(self._on_device, x.reshape(-1, x.shape[-1]), precision)
+        return f_BxM.reshape(*x.shape[:-1], -1)
+
+    def decode(
+        self,
+        f: jax.typing.ArrayLike,
+        x: jax.typing.ArrayLike | None = None,
+        precision: jax.lax.Precision = jumprelu.EXACT,
+    ) -> jax.Array:
+        """Raw activations [..., O] from latents [..., M]; a skip connection also takes what was encoded, `x`."""
+        f = jnp.asarray(f, jnp.float32)
+        x_BxD = None if x is None else jnp.asarray(x, jnp.float32).reshape(-1, jnp.shape(x)[-1])
+        out_BxO = jumprelu.decode(self._on_device, f.reshape(-1, f.shape[-1]), x_BxD, precision)
+        return out_BxO.reshape(*f.shape[:-1], -1)
+
+    def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
+        """What it makes of raw activations: their reconstruction, or what a transcoder predicts."""
+        return self.decode(self.encode(x), x)
+
+    @functools.cached_property
+    def _on_device(self) -> jumprelu.SAE:
+        return jax.device_put(self.sae)
+
 
 def read(
     location: str | pathlib.Path, model: str = "", site: str = "", target_site: str = ""
-) -> Iterator[Stored]:
+) -> Iterator[LoadedSAE]:
     """The SAEs at a location, one after the other, no two of one name.
 
     Args:
@@ -68,7 +98,7 @@ def read(
             if called in taken and above.name != found.name:
                 called = f"{above.name}_{called}"
         taken.add(called)
-        yield Stored(called, stored, about, name, reads, predicts, is_of_run)
+        yield LoadedSAE(called, stored, about, name, reads, predicts, is_of_run)
 
 
 def _is_in_run(path: pathlib.Path) -> bool:

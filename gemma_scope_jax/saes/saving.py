@@ -17,7 +17,9 @@ from gemma_scope_jax.saes import formats, jumprelu, loading
 from gemma_scope_jax.saes.formats import common
 
 
-def write(place: pathlib.Path, file_format: str, one: loading.Stored, dtype: str = "float32") -> pathlib.Path:
+def write(
+    place: pathlib.Path, file_format: str, one: loading.LoadedSAE, dtype: str = "float32"
+) -> pathlib.Path:
     """Writes an SAE that is `in_convention` to a folder; returns it, or the file that is the SAE.
 
     Args:
@@ -103,12 +105,14 @@ def _needs_gain(file_format: str, kind: common.Kind) -> bool:
     return kind.is_transcoder and wanted != "" and kind.site.kind != wanted
 
 
-def kind_of(one: loading.Stored, dtype: str) -> common.Kind:
+def kind_of(one: loading.LoadedSAE, dtype: str) -> common.Kind:
     """What a format must have a place for, to hold this SAE."""
     return common.Kind(one.site, one.target_site, one.sae.W_skip is not None, dtype)
 
 
-def in_convention(file_format: str, one: loading.Stored, gains: Mapping[int, jax.Array]) -> loading.Stored:
+def in_convention(
+    file_format: str, one: loading.LoadedSAE, gains: Mapping[int, jax.Array]
+) -> loading.LoadedSAE:
     """An SAE as a format's readers feed it, and on the site that they feed it with.
 
     Args:

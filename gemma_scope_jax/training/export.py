@@ -69,7 +69,7 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
 
 def as_stored(
     run: runs.Run, state: step.State, member: naming.Member, folded: jumprelu.SAE, l0: float, rows: str
-) -> loading.Stored:
+) -> loading.LoadedSAE:
     """A run's member as if it came from a file; hooks are named by `write`."""
     config = run.config
     about = common.About(
@@ -86,7 +86,7 @@ def as_stored(
         gemma_dtype=config.gemma_dtype,
         site_mean_O=np.asarray(state.normalizers[str(member.target_site)].ablation_mean_D),
     )
-    return loading.Stored(member.name, folded, about, config.model, member.site, member.target_site)
+    return loading.LoadedSAE(member.name, folded, about, config.model, member.site, member.target_site)
 
 
 def layout(

@@ -67,7 +67,9 @@ def check_page(path, is_of_names=True):
 
 
 def test_evaluations(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plots, "details", lambda result: b"")  # Which has no name, and takes long.
+    monkeypatch.setattr(
+        plots, "details", lambda result: plotting.new_figure(1, 1, 1, 1)[0]
+    )  # Which has no name, and takes long.
     results = by_name(evaluation)
     report.print_table(results, NAMES[6])
     check_printed(capsys, "[bold]x", "_hidden", "a$b_$", ":smile:", r"a\x1b[2J", r"two\nlines\r")
@@ -75,8 +77,10 @@ def test_evaluations(tmp_path, capsys, monkeypatch):
         report.print_table({name: results[name]}, "text")
     check_printed(capsys, "[bold]x", r"\u202eabc")
     few = {name: results[name] for name in NASTIEST}
-    plots.write_plot(tmp_path / "a.png", few)
-    plots.write_pareto(tmp_path / "b.png", few, {name: {name: name, "a$b_$": name} for name in few})
+    plotting.write_png(tmp_path / "a.png", plots.frequencies(few))
+    plotting.write_png(
+        tmp_path / "b.png", plots.pareto(few, {name: {name: name, "a$b_$": name} for name in few})
+    )
     assert plots.by_layer(results, {name: number for number, name in enumerate(NAMES)})
     about = ABOUT | {"text": NAMES[6], "model": NAMES[11]}
     page.write_html(tmp_path / "a.html", results, about, " ".join(NAMES[:12]), dict.fromkeys(results, 1))
@@ -105,7 +109,9 @@ def test_legends_show_every_name(monkeypatch):
 
 def test_side_by_side(tmp_path, capsys):
     columns = {name: side_by_side.Suite({"text": name}, by_name(evaluation)) for name in NAMES[:8]}
-    side_by_side.write(tmp_path, columns, "command")
+    made = side_by_side.comparison(columns)
+    made.save(tmp_path, "command")
+    made.show()
     check_printed(capsys, "[bold]x", "_hidden", "a$b_$", r"\u202eabc")
     check_page(tmp_path / "side_by_side.html")
 

@@ -16,9 +16,11 @@ import tiny
 from toys import Rows, random_sae
 
 from gemma_scope_jax.analysis import session
+from gemma_scope_jax.cli import compare as compare_cli
+from gemma_scope_jax.cli import evaluate as evaluate_cli
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import evaluate as evaluate_lib
-from gemma_scope_jax.evaluation import metrics, opening, report, side_by_side
+from gemma_scope_jax.evaluation import metrics, opening
 from gemma_scope_jax.models import (
     forward,
     masking,
@@ -265,8 +267,8 @@ def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, c
 def test_a_second_evaluation_is_refused_while_one_is_under_way(run, tmp_path, monkeypatch):
     with resumable.holding_parts(run / "evaluation.parts"):
         with pytest.raises(ValueError, match=f"another process is writing to {run}; wait for it or stop it"):
-            report.evaluate_path(run, rows=8, is_fast=True)
-        report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "other")
+            evaluate_cli.evaluate_path(run, rows=8, is_fast=True)
+        evaluate_cli.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "other")
     assert not (run / "evaluation.parts").exists()
 
 
@@ -275,7 +277,7 @@ def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    want = report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "alone")
+    want = evaluate_cli.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "alone")
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
     evaluate, found = evaluate_lib.evaluate, []
 
@@ -283,11 +285,11 @@ def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp
         """The first waits for a second one, from its start to its end."""
         if not found:
             found.append(None)
-            found.append(report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
+            found.append(evaluate_cli.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
         return evaluate(*args)
 
     monkeypatch.setattr(evaluate_lib, "evaluate", meanwhile)
-    found.append(report.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
+    found.append(evaluate_cli.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
     for of in found[1:]:
         for name in want:
             assert evaluation_file.numbers(of[name]) == evaluation_file.numbers(want[name])
@@ -302,7 +304,7 @@ def run(inputs, tmp_path_factory):
 
 
 def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, inputs):
-    results = report.evaluate_path(run, rows=8)
+    results = evaluate_cli.evaluate_path(run, rows=8)
     stored = json.loads((run / "evaluation.json").read_text())
     assert set(stored["sae"]) == set(results) and len(results) == 2
     name, result = next(iter(results.items()))
@@ -315,7 +317,7 @@ def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, in
     assert f"{result.tokens:,} predictions" in " ".join(shown.split()) and f"{result.l0:.1f}" in shown
 
     monkeypatch.setenv("HOME", str(inputs / "home"))  # Where an export, unlike the run here, has its rows.
-    exported = report.evaluate_path(run / "sae" / name, rows=8)[name]
+    exported = evaluate_cli.evaluate_path(run / "sae" / name, rows=8)[name]
     for key in (
         "l0",
         "fvu",
@@ -330,25 +332,25 @@ def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, in
         )
     assert (run / "sae" / name / "evaluation.json").exists()
     assert saelens.read(run / "sae" / name)
-    both = report.evaluate_path(f"{run}/sae/*", rows=8, is_fast=True)
+    both = evaluate_cli.evaluate_path(f"{run}/sae/*", rows=8, is_fast=True)
     assert set(both) == set(results) and (run / "sae" / "evaluation.html").exists()
     np.testing.assert_allclose(both[name].delta_loss, result.delta_loss, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="matches no SAE"):
-        report.evaluate_path(f"{run}/checkpoints/*")
+        evaluate_cli.evaluate_path(f"{run}/checkpoints/*")
 
 
 def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"quite another text {i}"}) for i in range(5)))
     texts = [f"speeches={inputs / 'text.jsonl'}", str(other)]
-    last = report.evaluate_path(run, rows=8, text=texts, out=tmp_path / "out", is_fast=True)
+    last = evaluate_cli.evaluate_path(run, rows=8, text=texts, out=tmp_path / "out", is_fast=True)
     found = {
         label: json.loads((tmp_path / "out" / label / "evaluation.json").read_text())
         for label in ("speeches", "other")
     }
     assert next(iter(last.values())).l0 == next(iter(found["other"]["sae"].values()))["l0"]
     # The text that was trained on keeps its held-out rows; of the other every document is one.
-    alone = report.evaluate_path(run, rows=8, out=tmp_path / "alone", is_fast=True)
+    alone = evaluate_cli.evaluate_path(run, rows=8, out=tmp_path / "alone", is_fast=True)
     assert {n: v["fvu"] for n, v in found["speeches"]["sae"].items()} == {n: v.fvu for n, v in alone.items()}
     assert found["other"]["sae"].popitem()[1]["rows"] == len(
         token_rows.open_rows(opening.open_path(run, text=str(other)).rows, token_rows.HELD_OUT)
@@ -362,7 +364,7 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
     html = (tmp_path / "out" / "other" / "evaluation.html").read_text()
     assert f"--text=other={other}" in html and f"--out={tmp_path / 'out' / 'other'}" in html
     with pytest.raises(ValueError, match="two texts are called 'other'"):
-        report.evaluate_path(run, text=[str(other), f"other={inputs / 'text.jsonl'}"])
+        evaluate_cli.evaluate_path(run, text=[str(other), f"other={inputs / 'text.jsonl'}"])
     monkeypatch.setattr(placement, "load_gemma", lambda _: pytest.fail("loaded"))  # All is said before.
     for texts, message in (
         (["..=sotu"], "cannot be called '..'"),
@@ -373,7 +375,7 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
         ([str(other), f"{inputs / 'none.txt'}"], "matches no file"),
     ):
         with pytest.raises(ValueError, match=message):
-            report.evaluate_path(run, text=texts, out=run)
+            evaluate_cli.evaluate_path(run, text=texts, out=run)
 
 
 def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
@@ -381,7 +383,7 @@ def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
     other = tmp_path / "news.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"quite another text {i}"}) for i in range(5)))
     options = {"rows": 2, "is_fast": True}
-    results = report.evaluate_path(run, **options)
+    results = evaluate_cli.evaluate_path(run, **options)
     name = next(iter(results))
     own = (run / "evaluation.json").read_bytes()
     about = json.loads(own)
@@ -390,14 +392,14 @@ def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
     assert verdict["line"] in (run / "evaluation.html").read_text().replace("&#39;", "'")
     assert f"{len(results)} SAEs with nothing amiss." in capsys.readouterr().out
 
-    report.evaluate_path(run, text=str(other), **options)
+    evaluate_cli.evaluate_path(run, text=str(other), **options)
     found = json.loads((run / "evaluations" / "news" / "evaluation.json").read_text())
     assert found["is_other_text"] and found["text_trained_on"] == about["text"]
     page = (run / "evaluations" / "news" / "evaluation.html").read_text()
     said = "compare delta loss, not FVU"
     assert "another text than the one trained on" in page and said in page
     assert said in capsys.readouterr().out
-    report.evaluate_path(run, split="train", has_baselines=True, **options)
+    evaluate_cli.evaluate_path(run, split="train", has_baselines=True, **options)
     with_baselines = json.loads((run / "evaluations" / "train_baselines" / "evaluation.json").read_text())[
         "sae"
     ]
@@ -411,7 +413,7 @@ def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
     second.parent.mkdir()
     second.write_bytes(other.read_bytes())
     with pytest.raises(ValueError, match=r"news/evaluation.json is of text .*call this text otherwise"):
-        report.evaluate_path(run, text=str(second), **options)
+        evaluate_cli.evaluate_path(run, text=str(second), **options)
     opened = opening.open_path(run, text=f"{other}", dtype="bfloat16")
     place = opening.results_folder(
         opened, run, None, options=opening.options_of(opened, "train", "model", "baselines")
@@ -435,11 +437,11 @@ def test_texts_that_are_done_are_not_evaluated_again(run, inputs, tmp_path, monk
 
     monkeypatch.setattr(evaluate_lib, "evaluate", once)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        report.evaluate_path(run, is_fast=True, **options)
+        evaluate_cli.evaluate_path(run, is_fast=True, **options)
     monkeypatch.setattr(evaluate_lib, "evaluate", evaluate)
     measured, measure = [], evaluate_lib._measure
     monkeypatch.setattr(evaluate_lib, "_measure", lambda *args: measured.append(args) or measure(*args))
-    report.evaluate_path(run, is_fast=True, **options)
+    evaluate_cli.evaluate_path(run, is_fast=True, **options)
     assert len(measured) == 1  # The one batch of b.
     assert not list((tmp_path / "out").rglob("evaluation.parts"))
 
@@ -485,32 +487,32 @@ def test_only_the_models_turns_count(run, tmp_path):
     rollouts.write_text("\n".join(lines))
     options = {"text": str(rollouts), "is_fast": True, "out": tmp_path / "out", "rows": 8}
     counted = {
-        turns: next(iter(report.evaluate_path(run, turns=turns, **options).values()))
+        turns: next(iter(evaluate_cli.evaluate_path(run, turns=turns, **options).values()))
         for turns in ("user", "model")
     }
     # Of a row's sixteen the template takes fourteen.
     assert (counted["user"].activations, counted["model"].activations) == (3, 3)
     rollouts.write_text(lines[0].replace("a", "abc"))
     with pytest.raises(ValueError, match="no prediction of these rows counts"):
-        report.evaluate_path(run, turns="model", **options)
+        evaluate_cli.evaluate_path(run, turns="model", **options)
     with pytest.raises(ValueError, match="the text has prompts and replies; set data"):
-        report.evaluate_path(run, **options)
+        evaluate_cli.evaluate_path(run, **options)
 
 
 def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_path, monkeypatch):
     """As a base model's SAEs in the instruction-tuned one, on the same rows."""
     monkeypatch.setitem(registry.MODELS, "tiny-it", registry.MODELS["tiny"])
-    same = report.evaluate_path(run, rows=8, out=tmp_path / "a", is_fast=True)
+    same = evaluate_cli.evaluate_path(run, rows=8, out=tmp_path / "a", is_fast=True)
     weights.save_orbax(str(tmp_path / "weights"), tiny.params(0.31))
-    other = report.evaluate_path(
+    other = evaluate_cli.evaluate_path(
         run, rows=8, out=tmp_path / "b", is_fast=True, model="tiny-it", weights=str(tmp_path / "weights")
     )
-    rounded = report.evaluate_path(run, rows=8, out=tmp_path / "c", is_fast=True, dtype="bfloat16")
+    rounded = evaluate_cli.evaluate_path(run, rows=8, out=tmp_path / "c", is_fast=True, dtype="bfloat16")
     name = next(iter(same))
     assert same[name].tokens == other[name].tokens == rounded[name].tokens
     assert abs(other[name].clean_loss - same[name].clean_loss) > 1e-3
     assert 0 < abs(rounded[name].clean_loss - same[name].clean_loss) < 0.1
-    side_by_side.compare([tmp_path / part for part in "abc"], tmp_path / "side")
+    compare_cli.compare([tmp_path / part for part in "abc"], tmp_path / "side")
     with (tmp_path / "side" / "side_by_side.csv").open() as file:
         cells = {(c["number"], c["sae"], c["column"]): c for c in csv.DictReader(file)}
     cell = cells["delta_loss", name, "c"]
@@ -525,16 +527,16 @@ def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_
     )
     shape = "takes activations of width 32, but .* has width 640"
     with pytest.raises(ValueError, match=shape):
-        report.evaluate_path(run, model="gemma3_270m")
+        evaluate_cli.evaluate_path(run, model="gemma3_270m")
 
 
 def test_paths_that_hold_nothing_are_refused(tmp_path, run):
     with pytest.raises(ValueError, match="neither a run directory"):
-        report.evaluate_path(tmp_path)
+        evaluate_cli.evaluate_path(tmp_path)
     with pytest.raises(ValueError, match="--rows is -1; it must be at least 1"):
-        report.evaluate_path(run, rows=-1)
+        evaluate_cli.evaluate_path(run, rows=-1)
     with pytest.raises(ValueError, match="--site is for SAEs in files"):
-        report.evaluate_path(run, site="layer_1_resid_post")
+        evaluate_cli.evaluate_path(run, site="layer_1_resid_post")
 
 
 @pytest.mark.parametrize(

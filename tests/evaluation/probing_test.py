@@ -10,6 +10,7 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax.cli import main
+from gemma_scope_jax.cli import probe as probe_cli
 from gemma_scope_jax.evaluation import probing
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
@@ -215,7 +216,7 @@ def run(inputs, tmp_path_factory):
 
 
 def test_a_run_is_probed(run, labelled, tmp_path, capsys):
-    results = probing.probe_path(run, labelled, rows_per_batch=7, out=tmp_path / "out")
+    results = probe_cli.probe_path(run, labelled, rows_per_batch=7, out=tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "probing.json").read_text())
     assert stored["classes"] == {"a": 10, "b": 10, "c": 10} and stored["cut_texts"] > 0
     assert list(stored["sae"]) == list(results) and len(results) == 2
@@ -227,10 +228,10 @@ def test_a_run_is_probed(run, labelled, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{of[0].latents[2].accuracy:.3f} ± {of[0].latents[2].accuracy_se:.3f}" in shown
     assert "are longer than 16 tokens and were cut" in shown
-    again = probing.probe_path(run, labelled, out=tmp_path / "again")
+    again = probe_cli.probe_path(run, labelled, out=tmp_path / "again")
     assert [task.latents[5].features for task in again[name]] == [task.latents[5].features for task in of]
     with pytest.raises(ValueError, match="--rows_per_batch is 0; it must be at least 1"):
-        probing.probe_path(run, labelled, rows_per_batch=0)
+        probe_cli.probe_path(run, labelled, rows_per_batch=0)
 
 
 def test_the_command_line_is_passed_on(run, labelled, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.analysis import session
+from gemma_scope_jax.cli import compare as compare_cli
 from gemma_scope_jax.evaluation import metrics, side_by_side
 from gemma_scope_jax.saes import evaluation_file
 
@@ -92,12 +93,12 @@ def test_folders_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match="given twice"):
         side_by_side._labels([folders[0], folders[0]])
     with pytest.raises(ValueError, match="alone cannot be compared"):
-        side_by_side.compare(folders[:1], tmp_path / "out")
+        compare_cli.compare(folders[:1], tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file is a file; give a folder"):
-        side_by_side.compare(folders, tmp_path / "file")
+        compare_cli.compare(folders, tmp_path / "file")
     with pytest.raises(ValueError, match="has no evaluation"):
-        side_by_side.compare(folders, tmp_path / "out")
+        compare_cli.compare(folders, tmp_path / "out")
 
 
 ROWS = 40
@@ -126,7 +127,7 @@ def test_an_evaluation_comes_back_as_it_was_written(tmp_path):
     fewer = {"rows": ROWS, "l0": 3.0, "r_l0": None, "of_later": [1]}
     other = side_by_side.read(evaluated(tmp_path / "b", fewer, {"tokens": np.ones(ROWS)})).results["x"]
     assert (other.l0, other.r_l0, other.by_row) == (3.0, None, {}) and np.isnan(other.fvu)
-    side_by_side.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    compare_cli.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_an_evaluation_comes_back_as_it_was_written(tmp_path):
 def test_an_evaluation_of_a_stranger_is_refused_in_a_line(text, tmp_path):
     (evaluated(tmp_path / "a") / "evaluation.json").write_text(text)
     with pytest.raises(ValueError, match=r"a/evaluation\.json") as caught:
-        side_by_side.compare([evaluated(tmp_path / "b"), tmp_path / "a"], tmp_path / "out")
+        compare_cli.compare([evaluated(tmp_path / "b"), tmp_path / "a"], tmp_path / "out")
     assert len(str(caught.value)) < 480 and not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ import pytest
 import tiny
 
 from gemma_scope_jax import config
-from gemma_scope_jax.evaluation import report
+from gemma_scope_jax.cli import evaluate as evaluate_cli
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.training import loop, metrics_log, runs
 
@@ -154,7 +154,7 @@ def test_two_processes_evaluate_what_one_evaluates(alone, tmp_path):
     """With latents, rows and Gemma over the devices of both, and one of them alone writing and speaking."""
     out = tmp_path / "by_two"
     group = Hosts({"evaluate": {"path": str(alone), "rows": 10, "out": str(out)}}, out, 2)
-    report.evaluate_path(alone, rows=10, out=tmp_path / "by_one")  # Meanwhile, here.
+    evaluate_cli.evaluate_path(alone, rows=10, out=tmp_path / "by_one")  # Meanwhile, here.
     assert group.wait() == [0, 0], group.text()
     assert not re.search("Evaluating|Wrote", group.outputs[1].read_text())
     by_one, by_two = (

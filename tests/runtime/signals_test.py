@@ -12,10 +12,13 @@ import pytest
 
 from gemma_scope_jax import config
 from gemma_scope_jax.analysis import session
-from gemma_scope_jax.analysis.contrasts import audit
 from gemma_scope_jax.analysis.dashboards import build
+from gemma_scope_jax.cli import contrast as contrast_cli
+from gemma_scope_jax.cli import detect as detect_cli
+from gemma_scope_jax.cli import evaluate as evaluate_cli
 from gemma_scope_jax.cli import generate
-from gemma_scope_jax.evaluation import detection, opening, probing, report
+from gemma_scope_jax.cli import probe as probe_cli
+from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import placement
 from gemma_scope_jax.runtime import signals
 
@@ -181,13 +184,13 @@ def test_library_functions_raise_keyboard_interrupt(untouched, tmp_path, monkeyp
     labelled.write_text("\n".join(f'{{"text": "{i}", "label": {i % 2}}}' for i in range(40)))
     of_model = config.from_dict({"model": "tiny"})
     call = {
-        "evaluate": lambda: report.evaluate_path(tmp_path),
-        "detect": lambda: detection.detect_path(tmp_path),
-        "probe": lambda: probing.probe_path(tmp_path, labelled),
+        "evaluate": lambda: evaluate_cli.evaluate_path(tmp_path),
+        "detect": lambda: detect_cli.detect_path(tmp_path),
+        "probe": lambda: probe_cli.probe_path(tmp_path, labelled),
         "generate": lambda: generate.write_rollouts(
             of_model, tmp_path / "a.txt", tmp_path / "out.jsonl", 3, 0.0, 0, False, 2
         ),
-        "audit": lambda: audit.audit(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt"),
+        "audit": lambda: contrast_cli.audit(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt"),
         "dashboards": lambda: build.build(tmp_path),
         "explore": lambda: session.open_scope(tmp_path),
     }[name]

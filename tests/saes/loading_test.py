@@ -18,7 +18,7 @@ def made(site, target_site=None, d=32, o=32):
     rng = np.random.default_rng(0)
     shapes = {"W_enc": (d, 64), "b_enc": (64,), "threshold": (64,), "W_dec": (64, o), "b_dec": (o,)}
     folded = jumprelu.SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
-    return loading.Stored("x", folded, common.About(), "tiny", site, target_site or site)
+    return loading.LoadedSAE("x", folded, common.About(), "tiny", site, target_site or site)
 
 
 def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):

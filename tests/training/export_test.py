@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from gemma_scope_jax.cli import evaluate as evaluate_cli
 from gemma_scope_jax.evaluation import report
 from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.sites import Site
@@ -238,10 +239,10 @@ def test_places_are_googles_and_no_two_are_one():
 def test_a_transcoder_is_evaluated_from_its_run_and_from_its_export_alike(
     workdir, monkeypatch, inputs, capsys
 ):
-    from_run = report.evaluate_path(workdir, rows=8)
+    from_run = evaluate_cli.evaluate_path(workdir, rows=8)
     monkeypatch.setenv("HOME", str(inputs / "home"))
     for name, result in from_run.items():
-        exported = report.evaluate_path(workdir / "sae" / name, rows=8)[name]
+        exported = evaluate_cli.evaluate_path(workdir / "sae" / name, rows=8)[name]
         for key in ("l0", "fvu", "delta_loss", "mean_ablation_loss"):
             np.testing.assert_allclose(getattr(exported, key), getattr(result, key), rtol=1e-3, atol=1e-4)
 

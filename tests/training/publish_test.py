@@ -12,7 +12,7 @@ import pytest
 import tiny
 import yaml
 
-from gemma_scope_jax.evaluation import report
+from gemma_scope_jax.cli import evaluate as evaluate_cli
 from gemma_scope_jax.saes import loading
 from gemma_scope_jax.saes.formats import saelens
 from gemma_scope_jax.training import loop, publish, runs
@@ -29,7 +29,7 @@ def evaluated(inputs, tmp_path_factory):
     """A run of four SAEs and what was measured of them."""
     workdir = tmp_path_factory.mktemp("published") / "run"
     loop.train(tiny.run_config(inputs, banks=BANKS), workdir)
-    return workdir, report.evaluate_path(workdir, rows=8)
+    return workdir, evaluate_cli.evaluate_path(workdir, rows=8)
 
 
 @pytest.mark.parametrize("file_format", ("saelens", "gemma_scope"))

@@ -277,14 +277,14 @@ def _divided(
 ) -> dict[str, jax.Array]:
     """Activations and parts on some tokens."""
     highest = jax.lax.Precision.HIGHEST
-    f_CxM = jumprelu.encode(subject, x_CxD, highest)
+    f_CxM = jumprelu.encode(subject, x_CxD)
     skip_CxO = jnp.zeros_like(y_CxO)
     if subject.W_skip is not None:
         skip_CxO = jnp.matmul(x_CxD, subject.W_skip, precision=highest)
     found = {
         "f": f_CxM,
         "part": f_CxM * jnp.matmul(g_CxO, subject.W_dec.T, precision=highest),
-        "error_L": ((y_CxO - jumprelu.decode(subject, f_CxM, x_CxD, highest)) * g_CxO).sum(1),
+        "error_L": ((y_CxO - jumprelu.decode(subject, f_CxM, x_CxD)) * g_CxO).sum(1),
         "bias_L": (subject.b_dec[None] * g_CxO).sum(1),
         "skip_L": (skip_CxO * g_CxO).sum(1),
         "total_L": (y_CxO * g_CxO).sum(1),

@@ -279,7 +279,7 @@ def _pooled(
     # Row by row: the latents of many rows of a wide SAE are too many at once.
     def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x_LxD, kept_L, last = row
-        f_LxM = jumprelu.encode(subject, x_LxD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
+        f_LxM = jumprelu.encode(subject, x_LxD.astype(jnp.float32))
         f_LxM = jnp.where(kept_L[:, None], f_LxM, 0)
         mean_M = f_LxM.sum(0) / jnp.maximum(kept_L.sum(), 1)  # A row of padding has no token.
         return {"mean": mean_M, "max": f_LxM.max(0), "last": f_LxM[last]}[at], mean_M

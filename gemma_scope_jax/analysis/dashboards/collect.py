@@ -219,7 +219,7 @@ def _add(
 
     def of_row(state: State, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[State, None]:
         x_LxD, is_kept_L, place = row
-        f_LxM = jumprelu.encode(subject, x_LxD.astype(jnp.float32), jax.lax.Precision.HIGHEST)
+        f_LxM = jumprelu.encode(subject, x_LxD.astype(jnp.float32))
         if top_k is not None:
             f_LxM = jumprelu.keep_top(f_LxM, top_k)
         f_MxL = sharding.constrain(mesh, jnp.where(is_kept_L[:, None], f_LxM, 0).T, spec)

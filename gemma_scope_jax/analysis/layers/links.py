@@ -292,9 +292,9 @@ def _sums(
         for value in (clean_SxLxD, slope_SxLxD, ablated_SxLxD)
     )
     is_kept_Bx1 = is_kept_SxL.reshape(-1, 1)
-    f_BxM = jumprelu.encode(subject, clean_BxD, highest)
+    f_BxM = jumprelu.encode(subject, clean_BxD)
     slope_BxM = jnp.where(f_BxM > 0, jnp.matmul(slope_BxD, subject.W_enc, precision=highest), 0)
-    difference_BxM = f_BxM - jumprelu.encode(subject, ablated_BxD, highest)
+    difference_BxM = f_BxM - jumprelu.encode(subject, ablated_BxD)
     found = {
         "attribution_M": jnp.where(is_kept_Bx1, slope_BxM, 0).sum(0),
         "effect_M": jnp.where(is_kept_Bx1, difference_BxM, 0).sum(0),

@@ -1,20 +1,18 @@
-"""From files of prompts to what tells them apart, and to what is left of a behaviour without it."""
+"""`contrast`: which latents tell two sets of prompts apart, and what is left of a bias without them."""
 
-import math
 import pathlib
 from collections.abc import Sequence
-
-import numpy as np
 
 from gemma_scope_jax.analysis.contrasts import find
 from gemma_scope_jax.analysis.contrasts.correction import Correction, behaviour, correct
 from gemma_scope_jax.analysis.contrasts.find import At, Contrast
+from gemma_scope_jax.analysis.contrasts.halves import halves
 from gemma_scope_jax.analysis.session import Scope, one_token, open_scope
+from gemma_scope_jax.cli.common import say
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.runtime import files, ranges
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.reporting import say
 
 
 def audit(
@@ -109,22 +107,3 @@ def _correct(
         f"of {first - second:.3f}. There is nothing to ablate."
     )
     return None
-
-
-def halves(
-    first: Sequence[str], second: Sequence[str], is_paired: bool = False, seed: int = 0
-) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
-    """Both sets divided at random: one half of each to choose latents on, the other to measure what they do.
-
-    Pairs stay together. Of an odd number the first half has one more.
-    """
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(first)), rng.permutation(len(second))]
-    if is_paired:
-        orders[1] = orders[0]
-    parts = []
-    for prompts, order in zip((first, second), orders, strict=True):
-        middle = math.ceil(len(order) / 2)
-        parts.append([[prompts[i] for i in some] for some in (order[:middle], order[middle:])])
-    (first_a, first_b), (second_a, second_b) = parts
-    return (first_a, second_a), (first_b, second_b)

@@ -1,0 +1,119 @@
+"""Config files by name, as configs: those that come with the package are found from any folder."""
+
+import difflib
+import importlib.util
+import os
+import pathlib
+from collections.abc import Mapping
+
+import ml_collections
+
+from gemma_scope_jax import config
+from gemma_scope_jax.runtime.errors import ConfigError, NotFoundError
+from gemma_scope_jax.runtime.printing import quoted
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def folder() -> pathlib.Path:
+    """Where the package's configs lie: in it when it is installed, beside it in a checkout."""
+    inside = _PACKAGE / "configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+    """The package's configs by name, sorted."""
+    return sorted(path.stem for path in folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def find(name: str) -> tuple[pathlib.Path, str]:
+    """The config file of a name, and what it is given: the suite behind a colon, as in `gemma2_2b:all_16k`.
+
+    Args:
+      name: a path; or one of the package's configs, such as `quickstart`, `quickstart.py` or `configs/quickstart.py`.
+        A file that exists is taken before a config of that name.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    given, _, suite = name.partition(":")
+    path = pathlib.Path(os.path.expanduser(given))
+    if path.is_file():
+        return path, suite
+    shipped = names()
+    if path.stem in shipped and path.suffix in ("", ".py") and str(path.parent) in (".", "configs"):
+        return folder() / f"{path.stem}.py", suite
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise NotFoundError(
+        f"there is no config file {quoted(given)}; {hint}give a path, or one of the configs that come with the "
+        f"package: {', '.join(shipped)}"
+    )
+
+
+def load(name: str) -> dict:
+    """The config of a file, as nested dicts; what the file does wrong comes with its own traceback.
+
+    Raises:
+      ValueError: there is no such file, or it has no `get_config`.
+    """
+    path, suite = find(name)
+    spec = importlib.util.spec_from_file_location(f"config_of_{path.stem}", path)
+    if spec is None:
+        raise ConfigError(f"{path} is no Python file; give a config file that ends with .py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no function get_config; a config file returns its config from it")
+    made = module.get_config(suite) if suite else module.get_config()
+    return made.to_dict() if isinstance(made, ml_collections.ConfigDict) else config.to_dict(made)
+
+
+def with_fields(values: Mapping, fields: Mapping[str, object]) -> dict:
+    """A config as nested dicts with some fields changed.
+
+    Args:
+      values: the config.
+      fields: new values by dotted names, as in `banks.main.width`; or by last names, of which there is only one.
+
+    Raises:
+      ValueError: there is no such field, or several.
+    """
+    made = _copied(values)
+    every = list(_names(made))
+    for field, value in fields.items():
+        same = [name for name in every if name == field] or [
+            name for name in every if name.endswith(f".{field}")
+        ]
+        if len(same) != 1:
+            raise ConfigError(_which(field, same, every))
+        *parents, last = same[0].split(".")
+        inner = made
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    return made
+
+
+def _which(field: str, same: list[str], every: list[str]) -> str:
+    if same:
+        return f"several fields are called {field!r}: {', '.join(same)}; give the whole name of one"
+    # By its last name, which is what is typed; where several fields have it, the first.
+    ends = {name.rpartition(".")[2]: name for name in reversed(every)}
+    near = difflib.get_close_matches(field.rpartition(".")[2], ends, 1)
+    return f"the config has no field {quoted(field)}" + (f"; did you mean {ends[near[0]]}?" if near else "")
+
+
+def _copied(values: Mapping) -> dict:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _names(values: Mapping, prefix: str = "") -> list[str]:
+    found = []
+    for key, value in values.items():
+        # An empty mapping is a field that takes one, such as a bank's `objective_options`.
+        if isinstance(value, Mapping) and value:
+            found += _names(value, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}")
+    return found

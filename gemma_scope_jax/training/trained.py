@@ -1,0 +1,55 @@
+"""A run that has been trained, as a value: its SAEs, its log, its config."""
+
+import dataclasses
+import functools
+import pathlib
+
+from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.runtime.errors import RunError
+from gemma_scope_jax.saes import loading
+from gemma_scope_jax.training import metrics_log, runs
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run directory."""
+
+    path: pathlib.Path
+
+    @functools.cached_property
+    def config(self) -> config_lib.Config:
+        """What it was trained with."""
+        return runs.read_config(self.path)
+
+    @functools.cached_property
+    def saes(self) -> dict[str, loading.LoadedSAE]:
+        """Its SAEs by name, on raw activations.
+
+        Raises:
+          ValueError: the run is not complete.
+        """
+        if not (self.path / "sae").is_dir():
+            raise RunError(f"{self.path} has no SAEs yet: train it to its end, or export what it has so far")
+        return {one.name: one for one in loading.read(self.path / "sae" / "*")}
+
+    @property
+    def sae(self) -> loading.LoadedSAE:
+        """The only SAE.
+
+        Raises:
+          ValueError: there are several.
+        """
+        if len(self.saes) > 1:
+            raise RunError(f"{self.path} has several SAEs; choose one of saes: {', '.join(self.saes)}")
+        return next(iter(self.saes.values()))
+
+    @property
+    def metrics(self) -> "pandas.DataFrame":  # noqa: F821
+        """What was logged: a row for each step and SAE."""
+        import pandas
+
+        rows = []
+        for entry in metrics_log.read_metrics(self.path):
+            of_step = {key: value for key, value in entry.items() if key != "sae"}
+            rows += [{**of_step, "sae": name, **numbers} for name, numbers in entry["sae"].items()]
+        return pandas.DataFrame(rows)
