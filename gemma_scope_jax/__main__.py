@@ -1,6 +1,10 @@
-"""python -m gemma_scope_jax COMMAND"""
+"""python -m gemma_scope_jax COMMAND, which is gemma-scope COMMAND now."""
 
-from gemma_scope_jax.cli import common, main
+import shlex
+import sys
+
+from gemma_scope_jax.cli import main, old_forms
 
 if __name__ == "__main__":
-    common.run(main.main)
+    old_forms.warn(shlex.join(["gemma-scope", *sys.argv[1:]]))
+    main.main()

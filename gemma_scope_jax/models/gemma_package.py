@@ -42,7 +42,7 @@ with _without_its_trainer():
     from gemma import gm
     from gemma.gm.ckpts._paths import CheckpointPath
 
-    _ = gm.nn.Transformer  # `gm` imports its parts when they are asked for.
+    _ = gm.nn.Transformer, gm.nn.Gemma3_270M  # `gm` imports its parts when they are asked for.
     from gemma.gm.nn import _config as transformer_config
     from gemma.gm.nn import _modules as transformer_modules
 
