@@ -8,8 +8,8 @@ PEERS := .peers
 .PHONY: quickstart test test-peers test-pages soak benchmark benchmark-peers lint results
 
 quickstart: .venv/installed
-	$(VENV)/python train.py --config=configs/quickstart.py --workdir=$(RUN)
-	$(VENV)/python evaluate.py $(RUN) --fast
+	$(VENV)/gemma-scope train quickstart $(RUN)
+	$(VENV)/gemma-scope evaluate $(RUN) --fast
 
 test: .venv/installed .venv/libtpu
 	$(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0

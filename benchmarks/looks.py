@@ -83,7 +83,7 @@ def latent() -> tuple[list[str], dict]:
     look = analysis.look_at(unseen, name, best, rows=ROWS)
     plotting.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
     with tempfile.TemporaryDirectory() as scratch:
-        command = f"python -m gemma_scope_jax dashboards {RUN}"
+        command = f"gemma-scope dashboards {RUN}"
         seconds, memory = measure(f"{command} --out={pathlib.Path(scratch) / 'dashboards'}")
     return ["make quickstart", command], {
         "sae": name,
@@ -162,8 +162,8 @@ def steering() -> tuple[list[str], dict]:
         key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(swept).items()
     }
     commands = [
-        f'python -m gemma_scope_jax steer {RUN} "Once upon a time" --edit={latent}+3t --num_tokens=30',
-        f"python -m gemma_scope_jax steer {RUN} --edit={latent}+t --sweep --rows=8",
+        f'gemma-scope steer {RUN} "Once upon a time" --edit={latent}+3t --num-tokens=30',
+        f"gemma-scope steer {RUN} --edit={latent}+t --sweep --rows=8",
     ]
     replies = [
         {"prompt": text, "clean": clean, "changed": changed}
@@ -246,7 +246,7 @@ def links() -> tuple[list[str], dict]:
         ]
         for of, made in lens.items()
     }
-    command = f'python -m gemma_scope_jax flow {SITES} "{PROMPT}" --answer="{ANSWER}"'
+    command = f'gemma-scope flow {SITES} "{PROMPT}" --answer="{ANSWER}"'
     return [command, "python -m benchmarks.results links"], {
         "latents": latents, "rows": 8, "layers": layers, "flow": followed
     }  # fmt: skip

@@ -52,7 +52,7 @@ def quickstart() -> tuple[list[str], dict]:
         workdir = pathlib.Path(scratch) / "run"
         quickstart_s = run(f"make quickstart RUN={workdir}")
         few = json.loads((workdir / "evaluation.json").read_text())
-        run(f"python evaluate.py {workdir} --rows=512 --fast")
+        run(f"gemma-scope evaluate {workdir} --rows=512 --fast")
         many = json.loads((workdir / "evaluation.json").read_text())
         rows = token_rows.open_rows(prepare.rows_of(runs.read_config(workdir)), token_rows.TRAIN)
         ours, perfect = metrics_log.shuffle_quality(workdir, rows)
@@ -64,7 +64,7 @@ def quickstart() -> tuple[list[str], dict]:
         "rows_64": few,
         "rows_512": many,
     }
-    commands = ["make quickstart", "python evaluate.py runs/quickstart --rows=512 --fast"]
+    commands = ["make quickstart", "gemma-scope evaluate runs/quickstart --rows=512 --fast"]
     return commands, numbers
 
 
@@ -101,8 +101,8 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
         workdir.mkdir(parents=True)
         began.write_text(commit())
     commands = [
-        f"python train.py --config=configs/quickstart_banks.py:{name} --workdir={workdir}",
-        f"python evaluate.py {workdir} --rows={rows} --fast",
+        f"gemma-scope train quickstart_banks:{name} {workdir}",
+        f"gemma-scope evaluate {workdir} --rows={rows} --fast",
     ]
     _, evaluate_s = (run(command) for command in commands)
     config, entries = runs.read_config(workdir), metrics_log.read_metrics(workdir)
@@ -131,7 +131,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
 def baselines() -> tuple[list[str], dict]:
     """The quickstart's SAE beside what learnt less or nothing."""
     workdir = pathlib.Path("runs/quickstart")
-    commands = ["make quickstart", f"python evaluate.py {workdir} --baselines --out={workdir}/baselines"]
+    commands = ["make quickstart", f"gemma-scope evaluate {workdir} --baselines --out={workdir}/baselines"]
     for command in commands:
         run(command)
     return commands, json.loads((workdir / "baselines" / "evaluation.json").read_text())

@@ -144,7 +144,7 @@ def measure_harvest(case: Harvest) -> dict:
 
 
 def measure_step(case: Step) -> dict:
-    """The whole step of a config, as `python -m gemma_scope_jax plan` tells of it."""
+    """The whole step of a config, as `gemma-scope plan` tells of it."""
     c = importlib.import_module(f"configs.{case.config}").get_config(case.suite)
     for bank in c.banks.values():
         bank.layers = case.layers or bank.layers

@@ -1,10 +1,10 @@
 """Gemma Scope's SAEs on Gemma 2 27B.
 
-    python train.py --config=configs/gemma2_27b.py --workdir=runs/27b
+    gemma-scope train gemma2_27b runs/27b
 
 Gemma Scope has one suite of it: 131k latents on the residual stream of layers 10, 22 and 34.
 
-Hardware: a v5p-32 or larger; `python -m gemma_scope_jax plan` says what it needs of each chip.
+Hardware: a v5p-32 or larger; `gemma-scope plan` says what it needs of each chip.
 The text is C4, which is open; Google's own is not.
 Expected at layer 22 over λ: L0 from 20 to 290 (those of the SAEs that Google published).
 """

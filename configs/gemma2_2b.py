@@ -1,16 +1,16 @@
 """Gemma Scope's SAEs on Gemma 2 2B.
 
-    python train.py --config=configs/gemma2_2b.py:SUITE --workdir=runs/2b
+    gemma-scope train gemma2_2b:SUITE runs/2b
 
 SUITE is a site and a width: resid_post_16k (the default), mlp_out_16k, attn_out_65k, … at all 26 layers, and on the
 residual stream of layer 12 also 32k, 131k, 262k and 524k, of layers 5, 12 and 19 1m. Any can be had at fewer layers:
-`--config.banks.main.layers='(12,)'`. Two more are of several banks or of transcoders:
+`--banks.main.layers 12`. Two more are of several banks or of transcoders:
 
   all_16k         residual stream, MLP and attention of all 26 layers in one run: 78 SAEs from one forward pass
   transcoder_16k  the MLP of all 26 layers, as in appendix B
 
 Hardware: one layer of 16k on a v5e-8; all layers of 16k, also of all three sites, on a v5p-32.
-`python -m gemma_scope_jax plan` says what any of them needs; results/tpu.json has some. The text is C4, which is
+`gemma-scope plan` says what any of them needs; results/tpu.json has some. The text is C4, which is
 open; Google's own is not.
 Expected at layer 12, residual stream, 16k, over λ: L0 from 22 to 445 (those of the SAEs that Google published).
 """

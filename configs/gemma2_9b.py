@@ -1,11 +1,11 @@
 """Gemma Scope's SAEs on Gemma 2 9B.
 
-    python train.py --config=configs/gemma2_9b.py:SUITE --workdir=runs/9b
+    gemma-scope train gemma2_9b:SUITE runs/9b
 
 SUITE is a site and a width: resid_post_16k (the default), mlp_out_131k, … at all 42 layers, and on the residual
 stream of layer 20 also 32k, 65k, 262k and 524k, of layers 9, 20 and 31 1m.
 
-Hardware: layer 20 of 131k (--config.banks.main.layers='(20,)') on a v5p-16 or v6e-16. What it needs of each chip is
+Hardware: layer 20 of 131k (--banks.main.layers 20) on a v5p-16 or v6e-16. What it needs of each chip is
 in results/tpu.json. The text is C4, which is open; Google's own is not.
 Expected at layer 20, residual stream, 131k, over λ: L0 from 11 to 276 (those of the SAEs that Google published).
 """

@@ -1,6 +1,6 @@
 """Gemma Scope's SAEs on Gemma 2 9B IT.
 
-    python train.py --config=configs/gemma2_9b_it.py:SUITE --workdir=runs/9b_it
+    gemma-scope train gemma2_9b_it:SUITE runs/9b_it
 
 SUITE is resid_post_16k (the default) or resid_post_131k, at layers 9, 20 and 31. Each document is put into the chat
 template as a user's turn, and what comes before its text is masked (section 4.5).

@@ -1,6 +1,6 @@
 """Gemma Scope 2's layers and widths on Gemma 3.
 
-    python train.py --config=configs/gemma3.py:MODEL/SUITE --workdir=runs/gemma3
+    gemma-scope train gemma3:MODEL/SUITE runs/gemma3
 
 MODEL is 270m (the default), 1b, 4b, 12b or 27b, each also with -it; SUITE a site and a width: resid_post_16k (the
 default), mlp_out_262k, … at all layers, and resid_post_65k, mlp_out_65k, attn_out_65k and resid_post_1m at the four

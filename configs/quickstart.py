@@ -1,6 +1,6 @@
 """An SAE on real Gemma activations of real text: Gemma 3 270M, layer 9, residual stream, 4,096 latents.
 
-    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    gemma-scope train quickstart runs/quickstart
 
 Hardware: two CPU cores; about five minutes, and two more for the evaluation of 64 rows.
 Expected: L0 57, FVU 0.03, delta loss 0.20 nats (results/quickstart.json has the numbers as measured).

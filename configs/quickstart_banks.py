@@ -1,6 +1,6 @@
 """Many SAEs from one forward pass: the quickstart's model, text and recipe with other banks.
 
-    python train.py --config=configs/quickstart_banks.py:SUITE --workdir=runs/SUITE
+    gemma-scope train quickstart_banks:SUITE runs/SUITE
 
 SUITE is one of
 

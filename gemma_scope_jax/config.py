@@ -446,7 +446,7 @@ def check_resumable(old: Config, new: Config) -> None:
     before, now = flatten(old), flatten(new)
     for name in [*now, *(before.keys() - now.keys())]:
         if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS):
-            go_on = "; with --config.start_from that one goes on from these SAEs" if "banks." in name else ""
+            go_on = "; with --start-from that one goes on from these SAEs" if "banks." in name else ""
             raise ConfigError(
                 f"this run was started with config.{name} = {quoted(before.get(name))}, "
                 f"now it is {quoted(now.get(name))}; "

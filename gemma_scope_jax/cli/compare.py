@@ -21,7 +21,7 @@ def compare(folders: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     files.check_output(out, is_folder=True)
     shortest = side_by_side.labels(folders)
     columns = {label: side_by_side.read(folder) for label, folder in zip(shortest, folders, strict=True)}
-    command = ["python", "-m", "gemma_scope_jax", "compare", *map(str, folders), f"--out={out}"]
+    command = ["gemma-scope", "compare", *map(str, folders), f"--out={out}"]
     made = side_by_side.comparison(columns, is_compared=True)
     out.mkdir(parents=True, exist_ok=True)
     written = made.save(out, shlex.join(map(printing.shareable, command)))

@@ -82,7 +82,7 @@ def evaluate_path(
     rows = config.evaluation.rows if rows is None else rows
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
-        ranges.check(f"--{name}", value, ranges.COUNT)
+        ranges.check(f"--{name.replace('_', '-')}", value, ranges.COUNT)
     given_out, kind = out, "baselines" if has_baselines else ""
     out, places = _places(path, out, by_label, split, kind, overrides)
     options = report.Options(rows, rows_per_batch, split, overrides.get("turns"), is_fast, has_baselines)
@@ -188,5 +188,6 @@ def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
-                flags.append(f"--{name}" if one is True else f"--{name}={shareable(one)}")
-    return shlex.join(["python", "evaluate.py", shareable(path), *flags])
+                flag = f"--{name.replace('_', '-')}"
+                flags.append(flag if one is True else f"{flag}={shareable(one)}")
+    return shlex.join(["gemma-scope", "evaluate", shareable(path), *flags])

@@ -38,7 +38,7 @@ def probe_path(
     opened = opening.open_path(path, **overrides)
     config = opened.config
     per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
-    ranges.check("--rows_per_batch", per_batch, ranges.COUNT)
+    ranges.check("--rows-per-batch", per_batch, ranges.COUNT)
     given_out, out = out, opening.results_folder(opened, path, out)
     if given_out is None and (out / "probing.json").exists():
         before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))

@@ -66,7 +66,7 @@ def encode(tokenizer: Tokenizer, document: str | Exchange, between: Sequence[int
         return tokenizer.encode(document)
     if not between:
         raise DataError(
-            "the text has prompts and replies; set data.chat_template, or --turns of evaluate.py, or remove "
+            "the text has prompts and replies; set data.chat_template, or --turns of evaluate, or remove "
             'each "prompt"'
         )
     return [*tokenizer.encode(document.prompt), *between, *tokenizer.encode(document.reply)]

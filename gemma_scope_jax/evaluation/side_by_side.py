@@ -46,7 +46,7 @@ def read(folder: pathlib.Path) -> Suite:
     path, arrays = folder / "evaluation.json", folder / "evaluation.npz"
     if not path.exists():
         raise FormatError(
-            f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared"
+            f"{folder} has no evaluation.json; run gemma-scope evaluate on what is to be compared"
         )
     about = evaluation_file.read_numbers(path)
     saes = about.pop("sae")

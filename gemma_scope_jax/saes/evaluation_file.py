@@ -108,7 +108,7 @@ def read_numbers(path: pathlib.Path) -> dict:
     found = files.read_json(path)
     saes = found.pop("sae", None)
     if not isinstance(saes, dict) or not saes or not all(isinstance(of, dict) for of in saes.values()):
-        raise FormatError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
+        raise FormatError(f"{path} has no numbers of SAEs; remove it, and run gemma-scope evaluate again")
     checked = {
         name: {key: of.get(key) for key in SCALARS}
         | {key: value for key, value in of.items() if key not in SCALARS and _is_number(value)}

@@ -77,7 +77,7 @@ def read(
         if not (model or about.model_name) or not (site or about.hook_name):
             raise FormatError(
                 f"{location} does not say of which model and site it is; give them, for example "
-                "--model=gemma2_2b --site=layer_20_resid_post, and for a transcoder --target_site"
+                "--model=gemma2_2b --site=layer_20_resid_post, and for a transcoder --target-site"
             )
         hook_out = target_site or about.hook_name_out
         try:
@@ -86,7 +86,7 @@ def read(
             predicts = site_from_hook(hook_out) if hook_out else reads
         except ValueError as error:
             raise FormatError(
-                f"{location}: {error}; if the file calls it otherwise, give --model, --site or --target_site"
+                f"{location}: {error}; if the file calls it otherwise, give --model, --site or --target-site"
             ) from error
         stored = found.sae
         if formats.FORMATS[found.format].embedding_scale and reads.kind == "embed":

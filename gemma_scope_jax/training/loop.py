@@ -96,7 +96,7 @@ def _tell_nonfinite(config: config_lib.Config, text: str) -> None:
     if not config.normalizer.skip_nonfinite:
         raise NonFiniteError(
             f"{text}: NaN, or too large for its square. To leave such positions out, run the same command with "
-            "--config.normalizer.skip_nonfinite=True; what was saved before is good. Where there are many, look at "
+            "--normalizer.skip-nonfinite; what was saved before is good. Where there are many, look at "
             "the weights and at gemma_dtype"
         )
     if distributed.is_first():

@@ -93,18 +93,18 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
     missing = {member.name for member in run.plan.members} - measured.get("sae", {}).keys()
     if missing or others.pop("step", step) != step:
         raise InputError(
-            f"{path} is not of this run at its step {step}; run python evaluate.py {workdir} first"
+            f"{path} is not of this run at its step {step}; run gemma-scope evaluate {workdir} first"
         )
     if others:
         said = ", ".join(f"{name} {value}" for name, value in others.items())
         raise InputError(
-            f"{path} is of {said}, and not of the run's own held-out rows; run python evaluate.py {workdir} again"
+            f"{path} is of {said}, and not of the run's own held-out rows; run gemma-scope evaluate {workdir} again"
         )
     shown = ("rows", "tokens", "l0", "fvu", "delta_loss", "delta_loss_se", "dead_fraction", "dense_fraction")
     for member in run.plan.members:
         if unknown := [name for name in shown if measured["sae"][member.name][name] is None]:
             raise InputError(
-                f"{path} has no {', '.join(unknown)} of {member.name}; run python evaluate.py {workdir} on more rows"
+                f"{path} has no {', '.join(unknown)} of {member.name}; run gemma-scope evaluate {workdir} on more rows"
             )
     return measured
 

@@ -102,7 +102,7 @@ def read(path: pathlib.Path) -> Iterator[Found]:
             yield found._replace(format=name)
         return
     if (path / "checkpoints").exists() and (path / "config.json").exists():
-        raise FormatError(f"{path} is a run: export writes its SAEs, evaluate.py evaluates them")
+        raise FormatError(f"{path} is a run: export writes its SAEs, evaluate evaluates them")
     below = sorted(found.name for found in path.iterdir() if format_of(found)) if path.is_dir() else []
     hint = f"; {printable(below[0], 100)} in it is one" if below else ""
     raise FormatError(
