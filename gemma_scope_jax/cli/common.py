@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from gemma_scope_jax.cli import config_files
 from gemma_scope_jax.runtime import signals
 from gemma_scope_jax.runtime.printing import Unfailing, printable
 from gemma_scope_jax.runtime.ranges import COUNT, Range, shown
@@ -182,7 +183,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(file: str, fields: list[str]) -> dict:
-    """The config of a file with the fields set by `--config.FIELD=VALUE`, as nested dicts.
+    """The config of a file, or of a name, with the fields set by `--config.FIELD=VALUE`, as nested dicts.
 
     Raises:
       ValueError: there is no such file or field, or a value is of the wrong type.
@@ -190,7 +191,7 @@ def read_config(file: str, fields: list[str]) -> dict:
     from absl import flags
     from ml_collections import config_flags
 
-    values, arguments = flags.FlagValues(), ["", f"--config={path(file)}", *fields]
+    values, arguments = flags.FlagValues(), ["", f"--config={config_files.find(file)}", *fields]
     # Told the arguments, or it looks for them in sys.argv.
     config_flags.DEFINE_config_file("config", None, "The run's config file.", values, sys_argv=arguments)
     try:
