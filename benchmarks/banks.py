@@ -18,6 +18,7 @@ from benchmarks import step as step_benchmark
 from configs import quickstart
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.training import loop, runs
 
 M = 1024
@@ -34,17 +35,17 @@ def build(size: int) -> runs.Run:
 
 
 def step_seconds(
-    run: runs.Run, rows: token_rows.Rows, gemma_params: dict, normalizers: dict, repeat: int = 4
+    run: runs.Run, rows: token_rows.Rows, gemma: Gemma, normalizers: dict, repeat: int = 4
 ) -> float:
     """Seconds of a steady step."""
     state = runs.init_state(run, normalizers)
     sequences = run.config.train.sequences_per_step
     batch = runs.read_batch(run, rows, 0, sequences)
-    compiled = loop.lower_step(run, state, batch, gemma_params).compile()
+    compiled = loop.lower_step(run, state, batch, gemma).compile()
     best = float("inf")
     for i in range(run.plan.ring_steps + 1 + repeat):  # With a full ring every step trains.
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, batch, gemma_params))
+        state, _ = jax.block_until_ready(compiled(state, batch, gemma))
         if i > run.plan.ring_steps:
             best = min(best, time.perf_counter() - start)
     return best
@@ -54,9 +55,9 @@ def measure() -> dict:
     """Seconds of a step by the size of the bank."""
     one = build(1)
     rows = token_rows.open_rows(prepare.rows_of(one.config), token_rows.TRAIN)
-    gemma_params = runs.load_gemma(one).params
-    normalizers = loop.calibrate(one, rows, gemma_params, one.plan.sites)
-    seconds = {size: step_seconds(build(size), rows, gemma_params, normalizers) for size in SIZES}
+    gemma = runs.load_gemma(one)
+    normalizers = loop.calibrate(one, rows, gemma, one.plan.sites)
+    seconds = {size: step_seconds(build(size), rows, gemma, normalizers) for size in SIZES}
     plan = one.plan
     matmuls = plan.updates_per_step * step_benchmark.five_matmuls(plan.batch, 640, M)
     return {

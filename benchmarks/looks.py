@@ -67,7 +67,7 @@ def latent() -> tuple[list[str], dict]:
             scope.tokenizer.decode,
             masking.masked_prefix(config.data),
         )
-        return detection.detect(scope.mesh, scope.loaded, {name: subject}, rows, *options)[name]
+        return detection.detect(scope.gemma, {name: subject}, rows, *options)[name]
 
     first = {one.latent: one for one in detect(subject, batches[0], 100).latents}
     latents = list(first)

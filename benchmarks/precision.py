@@ -6,7 +6,6 @@ Three ways in bfloat16: gemma's own modules, the same with norms in float32 (as 
 """
 
 import argparse
-import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gemma import gm
 
 from gemma_scope_jax.models import forward as forward_lib
-from gemma_scope_jax.models import predictions, registry, weights
+from gemma_scope_jax.models import placement, predictions
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import Site
 
 LAYERS = (5, 9, 12, 15)
@@ -35,16 +35,12 @@ def gemmas_norm(
     return tap(x * jax.lax.rsqrt(variance + 1e-06)) * (1 + scale_D)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def forward(
-    model: gm.nn.Transformer, params: weights.Params, tokens_1xL: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+@jax.jit
+def forward(gemma: Gemma, tokens_1xL: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Losses [L - 1] and sites [L, D]."""
-    x = forward_lib.embed(model, params, tokens_1xL)
-    x, values = forward_lib.run_blocks(
-        model, params, x, tokens_1xL, range(model.config.num_layers), read=SITES
-    )
-    loss, _ = predictions.next_token_loss(model, params, x, tokens_1xL)
+    x = forward_lib.embed(gemma, tokens_1xL)
+    x, values = forward_lib.run_blocks(gemma, x, tokens_1xL, gemma.layers, read=SITES)
+    loss, _ = predictions.next_token_loss(gemma, x, tokens_1xL)
     return loss[0, :-1], {str(site): value[0] for site, value in values.items()}
 
 
@@ -57,16 +53,16 @@ def relative_error(actual: np.ndarray, exact: np.ndarray) -> float:
 def measure(folder: pathlib.Path) -> dict:
     """Losses and relative errors, by way of computing."""
     want = np.load(folder / "gemma3_270m" / "expected.npz")
-    loaded = registry.load("gemma3_270m", str(folder / "gemma3_270m"), jnp.float32)
+    gemma = placement.load("gemma3_270m", str(folder / "gemma3_270m"), jnp.float32)
     tokens = jnp.asarray(want["tokens"])[None]
-    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded.params)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), gemma.params)
     results = {
-        "float32": forward(loaded.model, loaded.params, tokens),
-        "bfloat16": forward(loaded.model, low, tokens),
+        "float32": forward(gemma, tokens),
+        "bfloat16": forward(gemma.replace(params=low), tokens),
     }
     ours, forward_lib.float32_norm = forward_lib.float32_norm, gemmas_norm
     jax.clear_caches()
-    results["bfloat16, gemma's norms"] = forward(loaded.model, low, tokens)
+    results["bfloat16, gemma's norms"] = forward(gemma.replace(params=low), tokens)
     forward_lib.float32_norm = ours
     transformers = {str(site): want[f"bfloat16/{site}"] for site in SITES}
     results["bfloat16, transformers"] = (want["bfloat16/loss"], transformers)

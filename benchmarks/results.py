@@ -26,11 +26,10 @@ import numpy as np
 from benchmarks import looks
 from benchmarks.commands import RESULTS, run
 from gemma_scope_jax.data import prepare, token_rows
-from gemma_scope_jax.evaluation import page
+from gemma_scope_jax.evaluation import metrics, page
 from gemma_scope_jax.models import forward, masking, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site
-from gemma_scope_jax.saes import jumprelu
-from gemma_scope_jax.saes.formats import detect
+from gemma_scope_jax.saes import formats, jumprelu
 from gemma_scope_jax.training import export, metrics_log, runs
 
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
@@ -159,9 +158,9 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
         member = plan.members[0]
         with tempfile.TemporaryDirectory() as scratch:
             (path,) = export.export_run(workdir, (file_format,), pathlib.Path(scratch), bank_name)
-            (found,) = detect.read(path)
+            (found,) = formats.read(path)
             again = found.sae
-        values = forward.read_sites(loaded.model, loaded.params, tokens, [Site(kind, member.site.layer)])
+        values = forward.read_sites(loaded, tokens, [Site(kind, member.site.layer)])
         x = np.asarray(next(iter(values.values())))[kept]
         got = np.asarray(jumprelu.decode(again, jumprelu.encode(again, x), x))
 
@@ -329,15 +328,18 @@ def tpu_evaluations_table(numbers: dict) -> str:
 def numbers_table() -> str:
     """What the numbers of an evaluation are."""
     lines = ["| number | in the files | definition |", "|---|---|---|"]
-    for name, (label, _, definition) in page.NUMBERS.items():
-        lines.append(f"| {label} | `{name}` | {definition.replace('|', chr(92) + '|')} |")
+    for name, metric in metrics.METRICS.items():
+        lines.append(f"| {metric.label} | `{name}` | {metric.definition.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
 
 
 def baselines_table(numbers: dict) -> str:
     """An SAE, and what it is held against."""
     keys = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
-    lines = [f"| | {' | '.join(page.NUMBERS[key][0] for key in keys)} |", "|---" * (len(keys) + 1) + "|"]
+    lines = [
+        f"| | {' | '.join(metrics.METRICS[key].label for key in keys)} |",
+        "|---" * (len(keys) + 1) + "|",
+    ]
     for name, of in numbers["sae"].items():
         result = types.SimpleNamespace(**of)
         lines.append(f"| `{name}` | {' | '.join(page.shown(result, key) for key in keys)} |")
@@ -379,7 +381,7 @@ def sites_suite_table(numbers: dict) -> str:
                 for kind in kinds
             ]
             lines.append(
-                f"| {page.NUMBERS[key][0]}, {what} | {' | '.join(f'{mean:.3f}' for mean in means)} |"
+                f"| {metrics.METRICS[key].label}, {what} | {' | '.join(f'{mean:.3f}' for mean in means)} |"
             )
     first = next(iter(numbers["sae"].values()))
     minutes = [f"{numbers[key] / 60:.0f}" for key in ("train_s", "evaluate_s")]

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from configs import quickstart
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.training import bank, loop, runs, shuffle_buffer, step
 from gemma_scope_jax.training.normalizer import Normalizer
 
@@ -114,14 +115,14 @@ def update_benchmark() -> dict:
     }
 
 
-def harvest_flops(run: runs.Run, gemma_params: dict) -> float:
+def harvest_flops(run: runs.Run, gemma: Gemma) -> float:
     """FLOPs of a harvest by formula: every weight of the blocks once per token, and attention's two products."""
-    model = run.model.config
+    model = run.module.config
     tokens, length = run.plan.activations, run.config.data.context_length
     layers = run.plan.sites[0].layer + 1
     block_weights = sum(
         leaf.size
-        for name, block in gemma_params.items()
+        for name, block in gemma.params.items()
         if name.startswith("layer_")
         for leaf in jax.tree.leaves(block)
     )
@@ -133,23 +134,19 @@ def step_benchmark() -> dict:
     run = quickstart_run()
     plan, sequences = run.plan, run.config.train.sequences_per_step
     rows = token_rows.open_rows(prepare.rows_of(run.config), token_rows.TRAIN)
-    gemma_params = runs.load_gemma(run).params
-    normalizers = loop.calibrate(run, rows, gemma_params, run.plan.sites)
+    gemma = runs.load_gemma(run)
+    normalizers = loop.calibrate(run, rows, gemma, run.plan.sites)
     state = runs.init_state(run, normalizers)
     compiled, batch = None, None
     for i in range(plan.ring_steps + 1):  # Until the ring is full and the bank trained.
         batch = runs.read_batch(run, rows, i * sequences, sequences)
-        compiled = compiled or loop.lower_step(run, state, batch, gemma_params).compile()
-        state, _ = jax.block_until_ready(compiled(state, batch, gemma_params))
+        compiled = compiled or loop.lower_step(run, state, batch, gemma).compile()
+        state, _ = jax.block_until_ready(compiled(state, batch, gemma))
 
     groups, count = plan.ring_groups, plan.activations // plan.ring_groups
-    harvest = jax.jit(
-        lambda params, batch: step.harvest(
-            run.mesh, run.model, params, batch, normalizers, plan.sites, groups, jnp.float32
-        )
-    )
-    harvest_s = least_time(harvest, gemma_params, batch, repeat=5)
-    new = harvest(gemma_params, batch)
+    harvest = jax.jit(lambda gemma, batch: step.harvest(gemma, batch, normalizers, plan.sites, groups))
+    harvest_s = least_time(harvest, gemma, batch, repeat=5)
+    new = harvest(gemma, batch)
 
     @jax.jit
     def draw(slots: shuffle_buffer.Slots, key: jax.Array, number: jax.Array) -> tuple:
@@ -172,13 +169,13 @@ def step_benchmark() -> dict:
         ring_s = min(ring_s, time.perf_counter() - start)
         train_s = min(train_s, least_time(train, small_state, batches, repeat=1))
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, batch, gemma_params))
+        state, _ = jax.block_until_ready(compiled(state, batch, gemma))
         fused_s = min(fused_s, time.perf_counter() - start)
 
     size = 4096
     a, b = jnp.ones((size, size)), jnp.ones((size, size))
     matmul_rate = 2 * size**3 / least_time(contract(1, 0), a, b, repeat=5)
-    rate = harvest_flops(run, gemma_params) / harvest_s
+    rate = harvest_flops(run, gemma) / harvest_s
     parts_s = harvest_s + ring_s + train_s
     return {
         "harvest_s": harvest_s,

@@ -13,6 +13,9 @@ import pathlib
 import time
 
 from gemma_scope_jax.cli import common
+from gemma_scope_jax.evaluation import measuring
+from gemma_scope_jax.models import passes
+from gemma_scope_jax.models.gemma import Gemma
 
 common.find_tpu_compiler()
 
@@ -21,8 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.evaluation import metrics
-from gemma_scope_jax.models import interventions, placement, registry, weights
+from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import devices as devices_lib
 from gemma_scope_jax.runtime import sharding
@@ -129,13 +131,15 @@ def measure_harvest(case: Harvest) -> dict:
     scalar = placed(mesh, (), jnp.float32, sharding.REPLICATED)
     normalizers = {str(site): Normalizer(vector, scalar, scalar, vector)}
 
-    def harvest(params: weights.Params, batch: step.Batch, normalizers: dict) -> object:
-        return step.harvest(mesh, model, params, batch, normalizers, [site], len(devices), jnp.bfloat16)
+    gemma = Gemma(case.model, model, mesh, case.layer + 1, params)
+
+    def harvest(gemma: Gemma, batch: step.Batch, normalizers: dict) -> object:
+        return step.harvest(gemma, batch, normalizers, [site], len(devices))
 
     out = jax.NamedSharding(mesh, sharding.TOKENS)
     batch = batch_shapes(mesh, case.sequences_per_chip * len(devices), case.length)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    lowered = jax.jit(harvest, out_shardings=out).lower(params, batch, normalizers)
+    lowered = jax.jit(harvest, out_shardings=out).lower(gemma, batch, normalizers)
     return {**dataclasses.asdict(case), "chips": len(devices), "parameters": count, **report(lowered)}
 
 
@@ -168,6 +172,7 @@ def measure_evaluation(case: Evaluation) -> dict:
     params = weights.placed_shapes(
         model, layers, jnp.bfloat16, placement.placement_of(c, mesh, model, layers)
     )
+    gemma = Gemma(case.model, model, mesh, layers, params)
     d, v, m = model.config.embed_dim, model.config.num_embed, case.width
     shape = (case.sequences_per_chip * len(devices), case.length)
     tokens, kept = (placed(mesh, shape, dtype, sharding.TOKENS) for dtype in (jnp.int32, jnp.bool))
@@ -181,12 +186,12 @@ def measure_evaluation(case: Evaluation) -> dict:
         **{name: placed(mesh, of, jnp.float32, specs.get(name, P())) for name, of in arrays.items()}
     )
     lowered = {
-        "clean": interventions.clean.lower(mesh, model, params, tokens, (site,)),
-        "loss": interventions.loss.lower(mesh, model, params, x, tokens, kept),
-        "spliced": interventions.spliced.lower(mesh, model, params, x, tokens, kept, site, x),
-        "importance": interventions.importance.lower(mesh, model, params, x, x, tokens, kept, site),
-        "reconstruct": metrics.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
-        "divergence": interventions.divergence.lower(mesh, model, params, x, x, tokens, kept),
+        "clean": passes.clean.lower(gemma, tokens, (site,)),
+        "loss": passes.loss.lower(gemma, x, tokens, kept),
+        "spliced": jax.jit(passes.spliced, static_argnames="site").lower(gemma, x, tokens, kept, site, x),
+        "importance": passes.importance.lower(gemma, x, x, tokens, kept, site),
+        "reconstruct": measuring.reconstruct.lower(mesh, subject, x, x, mean, kept, importance, None),
+        "divergence": passes.divergence.lower(gemma, x, x, tokens, kept),
     }
     of_passes = {name: report(one) for name, one in lowered.items()}
     # Before the site's block, the site, the last, what is spliced, and the gradient lie there throughout.

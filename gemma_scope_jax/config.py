@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.runtime.ranges import (
     COUNT,
@@ -63,12 +64,15 @@ class BankConfig:
     layers: tuple[int, ...] = (12,)
     sites: tuple[str, ...] = ("resid_post",)
     sparsity_coefficients: tuple[float, ...] = (6e-4,)
-    target_l0s: tuple[float, ...] = ()  # Only where `objective` is not linear.
+    target_l0s: tuple[float, ...] = ()  # Where the objective has a target.
     seeds: tuple[int, ...] = (0,)
     width: int = 16_384
     # What sparsity costs: "linear", λ‖f‖₀; "quadratic", (λ / 2L0*)(‖f‖₀ − L0*)², which ends near its target;
-    # "controlled", λ‖f‖₀ with a λ that moves, from the one given, until L0 is at its target.
+    # "controlled", λ‖f‖₀ with a λ that moves, from the one given, until L0 is at its target. More can be registered.
     objective: str = "linear"
+    objective_options: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # Its own numbers, by name.
     # A transcoder predicts this site of the same layer instead of the one that it reads; empty: an autoencoder.
     target_site: str = ""
     skip: bool = False  # A transcoder with a skip connection.
@@ -271,7 +275,7 @@ def gemma_scope(model: str, suites: Mapping[str, tuple[int, ...]], suite: str) -
       ValueError: the suite is not among them.
     """
     if suite not in suites:
-        raise ValueError(f"{model} has no suite {suite!r}; choose one of {', '.join(suites)}")
+        raise ConfigError(f"{model} has no suite {suite!r}; choose one of {', '.join(suites)}")
     site, width = suite.rsplit("_", 1)
     c = defaults()
     c.model = model
@@ -302,11 +306,11 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
       ValueError: a key that no field has, or a value of the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"config field {prefix.removesuffix('.')} is {values!r}, expected an object")
+        raise ConfigError(f"config field {prefix.removesuffix('.')} is {values!r}, expected an object")
     fields = typing.get_type_hints(cls)
     unknown = values.keys() - fields.keys()
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"unknown config field {prefix}{sorted(unknown)[0]}; known are {', '.join(prefix + f for f in fields)}"
         )
     made = {}
@@ -316,9 +320,14 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
             made[name] = from_dict(value, kind, f"{prefix}{name}.")
         elif typing.get_origin(kind) is Mapping:
             if not isinstance(value, Mapping):
-                raise ValueError(f"config field {prefix}{name} is {value!r}, expected an object")
+                raise ConfigError(f"config field {prefix}{name} is {value!r}, expected an object")
             element = typing.get_args(kind)[1]
-            made[name] = {key: from_dict(v, element, f"{prefix}{name}.{key}.") for key, v in value.items()}
+            made[name] = {
+                key: from_dict(v, element, f"{prefix}{name}.{key}.")
+                if dataclasses.is_dataclass(element)
+                else _typed(v, element, f"{prefix}{name}.{key}")
+                for key, v in value.items()
+            }
         elif typing.get_origin(kind) is tuple:
             elements = value if isinstance(value, (tuple, list)) else (value,)
             made[name] = tuple(_typed(v, typing.get_args(kind)[0], prefix + name) for v in elements)
@@ -331,7 +340,7 @@ def _typed(value: object, kind: type, name: str) -> object:
     if kind is float and type(value) is int:
         return float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
-        raise ValueError(f"config field {name} is {quoted(value)}, expected a value of type {kind.__name__}")
+        raise ConfigError(f"config field {name} is {quoted(value)}, expected a value of type {kind.__name__}")
     return value
 
 
@@ -356,7 +365,7 @@ def check_resumable(old: Config, new: Config) -> None:
     for name in [*now, *(before.keys() - now.keys())]:
         if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS):
             go_on = "; with --config.start_from that one goes on from these SAEs" if "banks." in name else ""
-            raise ValueError(
+            raise ConfigError(
                 f"this run was started with config.{name} = {quoted(before.get(name))}, "
                 f"now it is {quoted(now.get(name))}; "
                 f"give it the old value, or start another run with another --workdir{go_on}"
@@ -372,12 +381,12 @@ def check_startable(old: Config, new: Config) -> None:
     before, now = flatten(old), flatten(new)
     for name, value in now.items():
         if not name.startswith(("banks.", *FREE_FIELDS)) and before.get(name) != value:
-            raise ValueError(
+            raise ConfigError(
                 f"start_from: that run had config.{name} = {quoted(before.get(name))}, this one has {quoted(value)}; "
                 "only banks may differ"
             )
     if new.train.tokens <= old.train.tokens:
-        raise ValueError(
+        raise ConfigError(
             f"start_from: that run had {old.train.tokens} tokens and train.tokens is {new.train.tokens}; give more, "
             "it counts from that run's beginning"
         )
@@ -385,7 +394,7 @@ def check_startable(old: Config, new: Config) -> None:
         for field in dataclasses.fields(BankConfig):
             value, had = getattr(new.banks[name], field.name), getattr(old.banks[name], field.name)
             if field.name not in _MEMBERSHIP and value != had:
-                raise ValueError(
+                raise ConfigError(
                     f"start_from: that run had config.banks.{name}.{field.name} = {quoted(had)}, "
                     f"this one has {quoted(value)}: "
                     "its SAEs would not go on as what they were; rename the bank, or give the field its old value"

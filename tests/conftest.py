@@ -10,8 +10,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import tiny
 
-from gemma_scope_jax.models import registry
-from gemma_scope_jax.runtime import signals
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.runtime import reporting, sharding, signals
 
 tiny.register()
 
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
 def tiny_gemma():
     """The small model with weights on the default device."""
     params = jax.tree.map(jax.numpy.asarray, tiny.params())
-    return registry.Gemma("tiny", tiny.TinyGemma(), params, 4)
+    return Gemma("tiny", tiny.TinyGemma(), sharding.one_device(), 4, params)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,16 @@ def signals_are_not_answered():
     """What answers signals ends the process: here that of every test to come. Such a test starts its own."""
     yield
     assert signals._command_line is None
+
+
+@pytest.fixture(autouse=True)
+def as_on_the_command_line(request):
+    """What is said is printed, for tests to read; a test that is marked `silent` is a caller of the library."""
+    if request.node.get_closest_marker("silent"):
+        yield
+        return
+    with reporting.speaking():
+        yield
 
 
 @pytest.fixture

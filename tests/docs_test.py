@@ -73,13 +73,13 @@ def test_the_python_in_the_documents_runs(capsys):
     exec("\n".join(code), names)
     assert names["values"][names["mlp"]].shape == (1, 6, 640)
     assert np.isfinite(names["logits"]).all()
-    loaded, prompt, reply = names["loaded"], names["prompts"][0], names["replies"][0]
+    gemma, prompt, reply = names["gemma"], names["prompts"][0], names["replies"][0]
     tokens = jnp.array([[*prompt, *reply]])
     where = interventions.Where(tokens, jnp.arange(tokens.size)[None], None, {})
     write = {names["resid"]: lambda x: names["steering"](x, where)}
-    x = forward.embed(loaded.model, loaded.params, tokens)
-    x, _ = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(loaded.num_layers), write=write)
-    logits = predictions.logits(loaded.model, loaded.params, x)
+    x = forward.embed(gemma, tokens)
+    x, _ = forward.run_blocks(gemma, x, tokens, gemma.layers, write=write)
+    logits = predictions.logits(gemma, x)
     assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == reply
     assert capsys.readouterr().out
 

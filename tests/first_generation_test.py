@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.evaluation import report
-from gemma_scope_jax.saes import loading
-from gemma_scope_jax.saes.formats import WRITTEN
+from gemma_scope_jax.saes import formats, loading
 from gemma_scope_jax.training import export, loop, runs
 
 ARCHIVE = pathlib.Path(__file__).parent / "fixtures" / "first_generation.tar.xz"
@@ -70,7 +69,7 @@ def test_a_finished_run_is_evaluated_as_it_was(first_generation):
             assert getattr(result, number) == pytest.approx(before[name][number], rel=1e-4, abs=1e-5), number
 
 
-@pytest.mark.parametrize("file_format", WRITTEN)
+@pytest.mark.parametrize("file_format", formats.written())
 def test_exports_of_every_format_are_read(first_generation, file_format):
     finished = saes_of(first_generation / "finished").values()
     exported = first_generation / "exports" / file_format

@@ -20,11 +20,10 @@ import numpy as np
 
 from gemma_scope_jax.evaluation import side_by_side
 from gemma_scope_jax.runtime import files, safetensors_io
-from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.saes import evaluation_file, formats
 from gemma_scope_jax.saes.formats import (
     circuit_tracer,
     common,
-    detect,
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
@@ -53,11 +52,10 @@ def originals(folder: pathlib.Path) -> list[pathlib.Path]:
     skip, plain = SAE(**arrays), SAE(**{**arrays, "W_skip": None})
     alone = common.About("google/gemma-2-2b", "blocks.3.hook_resid_post")
     saelens.write(folder / "saelens", skip, ABOUT)
-    gemma_scope.write(folder / "gemma_scope" / "params.npz", plain)
+    gemma_scope.write(folder / "gemma_scope", plain, common.About())
     gemma_scope_2.write(folder / "gemma_scope_2", skip, ABOUT)
     dictionary_learning.write(folder / "dictionary_learning", plain, alone)
-    circuit_tracer.write_config(folder / "circuit_tracer", ABOUT)
-    circuit_tracer.write(folder / "circuit_tracer", skip, 3)
+    circuit_tracer.write(folder / "circuit_tracer", skip, ABOUT)
     layer = gemma_scope_2.Layer(
         *(arrays[k] for k in ("W_enc", "b_enc", "threshold")), arrays["W_dec"][:, None], arrays["b_dec"]
     )
@@ -80,7 +78,7 @@ def originals(folder: pathlib.Path) -> list[pathlib.Path]:
     files.write_json(
         folder / "evaluation" / "evaluation.json", {"model": "tiny", "sae": {"a": numbers, "b": numbers}}
     )
-    sums = {f"{name}/by_row/{key}": rng.random(40) for name in "ab" for key in side_by_side.BY_ROW}
+    sums = {f"{name}/by_row/{key}": rng.random(40) for name in "ab" for key in side_by_side.by_row()}
     np.savez_compressed(folder / "evaluation" / "evaluation.npz", **sums)
     return sorted(folder.iterdir())
 
@@ -176,7 +174,7 @@ def read(place: pathlib.Path) -> None:
             {name: vars(one) | {"by_row": None} for name, one in found.results.items()}, allow_nan=True
         )
     else:
-        list(detect.read(place))
+        list(formats.read(place))
 
 
 if __name__ == "__main__":

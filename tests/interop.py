@@ -75,7 +75,8 @@ def main(folder: pathlib.Path) -> None:
             saving.write(ours / "dictionary_learning" / kind, "dictionary_learning", one)
         else:
             for layer in range(2):
-                circuit_tracer.write(ours / "circuit_tracer" / kind, one.sae, layer)
+                about = common.About(hook_name=f"blocks.{layer}.mlp.hook_in")
+                circuit_tracer.write(ours / "circuit_tracer" / kind, one.sae, about)
             saving.write(ours / "circuit_tracer" / kind, "circuit_tracer", one)
     np.savez(folder / "activations.npz", **{kind: activations(kind) for kind in KINDS})
 

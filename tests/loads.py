@@ -13,10 +13,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gemma import gm
 from tiny import TinyGemma
 
 from gemma_scope_jax.models import weights
+from gemma_scope_jax.models.gemma_package import gm
 
 
 def model(blocks: int) -> gm.nn.Transformer:

@@ -31,7 +31,7 @@ def activations(loaded, rows):
     padded = np.full((len(rows), max(map(len, rows))), masking.PAD, np.int32)
     for row_L, row in zip(padded, rows, strict=True):
         row_L[: len(row)] = row
-    x_SxLxD = np.asarray(forward.read_sites(loaded.model, loaded.params, jnp.asarray(padded), [SITE])[SITE])
+    x_SxLxD = np.asarray(forward.read_sites(loaded, jnp.asarray(padded), [SITE])[SITE])
     return [x_LxD[1 : len(row)] for x_LxD, row in zip(x_SxLxD, rows, strict=True)]
 
 
@@ -63,9 +63,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
     texts = list(itertools.islice(sources.documents(config_lib.DEFAULT_TEXT), 24))
     encode = tokenizer.load("gemma3_270m", "", "").encode
-    mesh, loaded = placement.load_gemma(
-        config_lib.from_dict({"model": "gemma3_270m", "gemma_dtype": "float32"})
-    )
+    loaded = placement.load_gemma(config_lib.from_dict({"model": "gemma3_270m", "gemma_dtype": "float32"}))
     people = ("woman", "girl", "mother", "queen"), ("man", "boy", "father", "king")
     prompts = [[f"The {word}" for word in words] for words in people]
     made = planted(loaded, encode, [[text[:300] for text in texts], *prompts, ["strength of our navy"]])
@@ -79,7 +77,7 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(placement, "load_gemma", lambda config: (mesh, loaded))
+        patch.setattr(placement, "load_gemma", lambda config: loaded)
         patch.setattr(analysis, "open_scope", open_scope)
         # Of the quickstart's 20 random sets and 8 rows a few, which show as well that all of it runs.
         patch.setattr(analysis, "correct", functools.partial(analysis.correct, random_sets=6, rows=2))

@@ -11,6 +11,7 @@ def evaluation(seed=0):
     """Numbers of no SAE."""
     rng = np.random.default_rng(seed)
     made = {field.name: float(rng.random()) for field in dataclasses.fields(evaluation_file.Evaluation)}
+    del made["more"]
     return evaluation_file.Evaluation(
         **made
         | {

@@ -8,28 +8,26 @@ import tiny
 import toys
 
 from gemma_scope_jax import analysis, config
-from gemma_scope_jax.models import registry
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.saes import attached
 
 
 def make(
-    loaded: registry.Gemma,
+    gemma: Gemma,
     subjects: Mapping[str, attached.Subject],
     mesh: jax.sharding.Mesh | None = None,
     frequency: Mapping[str, np.ndarray] | None = None,
     held_out: np.ndarray | None = None,
     rows_per_batch: int = 4,
 ) -> analysis.Scope:
-    """A scope, on the first device by default, whose held-out rows are tokens [S, L]; None: it has no text."""
-    mesh = mesh or sharding.one_device()
+    """A scope whose held-out rows are tokens [S, L]; None: it has no text."""
+    gemma = gemma.replace(mesh=mesh or gemma.mesh)
     return analysis.Scope(
         config.from_dict({"model": "tiny", "evaluation": {"rows_per_batch": rows_per_batch}}),
-        mesh,
-        loaded,
+        gemma,
         tiny.load_tokenizer(),
         subjects,
-        {name: attached.place(mesh, subject.sae) for name, subject in subjects.items()},
+        {name: attached.place(gemma.mesh, subject.sae) for name, subject in subjects.items()},
         frequency or {},
         analysis.Scope.held_out if held_out is None else lambda: toys.Rows(held_out),
     )

@@ -6,8 +6,10 @@ import os
 import pathlib
 
 import jax
-from gemma import gm
-from gemma.gm.nn import _config, _modules
+
+from gemma_scope_jax.models.gemma_package import gm
+from gemma_scope_jax.models.gemma_package import transformer_config as _config
+from gemma_scope_jax.models.gemma_package import transformer_modules as _modules
 
 # `make test-peers` has transformers make them anew.
 FOLDER = pathlib.Path(os.environ.get("PEERS_FOLDER", pathlib.Path(__file__).parent / "hugging_face"))

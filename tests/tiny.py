@@ -11,11 +11,12 @@ import sys
 
 import jax
 import numpy as np
-from gemma import gm
-from gemma.gm.nn import _config, _modules
 
 from gemma_scope_jax import config
 from gemma_scope_jax.models import masking, registry, tokenizer, weights
+from gemma_scope_jax.models.gemma_package import gm
+from gemma_scope_jax.models.gemma_package import transformer_config as _config
+from gemma_scope_jax.models.gemma_package import transformer_modules as _modules
 
 LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
 
@@ -56,14 +57,13 @@ def load_tokenizer() -> tokenizer.Tokenizer:
     def decode(ids: list[int]) -> str:
         return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
 
-    return tokenizer.Tokenizer(encode, decode, _WORDS.get, 272)
+    ids = {"<pad>": masking.PAD, "<eos>": masking.EOS, "<bos>": masking.BOS, **_WORDS}
+    return tokenizer.Tokenizer(encode, decode, ids.get, 272)
 
 
 def register() -> None:
     """Makes the small model known by the name `tiny`."""
-    registry.MODELS["tiny"] = registry.ModelSpec(TinyGemma(), "test/tiny", "gs://none/tiny")
-    original = tokenizer.load
-    tokenizer.load = lambda name, *rest: load_tokenizer() if name == "tiny" else original(name, *rest)
+    registry.register("tiny", registry.ModelSpec(TinyGemma(), "test/tiny", "gs://none/tiny", load_tokenizer))
 
 
 def params(scale: float = 0.3) -> dict:

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from gemma import gm
 
-from gemma_scope_jax.models import predictions, registry, weights
+from gemma_scope_jax.models import predictions, weights
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, sharding
 
@@ -42,30 +42,25 @@ def in_stream(params: weights.Params, site: Site, W_dec_MxO: np.ndarray) -> np.n
     return W_dec_MxO @ w_NxHxD.reshape(-1, w_NxHxD.shape[-1]) * gain_D
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "top"))
-def _extremes(
-    mesh: jax.sharding.Mesh, model: gm.nn.Transformer, params: weights.Params, x_CxD: jax.Array, top: int
-) -> tuple[jax.Array, ...]:
-    logits_CxV = predictions.logits(model, sharding.constrain(mesh, params, sharding.REPLICATED), x_CxD)
+@functools.partial(jax.jit, static_argnames="top")
+def _extremes(gemma: Gemma, x_CxD: jax.Array, top: int) -> tuple[jax.Array, ...]:
+    logits_CxV = predictions.logits(gemma.whole(), x_CxD)
     highest, highest_token = jax.lax.top_k(logits_CxV, top)
     lowest, lowest_token = jax.lax.top_k(-logits_CxV, top)
     found = (highest_token, highest, lowest_token, -lowest)
-    return sharding.constrain(mesh, found, sharding.REPLICATED)
+    return sharding.constrain(gemma.mesh, found, sharding.REPLICATED)
 
 
-def logits(
-    mesh: jax.sharding.Mesh, loaded: registry.Gemma, directions_MxD: np.ndarray, top: int = 10
-) -> Logits:
+def logits(gemma: Gemma, directions_MxD: np.ndarray, top: int = 10) -> Logits:
     """What each direction does to the next token if it alone is the stream: final norm, unembedding, soft-cap."""
-    params = {name: loaded.params[name] for name in ("embedder", "final_norm")}
-    table = params["embedder"]["input_embedding"]
-    chunk = -(-min(max(_LOGITS // len(table), 1), len(directions_MxD)) // mesh.size) * mesh.size
-    placed = jax.NamedSharding(mesh, sharding.TOKENS)
+    vocabulary = gemma.module.config.num_embed
+    chunk = -(-min(max(_LOGITS // vocabulary, 1), len(directions_MxD)) // gemma.mesh.size) * gemma.mesh.size
+    placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)
     parts = []
     for start in range(0, len(directions_MxD), chunk):
         # All chunks of one shape, so that they are compiled once.
         x_CxD = directions_MxD[np.minimum(start + np.arange(chunk), len(directions_MxD) - 1)]
-        x_CxD = np.asarray(x_CxD, table.dtype)
+        x_CxD = np.asarray(x_CxD, gemma.dtype)
         put = jax.make_array_from_callback(x_CxD.shape, placed, lambda index, x=x_CxD: x[index])
-        parts.append(distributed.fetch(_extremes(mesh, loaded.model, params, put, top)))
+        parts.append(distributed.fetch(_extremes(gemma, put, top)))
     return Logits(*(np.concatenate(part)[: len(directions_MxD)] for part in zip(*parts, strict=True)))

@@ -10,6 +10,7 @@ from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.attached import alone
 
@@ -59,7 +60,14 @@ def _gather(
     ranges.check("rows", rows, ranges.COUNT)
     per_batch, counts = scope.config.evaluation.rows_per_batch, batching.counts_of(scope.config)
     return collect.gather(
-        scope.loaded, subjects, scope.held_out(), rows, per_batch, counts, _LEAST, scope.mesh, placed=placed
+        scope.gemma,
+        subjects,
+        scope.held_out(),
+        rows,
+        per_batch,
+        counts,
+        _LEAST,
+        placed=placed,
     )
 
 
@@ -72,7 +80,7 @@ def typical(scope: Scope, name: str, latent: int, rows: int = ROWS) -> float:
     edits.check_latent(scope, name, latent)
     found = _gather(scope, {name: alone(scope.subjects[name], [latent])}, rows)[name]
     if not found.count_M[0]:
-        raise ValueError(
+        raise InputError(
             f"latent {latent} of {name} fires nowhere on {found.rows} held-out rows, so none knows what is much for "
             "it; measure on more rows, or choose another"
         )

@@ -20,6 +20,7 @@ from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import lines, plottable, printable
 from gemma_scope_jax.saes.attached import alone
 
@@ -162,11 +163,11 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
     subject = alone(scope.subjects[name], [latent])
     held_out = scope.held_out()
     gathered = collect.gather(
-        scope.loaded, {name: subject}, held_out, rows, scope.config.evaluation.rows_per_batch,
-        batching.counts_of(scope.config), collect.Options(top=top), scope.mesh,
+        scope.gemma, {name: subject}, held_out, rows, scope.config.evaluation.rows_per_batch,
+        batching.counts_of(scope.config), collect.Options(top=top),
     )[name]  # fmt: skip
     if not gathered.count_M[0]:
-        raise ValueError(
+        raise InputError(
             f"latent {latent} of {name} fires nowhere on {gathered.rows} held-out rows; read more rows"
         )
     cut = collect.Passages(collect.read_tokens(held_out, rows))
@@ -177,10 +178,10 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
         return tuple(Excerpt(tuple(map(text_of, one.tokens.tolist())), one.values, one.peak) for one in found)
 
     raises = lowers = None
-    in_stream = decoder_directions.in_stream(scope.loaded.params, subject.spliced, subject.sae.W_dec)
+    in_stream = decoder_directions.in_stream(scope.gemma.params, subject.spliced, subject.sae.W_dec)
     if in_stream is not None:
         up_T, raised_T, down_T, lowered_T = (
-            part[0].tolist() for part in decoder_directions.logits(scope.mesh, scope.loaded, in_stream)
+            part[0].tolist() for part in decoder_directions.logits(scope.gemma, in_stream)
         )
         raises = tuple(zip(map(text_of, up_T), raised_T, strict=True))
         lowers = tuple(zip(map(text_of, down_T), lowered_T, strict=True))

@@ -12,7 +12,7 @@ import rich.text
 
 from gemma_scope_jax.analysis.session import Scope, place_copies, prompt, reconstruct
 from gemma_scope_jax.display import html, plotting, tables
-from gemma_scope_jax.models import interventions
+from gemma_scope_jax.models import passes
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import jumprelu
@@ -115,13 +115,11 @@ def read(scope: Scope, text: str) -> Reading:
     """
     row = prompt(scope, text)
     placed = place_copies(scope, row, 1)
-    _, values, _ = interventions.clean(
-        scope.mesh, scope.loaded.model, scope.loaded.params, placed, scope.sites
-    )
+    _, values, _ = passes.clean(scope.gemma, placed, scope.sites)
     latents, error = {}, {}
     for name, subject in scope.subjects.items():
         x, y = values[subject.site], values[subject.spliced]
-        found = reconstruct(scope.mesh, scope.placed[name], x, y)
+        found = reconstruct(scope.gemma.mesh, scope.placed[name], x, y)
         f_LxM, error_L = distributed.fetch((found["f_LxM"], found["error_L"]))
         latents[name], error[name] = f_LxM[1 : len(row)], error_L[1 : len(row)]
     words = tuple(scope.tokenizer.decode([token]) for token in row[1:])

@@ -12,14 +12,16 @@ import numpy as np
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.evaluation import opening
-from gemma_scope_jax.models import masking, placement, registry, tokenizer
+from gemma_scope_jax.models import masking, placement, tokenizer
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached, jumprelu
 
 
 def _no_text() -> token_rows.Rows:
-    raise ValueError("these SAEs were put together without a text; open_scope opens them with one")
+    raise InputError("these SAEs were put together without a text; open_scope opens them with one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,7 @@ class Scope:
     """A model with SAEs on the devices."""
 
     config: config_lib.Config
-    mesh: jax.sharding.Mesh
-    loaded: registry.Gemma
+    gemma: Gemma
     tokenizer: tokenizer.Tokenizer
     subjects: Mapping[str, attached.Subject]
     placed: Mapping[str, jumprelu.SAE]  # the same SAEs on the devices
@@ -39,7 +40,7 @@ class Scope:
     def __post_init__(self) -> None:
         # Whether a latent fires would depend on all others, which few of the looks inside ask.
         if of_top_k := [name for name, subject in self.subjects.items() if subject.top_k is not None]:
-            raise ValueError(
+            raise InputError(
                 f"{of_top_k[0]} keeps the {self.subjects[of_top_k[0]].top_k} strongest latents; only "
                 "SAEs with thresholds are looked into"
             )
@@ -60,14 +61,13 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
     """
     opened = opening.open_path(path, **overrides)
     config = opened.config
-    mesh, loaded = placement.load_gemma(config)
+    gemma = placement.load_gemma(config)
     return Scope(
         config,
-        mesh,
-        loaded,
+        gemma,
         tokenizer.load(config.model, config.tokenizer, config.weights),
         opened.subjects,
-        {name: attached.place(mesh, subject.sae) for name, subject in opened.subjects.items()},
+        {name: attached.place(gemma.mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(files.expanded(path), opened.subjects),
         lambda: token_rows.open_rows(opened.rows, token_rows.HELD_OUT),
     )
@@ -81,7 +81,7 @@ def prompt(scope: Scope, text: str) -> list[int]:
     """
     tokens = scope.tokenizer.encode(text)
     if not tokens:
-        raise ValueError("the text is empty; give one of at least one token")
+        raise InputError("the text is empty; give one of at least one token")
     return [masking.BOS, *tokens]
 
 
@@ -94,7 +94,7 @@ def one_token(scope: Scope, text: str) -> int:
     tokens = scope.tokenizer.encode(text)
     if len(tokens) != 1:
         pieces = " + ".join(repr(scope.tokenizer.decode([token])) for token in tokens)
-        raise ValueError(
+        raise InputError(
             f"{text!r} is {len(tokens)} tokens ({pieces or 'none'}); give a text of one token, most words with the "
             "space before them"
         )
@@ -108,7 +108,7 @@ def only(scope: Scope, name: str) -> Scope:
       ValueError: there is none of that name.
     """
     if name not in scope.subjects:
-        raise ValueError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
     by_name = ("subjects", "placed", "frequency")
     chosen = {field: {k: v for k, v in getattr(scope, field).items() if k == name} for field in by_name}
     return dataclasses.replace(scope, **chosen)
@@ -119,16 +119,18 @@ def place_prompts(scope: Scope, prompts: Sequence[Sequence[int]]) -> jax.Array:
 
     They are `padded`, and with rows of PAD alone to as many as the devices divide.
     """
-    rows = -(-len(prompts) // scope.mesh.size) * scope.mesh.size
+    rows = -(-len(prompts) // scope.gemma.mesh.size) * scope.gemma.mesh.size
     tokens_SxL = padded([*prompts, *[[]] * (rows - len(prompts))])
     return jax.make_array_from_callback(
-        tokens_SxL.shape, jax.NamedSharding(scope.mesh, sharding.TOKENS), lambda index: tokens_SxL[index]
+        tokens_SxL.shape,
+        jax.NamedSharding(scope.gemma.mesh, sharding.TOKENS),
+        lambda index: tokens_SxL[index],
     )
 
 
 def place_copies(scope: Scope, prompt: Sequence[int], at_least: int) -> jax.Array:
     """The same prompt in at least so many rows [S, L], as many as the devices divide: none is of PAD alone."""
-    return place_prompts(scope, [prompt] * (-(-at_least // scope.mesh.size) * scope.mesh.size))
+    return place_prompts(scope, [prompt] * (-(-at_least // scope.gemma.mesh.size) * scope.gemma.mesh.size))
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -8,8 +8,10 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from gemma_scope_jax.cli import common
+from gemma_scope_jax.cli.common import say
 from gemma_scope_jax.runtime import ranges
-from gemma_scope_jax.runtime.printing import say, well_formed
+from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.printing import well_formed
 from gemma_scope_jax.runtime.ranges import COUNT, COUNT_OR_NONE, FEW, NEW_TOKENS, SEED
 
 
@@ -312,9 +314,9 @@ def run_attribute(
     from gemma_scope_jax.display import plotting
 
     if (prompt is None) == (prompts is None):
-        raise ValueError("give a prompt, or --prompts=FILE, and not both")
+        raise InputError("give a prompt, or --prompts=FILE, and not both")
     if prompts and (not ablate or is_integrated or html):
-        raise ValueError("--prompts goes with --ablate=N and without --integrated and --html")
+        raise InputError("--prompts goes with --ablate=N and without --integrated and --html")
     texts = sources.read_prompts(prompts) if prompts else None
     scope = analysis.open_scope(path, **overrides)
     if sae is not None:
@@ -327,7 +329,7 @@ def run_attribute(
         return
     if is_integrated:
         if len(scope.subjects) > 1:
-            raise ValueError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
+            raise InputError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
         found = analysis.integrate(scope, prompt, next(iter(scope.subjects)), **question)
     else:
         found = analysis.attribute(scope, prompt, **question)
@@ -403,11 +405,11 @@ def run_steer(
         of_replies if sweep else {"--token": tokens, "--strengths": multiples, "--rows": rows, "--png": png}
     )
     if wrong := [name for name, value in others.items() if value]:
-        raise ValueError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
+        raise InputError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
     if sweep:
         _check_swept(edit, made)
     elif not prompts:
-        raise ValueError("there is no prompt to go on with; give one, or --sweep")
+        raise InputError("there is no prompt to go on with; give one, or --sweep")
     scope = analysis.open_scope(path, **overrides)
     if not sweep:
         changes = edit_syntax.resolve(scope, made)
@@ -435,7 +437,7 @@ def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
         or made[0].edit.scale not in (0, 1)
         or made[0].edit.tokens != "all"
     ):
-        raise ValueError(
+        raise InputError(
             f"--edit is {', '.join(written)}, but a sweep is of one latent at all tokens, in typical activations; "
             "write it as in NAME:12+t, or NAME:12=t for clamping it"
         )

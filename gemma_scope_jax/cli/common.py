@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable
 
 from gemma_scope_jax.cli import config_files
-from gemma_scope_jax.runtime import signals
+from gemma_scope_jax.runtime import reporting, signals
+from gemma_scope_jax.runtime.errors import ConfigError, UserError
 from gemma_scope_jax.runtime.printing import Unfailing, printable
 from gemma_scope_jax.runtime.ranges import COUNT, Range, shown
 
@@ -23,6 +24,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 _LONGEST_MESSAGE = 480  # Of an error, which is one line.
 _TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+
+
+def say(text: str) -> None:
+    """Prints a line in which names and paths stand."""
+    print(printable(text, 2000), flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +83,8 @@ def run(main: Callable[[], None], why: str = "") -> None:
         lambda record: not _is_full_disk(f"{record.exc_info} {record.getMessage()}")
     )
     try:
-        main()
+        with reporting.speaking():
+            main()
     except signals.Interrupted as error:
         if not _is_one_of_many() or sys.modules["jax"].process_index() == 0:
             print(f"\n{error}", file=sys.stderr, flush=True)
@@ -205,15 +212,15 @@ def read_config(file: str, fields: list[str]) -> dict:
             raise
         better = re.search(r"Did you mean \W*(\w+)", str(error))
         hint = f"; did you mean {better[1]!r}?" if better else ""
-        raise ValueError(f"the config has no field {name!r}, named by {argument}{hint}") from error
+        raise ConfigError(f"the config has no field {name!r}, named by {argument}{hint}") from error
     except (TypeError, OSError, flags.Error) as error:
         # A mistake within the config file comes with its traceback; the last line says what it is.
         said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         if unknown := re.search(r"BankConfig\.__init__\(\) got an unexpected keyword argument '(\w+)'", said):
             said = f"{file}: a bank has no field {unknown[1]!r}; gemma_scope_jax/config.py lists them"
-        raise ValueError(said) from error
+        raise ConfigError(said) from error
     if len(rest) > 1:
-        raise ValueError(f"unexpected argument {rest[1]!r}; fields are set by --config.field=value")
+        raise ConfigError(f"unexpected argument {rest[1]!r}; fields are set by --config.field=value")
     return read
 
 
@@ -229,14 +236,4 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         named = [name for name in (error.filename, error.filename2) if name is not None]
         return printable(": ".join(map(str, [*named, error.strerror or text])), _LONGEST_MESSAGE)
-    return text if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_us(error) else None
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether this package or the script raised it; a library's ValueError is as likely a defect as a mistake."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return True
-    package = pathlib.Path(__file__).parents[1]
-    raised_in = pathlib.Path(frames[-1].filename)
-    return package in raised_in.parents or raised_in.parent == package.parent
+    return text if isinstance(error, UserError) else None

@@ -4,6 +4,7 @@ import difflib
 import os
 import pathlib
 
+from gemma_scope_jax.runtime.errors import NotFoundError
 from gemma_scope_jax.runtime.printing import quoted
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def find(name: str) -> pathlib.Path:
         `gemma2_2b:all_16k`, is kept at the end of the path.
 
     Raises:
-      ValueError: there is no such file.
+      NotFoundError: there is no such file.
     """
     given, colon, suite = name.partition(":")
     path = pathlib.Path(os.path.expanduser(given))
@@ -40,7 +41,7 @@ def find(name: str) -> pathlib.Path:
         return folder() / f"{path.stem}.py{colon}{suite}"
     near = difflib.get_close_matches(path.stem, shipped, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
+    raise NotFoundError(
         f"there is no config file {quoted(given, 200)}; {hint}"
         f"give a path, or one of the configs that come with the package: {', '.join(shipped)}"
     )

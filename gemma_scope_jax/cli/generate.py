@@ -4,10 +4,11 @@ import json
 import pathlib
 
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.cli.common import say
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.models import generation, placement, tokenizer
 from gemma_scope_jax.runtime import files, locks
-from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime.errors import OutputError
 
 
 def write_rollouts(
@@ -40,19 +41,18 @@ def write_rollouts(
     busy = f"another process is writing {out}; wait for it or stop it, or give another --out"
     with locks.locked(out.with_name(f".{out.name}.lock"), busy):
         if out.exists():  # Before an hour's work, not after it.
-            raise ValueError(f"{out} is there already; remove it, or give another --out")
+            raise OutputError(f"{out} is there already; remove it, or give another --out")
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt
-        mesh, loaded = placement.load_gemma(config)
+        gemma = placement.load_gemma(config)
         replies = generation.generate(
-            loaded,
+            gemma,
             [prompt(found, text) for text in texts],
             num_tokens,
             temperature,
             seed,
             stop=generation.stop_tokens(found),
             rows_per_batch=rows_per_batch,
-            mesh=mesh,
         )
         with files.replacing_file(out) as partial, partial.open("w", encoding="utf-8") as lines:
             for text, reply in zip(texts, replies, strict=True):

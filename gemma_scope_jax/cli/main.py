@@ -4,11 +4,10 @@ import argparse
 import sys
 
 from gemma_scope_jax.cli import analysis, common
+from gemma_scope_jax.cli.common import say
 from gemma_scope_jax.runtime import ranges, signals
-from gemma_scope_jax.runtime.printing import say
 from gemma_scope_jax.runtime.ranges import COUNT, SEED
-from gemma_scope_jax.saes.formats import PUBLISHED
-from gemma_scope_jax.saes.formats import WRITTEN as FORMATS
+from gemma_scope_jax.saes import formats
 
 # What is lost, or how it goes on, when a signal ends a command.
 _WHEN_INTERRUPTED = {
@@ -27,12 +26,12 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the SAEs of a run in a format that other tools read")
     export.add_argument("run", type=common.path, help="a run directory")
     export.add_argument(
-        "--format", default="saelens", help=f"of {', '.join(FORMATS)}; several with commas, or all"
+        "--format", default="saelens", help=f"of {', '.join(formats.written())}; several with commas, or all"
     )
     export.add_argument("--bank", help="only this bank's SAEs (default: all)")
     convert = commands.add_parser("convert", help="write an SAE of a file in another format")
     convert.add_argument("sae", help="a path or hf://OWNER/NAME/FOLDER, in any format")
-    convert.add_argument("--format", choices=FORMATS, required=True)
+    convert.add_argument("--format", choices=formats.written(), required=True)
     convert.add_argument(
         "--model", default="", help="if the file does not say it or is wrong, for example gemma2_2b"
     )
@@ -46,7 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     publish = commands.add_parser("publish", help="write, and perhaps upload, a repository of a run's SAEs")
     publish.add_argument("run", type=common.path, help="the directory of a run that has been evaluated")
     publish.add_argument("--repo", required=True, help="OWNER/NAME on Hugging Face's hub")
-    publish.add_argument("--format", choices=PUBLISHED, default="saelens")
+    publish.add_argument(
+        "--format",
+        choices=[name for name, one in formats.FORMATS.items() if one.is_published],
+        default="saelens",
+    )
     publish.add_argument(
         "--license", default="", help="that you choose for your SAEs, as the hub calls it, such as cc-by-4.0"
     )
@@ -149,12 +152,12 @@ def main() -> None:
     elif args.command == "export":
         from gemma_scope_jax.training import export as export_lib
 
-        formats = FORMATS if args.format == "all" else tuple(args.format.split(","))
-        if unknown := set(formats) - set(FORMATS):
+        chosen = formats.written() if args.format == "all" else tuple(args.format.split(","))
+        if unknown := set(chosen) - set(formats.written()):
             parser.error(
-                f"--format: unknown {', '.join(sorted(unknown))}; choose of {', '.join(FORMATS)}, or all"
+                f"--format: unknown {', '.join(sorted(unknown))}; choose of {', '.join(formats.written())}, or all"
             )
-        for place in export_lib.export_run(args.run, formats, args.out, args.bank, args.dtype):
+        for place in export_lib.export_run(args.run, chosen, args.out, args.bank, args.dtype):
             say(f"Exported {place}")
     elif args.command == "convert":
         from gemma_scope_jax.saes import saving

@@ -12,6 +12,7 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data.sources import Exchange
 from gemma_scope_jax.models.masking import BOS, PAD
 from gemma_scope_jax.models.tokenizer import Tokenizer
+from gemma_scope_jax.runtime.errors import DataError
 
 
 def is_held_out(config: config_lib.DataConfig, document: int) -> bool:
@@ -35,7 +36,7 @@ def pack(
     """
     frame = 1 + len(before) + len(after)
     if length <= frame:
-        raise ValueError(
+        raise DataError(
             f"data.context_length is {length}, but BOS and the chat template alone take {frame} tokens; give more"
         )
     # The end of a row is padded rather than filled with a shorter piece.
@@ -64,7 +65,7 @@ def encode(tokenizer: Tokenizer, document: str | Exchange, between: Sequence[int
     if isinstance(document, str):
         return tokenizer.encode(document)
     if not between:
-        raise ValueError(
+        raise DataError(
             "the text has prompts and replies; set data.chat_template, or --turns of evaluate.py, or remove "
             'each "prompt"'
         )

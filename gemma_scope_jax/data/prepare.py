@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import tqdm
 from array_record.python import array_record_module
 
 from gemma_scope_jax import config as config_lib
@@ -29,10 +28,12 @@ from gemma_scope_jax.data.token_rows import HELD_OUT, TRAIN, cached
 from gemma_scope_jax.models import tokenizer, weights
 from gemma_scope_jax.models.chat import chat_template
 from gemma_scope_jax.models.tokenizer import Tokenizer
-from gemma_scope_jax.runtime import distributed
+from gemma_scope_jax.runtime import distributed, reporting
+from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.files import expanded, read_json, replacing_file
 from gemma_scope_jax.runtime.locks import locked
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 
 # Documents that are tokenised and packed by themselves, into a file of their own.
 PART = 2**14
@@ -78,13 +79,13 @@ def prepare_rows(
     only = only_document(config.text)
     several = f"{only} is one document; for several give .jsonl with a line for each, or several files"
     if only and config.held_out_fraction < 1:
-        raise ValueError(f"none is left to hold out: {several}")
+        raise DataError(f"none is left to hold out: {several}")
     tokenizer = load_tokenizer()
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     if len(before) + len(after) + 2 > config.context_length:
-        raise ValueError(f"data.context_length {config.context_length} leaves no room in the chat template")
+        raise DataError(f"data.context_length {config.context_length} leaves no room in the chat template")
     told = printable(f". {several}", 480) if only else ""
-    print(f"Tokenising {printable(config.text)} into rows of {config.context_length}{told}.", flush=True)
+    say(f"Tokenising {printable(config.text)} into rows of {config.context_length}{told}.")
     busy = f"Another process prepares the same text in {root / name}; waiting for it."
     with locked(root / name / ".lock", busy, waits=True):
         return cached(config, name) or _prepare(config, tokenizer, load_tokenizer, name, identity, workers)
@@ -105,7 +106,7 @@ def _prepare(
     for split in (TRAIN, HELD_OUT):
         is_wanted = config.held_out_fraction < 1 or split == HELD_OUT
         if is_wanted and not sum(of_part[split] for of_part in lengths):
-            raise ValueError(
+            raise DataError(
                 f"data.text {config.text!r} leaves no document for the {split} split at "
                 f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
             )
@@ -135,7 +136,7 @@ def _write_parts(
     leash, ours = spawn.Pipe(duplex=False)
     pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _load_in_worker, (load_tokenizer, leash))
     lengths, running = [], collections.deque()
-    with pool, tqdm.tqdm(desc="Tokenising", unit="part", dynamic_ncols=True) as bar:
+    with pool, reporting.bar("Tokenising", "part") as bar:
 
         def take() -> None:
             lengths.append(running.popleft().result())
@@ -225,7 +226,7 @@ def _read_lengths(folder: pathlib.Path, first: int) -> dict[str, int] | None:
             if path.exists() or not any(folder.glob("*.array_record-*")):
                 reader = array_record_module.ArrayRecordReader(str(path))
                 if reader.num_records() != lengths[split]:
-                    raise ValueError(f"{path} has {reader.num_records()} rows, not {lengths[split]}")
+                    raise DataError(f"{path} has {reader.num_records()} rows, not {lengths[split]}")
     except (OSError, ValueError, KeyError, RuntimeError):
         say(f"{done} or its rows are damaged; this part is made again.")
         return None

@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.printing import printable, quoted, well_formed
 
 LONGEST = 2**30  # Bytes of one document: its tokens would take tens of gigabytes.
@@ -49,7 +50,7 @@ def read(path: pathlib.Path) -> Iterator[str | Exchange]:
             for line, found in read_objects(path):
                 if "text" not in found:
                     has = printable(", ".join(found)) or "nothing"
-                    raise ValueError(f'{path}:{line} is not a JSON object with a "text"; it has {has}')
+                    raise DataError(f'{path}:{line} is not a JSON object with a "text"; it has {has}')
                 text = checked(found["text"], "text", path, ":", line)
                 if "prompt" in found:
                     text = Exchange(checked(found["prompt"], "prompt", path, ":", line), text)
@@ -61,7 +62,7 @@ def read(path: pathlib.Path) -> Iterator[str | Exchange]:
                     yield checked(value, "text", path, ", row ", row)
                 first += len(column)
         case _:
-            raise ValueError(f"{path}: only .txt, .jsonl, .jsonl.gz, .json.gz and .parquet files are read")
+            raise DataError(f"{path}: only .txt, .jsonl, .jsonl.gz, .json.gz and .parquet files are read")
 
 
 def read_objects(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
@@ -77,9 +78,9 @@ def read_objects(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
         try:
             found = _decode_json(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number} is not a JSON object: {printable(error)}") from error
+            raise DataError(f"{path}:{number} is not a JSON object: {printable(error)}") from error
         if not isinstance(found, dict):
-            raise ValueError(f"{path}:{number} is not a JSON object: it is {quoted(found)}")
+            raise DataError(f"{path}:{number} is not a JSON object: it is {quoted(found)}")
         yield number, found
 
 
@@ -95,7 +96,7 @@ def checked(value: object, name: str, *where: object) -> str:
       ValueError: it is no string.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{''.join(map(str, where))}: the {name} is {quoted(value)}, expected a string")
+        raise DataError(f"{''.join(map(str, where))}: the {name} is {quoted(value)}, expected a string")
     return well_formed(value)
 
 
@@ -104,13 +105,13 @@ def _decoded(raw: bytes, path: pathlib.Path, line: int = 1) -> str:
     if line == 1:
         # UTF-16 without a mark has zeros among the first letters.
         if raw.startswith(_UTF_16) or 0 in raw[:2]:
-            raise ValueError(f"{path} is in UTF-16, or no text; convert it to UTF-8")
+            raise DataError(f"{path} is in UTF-16, or no text; convert it to UTF-8")
         raw = raw.removeprefix(_UTF_8_MARK)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{line} is not in UTF-8 ({error.reason}); convert it") from error
+        raise DataError(f"{path}:{line} is not in UTF-8 ({error.reason}); convert it") from error
 
 
 def _read_text(path: pathlib.Path) -> str:
@@ -125,7 +126,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
         file = io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20) if is_gzip else raw
         for number, line in enumerate(iter(functools.partial(file.readline, LONGEST + 1), b""), 1):
             if len(line) > LONGEST:
-                raise ValueError(f"line {number} has more than {LONGEST:,} bytes")
+                raise DataError(f"line {number} has more than {LONGEST:,} bytes")
             yield number, line
 
 
@@ -134,7 +135,7 @@ def _parquet_columns(path: pathlib.Path) -> Iterator[pyarrow.Array]:
     with files.open_regular(path) as file, files.reading(path, "Parquet"):
         table = pyarrow.parquet.ParquetFile(file)
         if "text" not in (names := table.schema_arrow.names):
-            raise ValueError(f"it has no column 'text' but {', '.join(names)}")
+            raise DataError(f"it has no column 'text' but {', '.join(names)}")
         for batch in table.iter_batches(columns=["text"]):
             yield batch.column(0)
 
@@ -147,7 +148,7 @@ def _values(column: pyarrow.Array, path: pathlib.Path, first_row: int) -> list:
             try:
                 value.as_py()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, row {row} is not in UTF-8 ({error.reason})") from error
+                raise DataError(f"{path}, row {row} is not in UTF-8 ({error.reason})") from error
         raise
 
 
@@ -162,7 +163,7 @@ def documents(text: str) -> Iterator[str | Exchange]:
             try:
                 found = found.decode() if isinstance(found, bytes) else found
             except UnicodeDecodeError as error:
-                raise ValueError(f"{text}, example {number} is not in UTF-8 ({error.reason})") from error
+                raise DataError(f"{text}, example {number} is not in UTF-8 ({error.reason})") from error
             yield checked(found, "text", text, ", example ", number)
     else:
         for path in _files(text):
@@ -177,7 +178,7 @@ def _tfds_texts(text: str) -> Iterator[object]:
         builder = tfds.builder(name, try_gcs=True)  # In TFDS's own bucket, if it is not on this disk.
         features = builder.info.features
         if not isinstance(features, tfds.features.FeaturesDict) or "text" not in features:
-            raise ValueError(f"its examples have no 'text' but {features}")
+            raise DataError(f"its examples have no 'text' but {features}")
         if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
             source = builder.as_data_source(split)
         else:
@@ -187,7 +188,7 @@ def _tfds_texts(text: str) -> Iterator[object]:
             yield example["text"]
     except Exception as error:  # Of many kinds: no such dataset, not prepared, damaged.
         reason = printable(" ".join(str(error).split()), 300)
-        raise ValueError(f"TFDS cannot give {text} ({reason}); prepare it first, or give files") from error
+        raise DataError(f"TFDS cannot give {text} ({reason}); prepare it first, or give files") from error
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
@@ -197,15 +198,15 @@ def read_prompts(path: pathlib.Path) -> list[str]:
       ValueError: there is no such file, or no prompt in it, or one is an exchange.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; give one of prompts, .txt with one a line or .jsonl")
+        raise DataError(f"there is no file {path}; give one of prompts, .txt with one a line or .jsonl")
     found = list(read(path))
     if path.suffix == ".txt":
         # Not by what Python takes for the end of a line, which may stand within a prompt.
         found = [line for line in found[0].split("\n") if line.strip()]
     if not found:
-        raise ValueError(f"{path} has no prompts")
+        raise DataError(f"{path} has no prompts")
     if any(isinstance(one, Exchange) for one in found):
-        raise ValueError(f'{path} has a "prompt" beside a "text"; give lines of {{"text": …}} alone')
+        raise DataError(f'{path} has a "prompt" beside a "text"; give lines of {{"text": …}} alone')
     return found
 
 
@@ -216,7 +217,7 @@ def _matches(text: str) -> list[pathlib.Path]:
 def _files(text: str) -> list[pathlib.Path]:
     found = _matches(text)
     if not found:
-        raise ValueError(f"data.text {quoted(text)} matches no file")
+        raise DataError(f"data.text {quoted(text)} matches no file")
     return found
 
 

@@ -14,7 +14,9 @@ from array_record.python import array_record_module
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.errors import DataError
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 
 TRAIN, HELD_OUT = "train", "held_out"
 
@@ -44,7 +46,7 @@ class Rows:
             examples = [self.source[int(i)] for i in indices]
         except Exception as error:  # ArrayRecord's: a damaged record, or a disk that cannot be read.
             reason = printable(" ".join(str(error).split()), 200)
-            raise ValueError(
+            raise DataError(
                 f"cannot read the rows in {self.folder} ({reason}); if it is damaged, remove it, and it is made again"
             ) from error
         return Batch(
@@ -69,10 +71,10 @@ def open_rows(folder: pathlib.Path, split: str) -> Rows:
     import tensorflow_datasets as tfds  # Slow to import, and not needed by those who bring their own rows.
 
     if why := damage(folder):
-        raise ValueError(f"cannot read the rows in {folder} ({why}); remove it, and it is made again")
+        raise DataError(f"cannot read the rows in {folder} ({why}); remove it, and it is made again")
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
-        raise ValueError(f"{folder} has no {split} rows: all of its documents are in the other split")
+        raise DataError(f"{folder} has no {split} rows: all of its documents are in the other split")
     return Rows(builder.as_data_source(split), folder)
 
 

@@ -19,9 +19,11 @@ import numpy as np
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.evaluation import opening, token_descriptions
-from gemma_scope_jax.models import activations, masking, placement, registry, tokenizer
+from gemma_scope_jax.models import activations, masking, placement, tokenizer
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, jumprelu
 
 EXAMPLES = 50  # Passages that a description is made from.
@@ -213,8 +215,7 @@ def _latents(
 
 
 def detect(
-    mesh: jax.sharding.Mesh,
-    loaded: registry.Gemma,
+    gemma: Gemma,
     subjects: Mapping[str, attached.Subject],
     rows: token_rows.Batch,
     latents: int,
@@ -226,8 +227,7 @@ def detect(
     """Detection scores of latents of SAEs, of all in one pass through the rows.
 
     Args:
-      mesh: of the devices that `loaded` lies on.
-      loaded: the model.
+      gemma: the model.
       subjects: the SAEs by name.
       rows: that are learnt from and tested on.
       latents: how many of each SAE to score; fewer where few fire often enough.
@@ -243,14 +243,16 @@ def detect(
     pool_N = np.sort(np.concatenate([rng.permutation(half)[:SILENT] for half in halves]))
     encoders, candidates, found = {}, {}, {}
     for name, subject in subjects.items():
-        encoders[name] = attached.encoder(mesh, subject.sae)
+        encoders[name] = attached.encoder(gemma.mesh, subject.sae)
         candidates[name] = rng.permutation(subject.sae.b_enc.size)[: CANDIDATES * latents]
         found[name] = Firings(text, pool_N, len(candidates[name]), seed)
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
-    for batch in activations.batches(mesh, loaded, sites, rows.tokens, per_batch, "Detecting"):
+    for batch in activations.batches(gemma, sites, rows.tokens, per_batch, "Detecting"):
         for name, subject in subjects.items():
             x_SxLxD = batch.values[subject.site]
-            f_SxLxC = _latents(mesh, encoders[name], x_SxLxD, batch.tokens_SxL, candidates[name], prefix)
+            f_SxLxC = _latents(
+                gemma.mesh, encoders[name], x_SxLxD, batch.tokens_SxL, candidates[name], prefix
+            )
             found[name].add(batch.first, np.asarray(f_SxLxC)[: batch.count])
     elsewhere = token_descriptions.count(
         token_descriptions.passages(text, background_N), len(text.vocabulary_V)
@@ -289,10 +291,9 @@ def detect_path(
     held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
     order = token_rows.order(len(held_out), batching.ORDER_SEED, 0, min(rows, len(held_out)))
     decode = tokenizer.load(config.model, config.tokenizer, config.weights).decode
-    mesh, loaded = placement.load_gemma(config)
+    gemma = placement.load_gemma(config)
     results = detect(
-        mesh,
-        loaded,
+        gemma,
         opened.subjects,
         held_out.read(order),
         latents,

@@ -1,7 +1,7 @@
 """SAEs and transcoders in Gemma's place: what they make of its activations, and what that costs its predictions.
 
 Every position that counts is spliced, and only predictions made from such positions are scored: by default all but
-BOS, EOS and PAD. `interventions` has the compiled passes, `metrics` the numbers.
+BOS, EOS and PAD. `passes` has the compiled passes, `metrics` the numbers.
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-import tqdm
 from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.evaluation import metrics
-from gemma_scope_jax.models import interventions, registry
+from gemma_scope_jax.evaluation import measuring, metrics
+from gemma_scope_jax.models import passes
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, resumable, sharding
+from gemma_scope_jax.runtime import distributed, reporting, resumable, sharding
+from gemma_scope_jax.runtime.errors import InputError, NonFiniteError
 from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 
@@ -27,12 +28,11 @@ MEASURES = 2  # Raised whenever what is kept of a batch changes, so that old par
 
 
 def site_means(
-    loaded: registry.Gemma,
+    gemma: Gemma,
     sites: tuple[Site, ...],
     rows: token_rows.Rows,
     per_batch: int,
     counts: batching.Counts = batching.every_position,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[Site, np.ndarray]:
     """The means of sites over the positions of the first training rows that count, all in the same passes.
 
@@ -40,44 +40,41 @@ def site_means(
       ValueError: no position counts.
       FloatingPointError: an activation is not finite.
     """
-    mesh = mesh or sharding.one_device()
     totals, n = dict.fromkeys(sites, 0.0), 0
 
     @jax.jit
     def sums(values: dict, is_kept_SxL: jax.Array) -> dict:
-        means = {site: metrics.measure_target(v, is_kept_SxL)["y_SxO"].sum(0) for site, v in values.items()}
-        return sharding.constrain(mesh, (means, is_kept_SxL.sum()), P())
+        means = {site: measuring.measure_target(v, is_kept_SxL)["y_SxO"].sum(0) for site, v in values.items()}
+        return sharding.constrain(gemma.mesh, (means, is_kept_SxL.sum()), P())
 
     count = min(CALIBRATION_ROWS, len(rows))
-    for batch in batching.batches(mesh, rows, count, per_batch, counts) if sites else ():
-        _, values, _ = interventions.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
+    for batch in batching.batches(gemma.mesh, rows, count, per_batch, counts) if sites else ():
+        _, values, _ = passes.clean(gemma, batch.tokens_SxL, sites)
         found, kept = distributed.fetch(sums(values, batch.is_kept_SxL))
         totals = {site: totals[site] + np.asarray(found[site], np.float64) for site in sites}
         n += int(kept)
     if sites and not n:
-        raise ValueError(f"no position of the first {count} training rows counts: {_NONE_COUNTS}")
+        raise InputError(f"no position of the first {count} training rows counts: {_NONE_COUNTS}")
     for site, total in totals.items():
         if not np.isfinite(total).all():
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"activations of {site} on the first {count} training rows are not finite: {_NOT_FINITE}"
             )
     return {site: (total / n).astype(np.float32) for site, total in totals.items()}
 
 
 def activations(
-    loaded: registry.Gemma,
+    gemma: Gemma,
     sites: tuple[Site, ...],
     rows: token_rows.Rows,
     count: int,
     per_batch: int,
     counts: batching.Counts = batching.every_position,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[Site, np.ndarray]:
     """The activations [B, D] of sites at the positions of the first `count` rows that count, in float32."""
-    mesh = mesh or sharding.one_device()
     found: dict[Site, list[np.ndarray]] = {site: [] for site in sites}
-    for batch in batching.batches(mesh, rows, min(count, len(rows)), per_batch, counts):
-        _, values, _ = interventions.clean(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
+    for batch in batching.batches(gemma.mesh, rows, min(count, len(rows)), per_batch, counts):
+        _, values, _ = passes.clean(gemma, batch.tokens_SxL, sites)
         values, is_kept_SxL = distributed.fetch((values, batch.is_kept_SxL))
         for site in sites:
             found[site].append(values[site][is_kept_SxL].astype(np.float32))
@@ -95,7 +92,7 @@ class Cost:
 
 
 def evaluate(
-    loaded: registry.Gemma,
+    gemma: Gemma,
     subjects: Mapping[str, attached.Subject],
     training_rows: token_rows.Rows,
     held_out_rows: token_rows.Rows,
@@ -103,7 +100,6 @@ def evaluate(
     per_batch: int,
     counts: batching.Counts = batching.every_position,
     is_fast: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
     parts: resumable.Parts | None = None,
 ) -> tuple[dict[str, Evaluation], Cost | None]:
     """Evaluates SAEs on the first `count` held-out rows in a fixed order; also says what a batch of them cost.
@@ -112,7 +108,7 @@ def evaluate(
     pass for zero and one for mean ablation, one gradient, and one pass for each SAE.
 
     Args:
-      loaded: the whole model.
+      gemma: the whole model.
       subjects: the SAEs by name.
       training_rows: on which a site's mean is measured where it is not known.
       held_out_rows: what is evaluated on.
@@ -120,14 +116,12 @@ def evaluate(
       per_batch: rows in one pass.
       counts: which positions are spliced and scored.
       is_fast: without KL, which makes logits twice, and r_L0, which needs the gradient.
-      mesh: of the devices that `loaded` lies on; None: the default device.
       parts: where what is measured is kept, and taken from; None: nowhere.
 
     Raises:
       ValueError: no prediction counts.
       FloatingPointError: an activation, a reconstruction or a loss is not finite.
     """
-    mesh = mesh or sharding.one_device()
     count = min(count, len(held_out_rows))
     spliced = tuple(dict.fromkeys(subject.spliced for subject in subjects.values()))
     said = {site: [s.mean_O for s in subjects.values() if s.spliced == site] for site in spliced}
@@ -138,22 +132,20 @@ def evaluate(
         if means[0] is not None and all(np.array_equal(means[0], mean) for mean in means)
     }
     unknown = tuple(site for site in spliced if site not in known)
-    means = known | site_means(loaded, unknown, training_rows, per_batch, counts, mesh)
-    placed = {name: attached.place(mesh, subject.sae) for name, subject in subjects.items()}
-    totals = {name: metrics.Totals() for name in (*map(_reference, spliced), *subjects)}
+    means = known | site_means(gemma, unknown, training_rows, per_batch, counts)
+    placed = {name: attached.place(gemma.mesh, subject.sae) for name, subject in subjects.items()}
+    totals = {name: measuring.Totals() for name in (*map(_reference, spliced), *subjects)}
     seconds: list[dict[str, float]] = []
 
-    per_batch = batching.padded_rows(mesh, count, per_batch)
+    per_batch = batching.padded_rows(gemma.mesh, count, per_batch)
     passes_of_batch = 1 + (2 if is_fast else 3) * len(spliced) + len(subjects)
     total = -(-count // per_batch) * passes_of_batch
     speaks = distributed.is_first()
-    with tqdm.tqdm(
-        total=total, desc="Evaluating", unit="pass", dynamic_ncols=True, disable=not speaks
-    ) as bar:
-        for index, rows in enumerate(batching.batches(mesh, held_out_rows, count, per_batch, counts)):
+    with reporting.bar("Evaluating", "pass", total, speaks=speaks) as bar:
+        for index, rows in enumerate(batching.batches(gemma.mesh, held_out_rows, count, per_batch, counts)):
             found = parts.read(index) if parts else None
             if found is None:
-                found, took = _measure(mesh, loaded, subjects, placed, means, rows, is_fast, bar.update)
+                found, took = _measure(gemma, subjects, placed, means, rows, is_fast, bar.update)
                 _check_finite(found, held_out_rows, index * per_batch)
                 seconds.append(took)
                 if parts:
@@ -163,12 +155,12 @@ def evaluate(
             for name, sums in found.items():
                 totals[name].add(sums, rows.position_SxL)
     if not totals[_reference(spliced[0])].of_rows("scored_S").sum():
-        raise ValueError(f"no prediction of these rows counts: {_NONE_COUNTS}")
+        raise InputError(f"no prediction of these rows counts: {_NONE_COUNTS}")
     results = {
         name: metrics.summarize(subject.sae, totals[name], totals[_reference(subject.spliced)])
         for name, subject in subjects.items()
     }
-    return results, _cost(subjects, loaded.num_layers, seconds)
+    return results, _cost(subjects, gemma.num_layers, seconds)
 
 
 _NONE_COUNTS = "prompts and templates may fill them; give longer rows or other turns"
@@ -190,7 +182,7 @@ def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: token_row
             )
             if quantity == "clean_SxL":
                 of, mend = "Gemma's own loss", _NOT_FINITE
-            raise FloatingPointError(f"at row {row}, position {position} {of} is not finite; {mend}")
+            raise NonFiniteError(f"at row {row}, position {position} {of} is not finite; {mend}")
 
 
 def _reference(site: Site) -> str:
@@ -199,8 +191,7 @@ def _reference(site: Site) -> str:
 
 
 def _measure(
-    mesh: jax.sharding.Mesh,
-    loaded: registry.Gemma,
+    gemma: Gemma,
     subjects: Mapping[str, attached.Subject],
     placed: Mapping[str, jumprelu.SAE],
     means: Mapping[Site, np.ndarray],
@@ -209,14 +200,13 @@ def _measure(
     done: Callable[[], object],
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
     """What is measured of one batch, by SAE and by spliced site; and the seconds of what the bound is made of."""
-    gemma_of = (mesh, loaded.model, loaded.params)
     tokens = (rows.tokens_SxL, rows.is_kept_SxL)
     sites = tuple(dict.fromkeys(s for subject in subjects.values() for s in (subject.site, subject.spliced)))
     start = time.perf_counter()
-    clean_pass = interventions.clean(*gemma_of, rows.tokens_SxL, sites)
+    clean_pass = passes.clean(gemma, rows.tokens_SxL, sites)
     streams, values, clean_SxLxD = jax.block_until_ready(clean_pass)
     blocks = time.perf_counter()
-    clean = jax.block_until_ready(interventions.loss(*gemma_of, clean_SxLxD, *tokens))
+    clean = jax.block_until_ready(passes.loss(gemma, clean_SxLxD, *tokens))
     took = {"blocks": blocks - start, "loss": time.perf_counter() - blocks}
     done()
 
@@ -229,33 +219,31 @@ def _measure(
     for site in dict.fromkeys(subject.spliced for subject in subjects.values()):
         y_SxLxO, before_SxLxD = values[site], streams[site.layer]
         mean_O = np.asarray(means[site])
-        splice = functools.partial(interventions.spliced, *gemma_of, before_SxLxD, *tokens, site)
+        splice = functools.partial(passes.spliced, gemma, before_SxLxD, *tokens, site)
         # On the host, since an array of this host's devices alone could not meet one of all hosts'.
         ablations = {"zero": np.zeros_like(mean_O), "mean": mean_O}
-        found = metrics.target(mesh, y_SxLxO, rows.is_kept_SxL)
+        found = measuring.target(gemma.mesh, y_SxLxO, rows.is_kept_SxL)
         found |= {"clean_SxL": clean["loss_SxL"], "scored_SxL": clean["scored_SxL"]}
         for name, value_O in ablations.items():
-            found[f"{name}_SxL"] = interventions.loss(*gemma_of, splice(value_O[None, None]), *tokens)[
-                "loss_SxL"
-            ]
+            found[f"{name}_SxL"] = passes.loss(gemma, splice(value_O[None, None]), *tokens)["loss_SxL"]
             done()
         keep(_reference(site), found)
         importance_SxLxO = None
         if not is_fast:
-            importance_SxLxO = interventions.importance(*gemma_of, before_SxLxD, y_SxLxO, *tokens, site)
+            importance_SxLxO = passes.importance(gemma, before_SxLxD, y_SxLxO, *tokens, site)
             done()
         for name, subject in subjects.items():
             if subject.spliced != site:
                 continue
-            recon_SxLxO, found = metrics.reconstruct(
-                mesh, placed[name], values[subject.site], y_SxLxO, mean_O, rows.is_kept_SxL, importance_SxLxO,
-                subject.top_k,
+            recon_SxLxO, found = measuring.reconstruct(
+                gemma.mesh, placed[name], values[subject.site], y_SxLxO, mean_O, rows.is_kept_SxL, importance_SxLxO,
+                subject.top_k, metrics.measures(),
             )  # fmt: skip
             final_SxLxD = splice(recon_SxLxO)
             if is_fast:
-                found["loss_SxL"] = interventions.loss(*gemma_of, final_SxLxD, *tokens)["loss_SxL"]
+                found["loss_SxL"] = passes.loss(gemma, final_SxLxD, *tokens)["loss_SxL"]
             else:
-                found |= interventions.divergence(*gemma_of, final_SxLxD, clean_SxLxD, *tokens)
+                found |= passes.divergence(gemma, final_SxLxD, clean_SxLxD, *tokens)
             keep(name, found)
             done()
     return all_found, took | {"all": time.perf_counter() - start}

@@ -1,140 +1,21 @@
-"""The numbers of an SAE, from what was measured of each token.
+"""The numbers of an SAE, from the sums of what was measured of it: `METRICS` has each with its label and definition.
 
-Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them; docs/metrics.md writes them all out.
-`measure`, `measure_target` and what is compiled of them run on devices, a batch at a time; the rest is float64 on the
-host. The numbers themselves are the fields of `evaluation_file.Evaluation`.
+`register` adds one (docs/extending.md). Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them;
+docs/metrics.md writes them all out.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.evaluation.measuring import OfTokens, Totals
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import evaluation_file, geometry, jumprelu
 from gemma_scope_jax.training.normalizer import CONSTANT
 
-
-def measure(
-    subject: jumprelu.SAE,
-    x_SxLxD: jax.Array,
-    y_SxLxO: jax.Array,
-    mean_O: jax.Array,
-    is_kept_SxL: jax.Array,
-    importance_SxLxO: jax.Array | None,
-    top_k: int | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What an SAE makes of x in place of y, and what is measured of every token, row, dimension and latent.
-
-    Args:
-      subject: the SAE or transcoder.
-      x_SxLxD: what it reads.
-      y_SxLxO: what is spliced.
-      mean_O: the site's mean.
-      is_kept_SxL: which positions count.
-      importance_SxLxO: the gradient of the centred logits; see `importance`.
-      top_k: only so many latents of an activation fire, the strongest; None: those above their thresholds.
-
-    Returns:
-      The reconstruction [S, L, O], and sums: `_SxL` of each token, 0 where it does not count.
-    """
-    shape = is_kept_SxL.shape
-    weight_B = is_kept_SxL.reshape(-1).astype(jnp.float32)
-    x_BxD, y_BxO = (v.reshape(weight_B.size, -1).astype(jnp.float32) for v in (x_SxLxD, y_SxLxO))
-    f_BxM = jumprelu.encode(subject, x_BxD, jax.lax.Precision.HIGHEST)
-    if top_k is not None:
-        f_BxM = jumprelu.keep_top(f_BxM, top_k)
-    recon_BxO = jumprelu.decode(subject, f_BxM, x_BxD, jax.lax.Precision.HIGHEST)
-    fired_BxM = (f_BxM > 0) * weight_B[:, None]
-    error_BxO = recon_BxO - y_BxO
-    # Sums and not matmuls, which on TPU would round their inputs to bfloat16.
-    error_B, y_B, recon_B = (jnp.square(v).sum(1) for v in (error_BxO, y_BxO, recon_BxO))
-    norms_B = jnp.sqrt(y_B * recon_B)
-    distance_B = jnp.square(y_BxO - mean_O[None]).sum(1)
-    unexplained_B = error_B / jnp.where(distance_B > 0, distance_B, 1)
-
-    def of_tokens(value_B: jax.Array) -> jax.Array:
-        return jnp.where(weight_B > 0, value_B, 0).reshape(shape)
-
-    found = {
-        "count_SxL": of_tokens(jnp.ones_like(weight_B)),
-        "l0_SxL": of_tokens(fired_BxM.sum(1)),
-        "error_SxL": of_tokens(error_B),
-        "explained_SxL": of_tokens(1 - unexplained_B),
-        "cosine_SxL": of_tokens((y_BxO * recon_BxO).sum(1) / jnp.where(norms_B > 0, norms_B, 1)),
-        "norm_ratio_SxL": of_tokens(jnp.sqrt(recon_B / jnp.where(y_B > 0, y_B, 1))),
-        "error_SxO": (weight_B[:, None] * jnp.square(error_BxO)).reshape(*shape, -1).sum(1),
-        "fired_M": fired_BxM.sum(0),
-    }
-    if importance_SxLxO is not None:
-        g_BxO = importance_SxLxO.reshape(y_BxO.shape).astype(jnp.float32)
-        active = jnp.abs(f_BxM * jnp.matmul(g_BxO, subject.W_dec.T, precision=jax.lax.Precision.HIGHEST))
-        uniformity_B, has_active_B = uniformity(active)
-        found["r_l0_SxL"] = of_tokens(uniformity_B)
-        found["active_SxL"] = of_tokens(has_active_B.astype(jnp.float32))
-    return recon_BxO.reshape(y_SxLxO.shape), found
-
-
-def measure_target(y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
-    """Of what is spliced, the sum and the squared distance from the row's mean, by row and dimension.
-
-    Both are sums over the positions that count. Not of squares, of which a large mean would leave rounding alone.
-    """
-    is_kept_SxLx1, y_SxLxO = is_kept_SxL[..., None], y_SxLxO.astype(jnp.float32)
-    y_SxO = jnp.where(is_kept_SxLx1, y_SxLxO, 0).sum(1)
-    mean_SxO = y_SxO / jnp.maximum(is_kept_SxL.sum(1), 1)[:, None]
-    within_SxLxO = jnp.where(is_kept_SxLx1, jnp.square(y_SxLxO - mean_SxO[:, None]), 0)
-    return {"y_SxO": y_SxO, "y_within_SxO": within_SxLxO.sum(1)}
-
-
-def uniformity(importance_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """r_L0 = exp(entropy of p) / ‖p‖₀ with p = |y| / Σ|y| (Gemma Scope, appendix C), and where there is any.
-
-    1 where all active latents matter equally, 1 / L0 where one alone does.
-    """
-    total_B = importance_BxM.sum(1)
-    is_active_B = total_B > 0
-    p_BxM = importance_BxM / jnp.where(is_active_B, total_B, 1)[:, None]
-    entropy_B = -jnp.where(p_BxM > 0, p_BxM * jnp.log(jnp.where(p_BxM > 0, p_BxM, 1)), 0).sum(1)
-    count_B = (importance_BxM > 0).sum(1)
-    return jnp.where(is_active_B, jnp.exp(entropy_B) / jnp.maximum(count_B, 1), 0), is_active_B
-
-
-class Totals:
-    """What `measure` found, added up over batches on the host."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, list[np.ndarray]] = {}
-        self.positions: dict[str, np.ndarray] = {}
-        self.latents: dict[str, np.ndarray] = {}
-        self.l0_counts = np.zeros(1, np.int64)
-
-    def add(self, found: Mapping[str, np.ndarray], position_SxL: np.ndarray) -> None:
-        """Takes the sums of a batch; `_SxL` by row and by position, `_SxO` by row, `_M` over all."""
-        for name, value in found.items():
-            quantity, _, kind = name.rpartition("_")
-            value = np.asarray(value, np.float64)
-            if kind == "M":
-                self.latents[quantity] = self.latents.get(quantity, 0) + value
-                continue
-            if kind == "SxL":
-                length = value.shape[1]
-                at = np.bincount(position_SxL.reshape(-1), value.reshape(-1), minlength=length)
-                self.positions[quantity] = self.positions.get(quantity, 0) + at
-                value = value.sum(1)
-            self.rows.setdefault(f"{quantity}_{'S' if kind == 'SxL' else 'SxO'}", []).append(value)
-        if "l0_SxL" in found:
-            l0 = np.asarray(found["l0_SxL"])[np.asarray(found["count_SxL"]) > 0].astype(np.int64)
-            counts = np.bincount(l0, minlength=self.l0_counts.size)
-            counts[: self.l0_counts.size] += self.l0_counts
-            self.l0_counts = counts
-
-    def of_rows(self, name: str) -> np.ndarray | None:
-        """[S] or [S, O] over all rows; None if it was not measured."""
-        return np.concatenate(self.rows[name]) if name in self.rows else None
+NAN = float("nan")
 
 
 def ratio(numerator_S: np.ndarray, denominator_S: np.ndarray) -> tuple[float, float]:
@@ -155,6 +36,267 @@ def standard_error(residual_S: np.ndarray) -> float:
     return float(np.sqrt(np.square(residual_S).sum() * n / (n - 1))) if n > 1 else float("nan")
 
 
+class Sums:
+    """What was measured of one SAE, and of its site without it, over all rows: what a number is made of."""
+
+    def __init__(
+        self,
+        subject: jumprelu.SAE,
+        of_sae: Totals,
+        references: Totals,
+        nearest_cosine_M: np.ndarray | None = None,
+    ) -> None:
+        """Takes the sums; see `summarize`."""
+        self.subject, self.of_sae, self.references = subject, of_sae, references
+        self.count_S, self.scored_S = of_sae.of_rows("count_S"), references.of_rows("scored_S")
+        self.loss = {name: references.of_rows(f"{name}_S") for name in ("clean", "zero", "mean")}
+        self.loss["spliced"] = of_sae.of_rows("loss_S")
+        self.delta_S = self.loss["spliced"] - self.loss["clean"]
+        self.error_SxO = of_sae.of_rows("error_SxO")
+        y_SxO, self._within_SxO = (references.of_rows(f"{name}_SxO") for name in ("y", "y_within"))
+        self.mean_O = y_SxO.sum(0) / self.count_S.sum()
+        self._row_mean_SxO = y_SxO / np.maximum(self.count_S, 1)[:, None]
+        self.frequency_M = of_sae.latents["fired"] / self.count_S.sum()
+        self._nearest_cosine_M = nearest_cosine_M
+
+    def mean(self, name: str, per_S: np.ndarray | None = None) -> tuple[float | None, float | None]:
+        """Of what was measured of each token, over those that count; None where it was not."""
+        value_S = self.of_sae.of_rows(f"{name}_S")
+        return (None, None) if value_S is None else ratio(value_S, self.count_S if per_S is None else per_S)
+
+    def distance(self, centre_O: np.ndarray | float) -> np.ndarray:
+        """Each row's part of the squared distance from a centre, rows by dimensions."""
+        return self._within_SxO + self.count_S[:, None] * np.square(self._row_mean_SxO - centre_O)
+
+    @functools.cached_property
+    def variance_SxO(self) -> np.ndarray:
+        return self.distance(self.mean_O)
+
+    @functools.cached_property
+    def varies_O(self) -> np.ndarray:
+        """Where what is spliced is always the same there is no variance to explain, but for rounding."""
+        return self.variance_SxO.sum(0) > CONSTANT * self.count_S.sum() * np.square(self.mean_O)
+
+    @functools.cached_property
+    def is_constant(self) -> bool:
+        """The same of all dimensions together."""
+        square = self.count_S.sum() * np.square(self.mean_O).sum()
+        return bool(self.variance_SxO.sum() <= CONSTANT * square)
+
+    @functools.cached_property
+    def variance_S(self) -> np.ndarray:
+        return 0 * self.count_S if self.is_constant else self.variance_SxO.sum(1)
+
+    @functools.cached_property
+    def nearest_cosine_M(self) -> np.ndarray:
+        """See `geometry.nearest_cosine`."""
+        if self._nearest_cosine_M is not None:
+            return self._nearest_cosine_M
+        return geometry.nearest_cosine(np.asarray(self.subject.W_dec))
+
+
+# A number and its standard error over rows; None for what was not measured, or has no error.
+Number = tuple[float | None, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number of an evaluation.
+
+    Args:
+      label: as tables and pages call it.
+      definition: what it is, in a sentence or two.
+      reduce: it and its standard error, from the sums over all rows. None: the mean of what `measure` gives over the
+        positions that count.
+      form: how it is shown, as a format of Python.
+      measure: what it takes of each token beyond what is measured anyway; compiled into the pass over each batch.
+      paired: what is summed of each row, less what, over what: the fields of `Evaluation.by_row` by which two
+        evaluations of the same rows are compared. Empty: they are not.
+      shown_in: "page", the table of a page; "terminal", that of many SAEs; "comparison", side by side.
+    """
+
+    label: str
+    definition: str
+    reduce: Callable[[Sums], Number] | None = None
+    form: str = ".4f"
+    measure: OfTokens | None = None
+    paired: tuple[str, str | None, str] | tuple[()] = ()
+    shown_in: tuple[str, ...] = ("page",)
+
+
+def _recovered(delta_S: np.ndarray, ablated_S: np.ndarray, clean_S: np.ndarray) -> tuple[float, float]:
+    """1 − delta loss over what the ablation costs, and its standard error; NaN where that is rounding alone."""
+    cost_S = ablated_S - clean_S
+    if abs(cost_S.sum()) <= 1e-6 * clean_S.sum():
+        return NAN, NAN
+    lost, error = ratio(delta_S, cost_S)
+    return 1 - lost, error
+
+
+def _per_dimension(s: Sums) -> Number:
+    if not s.varies_O.any():
+        return NAN, NAN
+    error_SxO, variance_SxO = s.error_SxO[:, s.varies_O], s.variance_SxO[:, s.varies_O]
+    error_O, variance_O = error_SxO.sum(0), variance_SxO.sum(0)
+    residual_SxO = (error_SxO - error_O / variance_O * variance_SxO) / variance_O
+    return float((error_O / variance_O).mean()), standard_error(residual_SxO.mean(1))
+
+
+def _of_elements(s: Sums) -> Number:
+    unexplained, error = ratio(s.error_SxO.sum(1), s.distance(s.mean_O.mean()).sum(1))
+    return 1 - unexplained, error
+
+
+def _loss(name: str) -> Callable[[Sums], Number]:
+    return lambda s: (ratio(s.loss[name], s.scored_S)[0], None)
+
+
+METRICS: dict[str, Metric] = {
+    "l0": Metric(
+        "L0",
+        "Mean number of latents that fire on an activation.",
+        lambda s: s.mean("l0"),
+        ".1f",
+        paired=("l0", None, "activations"),
+        shown_in=("page", "terminal", "comparison"),
+    ),
+    "fvu": Metric(
+        "FVU",
+        "Σ‖y − ŷ‖² / Σ‖y − mean‖², the mean being that of the activations evaluated on.",
+        lambda s: ratio(s.error_SxO.sum(1), s.variance_S),
+        paired=("error", None, "variance"),
+        shown_in=("page", "terminal", "comparison"),
+    ),
+    "delta_loss": Metric(
+        "delta loss, nats",
+        "Mean cross-entropy of next tokens with the reconstruction in the activations' place, less that without.",
+        lambda s: ratio(s.delta_S, s.scored_S),
+        paired=("spliced_loss", "clean_loss", "tokens"),
+        shown_in=("page", "terminal", "comparison"),
+    ),
+    "kl": Metric(
+        "KL, nats",
+        "Mean KL divergence of the spliced from the clean prediction, KL(clean ‖ spliced).",
+        lambda s: s.mean("kl", s.scored_S),
+        shown_in=("page", "comparison"),
+    ),
+    "r_l0": Metric(
+        "r_L0",
+        "Uniformity of active latent importance: exp(entropy of p) / ‖p‖₀ with p = |y| / Σ|y|, y = f ⊙ W_dec ∇L and "
+        "L the sum of next tokens' logits less the mean logit, nothing spliced; the mean over activations. 1: all "
+        "active latents matter alike.",
+        lambda s: s.mean("r_l0", s.of_sae.of_rows("active_S")),
+        ".3f",
+        shown_in=("page", "comparison"),
+    ),
+    "loss_recovered_mean": Metric(
+        "loss recovered, mean",
+        "1 − delta loss / (loss with the site's mean in the activations' place − clean loss).",
+        lambda s: _recovered(s.delta_S, s.loss["mean"], s.loss["clean"]),
+        shown_in=("page", "terminal", "comparison"),
+    ),
+    "loss_recovered_zero": Metric(
+        "loss recovered, zero",
+        "The same with zeros in their place.",
+        lambda s: _recovered(s.delta_S, s.loss["zero"], s.loss["clean"]),
+        shown_in=(),
+    ),
+    "cosine": Metric(
+        "cosine", "Mean cosine of activation and reconstruction.", lambda s: s.mean("cosine"), shown_in=()
+    ),
+    "norm_ratio": Metric("norm ratio", "Mean of ‖ŷ‖ / ‖y‖.", lambda s: s.mean("norm_ratio"), shown_in=()),
+    "fvu_per_dimension": Metric(
+        "FVU, per dimension",
+        "Mean over dimensions of each one's squared error over its variance.",
+        _per_dimension,
+        shown_in=(),
+    ),
+    "explained_variance_elements": Metric(
+        "explained variance, elements",
+        "1 − mean squared error / variance of all elements of all activations, as in Gemma Scope's tutorials.",
+        _of_elements,
+        shown_in=(),
+    ),
+    "explained_variance_tokens": Metric(
+        "explained variance, tokens",
+        "Mean over activations of 1 − ‖y − ŷ‖² / ‖y − site's mean‖², as SAELens once had it.",
+        lambda s: (NAN, NAN) if s.is_constant else s.mean("explained"),
+        shown_in=(),
+    ),
+    "clean_loss": Metric(
+        "clean loss",
+        "Mean cross-entropy of next tokens, nothing spliced.",
+        lambda s: ratio(s.loss["clean"], s.scored_S),
+        paired=("clean_loss", None, "tokens"),
+        shown_in=(),
+    ),
+    "spliced_loss": Metric(
+        "spliced loss",
+        "The same with the reconstruction spliced.",
+        _loss("spliced"),
+        paired=("spliced_loss", None, "tokens"),
+        shown_in=(),
+    ),
+    "zero_ablation_loss": Metric("zero ablation", "The same with zeros spliced.", _loss("zero"), shown_in=()),
+    "mean_ablation_loss": Metric(
+        "mean ablation", "The same with the site's mean spliced.", _loss("mean"), shown_in=()
+    ),
+    "dead_fraction": Metric(
+        "never fired here",
+        "Share of latents that fired on none of these activations.",
+        lambda s: (float((s.frequency_M == 0).mean()), None),
+        ".2%",
+        shown_in=("page", "terminal"),
+    ),
+    "dense_fraction": Metric(
+        "fired on over 10%",
+        "Share of latents that fired on more than a tenth of them.",
+        lambda s: (float((s.frequency_M > jumprelu.DENSE).mean()), None),
+        ".2%",
+        shown_in=("page", "terminal"),
+    ),
+    "decoder_cosine": Metric(
+        "nearest decoder cosine",
+        "Median over latents of the largest cosine with another's decoder.",
+        lambda s: (float(np.median(s.nearest_cosine_M)), None),
+        ".3f",
+        shown_in=(),
+    ),
+}
+_FIELDS = {field.name for field in dataclasses.fields(evaluation_file.Evaluation)}
+
+
+def register(name: str, metric: Metric) -> None:
+    """Adds a number to every evaluation from now on: to its files, its page, and its tables as `shown_in` says.
+
+    Raises:
+      ValueError: the name is taken, or the metric is neither measured nor reduced.
+    """
+    if METRICS.get(name, metric) != metric or (name not in METRICS and name in _FIELDS):
+        raise InputError(f"another number is called {name!r}; choose another name")
+    if not name.isidentifier():
+        raise InputError(f"a metric cannot be called {name!r}; choose letters, digits and _")
+    if metric.measure is None and metric.reduce is None:
+        raise InputError(f"the metric {name} has neither measure nor reduce; give one of them")
+    METRICS[name] = metric
+
+
+def measures() -> tuple[tuple[str, OfTokens], ...]:
+    """What metrics take of each token beyond what is measured anyway, by name."""
+    return tuple((name, metric.measure) for name, metric in METRICS.items() if metric.measure is not None)
+
+
+def shown_in(place: str) -> tuple[str, ...]:
+    """The names of the metrics that a place shows; see `Metric`."""
+    return tuple(name for name, metric in METRICS.items() if place in metric.shown_in)
+
+
+def paired() -> dict[str, tuple[str, str | None, str]]:
+    """The numbers that two evaluations are compared by, row by row: what is summed, less what, over what."""
+    own = {name: (name, None, "activations") for name, _ in measures()}
+    return own | {name: metric.paired for name, metric in METRICS.items() if metric.paired}
+
+
 def summarize(
     subject: jumprelu.SAE, of_sae: Totals, references: Totals, nearest_cosine_M: np.ndarray | None = None
 ) -> evaluation_file.Evaluation:
@@ -162,103 +304,47 @@ def summarize(
 
     Args:
       subject: the SAE.
-      of_sae: from `measure`, and its `loss_SxL` and perhaps `kl_SxL`.
-      references: from `measure_target`; `scored_SxL`, and the losses `clean_SxL`, `zero_SxL` and `mean_SxL`, 0 where
-        they are not scored.
-      nearest_cosine_M: see `nearest_cosine`; None: it is computed.
+      of_sae: from `measuring.measure`, and its `loss_SxL` and perhaps `kl_SxL`.
+      references: from `measuring.measure_target`; `scored_SxL`, and the losses `clean_SxL`, `zero_SxL` and
+        `mean_SxL`, 0 where they are not scored.
+      nearest_cosine_M: see `geometry.nearest_cosine`; None: it is computed.
     """
-    count_S, scored_S = of_sae.of_rows("count_S"), references.of_rows("scored_S")
-    loss = {name: references.of_rows(f"{name}_S") for name in ("clean", "zero", "mean")}
-    delta_S = of_sae.of_rows("loss_S") - loss["clean"]
-
-    def mean(name: str, weight_S: np.ndarray | None = count_S) -> tuple[float, float] | tuple[None, None]:
-        value_S = of_sae.of_rows(f"{name}_S")
-        return (None, None) if value_S is None else ratio(value_S, weight_S)
-
-    y_SxO, within_SxO = (references.of_rows(f"{name}_SxO") for name in ("y", "y_within"))
-    error_SxO, mean_O = of_sae.of_rows("error_SxO"), y_SxO.sum(0) / count_S.sum()
-    row_mean_SxO = y_SxO / np.maximum(count_S, 1)[:, None]
-
-    def distance(centre_O: np.ndarray | float) -> np.ndarray:
-        """Each row's part of the squared distance from a centre, rows by dimensions."""
-        return within_SxO + count_S[:, None] * np.square(row_mean_SxO - centre_O)
-
-    variance_SxO = distance(mean_O)
-    # Where what is spliced is always the same there is no variance to explain, but for rounding.
-    square_O = count_S.sum() * np.square(mean_O)
-    is_constant = variance_SxO.sum() <= CONSTANT * square_O.sum()
-    variance_S = 0 * count_S if is_constant else variance_SxO.sum(1)
-    fvu = ratio(error_SxO.sum(1), variance_S)
-    varies = variance_SxO.sum(0) > CONSTANT * square_O
-    error_O, variance_O = error_SxO.sum(0)[varies], variance_SxO.sum(0)[varies]
-    residual_SxO = (error_SxO[:, varies] - error_O / variance_O * variance_SxO[:, varies]) / variance_O
-    per_dimension = (float("nan"), float("nan"))
-    if varies.any():
-        per_dimension = (float((error_O / variance_O).mean()), standard_error(residual_SxO.mean(1)))
-    unexplained, unexplained_se = ratio(error_SxO.sum(1), distance(mean_O.mean()).sum(1))
-    recovered = {name: _recovered(delta_S, loss[name], loss["clean"]) for name in ("zero", "mean")}
-    frequency_M = of_sae.latents["fired"] / count_S.sum()
-    cosine_M = (
-        geometry.nearest_cosine(np.asarray(subject.W_dec)) if nearest_cosine_M is None else nearest_cosine_M
-    )
+    sums = Sums(subject, of_sae, references, nearest_cosine_M)
+    numbers: dict[str, float | None] = {}
+    for name, metric in METRICS.items():
+        value, error = metric.reduce(sums) if metric.reduce else sums.mean(name)
+        numbers[name] = value
+        if name not in _FIELDS or f"{name}_se" in _FIELDS:
+            numbers[f"{name}_se"] = error
     cumulative = np.cumsum(of_sae.l0_counts)
-    active_S = of_sae.of_rows("active_S")
-    pairs = {
-        "l0": mean("l0"),
-        "fvu": fvu,
-        "fvu_per_dimension": per_dimension,
-        "explained_variance_elements": (1 - unexplained, unexplained_se),
-        "explained_variance_tokens": (float("nan"), float("nan")) if is_constant else mean("explained"),
-        "cosine": mean("cosine"),
-        "norm_ratio": mean("norm_ratio"),
-        "delta_loss": ratio(delta_S, scored_S),
-        "clean_loss": ratio(loss["clean"], scored_S),
-        "kl": mean("kl", scored_S),
-        "r_l0": mean("r_l0", active_S),
-        "loss_recovered_zero": recovered["zero"],
-        "loss_recovered_mean": recovered["mean"],
-    }
+    count_S, scored_S = sums.count_S, sums.scored_S
     return evaluation_file.Evaluation(
-        **{name: value for name, (value, _) in pairs.items()},
-        **{f"{name}_se": error for name, (_, error) in pairs.items()},
+        **{name: value for name, value in numbers.items() if name in _FIELDS},
+        more={name: value for name, value in numbers.items() if name not in _FIELDS},
         l0_quantiles=tuple(
             int(np.searchsorted(cumulative, q / 100 * cumulative[-1])) for q in evaluation_file.QUANTILES
         ),
-        spliced_loss=ratio(of_sae.of_rows("loss_S"), scored_S)[0],
-        zero_ablation_loss=ratio(loss["zero"], scored_S)[0],
-        mean_ablation_loss=ratio(loss["mean"], scored_S)[0],
-        dead_fraction=float((frequency_M == 0).mean()),
-        dense_fraction=float((frequency_M > jumprelu.DENSE).mean()),
-        decoder_cosine=float(np.median(cosine_M)),
         rows=scored_S.size,
         activations=int(count_S.sum()),
         tokens=int(scored_S.sum()),
-        frequency=frequency_M,
-        nearest_cosine=cosine_M,
+        frequency=sums.frequency_M,
+        nearest_cosine=sums.nearest_cosine_M,
         threshold=np.asarray(subject.threshold),
         decoder_norm=np.linalg.norm(subject.W_dec, axis=1),
         encoder_norm=np.linalg.norm(subject.W_enc, axis=0),
         l0_counts=of_sae.l0_counts,
-        by_position=at_positions(of_sae, references, float(variance_S.sum() / count_S.sum())),
+        by_position=at_positions(of_sae, references, float(sums.variance_S.sum() / count_S.sum())),
         by_row={
             "activations": count_S,
             "tokens": scored_S,
             "l0": of_sae.of_rows("l0_S"),
-            "error": error_SxO.sum(1),
-            "variance": variance_S,
-            "clean_loss": loss["clean"],
-            "spliced_loss": of_sae.of_rows("loss_S"),
+            "error": sums.error_SxO.sum(1),
+            "variance": sums.variance_S,
+            "clean_loss": sums.loss["clean"],
+            "spliced_loss": sums.loss["spliced"],
+            **{name: of_sae.of_rows(f"{name}_S") for name, _ in measures()},
         },
     )
-
-
-def _recovered(delta_S: np.ndarray, ablated_S: np.ndarray, clean_S: np.ndarray) -> tuple[float, float]:
-    """1 − delta loss over what the ablation costs, and its standard error; NaN where that is rounding alone."""
-    cost_S = ablated_S - clean_S
-    if abs(cost_S.sum()) <= 1e-6 * clean_S.sum():
-        return float("nan"), float("nan")
-    lost, error = ratio(delta_S, cost_S)
-    return 1 - lost, error
 
 
 def undefined(results: Mapping[str, evaluation_file.Evaluation]) -> list[str]:
@@ -279,28 +365,18 @@ def undefined(results: Mapping[str, evaluation_file.Evaluation]) -> list[str]:
     return said
 
 
-# The numbers that two evaluations are compared by, row by row: what is summed, less what, over what.
-PAIRED = {
-    "l0": ("l0", None, "activations"),
-    "fvu": ("error", None, "variance"),
-    "delta_loss": ("spliced_loss", "clean_loss", "tokens"),
-    "spliced_loss": ("spliced_loss", None, "tokens"),
-    "clean_loss": ("clean_loss", None, "tokens"),
-}
-
-
 def difference(number: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> tuple[float, float]:
     """What a number is of `b` less what it is of `a`, and its standard error over rows, the same rows of both.
 
     NaN where there is nothing to divide by.
 
     Args:
-      number: of `PAIRED`.
+      number: of `paired()`.
       a: `by_row` of one evaluation.
       b: of another.
     """
     values, residuals = [], []
-    over, less, per = PAIRED[number]
+    over, less, per = paired()[number]
     if not (a[per].sum() and b[per].sum()):
         return float("nan"), float("nan")
     for rows in (a, b):
@@ -325,25 +401,3 @@ def at_positions(of_sae: Totals, references: Totals, variance: float) -> dict[st
             "activations": count_L,
             "tokens": scored_L,
         }
-
-
-@functools.partial(jax.jit, static_argnames=("mesh", "top_k"))
-def reconstruct(
-    mesh: jax.sharding.Mesh,
-    subject: jumprelu.SAE,
-    x_SxLxD: jax.Array,
-    y_SxLxO: jax.Array,
-    mean_O: jax.Array,
-    is_kept_SxL: jax.Array,
-    importance_SxLxO: jax.Array | None,
-    top_k: int | None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """See `measure`; what is measured is whole on every chip."""
-    recon_SxLxO, found = measure(subject, x_SxLxD, y_SxLxO, mean_O, is_kept_SxL, importance_SxLxO, top_k)
-    return sharding.constrain(mesh, recon_SxLxO, sharding.TOKENS), sharding.constrain(mesh, found, P())
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def target(mesh: jax.sharding.Mesh, y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
-    """See `measure_target`; whole on every chip."""
-    return sharding.constrain(mesh, measure_target(y_SxLxO, is_kept_SxL), P())

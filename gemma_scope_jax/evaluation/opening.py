@@ -11,7 +11,9 @@ from gemma_scope_jax.data import prepare, sources, token_rows
 from gemma_scope_jax.evaluation import output
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.printing import printable, say, well_formed
+from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.printing import printable, well_formed
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, finding, loading, naming
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.training import export, runs
@@ -69,7 +71,7 @@ def open_path(location: str | pathlib.Path, trust: bool | None = None, **overrid
         return _open_stored(str(location), given, bool(trust))
     for name in _OF_FILES:
         if name in given:
-            raise ValueError(f"--{name} is for SAEs in files; a run says it itself")
+            raise InputError(f"--{name} is for SAEs in files; a run says it itself")
     return _open_run(path, given)
 
 
@@ -139,7 +141,7 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
     found = list(loading.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
     about, model = found[0].about, found[0].model
     if others := {one.model for one in found} - {model}:
-        raise ValueError(
+        raise InputError(
             f"{location} has SAEs of {model} and of {', '.join(others)}; give those of one model"
         )
     named = {name: value for name in ("text", "weights", "tokenizer") if (value := getattr(about, name))}
@@ -154,7 +156,7 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
     for name in ("weights", "tokenizer"):
         chosen = given.get(name) or getattr(about, name)
         if chosen and "://" not in chosen and not files.expanded(chosen).exists():
-            raise ValueError(
+            raise InputError(
                 f"{location}: {name} {printable(chosen)} does not exist here; give another --{name}"
             )
     # Files of others do not say how they were trained: the defaults then, with Gemma in float32.
@@ -176,7 +178,7 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
     config = _changed(trained, {name: value for name, value in given.items() if name not in _OF_FILES})
     for one in found:
         if one.site.layer != one.target_site.layer:
-            raise ValueError(
+            raise InputError(
                 f"{location} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
             )
     subjects = {
@@ -184,7 +186,7 @@ def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
         for one in found
     }
     if len(subjects) < len(found):
-        raise ValueError(f"{location} has two SAEs of one name; rename one of their folders")
+        raise InputError(f"{location} has two SAEs of one name; rename one of their folders")
     is_as_trained = config.data == trained.data and "tokenizer" not in given
 
     def rows() -> pathlib.Path:

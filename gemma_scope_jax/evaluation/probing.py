@@ -19,10 +19,13 @@ from sklearn import linear_model, model_selection
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.evaluation import opening
-from gemma_scope_jax.models import activations, masking, placement, registry, tokenizer
+from gemma_scope_jax.models import activations, masking, placement, tokenizer
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, printing, ranges, sharding
-from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, say, well_formed
+from gemma_scope_jax.runtime.errors import DataError
+from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, well_formed
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, jumprelu
 
 FEATURES = (1, 2, 5, 20)  # So many are probed with.
@@ -77,22 +80,22 @@ def read_labelled(path: pathlib.Path) -> Labelled:
       ValueError: there is no such file, a line is not such an object, or there are too few texts or classes.
     """
     if not path.is_file():
-        raise ValueError(f"--labelled={path}: there is no such file")
+        raise DataError(f"--labelled={path}: there is no such file")
     found, labels, groups = [], [], []
     for number, one in sources.read_objects(path):
         where = f"{path}:{number}"
         if not {"text", "label"} <= one.keys():
-            raise ValueError(f'{where} is not a JSON object with a "text" and a "label"')
+            raise DataError(f'{where} is not a JSON object with a "text" and a "label"')
         text, label, group = one["text"], one["label"], one.get("group", one["text"])
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: the text is {quoted(text)}, expected a string that is not empty")
+            raise DataError(f"{where}: the text is {quoted(text)}, expected a string that is not empty")
         for name, value in (("label", label), ("group", group)):
             if not isinstance(value, (str, int)) or isinstance(value, bool):
-                raise ValueError(
+                raise DataError(
                     f"{where}: the {name} is {quoted(value)}, expected a string or a whole number"
                 )
         if len(str(label)) > LONGEST:
-            raise ValueError(
+            raise DataError(
                 f"{where}: the label has {len(str(label)):,} characters, at most {LONGEST} are taken"
             )
         found.append(well_formed(text))
@@ -100,10 +103,10 @@ def read_labelled(path: pathlib.Path) -> Labelled:
         groups.append(str(group))
     counts = dict(sorted(collections.Counter(labels).items()))
     if len(counts) < 2:
-        raise ValueError(f"{path} has texts of {len(counts)} classes; it takes two to tell apart")
+        raise DataError(f"{path} has texts of {len(counts)} classes; it takes two to tell apart")
     if few := {label: count for label, count in counts.items() if count < FEWEST}:
         named = printable(", ".join(f"{label!r} {count}" for label, count in few.items()))
-        raise ValueError(f"{path} has too few texts of {named}; give at least {FEWEST} of each class")
+        raise DataError(f"{path} has too few texts of {named}; give at least {FEWEST} of each class")
     return Labelled(found, np.array(labels), _numbered(groups))
 
 
@@ -131,7 +134,7 @@ def split(labelled: Labelled, seed: int) -> np.ndarray:
     """
     groups = _joined(labelled)
     if (count := len(set(groups))) < PARTS:
-        raise ValueError(
+        raise DataError(
             f"the texts are of {count} groups, which are not divided; give at least {PARTS} groups"
         )
     folds = model_selection.StratifiedGroupKFold(PARTS, shuffle=True, random_state=seed)
@@ -140,7 +143,7 @@ def split(labelled: Labelled, seed: int) -> np.ndarray:
     for label in np.unique(labelled.labels).tolist():
         for part, is_in_T in (("test", is_test_T), ("training", ~is_test_T)):
             if label not in labelled.labels[is_in_T]:
-                raise ValueError(
+                raise DataError(
                     f"no text of class {quoted(label)} is in the {part} part, since groups are not divided; "
                     "give more groups of that class, or another --seed"
                 )
@@ -239,22 +242,21 @@ def _pooled(
 
 
 def pool(
-    mesh: jax.sharding.Mesh,
-    loaded: registry.Gemma,
+    gemma: Gemma,
     subjects: Mapping[str, attached.Subject],
     tokens_TxL: np.ndarray,
     per_batch: int,
 ) -> tuple[dict[str, np.ndarray], dict[Site, np.ndarray]]:
     """The means over each row's positions: of every SAE's latents [T, M], and of every site's activations [T, D]."""
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
-    encoders = {name: attached.encoder(mesh, subject.sae) for name, subject in subjects.items()}
+    encoders = {name: attached.encoder(gemma.mesh, subject.sae) for name, subject in subjects.items()}
     latents, values = {name: [] for name in subjects}, {site: [] for site in sites}
-    for batch in activations.batches(mesh, loaded, sites, tokens_TxL, per_batch, "Probing"):
+    for batch in activations.batches(gemma, sites, tokens_TxL, per_batch, "Probing"):
         for name, subject in subjects.items():
-            f_SxM = _pooled(mesh, encoders[name], batch.values[subject.site], batch.tokens_SxL)
+            f_SxM = _pooled(gemma.mesh, encoders[name], batch.values[subject.site], batch.tokens_SxL)
             latents[name].append(np.asarray(f_SxM[: batch.count]))
         for site in sites:
-            x_SxD = _pooled(mesh, None, batch.values[site], batch.tokens_SxL)
+            x_SxD = _pooled(gemma.mesh, None, batch.values[site], batch.tokens_SxL)
             values[site].append(np.asarray(x_SxD[: batch.count]))
     return tuple({key: np.concatenate(parts) for key, parts in found.items()} for found in (latents, values))
 
@@ -301,11 +303,11 @@ def probe_path(
     if given_out is None and (out / "probing.json").exists():
         before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))
         if before != printing.shareable(labelled):
-            raise ValueError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
+            raise DataError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
     encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
     tokens_TxL, cut = rows_of(given.texts, encode, config.data.context_length)
-    mesh, loaded = placement.load_gemma(config)
-    latents, values = pool(mesh, loaded, opened.subjects, tokens_TxL, per_batch)
+    gemma = placement.load_gemma(config)
+    latents, values = pool(gemma, opened.subjects, tokens_TxL, per_batch)
     results = {
         name: tasks(latents[name], values[subject.site], given.labels, is_test_T)
         for name, subject in opened.subjects.items()
@@ -324,7 +326,7 @@ def probe_path(
     files.write_json(out / "probing.json", about | {"sae": written})
     print_table(results, len(given.texts))
     if cut:
-        print(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
+        say(f"{cut:,} texts are longer than {config.data.context_length} tokens and were cut.")
     say(f"Wrote {out / 'probing.json'}")
     return results
 

@@ -22,8 +22,11 @@ from gemma_scope_jax.evaluation import (
     side_by_side,
 )
 from gemma_scope_jax.models import placement, registry, weights
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, files, ranges, resumable
-from gemma_scope_jax.runtime.printing import printable, say, shareable
+from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.printing import printable, shareable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, evaluation_file, naming, verdicts
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 from gemma_scope_jax.training import runs
@@ -47,9 +50,9 @@ def texts_of(given: Sequence[str]) -> dict[str, str]:
         else:
             label, source = opening.text_label(value), value
         if label.startswith("."):
-            raise ValueError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
+            raise InputError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
         if label.lower() in map(str.lower, texts):  # A disk may not keep them apart.
-            raise ValueError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
+            raise InputError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
         texts[label] = source
     return texts
 
@@ -103,10 +106,10 @@ def evaluate_path(
     with contextlib.ExitStack() as held:
         for place in places.values():
             held.enter_context(resumable.holding_parts(place / _PARTS))
-        mesh, loaded = placement.load_gemma(config)
+        gemma = placement.load_gemma(config)
         judged = tuple(opened.subjects)
         if has_baselines:
-            subjects = _with_baselines(opened, loaded, rows_per_batch, mesh)
+            subjects = _with_baselines(opened, gemma, rows_per_batch)
             by_label = {label: dataclasses.replace(one, subjects=subjects) for label, one in by_label.items()}
         options = {
             "rows": rows, "rows_per_batch": rows_per_batch, "split": split, **overrides,
@@ -117,9 +120,9 @@ def evaluate_path(
             place = places[label]
             of_text = options | {"text": f"{label}={texts[label]}" if label else None}
             of_text["out"] = given_out if place == out else place
-            parts.append(resumable.Parts(place / _PARTS, _identity_of_all(one, mesh, options)))
+            parts.append(resumable.Parts(place / _PARTS, _identity_of_all(one, gemma.mesh, options)))
             found[label] = _evaluate(
-                one, loaded, mesh, options, place, _command(path, of_text), parts[-1], judged, own_folder
+                one, gemma, options, place, _command(path, of_text), parts[-1], judged, own_folder
             )
         if len(found) > 1 and distributed.is_first():
             side_by_side.write(
@@ -156,7 +159,7 @@ def _places(
     for label, place in places.items():
         is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
         if given_out is not None and place != out and not is_free and not list(place.glob("evaluation.*")):
-            raise ValueError(f"{place} holds something that is no evaluation; give the text another name")
+            raise InputError(f"{place} holds something that is no evaluation; give the text another name")
         if given_out is None and place != output.own_folder(path):
             _check_same(place, _about(by_label[label], {"split": split, **overrides}))
     return out, places
@@ -173,7 +176,7 @@ def _check_same(place: pathlib.Path, about: Mapping[str, object]) -> None:
     differs = [name for name in names if name in found and shareable(found[name]) != shareable(about[name])]
     if differs:
         said = ", ".join(f"{name} {printable(found[name])}" for name in differs)
-        raise ValueError(
+        raise InputError(
             f"{path} is of {said}; to keep it, call this text otherwise, as in --text=NAME=SOURCE, or give an --out"
         )
 
@@ -188,16 +191,14 @@ def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
     return shlex.join(["python", "evaluate.py", shareable(path), *flags])
 
 
-def _with_baselines(
-    opened: opening.Opened, loaded: registry.Gemma, per_batch: int, mesh: jax.sharding.Mesh
-) -> dict[str, attached.Subject]:
+def _with_baselines(opened: opening.Opened, gemma: Gemma, per_batch: int) -> dict[str, attached.Subject]:
     """Each SAE followed by its baselines."""
     split = token_rows.TRAIN if opened.config.data.held_out_fraction < 1 else token_rows.HELD_OUT
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
     count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
     rows = token_rows.open_rows(opened.rows, split)
     found = evaluate.activations(
-        loaded, tuple(sorted(sites, key=str)), rows, count, per_batch, batching.counts_of(opened.config), mesh
+        gemma, tuple(sorted(sites, key=str)), rows, count, per_batch, batching.counts_of(opened.config)
     )
     subjects = {}
     for name, subject in opened.subjects.items():
@@ -236,15 +237,14 @@ def _identity_of_all(
         "rows": options["rows"],
         "rows_in_a_batch": batching.padded_rows(mesh, options["rows"], options["rows_per_batch"]),
         "is_fast": bool(options["fast"]),
-        "measures": evaluate.MEASURES,
+        "measures": [evaluate.MEASURES, *(name for name, _ in metrics.measures())],
         "saes": {name: attached.identity(subject) for name, subject in opened.subjects.items()},
     }
 
 
 def _evaluate(
     opened: opening.Opened,
-    loaded: registry.Gemma,
-    mesh: jax.sharding.Mesh,
+    gemma: Gemma,
     options: Mapping[str, object],
     out: pathlib.Path,
     command: str,
@@ -260,7 +260,7 @@ def _evaluate(
         token_rows.open_rows(opened.rows, token_rows.TRAIN) if config.data.held_out_fraction < 1 else held_out
     )
     results, cost = evaluate.evaluate(
-        loaded,
+        gemma,
         opened.subjects,
         training,
         held_out,
@@ -268,7 +268,6 @@ def _evaluate(
         options["rows_per_batch"],
         batching.counts_of(config, options.get("turns")),
         bool(options["fast"]),
-        mesh,
         parts,
     )
     suite = side_by_side.Suite(about, results)
@@ -316,10 +315,9 @@ def _evaluate(
     for line in [*verdicts.lines(judgements), *remarks]:
         say(line)
     if cost:
-        print(
+        say(
             f"A batch took {cost.seconds:.1f} s. Its clean pass, two ablations a site and one splice an SAE, at the "
-            f"speed of the clean pass, would take {cost.bound_seconds:.1f} s.",
-            flush=True,
+            f"speed of the clean pass, would take {cost.bound_seconds:.1f} s."
         )
     say(f"Wrote {', '.join(str(out / name) for name in written)}")
     return suite
@@ -347,7 +345,7 @@ def sweeps(members: Mapping[str, naming.Member]) -> dict[str, dict[str, str]]:
     for name, member in by_setting:
         seed = f", seed {member.seed}" if member.seed else ""
         skip = ", skip" if member.skip else ""
-        aim = f", {member.objective}" if member.target_l0 else ""
+        aim = "" if member.objective == "linear" else f", {member.objective}"
         label = f"{member.place}{skip}, {naming.width_name(member.width)}{aim}{seed}"
         setting = f"L0* {member.target_l0:g}" if member.target_l0 else f"λ {member.sparsity_coefficient:g}"
         found.setdefault(label, {})[name] = setting
@@ -369,9 +367,6 @@ def _lines(
     return {label: points for label, points in found.items() if len(points) > 1}
 
 
-_OF_MANY = ("l0", "fvu", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction")
-
-
 def print_table(results: dict[str, Evaluation], of: str) -> None:
     """The numbers of every SAE: a column each, or of more than three a row each with those that matter most."""
     first = next(iter(results.values()))
@@ -379,15 +374,15 @@ def print_table(results: dict[str, Evaluation], of: str) -> None:
     table = tables.Table(title=f"{printable(of)}: {counts}")
     if is_long := len(results) > 3:
         table.add_column("", no_wrap=True)
-        for number in _OF_MANY:
-            table.add_column(page.NUMBERS[number][0], justify="right")
+        for number in metrics.shown_in("terminal"):
+            table.add_column(metrics.METRICS[number].label, justify="right")
         for name, result in results.items():
-            table.add_row(name, *(page.shown(result, number) for number in _OF_MANY))
+            table.add_row(name, *(page.shown(result, number) for number in metrics.shown_in("terminal")))
     else:
         table.add_column("")
         for name in results:
             table.add_column(name, justify="right", overflow="fold")
-        for number, (label, _, _) in page.NUMBERS.items():
-            table.add_row(label, *(page.shown(result, number) for result in results.values()))
+        for number, metric in metrics.METRICS.items():
+            table.add_row(metric.label, *(page.shown(result, number) for result in results.values()))
     # Wider than a narrow terminal, where a row then takes two lines, rather than without the names.
     tables.show(table, least_width=tables.width(results) + 115 if is_long else 0)

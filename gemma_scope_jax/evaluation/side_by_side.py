@@ -12,12 +12,11 @@ import numpy as np
 from gemma_scope_jax.display import html, tables
 from gemma_scope_jax.evaluation import metrics, page, plots
 from gemma_scope_jax.runtime import files, printing
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.errors import FormatError
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.saes.evaluation_file import Evaluation
-
-# What is shown of each.
-NUMBERS = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
 
 FVU_OF_TEXTS = "FVU is against each text's own variance: of different texts compare delta loss, not FVU."
 
@@ -31,9 +30,12 @@ class Suite:
     results: Mapping[str, Evaluation | types.SimpleNamespace]
 
 
-# The sums of each row that `metrics.difference` takes.
-BY_ROW = {"activations", *(name for of in metrics.PAIRED.values() for name in of if name)}
 _MAX_ROWS = 2**24
+
+
+def by_row() -> set[str]:
+    """The sums of each row that `metrics.difference` takes."""
+    return {"activations", *(name for of in metrics.paired().values() for name in of if name)}
 
 
 def read(folder: pathlib.Path) -> Suite:
@@ -44,25 +46,27 @@ def read(folder: pathlib.Path) -> Suite:
     """
     path, arrays = folder / "evaluation.json", folder / "evaluation.npz"
     if not path.exists():
-        raise ValueError(f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared")
+        raise FormatError(
+            f"{folder} has no evaluation.json; run python evaluate.py on what is to be compared"
+        )
     about = evaluation_file.read_numbers(path)
     saes = about.pop("sae")
     for name, numbers in saes.items():
         if not isinstance(numbers["rows"], int) or not 0 < numbers["rows"] <= _MAX_ROWS:
-            raise ValueError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
+            raise FormatError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
     shapes = {
         f"{name}/by_row/{quantity}": (numbers["rows"],)
         for name, numbers in saes.items()
-        for quantity in BY_ROW
+        for quantity in by_row()
     }
     found = files.read_npz(arrays, shapes) if arrays.exists() else {}
     results = {}
     for name, numbers in saes.items():
-        of = {quantity: found[key] for quantity in BY_ROW if (key := f"{name}/by_row/{quantity}") in found}
+        of = {quantity: found[key] for quantity in by_row() if (key := f"{name}/by_row/{quantity}") in found}
         # Plots take these for numbers.
         drawn = {key: np.nan for key in ("l0", "fvu", "delta_loss") if numbers[key] is None}
-        by_row = of if of.keys() == BY_ROW else {}
-        results[name] = types.SimpleNamespace(**numbers | drawn, by_row=by_row)
+        of = of if of.keys() == by_row() else {}
+        results[name] = types.SimpleNamespace(**numbers | drawn, by_row=of)
     return Suite(about, results)
 
 
@@ -76,7 +80,7 @@ def compare(folders: list[pathlib.Path], out: pathlib.Path) -> None:
       ValueError: a folder holds no evaluation, there is but one, or `out` is no folder.
     """
     if len(folders) < 2:
-        raise ValueError(f"{folders[0]} alone cannot be compared; give two folders or more")
+        raise FormatError(f"{folders[0]} alone cannot be compared; give two folders or more")
     files.check_output(out, is_folder=True)
     shortest = _labels(folders)
     columns = {label: read(folder) for label, folder in zip(shortest, folders, strict=True)}
@@ -92,7 +96,7 @@ def _labels(folders: list[pathlib.Path]) -> list[str]:
         labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(labels)) == len(labels):
             return labels
-    raise ValueError("an evaluation is given twice; give different ones")
+    raise FormatError("an evaluation is given twice; give different ones")
 
 
 def rows_of(columns: Mapping[str, Suite]) -> list[dict[str, str]]:
@@ -107,10 +111,10 @@ def rows_of(columns: Mapping[str, Suite]) -> list[dict[str, str]]:
 
 def difference(number: str, a: object, b: object, is_same_text: bool) -> tuple[float, float] | None:
     """What a number is of `b` less what it is of `a`; nan for the error where they are not of the same rows."""
-    first, second = getattr(a, number, None), getattr(b, number, None)
+    first, second = (evaluation_file.number(one, number) for one in (a, b))
     if first is None or second is None:
         return None
-    if number in metrics.PAIRED and is_same_text and _same_counts(a.by_row, b.by_row):
+    if number in metrics.paired() and is_same_text and _same_counts(a.by_row, b.by_row):
         return metrics.difference(number, a.by_row, b.by_row)
     return second - first, float("nan")
 
@@ -141,16 +145,21 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
     first = next(iter(columns))
     tables: dict[str, list[tuple[str, dict[str, str]]]] = {}
     cells = []
-    for number in NUMBERS:
-        form = page.NUMBERS[number][1]
+    for number in metrics.shown_in("comparison"):
+        form = metrics.METRICS[number].form
         table = []
         for row in rows_of(columns):
             shown = {}
             for column, name in row.items():
                 result = columns[column].results[name]
                 shown[column] = page.shown(result, number)
-                cell = {"number": number, "sae": name, "column": column, "value": getattr(result, number)}
-                cell["se"] = getattr(result, f"{number}_se", None)
+                cell = {
+                    "number": number,
+                    "sae": name,
+                    "column": column,
+                    "value": evaluation_file.number(result, number),
+                }
+                cell["se"] = evaluation_file.number(result, f"{number}_se")
                 if is_compared and column != first and first in row:
                     base = columns[first].results[row[first]]
                     is_same = _same_text(columns[first], columns[column])
@@ -171,7 +180,7 @@ def write(out: pathlib.Path, columns: Mapping[str, Suite], command: str, is_comp
         "evaluation/side_by_side.html.jinja",
         tables=tables,
         headings=headings,
-        numbers=page.NUMBERS,
+        numbers=metrics.METRICS,
         about={label: suite.about for label, suite in columns.items()},
         remark=remark,
         picture=html.data_url(plots.side_by_side({c: suite.results for c, suite in columns.items()})),
@@ -196,7 +205,7 @@ def _print(found: Mapping[str, list[tuple[str, dict[str, str]]]], headings: list
     # Wider than a narrow terminal, where a row then takes two lines, rather than a digit on each.
     width = names + sum(max(tables.width([heading]), 20) + 3 for heading in headings) + 5
     for number, rows in found.items():
-        table = tables.Table(title=page.NUMBERS[number][0])
+        table = tables.Table(title=metrics.METRICS[number].label)
         table.add_column("", no_wrap=True)
         for heading in headings:
             table.add_column(heading, justify="right", overflow="fold")

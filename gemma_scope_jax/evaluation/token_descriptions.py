@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from gemma_scope_jax.models import masking
+from gemma_scope_jax.runtime.errors import InputError
 
 BEFORE = 8  # Tokens of a passage before its last.
 PRIOR = 1.0  # See `Description`,
@@ -43,7 +44,7 @@ def divide(tokens_RxL: np.ndarray, first_document_R: np.ndarray, prefix: int) ->
     kept_RxL = np.asarray(masking.is_kept(jnp.asarray(tokens_RxL), prefix))
     numbers, sizes = np.unique(document_RxL[kept_RxL], return_counts=True)
     if len(numbers) < 2:
-        raise ValueError(
+        raise InputError(
             f"the {len(tokens_RxL)} rows are of {len(numbers)} document; it takes two, give more --rows"
         )
     half_of, filled = {}, [0, 0]

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import tqdm
-from gemma import gm
 
-from gemma_scope_jax.models import forward, masking, registry, weights
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime import reporting, sharding
 
 
 class Batch(NamedTuple):
@@ -23,22 +22,19 @@ class Batch(NamedTuple):
     values: dict[Site, jax.Array]  # [S, L, D]
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
+@functools.partial(jax.jit, static_argnames="sites")
 def read(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     tokens_SxL: jax.Array,
     sites: tuple[Site, ...],
 ) -> dict[Site, jax.Array]:
     """The activations [S, L, D] of sites; nothing behind the deepest of them is computed."""
-    found = forward.read_sites(model, forward.gather_gemma(mesh, params), tokens_SxL, sites)
-    return sharding.constrain(mesh, found, sharding.TOKENS)
+    found = forward.read_sites(gemma.gathered(), tokens_SxL, sites)
+    return sharding.constrain(gemma.mesh, found, sharding.TOKENS)
 
 
 def batches(
-    mesh: jax.sharding.Mesh,
-    loaded: registry.Gemma,
+    gemma: Gemma,
     sites: tuple[Site, ...],
     tokens_RxL: np.ndarray,
     per_batch: int,
@@ -47,20 +43,19 @@ def batches(
     """One pass of Gemma, to the deepest site, over all rows.
 
     Args:
-      mesh: of the devices that `loaded` lies on.
-      loaded: the model.
+      gemma: the model.
       sites: to read, all in the same pass.
       tokens_RxL: the rows.
       per_batch: so many at a time, rounded up to what the devices divide.
       what: is being done, for the progress bar.
     """
-    per_batch = -(-min(per_batch, len(tokens_RxL)) // mesh.size) * mesh.size
-    placed = jax.NamedSharding(mesh, sharding.TOKENS)
-    with tqdm.tqdm(total=len(tokens_RxL), desc=what, unit="row", dynamic_ncols=True) as bar:
+    per_batch = -(-min(per_batch, len(tokens_RxL)) // gemma.mesh.size) * gemma.mesh.size
+    placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)
+    with reporting.bar(what, "row", len(tokens_RxL)) as bar:
         for first in range(0, len(tokens_RxL), per_batch):
             rows = tokens_RxL[first : first + per_batch]
             padded = np.pad(rows, ((0, per_batch - len(rows)), (0, 0)), constant_values=masking.PAD)
             tokens_SxL = jax.device_put(padded, placed)
-            values = read(mesh, loaded.model, loaded.params, tokens_SxL, sites)
+            values = read(gemma, tokens_SxL, sites)
             yield Batch(first, len(rows), tokens_SxL, values)
             bar.update(len(rows))

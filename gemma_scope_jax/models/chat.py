@@ -6,19 +6,20 @@ import numpy as np
 
 from gemma_scope_jax.models.masking import BOS, CHAT_PREFIX_LENGTH, PAD
 from gemma_scope_jax.models.tokenizer import Tokenizer
+from gemma_scope_jax.runtime.errors import WeightsError
 
 
 def chat_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """What Gemma's chat template puts before a user's turn, behind BOS, and after it, up to the model's reply."""
     start, end = (tokenizer.token_id(piece) for piece in ("<start_of_turn>", "<end_of_turn>"))
     if start is None or end is None:
-        raise ValueError(
+        raise WeightsError(
             "the tokenizer has no <start_of_turn> and <end_of_turn>; set data.chat_template to False"
         )
     before = [start, *tokenizer.encode("user\n")]
     after = [end, *tokenizer.encode("\n"), start, *tokenizer.encode("model\n")]
     if len(before) != CHAT_PREFIX_LENGTH:
-        raise ValueError(
+        raise WeightsError(
             f"the tokenizer makes {len(before)} tokens of the user prefix, Gemma's {CHAT_PREFIX_LENGTH}"
         )
     return before, after

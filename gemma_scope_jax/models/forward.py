@@ -10,11 +10,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from gemma import gm
 
 from gemma_scope_jax.models import masking, weights
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import Site, blocks_needed
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime.errors import InputError
 
 # From a site's activations [S, L, D] to what takes their place.
 Write = Callable[[jax.Array], jax.Array]
@@ -47,14 +48,15 @@ def mlp_in_gain(params: weights.Params, layer: int) -> jax.Array:
     return 1 + params[f"layer_{layer}"]["pre_ffw_norm"]["scale"].astype(jnp.float32)
 
 
-def embed(model: gm.nn.Transformer, params: weights.Params, tokens_SxL: jax.Array) -> jax.Array:
+def embed(gemma: Gemma, tokens_SxL: jax.Array) -> jax.Array:
     """The residual stream [S, L, D] before the first block."""
-    return model.apply({"params": params}, method=lambda model: model.embedder.encode(tokens_SxL))
+    return gemma.module.apply(
+        {"params": gemma.params}, method=lambda model: model.embedder.encode(tokens_SxL)
+    )
 
 
 def run_blocks(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     x_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
     layers: range,
@@ -64,8 +66,7 @@ def run_blocks(
     """Runs `layers` on the residual stream before them.
 
     Args:
-      model: the module.
-      params: its parameters; those of `layers` are used.
+      gemma: the model; blocks of `layers` are used.
       x_SxLxD: the residual stream before the first of them.
       tokens_SxL: the packed rows.
       layers: which blocks.
@@ -79,12 +80,11 @@ def run_blocks(
       ValueError: a site to be read or written is not in `layers`.
     """
     positions_SxL, mask_SxLxL = masking.packed_positions(tokens_SxL), masking.packed_mask(tokens_SxL)
-    return walk(model, params, x_SxLxD, positions_SxL, mask_SxLxL, layers, read, write)[:2]
+    return walk(gemma, x_SxLxD, positions_SxL, mask_SxLxL, layers, read, write)[:2]
 
 
 def walk(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     x_SxLxD: jax.Array,
     positions_SxL: jax.Array,
     mask_SxLxC: jax.Array,
@@ -120,9 +120,9 @@ def walk(
         return x_SxLxD
 
     with matmul_precision(dtype):
-        x_SxLxD = model.apply({"params": params}, x_SxLxD, method=through)
+        x_SxLxD = gemma.module.apply({"params": gemma.params}, x_SxLxD, method=through)
     if missed := (set(read) | write.keys()) - passed:
-        raise ValueError(
+        raise InputError(
             f"blocks {layers.start} to {layers.stop - 1} do not pass {', '.join(map(str, missed))}"
         )
     return x_SxLxD, values, grown
@@ -156,19 +156,7 @@ def _inside_block(
     return call(*args, **kwargs)
 
 
-def read_sites(
-    model: gm.nn.Transformer, params: weights.Params, tokens_SxL: jax.Array, sites: Sequence[Site]
-) -> dict[Site, jax.Array]:
+def read_sites(gemma: Gemma, tokens_SxL: jax.Array, sites: Sequence[Site]) -> dict[Site, jax.Array]:
     """Activations [S, L, D] of `sites`. Nothing behind the deepest of them is computed, nor its weights needed."""
-    x_SxLxD = embed(model, params, tokens_SxL)
-    return run_blocks(model, params, x_SxLxD, tokens_SxL, range(blocks_needed(sites)), read=sites)[1]
-
-
-def gather_gemma(mesh: jax.sharding.Mesh, params: weights.Params) -> weights.Params:
-    """Gemma's blocks whole on each chip, gathered when their turn comes if they were split.
-
-    Said here, or the compiler may split a block's matrices and send activations about instead. The embedding
-    stays as it is: looking up a part of each vector costs less than gathering 256,000 of them.
-    """
-    whole = sharding.constrain(mesh, params, sharding.REPLICATED)
-    return {**whole, "embedder": params["embedder"]}
+    x_SxLxD = embed(gemma, tokens_SxL)
+    return run_blocks(gemma, x_SxLxD, tokens_SxL, range(blocks_needed(sites)), read=sites)[1]

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
-from gemma import gm
 
-from gemma_scope_jax.models import chat, forward, interventions, masking, predictions, registry, weights
+from gemma_scope_jax.models import chat, forward, interventions, masking, predictions
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, check_site
 from gemma_scope_jax.models.tokenizer import Tokenizer
-from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
+from gemma_scope_jax.runtime.errors import InputError
 
 
 class Cache(NamedTuple):
@@ -29,12 +29,10 @@ class Cache(NamedTuple):
     start_S: jax.Array
 
 
-def new_cache(
-    model: gm.nn.Transformer, start_S: jax.Array, slots: int, dtype: jnp.dtype, mesh: jax.sharding.Mesh
-) -> Cache:
+def new_cache(gemma: Gemma, start_S: jax.Array, slots: int) -> Cache:
     """An empty cache; every block has all slots, also those that look no further back than a window."""
-    blocks = model.config.init_cache(start_S.size, dtype, cache_length=slots)
-    return Cache(jax.tree.map(functools.partial(_by_rows, mesh), blocks), start_S)
+    blocks = gemma.module.config.init_cache(start_S.size, gemma.dtype, cache_length=slots)
+    return Cache(jax.tree.map(functools.partial(_by_rows, gemma.mesh), blocks), start_S)
 
 
 def _by_rows(mesh: jax.sharding.Mesh, value: jax.Array) -> jax.Array:
@@ -43,13 +41,11 @@ def _by_rows(mesh: jax.sharding.Mesh, value: jax.Array) -> jax.Array:
 
 
 def advance(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     cache: Cache,
     tokens_SxL: jax.Array,
     is_prompt: bool,
     write: Mapping[Site, interventions.Intervention],
-    mesh: jax.sharding.Mesh,
 ) -> tuple[Cache, jax.Array]:
     """Runs tokens behind those in the cache.
 
@@ -67,31 +63,27 @@ def advance(
     # Prompts are run as a harvest is: each chip its own rows, blocks gathered. One token of each row is less to send
     # about than weights are, and those the compiler would gather before its loop, and keep.
     if is_prompt:
-        params = forward.gather_gemma(mesh, params)
+        gemma = gemma.gathered()
     spec = sharding.TOKENS if is_prompt else sharding.REPLICATED
-    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), spec)
-    layers = range(model.config.num_layers)
+    x_SxLxD = sharding.constrain(gemma.mesh, forward.embed(gemma, tokens_SxL), spec)
     x_SxLxD, _, blocks = forward.walk(
-        model, params, x_SxLxD, positions_SxL, mask_SxLxC, layers, write=replace, cache=cache.blocks
+        gemma, x_SxLxD, positions_SxL, mask_SxLxC, gemma.layers, write=replace, cache=cache.blocks
     )
-    logits_SxV = predictions.logits(model, params, x_SxLxD[:, -1])
-    return Cache(blocks, cache.start_S), sharding.constrain(mesh, logits_SxV, sharding.REPLICATED)
+    logits_SxV = predictions.logits(gemma, x_SxLxD[:, -1])
+    return Cache(blocks, cache.start_S), sharding.constrain(gemma.mesh, logits_SxV, sharding.REPLICATED)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "mesh"))
+@functools.partial(jax.jit, static_argnames="num_tokens")
 def _run_prompts(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     tokens_SxL: jax.Array,
     start_S: jax.Array,
     write: Mapping[Site, interventions.Intervention],
     num_tokens: int,
-    mesh: jax.sharding.Mesh,
 ) -> tuple[Cache, jax.Array]:
     """The cache with the prompts in it and room for `num_tokens`, and the logits [S, V] of each one's first."""
-    dtype = params["embedder"]["input_embedding"].dtype
-    cache = new_cache(model, start_S, tokens_SxL.shape[1] + num_tokens, dtype, mesh)
-    return advance(model, params, cache, tokens_SxL, True, write, mesh)
+    cache = new_cache(gemma, start_S, tokens_SxL.shape[1] + num_tokens)
+    return advance(gemma, cache, tokens_SxL, True, write)
 
 
 def _draw(
@@ -113,10 +105,9 @@ class _State(NamedTuple):
     is_over_S: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames=("cache", "replies_SxN"))
+@functools.partial(jax.jit, donate_argnames=("cache", "replies_SxN"))
 def _write_replies(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     cache: Cache,
     replies_SxN: jax.Array,
     logits_SxV: jax.Array,
@@ -125,7 +116,6 @@ def _write_replies(
     keys_S: jax.Array,
     temperature: jax.Array,
     stop_K: jax.Array,
-    mesh: jax.sharding.Mesh,
 ) -> tuple[Cache, jax.Array]:
     """Fills the replies; the cache is returned because it is donated."""
 
@@ -141,16 +131,16 @@ def _write_replies(
 
     def extend(state: _State) -> _State:
         token_Sx1 = jax.lax.dynamic_slice_in_dim(state.replies_SxN, state.number - 1, 1, axis=1)
-        cache, logits_SxV = advance(model, params, state.cache, token_Sx1, False, write, mesh)
+        cache, logits_SxV = advance(gemma, state.cache, token_Sx1, False, write)
         return record(state._replace(cache=cache), logits_SxV)
 
     state = record(_State(jnp.zeros((), jnp.int32), cache, replies_SxN, is_over_S), logits_SxV)
     state = jax.lax.while_loop(is_wanted, extend, state)
-    return state.cache, sharding.constrain(mesh, state.replies_SxN, sharding.REPLICATED)
+    return state.cache, sharding.constrain(gemma.mesh, state.replies_SxN, sharding.REPLICATED)
 
 
 def generate(
-    loaded: registry.Gemma,
+    gemma: Gemma,
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     temperature: float = 1.0,
@@ -158,7 +148,6 @@ def generate(
     write: Mapping[Site, interventions.Intervention] | None = None,
     stop: Sequence[int] = (masking.EOS,),
     rows_per_batch: int = 16,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> list[list[int]]:
     """What Gemma writes behind each prompt.
 
@@ -166,7 +155,7 @@ def generate(
     rounding of matmuls, which may tip a draw. All batches are of one shape, prompts as long as the next power of two.
 
     Args:
-      loaded: the whole model; its weights may be split over the mesh.
+      gemma: the whole model; its weights may be split over its mesh.
       prompts: token ids, each beginning with its only BOS.
       num_tokens: the most that are written for one prompt.
       temperature: by which logits are divided; 0: always the likeliest token.
@@ -176,7 +165,6 @@ def generate(
         belong into a `jax.tree_util.Partial(function, array)`, which is called with them in front.
       stop: tokens behind which nothing is written.
       rows_per_batch: prompts that are run together, on all devices.
-      mesh: of the devices that `loaded` lies on; None: the default device.
 
     Returns:
       The replies' token ids without the prompts; where one ends with a stop token that is its last.
@@ -184,28 +172,25 @@ def generate(
     Raises:
       ValueError: a prompt is none, the model is not whole or has no such site, or a number is out of range.
     """
-    mesh = mesh or sharding.one_device()
     write = {
         site: function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
         for site, function in (write or {}).items()
     }
-    _check(loaded, prompts, num_tokens, temperature, seed, write, rows_per_batch)
+    _check(gemma, prompts, num_tokens, temperature, seed, write, rows_per_batch)
     if not prompts:
         return []
-    model, params = loaded.model, loaded.params
-    rows = -(-min(rows_per_batch, len(prompts)) // mesh.size) * mesh.size
+    rows = -(-min(rows_per_batch, len(prompts)) // gemma.mesh.size) * gemma.mesh.size
     length = 1 << (max(map(len, prompts)) - 1).bit_length()
     replies = []
     starts = range(0, len(prompts), rows)
-    bar = {"desc": "Generating", "unit": "batch", "dynamic_ncols": True, "disable": len(starts) < 2}
-    for start in tqdm.tqdm(starts, **bar):
+    bar = reporting.bar("Generating", "batch", len(starts), speaks=len(starts) > 1)
+    for start in starts:
         batch = prompts[start : start + rows]
         tokens_SxL, start_S = _padded(batch, rows, length)
-        placed = jax.device_put(tokens_SxL, jax.NamedSharding(mesh, sharding.TOKENS))
-        cache, logits_SxV = _run_prompts(model, params, placed, start_S, write, num_tokens, mesh)
+        placed = jax.device_put(tokens_SxL, jax.NamedSharding(gemma.mesh, sharding.TOKENS))
+        cache, logits_SxV = _run_prompts(gemma, placed, start_S, write, num_tokens)
         _, replies_SxN = _write_replies(
-            model,
-            params,
+            gemma,
             cache,
             jnp.full((rows, num_tokens), masking.PAD, jnp.int32),
             logits_SxV,
@@ -214,9 +199,10 @@ def generate(
             jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(start, start + rows)),
             jnp.float32(temperature),
             jnp.asarray(list(stop), jnp.int32),
-            mesh,
         )
         replies += [_until(stop, reply) for reply in distributed.fetch(replies_SxN)[: len(batch)].tolist()]
+        bar.update()
+    bar.close()
     return replies
 
 
@@ -234,7 +220,7 @@ def _until(stop: Sequence[int], reply: list[int]) -> list[int]:
 
 
 def _check(
-    loaded: registry.Gemma,
+    gemma: Gemma,
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     temperature: float,
@@ -242,26 +228,26 @@ def _check(
     write: Mapping[Site, interventions.Intervention],
     rows_per_batch: int,
 ) -> None:
-    config = loaded.model.config
-    if loaded.num_layers < config.num_layers:
-        raise ValueError(
-            f"only {loaded.num_layers} of {loaded.name}'s {config.num_layers} blocks are loaded; load all of them"
+    config = gemma.module.config
+    if gemma.num_layers < config.num_layers:
+        raise InputError(
+            f"only {gemma.num_layers} of {gemma.name}'s {config.num_layers} blocks are loaded; load all of them"
         )
     ranges.check("num_tokens", num_tokens, ranges.NEW_TOKENS)
     ranges.check("rows_per_batch", rows_per_batch, ranges.COUNT)
     ranges.check("temperature", temperature, ranges.POSITIVE_OR_ZERO)
     ranges.check("seed", seed, ranges.SEED)
     for site in write:
-        check_site(loaded.model, site)
+        check_site(gemma.module, site)
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0 or prompt[0] != masking.BOS or masking.BOS in prompt[1:] or masking.PAD in prompt:
-            raise ValueError(
+            raise InputError(
                 f"prompt {number} is {list(prompt[:8])}…; a prompt begins with its only BOS ({masking.BOS}) and has "
                 f"no PAD ({masking.PAD})"
             )
         if not 0 <= min(prompt) <= max(prompt) < config.num_embed:
-            raise ValueError(
-                f"prompt {number} has tokens {min(prompt)} to {max(prompt)}, but {loaded.name} has a vocabulary of "
+            raise InputError(
+                f"prompt {number} has tokens {min(prompt)} to {max(prompt)}, but {gemma.name} has a vocabulary of "
                 f"{config.num_embed}"
             )
 

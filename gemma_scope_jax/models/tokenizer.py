@@ -7,11 +7,12 @@ from collections.abc import Callable
 import sentencepiece
 import tokenizers
 from etils import epath
-from gemma import gm
 from sentencepiece import sentencepiece_model_pb2
 
 from gemma_scope_jax.models import masking, registry, weights
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import WeightsError
 from gemma_scope_jax.runtime.printing import printable, well_formed
 
 # What lies beside a checkpoint, by preference: SentencePiece's file as Hugging Face and as Google call it.
@@ -42,38 +43,43 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
     Args:
       name: of the model.
       path: a SentencePiece file, a tokenizer.json or a GGUF file, or a folder with one of them; empty: what lies
-        beside the weights, else Google's own, which gemma fetches.
-      weights_path: of the model's weights, as in `registry.load`.
+        beside the weights, else the model's own, which for Google's gemma fetches.
+      weights_path: of the model's weights, as in `placement.load`.
 
     Raises:
       ValueError: there is none, it is damaged, or it is not that of the model.
     """
-    found = _find(weights.local(path or registry.weights_path(name, weights_path)), name.split("_")[0])
+    own, found = registry.spec(name).tokenizer, None
+    if path or weights_path or own is None:
+        place = weights.local(path or registry.weights_path(name, weights_path))
+        found = _find(place, name.split("_")[0])
     if found is None and path:
-        raise ValueError(
+        raise WeightsError(
             f"no tokenizer at {path}; give a SentencePiece file, a tokenizer.json or a GGUF file"
         )
-    if found is None:
+    if found is None and own is not None:
+        found, loaded = f"of {name}", own()
+    elif found is None:
         found = f"of Google for {name}"
         loaded = _googles(name)
     else:
         loaded = _read(found)
     vocabulary = registry.build_model(name).config.num_embed
     if not vocabulary <= loaded.size <= vocabulary + _SPARE_IDS:
-        raise ValueError(
+        raise WeightsError(
             f"the tokenizer {found} has {loaded.size} tokens, but {name} has {vocabulary}; set config.tokenizer to "
             "the model's own"
         )
     for piece, number in (("<pad>", masking.PAD), ("<eos>", masking.EOS), ("<bos>", masking.BOS)):
         if loaded.token_id(piece) != number:
-            raise ValueError(
+            raise WeightsError(
                 f"the tokenizer {found} has {piece} at {loaded.token_id(piece)}, expected {number}: it is not Gemma's"
             )
 
     def encode(text: str) -> list[int]:
         ids = [token for part in _TURN.split(well_formed(text)) for token in loaded.encode(part)]
         if ids and max(ids) >= vocabulary:
-            raise ValueError(
+            raise WeightsError(
                 f"the tokenizer {found} gives token {max(ids)} where {name} has a vocabulary of {vocabulary}"
             )
         return ids
@@ -91,7 +97,7 @@ def _find(path: str, family: str) -> str | None:
     try:
         return next((str(file) for file in candidates if file.exists()), None)
     except Exception as error:  # A bucket that cannot be reached.
-        raise ValueError(f"cannot reach {path}: {' '.join(str(error).split())[:200]}") from error
+        raise WeightsError(f"cannot reach {path}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _googles(name: str) -> Tokenizer:
@@ -101,7 +107,7 @@ def _googles(name: str) -> Tokenizer:
         ids = {piece: number for number, piece in enumerate(made.tokens)}
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise WeightsError(
             f"cannot fetch Google's tokenizer for {name} ({reason}); set config.tokenizer to a file"
         ) from error
     return Tokenizer(made.encode, made.decode, ids.get, made.vocab_size)
@@ -115,7 +121,7 @@ def _read(path: str) -> Tokenizer:
             return _from_hugging_face(_content(path).decode())
         return _from_sentencepiece(_content(path))
     except Exception as error:  # Each library has errors of its own, SentencePiece's is a bare RuntimeError.
-        raise ValueError(
+        raise WeightsError(
             f"cannot read the tokenizer {path}: {printable(' '.join(str(error).split()))}"
         ) from error
 

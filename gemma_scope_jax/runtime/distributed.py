@@ -18,7 +18,9 @@ from jax._src import clusters
 from jax.experimental import multihost_utils
 
 from gemma_scope_jax.runtime import signals
+from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 
 _SAY_AFTER, _SAY_EVERY = 5, 30  # Seconds of waiting for others.
 
@@ -71,13 +73,13 @@ def initialize(
     while thread.is_alive():
         left = started + join_timeout_seconds - time.monotonic()
         if left <= 0:
-            raise ValueError(
+            raise ConfigError(
                 f"waited {join_timeout_seconds} s (hosts.join_timeout_seconds) {_waited_for(place)}; start "
                 "the same command for all of them, or set JAX_NUM_PROCESSES=1 to run alone"
             )
         thread.join(min(wait, left))
         if thread.is_alive() and left > wait:
-            print(f"Waiting {_waited_for(place)}: {time.monotonic() - started:.0f} s so far.", flush=True)
+            say(f"Waiting {_waited_for(place)}: {time.monotonic() - started:.0f} s so far.")
         wait = _SAY_EVERY
     if failed:
         raise failed[0]
@@ -100,23 +102,25 @@ def place_in(environment: Mapping[str, str]) -> Place:
         return ALONE
     given = [name for name in names if name in environment]
     if given and len(given) < len(names):
-        raise ValueError(f"of {', '.join(names)} only {', '.join(given)} is set; set all three, or none")
+        raise ConfigError(f"of {', '.join(names)} only {', '.join(given)} is set; set all three, or none")
     address = count = index = None
     if given:
         address, count, index = environment[names[0]], *(_number(environment, name) for name in names[1:])
         if not re.fullmatch(r".+:\d+", address):
-            raise ValueError(
+            raise ConfigError(
                 f"{names[0]} is {printable(address)!r}; it must be HOST:PORT of the first process"
             )
         if not 0 <= index < count:
-            raise ValueError(f"{names[2]} is {index}; of {names[1]} {count} it must be from 0 to {count - 1}")
+            raise ConfigError(
+                f"{names[2]} is {index}; of {names[1]} {count} it must be from 0 to {count - 1}"
+            )
     try:
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             address, count, index, gpus_of(environment), None, 60
         )
     except Exception as error:  # A cluster's own variables, its network, or a package it needs.
         reason = printable(" ".join(str(error).split())) or type(error).__name__
-        raise ValueError(
+        raise ConfigError(
             f"this cluster does not say who the other processes are ({reason}); set {', '.join(names)}, or "
             "JAX_NUM_PROCESSES=1 to run alone"
         ) from error
@@ -126,7 +130,7 @@ def place_in(environment: Mapping[str, str]) -> Place:
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment[name]
     if not re.fullmatch(r"\s*\d{1,9}\s*", value):
-        raise ValueError(f"{name} is {printable(value)!r}, expected a whole number")
+        raise ConfigError(f"{name} is {printable(value)!r}, expected a whole number")
     return int(value)
 
 
@@ -184,7 +188,7 @@ def _connect(place: Place, heartbeat_timeout_seconds: int, join_timeout_seconds:
                 trial.bind(("", port))
             except (OSError, OverflowError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise ValueError(
+                raise ConfigError(
                     f"cannot listen on port {port} for the other processes: {reason}; name another in "
                     "JAX_COORDINATOR_ADDRESS, or on a cluster in JAX_COORDINATOR_PORT, for all of them"
                 ) from error
@@ -199,7 +203,7 @@ def _connect(place: Place, heartbeat_timeout_seconds: int, join_timeout_seconds:
         )
     except Exception as error:  # Of JAX, gRPC or a variable that JAX reads itself.
         reason = printable(" ".join(str(error).split()))
-        raise ValueError(f"cannot join the other processes at {place.address}: {reason}") from error
+        raise ConfigError(f"cannot join the other processes at {place.address}: {reason}") from error
 
 
 def _waited_for(place: Place) -> str:

@@ -19,6 +19,7 @@ from typing import IO, BinaryIO
 import numpy as np
 from etils import epath
 
+from gemma_scope_jax.runtime.errors import FormatError, NotFoundError, OutputError
 from gemma_scope_jax.runtime.printing import printable
 
 _MAX_JSON = 16 * 2**20
@@ -55,8 +56,8 @@ def open_regular(path: str | pathlib.Path, max_bytes: int = _MAX_BYTES) -> Binar
         if not stat.S_ISREG(found.st_mode) or found.st_size > max_bytes:
             file.close()
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no regular file")
-            raise ValueError(f"it has {found.st_size:,} bytes, at most {max_bytes:,} are read")
+                raise FormatError("it is no regular file")
+            raise FormatError(f"it has {found.st_size:,} bytes, at most {max_bytes:,} are read")
         return file
 
 
@@ -70,7 +71,7 @@ def read_regular(path: str | pathlib.Path, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         content = file.read(size + 1)
         if len(content) > size:  # Files of /proc have no size, and some have no end.
-            raise ValueError(f"it has more than the {size:,} bytes that it claims")
+            raise FormatError(f"it has more than the {size:,} bytes that it claims")
     return content
 
 
@@ -88,14 +89,14 @@ def reading(path: str | pathlib.Path, kind: str = "") -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"there is no {path}") from error
+        raise NotFoundError(f"there is no {path}") from error
     except READING_ERRORS as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         # An OSError names the file itself, a second time.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         reason = printable(reason) or type(error).__name__
-        raise ValueError(f"cannot read {path}{f' as {kind}' if kind else ''}: {reason}") from error
+        raise FormatError(f"cannot read {path}{f' as {kind}' if kind else ''}: {reason}") from error
 
 
 class _LiteralPath(type(epath.Path("/"))):
@@ -239,7 +240,7 @@ def check_output(path: pathlib.Path, is_folder: bool) -> None:
     try:
         str(path.absolute()).encode()  # Orbax takes no other names.
         if path.exists() and path.is_dir() != is_folder:
-            raise ValueError(f"{path} is a {'file; give a folder' if is_folder else 'folder; give a file'}")
+            raise OutputError(f"{path} is a {'file; give a folder' if is_folder else 'folder; give a file'}")
         there = path if is_folder else path.parent
         while not there.exists() and not there.is_symlink():
             there = there.parent
@@ -252,16 +253,16 @@ def check_output(path: pathlib.Path, is_folder: bool) -> None:
             ) in names:  # Of the names that are to come, the longest is that of a file while it is written.
                 _partial(trial / name).mkdir()
     except UnicodeEncodeError as error:
-        raise ValueError(f"cannot write {path}: its name is not in UTF-8; give another place") from error
+        raise OutputError(f"cannot write {path}: its name is not in UTF-8; give another place") from error
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; give another place") from error
+        raise OutputError(f"cannot write {path}: {error.strerror}; give another place") from error
 
 
 def check_new(folder: pathlib.Path) -> None:
     """Raises ValueError if a folder to be written to cannot be, is something else, or holds anything."""
     check_output(folder, is_folder=True)
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is there already; remove it, or give another --out")
+        raise OutputError(f"{folder} is there already; remove it, or give another --out")
 
 
 def folder_names(names: Iterable[str]) -> dict[str, str]:
@@ -288,7 +289,7 @@ def read_json(path: pathlib.Path) -> dict:
     with reading(path, "JSON"):
         found = json.loads(content)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, expected an object")
+        raise FormatError(f"{path} holds {type(found).__name__}, expected an object")
     return found
 
 
@@ -312,7 +313,7 @@ def open_archive(path: str | pathlib.Path) -> Iterator[zipfile.ZipFile]:
     with open_regular(path) as file:
         end = zipfile._EndRecData(file)  # ZipFile makes an object of each member that is listed.
         if end and end[zipfile._ECD_SIZE] > _MAX_DIRECTORY:
-            raise ValueError(f"the list of its members has {end[zipfile._ECD_SIZE]:,} bytes")
+            raise FormatError(f"the list of its members has {end[zipfile._ECD_SIZE]:,} bytes")
         with zipfile.ZipFile(file) as archive:
             yield archive
 
@@ -334,20 +335,20 @@ def read_array(
     version = np.lib.format.read_magic(file)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read_header:
-        raise ValueError(f"npy version {version} is not read")
+        raise FormatError(f"npy version {version} is not read")
     found, is_fortran, dtype = read_header[version](file, max_header_size=1000)
     if dtype.kind not in kinds:
-        raise ValueError(f"an array of {dtype} is not read")
+        raise FormatError(f"an array of {dtype} is not read")
     count = int(np.prod([int(n) for n in found], dtype=object))
     if min(found, default=0) < 0 or not 0 <= size - count * dtype.itemsize < 2000:
-        raise ValueError(f"an array of shape {found} in {size:,} bytes")
+        raise FormatError(f"an array of shape {found} in {size:,} bytes")
     if shape is not None and found != shape:
-        raise ValueError(f"an array of shape {found}, expected {shape}")
+        raise FormatError(f"an array of shape {found}, expected {shape}")
     flat = np.empty(count, dtype)
     for part in parts(flat):
         content = file.read(part.nbytes)
         if len(content) != part.nbytes:
-            raise ValueError(f"an array of shape {found} ends early")
+            raise FormatError(f"an array of shape {found} ends early")
         part[:] = np.frombuffer(content, dtype)
     file.read(1)  # The end, where the checksum is compared.
     return flat.reshape(found, order="F" if is_fortran else "C")
@@ -367,13 +368,13 @@ def read_npz(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
                 if (name := info.filename.removesuffix(".npy")) in shapes
             }
             if sum(info.file_size for info in wanted.values()) > _MAX_UNPACKED:
-                raise ValueError(f"its arrays have more than {_MAX_UNPACKED:,} bytes")
+                raise FormatError(f"its arrays have more than {_MAX_UNPACKED:,} bytes")
             arrays = {}
             for name, info in wanted.items():
                 with archive.open(info) as file:
                     arrays[name] = read_array(file, info.file_size, shapes[name], "fiu")
                 if not np.isfinite(arrays[name]).all():
-                    raise ValueError(f"{name} holds non-finite values")
+                    raise FormatError(f"{name} holds non-finite values")
     except Exception as error:  # Of as many kinds as there are ways to break an archive.
-        raise ValueError(f"{path} is not a whole npz file: {printable(error)}") from error
+        raise FormatError(f"{path} is not a whole npz file: {printable(error)}") from error
     return arrays

@@ -6,6 +6,7 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gemma_scope_jax.runtime.errors import NotFoundError
 from gemma_scope_jax.runtime.printing import printable
 
 # As elsewhere of the hub's: a slash in a revision is %2F, but in those that it names itself, as refs/pr/3.
@@ -28,7 +29,7 @@ def refuse_address(location: str) -> None:
     """Raises ValueError if a location is a web address of the hub; the message says how it is given."""
     if match := _ADDRESS.fullmatch(location):
         repository, revision, inside = match[1], f"@{match[2]}" if match[2] else "", match[3] or ""
-        raise ValueError(f"{location} is an address; give hf://{repository}{revision}{inside}")
+        raise NotFoundError(f"{location} is an address; give hf://{repository}{revision}{inside}")
 
 
 def place_of(location: str) -> Place:
@@ -40,7 +41,7 @@ def place_of(location: str) -> Place:
     match = _LOCATION.fullmatch(location)
     revision = urllib.parse.unquote(match[2]) if match and match[2] else None
     if not match or ".." in [*location.split("/"), *(revision or "").split("/")]:
-        raise ValueError(f"{location} is not hf://OWNER/NAME/FOLDER or hf://OWNER/NAME@REVISION/FOLDER")
+        raise NotFoundError(f"{location} is not hf://OWNER/NAME/FOLDER or hf://OWNER/NAME@REVISION/FOLDER")
     return Place(match[1], revision, (match[3] or "").strip("/"))
 
 
@@ -59,9 +60,9 @@ def snapshot(location: str, place: Place, patterns: Sequence[str]) -> pathlib.Pa
         )
     except Exception as error:  # Many kinds: no network, no such repository, terms not accepted.
         if constants.HF_HUB_OFFLINE:
-            raise ValueError(not_cached(location)) from error
+            raise NotFoundError(not_cached(location)) from error
         reason = printable(" ".join(str(error).split()), 300)
-        raise ValueError(
+        raise NotFoundError(
             f"cannot fetch {location} ({reason}); if it has terms, accept them and `hf auth login`"
         ) from error
     return pathlib.Path(found)
@@ -91,7 +92,7 @@ def push(folder: pathlib.Path, repository: str) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # Many kinds: no network, not logged in, no right to.
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
+        raise NotFoundError(
             f"cannot push to {repository} ({reason}); log in with `hf auth login`, then `hf upload "
             f"{repository} {folder}`"
         ) from error

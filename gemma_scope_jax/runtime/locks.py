@@ -6,7 +6,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime.errors import OutputError
+from gemma_scope_jax.runtime.reporting import say, warn
 
 
 @contextlib.contextmanager
@@ -36,12 +37,12 @@ def locked(path: pathlib.Path, busy: str, waits: bool = False) -> Iterator[None]
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if not waits:
-                    raise ValueError(busy) from error
+                    raise OutputError(busy) from error
                 say(busy)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
                 said = f"{path.parent} cannot be locked ({error.strerror}); see that no second process works in it"
-                say(f"Warning: {said}.")
+                warn(f"{said}.")
             if not _is_at(file.fileno(), path):  # Its last holder has removed it: what is held is no file's.
                 continue
             try:

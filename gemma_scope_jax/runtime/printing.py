@@ -49,11 +49,6 @@ def lines(text: str) -> str:
     return "".join(letter if letter == "\n" else _escaped(letter) for letter in text)
 
 
-def say(text: str) -> None:
-    """Prints a line in which names and paths stand."""
-    print(printable(text, 2000), flush=True)
-
-
 def plottable(text: object, limit: int = 60) -> str:
     """`printable` in a figure: no formula after a dollar sign, a box for what the font lacks, and in legends, too."""
     shown = "".join(letter if has_glyph(letter) else "□" for letter in printable(text, limit))

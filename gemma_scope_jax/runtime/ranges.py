@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import printable
 
 
@@ -41,7 +42,7 @@ SIGNED = Range(-1e30, 1e30)
 def check(name: str, value: float, allowed: Range) -> None:
     """Raises ValueError, with the name, the value and the range, if the value is not in it."""
     if value not in allowed:
-        raise ValueError(f"{name} is {shown(value)}; it must be {allowed}")
+        raise InputError(f"{name} is {shown(value)}; it must be {allowed}")
 
 
 def shown(value: float) -> str:

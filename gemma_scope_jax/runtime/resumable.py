@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.runtime import distributed, files, locks
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ class Parts:
             try:
                 found = _read_part(path)
             except (OSError, ValueError):
-                tqdm.tqdm.write(f"{printable(path)} is damaged; it is measured again.")
+                say(f"{printable(path)} is damaged; it is measured again.")
         return found if distributed.all_agree(found is not None) else None
 
     def write(self, index: int, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -93,7 +94,7 @@ def _read_part(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
     size = _DIGEST().digest_size
     with files.open_regular(path) as file:
         if file.read(size) != hashlib.file_digest(file, _DIGEST).digest():
-            raise ValueError(f"{path} is damaged")
+            raise FormatError(f"{path} is damaged")
         file.seek(size)
         with np.load(file, allow_pickle=False) as arrays:
             for key in arrays.files:

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import FormatError
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 _MAX_HEADER = 2**20  # Gemma 27B's longest takes 100 kB.
@@ -33,13 +34,13 @@ def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
     with files.open_regular(path) as file, files.reading(path, "safetensors"):
         size = int.from_bytes(file.read(8), "little")
         if size > _MAX_HEADER:
-            raise ValueError(f"its header has {size:,} bytes, at most {_MAX_HEADER:,} are read")
+            raise FormatError(f"its header has {size:,} bytes, at most {_MAX_HEADER:,} are read")
         header = json.loads(file.read(size))
         try:
             with safetensors.safe_open(path, framework="numpy"):  # Checks that header and length agree.
                 pass
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{error}; fetch it again") from error
+            raise FormatError(f"{error}; fetch it again") from error
     header.pop("__metadata__", None)
     is_empty = os.path.getsize(path) == 8 + size  # NumPy maps no file of no bytes.
     data = np.zeros(0, np.uint8) if is_empty else np.memmap(path, np.uint8, mode="r", offset=8 + size)
@@ -50,7 +51,7 @@ def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
 
         def read() -> np.ndarray:
             if dtype not in DTYPES:
-                raise ValueError(f"{path}: {name} is in {dtype}; only {', '.join(DTYPES)} are read")
+                raise FormatError(f"{path}: {name} is in {dtype}; only {', '.join(DTYPES)} are read")
             with files.reading(path, "safetensors"):
                 return data[begin:end].view(DTYPES[dtype]).reshape(shape)
 

@@ -10,6 +10,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemma_scope_jax.runtime.errors import ConfigError
+
 TOKENS = P(("data", "latent"))  # The leading axis of token rows and of the ring's groups.
 REPLICATED = P()
 
@@ -21,10 +23,12 @@ def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = Non
     """
     devices = jax.devices() if devices is None else devices
     if data < 1:
-        raise ValueError(f"mesh.data is {data}; it must be at least 1")
+        raise ConfigError(f"mesh.data is {data}; it must be at least 1")
     latent = latent or max(len(devices) // data, 1)
     if data * latent != len(devices):
-        raise ValueError(f"mesh.data × mesh.latent = {data} × {latent}, but there are {len(devices)} devices")
+        raise ConfigError(
+            f"mesh.data × mesh.latent = {data} × {latent}, but there are {len(devices)} devices"
+        )
     return jax.make_mesh((data, latent), ("data", "latent"), (AxisType.Auto,) * 2, devices=devices)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable, quoted
 
 QUANTILES = (5, 25, 50, 75, 95)
@@ -71,6 +72,7 @@ class Evaluation:
         str, np.ndarray
     ]  # [L]: behind a document's BOS; see `evaluation.metrics.at_positions`
     by_row: Mapping[str, np.ndarray]  # [S]: sums of each row; see `evaluation.metrics.difference`
+    more: Mapping[str, float | None] = dataclasses.field(default_factory=dict)  # numbers that were registered
 
 
 def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
@@ -78,6 +80,7 @@ def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
     found = {
         key: value for key, value in vars(result).items() if not isinstance(value, (np.ndarray, Mapping))
     }
+    found |= result.more
     return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in found.items()}
 
 
@@ -85,8 +88,13 @@ def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
 SCALARS = [
     field.name
     for field in dataclasses.fields(Evaluation)
-    if field.type not in (np.ndarray, Mapping[str, np.ndarray])
+    if field.type not in (np.ndarray, Mapping[str, np.ndarray], Mapping[str, float | None])
 ]
+
+
+def number(result: object, name: str) -> float | None:
+    """A number of an evaluation by name, its own or a registered one; None: it was not measured."""
+    return getattr(result, name, None) if hasattr(result, name) else getattr(result, "more", {}).get(name)
 
 
 def read_numbers(path: pathlib.Path) -> dict:
@@ -100,15 +108,19 @@ def read_numbers(path: pathlib.Path) -> dict:
     found = files.read_json(path)
     saes = found.pop("sae", None)
     if not isinstance(saes, dict) or not saes or not all(isinstance(of, dict) for of in saes.values()):
-        raise ValueError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
-    checked = {name: {key: of.get(key) for key in SCALARS} for name, of in saes.items()}
+        raise FormatError(f"{path} has no numbers of SAEs; remove it, and run evaluate.py again")
+    checked = {
+        name: {key: of.get(key) for key in SCALARS}
+        | {key: value for key, value in of.items() if key not in SCALARS and _is_number(value)}
+        for name, of in saes.items()
+    }
     for name, of in checked.items():
         for key, value in of.items():
             values = value if key == "l0_quantiles" and isinstance(value, list) else [value]
             if not all(map(_is_number, values)):
-                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
+                raise FormatError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
             if key.endswith("_se") and value is not None and value < 0:
-                raise ValueError(f"{path} is no evaluation: {key} of {printable(name)} is below zero")
+                raise FormatError(f"{path} is no evaluation: {key} of {printable(name)} is below zero")
     about = {
         key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
     }

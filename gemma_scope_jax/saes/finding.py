@@ -7,8 +7,9 @@ import pathlib
 import re
 
 from gemma_scope_jax.runtime import files, hub
+from gemma_scope_jax.runtime.errors import NotFoundError
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.saes.formats import detect
+from gemma_scope_jax.saes import formats
 
 
 def is_pattern(location: str) -> bool:
@@ -29,11 +30,11 @@ def paths(location: str) -> list[pathlib.Path]:
         matches = root.glob(inside)
     else:
         _, matches = files.matching(location)
-    found = sorted(path for path in matches if detect.format_of(path))
+    found = sorted(path for path in matches if formats.format_of(path))
     if not found:
         if location.startswith("hf://"):
-            raise ValueError(_nothing(location))
-        raise ValueError(f"{location} matches no SAE")
+            raise NotFoundError(_nothing(location))
+        raise NotFoundError(f"{location} matches no SAE")
     if location.startswith("hf://"):
         for path in found:
             _check_whole(location, path)
@@ -54,12 +55,12 @@ def local(location: str) -> pathlib.Path:
         if not path.exists():
             is_like = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", location)
             hint = f"; one on Hugging Face's hub is given as hf://{location}" if is_like else ""
-            raise ValueError(f"{path} does not exist{hint}")
+            raise NotFoundError(f"{path} does not exist{hint}")
         return path
     root, inside = _fetch(location)
     path = root / inside
     if not path.exists():
-        raise ValueError(_nothing(location))
+        raise NotFoundError(_nothing(location))
     _check_whole(location, path)
     return path
 
@@ -69,9 +70,9 @@ def _fetch(location: str) -> tuple[pathlib.Path, str]:
     place = hub.place_of(location)
     inside = place.folder
     # Of a file, what lies beside it comes too: it says what the SAE is of.
-    is_file = any(fnmatch.fnmatch(pathlib.PurePosixPath(inside).name, name) for name in detect.FILES)
+    is_file = any(fnmatch.fnmatch(pathlib.PurePosixPath(inside).name, name) for name in formats.files())
     folder = str(pathlib.PurePosixPath(inside).parent) if is_file else inside
-    patterns = [name if folder in ("", ".") else f"{folder}/{name}" for name in detect.FILES]
+    patterns = [name if folder in ("", ".") else f"{folder}/{name}" for name in formats.files()]
     return hub.snapshot(location, place, patterns), inside
 
 
@@ -88,9 +89,7 @@ def _nothing(location: str) -> str:
     except Exception as error:
         reason = printable(" ".join(str(error).split()))
         return f"{location} is not in the cache, and the hub cannot be asked ({reason})"
-    weights = [
-        name for name in detect.FILES if not name.endswith((".json", ".yaml", "site_mean.safetensors"))
-    ]
+    weights = formats.weight_files()
     paths_in_it = [pathlib.PurePosixPath(name) for name in names]
     folders = sorted({str(p.parent) for p in paths_in_it if any(fnmatch.fnmatch(p.name, w) for w in weights)})
     near = [folder for folder in folders if folder.startswith(place.folder)] or folders
@@ -103,7 +102,7 @@ def _nothing(location: str) -> str:
 def _check_whole(location: str, path: pathlib.Path) -> None:
     beside = sorted((path if path.is_dir() else path.parent).iterdir())
     if damaged := [file.name for file in beside if file.is_file() and not _is_whole(file)]:
-        raise ValueError(
+        raise NotFoundError(
             f"{', '.join(damaged)} of {location} arrived damaged, not of the digest that the hub gives; what was "
             "fetched is removed, fetch it again"
         )

@@ -14,6 +14,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from gemma_scope_jax.runtime.errors import FormatError
+
 DENSE = 0.1  # A latent that fires on more than this share of activations counts as dense.
 
 
@@ -107,7 +109,7 @@ def decode(
     if sae.W_skip is None:
         return out_BxO
     if x_BxD is None:
-        raise ValueError(
+        raise FormatError(
             "this transcoder has a skip connection: decoding needs the activations that were encoded"
         )
     return out_BxO + jnp.matmul(x_BxD, sae.W_skip, precision=precision)

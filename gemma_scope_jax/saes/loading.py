@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
-from gemma_scope_jax.saes import finding, jumprelu
-from gemma_scope_jax.saes.formats import common, detect
+from gemma_scope_jax.runtime.errors import FormatError
+from gemma_scope_jax.saes import finding, formats, jumprelu
+from gemma_scope_jax.saes.formats import common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,12 @@ def read(
     Raises:
       ValueError: there is none, it is broken, or does not fit its model.
     """
-    of_places = ((place, found) for place in finding.paths(str(location)) for found in detect.read(place))
+    of_places = ((place, found) for place in finding.paths(str(location)) for found in formats.read(place))
     taken: set[str] = set()
     for place, found in of_places:
         about = found.about
         if not (model or about.model_name) or not (site or about.hook_name):
-            raise ValueError(
+            raise FormatError(
                 f"{location} does not say of which model and site it is; give them, for example "
                 "--model=gemma2_2b --site=layer_20_resid_post, and for a transcoder --target_site"
             )
@@ -54,11 +55,11 @@ def read(
             reads = site_from_hook(site or about.hook_name)
             predicts = site_from_hook(hook_out) if hook_out else reads
         except ValueError as error:
-            raise ValueError(
+            raise FormatError(
                 f"{location}: {error}; if the file calls it otherwise, give --model, --site or --target_site"
             ) from error
         stored = found.sae
-        if found.format == "gemma_scope" and reads.kind == "embed":
+        if formats.FORMATS[found.format].embedding_scale and reads.kind == "embed":
             stored = common.in_other_units(stored, embedding_scale(name))
         check(location, name, stored, reads, predicts)
         is_of_run = not str(location).startswith("hf://") and _is_in_run(place)
@@ -93,7 +94,7 @@ def check(
     ):
         check_site(model, place)
         if width != site_width(model, place):
-            raise ValueError(
+            raise FormatError(
                 f"{location} {does} activations of width {width}, but {place} of {name} has width "
                 f"{site_width(model, place)}"
             )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Mapping
 
 from gemma_scope_jax.models.sites import Site
@@ -27,6 +26,7 @@ class Member:
     objective: str = "linear"
     target_l0: float = 0.0  # 0: none.
     skip: bool = False
+    options: tuple[tuple[str, float], ...] = ()  # Of the objective, those that are not its defaults.
 
     @property
     def is_transcoder(self) -> bool:
@@ -41,40 +41,35 @@ class Member:
     def name(self) -> str:
         """Differs from every other member's."""
         skip = "_skip" if self.skip else ""
-        target = f"_{self.objective}_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
+        objective = "" if self.objective == "linear" else f"_{self.objective}"
+        objective += f"_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
+        objective += "".join(f"_{name}_{value}" for name, value in self.options)
         seed = f"_seed_{self.seed}" if self.seed else ""
         width = width_name(self.width)
-        return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{target}{seed}"
+        return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{objective}{seed}"
 
 
-def layout(
-    members: Mapping[str, Member], l0: Mapping[str, float], file_format: str
-) -> dict[str, pathlib.Path]:
-    """Where each member goes below an export's folder, as in Google's repositories, by name.
+def place(name: str, member: Member, l0: float) -> str:
+    """An SAE's place below an export's folder in Gemma Scope's way: `resid_post/layer_9/width_16k/average_l0_71`."""
+    del name
+    kind = "transcoder" if member.is_transcoder else member.site.kind
+    affine = "_skip" if member.skip else ""
+    seed = f"_seed_{member.seed}" if member.seed else ""
+    return (
+        f"{kind}{affine}/{layer_name(member)}/width_{width_name(member.width)}/average_l0_{round(l0)}{seed}"
+    )
 
-    `resid_post/layer_9/width_16k/average_l0_71`, or in Gemma Scope 2's way `resid_post/layer_9_width_16k_l0_71`. Of
-    members that would share a place, the later have their λ in it too, and if need be their whole name.
-    circuit-tracer has a folder for all layers that are otherwise the same.
-    """
-    places: dict[str, pathlib.Path] = {}
-    for name, member in members.items():
-        if file_format == "circuit_tracer":
-            places[name] = pathlib.Path(re.sub(r"layer_\d+_", "", name, count=1))
-            continue
-        kind = "transcoder" if member.is_transcoder else member.site.kind
-        seed = f"_seed_{member.seed}" if member.seed else ""
-        width, rounded = width_name(member.width), round(l0[name])
-        # Gemma Scope has its embedding SAEs beside its layers.
-        layer = "embedding" if member.site.kind == "embed" else f"layer_{member.site.layer}"
-        if file_format == "gemma_scope_2":
-            affine = "_affine" if member.skip else ""
-            place = f"{kind}/{layer}_width_{width}_l0_{rounded}{affine}{seed}"
-        else:
-            affine = "_skip" if member.skip else ""
-            place = f"{kind}{affine}/{layer}/width_{width}/average_l0_{rounded}{seed}"
-        if pathlib.Path(place) in places.values():
-            place = f"{place}_lambda_{member.sparsity_coefficient}"
-        if pathlib.Path(place) in places.values():
-            place = f"{place}_{name}"
-        places[name] = pathlib.Path(place)
-    return places
+
+def layer_name(member: Member) -> str:
+    """As in Google's repositories, which have embedding SAEs beside their layers."""
+    return "embedding" if member.site.kind == "embed" else f"layer_{member.site.layer}"
+
+
+def apart(places: Mapping[str, str], members: Mapping[str, Member]) -> dict[str, pathlib.Path]:
+    """Places by name, no two the same: the later of those that would be has its λ in it, and if need be its name."""
+    found: dict[str, pathlib.Path] = {}
+    for name, place in places.items():
+        wanted = (place, f"{place}_lambda_{members[name].sparsity_coefficient}")
+        free = [one for one in map(pathlib.Path, wanted) if one not in found.values()]
+        found[name] = free[0] if free else pathlib.Path(f"{wanted[-1]}_{name}")
+    return found

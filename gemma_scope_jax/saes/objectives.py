@@ -1,18 +1,41 @@
-"""What an SAE is trained on: squared error and a penalty on L0, and their gradients, written by hand.
+"""What an SAE is trained on: squared error and a penalty on how often latents fire, and their gradients.
 
-Shapes and equations are those of `jumprelu`.
+`OBJECTIVES` has them by name, and `register` adds one (docs/extending.md). Shapes and equations are those of
+`jumprelu`.
 """
 
-from collections.abc import Callable
+import dataclasses
+import difflib
+import types
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from gemma_scope_jax.runtime.errors import ConfigError
+from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
 
-# From the mean L0 of a batch to what it costs.
-Penalty = Callable[[jax.Array], jax.Array]
+
+class Sparsity(NamedTuple):
+    """How sparse the latents are on a batch, its rows by their weights."""
+
+    l0: jax.Array  # [], mean number of latents that fire: the sum of the frequencies
+    frequency_M: jax.Array  # on which share of the rows each latent fires
+
+
+# From how sparse a batch's latents are to what that costs, [].
+Penalty = Callable[[Sparsity], jax.Array]
+
+
+class Examples(NamedTuple):
+    """What one SAE is trained on in one update."""
+
+    x_BxD: jax.Array  # what it reads, normalised
+    weight_B: jax.Array
+    target_BxO: jax.Array | None  # what a transcoder predicts; None: an autoencoder
 
 
 @flax.struct.dataclass
@@ -36,7 +59,7 @@ class BatchSums:
 
 def linear_penalty(coefficient: jax.Array) -> Penalty:
     """λ‖f‖₀ (Gemma Scope, equation 4)."""
-    return lambda l0: coefficient * l0
+    return lambda sparsity: coefficient * sparsity.l0
 
 
 def quadratic_penalty(coefficient: jax.Array, target_l0: jax.Array) -> Penalty:
@@ -45,7 +68,7 @@ def quadratic_penalty(coefficient: jax.Array, target_l0: jax.Array) -> Penalty:
     Of the batch's mean L0, so that tokens may differ in theirs. The equation is printed with 2 in place of ½, which
     is four times as hard as its text says: to use such a λ, multiply it by four.
     """
-    return lambda l0: coefficient / (2 * target_l0) * jnp.square(l0 - target_l0)
+    return lambda sparsity: coefficient / (2 * target_l0) * jnp.square(sparsity.l0 - target_l0)
 
 
 def off_target(l0: jax.Array, target_l0: jax.Array) -> jax.Array:
@@ -59,10 +82,23 @@ def controlled_penalty(coefficient: jax.Array, target_l0: jax.Array) -> Penalty:
     The part of a controller that acts at once; the other moves λ itself, until nothing is left for this one.
     """
 
-    def penalty(l0: jax.Array) -> jax.Array:
-        return coefficient * jax.lax.stop_gradient(jnp.exp(2 * off_target(l0, target_l0))) * l0
+    def penalty(sparsity: Sparsity) -> jax.Array:
+        strength = jax.lax.stop_gradient(jnp.exp(2 * off_target(sparsity.l0, target_l0)))
+        return coefficient * strength * sparsity.l0
 
     return penalty
+
+
+# How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
+# the thresholds that L0 follows with, which move by about one. `controlled_penalty` acts at once and damps it.
+CONTROLLER_SPEED = 5
+
+
+def controlled_coefficient(
+    coefficient: jax.Array, l0: jax.Array, target_l0: jax.Array, rate: jax.Array
+) -> jax.Array:
+    """λ for the next update, by how far L0 is off its target in this one."""
+    return coefficient * jnp.exp(CONTROLLER_SPEED * rate * off_target(l0, target_l0))
 
 
 # The definition: a loss whose threshold has pseudo-derivatives. Readable, but `jax.grad` of it costs half as
@@ -121,10 +157,13 @@ def loss(
     if params.W_skip is not None:
         recon_BxO += x_BxD @ params.W_skip
     error_B = jnp.sum(jnp.square(recon_BxO - (x_BxD if target_BxO is None else target_BxO)), axis=1)
-    l0_B = jnp.sum(heaviside(pre_BxM, threshold_M, bandwidth), axis=1)
+    fires_BxM = heaviside(pre_BxM, threshold_M, bandwidth)
     row_weight_B = normalized(weight_B)
+    sparsity = Sparsity(
+        jnp.sum(row_weight_B * fires_BxM.sum(1)), jnp.sum(row_weight_B[:, None] * fires_BxM, axis=0)
+    )
     # Nothing to learn from rows without weight, not even that their L0 is off its target.
-    return jnp.sum(row_weight_B * error_B) + row_weight_B.sum() * penalty(jnp.sum(row_weight_B * l0_B))
+    return jnp.sum(row_weight_B * error_B) + row_weight_B.sum() * penalty(sparsity)
 
 
 def normalized(weight_B: jax.Array) -> jax.Array:
@@ -164,7 +203,9 @@ def loss_gradient(
     if params.W_skip is not None:
         error_BxO += matmul(x_BxD, params.W_skip)
     l0_B = jnp.sum(active_BxM, axis=1, dtype=x_BxD.dtype)
-    penalty_value, slope = jax.value_and_grad(penalty)(jnp.sum(row_weight_B * l0_B))
+    sparsity = Sparsity(jnp.sum(row_weight_B * l0_B), jnp.where(active_BxM, row_weight_B[:, None], 0).sum(0))
+    penalty_value, slope = jax.value_and_grad(penalty)(sparsity)
+    slope_M = slope.l0 + slope.frequency_M  # By each latent's frequency, of which L0 is the sum.
 
     g_recon_BxO = 2 * row_weight_B[:, None] * error_BxO
     g_f_BxM = matmul(g_recon_BxO, params.W_dec.T)
@@ -175,7 +216,7 @@ def loss_gradient(
     # θ's gradient in its two parts: what the error wants, and what sparsity wants.
     g_error_M = -(threshold_M / bandwidth) * jnp.where(kernel_BxM, g_f_BxM, 0).sum(0)
     reached_M = jnp.where(kernel_BxM, row_weight_B[:, None], 0).sum(0)
-    g_sparsity_M = -slope / bandwidth * reached_M
+    g_sparsity_M = -slope_M / bandwidth * reached_M
 
     gradient = jumprelu.Params(
         W_enc=matmul(read_BxD.T, g_pre_BxM),
@@ -204,3 +245,93 @@ def loss_gradient(
         theta_reached=(reached_M > 0).mean(dtype=x_BxD.dtype),
     )
     return gradient, sums
+
+
+# From λ, warmed up, the target L0 and the objective's own options to the penalty of one SAE in one update.
+MakePenalty = Callable[[jax.Array, jax.Array, Mapping[str, float]], Penalty]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What an SAE is trained on, and what that takes; `loss_gradient` of its penalty unless it says otherwise.
+
+    Args:
+      penalty: what sparsity costs.
+      needs_target: whether each SAE has a target L0.
+      options: its own numbers with their defaults, which `objective_options` of a bank may change.
+      next_coefficient: λ for the next update, of λ, the batch's L0, its target and the learning rate; None: λ stays.
+      loss: in place of the squared error, of parameters, examples, penalty and bandwidth; it is differentiated, so
+        that thresholds learn by `jump_relu` and `heaviside`.
+      gradient: its gradient, of the same and the precision of matmuls, where it is written by hand.
+    """
+
+    penalty: MakePenalty
+    needs_target: bool = False
+    options: Mapping[str, float] = types.MappingProxyType({})
+    next_coefficient: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    loss: Callable[[jumprelu.Params, Examples, Penalty, float], jax.Array] | None = None
+    gradient: (
+        Callable[[jumprelu.Params, Examples, Penalty, float, jax.lax.Precision | None], jumprelu.Params]
+        | None
+    ) = None
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "linear": Objective(lambda coefficient, target_l0, options: linear_penalty(coefficient)),
+    "quadratic": Objective(
+        lambda coefficient, target_l0, options: quadratic_penalty(coefficient, target_l0), needs_target=True
+    ),
+    "controlled": Objective(
+        lambda coefficient, target_l0, options: controlled_penalty(coefficient, target_l0),
+        needs_target=True,
+        next_coefficient=controlled_coefficient,
+    ),
+}
+
+
+def register(name: str, objective: Objective) -> None:
+    """Makes an objective known by a name, for `objective` of a bank.
+
+    Raises:
+      ValueError: the name is taken by another, or could not stand in an SAE's.
+    """
+    if not name.isidentifier():
+        raise ConfigError(f"an objective cannot be called {quoted(name)}; choose letters, digits and _")
+    if OBJECTIVES.setdefault(name, objective) != objective:
+        raise ConfigError(f"another objective is called {name!r}; choose another name")
+
+
+def objective_of(name: str) -> Objective:
+    """The objective of a name.
+
+    Raises:
+      ValueError: none is known by it.
+    """
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown objective {quoted(name)}; known: {', '.join(OBJECTIVES)}{hint}")
+    return OBJECTIVES[name]
+
+
+def gradient_of(
+    objective: Objective,
+    params: jumprelu.Params,
+    examples: Examples,
+    penalty: Penalty,
+    bandwidth: float,
+    precision: jax.lax.Precision | None = None,
+) -> tuple[jumprelu.Params, BatchSums]:
+    """An objective's gradient for one SAE, and what the batch adds to its metrics."""
+    x_BxD, weight_B, target_BxO = examples
+    gradient, sums = loss_gradient(params, x_BxD, weight_B, penalty, bandwidth, target_BxO, precision)
+    if objective.gradient is None and objective.loss is None:
+        return gradient, sums
+    # What is not used of the gradient above the compiler leaves out.
+    if objective.gradient is not None:
+        gradient = objective.gradient(params, examples, penalty, bandwidth, precision)
+    else:
+        with jax.default_matmul_precision(None if precision is None else precision.name.lower()):
+            gradient = jax.grad(objective.loss)(params, examples, penalty, bandwidth)
+    # Of a batch without weight nothing is learnt, whatever the loss makes of it.
+    return jax.tree.map(lambda leaf: jnp.where(sums.weight > 0, leaf, 0), gradient), sums

@@ -2,24 +2,19 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from gemma_scope_jax.models import forward, registry
+from gemma_scope_jax.models import forward, placement, registry
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import files, printing
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.saes import jumprelu, loading
-from gemma_scope_jax.saes.formats import (
-    circuit_tracer,
-    common,
-    dictionary_learning,
-    gemma_scope,
-    gemma_scope_2,
-    saelens,
-)
+from gemma_scope_jax.runtime.reporting import say
+from gemma_scope_jax.saes import formats, jumprelu, loading
+from gemma_scope_jax.saes.formats import common
 
 
 def write(place: pathlib.Path, file_format: str, one: loading.Stored, dtype: str = "float32") -> pathlib.Path:
@@ -27,64 +22,36 @@ def write(place: pathlib.Path, file_format: str, one: loading.Stored, dtype: str
 
     Args:
       place: the folder; of circuit-tracer's transcoders one for all layers.
-      file_format: one of `formats.WRITTEN`.
+      file_format: one of `formats.written()`.
       one: the SAE.
       dtype: of the matrices, one of `common.DTYPES`; thresholds and biases are always float32.
     """
-    folded, is_transcoder = one.sae, one.target_site != one.site
+    to = formats.format_to_write(file_format)
 
     def hook(site: Site) -> str:
-        names = SITES[site.kind]
-        return (names.hugging_face if file_format == "gemma_scope_2" else names.transformer_lens).format(
-            site.layer
-        )
+        return getattr(SITES[site.kind], to.hooks).format(site.layer)
 
     about = dataclasses.replace(
         one.about,
         model_name=registry.spec(one.model).hugging_face,
         hook_name=hook(one.site),
-        hook_name_out=hook(one.target_site) if is_transcoder else None,
+        hook_name_out=hook(one.target_site) if one.target_site != one.site else None,
     )
-    match file_format:
-        case "saelens":
-            saelens.write(place, folded, about, dtype)
-        case "gemma_scope":
-            place = place / "params.npz"
-            gemma_scope.write(place, folded)
-        case "gemma_scope_2":
-            gemma_scope_2.write(place, folded, about, dtype)
-        case "dictionary_learning":
-            dictionary_learning.write(place, folded, about, dtype)
-        case "circuit_tracer":
-            circuit_tracer.write_config(place, about)
-            place = circuit_tracer.write(place, folded, one.site.layer, dtype)
-    return place
+    return to.write(place, one.sae, about, dtype)
 
 
-def obstacle(file_format: str, site: Site, target_site: Site, skip: bool, dtype: str) -> str | None:
+def obstacle(file_format: str, kind: common.Kind) -> str | None:
     """Why a format has no place for an SAE, if it has none."""
-    is_transcoder = site != target_site
-    if file_format == "gemma_scope" and skip:
-        return gemma_scope.NO_SKIP
-    if file_format == "gemma_scope" and dtype != "float32":
-        return "would be in bfloat16, which NumPy's files have no type for"
-    if file_format == "dictionary_learning" and is_transcoder:
-        return dictionary_learning.NO_TRANSCODER
-    if file_format == "circuit_tracer" and not is_transcoder:
-        return "is no transcoder, and circuit-tracer reads nothing else"
-    if file_format == "circuit_tracer" and site.layer != target_site.layer:
-        return f"reads layer {site.layer} and predicts layer {target_site.layer}; it knows one alone"
-    if file_format == "gemma_scope_2" and target_site.kind == "mlp_in_gain_free":
-        return "is of mlp_in_gain_free, for which Hugging Face has no name"
-    wanted = _TRANSCODERS_READ.get(file_format)
-    if is_transcoder and wanted and site.kind not in _TRANSCODERS_READ.values():
-        return f"reads {site}; --format={file_format} is for transcoders of {wanted}"
+    to = formats.format_to_write(file_format)
+    if why := to.obstacle(kind):
+        return why
+    if kind.is_transcoder and to.transcoders_read and kind.site.kind not in _MLP_INPUTS:
+        return f"reads {kind.site}; --format={file_format} is for transcoders of {to.transcoders_read}"
     return None
 
 
 def obstacles(
-    wanted: list[tuple[str, str, Site, Site, bool]],
-    dtype: str,
+    wanted: Sequence[tuple[str, str, common.Kind]],
     model: str,
     weights: str,
     gemma_dtype: jax.typing.DTypeLike,
@@ -92,21 +59,16 @@ def obstacles(
     """What keeps SAEs out of formats, by format and name, and the gains that it takes to convert the others.
 
     Args:
-      wanted: format, name, site, target site, and whether there is a skip connection.
-      dtype: of the matrices.
+      wanted: format, name, and what kind of SAE it is.
       model: its name.
       weights: Gemma's; read only if a transcoder has to be converted.
       gemma_dtype: that they are read in.
     """
-    found = {(f, name): obstacle(f, *sites, skip, dtype) for f, name, *sites, skip in wanted}
-    layers = {
-        site.layer
-        for f, name, site, target, _ in wanted
-        if _needs_gain(f, site, target) and not found[f, name]
-    }
+    found = {(f, name): obstacle(f, kind) for f, name, kind in wanted}
+    layers = {kind.site.layer for f, name, kind in wanted if _needs_gain(f, kind) and not found[f, name]}
     gains = mlp_gains(model, weights, gemma_dtype, sorted(layers))
-    for f, name, site, target, _ in wanted:
-        found[f, name] = found[f, name] or _lost_gain(f, site, target, gains)
+    for f, name, kind in wanted:
+        found[f, name] = found[f, name] or _lost_gain(f, kind, gains)
     return {key: why for key, why in found.items() if why}, gains
 
 
@@ -131,47 +93,53 @@ def public_name(path: str) -> str:
     return pathlib.PurePath(path).name
 
 
-# What a format's readers feed its transcoders with; the others' files say it.
-_TRANSCODERS_READ = {"gemma_scope": "mlp_in_gain_free", "gemma_scope_2": "mlp_in"}
+# The two forms of what the MLP reads: one is had from the other by the gain of the norm before it.
+_MLP_INPUTS = ("mlp_in_gain_free", "mlp_in")
 
 
-def _needs_gain(file_format: str, site: Site, target_site: Site) -> bool:
+def _needs_gain(file_format: str, kind: common.Kind) -> bool:
     """Whether a transcoder reads what the MLP reads, but not in the form that the format's readers feed it with."""
-    wanted = _TRANSCODERS_READ.get(file_format)
-    return site != target_site and wanted is not None and site.kind != wanted
+    wanted = formats.FORMATS[file_format].transcoders_read
+    return kind.is_transcoder and wanted != "" and kind.site.kind != wanted
+
+
+def kind_of(one: loading.Stored, dtype: str) -> common.Kind:
+    """What a format must have a place for, to hold this SAE."""
+    return common.Kind(one.site, one.target_site, one.sae.W_skip is not None, dtype)
 
 
 def in_convention(file_format: str, one: loading.Stored, gains: Mapping[int, jax.Array]) -> loading.Stored:
     """An SAE as a format's readers feed it, and on the site that they feed it with.
 
     Args:
-      file_format: one of `formats.WRITTEN`.
+      file_format: one of `formats.written()`.
       one: the SAE.
       gains: those of `mlp_gains`.
 
     Raises:
       ValueError: a gain is zero, so that what was read without it cannot be told from what is read with it.
     """
-    if file_format == "gemma_scope" and one.site.kind == "embed":
+    to, kind = formats.FORMATS[file_format], kind_of(one, "float32")
+    if to.embedding_scale and one.site.kind == "embed":
         scale = loading.embedding_scale(one.model)
         return dataclasses.replace(one, sae=common.in_other_units(one.sae, 1 / scale))
-    if not _needs_gain(file_format, one.site, one.target_site):
+    if not _needs_gain(file_format, kind):
         return one
     gain_D = gains[one.site.layer]
-    if file_format == "gemma_scope":
+    if to.transcoders_read == "mlp_in_gain_free":
         # Trained behind the gain, fed before it. Where that is zero nothing got through, and 1 / inf keeps it so.
         gain_D = 1 / gain_D
-    elif why := _lost_gain(file_format, one.site, one.target_site, gains):
-        raise ValueError(f"{one.name} {why}")
-    site = Site(_TRANSCODERS_READ[file_format], one.site.layer)
+    elif why := _lost_gain(file_format, kind, gains):
+        raise FormatError(f"{one.name} {why}")
+    site = Site(to.transcoders_read, one.site.layer)
     return dataclasses.replace(one, sae=jax.device_get(jumprelu.read_scaled(one.sae, gain_D)), site=site)
 
 
-def _lost_gain(file_format: str, site: Site, target_site: Site, gains: Mapping[int, jax.Array]) -> str | None:
+def _lost_gain(file_format: str, kind: common.Kind, gains: Mapping[int, jax.Array]) -> str | None:
     """Why a transcoder that reads before the gain cannot be had as one that reads behind it, if it cannot."""
-    if file_format != "gemma_scope_2" or not _needs_gain(file_format, site, target_site):
+    if formats.FORMATS[file_format].transcoders_read != "mlp_in" or not _needs_gain(file_format, kind):
         return None
-    lost = int((gains[site.layer] == 0).sum())
+    lost = int((gains[kind.site.layer] == 0).sum())
     if not lost:
         return None
     return (
@@ -186,8 +154,8 @@ def mlp_gains(
     """The gains of the MLPs' norms by layer; no weights are read for none."""
     if not layers:
         return {}
-    loaded = registry.load(model, weights, dtype, num_layers=max(layers) + 1)
-    return {layer: forward.mlp_in_gain(loaded.params, layer) for layer in layers}
+    gemma = placement.load(model, weights, dtype, num_layers=max(layers) + 1)
+    return {layer: forward.mlp_in_gain(gemma.params, layer) for layer in layers}
 
 
 def convert(
@@ -202,7 +170,7 @@ def convert(
 
     Args:
       location: a path or `hf://OWNER/NAME/FOLDER`, in any format.
-      file_format: one of `formats.WRITTEN`.
+      file_format: one of `formats.written()`.
       out: the folder to write to; of several SAEs each has one in it.
       dtype: of the matrices.
       weights: Gemma's, where the formats differ in the gain that a transcoder reads behind.
@@ -211,21 +179,22 @@ def convert(
     Raises:
       ValueError: the SAE cannot be read, or the format has no place for it.
     """
+    formats.format_to_write(file_format)
     files.check_new(out)
     found = list(loading.read(location, **sites))
-    wanted = [(file_format, one.name, one.site, one.target_site, one.sae.W_skip is not None) for one in found]
+    wanted = [(file_format, one.name, kind_of(one, dtype)) for one in found]
     first = found[0]
     named = first.about.weights
-    if named and not weights and any(_needs_gain(file_format, one.site, one.target_site) for one in found):
+    if named and not weights and any(_needs_gain(file_format, kind) for *_, kind in wanted):
         if first.is_of_run:
             weights = named
         else:
-            print(f"The file names weights {printable(named)}. They are not used unless you give --weights.")
-    hindered, gains = obstacles(wanted, dtype, first.model, weights, np.float32)
+            say(f"The file names weights {printable(named)}. They are not used unless you give --weights.")
+    hindered, gains = obstacles(wanted, first.model, weights, np.float32)
     if hindered:
         (_, name), why = next(iter(hindered.items()))
-        raise ValueError(f"{name} {why}")
-    is_one = len(found) == 1 or file_format == "circuit_tracer"
+        raise FormatError(f"{name} {why}")
+    is_one = len(found) == 1 or formats.FORMATS[file_format].holds_many
     folders = {} if is_one else files.folder_names(one.name for one in found)
     paths = []
     with files.filling_folder(out) as partial:

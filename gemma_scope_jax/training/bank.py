@@ -19,11 +19,7 @@ from gemma_scope_jax.training import optimizer as optimizer_lib
 from gemma_scope_jax.training import shardings, shuffle_buffer
 from gemma_scope_jax.training.normalizer import CONSTANT, Normalizer
 
-# How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
-# the thresholds that L0 follows with, which move by about one. `objectives.controlled_penalty` acts at once and
-# damps it.
-CONTROLLER_SPEED = 5
-CONTROLLER_REACH = 1000  # How far it goes from the λ given, as a factor.
+COEFFICIENT_REACH = 1000  # How far an objective may move λ from the one given, as a factor.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +41,9 @@ class Plan:
         return self.members[0].width
 
     @property
-    def objective(self) -> str:
-        return self.members[0].objective
+    def objective(self) -> objectives.Objective:
+        """Raises ValueError if it is not known."""
+        return objectives.objective_of(self.members[0].objective)
 
     @property
     def padded(self) -> list[naming.Member]:
@@ -76,7 +73,7 @@ class State:
     params: jumprelu.Params
     opt_state: optax.OptState
     updates_E: jax.Array  # int32, that a member has had
-    coefficient_E: jax.Array  # λ, which only the controller changes
+    coefficient_E: jax.Array  # λ, which only an objective such as `controlled` changes
     firing: Firing
 
 
@@ -136,15 +133,6 @@ def target_scales(plan: Plan, normalizers: Mapping[str, Normalizer]) -> jax.Arra
     return jnp.stack([normalizers[str(m.target_site if by_target else m.site)].scale for m in plan.padded])
 
 
-def _penalty(plan: Plan, coefficient: jax.Array, target_l0: jax.Array) -> objectives.Penalty:
-    match plan.objective:
-        case "quadratic":
-            return objectives.quadratic_penalty(coefficient, target_l0)
-        case "controlled":
-            return objectives.controlled_penalty(coefficient, target_l0)
-    return objectives.linear_penalty(coefficient)
-
-
 def _member_batches(
     plan: Plan, mesh: jax.sharding.Mesh, normalizers: Mapping[str, Normalizer], batch: shuffle_buffer.Slots
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -175,24 +163,25 @@ def _member_batches(
     return x_ExBxD, weight_ExB, y_ExBxO
 
 
-def _controlled(
+def _next_coefficient(
     plan: Plan,
     optimizer_config: config.OptimizerConfig,
     state: State,
     sums: objectives.BatchSums,
     rate_E: jax.Array,
 ) -> jax.Array:
-    """λ after an update: the same, unless a controller moves it."""
-    if plan.objective != "controlled":
+    """λ after an update: the same, unless the objective moves it."""
+    if plan.objective.next_coefficient is None:
         return state.coefficient_E
     # Not while λ is warming up or there is nothing to see.
     moves_E = (state.updates_E >= optimizer_config.sparsity_warmup_updates) & (sums.weight > 0)
     target_l0_E = jnp.array([member.target_l0 for member in plan.padded])
-    off_E = objectives.off_target(sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1), target_l0_E)
-    moved_E = state.coefficient_E * jnp.exp(jnp.where(moves_E, CONTROLLER_SPEED * rate_E * off_E, 0))
+    l0_E = sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1)
+    moved_E = plan.objective.next_coefficient(state.coefficient_E, l0_E, target_l0_E, rate_E)
+    moved_E = jnp.where(moves_E, moved_E, state.coefficient_E)
     # A target out of reach must not carry λ out of float32.
     given_E = jnp.array([member.sparsity_coefficient for member in plan.padded])
-    return jnp.clip(moved_E, given_E / CONTROLLER_REACH, given_E * CONTROLLER_REACH)
+    return jnp.clip(moved_E, given_E / COEFFICIENT_REACH, given_E * COEFFICIENT_REACH)
 
 
 def update(
@@ -207,6 +196,7 @@ def update(
 ) -> tuple[State, objectives.BatchSums]:
     """One update of every member on its own site's rows of one batch; `number` is how many the run has had."""
     optimizer = optimizer_lib.make_optimizer(optimizer_config)
+    options = {**plan.objective.options, **dict(plan.members[0].options)}
     x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)
 
     def update_one(
@@ -219,13 +209,12 @@ def update(
         target_l0: jax.Array,
         rate: jax.Array,
     ) -> tuple[jumprelu.Params, optax.OptState, objectives.BatchSums]:
-        gradient, sums = objectives.loss_gradient(
+        gradient, sums = objectives.gradient_of(
+            plan.objective,
             params,
-            x_BxD,
-            weight_B,
-            _penalty(plan, coefficient, target_l0),
+            objectives.Examples(x_BxD, weight_B, y_BxO),
+            plan.objective.penalty(coefficient, target_l0, options),
             plan.bandwidth,
-            y_BxO,
             jax.lax.Precision(plan.precision),
         )
         return *optimizer_lib.apply_gradient(optimizer, gradient, opt_state, params, rate), sums
@@ -246,7 +235,7 @@ def update(
         params=params,
         opt_state=opt_state,
         updates_E=state.updates_E + 1,
-        coefficient_E=_controlled(plan, optimizer_config, state, sums, rate_E),
+        coefficient_E=_next_coefficient(plan, optimizer_config, state, sums, rate_E),
         firing=_count(plan, state, sums),
     )
     return new, sums

@@ -16,7 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.errors import NonFiniteError, RunError
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.training import step as step_lib
 
 
@@ -36,7 +38,7 @@ def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
       ValueError: there is no such folder.
     """
     if not folder.exists():
-        raise ValueError(f"{folder.parent} has no checkpoint yet")
+        raise RunError(f"{folder.parent} has no checkpoint yet")
     _quiet()
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     return ocp.CheckpointManager(
@@ -105,7 +107,7 @@ def digests(state: step_lib.State) -> dict[str, list[int]]:
         if not finite and "max_squared_norm" not in n
     ]
     if bad:
-        raise FloatingPointError(f"the state holds non-finite values in {', '.join(bad)}")
+        raise NonFiniteError(f"the state holds non-finite values in {', '.join(bad)}")
     return {name: digest.tolist() for name, (digest, _) in zip(named, inspected, strict=True)}
 
 
@@ -146,7 +148,7 @@ def check_saved(manager: ocp.CheckpointManager) -> None:
     except Exception as error:  # Orbax raises many kinds.
         is_whole, reason = False, printable(repr(error), 200)
     if not is_whole:
-        raise ValueError(
+        raise RunError(
             f"checkpoint {step} in {manager.directory} was saved and cannot be opened ({reason}); train in another "
             "--workdir, on a disk of this machine"
         )
@@ -215,13 +217,13 @@ def restore_newest(
             files.check_readable(pathlib.Path(manager.directory) / str(step))
             if jax.process_count() > 1:  # Another host may see nothing wrong, and all must restore the same.
                 reason = " ".join(repr(error).split())[:200]
-                raise ValueError(
+                raise RunError(
                     f"checkpoint {step} in {manager.directory} cannot be read here ({reason}); a run of one process "
                     "passes over it and sets it aside, or move it away"
                 ) from error
             damaged[step] = " ".join(repr(error).split())[:200]
     if damaged:
-        raise ValueError(
+        raise RunError(
             f"no checkpoint in {manager.directory} can be read ({damaged[max(damaged)]}); nothing was changed. "
             "If the run is being trained, try again; else start anew in another --workdir"
         )

@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import distributed, files, printing
-from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.reporting import say
+from gemma_scope_jax.saes import formats as formats_lib
 from gemma_scope_jax.saes import jumprelu, loading, naming, saving
 from gemma_scope_jax.saes.formats import (
     common,
@@ -87,6 +89,17 @@ def as_stored(
     return loading.Stored(member.name, folded, about, config.model, member.site, member.target_site)
 
 
+def layout(
+    members: Mapping[str, naming.Member], l0: Mapping[str, float], file_format: str
+) -> dict[str, pathlib.Path]:
+    """Where each member goes below an export's folder, by name, as in the repositories that have the format."""
+    to = formats_lib.FORMATS[file_format]
+    places = {name: to.place(name, member, l0[name]) for name, member in members.items()}
+    if to.holds_many:
+        return {name: pathlib.Path(place) for name, place in places.items()}
+    return naming.apart(places, members)
+
+
 def export_run(
     workdir: pathlib.Path,
     formats: tuple[str, ...],
@@ -98,7 +111,7 @@ def export_run(
 
     Args:
       workdir: the run's.
-      formats: of `formats.WRITTEN`. Of several each has a folder of its own, without what it has no place for.
+      formats: of `saes.formats.written()`. Of several each has a folder of its own, without what it has no place for.
       out: the folder to write to.
       bank_name: only this bank's SAEs; None: all.
       dtype: of the matrices.
@@ -138,18 +151,18 @@ def export_state(
     rows = token_rows.name_of(runs.run_rows(run.config, workdir))
     l0 = measured_l0(run, state, workdir)
     wanted = [
-        (file_format, name, m.site, m.target_site, m.skip)
+        (file_format, name, common.Kind(m.site, m.target_site, m.skip, dtype))
         for file_format in formats
         for name, m in members.items()
     ]
     dtype_of_gemma = registry.dtype(run.config)
-    found, gains = saving.obstacles(wanted, dtype, run.config.model, run.config.weights, dtype_of_gemma)
-    layouts = {file_format: naming.layout(members, l0, file_format) for file_format in formats}
+    found, gains = saving.obstacles(wanted, run.config.model, run.config.weights, dtype_of_gemma)
+    layouts = {file_format: layout(members, l0, file_format) for file_format in formats}
     places: dict[str, dict[str, pathlib.Path]] = {file_format: {} for file_format in formats}
     for file_format, name, *_ in wanted:
         why = found.get((file_format, name))
         if why and len(formats) == 1:
-            raise ValueError(f"{name} {why}; with --bank other SAEs are exported")
+            raise InputError(f"{name} {why}; with --bank other SAEs are exported")
         if why:
             say(f"Left out of {file_format}: {name} {why}")
             continue

@@ -1,7 +1,6 @@
 """FLOPs of a step, by formulas."""
 
-from gemma import gm
-
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import blocks_needed, site_width
 from gemma_scope_jax.training import bank, step
 

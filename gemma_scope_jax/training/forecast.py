@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.runtime import devices as devices_lib
+from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.training import flops as flops_lib
 from gemma_scope_jax.training import loop, runs
 from gemma_scope_jax.training import memory as memory_lib
@@ -77,7 +78,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     if kind not in devices_lib.CHIPS or not re.fullmatch(
         r"\d+(x\d+){1,2}", topology.removeprefix(f"{kind}:")
     ):
-        raise ValueError(
+        raise ConfigError(
             f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with a KIND of {', '.join(devices_lib.CHIPS)}; for "
             "example v5e:2x4 (v5e-8) or v5p:2x2x4 (v5p-32)"
         )
@@ -91,7 +92,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     except Exception as error:  # Of many kinds: no libtpu, a shape that the kind does not come in.
         reason = " ".join(str(error).split())[:300]
         hint = ". It needs libtpu: make .venv/libtpu, or pip install libtpu" if "libtpu" in reason else ""
-        raise ValueError(f"no compiler for {topology}: {reason}{hint}") from error
+        raise ConfigError(f"no compiler for {topology}: {reason}{hint}") from error
 
 
 def parse_collectives(hlo: str, updates_per_step: int) -> list[Collective]:
@@ -123,16 +124,16 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     chip = devices_lib.CHIPS[topology.split(":")[0]]
     run = runs.build(config, devices=devices)
     inputs = runs.abstract_inputs(run)
-    state, _, gemma_params = inputs
+    state, _, gemma = inputs
     try:
         compiled = loop.lower_step(run, *inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        memory_lib.check(memory_lib.needs(state, gemma_params, 0), chip.memory)
-        raise ValueError(memory_lib.too_large(state, gemma_params, chip.memory)) from error
+        memory_lib.check(memory_lib.needs(state, gemma, 0), chip.memory)
+        raise ConfigError(memory_lib.too_large(state, gemma, chip.memory)) from error
     memory = compiled.memory_analysis()
-    plan, model, count = run.plan, run.model, len(devices)
+    plan, model, count = run.plan, run.module, len(devices)
     collectives = parse_collectives(compiled.as_text(), plan.updates_per_step)
 
     gemma_flops, per_bank = flops_lib.step_flops(plan, model, config.data.context_length)
@@ -157,7 +158,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
         tokens=config.train.tokens,
         tokens_per_step=plan.activations,
         memory=chip.memory,
-        needs=memory_lib.needs(state, gemma_params, memory.temp_size_in_bytes),
+        needs=memory_lib.needs(state, gemma, memory.temp_size_in_bytes),
         peak_bytes=memory.peak_memory_in_bytes,
         gemma_flops=gemma_flops,
         banks_flops=sum(per_bank),

@@ -4,21 +4,30 @@ import contextlib
 import functools
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tqdm
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import prepare, token_rows
-from gemma_scope_jax.models import forward, masking, registry
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import devices, distributed, files, locks, printing, ranges, sharding, signals
-from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime import (
+    devices,
+    distributed,
+    files,
+    locks,
+    ranges,
+    reporting,
+    sharding,
+    signals,
+)
+from gemma_scope_jax.runtime.errors import NonFiniteError, RunError
+from gemma_scope_jax.runtime.reporting import say, warn
 from gemma_scope_jax.saes import loading, verdicts
 from gemma_scope_jax.training import bank, checkpoint, export, memory, optimizer, runs, step
 from gemma_scope_jax.training import flops as flops_lib
@@ -27,7 +36,7 @@ from gemma_scope_jax.training import normalizer as normalizer_lib
 
 
 def calibrate(
-    run: runs.Run, rows: token_rows.Rows, gemma_params: dict, sites: Collection[Site]
+    run: runs.Run, rows: token_rows.Rows, gemma: Gemma, sites: Collection[Site]
 ) -> dict[str, normalizer_lib.Normalizer]:
     """The normalisers of some sites, from the first rows of the training order.
 
@@ -40,13 +49,13 @@ def calibrate(
     config, count = run.config, run.config.train.sequences_per_step
 
     @jax.jit
-    def read(params: dict, tokens_SxL: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        values = forward.read_sites(run.model, params, tokens_SxL, sites)
+    def read(gemma: Gemma, tokens_SxL: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        values = forward.read_sites(gemma, tokens_SxL, sites)
         weight_T = masking.is_kept(tokens_SxL, run.plan.masked_prefix).reshape(-1).astype(jnp.float32)
         return {str(site): v.reshape(weight_T.size, -1) for site, v in values.items()}, weight_T
 
     parts = [
-        read(gemma_params, runs.read_batch(run, rows, start, count).tokens_SxL)
+        read(gemma, runs.read_batch(run, rows, start, count).tokens_SxL)
         for start in range(0, max(config.normalizer.rows, 1), count)
     ]
     weight_N = jnp.concatenate([weight_T for _, weight_T in parts])
@@ -59,7 +68,7 @@ def calibrate(
         normalizer_lib.check(site, sample)
         if sample.nonfinite_N.any():
             first, bad = int(sample.nonfinite_N.argmax()), int(sample.nonfinite_N.sum())
-            _tell_nonfinite(config, nonfinite_text(run, rows, site, bad, first), print)
+            _tell_nonfinite(config, nonfinite_text(run, rows, site, bad, first))
         made[site] = measure(
             x_NxD,
             weight_N,
@@ -83,24 +92,24 @@ def nonfinite_text(run: runs.Run, rows: token_rows.Rows, site: str, count: int, 
     return f"the activation of {site} at row {row}, position {place % length}{others} is not finite"
 
 
-def _tell_nonfinite(config: config_lib.Config, text: str, warn: Callable[[str], object]) -> None:
+def _tell_nonfinite(config: config_lib.Config, text: str) -> None:
     if not config.normalizer.skip_nonfinite:
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"{text}: NaN, or too large for its square. To leave such positions out, run the same command with "
             "--config.normalizer.skip_nonfinite=True; what was saved before is good. Where there are many, look at "
             "the weights and at gemma_dtype"
         )
     if distributed.is_first():
-        warn(f"Warning: {text}. Such positions are left out, as normalizer.skip_nonfinite asks.")
+        warn(f"{text}. Such positions are left out, as normalizer.skip_nonfinite asks.")
 
 
-def lower_step(run: runs.Run, state: step.State, batch: step.Batch, gemma_params: dict) -> jax.stages.Lowered:
+def lower_step(run: runs.Run, state: step.State, batch: step.Batch, gemma: Gemma) -> jax.stages.Lowered:
     """The step of a run, lowered for arrays or for shapes with shardings."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
     # Metrics whole on every device, so that every host can fetch them.
     metrics = jax.NamedSharding(run.mesh, sharding.REPLICATED)
-    fn = step.make_step(run.plan, run.mesh, run.model, registry.dtype(run.config))
-    return jax.jit(fn, donate_argnums=0, out_shardings=(out, metrics)).lower(state, batch, gemma_params)
+    fn = step.make_step(run.plan)
+    return jax.jit(fn, donate_argnums=0, out_shardings=(out, metrics)).lower(state, batch, gemma)
 
 
 def compile_step(run: runs.Run) -> jax.stages.Compiled:
@@ -109,18 +118,18 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
     Raises:
       ValueError: it does not fit; names the largest part and what to change.
     """
-    state, batch, gemma_params = runs.abstract_inputs(run)
+    state, batch, gemma = runs.abstract_inputs(run)
     limit = devices.memory_of(run.mesh.local_devices[0])
-    print("Compiling the step.", flush=True)
+    say("Compiling the step.")
     try:
-        compiled = lower_step(run, state, batch, gemma_params).compile()
+        compiled = lower_step(run, state, batch, gemma).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(memory.too_large(state, gemma_params, limit)) from error
-    needs = memory.needs(state, gemma_params, compiled.memory_analysis().temp_size_in_bytes)
+        raise RunError(memory.too_large(state, gemma, limit)) from error
+    needs = memory.needs(state, gemma, compiled.memory_analysis().temp_size_in_bytes)
     memory.check(needs, limit)
-    print(memory.describe(needs, limit), flush=True)
+    say(memory.describe(needs, limit))
     return compiled
 
 
@@ -135,7 +144,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def start_from(run: runs.Run, rows: token_rows.Rows, gemma_params: dict) -> step.State:
+def start_from(run: runs.Run, rows: token_rows.Rows, gemma: Gemma) -> step.State:
     """The first state of a run that goes on from the SAEs of a finished one, `config.start_from`.
 
     SAEs that both name go on as they were, with their optimizer's state; the others begin anew. Rows are read on
@@ -148,10 +157,10 @@ def start_from(run: runs.Run, rows: token_rows.Rows, gemma_params: dict) -> step
     named = [b.name for b in run.plan.banks]
     old_run, old = runs.open_run(files.expanded(source), run.mesh, what="banks", banks=named)
     if runs.steps_left(old_run.plan, old):
-        raise ValueError(f"start_from: the run in {source} is not complete; finish it first")
+        raise RunError(f"start_from: the run in {source} is not complete; finish it first")
     new_sites = [site for site in run.plan.sites if str(site) not in old.normalizers]
     known = {str(site): old.normalizers[str(site)] for site in run.plan.sites if str(site) in old.normalizers}
-    fresh = runs.init_state(run, known | calibrate(run, rows, gemma_params, new_sites))
+    fresh = runs.init_state(run, known | calibrate(run, rows, gemma, new_sites))
     merged = dict(fresh.banks)
     kept = 0
     for plan in run.plan.banks:
@@ -199,14 +208,14 @@ def _start_or_continue(
     if manager.all_steps():
         config_lib.check_resumable(runs.read_config(workdir), config)
         state = runs.restore(run, manager, set_aside=True)
-        print(f"Continuing from step {int(state.step)}.", flush=True)
+        say(f"Continuing from step {int(state.step)}.")
         signals.leaving(f"checkpoint {int(state.step)} is the newest state there is")
     has_work = state is None or runs.steps_left(run.plan, state)
     if has_work:
         # Before an hour is spent on the text.
-        state_shapes, _, gemma_shapes = runs.abstract_inputs(run)
+        state_shapes, _, gemma = runs.abstract_inputs(run)
         limit = devices.memory_of(run.mesh.local_devices[0])
-        memory.check(memory.needs(state_shapes, gemma_shapes, 0), limit)
+        memory.check(memory.needs(state_shapes, gemma, 0), limit)
         runs.check_weights(run)
     if state is not None:
         folder = runs.run_rows(config, workdir)
@@ -218,25 +227,25 @@ def _start_or_continue(
         folder = prepare.rows_of_once(config)
     rows = token_rows.open_rows(folder, token_rows.TRAIN)
     compiled = compile_step(run) if has_work else None
-    gemma_params = runs.load_gemma(run).params if has_work else None
+    gemma = runs.load_gemma(run) if has_work else None
     for sentence in _passes(run, len(rows)) if has_work else ():
-        print(sentence, flush=True)
+        say(sentence)
     if state is None and config.start_from:
-        state = start_from(run, rows, gemma_params)
+        state = start_from(run, rows, gemma)
     # Only now has everything been read that a mistake in the config could spoil.
     if distributed.is_first():
         files.write_json(workdir / "config.json", config_lib.to_dict(config))
         files.write_text(workdir / "rows", token_rows.name_of(folder) + "\n")
     if state is None:
-        state = runs.init_state(run, calibrate(run, rows, gemma_params, run.plan.sites))
+        state = runs.init_state(run, calibrate(run, rows, gemma, run.plan.sites))
     if has_work:
         measure = None
         if config.log.evaluate_every:
             held_out_rows = token_rows.open_rows(folder, token_rows.HELD_OUT)
-            measure = _held_out(run, held_out_rows, gemma_params, state.normalizers)
+            measure = _held_out(run, held_out_rows, gemma, state.normalizers)
         if jax.process_count() == 1:  # Else SIGTERM is JAX's, and Ctrl-C ends all.
             request = held.enter_context(signals.saving())
-        state = _loop(run, workdir, rows, compiled, gemma_params, state, manager, request, measure)
+        state = _loop(run, workdir, rows, compiled, gemma, state, manager, request, measure)
     return state, rows, request
 
 
@@ -288,12 +297,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
         export.write_own(run, state, workdir / "sae", token_rows.name_of(rows.folder))
         if distributed.is_first():
             ours, perfect = metrics_log_lib.shuffle_quality(workdir, rows)
-            print(
-                f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.",
-                flush=True,
-            )
+            say(f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.")
             for line in verdicts.lines(metrics_log_lib.judge(run.plan, workdir, int(state.step))):
-                printing.say(line)
+                say(line)
     return run
 
 
@@ -302,7 +308,7 @@ def _loop(
     workdir: pathlib.Path,
     rows: token_rows.Rows,
     compiled: jax.stages.Compiled,
-    gemma_params: dict,
+    gemma: Gemma,
     state: step.State,
     manager: ocp.CheckpointManager,
     request: signals.Request,
@@ -319,20 +325,11 @@ def _loop(
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
     youngest = _fewest_updates(plan, state)  # Computed on the state's devices, and so by every process.
     for warning in metrics_log_lib.check_plan(plan, *_to_come(plan, state, youngest)) if is_new else ():
-        print(f"Warning: {warning}.", flush=True)
+        warn(f"{warning}.")
 
-    words = printing.unfailing(sys.stderr)  # A reader that is gone must not cost what was trained.
-    bar = tqdm.tqdm(
-        total=first_step + left,
-        initial=first_step,
-        unit="step",
-        dynamic_ncols=True,
-        smoothing=0.1,
-        file=words,
-        disable=metrics_log is None,
-    )
+    bar = reporting.bar("", "step", first_step + left, first_step, speaks=metrics_log is not None)
     watched: list[dict] = []  # The first entries, for a look at what moves the thresholds.
-    flops = flops_lib.step_flops(plan, run.model, config.data.context_length)
+    flops = flops_lib.step_flops(plan, run.module, config.data.context_length)
     chip = devices.chip_of(jax.devices()[0])
     peak = chip.flops * jax.device_count() if chip else None
     clock = time.perf_counter()
@@ -340,9 +337,6 @@ def _loop(
     is_traced = False
     pending = None  # Metrics are fetched one step late, so that the host never waits for the newest step.
     told: set[str] = set()  # What need not be said twice.
-
-    def tell(text: str) -> None:
-        bar.write(text, printing.unfailing(sys.stdout))
 
     def flush(now: tuple[int, int, step.Metrics, dict | None] | None) -> None:
         nonlocal pending, clock
@@ -353,7 +347,7 @@ def _loop(
                 if bad.count and site not in told:
                     place = first_row * config.data.context_length + int(bad.first)
                     text = nonfinite_text(run, rows, site, int(bad.count), place)
-                    _tell_nonfinite(config, f"in step {number} {text}", tell)
+                    _tell_nonfinite(config, f"in step {number} {text}")
                     told.add(site)
             before, clock = clock, time.perf_counter()
             of_gemma, of_banks = flops
@@ -365,13 +359,13 @@ def _loop(
                 metrics_log.write(entry)
                 for name, text in metrics_log_lib.undefined(entry).items():
                     if name not in told:
-                        tell(f"Warning: {text}.")
+                        warn(f"{text}.")
                     told.add(name)
             if is_new and entry["sae"] and len(watched) < metrics_log_lib.watched_steps(plan):
                 watched.append(entry)
                 if len(watched) == metrics_log_lib.watched_steps(plan):
                     for warning in metrics_log_lib.stuck_thresholds(plan, watched):
-                        tell(f"Warning: {warning}.")
+                        warn(f"{warning}.")
             bar.set_postfix_str(metrics_log_lib.progress(entry), refresh=False)
             bar.update()
         pending = now
@@ -382,7 +376,7 @@ def _loop(
                 jax.profiler.start_trace(workdir / "profile")
                 is_traced = True
             first_row = harvests * sequences
-            state, metrics = compiled(state, batch, gemma_params)
+            state, metrics = compiled(state, batch, gemma)
             harvests = min(harvests + 1, plan.harvests)
             started = time.perf_counter()
             if harvests < plan.harvests:
@@ -417,12 +411,12 @@ def _is_to_stop(request: signals.Request, number: int) -> bool:
     """Whether this step is to be saved and be the last for now; of many processes the same step on all."""
     if jax.process_count() > 1 and request.number is None and distributed.is_preempted(number):
         request.number = signal.SIGTERM
-        print(f"\nSIGTERM: all hosts save step {number}, then leave.", flush=True)
+        say(f"SIGTERM: all hosts save step {number}, then leave.")
     return request.number is not None
 
 
 def _held_out(
-    run: runs.Run, rows: token_rows.Rows, gemma_params: dict, normalizers: dict
+    run: runs.Run, rows: token_rows.Rows, gemma: Gemma, normalizers: dict
 ) -> Callable[[step.State], dict]:
     """A function from a state to L0 and FVU of its SAEs, by name, on held-out activations.
 
@@ -432,14 +426,11 @@ def _held_out(
     batch = runs.read_batch(run, rows, 0, config.train.sequences_per_step)
 
     @functools.partial(jax.jit, out_shardings=jax.NamedSharding(mesh, sharding.TOKENS))
-    def harvest(params: dict, batch: step.Batch, normalizers: dict) -> object:
-        dtype, prefix = registry.dtype(config), plan.masked_prefix
-        groups = plan.ring_groups
-        sites = plan.sites
-        new = step.harvest(mesh, run.model, params, batch, normalizers, sites, groups, dtype, prefix)
+    def harvest(gemma: Gemma, batch: step.Batch, normalizers: dict) -> object:
+        new = step.harvest(gemma, batch, normalizers, plan.sites, plan.ring_groups, plan.masked_prefix)
         return step.leave_out(new)[0]
 
-    slots = harvest(gemma_params, batch, normalizers)
+    slots = harvest(gemma, batch, normalizers)
     whole = jax.NamedSharding(mesh, sharding.REPLICATED)
     measure = jax.jit(functools.partial(step.measure, plan, mesh), out_shardings=whole)
 

@@ -5,7 +5,8 @@ import math
 
 import jax
 
-from gemma_scope_jax.models import weights
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.training import step
 
 
@@ -26,12 +27,12 @@ def bytes_per_device(tree: object) -> int:
     )
 
 
-def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int) -> list[Need]:
+def needs(state: step.State, gemma: Gemma, temporary_bytes: int) -> list[Need]:
     """What Gemma, each bank, the ring and the step's own intermediate results take.
 
     Args:
       state: of the run, as shapes with shardings.
-      gemma_params: likewise.
+      gemma: likewise.
       temporary_bytes: the compiler's, for one device; 0 before it is known.
     """
     # Each bank's gradient is among the temporaries, and no smaller for smaller steps.
@@ -40,7 +41,7 @@ def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int)
     return [
         Need(
             "Gemma",
-            bytes_per_device(gemma_params),
+            bytes_per_device(gemma),
             "set mesh.gemma = split, or read no layer so deep",
         ),
         *(
@@ -60,10 +61,10 @@ def needs(state: step.State, gemma_params: weights.Params, temporary_bytes: int)
     ]
 
 
-def too_large(state: step.State, gemma_params: weights.Params, limit: float) -> str:
+def too_large(state: step.State, gemma: Gemma, limit: float) -> str:
     """What to say where the compiler finds no room for a step whose arguments alone would fit."""
     return (
-        f"{describe(needs(state, gemma_params, 0), limit)} With gradients and the step's activations it does not "
+        f"{describe(needs(state, gemma, 0), limit)} With gradients and the step's activations it does not "
         "fit; lower train.sequences_per_step, or the banks' widths"
     )
 
@@ -79,6 +80,6 @@ def check(found: list[Need], limit: float) -> None:
     """Raises ValueError if they do not fit, saying what to change."""
     if sum(need.bytes for need in found) > limit:
         largest = max(found, key=lambda need: need.bytes)
-        raise ValueError(
+        raise ConfigError(
             f"{describe(found, limit)} That does not fit. Most is {largest.what}: {largest.remedy}"
         )

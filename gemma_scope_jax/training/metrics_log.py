@@ -16,6 +16,8 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import NonFiniteError
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import verdicts
 from gemma_scope_jax.training import bank, shuffle_buffer, step
 
@@ -90,10 +92,9 @@ class MetricsLog:
             places = (path.with_name(f"{path.name}.damaged.{n}") for n in itertools.count(1))
             aside = next(place for place in places if not place.exists())
             shutil.copyfile(path, aside)
-            print(
+            say(
                 f"{path}: {damaged} lines are damaged, or of a step that is there twice, and are left out; the file "
-                f"as it was is kept in {aside}.",
-                flush=True,
+                f"as it was is kept in {aside}."
             )
         kept = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= last_step]
         self.is_new = not kept
@@ -166,7 +167,7 @@ def entry(
             saes[member.name] = _member_entry(bank_plan, of_bank, i)
             # Without activations there is no loss.
             if of_bank.activations_E[i] and not math.isfinite(of_bank.loss_E[i]):
-                raise FloatingPointError(
+                raise NonFiniteError(
                     f"the loss of {member.name} is {of_bank.loss_E[i]} at step {number}; the last good state is "
                     "in the newest checkpoint. In another --workdir, lower optimizer.learning_rate or set "
                     "normalizer.outlier_medians"
@@ -314,7 +315,7 @@ def stuck_thresholds(plan: step.Plan, entries: list[Mapping]) -> list[str]:
                 )
                 continue
             error, sparsity = mean("theta_from_error"), mean("theta_from_sparsity")
-            if member.objective == "controlled":
+            if bank_plan.objective.next_coefficient is not None:
                 continue  # Its λ moves by itself.
             if now := mean("sparsity_coefficient"):
                 sparsity *= member.sparsity_coefficient / now  # While λ warms up: as it will be.

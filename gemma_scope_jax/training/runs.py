@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from gemma import gm
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import placement, registry, weights
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
 from gemma_scope_jax.runtime import files, printing, sharding
+from gemma_scope_jax.runtime.errors import RunError
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.training import bank, checkpoint, plans, shardings, step
 from gemma_scope_jax.training import normalizer as normalizer_lib
@@ -26,7 +29,7 @@ class Run:
 
     config: config_lib.Config
     mesh: jax.sharding.Mesh
-    model: gm.nn.Transformer
+    module: gm.nn.Transformer
     plan: step.Plan
 
 
@@ -48,10 +51,10 @@ def build(
         devices = jax.devices() if devices is None else devices
         data = config.mesh.data or plans.choose_data_axis(config, len(devices))
         mesh = sharding.make_mesh(data, config.mesh.latent, devices)
-    model = registry.build_model(config.model)
-    plan = plans.make_plan(config, model, mesh.shape["data"], mesh.shape["latent"], started)
+    module = registry.build_model(config.model)
+    plan = plans.make_plan(config, module, mesh.shape["data"], mesh.shape["latent"], started)
     registry.dtype(config)
-    return Run(config, mesh, model, plan)
+    return Run(config, mesh, module, plan)
 
 
 def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -66,12 +69,12 @@ def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
         with files.reading(record):
             name = record.read_text(encoding="utf-8").strip()
             if not token_rows.is_name(name):
-                raise ValueError("it names no rows; remove it, and those of data.text as it is now are taken")
+                raise RunError("it names no rows; remove it, and those of data.text as it is now are taken")
     if name is not None and (folder := token_rows.cached(config.data, name)) is not None:
         return folder
     folder = prepare.rows_of_once(config)
     if name not in (None, token_rows.name_of(folder)):
-        raise ValueError(
+        raise RunError(
             f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
             f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
         )
@@ -115,20 +118,20 @@ def own_evaluation(
 
 def gemma_placement(run: Run) -> weights.Placement:
     """Where Gemma's parameters lie, up to the deepest site."""
-    return placement.placement_of(run.config, run.mesh, run.model, blocks_needed(run.plan.sites))
+    return placement.placement_of(run.config, run.mesh, run.module, blocks_needed(run.plan.sites))
 
 
 def check_weights(run: Run) -> None:
     """Raises ValueError if the weights are not there or not the model's, before an hour is spent on the text."""
     path = registry.weights_path(run.config.model, run.config.weights)
-    weights.find(path, run.model, blocks_needed(run.plan.sites))
+    weights.find(path, run.module, blocks_needed(run.plan.sites))
 
 
-def load_gemma(run: Run) -> registry.Gemma:
+def load_gemma(run: Run) -> Gemma:
     """Gemma up to the deepest site, on the mesh."""
     config = run.config
     dtype, depth = registry.dtype(config), blocks_needed(run.plan.sites)
-    return registry.load(config.model, config.weights, dtype, depth, gemma_placement(run))
+    return placement.load(config.model, config.weights, dtype, depth, run.mesh, gemma_placement(run))
 
 
 def read_batch(run: Run, rows: token_rows.Rows, start: int, count: int) -> step.Batch:
@@ -163,7 +166,7 @@ def abstract_state(run: Run) -> step.State:
     shape = jax.ShapeDtypeStruct
     normalizers = {}
     for site in run.plan.sites:
-        width = site_width(run.model, site)
+        width = site_width(run.module, site)
         vector, scalar = shape((width,), jnp.float32), shape((), jnp.float32)
         normalizers[str(site)] = normalizer_lib.Normalizer(vector, scalar, scalar, vector)
     abstract = jax.eval_shape(lambda n: step.init_state(run.plan, n, registry.dtype(run.config)), normalizers)
@@ -171,7 +174,7 @@ def abstract_state(run: Run) -> step.State:
     return jax.tree.map(lambda leaf, s: shape(leaf.shape, leaf.dtype, sharding=s), abstract, placed)
 
 
-def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, weights.Params]:
+def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, Gemma]:
     """What the step takes, as shapes with shardings."""
     config = run.config
 
@@ -182,13 +185,9 @@ def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, weights.Params]:
 
     count = config.train.sequences_per_step
     batch = step.Batch(tokens(count, config.data.context_length), tokens(count), tokens(count))
-    gemma_params = weights.placed_shapes(
-        run.model,
-        blocks_needed(run.plan.sites),
-        registry.dtype(config),
-        gemma_placement(run),
-    )
-    return abstract_state(run), batch, gemma_params
+    depth = blocks_needed(run.plan.sites)
+    params = weights.placed_shapes(run.module, depth, registry.dtype(config), gemma_placement(run))
+    return abstract_state(run), batch, Gemma(config.model, run.module, run.mesh, depth, params)
 
 
 def steps_left(plan: step.Plan, state: step.State) -> int:
@@ -202,7 +201,7 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     """The config of a run directory."""
     path = workdir / "config.json"
     if not path.exists():
-        raise ValueError(f"{workdir} is no run directory: it has no config.json")
+        raise RunError(f"{workdir} is no run directory: it has no config.json")
     values = files.read_json(path)
     with files.reading(path, "a run's config"):
         return config_lib.from_dict(values)
@@ -279,21 +278,18 @@ def open_run(
     if banks is not None:
         opened = {name: b for name, b in config.banks.items() if name in banks}
         if not opened:
-            raise ValueError(
+            raise RunError(
                 f"{workdir} has no bank {' or '.join(map(repr, banks))}; choose one of {', '.join(config.banks)}"
             )
         config = dataclasses.replace(config, banks=opened)
-    mesh, model = (
-        mesh or sharding.one_device(),
-        registry.build_model(config.model),
-    )
-    run = Run(config, mesh, model, plans.plan_of(config, mesh.shape["data"]))
+    mesh, module = mesh or sharding.one_device(), registry.build_model(config.model)
+    run = Run(config, mesh, module, plans.plan_of(config, mesh.shape["data"]))
     for site in run.plan.sites:
-        check_site(model, site)
+        check_site(module, site)
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
         state = restore(run, manager, set_aside=False, what=what)
     if state is None:
-        raise ValueError(f"{workdir} has no checkpoint yet")
+        raise RunError(f"{workdir} has no checkpoint yet")
     if steps_left(run.plan, state):
-        print(f"The run is not complete: this is step {int(state.step)}.", flush=True)
+        say(f"The run is not complete: this is step {int(state.step)}.")
     return run, state

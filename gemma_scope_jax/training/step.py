@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
-from gemma import gm
 
 from gemma_scope_jax import config
-from gemma_scope_jax.models import forward, masking, weights
+from gemma_scope_jax.models import forward, masking
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, blocks_needed
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import naming, objectives
@@ -129,28 +129,25 @@ def init_state(plan: Plan, normalizers: Mapping[str, Normalizer], dtype: jnp.dty
 
 
 def harvest(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     batch: Batch,
     normalizers: Mapping[str, Normalizer],
     sites: Sequence[Site],
     groups: int,
-    dtype: jnp.dtype,
     masked_prefix: int = 0,
 ) -> shuffle_buffer.Slots:
     """Runs Gemma to the deepest site: normalised activations of every position, as the ring takes them.
 
-    `params` may be split over the mesh. Activations that are not finite come as zeros, and the weight of those that
-    would count is NaN; see `leave_out`.
+    Its weights may be split over the mesh. Activations that are not finite come as zeros, and the weight of those
+    that would count is NaN; see `leave_out`.
     """
     tokens_SxL = batch.tokens_SxL
-    params = forward.gather_gemma(mesh, params)
+    gemma = gemma.gathered()
     # Each chip keeps its rows. Where the embedding is split the compiler may else leave the stream split by width,
     # and gather all rows' activations in every block.
-    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
+    x_SxLxD = sharding.constrain(gemma.mesh, forward.embed(gemma, tokens_SxL), sharding.TOKENS)
     layers = range(blocks_needed(sites))
-    _, values = forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=sites)
+    _, values = forward.run_blocks(gemma, x_SxLxD, tokens_SxL, layers, read=sites)
     is_kept_T = masking.is_kept(tokens_SxL, masked_prefix).reshape(-1)
     acts, weight = {}, {}
     for site in sites:
@@ -159,7 +156,7 @@ def harvest(
         squared_T = jnp.square(x_TxD).sum(1)
         is_finite_T = jnp.isfinite(squared_T)
         weight_T = outlier_weight(squared_T, normalizer.max_squared_norm)
-        acts[str(site)] = jnp.where(is_finite_T[:, None], x_TxD / normalizer.scale, 0).astype(dtype)
+        acts[str(site)] = jnp.where(is_finite_T[:, None], x_TxD / normalizer.scale, 0).astype(gemma.dtype)
         weight[str(site)] = jnp.where(is_kept_T, jnp.where(is_finite_T, weight_T, jnp.nan), 0)
 
     length = tokens_SxL.shape[1]
@@ -234,13 +231,11 @@ def measure(
     return {b.name: tuple(value_E[: len(b.members)] for value_E in found[b.name]) for b in plan.banks}
 
 
-def make_step(
-    plan: Plan, mesh: jax.sharding.Mesh, model: gm.nn.Transformer, dtype: jnp.dtype
-) -> Callable[..., tuple[State, Metrics]]:
-    """The step as a function (state, batch, gemma_params) → (state, metrics), to be jitted with state donated."""
+def make_step(plan: Plan) -> Callable[[State, Batch, Gemma], tuple[State, Metrics]]:
+    """The step as a function (state, batch, gemma) → (state, metrics), to be jitted with state donated."""
     k, groups = plan.updates_per_step, plan.ring_groups
 
-    def step(state: State, batch: Batch, gemma_params: weights.Params) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, gemma: Gemma) -> tuple[State, Metrics]:
         draining = state.harvests >= plan.harvests
         occupancy = state.harvests - state.draws
         drawing = draining | (occupancy == plan.ring_steps)
@@ -254,17 +249,7 @@ def make_step(
 
         def run_gemma() -> tuple[shuffle_buffer.Slots, dict[str, Nonfinite]]:
             with jax.named_scope("gemma"):
-                new = harvest(
-                    mesh,
-                    model,
-                    gemma_params,
-                    batch,
-                    state.normalizers,
-                    plan.sites,
-                    groups,
-                    dtype,
-                    plan.masked_prefix,
-                )
+                new = harvest(gemma, batch, state.normalizers, plan.sites, groups, plan.masked_prefix)
                 return leave_out(new)
 
         def run_nothing() -> tuple[shuffle_buffer.Slots, dict[str, Nonfinite]]:
@@ -279,7 +264,7 @@ def make_step(
 
         def run_banks() -> tuple:
             with jax.named_scope("banks"):
-                return train(plan, mesh, state, batches)
+                return train(plan, gemma.mesh, state, batches)
 
         def skip_banks() -> tuple:
             sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run_banks)[1])

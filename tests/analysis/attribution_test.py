@@ -53,7 +53,7 @@ IDS = [masking.BOS, *tiny.encode(TEXT)]
 
 
 def scope_on(mesh, tiny_gemma):
-    return scopes.make(tiny_gemma, SUBJECTS, mesh)
+    return scopes.make(tiny_gemma.replace(mesh=mesh), SUBJECTS)
 
 
 @pytest.fixture(scope="module")
@@ -319,11 +319,11 @@ def test_ablations_of_prompts_are_those_of_each(scope, ablated):
 def test_several_devices_give_what_one_gives(scope, found, ablated, tiny_gemma):
     # Of three, which do not divide the rows of a pass.
     several = scope_on(sharding.make_mesh(1, 3, jax.devices()[:3]), tiny_gemma)
-    placement = placement_lib.gemma_placement(several.mesh, split=True)
+    placement = placement_lib.gemma_placement(several.gemma.mesh, split=True)
     params = jax.tree.map_with_path(
         lambda path, value: jax.device_put(value, placement(path[-1].key, value.shape)), tiny_gemma.params
     )
-    several = dataclasses.replace(several, loaded=dataclasses.replace(tiny_gemma, params=params))
+    several = dataclasses.replace(several, gemma=several.gemma.replace(params=params))
     got = analysis.attribute(several, TEXT)
     assert got.answer == found.answer
     for name, parts in found.parts.items():

@@ -45,7 +45,7 @@ def slow(scope, tiny_gemma):
     found = {name: [] for name in SITES}
     for prompt in PROMPTS:
         tokens = jnp.array([[masking.BOS, *tiny.encode(prompt)]])
-        values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(SITES.values()))
+        values = forward.read_sites(tiny_gemma, tokens, list(SITES.values()))
         for name, site in SITES.items():
             subject = scope.subjects[name].sae
             pre = np.float64(values[site][0, 1:]) @ np.float64(subject.W_enc) + subject.b_enc

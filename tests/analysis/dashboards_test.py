@@ -48,9 +48,7 @@ def slow(tiny_gemma, subjects, rows):
     """Which positions count [S, L], in the order of `batching.batches`, and by SAE activations [S, L, M] there."""
     tokens = rows.tokens[token_rows.order(len(rows), batching.ORDER_SEED, 0, COUNT)]
     kept = ~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])
-    values = forward.read_sites(
-        tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), list(SITES.values())
-    )
+    values = forward.read_sites(tiny_gemma, jnp.asarray(tokens), list(SITES.values()))
     f = {}
     for name, subject in subjects.items():
         pre = np.asarray(values[subject.site], np.float64) @ np.float64(subject.sae.W_enc) + subject.sae.b_enc
@@ -169,8 +167,8 @@ def test_batches_change_nothing(tiny_gemma, subjects, rows, gathered, per_batch)
 def test_eight_devices_find_what_one_does(tiny_gemma, subjects, rows, gathered):
     mesh = sharding.make_mesh(4, 2)
     everywhere = jax.device_put(tiny_gemma.params, jax.NamedSharding(mesh, sharding.REPLICATED))
-    loaded = dataclasses.replace(tiny_gemma, params=everywhere)
-    again = collect.gather(loaded, subjects, rows, COUNT, 8, options=OPTIONS, mesh=mesh)
+    loaded = tiny_gemma.replace(mesh=mesh, params=everywhere)
+    again = collect.gather(loaded, subjects, rows, COUNT, 8, options=OPTIONS)
     for name in subjects:
         same(again[name], gathered[name], exact=False)
 
@@ -274,7 +272,7 @@ def test_what_is_planted_is_found(tiny_gemma):
     assert top == {(1, 7), (2, 0), (3, 20)}  # The other is in the second's passage, which shows it.
     drawn = (found.sample.row_MxK[5] >= 0).sum()
     assert drawn == 4
-    said = decoder_directions.logits(sharding.one_device(), tiny_gemma, W_dec, 1)
+    said = decoder_directions.logits(tiny_gemma, W_dec, 1)
     logits = W_dec[5] / np.sqrt(np.square(W_dec[5]).mean()) * gain @ table.T
     assert said.highest_token_MxT[5, 0] == logits.argmax()
 
@@ -287,7 +285,7 @@ def test_logits_of_directions_equal_slow_numpy(tiny_gemma, monkeypatch, devices)
     mesh = sharding.make_mesh(1, devices, jax.devices()[:devices])
     everywhere = jax.device_put(tiny_gemma.params, jax.NamedSharding(mesh, sharding.REPLICATED))
     W_dec = np.asarray(random_sae().W_dec)
-    found = decoder_directions.logits(mesh, dataclasses.replace(tiny_gemma, params=everywhere), W_dec, 4)
+    found = decoder_directions.logits(tiny_gemma.replace(mesh=mesh, params=everywhere), W_dec, 4)
     x = W_dec.astype(np.float64)
     x = x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-6)
     x = x * (1 + np.asarray(tiny_gemma.params["final_norm"]["scale"], np.float64))
@@ -305,16 +303,14 @@ def test_directions_of_heads_go_through_the_output_projection(tiny_gemma):
     W_dec = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     found = decoder_directions.in_stream(tiny_gemma.params, site, W_dec)
     tokens = jnp.asarray([[masking.BOS, 50, 60]])
-    x = forward.embed(tiny_gemma.model, tiny_gemma.params, tokens)
+    x = forward.embed(tiny_gemma, tokens)
     for latent in range(5):
 
         def write(z, latent=latent):
             return jnp.broadcast_to(jnp.asarray(W_dec[latent]), z.shape)
 
         silent = {site: write, Site("mlp_out", 2): jnp.zeros_like}
-        after, _ = forward.run_blocks(
-            tiny_gemma.model, tiny_gemma.params, x, tokens, range(2, 3), write=silent
-        )
+        after, _ = forward.run_blocks(tiny_gemma, x, tokens, range(2, 3), write=silent)
         added = np.asarray(after - x)[0, -1]
         cosine = added @ found[latent] / np.linalg.norm(added) / np.linalg.norm(found[latent])
         np.testing.assert_allclose(cosine, 1, atol=1e-5)

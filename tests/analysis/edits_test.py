@@ -1,5 +1,6 @@
 """Latents changed in Gemma, against slow NumPy in the place of the site."""
 
+import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from toys import random_sae
 from gemma_scope_jax import analysis
 from gemma_scope_jax.analysis import session as scope_lib
 from gemma_scope_jax.analysis.steering import edits
-from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
+from gemma_scope_jax.models import forward, generation, interventions, masking, passes, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
 
@@ -35,10 +36,10 @@ def scope(tiny_gemma):
 
 def run(scope, made, tokens=PROMPT, read=()):
     """The stream behind the last block, and sites read, of as many tokens as there are."""
-    loaded = scope.loaded
+    loaded = scope.gemma
     placed = scope_lib.place_prompts(scope, [tokens])
     write = edits.writes(scope, made) if isinstance(made, list) else made
-    stream, values = edits.final_stream(scope.mesh, loaded.model, loaded.params, placed, write, read)
+    stream, values = passes.written(loaded, placed, write, read)
     return jax.tree.map(lambda value: np.asarray(value[0, : len(tokens)]), (stream, values))
 
 
@@ -60,11 +61,11 @@ def firing(scope, name):
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_latents_that_keep_their_values_change_no_logit(scope, name):
     f_LxM, latent = firing(scope, name)
-    loaded, subject, token = scope.loaded, SUBJECTS[name], int(f_LxM[:, latent].argmax())
+    loaded, subject, token = scope.gemma, SUBJECTS[name], int(f_LxM[:, latent].argmax())
     clean, values = run(scope, {}, read=(subject.site, subject.spliced))
 
     def logits(made):
-        return predictions.logits(loaded.model, loaded.params, run(scope, made)[0])
+        return predictions.logits(loaded, run(scope, made)[0])
 
     # Bit for bit at the site; behind it another program's rounding.
     tokens = jnp.asarray([PROMPT])
@@ -72,7 +73,7 @@ def test_latents_that_keep_their_values_change_no_logit(scope, name):
     where = interventions.Where(
         tokens, masking.packed_positions(tokens), jnp.full(tokens.shape, True), passed
     )
-    expected = predictions.logits(loaded.model, loaded.params, clean)
+    expected = predictions.logits(loaded, clean)
     for made in ([analysis.scale(name, latent, 1.0)], [analysis.add(name, latent, 0.0)]):
         y_SxLxO = edits.writes(scope, made)[subject.spliced](passed[subject.spliced], where)
         np.testing.assert_array_equal(y_SxLxO[0], values[subject.spliced])
@@ -96,9 +97,9 @@ def test_what_edits_make_of_a_site_equals_slow_numpy(scope, name):
     f_new[3:7, other] = 3 * f_LxM[3:7, other] + 0.5
     expected = y + (f_new - f_LxM) @ np.float64(subject.sae.W_dec)
     write = {subject.spliced: lambda _: jnp.asarray(expected[None], jnp.float32)}
-    loaded, tokens = scope.loaded, jnp.asarray([PROMPT])
-    x = forward.embed(loaded.model, loaded.params, tokens)
-    after = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(4), write=write)[0]
+    loaded, tokens = scope.gemma, jnp.asarray([PROMPT])
+    x = forward.embed(loaded, tokens)
+    after = forward.run_blocks(loaded, x, tokens, range(4), write=write)[0]
     got, _ = run(scope, made)
     np.testing.assert_allclose(got, after[0], rtol=1e-4, atol=1e-4 * np.abs(after).max())
 
@@ -115,12 +116,12 @@ def test_edits_at_one_site_add_up(scope):
     both = [analysis.add("resid", 3, 2.0), analysis.add("beside", 5, -1.0)]
     added = 2 * np.asarray(SUBJECTS["resid"].sae.W_dec[3]) - np.asarray(SUBJECTS["beside"].sae.W_dec[5])
     write = edits.writes(scope, both)
-    loaded, tokens = scope.loaded, jnp.asarray([PROMPT])
-    x = forward.embed(loaded.model, loaded.params, tokens)
+    loaded, tokens = scope.gemma, jnp.asarray([PROMPT])
+    x = forward.embed(loaded, tokens)
     ones = jnp.full(tokens.shape, True)
     bound = interventions.at(write, tokens, masking.packed_positions(tokens), ones)
-    changed = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(2), write=bound)[0]
-    clean = forward.run_blocks(loaded.model, loaded.params, x, tokens, range(2))[0]
+    changed = forward.run_blocks(loaded, x, tokens, range(2), write=bound)[0]
+    clean = forward.run_blocks(loaded, x, tokens, range(2))[0]
     np.testing.assert_allclose((changed - clean)[0, 1:], np.tile(added, (len(PROMPT) - 1, 1)), atol=1e-4)
 
 
@@ -158,7 +159,7 @@ def test_rows_may_differ(scope):
     )
     placed = scope_lib.place_prompts(scope, [PROMPT] * 3)
     write = edits.writes_of_saes(scope, {"resid": per_row})
-    got, _ = edits.final_stream(scope.mesh, scope.loaded.model, scope.loaded.params, placed, write)
+    got, _ = passes.written(scope.gemma, placed, write)
     for row, made in zip(
         got, ([], [analysis.ablate("resid", latent)], [analysis.add("resid", 7, 2.0)]), strict=True
     ):
@@ -170,28 +171,26 @@ def test_generation_with_edits_equals_running_everything_again(scope, tokens):
     _, latent = firing(scope, "resid")
     made = [analysis.clamp("resid", latent, 6.0, tokens), analysis.add("transcoder", 2, 4.0, tokens)]
     write = edits.writes(scope, made)
-    (reply,) = generation.generate(scope.loaded, [PROMPT], 6, temperature=0, write=write)
-    clean = generation.generate(scope.loaded, [PROMPT], 6, temperature=0)[0]
+    (reply,) = generation.generate(scope.gemma, [PROMPT], 6, temperature=0, write=write)
+    clean = generation.generate(scope.gemma, [PROMPT], 6, temperature=0)[0]
     # What is still to come is PAD, which no token before it sees: so all passes have one length.
     tokens_1xL = np.array([[*PROMPT, *[masking.PAD] * len(reply)]], np.int32)
     index = jnp.arange(tokens_1xL.size)[None]
     for place in range(len(PROMPT), tokens_1xL.size):
         tokens = jnp.asarray(tokens_1xL)
         bound = interventions.at(write, tokens, index, index < len(PROMPT))
-        x = forward.embed(scope.loaded.model, scope.loaded.params, tokens)
-        x, _ = forward.run_blocks(scope.loaded.model, scope.loaded.params, x, tokens, range(4), write=bound)
-        tokens_1xL[0, place] = predictions.logits(
-            scope.loaded.model, scope.loaded.params, x[:, place - 1]
-        ).argmax()
+        x = forward.embed(scope.gemma, tokens)
+        x, _ = forward.run_blocks(scope.gemma, x, tokens, range(4), write=bound)
+        tokens_1xL[0, place] = predictions.logits(scope.gemma, x[:, place - 1]).argmax()
     assert reply == tokens_1xL[0, len(PROMPT) :].tolist()
     assert reply != clean
 
 
 def test_nothing_is_compiled_anew_for_other_values(scope):
     run(scope, [analysis.clamp("resid", 1, 2.0), analysis.ablate("transcoder", 2)])
-    compiled = edits.final_stream._cache_size()
+    compiled = compilations.so_far("written")
     run(scope, [analysis.add("resid", 9, 1.0, "prompt"), analysis.scale("transcoder", 4, 3.0, range(2))])
-    assert edits.final_stream._cache_size() == compiled
+    assert compilations.so_far("written") == compiled
 
 
 @pytest.mark.parametrize(

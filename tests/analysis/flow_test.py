@@ -76,14 +76,13 @@ def reconstruction(name, values):
 def walked(tiny_gemma):
     """All sites' activations, and a function that gives p [L, V] of next tokens with sites written."""
     tokens = jnp.asarray([PROMPT])
-    model, params = tiny_gemma.model, tiny_gemma.params
     sites = {site for subject in SUBJECTS.values() for site in (subject.site, subject.spliced)}
-    x = forward.embed(model, params, tokens)
-    _, values = forward.run_blocks(model, params, x, tokens, range(4), read=sites)
+    x = forward.embed(tiny_gemma, tokens)
+    _, values = forward.run_blocks(tiny_gemma, x, tokens, range(4), read=sites)
 
     def predict(write):
-        final, _ = forward.run_blocks(model, params, x, tokens, range(4), write=write)
-        return softmax(predictions.logits(model, params, final)[0])
+        final, _ = forward.run_blocks(tiny_gemma, x, tokens, range(4), write=write)
+        return softmax(predictions.logits(tiny_gemma, final)[0])
 
     return values, predict
 

@@ -80,10 +80,8 @@ class Walk:
         self.y_LxO = np.float64(values[self.subject.spliced][0])
 
     def values(self, write):
-        x = forward.embed(self.loaded.model, self.loaded.params, self.tokens)
-        return forward.run_blocks(
-            self.loaded.model, self.loaded.params, x, self.tokens, range(4), read=self.sites, write=write
-        )[1]
+        x = forward.embed(self.loaded, self.tokens)
+        return forward.run_blocks(self.loaded, x, self.tokens, range(4), read=self.sites, write=write)[1]
 
     def with_share(self, latent, share):
         part = self.f_LxM[:, latent, None] * np.float64(self.subject.sae.W_dec)[latent]
@@ -93,7 +91,7 @@ class Walk:
 
 @pytest.fixture(scope="module", params=["source", "transcoder"])
 def linked(request, scope):
-    walk = Walk(scope.loaded, request.param, PROMPT)
+    walk = Walk(scope.gemma, request.param, PROMPT)
     latent = int((walk.f_LxM > 0).sum(0).argmax())
     return walk, latent, analysis.links(scope, request.param, latent, text=TEXT)
 
@@ -141,7 +139,7 @@ def test_attributions_are_finite_differences_of_what_fires(linked):
 def test_weights_meet_in_the_stream(linked, scope):
     _, latent, found = linked
     written = np.float64(SUBJECTS[found.name].sae.W_dec[latent])
-    gain = 1 + np.float64(scope.loaded.params["layer_2"]["pre_ffw_norm"]["scale"])
+    gain = 1 + np.float64(scope.gemma.params["layer_2"]["pre_ffw_norm"]["scale"])
     for name in found.effect:
         reads = np.float64(SUBJECTS[name].sae.W_enc)
         if name == "heads":
@@ -157,7 +155,7 @@ def test_weights_meet_in_the_stream(linked, scope):
 
 def test_what_heads_write_meets_the_stream_behind_their_projection(scope):
     weight_M, cosine_M = virtual_weights(scope, SUBJECTS["heads"], 0, SUBJECTS["last"])
-    block = scope.loaded.params["layer_1"]
+    block = scope.gemma.params["layer_1"]
     w = np.float64(block["attn"]["attn_vec_einsum"]["w"]).reshape(64, 32)
     written = (
         np.float64(SUBJECTS["heads"].sae.W_dec[0])

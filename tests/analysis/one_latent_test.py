@@ -31,7 +31,7 @@ def scope(tiny_gemma):
 @pytest.fixture(scope="module")
 def f_SxLxM(tiny_gemma):
     """All latents in float64, 0 at BOS."""
-    x = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(TOKENS), [SITE])[SITE]
+    x = forward.read_sites(tiny_gemma, jnp.asarray(TOKENS), [SITE])[SITE]
     of = SUBJECTS["stream"].sae
     pre = np.float64(x) @ np.float64(of.W_enc) + of.b_enc
     return np.where((pre > of.threshold) & (TOKENS != masking.BOS)[..., None], np.maximum(pre, 0), 0)

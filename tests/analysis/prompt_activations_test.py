@@ -37,7 +37,7 @@ def reading(scope):
 
 def test_latents_and_errors_equal_slow_numpy(scope, reading, tiny_gemma):
     tokens = jnp.array([[masking.BOS, *tiny.encode(TEXT)]])
-    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(SITES.values()))
+    values = forward.read_sites(tiny_gemma, tokens, list(SITES.values()))
     assert "".join(reading.tokens) == TEXT
     for name, site in SITES.items():
         subject = scope.subjects[name].sae

@@ -5,6 +5,7 @@ import io
 import re
 
 import browser
+import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +15,10 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import analysis
-from gemma_scope_jax.analysis.steering import edit_syntax, edits, sweep
+from gemma_scope_jax.analysis.steering import edit_syntax, edits
 from gemma_scope_jax.cli import analysis as analysis_lib
 from gemma_scope_jax.cli import main
-from gemma_scope_jax.models import forward, generation, interventions, masking, predictions
+from gemma_scope_jax.models import forward, generation, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached
@@ -47,7 +48,7 @@ def scope(tiny_gemma):
 @pytest.fixture(scope="module")
 def values(tiny_gemma):
     """Activations of all rows, in float64."""
-    found = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(TOKENS), [RESID, READ, MLP])
+    found = forward.read_sites(tiny_gemma, jnp.asarray(TOKENS), [RESID, READ, MLP])
     return {site: np.float64(value) for site, value in found.items()}
 
 
@@ -82,7 +83,7 @@ def test_a_latent_that_never_fired_has_no_typical_activation(scope):
     subject = SUBJECTS["resid"]
     threshold = np.where(np.arange(64) == 5, 1e9, subject.sae.threshold)
     silenced = dataclasses.replace(subject, sae=subject.sae.replace(threshold=threshold))
-    scope = scopes.make(scope.loaded, {"resid": silenced}, held_out=TOKENS)
+    scope = scopes.make(scope.gemma, {"resid": silenced}, held_out=TOKENS)
     one = analysis.activity(scope, 3)["resid"]
     assert one.frequency_M[5] == one.mean_M[5] == one.largest_M[5] == 0 < one.frequency_M[4]
     with pytest.raises(ValueError, match="latent 5 of resid fires nowhere on 3 held-out rows"):
@@ -100,12 +101,10 @@ def test_what_cannot_be_measured_is_refused(scope):
 
 def log_softmax(tiny_gemma, site, value):
     """[S, L, V] in float64, with a value in a site's place."""
-    model, params, tokens = tiny_gemma.model, tiny_gemma.params, jnp.asarray(TOKENS)
+    tokens = jnp.asarray(TOKENS)
     write = {site: lambda _: jnp.asarray(value, jnp.float32)}
-    x = forward.run_blocks(
-        model, params, forward.embed(model, params, tokens), tokens, range(4), write=write
-    )[0]
-    logits = np.float64(predictions.logits(model, params, x))
+    x = forward.run_blocks(tiny_gemma, forward.embed(tiny_gemma, tokens), tokens, range(4), write=write)[0]
+    logits = np.float64(predictions.logits(tiny_gemma, x))
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -166,10 +165,9 @@ def test_no_strength_is_no_change_and_all_are_one_program(scope, values):
     latent = often("resid", values)
     found = analysis.sweep(scope, "resid", latent, (0.0,), rows=4)
     assert found.effect_N == found.damage_N == found.effect_se_N == found.damage_se_N == 0
-    programs = (interventions.spliced, interventions.likelihoods, sweep._written, interventions.clean)
-    compiled = [program._cache_size() for program in programs]
+    compiled = compilations.so_far("written", "likelihoods", "_written", "clean")
     other = analysis.sweep(scope, "resid", latent, (1.0, -3.0), rows=4, unit=2.5)
-    assert [program._cache_size() for program in programs] == compiled
+    assert compilations.so_far("written", "likelihoods", "_written", "clean") == compiled
     assert other.unit == 2.5 and (other.damage_N != 0).all()
 
 
@@ -234,7 +232,7 @@ def test_what_is_steered_equals_generation_by_hand(scope, values, temperature, s
     rows = [[masking.BOS, *tiny.encode(prompt)] for prompt in prompts for _ in range(samples)]
     stop = (masking.EOS, 261)
     for replies, write in ((found.clean, None), (found.changed, edits.writes(scope, changes))):
-        by_hand = generation.generate(scope.loaded, rows, 6, temperature, 3, write, stop)
+        by_hand = generation.generate(scope.gemma, rows, 6, temperature, 3, write, stop)
         texts = [scope.tokenizer.decode(reply[:-1] if reply[-1] in stop else reply) for reply in by_hand]
         assert [text for some in replies for text in some] == texts
         assert all(len(some) == samples for some in replies)

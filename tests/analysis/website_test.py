@@ -17,7 +17,6 @@ from gemma_scope_jax.data import prepare
 from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import masking, tokenizer
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached, geometry
 
 NAME = "layer_1 </script><b>x</b>"
@@ -42,7 +41,7 @@ def shown(tiny_gemma):
     rows = Rows(np.array([(one * 2)[:48] for one in row] * 2, np.int32))
     options = collect.Options(top=4, sample=10, before=12, after=12)
     gathered = collect.gather(tiny_gemma, {"a": subject}, rows, 6, 3, options=options)["a"]
-    logits = decoder_directions.logits(sharding.one_device(), tiny_gemma, rarer.W_dec)
+    logits = decoder_directions.logits(tiny_gemma, rarer.W_dec)
     nearest = geometry.nearest(rarer.W_dec)
     passages = collect.Passages(collect.read_tokens(rows, 6))
     return website.Dashboards(NAME, "tiny", subject, HOSTILE, gathered, logits, *nearest, passages)

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from gemma_scope_jax.cli import common, main
+from gemma_scope_jax.runtime import errors
 
 # ml_collections loads config files in a way that Python 3.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -50,7 +51,8 @@ def test_mistakes_are_said_in_one_line(file, fields, message):
         (OSError("Not a gzipped file"), "Not a gzipped file"),
         (OSError(40, "Too many levels of links", "a\x1b[1m"), r"a\\x1b\[1m: Too many levels of links"),
         (OSError(28, "No space left on device", "a"), "the disk is full; .*a"),
-        (ValueError("bad"), "bad"),
+        (errors.InputError("bad"), "bad"),
+        (ValueError("a library's own"), None),
         (KeyError("defect"), None),
     ],
 )

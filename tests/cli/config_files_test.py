@@ -6,6 +6,7 @@ import re
 import pytest
 
 from gemma_scope_jax.cli import common, config_files
+from gemma_scope_jax.runtime.errors import NotFoundError
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -65,7 +66,7 @@ def test_a_folder_of_a_configs_name_is_not_the_config(tmp_path, monkeypatch):
 )
 def test_an_unknown_name_is_refused_with_the_names_there_are(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(NotFoundError, match=re.escape(message)) as caught:
         config_files.find(name)
     assert all(known in str(caught.value) for known in config_files.names())
 
@@ -84,5 +85,5 @@ def test_commands_read_a_config_by_its_name(tmp_path, monkeypatch):
     values = common.read_config("gemma2_2b:resid_post_65k", ["--config.banks.main.layers=(5,)"])
     assert (values["model"], values["banks"]["main"]["width"]) == ("gemma2_2b", 2**16)
     assert values["banks"]["main"]["layers"] == (5,)
-    with pytest.raises(ValueError, match=r"did you mean 'gemma2_2b'\?"):
+    with pytest.raises(NotFoundError, match=r"did you mean 'gemma2_2b'\?"):
         common.read_config("gemma2_2c", [])

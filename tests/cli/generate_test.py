@@ -8,13 +8,12 @@ import tiny
 
 from gemma_scope_jax.cli import main as command
 from gemma_scope_jax.models import generation, masking, placement
-from gemma_scope_jax.runtime import sharding
 
 
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch, tiny_gemma):
     """Runs the command on three texts; returns what it wrote."""
-    monkeypatch.setattr(placement, "load_gemma", lambda config: (sharding.one_device(), tiny_gemma))
+    monkeypatch.setattr(placement, "load_gemma", lambda config: tiny_gemma)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("stars é", "bread", "a")))
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from toys import random_sae
 
-from gemma_scope_jax.evaluation import baselines, metrics
+from gemma_scope_jax.evaluation import baselines, measuring
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached, jumprelu
 
@@ -27,7 +27,7 @@ def made(x):
 
 def l0_of(subject, x):
     x = jnp.asarray(x)[None]
-    recon, found = metrics.measure(
+    recon, found = measuring.measure(
         subject.sae, x, x, jnp.zeros(32), jnp.ones(x.shape[:2], bool), None, subject.top_k
     )
     return float(found["l0_SxL"].mean()), np.asarray(recon[0])

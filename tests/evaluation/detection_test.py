@@ -273,7 +273,7 @@ def on_tokens(chosen, d=32):
 def test_latents_of_single_tokens_are_described_by_them_through_gemma(tiny_gemma):
     rows = rows_of(120, vocabulary=20)
     subjects = {"planted": attached.Subject(on_tokens(range(100, 110)), EMBED, None)}
-    arguments = (sharding.one_device(), tiny_gemma, subjects, rows, 64, 0)
+    arguments = (tiny_gemma, subjects, rows, 64, 0)
     result = detection.detect(*arguments, per_batch=50, decode=str)["planted"]
     planted = [latent for latent in result.latents if latent.latent < 10]
     assert len(planted) == 10
@@ -287,7 +287,9 @@ def test_latents_of_single_tokens_are_described_by_them_through_gemma(tiny_gemma
     again = detection.detect(*arguments, per_batch=7, decode=str)["planted"]
     assert dataclasses.asdict(again) == dataclasses.asdict(result)
     mesh = sharding.make_mesh(2, 4)
-    again = detection.detect(mesh, *arguments[1:], per_batch=16, decode=str)["planted"]
+    again = detection.detect(tiny_gemma.replace(mesh=mesh), *arguments[1:], per_batch=16, decode=str)[
+        "planted"
+    ]
     assert [latent.latent for latent in again.latents] == [latent.latent for latent in result.latents]
     np.testing.assert_allclose(again.auroc, result.auroc, atol=1e-3)
     other = detection.detect(*arguments[:-1], 1, per_batch=50, decode=str)["planted"]

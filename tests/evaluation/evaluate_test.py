@@ -19,7 +19,15 @@ from gemma_scope_jax.analysis import session
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import evaluate as evaluate_lib
 from gemma_scope_jax.evaluation import metrics, opening, report, side_by_side
-from gemma_scope_jax.models import forward, interventions, masking, placement, predictions, registry, weights
+from gemma_scope_jax.models import (
+    forward,
+    masking,
+    passes,
+    placement,
+    predictions,
+    registry,
+    weights,
+)
 from gemma_scope_jax.models.sites import SITES, Site, site_width
 from gemma_scope_jax.runtime import resumable
 from gemma_scope_jax.saes import attached, evaluation_file, jumprelu
@@ -51,8 +59,8 @@ def loss_in_float64(tiny_gemma, tokens, replace):
             special = np.isin(np.asarray(row), [masking.BOS, masking.EOS, masking.PAD])[..., None]
             return jnp.where(special, x, replaced)
 
-        x = forward.embed(tiny_gemma.model, tiny_gemma.params, row)
-        x = forward.run_blocks(tiny_gemma.model, tiny_gemma.params, x, row, range(4), write={SITE: write})[0]
+        x = forward.embed(tiny_gemma, row)
+        x = forward.run_blocks(tiny_gemma, x, row, range(4), write={SITE: write})[0]
         x = np.asarray(x[0], np.float64)
         x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
         x = x * (1 + np.asarray(tiny_gemma.params["final_norm"]["scale"], np.float64))
@@ -85,7 +93,7 @@ def test_every_number_equals_slow_numpy(tiny_gemma, rows):
     def reconstruct(x):
         return encode(x) @ np.float64(subject.W_dec) + subject.b_dec
 
-    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
+    values = forward.read_sites(tiny_gemma, jnp.asarray(tokens), [SITE])[SITE]
     kept = ~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])
     x = np.asarray(values, np.float64)[kept]
     f = encode(x)
@@ -134,8 +142,7 @@ def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
         np.testing.assert_allclose(getattr(both["autoencoder"], key), getattr(alone, key), rtol=1e-6)
 
     tokens = jnp.asarray(rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 10)])
-    model, params = tiny_gemma.model, tiny_gemma.params
-    values = forward.read_sites(model, params, tokens, [read, target])
+    values = forward.read_sites(tiny_gemma, tokens, [read, target])
     x, y = (np.asarray(values[site], np.float64) for site in (read, target))
     pre = x @ np.float64(subject.W_enc) + subject.b_enc
     f = np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
@@ -145,16 +152,16 @@ def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
     variance = np.square(y[kept] - y[kept].mean(0)).sum()
     np.testing.assert_allclose(result.fvu, np.square(prediction - y)[kept].sum() / variance, rtol=1e-4)
     mixed = jnp.asarray(np.where(kept[..., None], prediction, y), jnp.float32)
-    out = forward.embed(model, params, tokens)
-    out = forward.run_blocks(model, params, out, tokens, range(4), write={target: lambda _: mixed})[0]
-    loss, scored = predictions.next_token_loss(model, params, out, tokens)
+    out = forward.embed(tiny_gemma, tokens)
+    out = forward.run_blocks(tiny_gemma, out, tokens, range(4), write={target: lambda _: mixed})[0]
+    loss, scored = predictions.next_token_loss(tiny_gemma, out, tokens)
     np.testing.assert_allclose(result.spliced_loss, (loss * scored).sum() / scored.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", list(SITES))
 def test_a_perfect_reconstruction_costs_nothing(tiny_gemma, rows, kind):
     site = Site(kind, 0 if kind == "embed" else 2)
-    d = site_width(tiny_gemma.model, site)
+    d = site_width(tiny_gemma.module, site)
     identity = np.eye(d, dtype=np.float32)
     perfect = jumprelu.SAE(
         W_enc=np.concatenate([identity, -identity], 1),
@@ -171,7 +178,7 @@ def test_a_perfect_reconstruction_costs_nothing(tiny_gemma, rows, kind):
 
 def test_predicting_the_mean_has_an_fvu_of_one(tiny_gemma, rows):
     tokens = rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 10)]
-    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(tokens), [SITE])[SITE]
+    values = forward.read_sites(tiny_gemma, jnp.asarray(tokens), [SITE])[SITE]
     mean = np.asarray(values)[~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])].mean(0)
     constant = jax.tree.map(np.zeros_like, random_sae()).replace(b_dec=mean)
     result = evaluate(tiny_gemma, constant, rows, mean=mean)
@@ -203,7 +210,7 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
 
     want, cost = evaluated(None)
     assert cost.seconds > cost.bound_seconds / 3 > 0
-    asked, clean = [], interventions.clean
+    asked, clean = [], passes.clean
 
     def counted(*args):
         asked.append(args)
@@ -213,7 +220,7 @@ def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
 
     means = evaluate_lib.site_means(tiny_gemma, (SITE,), rows, 4)
     monkeypatch.setattr(evaluate_lib, "site_means", lambda *args: means)
-    monkeypatch.setattr(interventions, "clean", counted)
+    monkeypatch.setattr(passes, "clean", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(resumable.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(list((tmp_path / "parts").rglob("*.npz"))) == 2

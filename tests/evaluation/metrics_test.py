@@ -10,8 +10,8 @@ import tiny
 from toys import Rows, random_sae
 
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.evaluation import evaluate, metrics
-from gemma_scope_jax.models import forward, interventions, masking, predictions, registry
+from gemma_scope_jax.evaluation import evaluate, measuring, metrics
+from gemma_scope_jax.models import forward, masking, passes, predictions
 from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -23,14 +23,13 @@ COUNT = 10
 
 def logits_in_float64(tiny_gemma, tokens_L, write):
     """Of one row alone, and the site's activations, with `write` in their place."""
-    model, params = tiny_gemma.model, tiny_gemma.params
     row = jnp.asarray(tokens_L)[None]
-    x = forward.embed(model, params, row)
-    x = forward.run_blocks(model, params, x, row, range(4), write={SITE: write})[0]
+    x = forward.embed(tiny_gemma, row)
+    x = forward.run_blocks(tiny_gemma, x, row, range(4), write={SITE: write})[0]
     x = np.asarray(x[0], np.float64)
     x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
-    x = x * (1 + np.asarray(params["final_norm"]["scale"], np.float64))
-    return np.tanh(x @ np.asarray(params["embedder"]["input_embedding"], np.float64).T / 3.0) * 3.0
+    x = x * (1 + np.asarray(tiny_gemma.params["final_norm"]["scale"], np.float64))
+    return np.tanh(x @ np.asarray(tiny_gemma.params["embedder"]["input_embedding"], np.float64).T / 3.0) * 3.0
 
 
 def log_softmax(values):
@@ -55,9 +54,7 @@ def slow(measured, tiny_gemma):
     special = (masking.BOS, masking.EOS, masking.PAD)
     found = []
     for row in tokens:
-        values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.asarray(row)[None], [SITE])[
-            SITE
-        ][0]
+        values = forward.read_sites(tiny_gemma, jnp.asarray(row)[None], [SITE])[SITE][0]
         y = np.asarray(values, np.float64)
         pre = y @ p["W_enc"] + p["b_enc"]
         f = np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
@@ -70,12 +67,10 @@ def slow(measured, tiny_gemma):
 
         def centred(value, row=row, kept=kept):
             """In float32, by plain differentiation of all logits at once."""
-            out = forward.embed(tiny_gemma.model, tiny_gemma.params, row[None])
+            out = forward.embed(tiny_gemma, row[None])
             write = {SITE: lambda _: value}
-            out = forward.run_blocks(
-                tiny_gemma.model, tiny_gemma.params, out, row[None], range(4), write=write
-            )[0]
-            all_logits = predictions.logits(tiny_gemma.model, tiny_gemma.params, out)[0]
+            out = forward.run_blocks(tiny_gemma, out, row[None], range(4), write=write)[0]
+            all_logits = predictions.logits(tiny_gemma, out)[0]
             total = 0.0
             for t in range(len(row) - 1):
                 if kept[t] and row[t + 1] not in (masking.BOS, masking.PAD):
@@ -223,7 +218,7 @@ def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
     hard = rng.gamma(2, size=(s, 1))  # Of some rows everything costs more.
     losses = {name: scored * hard * mean * rng.gamma(4, 0.25, size=(s, length)) for name, mean in
               (("clean", 2), ("loss", 2.4), ("zero", 9), ("mean", 5))}  # fmt: skip
-    of_sae, references = metrics.Totals(), metrics.Totals()
+    of_sae, references = measuring.Totals(), metrics.Totals()
     position = np.tile(np.arange(length), (s, 1))
     rest = {
         f"{n}_SxL": np.ones((s, length))
@@ -253,7 +248,7 @@ def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
 def test_uniformity_by_hand():
     """Four that matter equally: 1. One of four alone, but for a whisper: ¼. Two of two by 3 to 1: exp(H) / 2."""
     importance = jnp.array([[2.0, 2, 2, 2], [1, 1e-12, 1e-12, 1e-12], [3, 1, 0, 0], [0, 0, 0, 0]])
-    found, is_active = metrics.uniformity(importance)
+    found, is_active = measuring.uniformity(importance)
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     np.testing.assert_allclose(found, [1, 0.25, np.exp(entropy) / 2, 0], rtol=1e-5)
     assert is_active.tolist() == [True, True, True, False]
@@ -262,10 +257,10 @@ def test_uniformity_by_hand():
 def test_divergence_by_hand(tiny_gemma, monkeypatch):
     """Of (½, ½) from (¼, ¾) it is ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3; of anything from itself 0."""
     table = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
-    monkeypatch.setattr(predictions, "logits", lambda model, params, x: table[x[..., 0].astype(int)])
+    monkeypatch.setattr(predictions, "logits", lambda gemma, x: table[x[..., 0].astype(int)])
     clean, other = jnp.zeros((2, 5, 1)), jnp.array([[0.0], [1], [1], [0], [1]])[None].repeat(2, 0)
     tokens = jnp.ones((2, 5), int)
-    loss, kl = predictions.next_token_divergence(None, None, other, clean, tokens, chunk=4)
+    loss, kl = predictions.next_token_divergence(None, other, clean, tokens, chunk=4)
     want = 0.5 * np.log(4 / 3)
     np.testing.assert_allclose(kl, [[0, want, want, 0, want]] * 2, atol=1e-6)
     np.testing.assert_allclose(loss[0, :2], -np.log([0.5, 0.75]), rtol=1e-6)
@@ -275,10 +270,10 @@ def test_divergence_by_hand(tiny_gemma, monkeypatch):
 def test_logits_are_made_a_few_at_a_time_and_come_out_the_same(tiny_gemma, chunk):
     tokens = jnp.asarray(tiny.tokens(3, 11))
     x = jax.random.normal(jax.random.key(0), (3, 11, 32))
-    logits = predictions.logits(tiny_gemma.model, tiny_gemma.params, x)
+    logits = predictions.logits(tiny_gemma, x)
     target = masking.next_tokens(tokens)
     want = jnp.take_along_axis(logits, target[..., None], -1)[..., 0] - logits.mean(-1)
-    got = predictions.centred_logits(tiny_gemma.model, tiny_gemma.params, x, tokens, chunk)
+    got = predictions.centred_logits(tiny_gemma, x, tokens, chunk)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -301,10 +296,10 @@ def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
     split = jax.tree.map_with_path(
         lambda path, leaf: jax.device_put(leaf, placement(path[-1].key, leaf.shape)), tiny_gemma.params
     )
-    loaded = registry.Gemma("tiny", tiny_gemma.model, split, 4)
+    several = tiny_gemma.replace(mesh=mesh, params=split)
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     subjects = {"a": attached.Subject(subject, SITE, mean)}
-    many = evaluate.evaluate(loaded, subjects, rows, rows, COUNT, 4, mesh=mesh)[0]["a"]
+    many = evaluate.evaluate(several, subjects, rows, rows, COUNT, 4)[0]["a"]
     for name, value in evaluation_file.numbers(many).items():
         np.testing.assert_allclose(
             value, evaluation_file.numbers(result)[name], rtol=1e-4, atol=1e-5, err_msg=name
@@ -314,23 +309,23 @@ def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
 def test_a_silent_sae_has_no_uniformity():
     silent = jax.tree.map(np.zeros_like, random_sae())
     x = jnp.ones((1, 3, 32))
-    _, found = metrics.measure(silent, x, x, jnp.zeros(32), jnp.ones((1, 3), bool), x)
+    _, found = measuring.measure(silent, x, x, jnp.zeros(32), jnp.ones((1, 3), bool), x)
     assert found["active_SxL"].sum() == 0 and found["l0_SxL"].sum() == 0
 
 
 def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch):
     """At the site there is one vector, whatever the token; its mean in its place changes no prediction."""
     constant = jnp.asarray(100 + np.random.default_rng(0).normal(size=32), jnp.float32)
-    clean = interventions.clean
+    clean = passes.clean
 
-    def constant_site(mesh, model, params, tokens, sites):
-        streams, values, _ = clean(mesh, model, params, tokens, sites)
+    def constant_site(gemma, tokens, sites):
+        streams, values, _ = clean(gemma, tokens, sites)
         values = {SITE: jnp.broadcast_to(constant, values[SITE].shape)}
-        of_gemma, is_kept = (mesh, model, params), masking.is_kept(tokens, 0)
-        final = interventions.spliced(*of_gemma, streams[SITE.layer], tokens, is_kept, SITE, values[SITE])
+        is_kept = masking.is_kept(tokens, 0)
+        final = passes.spliced(gemma, streams[SITE.layer], tokens, is_kept, SITE, values[SITE])
         return streams, values, final
 
-    monkeypatch.setattr(interventions, "clean", constant_site)
+    monkeypatch.setattr(passes, "clean", constant_site)
     rows = Rows(tiny.tokens(4, 24, special=0.1))
     subjects = {"a": attached.Subject(random_sae(), SITE, np.asarray(constant))}
     results, _ = evaluate.evaluate(tiny_gemma, subjects, rows, rows, 4, 2)

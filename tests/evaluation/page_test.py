@@ -10,7 +10,7 @@ import matplotlib.image
 import pytest
 from random_evaluations import ABOUT, evaluation
 
-from gemma_scope_jax.evaluation import page
+from gemma_scope_jax.evaluation import metrics, page
 from gemma_scope_jax.saes import verdicts
 
 
@@ -51,8 +51,8 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
     assert "&lt;b&gt;bad&lt;/b&gt;. Next: wait." in verdict
     assert "&lt;sotu &amp; co&gt;" in html and "python evaluate.py X --rows=4" in html
     shown = set(map(unescape, re.findall(r"<d[td]>(.*?)</d[td]>", html, re.DOTALL)))
-    for label, _, definition in page.NUMBERS.values():
-        assert {label, definition} <= shown
+    for metric in metrics.METRICS.values():
+        assert {metric.label, metric.definition} <= shown
 
 
 @browser.needs_chromium
@@ -79,8 +79,8 @@ def test_the_table_for_spreadsheets_has_a_column_for_each_number(tmp_path):
 
 def test_every_number_is_defined_in_the_documents():
     text = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    for label, _, _ in page.NUMBERS.values():
-        first = label.split(",")[0]
+    for metric in metrics.METRICS.values():
+        first = metric.label.split(",")[0]
         assert first in text or first in ("clean loss", "spliced loss", "zero ablation", "mean ablation"), (
-            label
+            metric
         )

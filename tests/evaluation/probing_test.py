@@ -127,10 +127,10 @@ def test_pooled_means_equal_slow_numpy(tiny_gemma, devices):
     assert rows_TxL[1].tolist() == [masking.BOS, *tiny.encode("a"), *[masking.PAD] * 14]
     subjects = {"one": attached.Subject(subject, site, None)}
     mesh = sharding.make_mesh(1, devices, jax.devices()[:devices])
-    latents, values = probing.pool(mesh, tiny_gemma, subjects, rows_TxL, 3)
+    latents, values = probing.pool(tiny_gemma.replace(mesh=mesh), subjects, rows_TxL, 3)
     for row_L, f_M, x_D in zip(rows_TxL, latents["one"], values[site], strict=True):
         alone = jnp.asarray(row_L[row_L != masking.PAD])[None]  # Without padding, which has no part in it.
-        x = forward.read_sites(tiny_gemma.model, tiny_gemma.params, alone, [site])[site]
+        x = forward.read_sites(tiny_gemma, alone, [site])[site]
         x = np.asarray(x[0, 1:], np.float64)
         pre = x @ np.float64(subject.W_enc) + subject.b_enc
         expected = np.where(pre > subject.threshold, np.maximum(pre, 0), 0).mean(0)
@@ -200,7 +200,7 @@ def test_a_latent_of_the_word_that_a_class_has_is_found(tiny_gemma, labelled):
     found = probing.read_labelled(labelled)
     rows_TxL, _ = probing.rows_of(found.texts, tiny.encode, 64)
     subjects = {"planted": attached.Subject(on_token(tiny.encode("Q")[0]), EMBED, None)}
-    latents, values = probing.pool(sharding.one_device(), tiny_gemma, subjects, rows_TxL, 8)
+    latents, values = probing.pool(tiny_gemma, subjects, rows_TxL, 8)
     of = probing.tasks(latents["planted"], values[EMBED], found.labels, probing.split(found, 0))
     by_label = {task.label: task for task in of}
     assert by_label["c"].latents[1].accuracy == 1 and by_label["c"].latents[1].features == (7,)

@@ -26,12 +26,12 @@ def by_row(seed, shift=0.0):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("number", list(metrics.PAIRED))
+@pytest.mark.parametrize("number", list(metrics.paired()))
 def test_a_difference_has_the_error_of_rows_drawn_again(number):
     a, b = by_row(1), by_row(2, 0.2)
 
     def value(rows, chosen):
-        over, less, per = metrics.PAIRED[number]
+        over, less, per = metrics.paired()[number]
         total = rows[over][chosen].sum() - (rows[less][chosen].sum() if less else 0)
         return total / rows[per][chosen].sum()
 

@@ -10,7 +10,9 @@ import tiny
 from flax import linen as nn
 
 from gemma_scope_jax.models import forward, masking, predictions, registry, weights
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site, check_site
+from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.training import flops as flops_lib
 
 KINDS = [kind for kind in SITES if kind != "embed"]
@@ -24,7 +26,7 @@ def tokens():
 
 def full_model(tiny_gemma, tokens, **kwargs):
     positions, mask = masking.packed_positions(tokens), masking.packed_mask(tokens)
-    return tiny_gemma.model.apply(
+    return tiny_gemma.module.apply(
         {"params": tiny_gemma.params}, tokens, positions=positions, attention_mask=mask, **kwargs
     )
 
@@ -33,7 +35,7 @@ def test_sites_equal_the_same_values_inside_the_full_model(tiny_gemma, tokens):
     """Flax captures every module's output in gemma's own forward pass; `attn_out` is checked through W_O."""
     _, captured = full_model(tiny_gemma, tokens, capture_intermediates=True, mutable=["intermediates"])
     captured = captured["intermediates"]
-    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, ALL_SITES)
+    values = forward.read_sites(tiny_gemma, tokens, ALL_SITES)
     for site, value in values.items():
         block = captured[f"layer_{site.layer}"]
         match site.kind:
@@ -64,9 +66,7 @@ def test_loss_equals_gemmas_logits_in_float64(tiny_gemma, tokens):
     )
     x = run_all(tiny_gemma, tokens)
     for chunk in (7, 512):
-        loss, scored = predictions.next_token_loss(
-            tiny_gemma.model, tiny_gemma.params, x, tokens, chunk=chunk
-        )
+        loss, scored = predictions.next_token_loss(tiny_gemma, x, tokens, chunk=chunk)
         scored = np.asarray(scored) > 0
         np.testing.assert_allclose(np.asarray(loss)[scored], expected[scored], rtol=1e-5, atol=1e-5)
 
@@ -74,25 +74,23 @@ def test_loss_equals_gemmas_logits_in_float64(tiny_gemma, tokens):
 def test_no_loss_is_scored_at_special_tokens_or_across_a_boundary(tiny_gemma):
     b, e, p = masking.BOS, masking.EOS, masking.PAD
     tokens = jnp.array([[b, 9, 8, b, 7, e, 6, 5, p, p]])
-    _, scored = predictions.next_token_loss(
-        tiny_gemma.model, tiny_gemma.params, run_all(tiny_gemma, tokens), tokens
-    )
+    _, scored = predictions.next_token_loss(tiny_gemma, run_all(tiny_gemma, tokens), tokens)
     np.testing.assert_array_equal(scored[0], [0, 1, 0, 0, 1, 0, 1, 0, 0, 0])
 
 
 def run_all(tiny_gemma, tokens, write=None):
-    x = forward.embed(tiny_gemma.model, tiny_gemma.params, tokens)
-    return forward.run_blocks(tiny_gemma.model, tiny_gemma.params, x, tokens, range(4), write=write)[0]
+    x = forward.embed(tiny_gemma, tokens)
+    return forward.run_blocks(tiny_gemma, x, tokens, range(4), write=write)[0]
 
 
 def test_packed_documents_equal_the_same_documents_alone(tiny_gemma):
     rng = np.random.default_rng(0)
     pieces = [[masking.BOS, *rng.integers(3, 259, size=n)] for n in (5, 9, 7)]
     packed = jnp.array([[*pieces[0], *pieces[1], *pieces[2], *[masking.PAD] * 3]])
-    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, packed, ALL_SITES)
+    values = forward.read_sites(tiny_gemma, packed, ALL_SITES)
     start = 0
     for piece in pieces:
-        alone = forward.read_sites(tiny_gemma.model, tiny_gemma.params, jnp.array([piece]), ALL_SITES)
+        alone = forward.read_sites(tiny_gemma, jnp.array([piece]), ALL_SITES)
         for site in ALL_SITES:
             np.testing.assert_allclose(
                 values[site][:, start : start + len(piece)], alone[site], rtol=1e-4, atol=1e-5
@@ -102,7 +100,7 @@ def test_packed_documents_equal_the_same_documents_alone(tiny_gemma):
 
 @pytest.mark.parametrize("site", ALL_SITES, ids=str)
 def test_splicing_in_the_unchanged_activation_changes_nothing_and_another_does(tiny_gemma, tokens, site):
-    value = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, [site])[site]
+    value = forward.read_sites(tiny_gemma, tokens, [site])[site]
     clean = run_all(tiny_gemma, tokens)
     spliced = run_all(tiny_gemma, tokens, {site: lambda x: value})
     np.testing.assert_array_equal(spliced, clean)
@@ -116,9 +114,9 @@ def test_harvest_computes_no_later_layer_and_no_logits(tiny_gemma, tokens, layer
     params = {
         k: v for k, v in tiny_gemma.params.items() if k not in {f"layer_{i}" for i in range(layer + 1, 4)}
     }
-    jaxpr = jax.make_jaxpr(
-        functools.partial(forward.read_sites, tiny_gemma.model, sites=[Site("resid_post", layer)])
-    )(params, tokens)
+    jaxpr = jax.make_jaxpr(functools.partial(forward.read_sites, sites=[Site("resid_post", layer)]))(
+        tiny_gemma.replace(params=params), tokens
+    )
     assert count_equations(jaxpr.jaxpr, "dot_general") == 7 * (layer + 1)
 
 
@@ -143,30 +141,27 @@ def test_the_compilers_flops_of_a_harvest_are_the_formulas(name, layer):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16),
         weights.parameter_shapes(model, layer + 1),
     )
-    read = functools.partial(forward.read_sites, model, sites=[Site("resid_post", layer)])
-    compiled = jax.jit(read).lower(params, jax.ShapeDtypeStruct((1, 1024), jnp.int32)).compile()
+    gemma = Gemma(name, model, sharding.one_device(), layer + 1, params)
+    read = functools.partial(forward.read_sites, sites=[Site("resid_post", layer)])
+    compiled = jax.jit(read).lower(gemma, jax.ShapeDtypeStruct((1, 1024), jnp.int32)).compile()
     flops = compiled.cost_analysis()["flops"]
     assert abs(flops / flops_lib.harvest_flops(model, 1, 1024, layer + 1) - 1) < 0.05
 
 
 def test_a_site_that_is_not_passed_is_refused(tiny_gemma, tokens):
-    x = forward.embed(tiny_gemma.model, tiny_gemma.params, tokens)
+    x = forward.embed(tiny_gemma, tokens)
     with pytest.raises(ValueError, match="blocks 1 to 2 do not pass layer_3_mlp_out"):
-        forward.run_blocks(
-            tiny_gemma.model, tiny_gemma.params, x, tokens, range(1, 3), read=[Site("mlp_out", 3)]
-        )
+        forward.run_blocks(tiny_gemma, x, tokens, range(1, 3), read=[Site("mlp_out", 3)])
 
 
 def test_many_sites_are_read_and_written_in_one_walk(tiny_gemma, tokens):
     """A site is read before it is written, and sees what was written before it; reading changes nothing."""
     first, second = Site("attn_out", 0), Site("mlp_in_gain_free", 2)
-    model, params = tiny_gemma.model, tiny_gemma.params
-    x = forward.embed(model, params, tokens)
-    clean, values = forward.run_blocks(model, params, x, tokens, range(4), read=ALL_SITES)
+    x = forward.embed(tiny_gemma, tokens)
+    clean, values = forward.run_blocks(tiny_gemma, x, tokens, range(4), read=ALL_SITES)
     np.testing.assert_array_equal(clean, run_all(tiny_gemma, tokens))
     steered, both = forward.run_blocks(
-        model,
-        params,
+        tiny_gemma,
         x,
         tokens,
         range(4),
@@ -181,9 +176,11 @@ def test_many_sites_are_read_and_written_in_one_walk(tiny_gemma, tokens):
 
 def test_written_activations_keep_gemmas_dtype(tiny_gemma, tokens):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_gemma.params)
-    x = forward.embed(tiny_gemma.model, params, tokens)
+    x = forward.embed(tiny_gemma.replace(params=params), tokens)
     write = {site: lambda value: value.astype(jnp.float32) for site in ALL_SITES}
-    x, values = forward.run_blocks(tiny_gemma.model, params, x, tokens, range(4), read=ALL_SITES, write=write)
+    x, values = forward.run_blocks(
+        tiny_gemma.replace(params=params), x, tokens, range(4), read=ALL_SITES, write=write
+    )
     assert {x.dtype, *(value.dtype for value in values.values())} == {jnp.dtype("bfloat16")}
 
 
@@ -200,7 +197,9 @@ def test_norms_are_computed_in_float32(tiny_gemma, tokens):
         return call(*args, **kwargs)
 
     with nn.intercept_methods(keep):
-        _, values = forward.run_blocks(tiny_gemma.model, params, x, tokens[:2, :8], range(1), read=[site])
+        _, values = forward.run_blocks(
+            tiny_gemma.replace(params=params), x, tokens[:2, :8], range(1), read=[site]
+        )
     exact = np.asarray(inputs["x"], np.float64)
     exact /= np.sqrt(np.square(exact).mean(-1, keepdims=True) + 1e-6)
     exact *= 1 + np.asarray(params["layer_0"]["pre_ffw_norm"]["scale"], np.float64)

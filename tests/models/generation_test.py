@@ -2,6 +2,7 @@
 
 import functools
 
+import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +18,9 @@ from gemma_scope_jax.models import (
     masking,
     placement,
     predictions,
-    registry,
     weights,
 )
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import jumprelu
@@ -61,14 +62,13 @@ INTERVENTIONS = {
 }
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def whole_pass(model, params, tokens, prompt_length, write):
+@jax.jit
+def whole_pass(gemma, tokens, prompt_length, write):
     index = jnp.arange(tokens.shape[1])[None]
     bound = interventions.at(write, tokens, index, index < prompt_length)
-    x = forward.embed(model, params, tokens)
-    layers = range(model.config.num_layers)
-    x, _ = forward.run_blocks(model, params, x, tokens, layers, write=bound)
-    return predictions.logits(model, params, x)
+    x = forward.embed(gemma, tokens)
+    x, _ = forward.run_blocks(gemma, x, tokens, gemma.layers, write=bound)
+    return predictions.logits(gemma, x)
 
 
 def partials(write):
@@ -79,29 +79,28 @@ def recomputed(loaded, prompt, reply, write):
     """The logits [N, V] of each token of a reply, from one pass over prompt and reply without a cache."""
     tokens = [*prompt, *reply]
     padded = jnp.asarray([tokens + [masking.PAD] * (36 - len(tokens))])
-    logits = whole_pass(loaded.model, loaded.params, padded, len(prompt), partials(write))
+    logits = whole_pass(loaded, padded, len(prompt), partials(write))
     return np.asarray(logits[0, len(prompt) - 1 : len(tokens) - 1])
 
 
-advance = jax.jit(generation.advance, static_argnames=("model", "is_prompt", "mesh"))
+advance = jax.jit(generation.advance, static_argnames="is_prompt")
 
 
-def stepwise(model, params, rows, prompt_lengths, write):
+def stepwise(gemma, rows, prompt_lengths, write):
     """Logits [S, N, V] of the last N tokens of rows, fed one at a time behind prompts padded on the left."""
-    mesh = sharding.one_device()
-    run = functools.partial(advance, model, mesh=mesh)
+    run = functools.partial(advance, gemma)
     width, steps = max(prompt_lengths), len(rows[0]) - prompt_lengths[0]
     padded = [
         [masking.PAD] * (width - n) + list(row[:n]) for row, n in zip(rows, prompt_lengths, strict=True)
     ]
     start_S = jnp.asarray([width - n for n in prompt_lengths])
-    cache = generation.new_cache(model, start_S, width + steps, jnp.float32, mesh)
+    cache = generation.new_cache(gemma, start_S, width + steps)
     write = partials(write)
-    cache, logits = run(params, cache, jnp.asarray(padded), is_prompt=True, write=write)
+    cache, logits = run(cache, jnp.asarray(padded), is_prompt=True, write=write)
     found = [logits]
     for step in range(steps):
         tokens = jnp.asarray([[row[n + step]] for row, n in zip(rows, prompt_lengths, strict=True)])
-        cache, logits = run(params, cache, tokens, is_prompt=False, write=write)
+        cache, logits = run(cache, tokens, is_prompt=False, write=write)
         found.append(logits)
     return np.stack(found, axis=1)
 
@@ -113,8 +112,9 @@ def test_logits_with_a_cache_equal_transformers(name):
     model = small.model(name)
     depth = model.config.num_layers
     params = weights.load_params(str(small.FOLDER / name), model, depth, jnp.float32, small.on_device)
+    gemma = Gemma(name, model, sharding.one_device(), depth, params)
     rows = [want[f"tokens_{i}"].tolist() for i in range(3)]
-    found = stepwise(model, params, rows, [len(row) - 5 for row in rows], {})
+    found = stepwise(gemma, rows, [len(row) - 5 for row in rows], {})
     for i in range(3):
         reference = want[f"alone_{i}/logits"].astype(np.float64)
         error = np.abs(found[i] - reference[-6:]).max()
@@ -128,7 +128,7 @@ def test_logits_with_a_cache_equal_those_of_each_prompt_alone_without_one(tiny_g
     replies = [rng.integers(3, 259, size=9).tolist() for _ in LENGTHS]
     replies[0][4] = 100
     rows = [[*prompt, *reply] for prompt, reply in zip(prompts(), replies, strict=True)]
-    found = stepwise(tiny_gemma.model, tiny_gemma.params, rows, LENGTHS, write)
+    found = stepwise(tiny_gemma, rows, LENGTHS, write)
     for i, prompt in enumerate(prompts()):
         alone = recomputed(tiny_gemma, prompt, replies[i], write)
         np.testing.assert_allclose(found[i, :-1], alone, atol=1e-4)
@@ -147,7 +147,7 @@ def test_greedy_replies_are_the_likeliest_tokens_of_a_pass_without_a_cache(tiny_
 
 def test_adding_zero_changes_no_bit(tiny_gemma):
     rows = [[*prompt, *range(20, 29)] for prompt in prompts()]
-    run = functools.partial(stepwise, tiny_gemma.model, tiny_gemma.params, rows, LENGTHS)
+    run = functools.partial(stepwise, tiny_gemma, rows, LENGTHS)
     np.testing.assert_array_equal(run({site: lambda x, where: x + 0 for site in ALL_SITES}), run({}))
 
 
@@ -234,10 +234,11 @@ def test_nothing_is_compiled_again_for_other_arrays_prompts_or_temperatures(tiny
         )
 
     def compiled():
-        return generation._run_prompts._cache_size(), generation._write_replies._cache_size()
+        return compilations.so_far("_run_prompts", "_write_replies")
 
     calm = run(0.0, prompts(), temperature=0)
     before = compiled()
+    assert before > 0
     assert run(30.0, prompts(), temperature=0) != calm
     run(1.0, prompts(1)[1:], temperature=0.7, seed=4)
     assert compiled() == before
@@ -250,9 +251,9 @@ def test_many_devices_write_what_one_does(tiny_gemma, split):
     params = jax.tree.map_with_path(
         lambda path, leaf: jax.device_put(leaf, place(path[-1].key, leaf.shape)), tiny_gemma.params
     )
-    placed = registry.Gemma("tiny", tiny_gemma.model, params, 4)
+    placed = tiny_gemma.replace(mesh=mesh, params=params)
     run = functools.partial(generation.generate, num_tokens=10, write=INTERVENTIONS["splice"], seed=1)
-    assert run(placed, prompts(), mesh=mesh) == run(tiny_gemma, prompts())
+    assert run(placed, prompts()) == run(tiny_gemma, prompts())
 
 
 def test_a_chat_prompt_is_a_users_turn_and_a_reply_is_read_without_its_end():
@@ -289,7 +290,7 @@ def test_mistakes_are_refused(tiny_gemma, prompt, options, message):
 
 
 def test_a_part_of_a_model_is_refused(tiny_gemma):
-    part = registry.Gemma("tiny", tiny_gemma.model, tiny_gemma.params, 2)
+    part = tiny_gemma.replace(num_layers=2)
     with pytest.raises(ValueError, match="only 2 of tiny's 4 blocks are loaded"):
         generation.generate(part, [[2]], 3)
     assert generation.generate(tiny_gemma, [], 3) == []

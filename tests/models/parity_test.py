@@ -9,11 +9,13 @@ import pytest
 import small
 
 from gemma_scope_jax.models import forward as forward_lib
-from gemma_scope_jax.models import masking, predictions, registry, tokenizer, weights
+from gemma_scope_jax.models import masking, placement, predictions, tokenizer, weights
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site
 
 # Both layouts of the gating matrices: 2B's and that of the others.
 MODELS = [(name, True) for name in small.NAMES] + [("small_gemma2_2b", False)]
+from gemma_scope_jax.runtime import sharding
 
 
 @functools.cache
@@ -27,17 +29,18 @@ def forward(name, transpose_gating):
     model = small.model(name, transpose_gating)
     depth = model.config.num_layers
     params = weights.load_params(str(small.FOLDER / name), model, depth, jnp.float32, small.on_device)
+    gemma = Gemma(name, model, sharding.one_device(), depth, params)
     sites = [Site("embed", 0)] + [
         Site(kind, layer) for kind in SITES if kind != "embed" for layer in range(depth)
     ]
 
     @jax.jit
     def run(tokens_1xL):
-        x = forward_lib.embed(model, params, tokens_1xL)
-        x, values = forward_lib.run_blocks(model, params, x, tokens_1xL, range(depth), read=sites)
-        loss, _ = predictions.next_token_loss(model, params, x, tokens_1xL)
+        x = forward_lib.embed(gemma, tokens_1xL)
+        x, values = forward_lib.run_blocks(gemma, x, tokens_1xL, range(depth), read=sites)
+        loss, _ = predictions.next_token_loss(gemma, x, tokens_1xL)
         named = {str(site): value[0] for site, value in values.items()}
-        return {"loss": loss[0], "logits": predictions.logits(model, params, x)[0], **named}
+        return {"loss": loss[0], "logits": predictions.logits(gemma, x)[0], **named}
 
     return lambda tokens: jax.device_get(run(jnp.asarray(tokens)[None]))
 
@@ -85,11 +88,11 @@ def test_the_real_model_equals_transformers_and_comes_the_same_from_everywhere(t
     """`make test-peers` alone: transformers dequantises the same GGUF file into a folder of its own."""
     folder = str(small.FOLDER / "gemma3_270m")
     want = expected("gemma3_270m")
-    loaded = registry.load("gemma3_270m", folder, jnp.float32)
-    from_gguf = registry.load("gemma3_270m", "", jnp.float32).params
+    loaded = placement.load("gemma3_270m", folder, jnp.float32)
+    from_gguf = placement.load("gemma3_270m", "", jnp.float32).params
     jax.tree.map(np.testing.assert_array_equal, loaded.params, from_gguf)
     weights.save_orbax(str(tmp_path / "orbax"), from_gguf)
-    from_orbax = registry.load("gemma3_270m", str(tmp_path / "orbax"), jnp.float32).params
+    from_orbax = placement.load("gemma3_270m", str(tmp_path / "orbax"), jnp.float32).params
     jax.tree.map(np.testing.assert_array_equal, loaded.params, from_orbax)
 
     text = str(want["text"])
@@ -103,9 +106,9 @@ def test_the_real_model_equals_transformers_and_comes_the_same_from_everywhere(t
 
     @jax.jit
     def run(params):
-        x = forward_lib.embed(loaded.model, params, tokens)
-        x, values = forward_lib.run_blocks(loaded.model, params, x, tokens, range(18), read=sites)
-        return predictions.next_token_loss(loaded.model, params, x, tokens)[0][0, :-1], values
+        x = forward_lib.embed(loaded.replace(params=params), tokens)
+        x, values = forward_lib.run_blocks(loaded.replace(params=params), x, tokens, range(18), read=sites)
+        return predictions.next_token_loss(loaded.replace(params=params), x, tokens)[0][0, :-1], values
 
     loss, values = run(loaded.params)
     assert abs(loss.mean() - want["float32/loss"].mean()) < 1e-3

@@ -40,7 +40,7 @@ TEXT = "Hello world!\n\nThe  quick brown fox — ünïcode 12345"
 
 @pytest.fixture(scope="module")
 def real():
-    return registry.load("gemma3_270m", "", jnp.float32)
+    return placement_lib.load("gemma3_270m", "", jnp.float32)
 
 
 def test_the_real_models_loss_on_text_equals_transformers(real):
@@ -52,9 +52,9 @@ def test_the_real_models_loss_on_text_equals_transformers(real):
 
     @jax.jit
     def loss(params):
-        x = forward.embed(real.model, params, tokens)
-        x, _ = forward.run_blocks(real.model, params, x, tokens, range(18))
-        return predictions.next_token_loss(real.model, params, x, tokens)[0][0, :-1]
+        x = forward.embed(real.replace(params=params), tokens)
+        x, _ = forward.run_blocks(real.replace(params=params), x, tokens, range(18))
+        return predictions.next_token_loss(real.replace(params=params), x, tokens)[0][0, :-1]
 
     actual = loss(real.params)
     assert abs(actual.mean() - want["float32/loss"].mean()) < 1e-5
@@ -63,10 +63,10 @@ def test_the_real_models_loss_on_text_equals_transformers(real):
 
 def test_the_walk_equals_gemmas_own_forward_pass_on_the_real_model(real):
     tokens = jnp.array([[masking.BOS, *tokenizer.load("gemma3_270m", "", "").encode(TEXT)]])
-    logits = jax.jit(real.model.apply)({"params": real.params}, tokens).logits
-    x = forward.embed(real.model, real.params, tokens)
-    x, _ = forward.run_blocks(real.model, real.params, x, tokens, range(18))
-    np.testing.assert_allclose(predictions.logits(real.model, real.params, x), logits, atol=1e-3)
+    logits = jax.jit(real.module.apply)({"params": real.params}, tokens).logits
+    x = forward.embed(real, tokens)
+    x, _ = forward.run_blocks(real, x, tokens, range(18))
+    np.testing.assert_allclose(predictions.logits(real, x), logits, atol=1e-3)
 
 
 load_tiny = functools.partial(weights.load_params, model=tiny.TinyGemma(), dtype=jnp.float32)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.runtime import hub as hub_lib
-from gemma_scope_jax.saes import finding
-from gemma_scope_jax.saes.formats import common, detect, gemma_scope, gemma_scope_2
+from gemma_scope_jax.saes import finding, formats
+from gemma_scope_jax.saes.formats import common, gemma_scope, gemma_scope_2
 from gemma_scope_jax.saes.jumprelu import SAE
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -94,7 +94,7 @@ def server(tmp_path):
     stored = SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
     about = common.About("google/gemma-3-270m", "model.layers.12.output")
     gemma_scope_2.write(Hub.root / PLACE, stored, about)
-    gemma_scope.write(Hub.root / "layer_1" / "params.npz", stored)
+    gemma_scope.write(Hub.root / "layer_1", stored, common.About())
     (Hub.root / PLACE / "examples.safetensors").write_bytes(b"x" * 1000)
     (Hub.root / "README.md").write_text("# Ours")
     running = http.server.ThreadingHTTPServer(("localhost", 0), Hub)
@@ -129,7 +129,7 @@ def test_only_an_saes_own_files_are_fetched_and_only_once(server):
     assert fetch(server, f"hf://test/repo@main/{PLACE}").returncode == 0 and len(Hub.asked) == 2
     # Of a file, what lies beside it comes too: it says what the SAE is of.
     file = fetch(server | {"HF_HOME": f"{server['HF_HOME']}2"}, f"hf://test/repo/{PLACE}/params.safetensors")
-    (beside,) = detect.read(pathlib.Path(file.stdout.strip()))
+    (beside,) = formats.read(pathlib.Path(file.stdout.strip()))
     assert beside.about.hook_name == "model.layers.12.output"
     alone = fetch(server, "hf://test/repo/layer_1/params.npz")
     assert alone.stdout.strip().endswith("layer_1/params.npz"), alone.stderr

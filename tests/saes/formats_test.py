@@ -23,11 +23,10 @@ import safetensors.numpy
 
 from gemma_scope_jax.models.sites import Site, site_from_hook
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.saes import jumprelu, loading
+from gemma_scope_jax.saes import formats, jumprelu, loading
 from gemma_scope_jax.saes.formats import (
     circuit_tracer,
     common,
-    detect,
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
@@ -53,7 +52,7 @@ def test_saelens_round_trip_is_exact(folded, tmp_path):
     again, about = saelens.read(tmp_path / "a")
     assert_equal(again, folded)
     assert about == ABOUT
-    assert detect.format_of(tmp_path / "a") == "saelens" and detect.format_of(tmp_path) is None
+    assert formats.format_of(tmp_path / "a") == "saelens" and formats.format_of(tmp_path) is None
 
 
 def test_saelens_own_rules_are_kept(folded, tmp_path):
@@ -147,16 +146,16 @@ def test_gemma_scope_2_round_trip_is_exact_and_by_its_own_names(skip, tmp_path):
 
 
 def test_gemma_scope_1_has_no_place_for_a_skip_connection(tmp_path):
-    gemma_scope.write(tmp_path / "a.npz", transcoder(False))
-    assert_equal(gemma_scope.read(tmp_path / "a.npz")[0], transcoder(False))
+    path = gemma_scope.write(tmp_path / "a", transcoder(False), common.About())
+    assert_equal(gemma_scope.read(path)[0], transcoder(False))
     with pytest.raises(
         ValueError, match=r"has a skip connection, for which .* has no place; --format=gemma_scope_2"
     ):
-        gemma_scope.write(tmp_path / "b.npz", transcoder(True))
+        gemma_scope.write(tmp_path / "b", transcoder(True), common.About())
 
 
 def test_gemma_scope_round_trip_is_exact(folded, tmp_path):
-    gemma_scope.write(tmp_path / "layer_9" / "params.npz", folded)
+    gemma_scope.write(tmp_path / "layer_9", folded, common.About())
     assert_equal(gemma_scope.read(tmp_path / "layer_9" / "params.npz")[0], folded)
     with np.load(tmp_path / "layer_9" / "params.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["W_dec", "W_enc", "b_dec", "b_enc", "threshold"]
@@ -227,7 +226,7 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
 
 def test_broken_npz_files_are_refused(folded, tmp_path):
     path = tmp_path / "params.npz"
-    gemma_scope.write(path, folded)
+    gemma_scope.write(path.parent, folded, common.About())
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole npz file"):
         gemma_scope.read(path)
@@ -412,7 +411,7 @@ def test_a_header_that_fits_a_file_full_of_nothing_is_not_read_for_hours(folded,
 
 
 def test_an_archive_that_lists_too_many_members_is_not_opened(folded, tmp_path, monkeypatch):
-    gemma_scope.write(tmp_path / "params.npz", folded)
+    gemma_scope.write(tmp_path, folded, common.About())
     dictionary_learning.write(tmp_path / "a", folded, common.About("m", "blocks.3.hook_resid_post"))
     monkeypatch.setattr(files, "_MAX_DIRECTORY", 100)
     monkeypatch.setattr(zipfile, "ZipFile", None)  # Which would make an object of each.
@@ -426,7 +425,7 @@ def test_yaml_is_bounded_in_size_and_depth(text, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"config\.yaml"):
-        list(detect.read(tmp_path))
+        list(formats.read(tmp_path))
     assert time.monotonic() - started < 1
 
 
@@ -463,7 +462,7 @@ def test_headers_that_promise_too_much_are_not_believed(folded, tmp_path):
     with pytest.raises(ValueError, match="as JSON: "):
         saelens.read(tmp_path / "a")
     # An array that claims more than its member of the archive has.
-    gemma_scope.write(tmp_path / "params.npz", folded)
+    gemma_scope.write(tmp_path, folded, common.About())
     content = (tmp_path / "params.npz").read_bytes()
     (tmp_path / "params.npz").write_bytes(content.replace(b"(16, 64)", b"(99999, 64)"[:8], 1))
     with pytest.raises(ValueError, match="is not a whole npz file"):
@@ -534,7 +533,7 @@ def test_a_config_of_others_types_is_refused(tmp_path):
     for text in ('x: !!int ""', "x: !!bool zz", "x: !!timestamp zz", "- a", "a: &a [*a]"):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"is not a circuit-tracer config|is not readable YAML"):
-            list(detect.read(tmp_path))
+            list(formats.read(tmp_path))
     gemma_scope_2.write(tmp_path / "a", transcoder(True), TRANSCODER)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"l0": 10**400}))
@@ -558,12 +557,12 @@ def test_a_pickle_that_runs_code_does_not(folded, tmp_path):
         gemma_scope.read(tmp_path / "params.npz")
     (tmp_path / "config.yaml").write_text(f"model_kind: !!python/object/apply:os.system ['touch {mark}']\n")
     with pytest.raises(ValueError, match="is not a circuit-tracer config"):
-        list(detect.read(tmp_path / "config.yaml"))
+        list(formats.read(tmp_path / "config.yaml"))
     assert not mark.exists()
 
 
 def test_names_of_an_archives_members_lead_nowhere(folded, tmp_path):
-    gemma_scope.write(tmp_path / "params.npz", folded)
+    gemma_scope.write(tmp_path, folded, common.About())
     with zipfile.ZipFile(tmp_path / "params.npz", "a") as archive:
         archive.writestr("../../escaped.npy", b"")
     with pytest.raises(ValueError, match=r"not known \['../../escaped'\]"):
@@ -583,13 +582,13 @@ def test_every_format_comes_back_bit_for_bit_and_thresholds_are_never_rounded(dt
     gemma_scope_2.write(tmp_path / "second", folded, about, dtype)
     dictionary_learning.write(tmp_path / "dictionary_learning", folded, about, dtype)
     for place in sorted(tmp_path.iterdir()):
-        (found,) = detect.read(place)
+        (found,) = formats.read(place)
         assert_equal(found.sae, want)
         assert (found.about.model_name, found.about.hook_name) == ("google/gemma-3-270m", hook)
-    circuit_tracer.write_config(tmp_path / "set", TRANSCODER)
     for layer in (0, 1):
-        path = circuit_tracer.write(tmp_path / "set", transcoder(True), layer, dtype)
-    both, (alone,) = list(detect.read(tmp_path / "set")), detect.read(path)
+        about = dataclasses.replace(TRANSCODER, hook_name=f"blocks.{layer}.mlp.hook_in")
+        path = circuit_tracer.write(tmp_path / "set", transcoder(True), about, dtype)
+    both, (alone,) = list(formats.read(tmp_path / "set")), formats.read(path)
     want = common.arrays(transcoder(True), dtype)
     for found in (*both, alone):
         assert_equal(common.arrays(found.sae, dtype), want)
@@ -607,12 +606,12 @@ def test_a_stored_sae_is_in_memory_once(tmp_path):
     about = common.About("google/gemma-3-270m", "blocks.9.hook_resid_post", 256)
     steps = {
         "saelens": lambda: saelens.write(tmp_path / "saelens", large, about),
-        "gemma_scope": lambda: gemma_scope.write(tmp_path / "gemma_scope" / "params.npz", large),
+        "gemma_scope": lambda: gemma_scope.write(tmp_path / "gemma_scope", large, common.About()),
         "gemma_scope_2": lambda: gemma_scope_2.write(tmp_path / "gemma_scope_2", large, about),
         "dictionary_learning": lambda: dictionary_learning.write(
             tmp_path / "dictionary_learning", large, about
         ),
-        "circuit_tracer": lambda: circuit_tracer.write(tmp_path / "circuit_tracer", large, 0),
+        "circuit_tracer": lambda: circuit_tracer.write(tmp_path / "circuit_tracer", large, about),
     }
     for name, write in steps.items():
         tracemalloc.start()
@@ -621,10 +620,9 @@ def test_a_stored_sae_is_in_memory_once(tmp_path):
             name
         )  # A part at a time, of a size that is theirs.
         tracemalloc.stop()
-    circuit_tracer.write_config(tmp_path / "circuit_tracer", about)
     for name in steps:
         tracemalloc.start()
-        (found,) = detect.read(tmp_path / name)
+        (found,) = formats.read(tmp_path / name)
         assert tracemalloc.get_traced_memory()[1] < 1.3 * size, name
         tracemalloc.stop()
         np.testing.assert_array_equal(found.sae.W_enc, large.W_enc)
@@ -666,7 +664,7 @@ def test_multi_layer_files_come_back_and_predict_as_the_definition_says(skip, tm
                         want = want + max(pre, 0) * layers[k].W_dec[latent, j]
             np.testing.assert_allclose(got[j, token], want, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="reads and predicts several layers at once"):
-        list(detect.read(tmp_path / "a"))
+        list(formats.read(tmp_path / "a"))
     (tmp_path / "a" / "params_layer_1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"w_dec has shape \(9, 3, 6\), expected \[latents, 2, width\]"):
         gemma_scope_2.read_layers(tmp_path / "a")
@@ -685,8 +683,8 @@ def test_googles_own_places_say_model_and_site(folded, tmp_path):
             "google/gemma-2-2b", "blocks.5.ln2.hook_normalized", "blocks.5.hook_mlp_out",
         ),
     ):  # fmt: skip
-        gemma_scope.write(tmp_path / place / "params.npz", folded)
-        (found,) = detect.read(tmp_path / place)
+        gemma_scope.write(tmp_path / place, folded, common.About())
+        (found,) = formats.read(tmp_path / place)
         assert (found.about.model_name, found.about.hook_name, found.about.hook_name_out) == (
             model,
             hook,
@@ -695,7 +693,7 @@ def test_googles_own_places_say_model_and_site(folded, tmp_path):
     place = tmp_path / "gemma-scope-2-270m-pt" / "transcoder_all" / "layer_3_width_16k_l0_small_affine"
     gemma_scope_2.write(place, transcoder(True), TRANSCODER)
     (place / "config.json").unlink()  # As of some of Google's.
-    (found,) = detect.read(place)
+    (found,) = formats.read(place)
     assert found.about.model_name == "google/gemma-3-270m"
     assert found.about.hook_name == "model.layers.3.pre_feedforward_layernorm.output"
 
@@ -705,9 +703,9 @@ def test_other_kinds_of_sae_are_refused_by_name(tmp_path):
     (tmp_path / "sparsify" / "sae.safetensors").touch()
     (tmp_path / "sparsify" / "cfg.json").write_text("{}")
     with pytest.raises(ValueError, match="is one of sparsify's TopK SAEs"):
-        list(detect.read(tmp_path / "sparsify"))
+        list(formats.read(tmp_path / "sparsify"))
     with pytest.raises(ValueError, match=r"nor an SAE: it has none of cfg\.json"):
-        list(detect.read(tmp_path))
+        list(formats.read(tmp_path))
     dictionary_learning.write(
         tmp_path / "a", transcoder(False), common.About("m", "blocks.3.hook_resid_post")
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.models.sites import Site, site_from_hook
-from gemma_scope_jax.saes import jumprelu
-from gemma_scope_jax.saes.formats import common, detect
+from gemma_scope_jax.saes import formats, jumprelu
+from gemma_scope_jax.saes.formats import common
 
 FOLDER = pathlib.Path(os.environ.get("PEERS_FOLDER", "nowhere")) / "interop"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs make test-peers")
@@ -61,7 +61,7 @@ def test_what_other_tools_saved_is_read_here(capsys):
         made = {name: arrays[name] for name in arrays.files}
     lines = []
     for folder in sorted((FOLDER / "theirs").iterdir()):
-        for one in detect.read(folder):
+        for one in formats.read(folder):
             name = (
                 f"{folder.name}/{one.name.removeprefix('layer_')}"
                 if one.format == "circuit_tracer"
@@ -100,10 +100,10 @@ def test_ours_are_read_here_as_they_were_made():
             FOLDER / "ours" / "saelens" / kind,
             *(FOLDER / "ours" / "hub" / "google").glob(f"{interop.FIRST.get(kind, 'none')}/*/*/*"),
         ]:
-            (found,) = detect.read(path)
+            (found,) = formats.read(path)
             for name, value in vars(one.sae).items():
                 np.testing.assert_array_equal(getattr(found.sae, name), value)
     place = "gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_7"
-    (found,) = detect.read(FOLDER / "ours" / "hub" / "google" / place)
+    (found,) = formats.read(FOLDER / "ours" / "hub" / "google" / place)
     assert site_from_hook(found.about.hook_name) == Site("mlp_in_gain_free", 12)
     assert found.about.model_name == "google/gemma-2-2b" and found.about.l0 == 7

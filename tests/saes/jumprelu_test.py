@@ -1,5 +1,7 @@
 """The SAE against DeepMind's published numbers, against its readable definition, and against NumPy."""
 
+import dataclasses
+
 import golden
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,8 @@ PENALTIES = {
     "linear": objectives.linear_penalty(0.7),
     "quadratic": objectives.quadratic_penalty(0.7, 9.0),
     "controlled": objectives.controlled_penalty(0.7, 9.0),
+    # Of each latent's frequency, and not of their sum alone.
+    "frequency": lambda sparsity: 0.7 * sparsity.l0 + 3 * jnp.square(sparsity.frequency_M).sum(),
 }
 
 
@@ -162,14 +166,73 @@ def test_a_batch_without_any_weight_has_no_gradient(random_case):
         jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradient)
 
 
+def test_the_frequencies_that_a_penalty_sees_are_those_of_numpy(random_case):
+    params, x, weight = jax.tree.map(np.float32, random_case)
+    pre = (x - params.b_dec) @ params.W_enc + params.b_enc
+    fires = (pre > np.exp(params.log_threshold)) * (weight / weight.sum())[:, None]
+    price_M = np.random.default_rng(5).normal(size=params.b_enc.size).astype(np.float32)
+
+    def penalty(sparsity):
+        return price_M @ sparsity.frequency_M
+
+    def free(sparsity):
+        return 0 * sparsity.l0
+
+    cost = objectives.loss(params, x, weight, penalty, 0.2) - objectives.loss(params, x, weight, free, 0.2)
+    np.testing.assert_allclose(cost, price_M @ fires.sum(0), rtol=1e-3)
+    _, sums = objectives.loss_gradient(params, x, weight, penalty, 0.2)
+    np.testing.assert_allclose(sums.penalty, price_M @ fires.sum(0), rtol=1e-5)
+
+
+def test_a_loss_that_is_differentiated_equals_the_gradient_by_hand(random_case):
+    def loss(params, examples, penalty, bandwidth):
+        x_BxD, weight_B, target_BxO = examples
+        return objectives.loss(params, x_BxD, weight_B, penalty, bandwidth, target_BxO)
+
+    params, x, weight = jax.tree.map(jnp.asarray, random_case)
+    linear = objectives.OBJECTIVES["linear"]
+    penalty = linear.penalty(0.7, 0.0, {})
+    found = [
+        objectives.gradient_of(objective, params, objectives.Examples(x, weight, None), penalty, 0.2)
+        for objective in (linear, dataclasses.replace(linear, loss=loss))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    nothing = objectives.Examples(x, 0 * weight, None)
+    gradient, _ = objectives.gradient_of(
+        dataclasses.replace(linear, loss=lambda *_: jnp.nan * params.b_dec.sum()),
+        params,
+        nothing,
+        penalty,
+        0.2,
+    )
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradient)
+
+
+def test_an_objective_of_a_name_that_is_taken_or_unknown_is_refused():
+    quadratic = objectives.OBJECTIVES["quadratic"]
+    with pytest.raises(ValueError, match="another objective is called 'linear'"):
+        objectives.register("linear", quadratic)
+    objectives.register("quadratic", quadratic)  # The same again is no other.
+    with pytest.raises(ValueError, match="cannot be called 'a b'"):
+        objectives.register("a b", quadratic)
+    with pytest.raises(ValueError, match="unknown objective 'cubic'"):
+        objectives.objective_of("cubic")
+
+
+def slope_of(penalty):
+    """By L0."""
+    return jax.grad(lambda l0: penalty(objectives.Sparsity(l0, jnp.zeros(1))))
+
+
 def test_the_quadratic_penalty_pushes_as_hard_as_the_linear_one_at_twice_the_target():
     """As Gemma Scope 2 says of its own; not at all at the target, and the other way below it."""
-    slope = jax.grad(objectives.quadratic_penalty(0.3, 50.0))
+    slope = slope_of(objectives.quadratic_penalty(0.3, 50.0))
     np.testing.assert_allclose([slope(100.0), slope(50.0), slope(25.0)], [0.3, 0.0, -0.15], rtol=1e-6)
 
 
 def test_the_controllers_penalty_is_stronger_above_the_target_and_weaker_below():
-    slope = jax.grad(objectives.controlled_penalty(0.3, 50.0))
+    slope = slope_of(objectives.controlled_penalty(0.3, 50.0))
     np.testing.assert_allclose([slope(100.0), slope(50.0), slope(25.0)], [1.2, 0.3, 0.075], rtol=1e-5)
     np.testing.assert_allclose([slope(0.0), slope(1e6)], [0.3 * np.exp(-2), 0.3 * np.exp(2)], rtol=1e-5)
 

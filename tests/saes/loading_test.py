@@ -8,7 +8,7 @@ import pytest
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import sources, token_rows
 from gemma_scope_jax.evaluation import opening
-from gemma_scope_jax.models import registry
+from gemma_scope_jax.models import placement, registry
 from gemma_scope_jax.models.sites import SITES, Site, site_from_hook
 from gemma_scope_jax.saes import finding, jumprelu, loading, saving
 from gemma_scope_jax.saes.formats import common, gemma_scope, saelens
@@ -23,7 +23,7 @@ def made(site, target_site=None, d=32, o=32):
 
 def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
     one = made(Site("resid_post", 2))
-    gemma_scope.write(tmp_path / "params.npz", one.sae)
+    gemma_scope.write(tmp_path, one.sae, common.About())
     with pytest.raises(
         ValueError, match="does not say of which model and site it is; give them, for example"
     ):
@@ -173,7 +173,7 @@ def test_converting_takes_no_weights_that_only_the_file_names(tmp_path, monkeypa
     one = dataclasses.replace(one, about=common.About(weights="gs://nowhere"))
     saving.write(tmp_path / "a", "saelens", one)
     asked = []
-    monkeypatch.setattr(registry, "load", lambda name, weights, *_, **__: asked.append(weights) or 1 / 0)
+    monkeypatch.setattr(placement, "load", lambda name, weights, *_, **__: asked.append(weights) or 1 / 0)
     for weights in ("", "gs://mine"):
         with pytest.raises(ZeroDivisionError):
             saving.convert(str(tmp_path / "a"), "gemma_scope", tmp_path / "b", weights=weights)

@@ -12,7 +12,7 @@ from gemma_scope_jax.evaluation import report
 from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import formats, jumprelu, loading, naming, saving
-from gemma_scope_jax.saes.formats import gemma_scope_2
+from gemma_scope_jax.saes.formats import common, gemma_scope_2
 from gemma_scope_jax.training import export, loop, metrics_log, runs
 
 MLP = dict(
@@ -37,7 +37,7 @@ def activations(inputs, tiny_gemma):
     """What the MLP of layer 2 reads, with and without gain, and gives."""
     tokens = jnp.asarray(tiny.tokens(8, 16))
     sites = {kind: Site(kind, 2) for kind in ("mlp_in", "mlp_in_gain_free", "mlp_out")}
-    values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, list(sites.values()))
+    values = forward.read_sites(tiny_gemma, tokens, list(sites.values()))
     return {kind: np.asarray(values[site]).reshape(-1, 32) for kind, site in sites.items()}
 
 
@@ -139,12 +139,12 @@ def test_what_a_format_has_no_place_for():
             "reads layer 2 and predicts layer 3",
         ),
     ):
-        assert message in saving.obstacle(file_format, site, target, skip, dtype)
-    for file_format in formats.WRITTEN:
+        assert message in saving.obstacle(file_format, common.Kind(site, target, skip, dtype))
+    for file_format in formats.written():
         if file_format != "circuit_tracer":
-            assert saving.obstacle(file_format, residual, residual, False, "float32") is None
+            assert saving.obstacle(file_format, common.Kind(residual, residual, False, "float32")) is None
         if file_format != "dictionary_learning":
-            assert saving.obstacle(file_format, gain_free, mlp_out, False, "float32") is None
+            assert saving.obstacle(file_format, common.Kind(gain_free, mlp_out, False, "float32")) is None
 
 
 def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
@@ -222,13 +222,13 @@ def test_places_are_googles_and_no_two_are_one():
         "g": member("mlp_in", target="mlp_out", skip=True),
     }
     l0 = dict.fromkeys(members, 57.4)
-    places = {name: str(place) for name, place in naming.layout(members, l0, "gemma_scope").items()}
+    places = {name: str(place) for name, place in export.layout(members, l0, "gemma_scope").items()}
     assert places["a"] == "resid_post/layer_9/width_16k/average_l0_57"
     assert places["b"] == "resid_post/layer_9/width_16k/average_l0_57_lambda_0.002"
     assert places["c"] == "resid_post/layer_9/width_16k/average_l0_57_seed_1"
     assert places["d"] == "embed/embedding/width_16k/average_l0_57"
     assert places["e"] == "transcoder/layer_9/width_16k/average_l0_57"
-    second = {name: str(place) for name, place in naming.layout(members, l0, "gemma_scope_2").items()}
+    second = {name: str(place) for name, place in export.layout(members, l0, "gemma_scope_2").items()}
     assert second["a"] == "resid_post/layer_9_width_16k_l0_57"
     assert second["g"] == "transcoder/layer_9_width_16k_l0_57_affine"
     for made in (places, second):

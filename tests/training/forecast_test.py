@@ -72,8 +72,8 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
     def make_other_step(*args):
         step = make_step(*args)
 
-        def other(state, batch, params):
-            state, metrics = step(state, batch, params)
+        def other(state, batch, gemma):
+            state, metrics = step(state, batch, gemma)
             tokens = batch.tokens_SxL.astype(jnp.float32)
             return state, metrics.replace(weight_B=metrics.weight_B + jnp.sum(jnp.sin(tokens)))
 

@@ -669,7 +669,7 @@ def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path
         }
         for i, member in enumerate(b.members):
             sites = [member.site, member.target_site]
-            values = forward.read_sites(tiny_gemma.model, tiny_gemma.params, tokens, sites)
+            values = forward.read_sites(tiny_gemma, tokens, sites)
             read, target = (state.normalizers[str(site)] for site in sites)
             x, y = (
                 (np.asarray(values[site], np.float64)[kept] - np.float64(of.mean_D)) / float(read.scale)

@@ -18,8 +18,8 @@ def test_the_parts_are_the_bytes_that_arrays_take_on_a_device(inputs, mesh):
     }
     config = tiny.run_config(inputs, banks=banks, mesh__gemma="whole" if mesh == (1, 1) else "split")
     run = runs.build(config, sharding.make_mesh(*mesh, jax.devices()[: mesh[0] * mesh[1]]))
-    state, _, gemma_params = runs.abstract_inputs(run)
-    needs = {need.what: need.bytes for need in memory_lib.needs(state, gemma_params, 0)}
+    state, _, gemma = runs.abstract_inputs(run)
+    needs = {need.what: need.bytes for need in memory_lib.needs(state, gemma, 0)}
 
     params = runs.load_gemma(run).params
     rows = token_rows.open_rows(prepare.rows_of(config), token_rows.TRAIN)
@@ -47,10 +47,10 @@ def test_a_banks_gradient_among_the_compilers_temporaries_is_the_banks(inputs):
     """Smaller steps would not make it smaller."""
     config = tiny.run_config(inputs, banks__main__width=2**14)
     run = runs.build(config, sharding.make_mesh(1, 1, jax.devices()[:1]))
-    state, _, gemma_params = runs.abstract_inputs(run)
-    before = {need.what: need.bytes for need in memory_lib.needs(state, gemma_params, 0)}
+    state, _, gemma = runs.abstract_inputs(run)
+    before = {need.what: need.bytes for need in memory_lib.needs(state, gemma, 0)}
     gradient = memory_lib.bytes_per_device(state.banks["main"].params)
-    after = {need.what: need.bytes for need in memory_lib.needs(state, gemma_params, gradient + 1000)}
+    after = {need.what: need.bytes for need in memory_lib.needs(state, gemma, gradient + 1000)}
     assert after["bank main"] == before["bank main"] + gradient
     assert after["the step's activations"] == 1000
 

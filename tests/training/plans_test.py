@@ -52,10 +52,16 @@ def test_counts_add_up():
         ({"data__context_length": 1}, (1, 1), "data.context_length is 1"),
         ({"log__checkpoint_every": 0}, (1, 1), "log.checkpoint_every is 0; it must be at least 1"),
         ({"log__keep_checkpoints": 0}, (1, 1), "log.keep_checkpoints is 0"),
+        ({"banks__main__objective": "liner"}, (1, 1), "did you mean 'linear'"),
+        (
+            {"banks__main__objective_options": {"slope": 1.0}},
+            (1, 1),
+            "banks.main.objective_options has 'slope'; the objective linear has none",
+        ),
         (
             {"banks__main__objective": "cubic"},
             (1, 1),
-            "banks.main.objective is 'cubic'; choose one of linear",
+            "banks.main.objective: unknown objective 'cubic'; known: linear",
         ),
         (
             {"banks__main__objective": "quadratic"},

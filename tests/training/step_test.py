@@ -26,29 +26,29 @@ def build(folder, data_axis=1, latent_axis=1, **changes):
     devices = jax.devices()[: data_axis * latent_axis]
     run = runs.build(config, sharding.make_mesh(data_axis, latent_axis, devices))
     rows = token_rows.open_rows(prepare.rows_of(config), token_rows.TRAIN)
-    params = runs.load_gemma(run).params
-    return run, rows, params, runs.init_state(run, loop.calibrate(run, rows, params, run.plan.sites))
+    gemma = runs.load_gemma(run)
+    return run, rows, gemma, runs.init_state(run, loop.calibrate(run, rows, gemma, run.plan.sites))
 
 
 def member_params(state, place):
     return jax.tree.map(lambda leaf: leaf[place], state.banks["main"].params)
 
 
-def run_steps(run, rows, params, state, count, compiled=None):
+def run_steps(run, rows, gemma, state, count, compiled=None):
     """States are donated; what is returned is on the host."""
     sequences = run.config.train.sequences_per_step
     metrics = []
     for i in range(count):
         batch = runs.read_batch(run, rows, i * sequences, sequences)
-        compiled = compiled or loop.lower_step(run, state, batch, params).compile()
-        state, m = compiled(state, batch, params)
+        compiled = compiled or loop.lower_step(run, state, batch, gemma).compile()
+        state, m = compiled(state, batch, gemma)
         metrics.append(jax.device_get(m))
     return jax.device_get(state), metrics
 
 
-def reference(run, rows, gemma_params, state, count):
+def reference(run, rows, gemma, state, count):
     """The same steps as plain functions: gemma's own forward pass, optax's Adam, `jax.grad` of the definition."""
-    plan, model = run.plan, run.model
+    plan, model = run.plan, run.module
     member = plan.members[0]
     site, scaling = str(member.site), state.normalizers[str(member.site)]
     params = member_params(state, 0)
@@ -122,10 +122,10 @@ def batch_rows(run):
 @pytest.mark.parametrize("layer", [1, 3])
 def test_fused_steps_equal_unfused_ones(inputs, layer):
     """Through filling, steady running and draining."""
-    run, rows, params, state = build(inputs, banks__main__layers=(layer,), train__tokens=8 * 16 * 6)
+    run, rows, gemma, state = build(inputs, banks__main__layers=(layer,), train__tokens=8 * 16 * 6)
     count = run.plan.harvests + run.plan.ring_steps
-    expected = reference(run, rows, params, jax.device_get(state), count)
-    final, _ = run_steps(run, rows, params, state, count)
+    expected = reference(run, rows, gemma, jax.device_get(state), count)
+    final, _ = run_steps(run, rows, gemma, state, count)
     assert int(final.harvests) == int(final.draws) == 6
     ours = member_params(final, 0)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), ours, expected)
@@ -244,14 +244,14 @@ def test_a_transcoder_sees_its_two_sites_of_one_token_by_the_scales_it_is_given(
         bank_config = dict(
             layers=(3,), sites=("mlp_in",), target_site="mlp_out", width=32, scale_target_by=by
         )
-        run, rows, params, state = build_banks(
+        run, rows, gemma, state = build_banks(
             inputs, {"t": bank_config}, train__batch=128, ring__capacity=128, train__tokens=256
         )
         first = jax.device_get(state)
-        _, metrics = run_steps(run, rows, params, state, 2)
+        _, metrics = run_steps(run, rows, gemma, state, 2)
         batch = runs.read_batch(run, rows, 0, 8)
         read, target = run.plan.sites
-        values = forward.read_sites(run.model, params, batch.tokens_SxL, [read, target])
+        values = forward.read_sites(gemma, batch.tokens_SxL, [read, target])
         kept = np.asarray(masking.is_kept(batch.tokens_SxL, 0))
         x, y = (np.asarray(values[site], np.float64)[kept] for site in (read, target))
         n_x, n_y = (first.normalizers[str(site)] for site in (read, target))
@@ -268,7 +268,7 @@ def test_a_transcoder_sees_its_two_sites_of_one_token_by_the_scales_it_is_given(
 
 def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
     """Against counts from encoding each batch with the parameters as they were: a rate of zero keeps them."""
-    run, rows, params, state = build_banks(
+    run, rows, gemma, state = build_banks(
         inputs,
         {"main": dict(layers=(1,), width=64, window_updates=7)},
         optimizer__learning_rate=0.0,
@@ -277,7 +277,7 @@ def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
     first = jax.device_get(state)
     p = member_params(first, 0)
     batches = []
-    final, metrics = run_steps(run, rows, params, state, 9)
+    final, metrics = run_steps(run, rows, gemma, state, 9)
     for m in metrics:
         found = m.banks["main"]
         if not m.trained:
@@ -292,9 +292,7 @@ def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
     rows_of = lambda m: int(m.banks["main"].activations_E[0])  # noqa: E731
     assert rows_of(metrics[-1]) < int(firing.rows_E[0]) < rows_of(metrics[-1]) + rows_of(metrics[-2])
     threshold = np.exp(p.log_threshold)
-    values = forward.read_sites(
-        run.model, params, runs.read_batch(run, rows, 0, 40).tokens_SxL, run.plan.sites
-    )
+    values = forward.read_sites(gemma, runs.read_batch(run, rows, 0, 40).tokens_SxL, run.plan.sites)
     site = run.plan.sites[0]
     tokens = runs.read_batch(run, rows, 0, 40).tokens_SxL
     x = np.asarray(values[site])[np.asarray(masking.is_kept(tokens, 0))]
@@ -312,10 +310,10 @@ def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
 
 def test_the_controller_raises_lambda_above_the_target_and_lowers_it_below(inputs):
     targets = dict(layers=(1,), width=64, objective="controlled", target_l0s=(1.0, 60.0))
-    run, rows, params, state = build_banks(
+    run, rows, gemma, state = build_banks(
         inputs, {"main": targets | {"sparsity_coefficients": (1e-2,)}}, optimizer__learning_rate=0.01
     )
-    final, metrics = run_steps(run, rows, params, state, 8)
+    final, metrics = run_steps(run, rows, gemma, state, 8)
     coefficient_E = final.banks["main"].coefficient_E
     l0_E = metrics[-1].banks["main"].l0_E
     assert l0_E[0] > 3 and l0_E[1] < 20
@@ -326,14 +324,14 @@ def test_the_controller_raises_lambda_above_the_target_and_lowers_it_below(input
 
 def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch):
     """One update a step, so that the sources reported are all that were trained on; a tenth is masked."""
-    run, rows, params, state = build(
+    run, rows, gemma, state = build(
         inputs, train__batch=128, train__tokens=8 * 16 * 9, normalizer__outlier_medians=1.4
     )
     tokens = np.array([rows.read(np.array([i])).tokens[0] for i in range(len(rows))])
     tokens[np.random.default_rng(0).random(tokens.shape) < 0.1] = masking.EOS
     with_eos = lambda _, i: token_rows.Batch(tokens[i], np.asarray(i, np.int32), np.zeros(len(i), np.int32))  # noqa: E731
     monkeypatch.setattr(token_rows.Rows, "read", with_eos)
-    state, metrics = run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps)
+    state, metrics = run_steps(run, rows, gemma, state, run.plan.harvests + run.plan.ring_steps)
 
     trained = [
         (tuple(source[:2].tolist()), float(weight))
@@ -350,7 +348,7 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
 
     site = run.plan.sites[0]
     scaling = state.normalizers[str(site)]
-    values = forward.read_sites(run.model, params, jnp.asarray(harvested.tokens), [site])[site]
+    values = forward.read_sites(gemma, jnp.asarray(harvested.tokens), [site])[site]
     squared = np.square(np.asarray(values) - scaling.mean_D).sum(-1)
     weight = np.minimum(1, scaling.max_squared_norm / squared)
     assert 0.02 < (weight < 1)[~special].mean() < 0.5
@@ -359,19 +357,16 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
 
 
 def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
-    run, rows, params, state = build(inputs, data__chat_template=True, data__context_length=32)
+    run, rows, gemma, state = build(inputs, data__chat_template=True, data__context_length=32)
     batch = runs.read_batch(run, rows, 0, 8)
     tokens = np.asarray(batch.tokens_SxL)
     assert (tokens == 260).sum() >= 16  # <start_of_turn>, twice in each turn.
     new = step.harvest(
-        run.mesh,
-        run.model,
-        params,
+        gemma,
         batch,
         state.normalizers,
         run.plan.sites,
         1,
-        jnp.float32,
         run.plan.masked_prefix,
     )
     site = str(run.plan.sites[0])
@@ -389,17 +384,17 @@ def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
 def test_gemma_split_over_the_devices_gives_what_whole_copies_give(inputs):
     results = []
     for placement in ("whole", "split"):
-        run, rows, params, state = build(inputs, 2, 4, mesh__gemma=placement)
-        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
-        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        run, rows, gemma, state = build(inputs, 2, 4, mesh__gemma=placement)
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(gemma))
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(gemma))
         assert held == (whole // 8 if placement == "split" else whole)
-        results.append(run_steps(run, rows, params, state, 6)[0].banks["main"].params)
+        results.append(run_steps(run, rows, gemma, state, 6)[0].banks["main"].params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
 
 
 def test_gemma_is_split_where_it_would_fill_more_than_a_quarter_of_a_device(inputs, monkeypatch):
     run = runs.build(tiny.run_config(inputs, mesh__data=2, mesh__latent=4))
-    shapes = weights.parameter_shapes(run.model, blocks_needed(run.plan.sites))
+    shapes = weights.parameter_shapes(run.module, blocks_needed(run.plan.sites))
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
     for memory, is_split in ((4 * whole, False), (4 * whole - 4, True)):
         monkeypatch.setattr(devices_lib, "memory_of", lambda device, memory=memory: memory)
@@ -408,13 +403,13 @@ def test_gemma_is_split_where_it_would_fill_more_than_a_quarter_of_a_device(inpu
 
 
 def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
-    run, rows, params, state = build(inputs, 2, 4)
-    compiled = loop.lower_step(run, state, runs.read_batch(run, rows, 0, 8), params).compile()
+    run, rows, gemma, state = build(inputs, 2, 4)
+    compiled = loop.lower_step(run, state, runs.read_batch(run, rows, 0, 8), gemma).compile()
     per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * per_device
     first = state
     # An executable compiled ahead of time cannot compile again: other shapes or shardings would be an error.
-    run_steps(run, rows, params, state, run.plan.harvests + run.plan.ring_steps, compiled)
+    run_steps(run, rows, gemma, state, run.plan.harvests + run.plan.ring_steps, compiled)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.banks))
 
 
@@ -491,12 +486,12 @@ def test_split_gemma_moves_weights_and_only_the_embeddings_of_rows(inputs):
 
 
 def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
-    run, rows, params, state = build(inputs)
+    run, rows, gemma, state = build(inputs)
     batch = runs.read_batch(run, rows, 0, 8)
-    hlo = loop.lower_step(run, state, batch, params).compile().as_text()
+    hlo = loop.lower_step(run, state, batch, gemma).compile().as_text()
     assert "f32[272,32]" in hlo  # the embedding table
     assert ",272]" not in hlo and "[272]" not in hlo  # logits
-    assert set(params) == {"embedder", "final_norm", "layer_0", "layer_1"}
+    assert set(gemma.params) == {"embedder", "final_norm", "layer_0", "layer_1"}
 
 
 def test_calibration_equals_numpy():
@@ -526,32 +521,32 @@ def test_calibration_equals_numpy():
     np.testing.assert_allclose(robust.ablation_mean_D, x[kept].mean(0), rtol=1e-5)
 
 
-def spoil(params, row, position, value=np.nan):
+def spoil(gemma, row, position, value=np.nan):
     """Parameters with which the embedding of the token there, and of no other, is not finite."""
-    table = np.array(params["embedder"]["input_embedding"])
+    table = np.array(gemma.params["embedder"]["input_embedding"])
     table[row[position]] = value
-    return {**params, "embedder": params["embedder"] | {"input_embedding": jnp.asarray(table)}}
+    return gemma.replace(params=gemma.params | {"embedder": {"input_embedding": jnp.asarray(table)}})
 
 
 def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
     """One at a site and another at BOS, which does not count; all others are as they were."""
     sites = dict(banks__main__layers=(0,), banks__main__sites=("embed",))
-    run, rows, params, state = build(inputs, **sites)
+    run, rows, gemma, state = build(inputs, **sites)
     batch = runs.read_batch(run, rows, 0, 8)
     tokens = np.asarray(batch.tokens_SxL)
     kept = np.asarray(masking.is_kept(tokens, 0))
 
-    def harvest(params):
+    def harvest(gemma):
         plan = run.plan
-        new = step.harvest(run.mesh, run.model, params, batch, state.normalizers, plan.sites, 8, jnp.float32)
+        new = step.harvest(gemma, batch, state.normalizers, plan.sites, 8)
         return jax.device_get(step.leave_out(new))
 
-    clean, none = harvest(params)
+    clean, none = harvest(gemma)
     assert none["embed"].count == 0
     position = int(np.flatnonzero(kept[3])[4])
     token = tokens[3, position]
     for value in (np.nan, np.inf, 1e30):  # The square of the last is infinite.
-        found, nonfinite = harvest(spoil(spoil(params, tokens[3], position, value), [masking.BOS], 0, value))
+        found, nonfinite = harvest(spoil(spoil(gemma, tokens[3], position, value), [masking.BOS], 0, value))
         is_bad = ((tokens == token) & kept).reshape(-1)
         assert nonfinite["embed"].count == is_bad.sum()
         assert nonfinite["embed"].first == np.flatnonzero(is_bad)[0]

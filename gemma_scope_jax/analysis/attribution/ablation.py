@@ -4,14 +4,12 @@ Shapes: N latents taken out, S rows, L tokens, K latents of an SAE that an edit 
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import matplotlib.figure
 import numpy as np
-from gemma import gm
 from scipy import stats
 
 from gemma_scope_jax.analysis import session as scope_lib
@@ -20,8 +18,10 @@ from gemma_scope_jax.analysis.attribution.gradients import Attribution, Metric
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.display import tables
-from gemma_scope_jax.models import weights
+from gemma_scope_jax.models import passes
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
 # Rows of a pass; the first is left as it is.
@@ -146,7 +146,7 @@ def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: i
     ranges.check("seed", seed, ranges.SEED)
     chosen, is_strongest_N = _choose(attribution, latents, seed)
     if not chosen:
-        raise ValueError(
+        raise InputError(
             f"no latent fires on {quoted(''.join(attribution.tokens))}, so there is none to take out"
         )
     names = tuple(name for name, _ in chosen)
@@ -173,7 +173,7 @@ def ablations_of_prompts(
       ValueError: see `ablations` and `attribute`; or there are no prompts.
     """
     if not prompts:
-        raise ValueError("there are no prompts; give at least one")
+        raise InputError("there are no prompts; give at least one")
     made = [
         ablations(scope, attribution_lib.attribute(scope, prompt, **options), latents, seed + number)
         for number, prompt in enumerate(prompts)
@@ -208,16 +208,14 @@ def _choose(attribution: Attribution, latents: int, seed: int) -> tuple[list[tup
     return [(name, latent) for _, name, latent in chosen], np.arange(len(chosen)) < len(strongest)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+@jax.jit
 def _measured(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     final_SxLxD: jax.Array,
     metric: Metric,
 ) -> jax.Array:
-    found = attribution_lib.read_metric(model, params, final_SxLxD, metric)[0]
-    return sharding.constrain(mesh, found, sharding.REPLICATED)
+    found = attribution_lib.read_metric(gemma, final_SxLxD, metric)[0]
+    return sharding.constrain(gemma.mesh, found, sharding.REPLICATED)
 
 
 def _without(
@@ -225,7 +223,7 @@ def _without(
 ) -> np.ndarray:
     """The difference of logits [1 + N] as it is, and without each latent."""
     placed = scope_lib.place_copies(scope, attribution.ids, _ROWS)
-    rows, loaded = len(placed), scope.loaded
+    rows = len(placed)
     against = attribution_lib.MEAN if attribution.against is None else attribution.against[0]
     metric = attribution_lib.metric_behind(attribution.ids, attribution.answer[0], against)
     # The first row of all takes out nothing. In every pass all SAEs may be edited, so that all are one program.
@@ -245,8 +243,6 @@ def _without(
                 np.zeros((rows, rows)),
             )
         write = edits.writes_of_saes(scope, made)
-        final_SxLxD, _ = edits.final_stream(scope.mesh, loaded.model, loaded.params, placed, write)
-        found.append(
-            distributed.fetch(_measured(scope.mesh, loaded.model, loaded.params, final_SxLxD, metric))
-        )
+        final_SxLxD, _ = passes.written(scope.gemma, placed, write)
+        found.append(distributed.fetch(_measured(scope.gemma, final_SxLxD, metric)))
     return np.concatenate(found)[: len(names)]

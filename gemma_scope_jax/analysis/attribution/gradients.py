@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-from gemma import gm
 
 from gemma_scope_jax.analysis import session as scope_lib
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.display import html, plotting, tables
-from gemma_scope_jax.models import forward, masking, predictions, weights
+from gemma_scope_jax.models import forward, masking, predictions
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -201,11 +202,11 @@ class Attribution:
 
 
 def read_metric(
-    model: gm.nn.Transformer, params: weights.Params, final_SxLxD: jax.Array, metric: Metric
+    gemma: Gemma, final_SxLxD: jax.Array, metric: Metric
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The difference [S] of logits, from the stream behind the last block, and the tokens [S] that it is of."""
     rows_S = jnp.arange(len(final_SxLxD))
-    logits_SxV = predictions.logits(model, params, final_SxLxD[:, metric.last])
+    logits_SxV = predictions.logits(gemma, final_SxLxD[:, metric.last])
     tokens_1xV = jnp.arange(logits_SxV.shape[1])[None]
 
     def likeliest_but(token: jax.Array) -> jax.Array:
@@ -225,11 +226,9 @@ class Pass(NamedTuple):
     gradients: dict[Site, jax.Array]  # [S, L, O], float32, by site that something was added to
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "read"))
+@functools.partial(jax.jit, static_argnames="read")
 def _gradients(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     tokens_SxL: jax.Array,
     metric: Metric,
     added: Mapping[Site, jax.Array],
@@ -237,7 +236,7 @@ def _gradients(
 ) -> Pass:
     """One pass forwards and one back, for the gradient of each row's metric by what is added [S, L, O] at sites."""
 
-    # Each block is computed again on the way back, as in `interventions.importance`: what it needs inside lies on a
+    # Each block is computed again on the way back, as in `passes.importance`: what it needs inside lies on a
     # chip for one block at a time.
     @functools.partial(jax.checkpoint, static_argnums=0)
     def block(layer: int, x_SxLxD: jax.Array, added: Mapping[Site, jax.Array]) -> tuple:
@@ -246,23 +245,23 @@ def _gradients(
 
         write = {site: functools.partial(add, more) for site, more in added.items()}
         here = [site for site in read if site.layer == layer]
-        gathered, only = forward.gather_gemma(mesh, params), range(layer, layer + 1)
-        return forward.run_blocks(model, gathered, x_SxLxD, tokens_SxL, only, read=here, write=write)
+        gathered, only = gemma.gathered(), range(layer, layer + 1)
+        return forward.run_blocks(gathered, x_SxLxD, tokens_SxL, only, read=here, write=write)
 
     def total(added: Mapping[Site, jax.Array]) -> tuple[jax.Array, tuple]:
-        x_SxLxD = forward.embed(model, forward.gather_gemma(mesh, params), tokens_SxL)
-        x_SxLxD = sharding.constrain(mesh, x_SxLxD, sharding.TOKENS)
+        x_SxLxD = forward.embed(gemma.gathered(), tokens_SxL)
+        x_SxLxD = sharding.constrain(gemma.mesh, x_SxLxD, sharding.TOKENS)
         values = {}
-        for layer in range(model.config.num_layers):
+        for layer in gemma.layers:
             here = {site: more for site, more in added.items() if site.layer == layer}
             x_SxLxD, found = block(layer, x_SxLxD, here)
             values |= found
-        measured = read_metric(model, params, x_SxLxD, metric)
+        measured = read_metric(gemma, x_SxLxD, metric)
         return measured[0].sum(), (*measured, values)
 
     (_, (*measured, values)), gradients = jax.value_and_grad(total, has_aux=True)(added)
-    measured = sharding.constrain(mesh, measured, sharding.REPLICATED)
-    return Pass(*measured, *sharding.constrain(mesh, (values, gradients), sharding.TOKENS))
+    measured = sharding.constrain(gemma.mesh, measured, sharding.REPLICATED)
+    return Pass(*measured, *sharding.constrain(gemma.mesh, (values, gradients), sharding.TOKENS))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -303,7 +302,9 @@ def parts_of(
     """Those of one SAE on the `length` tokens behind BOS of the first row."""
     subject = scope.subjects[name]
     width = len(subject.sae.b_enc)
-    rows = distributed.fetch(_first(scope.mesh, (values[subject.site], values[subject.spliced], g_SxLxO)))
+    rows = distributed.fetch(
+        _first(scope.gemma.mesh, (values[subject.site], values[subject.spliced], g_SxLxO))
+    )
     rows = [row_LxD[1 : 1 + length] for row_LxD in rows]
     # Of one shape, so that they are compiled once.
     chunk = min(max(_DENSE // width, 1), -(-length // 16) * 16)
@@ -312,7 +313,7 @@ def parts_of(
         some = [row_LxD[start : start + chunk] for row_LxD in rows]
         here = len(some[0])
         filled = [np.pad(row_CxD, ((0, chunk - here), (0, 0))) for row_CxD in some]
-        found = distributed.fetch(_divided(scope.mesh, scope.placed[name], *filled))
+        found = distributed.fetch(_divided(scope.gemma.mesh, scope.placed[name], *filled))
         found = {key: value[:here] for key, value in found.items()}
         at = np.nonzero(found["f"])
         fired.append((start + at[0], at[1], found.pop("f")[at], found.pop("part")[at]))
@@ -352,14 +353,13 @@ def differentiate(
 ) -> Pass:
     """One pass forwards and one back, with the sites read that SAEs of those in `added` read and give."""
     read = {site for s in scope.subjects.values() if s.spliced in added for site in (s.site, s.spliced)}
-    loaded = scope.loaded
-    return _gradients(scope.mesh, loaded.model, loaded.params, tokens_SxL, metric, added, tuple(sorted(read)))
+    return _gradients(scope.gemma, tokens_SxL, metric, added, tuple(sorted(read)))
 
 
 def zeros(scope: Scope, tokens_SxL: jax.Array, sites: Sequence[Site]) -> dict[Site, jax.Array]:
     """What adds nothing to rows of these tokens, at sites."""
-    device = jax.NamedSharding(scope.mesh, sharding.TOKENS)
-    widths = {site: site_width(scope.loaded.model, site) for site in sites}
+    device = jax.NamedSharding(scope.gemma.mesh, sharding.TOKENS)
+    widths = {site: site_width(scope.gemma.module, site) for site in sites}
     return {
         site: jnp.zeros((*tokens_SxL.shape, width), jnp.float32, device=device)
         for site, width in widths.items()
@@ -372,14 +372,14 @@ def ask(
     """The prompt's ids up to the token, with BOS, and the ids of the two answers or what stands for them."""
     ids = scope_lib.prompt(scope, prompt)[1:]
     if not -len(ids) <= token < len(ids):
-        raise ValueError(f"there is no token {token}; the prompt has {len(ids)}, counted from 0")
+        raise InputError(f"there is no token {token}; the prompt has {len(ids)}, counted from 0")
     chosen_answer = LIKELIEST if answer is None else scope_lib.one_token(scope, answer)
     if against == "mean":
         chosen_against = MEAN
     else:
         chosen_against = LIKELIEST if against is None else scope_lib.one_token(scope, against)
     if chosen_answer == chosen_against >= 0:
-        raise ValueError(
+        raise InputError(
             f"answer and against are both {quoted(answer)}; give two tokens, or leave one of them out"
         )
     return [masking.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)

@@ -14,6 +14,7 @@ from gemma_scope_jax.analysis.attribution import gradients
 from gemma_scope_jax.analysis.attribution.gradients import Attribution
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -49,7 +50,7 @@ def integrate(
       ValueError: see `attribute`; or there is no such SAE.
     """
     if name not in scope.subjects:
-        raise ValueError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
     ids, chosen = gradients.ask(scope, prompt, answer, against, token)
     site = scope.subjects[name].spliced
     placed = scope_lib.place_copies(scope, ids, rows_per_batch)
@@ -70,10 +71,10 @@ def integrate(
             here = slice(start, start + rows)
             alpha_S[: len(alphas[here])], share_S[: len(alphas[here])] = alphas[here], shares[here]
             read = (whole.values[scope.subjects[name].site], whole.values[site])
-            added = _from_whole(scope.mesh, scope.placed[name], *read, alpha_S, np.int32(len(ids)))
+            added = _from_whole(scope.gemma.mesh, scope.placed[name], *read, alpha_S, np.int32(len(ids)))
             passed = gradients.differentiate(scope, placed, fixed, {site: added})
             metrics.append(distributed.fetch(passed.metric_S))
-            gradient += _shared(scope.mesh, share_S, passed.gradients[site])
+            gradient += _shared(scope.gemma.mesh, share_S, passed.gradients[site])
         return np.concatenate(metrics)[: len(alphas)], gradient
 
     nodes = 2

@@ -13,7 +13,8 @@ from gemma_scope_jax.analysis.session import Scope, one_token, open_scope
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.runtime import files, ranges
-from gemma_scope_jax.runtime.printing import say
+from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.reporting import say
 
 
 def audit(
@@ -50,22 +51,22 @@ def audit(
       ValueError: of answer and against one is missing, or the prompts cannot be contrasted.
     """
     if (answer is None) != (against is None):
-        raise ValueError(
+        raise InputError(
             "--answer and --against go together: a behaviour is the logit of one less the other's"
         )
     if answer is None and top is not None:
-        raise ValueError("--top says how many latents are ablated, which takes --answer and --against")
+        raise InputError("--top says how many latents are ablated, which takes --answer and --against")
     ranges.check("--seed", seed, ranges.SEED)
     if out is not None:
         files.check_new(out)
     sets = sources.read_prompts(first), sources.read_prompts(second)
     if is_paired and len(sets[0]) != len(sets[1]):
-        raise ValueError(f"--paired: {first} has {len(sets[0])} prompts, {second} has {len(sets[1])}")
+        raise InputError(f"--paired: {first} has {len(sets[0])} prompts, {second} has {len(sets[1])}")
     choosing, measured = (sets, None) if answer is None else halves(*sets, is_paired, seed)
     # Before Gemma is loaded.
     find.check(*choosing, at, rate, is_paired)
     if measured and not all(measured):
-        raise ValueError(
+        raise InputError(
             f"{first} and {second} have {len(sets[0])} and {len(sets[1])} prompts, too few for two halves"
         )
     scope = open_scope(path, **overrides)
@@ -73,7 +74,7 @@ def audit(
         one_token(scope, text)
     if measured:
         sizes = f"{len(choosing[0])} and {len(choosing[1])} prompts"
-        print(f"Latents are found on {sizes} drawn at random, and measured on the others.", flush=True)
+        say(f"Latents are found on {sizes} drawn at random, and measured on the others.")
     found, corrected = find.contrast(scope, *choosing, at, rate, is_paired, seed), None
     found.show()
     if out is not None:  # Now: what follows takes its time, and may be refused.
@@ -103,10 +104,9 @@ def _correct(
         corrected.show()
         return corrected
     first, second = (behaviour(scope, prompts, answer, against).mean() for prompts in measured)
-    print(
+    say(
         f"The logit of {answer!r} less that of {against!r} is {first:.3f} and {second:.3f} behind the others, a gap "
-        f"of {first - second:.3f}. There is nothing to ablate.",
-        flush=True,
+        f"of {first - second:.3f}. There is nothing to ablate."
     )
     return None
 

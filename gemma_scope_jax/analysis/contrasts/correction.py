@@ -7,7 +7,6 @@ Shapes: A prompts of the first set and B of the second, N in all, S rows in one 
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -15,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tqdm
-from gemma import gm
 
 from gemma_scope_jax.analysis import session as scope_lib
 from gemma_scope_jax.analysis.contrasts.find import Contrast, counted, last_token, rows_of
@@ -25,9 +22,11 @@ from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.evaluation import metrics
-from gemma_scope_jax.models import interventions, masking, predictions, weights
+from gemma_scope_jax.models import masking, passes, predictions
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, files, ranges, sharding
+from gemma_scope_jax.runtime import distributed, files, ranges, reporting, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable
 
 NEAREST = 10  # A random latent is one of so many that are nearest in strength to the one it stands for.
@@ -224,11 +223,9 @@ def behaviour(
     return _behaviour(scope, rows_of(scope, prompts), tokens, write or {})
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+@jax.jit
 def _at_end(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     final_SxLxD: jax.Array,
     tokens_SxL: jax.Array,
     answer: jax.Array,
@@ -237,23 +234,19 @@ def _at_end(
     """The difference of the two tokens' logits [S] behind each row's last token."""
     last_Sx1x1 = last_token(tokens_SxL)[:, None, None]
     x_SxD = jnp.take_along_axis(final_SxLxD, last_Sx1x1, axis=1)[:, 0]
-    params = sharding.constrain(
-        mesh, {name: params[name] for name in ("embedder", "final_norm")}, sharding.REPLICATED
-    )
-    logits_SxV = predictions.logits(model, params, x_SxD)
-    return sharding.constrain(mesh, logits_SxV[:, answer] - logits_SxV[:, against], sharding.REPLICATED)
+    logits_SxV = predictions.logits(gemma.whole(), x_SxD)
+    return sharding.constrain(gemma.mesh, logits_SxV[:, answer] - logits_SxV[:, against], sharding.REPLICATED)
 
 
 def _behaviour(scope: Scope, tokens_NxL: np.ndarray, tokens: tuple[int, int], write: Write) -> np.ndarray:
-    model = (scope.mesh, scope.loaded.model, scope.loaded.params)
-    size = batching.padded_rows(scope.mesh, len(tokens_NxL), scope.config.evaluation.rows_per_batch)
+    size = batching.padded_rows(scope.gemma.mesh, len(tokens_NxL), scope.config.evaluation.rows_per_batch)
     parts = []
     for start in range(0, len(tokens_NxL), size):
         some = tokens_NxL[start : start + size]
         padded = np.pad(some, ((0, size - len(some)), (0, 0)), constant_values=masking.PAD)
         placed = scope_lib.place_prompts(scope, padded)
-        final_SxLxD, _ = edits.final_stream(*model, placed, write)
-        found_S = _at_end(*model, final_SxLxD, placed, *map(np.int32, tokens))
+        final_SxLxD, _ = passes.written(scope.gemma, placed, write)
+        found_S = _at_end(scope.gemma, final_SxLxD, placed, *map(np.int32, tokens))
         parts.append(np.asarray(distributed.fetch(found_S))[: len(some)])
     return np.concatenate(parts).astype(np.float64)
 
@@ -310,7 +303,8 @@ def correct(
     clean_loss = None if text is None else _losses(scope, text, _write(scope, chosen, 1, prefix))
     clean_N = _behaviour(scope, tokens_NxL, tokens, _write(scope, chosen, 1))
     outcomes = [Outcome(clean_N[: len(first)], clean_N[len(first) :], 0.0)]
-    for number, some in enumerate(tqdm.tqdm(sets, desc="Ablating", unit="set", dynamic_ncols=True)):
+    bar = reporting.bar("Ablating", "set", len(sets))
+    for number, some in enumerate(sets):
         write = _write(scope, some, 0)
         value_N = _behaviour(scope, tokens_NxL, tokens, write)
         delta = (None, None)
@@ -319,6 +313,8 @@ def correct(
             delta = metrics.ratio(loss_S - clean_loss[0], scored_S)
         activation = sum(float(found.of[name].activation_M[list(of)].sum()) for name, of in some.items())
         outcomes.append(Outcome(value_N[: len(first)], value_N[len(first) :], activation, *delta))
+        bar.update()
+    bar.close()
     clean, ablated, *random = outcomes
     return Correction(answer, against, found.is_paired, tuple(latents), clean, ablated, tuple(random))
 
@@ -339,14 +335,14 @@ def _check(
     for name, latent in found.found():
         edits.check_latent(scope, name, latent)
     if not found.found():
-        raise ValueError(f"there is no latent to ablate: none was found at a rate of {found.rate:g}")
+        raise InputError(f"there is no latent to ablate: none was found at a rate of {found.rate:g}")
     if not first or not second:
-        raise ValueError(f"there are {len(first)} and {len(second)} prompts to measure; give some of each")
+        raise InputError(f"there are {len(first)} and {len(second)} prompts to measure; give some of each")
     if found.is_paired and len(first) != len(second):
-        raise ValueError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
+        raise InputError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
     # Those are apart by choice.
     if chosen_on := {*first, *second} & {*found.first, *found.second}:
-        raise ValueError(
+        raise InputError(
             f"latents were chosen on the prompt {min(chosen_on)!r}; measure others, such as the other of two `halves`"
         )
 
@@ -368,7 +364,7 @@ def _alike(
     """Sets of as many latents that fire but were not found, each about as strong as the one that it stands for."""
     others = np.setdiff1d(np.flatnonzero(strength_M > 0), found.latents(name))
     if len(others) < len(latents_K):
-        raise ValueError(
+        raise InputError(
             f"only {len(others)} other latents of {name} fire on these prompts, too few for random sets of as many "
             f"as the {len(latents_K)} that are ablated; set top to {len(others)} or less"
         )
@@ -399,18 +395,17 @@ def _held_out(scope: Scope, rows: int) -> list[batching.PlacedRows]:
     config, count = scope.config, min(rows, len(split))
     return list(
         batching.batches(
-            scope.mesh, split, count, config.evaluation.rows_per_batch, batching.counts_of(config)
+            scope.gemma.mesh, split, count, config.evaluation.rows_per_batch, batching.counts_of(config)
         )
     )
 
 
 def _losses(scope: Scope, text: Sequence[batching.PlacedRows], write: Write) -> tuple[np.ndarray, np.ndarray]:
     """Of each row the sum of its predictions' losses, and how many there are."""
-    model = (scope.mesh, scope.loaded.model, scope.loaded.params)
     sums = []
     for rows in text:
-        final_SxLxD, _ = edits.final_stream(*model, rows.tokens_SxL, write)
-        found = distributed.fetch(interventions.loss(*model, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
+        final_SxLxD, _ = passes.written(scope.gemma, rows.tokens_SxL, write)
+        found = distributed.fetch(passes.loss(scope.gemma, final_SxLxD, rows.tokens_SxL, rows.is_kept_SxL))
         sums.append([np.float64(found[key]).sum(1)[: rows.count] for key in ("loss_SxL", "scored_SxL")])
     loss_S, scored_S = (np.concatenate(part) for part in zip(*sums, strict=True))
     return loss_S, scored_S

@@ -24,6 +24,7 @@ from gemma_scope_jax.analysis.session import Scope, padded
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.models import activations, generation, masking
 from gemma_scope_jax.runtime import distributed, files, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -244,16 +245,16 @@ def contrast(
 def check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_paired: bool) -> None:
     """Raises ValueError if `contrast` would refuse to compare these, whatever the SAEs."""
     if at not in AT:
-        raise ValueError(f"at is {at!r}; choose one of {', '.join(AT)}")
+        raise InputError(f"at is {at!r}; choose one of {', '.join(AT)}")
     if not 0 < rate < 1:
-        raise ValueError(f"rate is {rate}; it must be between 0 and 1")
+        raise InputError(f"rate is {rate}; it must be between 0 and 1")
     if is_paired and len(first) != len(second):
-        raise ValueError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
+        raise InputError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
     # Twice the same would be taken for two that agree.
     for these in [list(zip(first, second, strict=True))] if is_paired else [first, second]:
         if twice := [one for number, one in enumerate(these) if one in these[:number]]:
             what = "pair" if is_paired else "prompt"
-            raise ValueError(f"the {what} {quoted(twice[0])} is there twice; give each once")
+            raise InputError(f"the {what} {quoted(twice[0])} is there twice; give each once")
     smallest = min(2 / rank_tests.labelings(len(first), len(second), is_paired), 1.0)
     if smallest > rate:
         needed = rank_tests.prompts_needed(rate, is_paired)
@@ -262,7 +263,7 @@ def check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_p
             if is_paired
             else f"{len(first)} and {len(second)} prompts, of which"
         )
-        raise ValueError(
+        raise InputError(
             f"there are {what} the smallest p possible is {smallest:.2g}, above the rate of {rate:g}: nothing could "
             f"be found. Give at least {needed} {'pairs' if is_paired else 'of each'}, and more for many latents"
         )
@@ -301,10 +302,12 @@ def features_of(
     tokens_NxL = rows_of(scope, prompts)
     sites = tuple(dict.fromkeys(subject.site for subject in scope.subjects.values()))
     per_batch = scope.config.evaluation.rows_per_batch
-    for batch in activations.batches(scope.mesh, scope.loaded, sites, tokens_NxL, per_batch, "Reading"):
+    for batch in activations.batches(scope.gemma, sites, tokens_NxL, per_batch, "Reading"):
         for name, subject in scope.subjects.items():
             x_SxLxD = batch.values[subject.site]
-            found = distributed.fetch(_pooled(scope.mesh, scope.placed[name], x_SxLxD, batch.tokens_SxL, at))
+            found = distributed.fetch(
+                _pooled(scope.gemma.mesh, scope.placed[name], x_SxLxD, batch.tokens_SxL, at)
+            )
             for into, value_SxM in zip((features, means), found, strict=True):
                 into[name].append(value_SxM[: batch.count])
     features, means = (
@@ -323,5 +326,5 @@ def rows_of(scope: Scope, prompts: Sequence[str]) -> np.ndarray:
     """
     rows = [generation.text_prompt(scope.tokenizer, prompt) for prompt in prompts]
     if empty := [number for number, row in enumerate(rows) if len(row) < 2]:
-        raise ValueError(f"prompt {empty[0]} is empty; give prompts of at least one token")
+        raise InputError(f"prompt {empty[0]} is empty; give prompts of at least one token")
     return padded(rows)

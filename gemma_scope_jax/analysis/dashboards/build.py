@@ -9,7 +9,9 @@ from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import placement, registry, tokenizer, weights
 from gemma_scope_jax.runtime import distributed, files, printing, ranges, resumable
-from gemma_scope_jax.runtime.printing import printable, say
+from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, geometry
 
 _MARK = "dashboards.json"  # What lies in a folder of dashboards, and in no other.
@@ -45,7 +47,7 @@ def build(
     opened = opening.open_path(path, **overrides)
     config, subjects = opened.config, opened.subjects
     if unknown := set(saes) - subjects.keys():
-        raise ValueError(f"there is no SAE {', '.join(sorted(unknown))}; there are {', '.join(subjects)}")
+        raise InputError(f"there is no SAE {', '.join(sorted(unknown))}; there are {', '.join(subjects)}")
     subjects = {name: subject for name, subject in subjects.items() if not saes or name in saes}
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
@@ -71,12 +73,10 @@ def build(
     if distributed.is_first():
         files.write_json(out / _MARK, about)
     with resumable.holding_parts(out / "partial"):
-        mesh, loaded = placement.load_gemma(config)
+        gemma = placement.load_gemma(config)
         parts = resumable.Parts(out / "partial", about)
         counts = batching.counts_of(config)
-        gathered = collect.gather(
-            loaded, subjects, held_out, rows, rows_per_batch, counts, options, mesh, parts
-        )
+        gathered = collect.gather(gemma, subjects, held_out, rows, rows_per_batch, counts, options, parts)
         passages = collect.Passages(collect.read_tokens(held_out, rows))
         words = tokenizer.load(config.model, config.tokenizer, config.weights)
         text_of = website.token_texts(words.decode)
@@ -85,8 +85,8 @@ def build(
         folders = {name: names[name] for name in subjects} if len(subjects) > 1 else {}
         all_shown = {}
         for name, subject in subjects.items():
-            in_stream = decoder_directions.in_stream(loaded.params, subject.spliced, subject.sae.W_dec)
-            logits = None if in_stream is None else decoder_directions.logits(mesh, loaded, in_stream)
+            in_stream = decoder_directions.in_stream(gemma.params, subject.spliced, subject.sae.W_dec)
+            logits = None if in_stream is None else decoder_directions.logits(gemma, in_stream)
             nearest = geometry.nearest(subject.sae.W_dec)
             shown = website.Dashboards(
                 name, config.model, subject, text, gathered[name], logits, *nearest, passages

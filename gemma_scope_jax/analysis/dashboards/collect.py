@@ -22,12 +22,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax.data import batching, token_rows
-from gemma_scope_jax.models import activations, masking, registry
-from gemma_scope_jax.runtime import distributed, ranges, resumable, sharding
+from gemma_scope_jax.models import activations, masking
+from gemma_scope_jax.models.gemma import Gemma
+from gemma_scope_jax.runtime import distributed, ranges, reporting, resumable, sharding
 from gemma_scope_jax.saes import attached, jumprelu
 
 # Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
@@ -118,49 +118,46 @@ class Passage:
 
 
 def gather(
-    loaded: registry.Gemma,
+    gemma: Gemma,
     subjects: Mapping[str, attached.Subject],
     rows: token_rows.Rows,
     count: int,
     per_batch: int,
     counts: batching.Counts = batching.every_position,
     options: Options = DEFAULTS,
-    mesh: jax.sharding.Mesh | None = None,
     parts: resumable.Parts | None = None,
     placed: Mapping[str, jumprelu.SAE] | None = None,
 ) -> dict[str, Gathered]:
     """Gathers what the latents of SAEs fire on, all of them in the same forward passes.
 
     Args:
-      loaded: the whole model.
+      gemma: the whole model.
       subjects: the SAEs by name.
       rows: of text.
       count: how many of them, at most all, in the order of `batching.batches`.
       per_batch: rows in one pass.
       counts: which positions count.
       options: what is kept.
-      mesh: of the devices that `loaded` lies on; None: the default device.
       parts: where the state is kept after every `SAVE_EVERY` batches, and taken from; None: nowhere.
       placed: the same SAEs where they lie on the devices already; None: they are placed.
     """
-    mesh = mesh or sharding.one_device()
     count = min(count, len(rows))
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
     if placed is None:
-        placed = {name: attached.place(mesh, subject.sae) for name, subject in subjects.items()}
+        placed = {name: attached.place(gemma.mesh, subject.sae) for name, subject in subjects.items()}
     found = parts.read(0) if parts else None
     progress = found.pop("progress") if found else {"rows": 0, "activations": 0}
     done, counted = int(progress["rows"]), int(progress["activations"])
     kept = found or {name: _empty(one.sae.b_enc.size, options) for name, one in subjects.items()}
-    states = {name: _place(mesh, state) for name, state in kept.items()}
-    with tqdm.tqdm(total=count, initial=done, desc="Reading", unit="row", dynamic_ncols=True) as bar:
-        batches = batching.batches(mesh, rows, count, per_batch, counts, done)
+    states = {name: _place(gemma.mesh, state) for name, state in kept.items()}
+    with reporting.bar("Reading", "row", count, done) as bar:
+        batches = batching.batches(gemma.mesh, rows, count, per_batch, counts, done)
         for index, batch in enumerate(batches, 1):
-            values = activations.read(mesh, loaded.model, loaded.params, batch.tokens_SxL, sites)
+            values = activations.read(gemma, batch.tokens_SxL, sites)
             places = done + np.arange(batch.tokens_SxL.shape[0], dtype=np.int32)
             for name, subject in subjects.items():
                 states[name] = _add(
-                    mesh, options, subject.top_k, states[name], placed[name], values[subject.site],
+                    gemma.mesh, options, subject.top_k, states[name], placed[name], values[subject.site],
                     batch.is_kept_SxL, places,
                 )  # fmt: skip
             counted += int(distributed.fetch(batch.is_kept_SxL).sum())

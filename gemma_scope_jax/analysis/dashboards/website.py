@@ -20,6 +20,7 @@ from gemma_scope_jax.analysis.decoder_directions import Logits
 from gemma_scope_jax.display import html
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached
 
 PER_FILE = 256  # latents
@@ -121,7 +122,7 @@ def rounded(value: float) -> float | int:
     """To three digits; integers without a point, which are shorter."""
     value = float(value)
     if not math.isfinite(value):
-        raise ValueError(f"a number to be shown is {value}")
+        raise InputError(f"a number to be shown is {value}")
     short = float(f"{value:.3g}")
     return int(short) if short.is_integer() else short
 

@@ -12,19 +12,16 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tqdm
-from gemma import gm
 
 from gemma_scope_jax.analysis.dashboards import website
 from gemma_scope_jax.analysis.layers import logit_lens as lens_lib
 from gemma_scope_jax.analysis.session import Scope, is_kept, one_token, place_copies, prompt, reconstruct
 from gemma_scope_jax.display import html, plotting, tables
-from gemma_scope_jax.models import forward, interventions, masking, weights
+from gemma_scope_jax.models import interventions, passes
 from gemma_scope_jax.models.sites import SITES, Site
-from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime import distributed, reporting, sharding
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import attached
 
@@ -144,15 +141,14 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     """
     row = prompt(scope, text)
     answer_token = None if answer is None else one_token(scope, answer)
-    model, params = scope.loaded.model, scope.loaded.params
     placed = place_copies(scope, row, 1)
-    _, values, final_SxLxD = interventions.clean(scope.mesh, model, params, placed, scope.sites)
+    _, values, final_SxLxD = passes.clean(scope.gemma, placed, scope.sites)
     names = sorted(scope.subjects, key=lambda name: _order(scope.subjects[name]))
     found, streams = {}, {}
     for name in names:
         subject = scope.subjects[name]
         x, y = values[subject.site], values[subject.spliced]
-        made = reconstruct(scope.mesh, scope.placed[name], x, y)
+        made = reconstruct(scope.gemma.mesh, scope.placed[name], x, y)
         made["l0_L"] = (made.pop("f_LxM") > 0).sum(1)
         found[name] = distributed.fetch(made)
         if subject.site == subject.spliced and subject.site.kind == "resid_post":
@@ -162,7 +158,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     followed = None
     if streams:
         recon = {name: found[name]["recon_LxO"] for name in streams}
-        final_LxD = distributed.fetch(_first(scope.mesh, final_SxLxD))
+        final_LxD = distributed.fetch(_first(scope.gemma.mesh, final_SxLxD))
         streams, recon = ({name: x[here] for name, x in of.items()} for of in (streams, recon))
         followed = _lens(scope, row[1:], streams, recon, final_LxD[here], answer_token)
     return Flow(
@@ -194,30 +190,6 @@ def _first(mesh: jax.sharding.Mesh, x_SxLxD: jax.Array) -> jax.Array:
     return sharding.constrain(mesh, x_SxLxD[0], sharding.REPLICATED)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "sites"))
-def _spliced(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
-    tokens_SxL: jax.Array,
-    number_S: jax.Array,
-    replacement_SxLxO: jax.Array,
-    sites: tuple[Site, ...],
-) -> jax.Array:
-    """The stream behind the last block, each row with something else at one of `sites`, that of its number."""
-    is_kept_SxL = masking.is_kept(tokens_SxL, 0)
-
-    def replace(number: int, x_SxLxO: jax.Array) -> jax.Array:
-        is_meant_SxL = is_kept_SxL & (number_S == number)[:, None]
-        return jnp.where(is_meant_SxL[..., None], replacement_SxLxO, x_SxLxO)
-
-    params = forward.gather_gemma(mesh, params)
-    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
-    write = {site: functools.partial(replace, number) for number, site in enumerate(sites)}
-    layers = range(model.config.num_layers)
-    return forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, write=write)[0]
-
-
 def _delta_losses(
     scope: Scope, row_L: Sequence[int], recon: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -226,13 +198,13 @@ def _delta_losses(
     for name in recon:
         by_kind.setdefault(scope.subjects[name].spliced.kind, []).append(name)
     made = {}
-    with tqdm.tqdm(total=len(recon), desc="Splicing", unit="SAE", dynamic_ncols=True) as bar:
+    with reporting.bar("Splicing", "SAE", len(recon)) as bar:
         for names in by_kind.values():
             sites = tuple(dict.fromkeys(scope.subjects[name].spliced for name in names))
             # As many tokens at a time as in an evaluation, and always a row that is left as it is.
             config = scope.config
             most = config.evaluation.rows_per_batch * config.data.context_length // len(row_L)
-            rows = -(-max(2, min(most, len(names) + 1)) // scope.mesh.size) * scope.mesh.size
+            rows = -(-max(2, min(most, len(names) + 1)) // scope.gemma.mesh.size) * scope.gemma.mesh.size
             for first in range(0, len(names), rows - 1):
                 some = names[first : first + rows - 1]
                 delta_RxL = _delta_losses_of(scope, row_L, sites, some, recon, rows)
@@ -256,15 +228,17 @@ def _delta_losses_of(
     for row, name in enumerate(names):
         number_S[row] = sites.index(scope.subjects[name].spliced)
         replacement_SxLxO[row] = recon[name]
-    placed = jax.NamedSharding(scope.mesh, sharding.TOKENS)
+    placed = jax.NamedSharding(scope.gemma.mesh, sharding.TOKENS)
     replacement_SxLxO = jax.make_array_from_callback(
         replacement_SxLxO.shape, placed, lambda index: replacement_SxLxO[index]
     )
-    of = (scope.mesh, scope.loaded.model, scope.loaded.params)
-    final_SxLxD = _spliced(*of, tokens_SxL, number_S, replacement_SxLxO, sites)
-    found = distributed.fetch(
-        interventions.loss(*of, final_SxLxD, tokens_SxL, is_kept(scope.mesh, tokens_SxL))
-    )
+    is_kept_SxL = is_kept(scope.gemma.mesh, tokens_SxL)
+    write = {
+        site: interventions.splice(is_kept_SxL & (number_S == number)[:, None], replacement_SxLxO)
+        for number, site in enumerate(sites)
+    }
+    final_SxLxD, _ = passes.written(scope.gemma, tokens_SxL, write)
+    found = distributed.fetch(passes.loss(scope.gemma, final_SxLxD, tokens_SxL, is_kept_SxL))
     loss_SxL = np.where(found["scored_SxL"] > 0, found["loss_SxL"], np.nan)
     return loss_SxL[: len(names)] - loss_SxL[-1:]
 
@@ -278,12 +252,11 @@ def _lens(
     answer: int | None,
 ) -> lens_lib.Lens:
     """Of streams [L, D] by SAE."""
-    of = (scope.mesh, scope.loaded)
     answer_L = np.full(len(tokens), 0 if answer is None else answer)
     if answer is None:
-        (answer_L,) = lens_lib.predictions(*of, final_LxD[None], answer_L).token
+        (answer_L,) = lens_lib.predictions(scope.gemma, final_LxD[None], answer_L).token
     everything = np.stack([*streams.values(), *recon.values(), final_LxD])
-    seen = lens_lib.predictions(*of, everything, answer_L)
+    seen = lens_lib.predictions(scope.gemma, everything, answer_L)
     stream, reconstruction, output = (
         lens_lib.Predictions(*(part[rows] for part in seen))
         for rows in (slice(len(streams)), slice(len(streams), -1), slice(-1, None))

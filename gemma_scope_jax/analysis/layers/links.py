@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tqdm
-from gemma import gm
 
 from gemma_scope_jax.analysis import decoder_directions
 from gemma_scope_jax.analysis.session import Scope, is_kept, place_prompts, prompt
 from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
-from gemma_scope_jax.models import forward, weights
+from gemma_scope_jax.models import forward
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
-from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 from gemma_scope_jax.saes import attached, jumprelu
 
@@ -162,12 +162,11 @@ def links(
     sites = tuple(dict.fromkeys(scope.subjects[other].site for other in later))
     W_enc, W_dec = np.asarray(subject.sae.W_enc), np.asarray(subject.sae.W_dec)
     reader = (W_enc[:, latent], subject.sae.b_enc[latent], subject.sae.threshold[latent])
-    of = (scope.mesh, scope.loaded.model, scope.loaded.params)
     totals: dict[str, dict[str, np.ndarray]] = {other: {} for other in later}
     activations, firings, strength = 0, 0, 0.0
     for tokens_SxL, is_kept_SxL in _batches(scope, rows, text):
         (f_SxL, kept_SxL), passed = _passed_on(
-            *of, tokens_SxL, is_kept_SxL, reader, W_dec[latent], subject.site, subject.spliced, sites
+            scope.gemma, tokens_SxL, is_kept_SxL, reader, W_dec[latent], subject.site, subject.spliced, sites
         )
         f_SxL, kept_SxL = distributed.fetch((f_SxL, kept_SxL))
         activations += int(kept_SxL.sum())
@@ -175,11 +174,13 @@ def links(
         strength += float(f_SxL.sum(dtype=np.float64))
         for other in later:
             site = scope.subjects[other].site
-            found = distributed.fetch(_sums(scope.mesh, scope.placed[other], is_kept_SxL, *passed[site]))
+            found = distributed.fetch(
+                _sums(scope.gemma.mesh, scope.placed[other], is_kept_SxL, *passed[site])
+            )
             for key, value_M in found.items():
                 totals[other][key] = totals[other].get(key, 0) + value_M.astype(np.float64)
     if not firings:
-        raise ValueError(
+        raise InputError(
             f"latent {latent} of {name} does not fire on these {activations:,} activations; give more rows, or a "
             "text on which it does"
         )
@@ -208,12 +209,12 @@ def _position(site: Site) -> tuple[int, int]:
 def _later(scope: Scope, name: str, to: str | None) -> list[str]:
     given = scope.subjects[name].spliced
     if to is not None and to not in scope.subjects:
-        raise ValueError(f"there is no SAE {quoted(to)}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {quoted(to)}; there are {', '.join(scope.subjects)}")
     behind = [o for o, subject in scope.subjects.items() if _position(subject.site) > _position(given)]
     if to is not None and to not in behind:
-        raise ValueError(f"{to} reads {scope.subjects[to].site}, which is not behind {given} of {name}")
+        raise InputError(f"{to} reads {scope.subjects[to].site}, which is not behind {given} of {name}")
     if not behind:
-        raise ValueError(f"no SAE reads a site behind {given} of {name}; open SAEs at several layers")
+        raise InputError(f"no SAE reads a site behind {given} of {name}; open SAEs at several layers")
     chosen = behind if to is None else [to]
     return sorted(chosen, key=lambda other: _position(scope.subjects[other].site))
 
@@ -222,23 +223,21 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
     """Rows of tokens on the devices, and which of their positions count; one row for each device at a time."""
     if text is not None:
         tokens_SxL = place_prompts(scope, [prompt(scope, text)])
-        yield tokens_SxL, is_kept(scope.mesh, tokens_SxL)
+        yield tokens_SxL, is_kept(scope.gemma.mesh, tokens_SxL)
         return
     ranges.check("rows", rows, ranges.COUNT)
     held_out = scope.held_out()
     counts = batching.counts_of(scope.config)
     count = min(rows, len(held_out))
-    with tqdm.tqdm(total=count, desc="Linking", unit="row", dynamic_ncols=True) as bar:
-        for batch in batching.batches(scope.mesh, held_out, count, 1, counts):
+    with reporting.bar("Linking", "row", count) as bar:
+        for batch in batching.batches(scope.gemma.mesh, held_out, count, 1, counts):
             yield batch.tokens_SxL, batch.is_kept_SxL
             bar.update(batch.count)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "site", "spliced", "later"))
+@functools.partial(jax.jit, static_argnames=("site", "spliced", "later"))
 def _passed_on(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     tokens_SxL: jax.Array,
     is_kept_SxL: jax.Array,
     reader: tuple[jax.Array, jax.Array, jax.Array],
@@ -252,11 +251,11 @@ def _passed_on(
     These are its activations as they are, their derivative as the latent's part of its own site grows with itself,
     and what they are without it.
     """
-    params = forward.gather_gemma(mesh, params)
-    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
-    x_SxLxD, _ = forward.run_blocks(model, params, x_SxLxD, tokens_SxL, range(site.layer))
+    gemma = gemma.gathered()
+    x_SxLxD = sharding.constrain(gemma.mesh, forward.embed(gemma, tokens_SxL), sharding.TOKENS)
+    x_SxLxD, _ = forward.run_blocks(gemma, x_SxLxD, tokens_SxL, range(site.layer))
     block = range(site.layer, site.layer + 1)
-    _, here = forward.run_blocks(model, params, x_SxLxD, tokens_SxL, block, read=(site,))
+    _, here = forward.run_blocks(gemma, x_SxLxD, tokens_SxL, block, read=(site,))
     w_D, bias, threshold = reader
     highest = jax.lax.Precision.HIGHEST
     pre_SxL = jnp.matmul(here[site].astype(jnp.float32), w_D, precision=highest) + bias
@@ -268,15 +267,13 @@ def _passed_on(
             return (y_SxLxO.astype(jnp.float32) + (share - 1) * part_SxLxO).astype(y_SxLxO.dtype)
 
         layers = range(site.layer, blocks_needed(later))
-        return forward.run_blocks(
-            model, params, x_SxLxD, tokens_SxL, layers, read=later, write={spliced: change}
-        )[1]
+        return forward.run_blocks(gemma, x_SxLxD, tokens_SxL, layers, read=later, write={spliced: change})[1]
 
     clean, slope = jax.jvp(at_later, (jnp.float32(1),), (jnp.float32(1),))
     ablated = at_later(jnp.float32(0))
     found = {of: (clean[of], slope[of], ablated[of]) for of in later}
-    seen = sharding.constrain(mesh, (f_SxL, is_kept_SxL), sharding.REPLICATED)
-    return seen, sharding.constrain(mesh, found, sharding.TOKENS)
+    seen = sharding.constrain(gemma.mesh, (f_SxL, is_kept_SxL), sharding.REPLICATED)
+    return seen, sharding.constrain(gemma.mesh, found, sharding.TOKENS)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -315,7 +312,7 @@ def virtual_weights(
     A direction of `attn_out` goes through the output projection and the gain of the norm behind it; what reads
     behind the MLP's norm is multiplied by that norm's gain. What the norms divide by is left out.
     """
-    params = scope.loaded.params
+    params = scope.gemma.params
     written = decoder_directions.in_stream(params, subject.spliced, np.asarray(subject.sae.W_dec)[[latent]])
     if written is None or later.site.kind in ("mlp_out", "attn_out"):
         return None, None

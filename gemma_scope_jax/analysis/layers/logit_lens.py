@@ -4,7 +4,6 @@ Shapes: R streams, L tokens, D width of the stream, V vocabulary.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,11 +12,10 @@ import jax.numpy as jnp
 import matplotlib.figure
 import matplotlib.patches
 import numpy as np
-from gemma import gm
 
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.models import predictions as predictions_lib
-from gemma_scope_jax.models import registry, weights
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.printing import plottable
 
@@ -141,19 +139,17 @@ def _short(rank: int) -> str:
 _LOGITS = 2**24
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+@jax.jit
 def _predictions(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
+    gemma: Gemma,
     x_RxLxD: jax.Array,
     answer_L: jax.Array,
 ) -> Predictions:
-    params = sharding.constrain(mesh, params, sharding.REPLICATED)
+    gemma = gemma.whole()
 
     def at(of_token: tuple[jax.Array, jax.Array]) -> Predictions:
         x_RxD, answer = of_token
-        logits_RxV = predictions_lib.logits(model, params, x_RxD)
+        logits_RxV = predictions_lib.logits(gemma, x_RxD)
         total_R = jax.nn.logsumexp(logits_RxV, axis=-1)
         answer_R = logits_RxV[:, answer]
         return Predictions(
@@ -163,29 +159,25 @@ def _predictions(
             answer_rank=1 + (logits_RxV > answer_R[:, None]).sum(-1),
         )
 
-    of_a_token = len(x_RxLxD) // mesh.size * model.config.num_embed
+    of_a_token = len(x_RxLxD) // gemma.mesh.size * gemma.module.config.num_embed
     at_once = min(max(_LOGITS // of_a_token, 1), len(answer_L))
     found = jax.lax.map(at, (jnp.moveaxis(x_RxLxD, 1, 0), answer_L), batch_size=at_once)
-    return sharding.constrain(mesh, jax.tree.map(lambda value: value.T, found), sharding.REPLICATED)
+    return sharding.constrain(gemma.mesh, jax.tree.map(lambda value: value.T, found), sharding.REPLICATED)
 
 
-def predictions(
-    mesh: jax.sharding.Mesh, loaded: registry.Gemma, streams_RxLxD: np.ndarray, answer_L: np.ndarray
-) -> Predictions:
+def predictions(gemma: Gemma, streams_RxLxD: np.ndarray, answer_L: np.ndarray) -> Predictions:
     """What follows each token by streams: final norm, unembedding, soft-cap.
 
     Args:
-      mesh: of the devices that `loaded` lies on.
-      loaded: the model.
+      gemma: the model.
       streams_RxLxD: the streams, in its dtype.
       answer_L: the token whose probability and rank is asked for, at each of theirs.
     """
-    params = {name: loaded.params[name] for name in ("embedder", "final_norm")}
     count = len(streams_RxLxD)
     # Rows over all devices; what is too much is the last one again.
-    padded = -(-count // mesh.size) * mesh.size
+    padded = -(-count // gemma.mesh.size) * gemma.mesh.size
     x_RxLxD = streams_RxLxD[np.minimum(np.arange(padded), count - 1)]
-    placed = jax.NamedSharding(mesh, sharding.TOKENS)
+    placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)
     put = jax.make_array_from_callback(x_RxLxD.shape, placed, lambda index: x_RxLxD[index])
-    found = distributed.fetch(_predictions(mesh, loaded.model, params, put, np.asarray(answer_L, np.int32)))
+    found = distributed.fetch(_predictions(gemma, put, np.asarray(answer_L, np.int32)))
     return Predictions(*(part[:count] for part in found))

@@ -12,6 +12,7 @@ from gemma_scope_jax.analysis import latent_statistics
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.analysis.steering.edits import Edit
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import printable
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
@@ -98,7 +99,7 @@ def named(scope: Scope, edit: Edit) -> Edit:
     """
     if not edit.sae:
         if len(scope.subjects) > 1:
-            raise ValueError(
+            raise InputError(
                 f"the edit {written(edit)!r} names no SAE; write NAME: before it, NAME being one of "
                 f"{', '.join(scope.subjects)}"
             )

@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gemma import gm
 
 from gemma_scope_jax.analysis.session import Scope
-from gemma_scope_jax.models import forward, interventions, masking, weights
+from gemma_scope_jax.models import interventions, masking
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import ranges, sharding
+from gemma_scope_jax.runtime import ranges
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
 
@@ -114,23 +114,23 @@ def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
     """From which position on, before which, whether in prompts, whether in replies."""
     if isinstance(tokens, range):
         if tokens.step != 1 or tokens.start < 0:
-            raise ValueError(f"the tokens of an edit are {tokens}; give a range of step 1 from 0 or more on")
+            raise InputError(f"the tokens of an edit are {tokens}; give a range of step 1 from 0 or more on")
         if not tokens or tokens.stop >= _END:
-            raise ValueError(
+            raise InputError(
                 f"the tokens of an edit are {tokens.start}:{ranges.shown(tokens.stop)}; the second number is that of "
                 f"the token after the last, {tokens.start + 1:,} to {_END - 1:,}"
             )
         return tokens.start + 1, tokens.stop + 1, True, True
     spans = {"all": (True, True), "prompt": (True, False), "reply": (False, True)}
     if tokens not in spans:
-        raise ValueError(
+        raise InputError(
             f"the tokens of an edit are {quoted(tokens)}; give a range or one of {', '.join(spans)}"
         )
     return 1, _END, *spans[tokens]
 
 
 def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Partial]:
-    """Edits as `generation.generate` and `final_stream` take them, the same in all rows.
+    """Edits as `generation.generate` and `passes.written` take them, the same in all rows.
 
     Raises:
       ValueError: there is no such SAE or latent, one is edited twice, or a number is out of range.
@@ -144,7 +144,7 @@ def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Part
     for name, some in by_sae.items():
         latents = [edit.latent for edit in some]
         if twice := {latent for latent in latents if latents.count(latent) > 1}:
-            raise ValueError(f"latent {min(twice)} of {name} is edited twice; make one edit of the two")
+            raise InputError(f"latent {min(twice)} of {name} is edited twice; make one edit of the two")
         made[name] = of_sae(
             scope.subjects[name].sae,
             latents,
@@ -165,10 +165,10 @@ def check_change(edit: Edit) -> None:
 def check_latent(scope: Scope, name: str, latent: int) -> None:
     """Raises ValueError if there is no such SAE or latent."""
     if name not in scope.subjects:
-        raise ValueError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
     width = len(scope.subjects[name].sae.b_enc)
     if not 0 <= latent < width:
-        raise ValueError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
+        raise InputError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
 
 
 def writes_of_saes(scope: Scope, edits: Mapping[str, Edits]) -> dict[Site, jax.tree_util.Partial]:
@@ -219,26 +219,3 @@ def _difference(edits: Edits, x_SxLxD: jax.Array, where: interventions.Where) ->
     new_SxLxK = edits.scale_SxK[:, None] * f_SxLxK + edits.add_SxK[:, None]
     change_SxLxK = jnp.where(is_within_SxLxK & is_meant_SxLxK & ~is_special_SxLx1, new_SxLxK - f_SxLxK, 0)
     return jnp.matmul(change_SxLxK, edits.W_dec_KxO, precision=highest)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "read"))
-def final_stream(
-    mesh: jax.sharding.Mesh,
-    model: gm.nn.Transformer,
-    params: weights.Params,
-    tokens_SxL: jax.Array,
-    write: Mapping[Site, jax.tree_util.Partial],
-    read: tuple[Site, ...] = (),
-) -> tuple[jax.Array, dict[Site, jax.Array]]:
-    """One pass over packed rows, all of it prompt, with sites written.
-
-    Returns:
-      The residual stream [S, L, D] behind the last block, and the activations of the sites `read`, as they are before
-      they are written.
-    """
-    params = forward.gather_gemma(mesh, params)
-    x_SxLxD = sharding.constrain(mesh, forward.embed(model, params, tokens_SxL), sharding.TOKENS)
-    positions_SxL = masking.packed_positions(tokens_SxL)
-    replace = interventions.at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, True))
-    layers = range(model.config.num_layers)
-    return forward.run_blocks(model, params, x_SxLxD, tokens_SxL, layers, read=read, write=replace)

@@ -13,6 +13,7 @@ from gemma_scope_jax.analysis.steering import edit_syntax, edits
 from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.display import html, tables
 from gemma_scope_jax.models import generation
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import lines, printable
 
 NUM_TOKENS = 40  # The most that are written behind a prompt, unless another number is given.
@@ -105,14 +106,14 @@ def steer(
     """
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not prompts or not changes:
-        raise ValueError(f"there is no {'change' if prompts else 'prompt'}; give at least one")
+        raise InputError(f"there is no {'change' if prompts else 'prompt'}; give at least one")
     if samples < 1 or (samples > 1 and temperature == 0):
-        raise ValueError(
+        raise InputError(
             f"samples is {samples}, temperature {temperature:g}; samples must be at least 1, and with several the "
             "temperature above 0, or they would all be the same"
         )
     if empty := [number for number, text in enumerate(prompts) if not text]:
-        raise ValueError(f"prompt {empty[0]} is empty; give a text of at least one token")
+        raise InputError(f"prompt {empty[0]} is empty; give a text of at least one token")
     as_prompt = generation.chat_prompt if chat else generation.text_prompt
     tokens = [as_prompt(scope.tokenizer, prompt) for prompt in prompts for _ in range(samples)]
     # Unchanged it is the same compiled program, with latents that keep their values: only edits make a difference.
@@ -121,9 +122,7 @@ def steer(
     for made in (kept, changes):
         write = edits.writes(scope, made)
         stop = generation.stop_tokens(scope.tokenizer)
-        written = generation.generate(
-            scope.loaded, tokens, num_tokens, temperature, seed, write, stop, mesh=scope.mesh
-        )
+        written = generation.generate(scope.gemma, tokens, num_tokens, temperature, seed, write, stop)
         texts = [generation.reply_text(scope.tokenizer, reply) for reply in written]
         replies.append(tuple(tuple(texts[i : i + samples]) for i in range(0, len(texts), samples)))
     return Steered(scope.config.model, tuple(changes), prompts, *replies, temperature, seed)

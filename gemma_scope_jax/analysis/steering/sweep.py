@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tqdm
 
 from gemma_scope_jax.analysis import decoder_directions, latent_statistics
 from gemma_scope_jax.analysis.session import Scope, one_token
@@ -21,9 +20,11 @@ from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.evaluation import metrics, page
-from gemma_scope_jax.models import interventions, masking
+from gemma_scope_jax.models import interventions, masking, passes
+from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable
 
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
@@ -129,7 +130,7 @@ def sweep(
     """
     edits.check_latent(scope, name, latent)
     if kind not in KINDS or not strengths or rows < 1:
-        raise ValueError(
+        raise InputError(
             f"kind is {kind!r}, rows {rows}, strengths {tuple(strengths)}; give one of {', '.join(KINDS)}, and at "
             "least one row and strength"
         )
@@ -165,34 +166,33 @@ def _chosen(scope: Scope, name: str, latent: int, tokens: Sequence[str] | None) 
     if tokens:
         return np.array([one_token(scope, text) for text in tokens], np.int32)
     direction_1xO = np.asarray(subject.sae.W_dec[latent : latent + 1])
-    in_stream = decoder_directions.in_stream(scope.loaded.params, subject.spliced, direction_1xO)
+    in_stream = decoder_directions.in_stream(scope.gemma.params, subject.spliced, direction_1xO)
     if in_stream is None:
-        raise ValueError(
+        raise InputError(
             f"{name} gives {subject.spliced}, which is not added to the residual stream, so its latents raise no "
             "tokens by themselves; give the tokens to look at"
         )
-    return decoder_directions.logits(scope.mesh, scope.loaded, in_stream, _RAISED).highest_token_MxT[0]
+    return decoder_directions.logits(scope.gemma, in_stream, _RAISED).highest_token_MxT[0]
 
 
 def _measure(
     scope: Scope, name: str, changes: Sequence[Edit], chosen_T: np.ndarray, rows: int
 ) -> dict[str, np.ndarray]:
     """Sums over each row's scored predictions, and by edit what becomes of them."""
-    subject, mesh = scope.subjects[name], scope.mesh
+    subject, mesh = scope.subjects[name], scope.gemma.mesh
     site = subject.spliced
     sites = tuple(dict.fromkeys((subject.site, site)))
-    gemma_of = (mesh, scope.loaded.model, scope.loaded.params)
     writes = [edits.writes(scope, [edit]) for edit in changes]
     held_out = scope.held_out()
     rows = min(rows, len(held_out))
     per_batch = scope.config.evaluation.rows_per_batch
     parts: dict[str, list[np.ndarray]] = {"clean_S": [], "scored_S": [], "effect_NxS": [], "damage_NxS": []}
     batches = batching.batches(mesh, held_out, rows, per_batch, batching.counts_of(scope.config))
-    bar = {"desc": "Sweeping", "unit": "row", "dynamic_ncols": True, "disable": not distributed.is_first()}
-    with tqdm.tqdm(total=rows * (1 + len(changes)), **bar) as progress:
+    total, speaks = rows * (1 + len(changes)), distributed.is_first()
+    with reporting.bar("Sweeping", "row", total, speaks=speaks) as progress:
         for batch in batches:
-            streams, values, _ = interventions.clean(*gemma_of, batch.tokens_SxL, sites)
-            scores = functools.partial(_scores, gemma_of, batch, streams[site.layer], site, chosen_T)
+            streams, values, _ = passes.clean(scope.gemma, batch.tokens_SxL, sites)
+            scores = functools.partial(_scores, scope.gemma, batch, streams[site.layer], site, chosen_T)
             # From the site on, as the changed ones: an edit that changes nothing is exactly that.
             clean, changed = scores(values[site]), []
             progress.update(batch.count)
@@ -207,17 +207,17 @@ def _measure(
 
 
 def _scores(
-    gemma_of: tuple,
+    gemma: Gemma,
     batch: batching.PlacedRows,
     before_SxLxD: jax.Array,
     site: Site,
     chosen_T: np.ndarray,
     y_SxLxO: jax.Array,
 ) -> dict[str, np.ndarray]:
-    """See `interventions.likelihoods`; with y in the site's place, where positions count."""
+    """See `passes.likelihoods`; with y in the site's place, where positions count."""
     of_batch = (batch.tokens_SxL, batch.is_kept_SxL)
-    final_SxLxD = interventions.spliced(*gemma_of, before_SxLxD, *of_batch, site, y_SxLxO)
-    found = distributed.fetch(interventions.likelihoods(*gemma_of, final_SxLxD, *of_batch, chosen_T))
+    final_SxLxD = passes.spliced(gemma, before_SxLxD, *of_batch, site, y_SxLxO)
+    found = distributed.fetch(passes.likelihoods(gemma, final_SxLxD, *of_batch, chosen_T))
     return {name: np.asarray(value[: batch.count], np.float64) for name, value in found.items()}
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import yaml
 
+from gemma_scope_jax.models.sites import site_from_hook
 from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -25,7 +27,7 @@ _TURNED = ("W_enc", "W_skip")
 _MAX_CONFIG = 2**14  # A megabyte of YAML takes 20 seconds to read.
 
 
-def write_config(folder: pathlib.Path, about: common.About) -> None:
+def _write_config(folder: pathlib.Path, about: common.About) -> None:
     """Writes what all layers share, hooks being named as TransformerLens does in any of them."""
     hooks = {
         "feature_input_hook": re.sub(r"^blocks\.\d+\.", "", about.hook_name),
@@ -36,8 +38,10 @@ def write_config(folder: pathlib.Path, about: common.About) -> None:
         partial.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def write(folder: pathlib.Path, sae: SAE, layer: int, dtype: str = "float32") -> pathlib.Path:
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
     """Writes one layer's folded transcoder; returns the file. circuit-tracer wants all layers, of one width."""
+    _write_config(folder, about)
+    layer = site_from_hook(about.hook_name).layer
     tensors = {
         _NAMES[name]: value.T if name in _TURNED else value
         for name, value in common.arrays(sae, dtype).items()
@@ -48,7 +52,7 @@ def write(folder: pathlib.Path, sae: SAE, layer: int, dtype: str = "float32") ->
     return path
 
 
-def read(folder: pathlib.Path, only: int | None = None) -> Iterator[tuple[str, SAE, common.About]]:
+def read(folder: pathlib.Path, only: int | None = None) -> Iterator[common.Found]:
     """Each layer's transcoder by name, one at a time; or `only` one layer's.
 
     Raises:
@@ -58,27 +62,27 @@ def read(folder: pathlib.Path, only: int | None = None) -> Iterator[tuple[str, S
     content = files.read_regular(path, _MAX_CONFIG)
     try:
         if content.count(b"[") + content.count(b"{") > 100:  # Each level within another slows the next.
-            raise ValueError("it has more than 100 brackets")
+            raise FormatError("it has more than 100 brackets")
         # Nothing but strings: that is all that is asked for, and other types have ways to fail of their own.
         config = yaml.load(content.decode(), Loader=yaml.BaseLoader)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable YAML: {printable(error)}") from error
+        raise FormatError(f"{path} is not readable YAML: {printable(error)}") from error
     keys = ("model_kind", "model_name", "feature_input_hook", "feature_output_hook")
     if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in keys):
-        raise ValueError(f"{path} is not a circuit-tracer config: it must have {', '.join(keys)}")
+        raise FormatError(f"{path} is not a circuit-tracer config: it must have {', '.join(keys)}")
     if config["model_kind"] != "transcoder_set":
-        raise ValueError(
+        raise FormatError(
             f"{path} has model_kind {printable(repr(config['model_kind']))}; only 'transcoder_set' is read"
         )
     if "transcoders" in config:
-        raise ValueError(f"{path} names transcoders elsewhere; read those one by one")
+        raise FormatError(f"{path} names transcoders elsewhere; read those one by one")
     by_layer = {
         int(match[1]): found
         for found in folder.glob("layer_*.safetensors")
         if (match := re.fullmatch(r"layer_(\d+)\.safetensors", found.name)) and only in (None, int(match[1]))
     }
     if not by_layer:
-        raise ValueError(f"{folder} has a config.yaml and no layer_{only or 0}.safetensors")
+        raise FormatError(f"{folder} has a config.yaml and no layer_{only or 0}.safetensors")
     ours = {theirs: name for name, theirs in _NAMES.items()}
     for layer, found in sorted(by_layer.items()):
         tensors = {ours.get(name, name): value for name, value in common.read_safetensors(found).items()}
@@ -90,4 +94,32 @@ def read(folder: pathlib.Path, only: int | None = None) -> Iterator[tuple[str, S
             f"blocks.{layer}.{config['feature_input_hook']}",
             hook_name_out=f"blocks.{layer}.{config['feature_output_hook']}",
         )
-        yield f"layer_{layer}", common.sae_from_arrays(tensors, found), about
+        yield common.Found(f"layer_{layer}", common.sae_from_arrays(tensors, found), about)
+
+
+def _found(path: pathlib.Path) -> Iterator[common.Found]:
+    match = re.fullmatch(r"layer_(\d+)\.safetensors", path.name)
+    return read(common.folder_of(path), int(match[1]) if match else None)
+
+
+def _obstacle(kind: common.Kind) -> str | None:
+    if not kind.is_transcoder:
+        return "is no transcoder, and circuit-tracer reads nothing else"
+    if kind.site.layer != kind.target_site.layer:
+        return (
+            f"reads layer {kind.site.layer} and predicts layer {kind.target_site.layer}; it knows one alone"
+        )
+    return None
+
+
+FORMAT = common.Format(
+    marks=("config.yaml",),
+    files=("config.yaml", "layer_*.safetensors"),
+    file_pattern=r"layer_\d+\.safetensors",
+    read=_found,
+    write=write,
+    obstacle=_obstacle,
+    # A folder for all layers that are otherwise the same.
+    place=lambda name, member, l0: re.sub(r"layer_\d+_", "", name, count=1),
+    holds_many=True,
+)

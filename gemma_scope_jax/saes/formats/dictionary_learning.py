@@ -16,11 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
-NO_TRANSCODER = "is a transcoder, for which dictionary_learning has no place"
+_NO_TRANSCODER = "is a transcoder, for which dictionary_learning has no place"
 _STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -30,14 +31,14 @@ _STORAGES = {
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
-def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> None:
-    """Writes a folded SAE, its hook being named as TransformerLens does.
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
+    """Writes a folded SAE, its hook named as TransformerLens does; returns the folder.
 
     Raises:
       ValueError: the folder holds something else, or the SAE is a transcoder.
     """
     if about.hook_name_out:
-        raise ValueError(f"{folder} {NO_TRANSCODER}")
+        raise FormatError(f"{folder} {_NO_TRANSCODER}")
     common.check_own(folder, "ae.pt")
     d, m = sae.W_enc.shape
     residual = _RESIDUAL.fullmatch(about.hook_name)
@@ -56,6 +57,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
     files.write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer})
     with files.replacing_file(folder / "ae.pt") as partial:
         _write_torch(partial, common.arrays(sae, dtype))
+    return folder
 
 
 def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
@@ -69,7 +71,7 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     trainer, buffer = config.get("trainer"), config.get("buffer")
     if not isinstance(trainer, dict) or trainer.get("dict_class") != "JumpReluAutoEncoder":
         kind = trainer.get("dict_class") if isinstance(trainer, dict) else trainer
-        raise ValueError(f"{path} is of {printable(repr(kind))}; only 'JumpReluAutoEncoder' is read")
+        raise FormatError(f"{path} is of {printable(repr(kind))}; only 'JumpReluAutoEncoder' is read")
     length = buffer.get("ctx_len") if isinstance(buffer, dict) else None
     name, layer = trainer.get("submodule_name"), trainer.get("layer")
     # Its own names begin with the kind of place; only that of the residual stream is known.
@@ -153,11 +155,11 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with files.open_archive(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > 2 * os.path.getsize(path):
-                raise ValueError("it would grow when unpacked, which torch's files do not")
+                raise FormatError("it would grow when unpacked, which torch's files do not")
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             root = pickled.removesuffix("data.pkl")
             if archive.getinfo(pickled).file_size > 2**20:
-                raise ValueError("its pickle is too large for a few tensors")
+                raise FormatError("its pickle is too large for a few tensors")
             storages = {
                 name.removeprefix(f"{root}data/"): np.frombuffer(archive.read(name), np.uint8)
                 for name in archive.namelist()
@@ -165,11 +167,11 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             }
             found = _TensorUnpickler(io.BytesIO(archive.read(pickled)), storages).load()
     except Exception as error:  # Of as many kinds as there are ways to break a pickle.
-        raise ValueError(
+        raise FormatError(
             f"{path} is not a whole file of tensors as torch saves them: {printable(repr(error))}"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
-        raise ValueError(f"{path} holds something else than tensors by name")
+        raise FormatError(f"{path} holds something else than tensors by name")
     return found
 
 
@@ -205,3 +207,12 @@ def _text(value: str) -> bytes:
 
 def _int(value: int) -> bytes:
     return b"\x8a\x08" + struct.pack("<q", value)
+
+
+FORMAT = common.Format(
+    marks=("ae.pt",),
+    files=("config.json", "ae.pt"),
+    read=lambda path: [common.Found(common.name_of(path), *read(common.folder_of(path)))],
+    write=write,
+    obstacle=lambda kind: _NO_TRANSCODER if kind.is_transcoder else None,
+)

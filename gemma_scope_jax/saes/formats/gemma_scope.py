@@ -6,17 +6,20 @@ The file says nothing of itself; the names of the folders around it do.
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
-NO_SKIP = (
+_NO_SKIP = (
     "has a skip connection, for which params.npz has no place; --format=gemma_scope_2 and saelens have one"
 )
+_NO_BFLOAT16 = "would be in bfloat16, which NumPy's files have no type for"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _HOOKS = {
     "res": "blocks.{}.hook_resid_post",
@@ -26,16 +29,21 @@ _HOOKS = {
 }
 
 
-def write(path: pathlib.Path, sae: SAE) -> None:
-    """Writes a folded SAE or transcoder as an npz file.
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
+    """Writes a folded SAE or transcoder as `params.npz`; returns the file.
 
     Raises:
-      ValueError: a skip connection, for which the format has no place.
+      ValueError: a skip connection or another dtype than float32, for which the format has no place.
     """
+    del about
+    path = folder / "params.npz"
     if sae.W_skip is not None:
-        raise ValueError(f"{path} {NO_SKIP}")
+        raise FormatError(f"{path} {_NO_SKIP}")
+    if dtype != "float32":
+        raise FormatError(f"{path} {_NO_BFLOAT16}")
     with files.replacing_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **common.arrays(sae))
+    return path
 
 
 def read(path: pathlib.Path) -> tuple[SAE, common.About]:
@@ -50,16 +58,16 @@ def read(path: pathlib.Path) -> tuple[SAE, common.About]:
             names = {re.sub("^w_", "W_", name.removesuffix(".npy")): name for name in archive.namelist()}
             missing, extra = sorted(set(_NAMES) - names.keys()), sorted(names.keys() - set(_NAMES))
             if missing or extra:
-                raise ValueError(f"arrays missing {missing}, not known {extra}")
+                raise FormatError(f"arrays missing {missing}, not known {extra}")
             if sum(info.file_size for info in archive.infolist()) > 100 * os.path.getsize(path):
-                raise ValueError("it would grow a hundredfold when unpacked")
+                raise FormatError("it would grow a hundredfold when unpacked")
             tensors = {}
             for name in _NAMES:
                 info = archive.getinfo(names[name])
                 with archive.open(info) as file:
                     tensors[name] = files.read_array(file, info.file_size)
     except Exception as error:  # Of as many kinds as there are ways to break an archive.
-        raise ValueError(f"{path} is not a whole npz file: {printable(error)}") from error
+        raise FormatError(f"{path} is not a whole npz file: {printable(error)}") from error
     return common.sae_from_arrays(tensors, path), about_from_path(path)
 
 
@@ -79,3 +87,29 @@ def about_from_path(path: pathlib.Path) -> common.About:
         hook_name_out=f"blocks.{layer[1]}.hook_mlp_out" if site == "transcoders" else None,
         l0=float(layer[2]),
     )
+
+
+def _found(path: pathlib.Path) -> Iterator[common.Found]:
+    file = path if path.suffix == ".npz" else path / "params.npz"
+    # `average_l0_71` alone would say little.
+    name = "_".join(file.resolve().parts[-4:-1]) if file.name == "params.npz" else file.stem
+    yield common.Found(name, *read(file))
+
+
+def _obstacle(kind: common.Kind) -> str | None:
+    if kind.skip:
+        return _NO_SKIP
+    return None if kind.dtype == "float32" else _NO_BFLOAT16
+
+
+FORMAT = common.Format(
+    marks=("params.npz",),
+    files=("params.npz",),
+    file_pattern=r".*\.npz",
+    read=_found,
+    write=write,
+    obstacle=_obstacle,
+    transcoders_read="mlp_in_gain_free",
+    embedding_scale=True,
+    is_published=True,
+)

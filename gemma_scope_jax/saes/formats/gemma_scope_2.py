@@ -7,7 +7,9 @@ import re
 import numpy as np
 
 from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.saes import naming
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
@@ -32,8 +34,8 @@ _HOOKS = {
 }
 
 
-def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> None:
-    """Writes a folded SAE or transcoder, hooks being named as Hugging Face does; other files in the folder stay.
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
+    """Writes a folded SAE or transcoder, hooks named as Hugging Face does; returns the folder.
 
     Raises:
       ValueError: the folder holds something else.
@@ -53,6 +55,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
     with files.replacing_file(folder / "params.safetensors") as partial:
         safetensors_io.write_safetensors(partial, tensors)
     files.write_json(folder / "config.json", config)
+    return folder
 
 
 def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
@@ -75,10 +78,12 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         config.get(key) for key in ("architecture", "model_name", "hf_hook_point_in", "hf_hook_point_out")
     ]
     if not all(isinstance(value, str) for value in found):
-        raise ValueError(f"{path} is not a Gemma Scope 2 config: it has {printable(found)}")
+        raise FormatError(f"{path} is not a Gemma Scope 2 config: it has {printable(found)}")
     architecture, model_name, hook, hook_out = found
     if architecture != "jump_relu":
-        raise ValueError(f"{path} has architecture {printable(repr(architecture))}; only 'jump_relu' is read")
+        raise FormatError(
+            f"{path} has architecture {printable(repr(architecture))}; only 'jump_relu' is read"
+        )
     l0 = config.get("l0")
     return common.About(
         _model_name(model_name),
@@ -169,7 +174,7 @@ def read_layers(folder: pathlib.Path) -> list[Layer]:
         W_dec = tensors.get("W_dec")
         if W_dec is None or W_dec.ndim != 3 or W_dec.shape[1] != count:
             shape = None if W_dec is None else W_dec.shape
-            raise ValueError(f"{path}: w_dec has shape {shape}, expected [latents, {count}, width]")
+            raise FormatError(f"{path}: w_dec has shape {shape}, expected [latents, {count}, width]")
         # As a transcoder to all layers at once, it is checked like any other.
         flat = {**tensors, "W_dec": W_dec.reshape(W_dec.shape[0], -1)}
         flat |= {
@@ -180,5 +185,45 @@ def read_layers(folder: pathlib.Path) -> list[Layer]:
         common.sae_from_arrays(flat, path)
         layers.append(Layer(**{name: np.asarray(value, np.float32) for name, value in tensors.items()}))
     if not layers:
-        raise ValueError(f"{folder} has no params_layer_0.safetensors")
+        raise FormatError(f"{folder} has no params_layer_0.safetensors")
     return layers
+
+
+def _place(name: str, member: naming.Member, l0: float) -> str:
+    del name
+    kind = "transcoder" if member.is_transcoder else member.site.kind
+    end = ("_affine" if member.skip else "") + (f"_seed_{member.seed}" if member.seed else "")
+    width = naming.width_name(member.width)
+    return f"{kind}/{naming.layer_name(member)}_width_{width}_l0_{round(l0)}{end}"
+
+
+def _obstacle(kind: common.Kind) -> str | None:
+    if kind.target_site.kind == "mlp_in_gain_free":
+        return "is of mlp_in_gain_free, for which Hugging Face has no name"
+    return None
+
+
+FORMAT = common.Format(
+    marks=("params.safetensors",),
+    files=("config.json", "params.safetensors"),
+    read=lambda path: [common.Found(common.name_of(path), *read(common.folder_of(path)))],
+    write=write,
+    obstacle=_obstacle,
+    place=_place,
+    hooks="hugging_face",
+    transcoders_read="mlp_in",
+)
+
+
+def _refuse(path: pathlib.Path) -> list[common.Found]:
+    raise FormatError(
+        f"{path} reads and predicts several layers at once; saes.formats.gemma_scope_2.read_layers reads it, and "
+        "nothing here evaluates or converts it"
+    )
+
+
+MULTI_LAYER = common.Format(
+    marks=("params_layer_0.safetensors",),
+    files=("config.json", "params_layer_*.safetensors"),
+    read=_refuse,
+)

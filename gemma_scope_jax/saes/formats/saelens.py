@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
@@ -27,8 +28,8 @@ _OWN_FIELDS = {
 }
 
 
-def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> None:
-    """Writes a folded SAE, hooks being named as TransformerLens does; other files in the folder stay.
+def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
+    """Writes a folded SAE, hooks named as TransformerLens does; returns the folder, whose other files stay.
 
     The site's mean, for mean ablation, lies beside it.
 
@@ -79,6 +80,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
         tensors["W_skip"] = tensors["W_skip"].T
     with files.replacing_file(folder / "sae_weights.safetensors") as partial:
         safetensors_io.write_safetensors(partial, tensors)
+    return folder
 
 
 def _architecture(sae: SAE, about: common.About) -> str:
@@ -99,7 +101,7 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     about = _about(config, path)
     _check_meaning(config, path)
     if (config["architecture"] == "jumprelu") != (about.hook_name_out is None):
-        raise ValueError(
+        raise FormatError(
             f"{path} has architecture {config['architecture']!r} and hook_name_out "
             f"{printable(repr(about.hook_name_out))}; a transcoder has one, an SAE has none"
         )
@@ -111,18 +113,18 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     sae = common.sae_from_arrays(tensors, weights)
     # Left from a kind of finetuning; SAELens once wrote it into every file, and takes ones for nothing.
     if factor is not None and (factor.shape != sae.b_enc.shape or not np.allclose(factor.astype(float), 1)):
-        raise ValueError(
+        raise FormatError(
             f"{weights} has a scaling_factor that is not 1, which is not read; multiply each row of W_dec by its "
             "latent's and save the SAE again without it"
         )
     if (sae.W_skip is not None) != (config["architecture"] == "jumprelu_skip_transcoder"):
-        raise ValueError(f"{path} has architecture {config['architecture']!r}, which its tensors are not of")
+        raise FormatError(f"{path} has architecture {config['architecture']!r}, which its tensors are not of")
     if config["apply_b_dec_to_input"]:
         sae = common.without_pre_encoder_bias(sae)
     if (mean_path := folder / _SITE_MEAN).exists():
         mean_O = common.read_safetensors(mean_path).get("site_mean")
         if mean_O is None or mean_O.shape != sae.b_dec.shape or not np.isfinite(mean_O).all():
-            raise ValueError(f"{mean_path} does not hold a finite site_mean of shape {sae.b_dec.shape}")
+            raise FormatError(f"{mean_path} does not hold a finite site_mean of shape {sae.b_dec.shape}")
         about = dataclasses.replace(about, site_mean_O=mean_O)
     return sae, about
 
@@ -135,13 +137,13 @@ def _check_meaning(config: dict, path: pathlib.Path) -> None:
     architecture = config.get("architecture", "standard")
     if architecture not in _ARCHITECTURES:
         without = ", a ReLU SAE without thresholds" if architecture == "standard" else ""
-        raise ValueError(
+        raise FormatError(
             f"{path} has architecture = {printable(repr(architecture))}{without}; only "
             f"{', '.join(map(repr, _ARCHITECTURES))} are read"
         )
     if config.get("apply_b_dec_to_input") not in (False, True):
         # Each version that knew JumpReLU wrote it. SAELens takes true, whoever left it out may have meant false.
-        raise ValueError(
+        raise FormatError(
             f"{path} has apply_b_dec_to_input = {printable(repr(config.get('apply_b_dec_to_input')))}; add "
             '"apply_b_dec_to_input": true if b_dec is subtracted from the input, else false'
         )
@@ -149,7 +151,7 @@ def _check_meaning(config: dict, path: pathlib.Path) -> None:
     if norm not in (None, False, "none"):
         # Before version 2 it was true or false.
         is_scaled = norm is True or norm == "expected_average_only_in"
-        raise ValueError(
+        raise FormatError(
             f"{path} has normalize_activations = {printable(repr(norm))}; only 'none' is read: "
             + (
                 "its factor is not in the file, so fold it in with SAELens and save again"
@@ -159,7 +161,7 @@ def _check_meaning(config: dict, path: pathlib.Path) -> None:
         )
     activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     if activation != "relu" or config.get("finetuning_scaling_factor"):
-        raise ValueError(
+        raise FormatError(
             f"{path} has activation_fn = {printable(repr(activation))} and finetuning_scaling_factor = "
             f"{printable(repr(config.get('finetuning_scaling_factor')))}; only 'relu' without that factor is read"
         )
@@ -170,7 +172,7 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
     metadata = config.get("metadata", config)
     own = metadata.get(_OWN_KEY, {}) if isinstance(metadata, dict) else None
     if not isinstance(own, dict):
-        raise ValueError(f"{path} is not a SAELens config: its metadata is not an object")
+        raise FormatError(f"{path} is not a SAELens config: its metadata is not an object")
     fields = {
         "model_name": (metadata.get("model_name") or "", str),
         "hook_name": (metadata.get("hook_name") or metadata.get("hook_point") or "", str),
@@ -194,5 +196,14 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         if not isinstance(value, kind) or (
             low is not None and value is not None and not low <= value <= high
         ):
-            raise ValueError(f"{path} is not a SAELens config: {name} is {printable(repr(value))}")
+            raise FormatError(f"{path} is not a SAELens config: {name} is {printable(repr(value))}")
     return common.About(**{name: value for name, (value, _) in fields.items()})
+
+
+FORMAT = common.Format(
+    marks=("sae_weights.safetensors", "cfg.json"),
+    files=("cfg.json", "sae_weights.safetensors", _SITE_MEAN),
+    read=lambda path: [common.Found(common.name_of(path), *read(common.folder_of(path)))],
+    write=write,
+    is_published=True,
+)

@@ -1,0 +1,100 @@
+"""The page about adding one's own, run as it stands, and what it adds used from training to export."""
+
+import json
+import pathlib
+import re
+import types
+
+import numpy as np
+import pytest
+import tiny
+
+from gemma_scope_jax.evaluation import metrics, report
+from gemma_scope_jax.models import registry
+from gemma_scope_jax.saes import evaluation_file, formats, loading, objectives
+from gemma_scope_jax.training import export, loop
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What the page defines; the tables are as they were afterwards."""
+    tables = (objectives.OBJECTIVES, metrics.METRICS, formats.FORMATS, registry.MODELS)
+    before = [dict(table) for table in tables]
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 4 and all(len(block.splitlines()) < 30 for block in blocks)
+    try:
+        exec("\n".join(blocks), names)
+        yield types.SimpleNamespace(**names)
+    finally:
+        for table, old in zip(tables, before, strict=True):
+            table.clear()
+            table.update(old)
+
+
+@pytest.fixture(scope="module")
+def workdir(page, inputs, tmp_path_factory):
+    """A run on the page's objective, evaluated with its metric."""
+    folder = tmp_path_factory.mktemp("extended") / "run"
+    options = {"extra": 20.0}
+    bank = {"banks__main__objective": "frequent", "banks__main__objective_options": options}
+    loop.train(tiny.run_config(inputs, banks__main__layers=(1,), **bank), folder)
+    report.evaluate_path(folder, rows=4, rows_per_batch=4)
+    return folder
+
+
+def test_the_objective_trains_and_its_penalty_is_that_of_numpy(page, workdir):
+    (name,) = [path.name for path in (workdir / "sae").iterdir()]
+    assert name.endswith("_frequent_extra_20.0")
+    frequency_M = np.random.default_rng(0).random(64).astype(np.float32)
+    penalty = page.frequent_penalty(0.5, 0.0, {"extra": 3.0})
+    found = penalty(objectives.Sparsity(frequency_M.sum(), frequency_M))
+    np.testing.assert_allclose(found, 0.5 * (frequency_M + 3 * frequency_M**2).sum(), rtol=1e-5)
+
+
+def test_the_metric_stands_in_files_pages_and_comparisons(workdir, tmp_path):
+    (of,) = evaluation_file.read_numbers(workdir / "evaluation.json")["sae"].values()
+    assert 0 < of["strongest_share"] < 1 and of["strongest_share_se"] > 0
+    assert "strongest share" in (workdir / "evaluation.html").read_text()
+    assert "strongest_share" in (workdir / "evaluation.csv").read_text().splitlines()[0]
+    with np.load(workdir / "evaluation.npz") as arrays:
+        (key,) = [key for key in arrays if key.endswith("by_row/strongest_share")]
+        count_S = arrays[key.replace("strongest_share", "activations")]
+        np.testing.assert_allclose(of["strongest_share"], arrays[key].sum() / count_S.sum(), rtol=1e-6)
+    assert metrics.paired()["strongest_share"] == ("strongest_share", None, "activations")
+
+
+def test_the_metric_is_that_of_numpy(page):
+    f_BxM = np.array([[1.0, 3.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    np.testing.assert_allclose(page.strongest_share(types.SimpleNamespace(f_BxM=f_BxM)), [0.75, 0])
+
+
+def test_the_format_is_exported_and_read_again(workdir, tmp_path):
+    (path,) = export.export_run(workdir, ("lists",), tmp_path / "out")
+    (found,) = loading.read(path)
+    (own,) = loading.read(f"{workdir}/sae/*")
+    assert formats.format_of(path) == "lists" and found.site == own.site
+    np.testing.assert_array_equal(found.sae.W_enc, own.sae.W_enc)
+    assert json.loads((path / "lists.json").read_text())["model"] == "test/tiny"
+
+
+def test_the_model_is_known_by_its_names(page):
+    assert registry.build_model("gemma3_270m_shallow").config.num_layers == 6
+    assert registry.name_from_hugging_face("someone/gemma-3-270m-shallow") == "gemma3_270m_shallow"
+    with pytest.raises(ValueError, match=r"where the weights of gemma3_270m_shallow lie is not known"):
+        registry.weights_path("gemma3_270m_shallow", "")
+
+
+def test_what_is_taken_is_refused():
+    with pytest.raises(ValueError, match="another number is called 'fvu'"):
+        metrics.register("fvu", metrics.Metric("x", "y", measure=len))
+    with pytest.raises(ValueError, match="has neither measure nor reduce"):
+        metrics.register("nothing", metrics.Metric("x", "y"))
+    with pytest.raises(ValueError, match="another format is called 'saelens'"):
+        formats.register("saelens", formats.FORMATS["gemma_scope"])
+    with pytest.raises(ValueError, match=r"params.npz is a mark of the format 'gemma_scope' too"):
+        formats.register("other", formats.Format(("params.npz",), list))
+    with pytest.raises(ValueError, match="another model is called 'gemma2_2b'"):
+        registry.register("gemma2_2b", registry.spec("gemma2_9b"))
