@@ -1,11 +1,11 @@
-# Every target makes .venv first, from requirements.txt, unless it is there and up to date.
+# Every target makes .venv first, with the versions of requirements.txt, unless it is there and up to date.
 PYTHON ?= python3
 PYTHON_PEERS ?= python3.11
 VENV := .venv/bin
 RUN := runs/quickstart
 PEERS := .peers
 
-.PHONY: quickstart test test-peers test-pages soak benchmark benchmark-peers lint results
+.PHONY: quickstart test test-peers test-pages soak benchmark benchmark-peers lint types lock wheel results
 
 quickstart: .venv/installed
 	$(VENV)/gemma-scope train quickstart $(RUN)
@@ -67,11 +67,29 @@ lint: .venv/installed
 	$(VENV)/ruff check .
 	$(VENV)/lint-imports --no-logo --no-cache
 
-.venv/installed: requirements.txt pyproject.toml
+# The modules that are free of type errors stay so; pyproject.toml lists those that are not yet.
+types: .venv/installed
+	$(VENV)/mypy
+
+# requirements.txt anew, from the ranges of pyproject.toml. The versions in it stay where the ranges allow; newer ones come
+# with `make lock UPGRADE=--upgrade`, or of one package with `make lock UPGRADE='--upgrade-package NAME'`.
+UPGRADE :=
+lock: .venv/uv
+	$(VENV)/uv pip compile --quiet pyproject.toml --group dev --extra quickstart --extra analysis --universal \
+	  --python-version 3.12 --output-file requirements.txt $(UPGRADE)
+
+# The wheel, built and installed into empty environments, trains with the lowest and with the newest versions.
+wheel: .venv/installed
+	.ci/wheel
+
+.venv/installed: .venv/uv requirements.txt pyproject.toml setup.py
+	$(VENV)/uv pip install --quiet --python $(VENV)/python -r requirements.txt
+	$(VENV)/uv pip install --quiet --python $(VENV)/python --no-deps --editable .
+	touch $@
+
+.venv/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 	  { echo "Python 3.12 or newer is needed; name one with make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check uv==0.13.9  # Resolves in seconds what takes pip minutes.
-	$(VENV)/uv pip install --quiet --python $(VENV)/python -r requirements.txt
-	$(VENV)/uv pip install --quiet --python $(VENV)/python --no-deps --editable .
 	touch $@

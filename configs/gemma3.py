@@ -16,8 +16,8 @@ Expected: of the SAEs that Google published L0 is 10 to 20 (small), 30 to 60 (me
 import ml_collections
 
 from gemma_scope_jax import config
-from gemma_scope_jax.models import registry
 
+LAYERS = {"270m": 18, "1b": 26, "4b": 34, "12b": 48, "27b": 62}
 SITES = ("resid_post", "mlp_out", "attn_out")
 STUDIED = {
     "270m": (5, 9, 12, 15),
@@ -35,7 +35,7 @@ def get_config(model_and_suite: str = "270m/resid_post_16k") -> ml_collections.C
         raise ValueError(
             f"unknown size {size!r}; choose one of {', '.join(STUDIED)}, or one of them with -it"
         )
-    layers = tuple(range(registry.build_model(f"gemma3_{base}").config.num_layers))
+    layers = tuple(range(LAYERS[base]))
     suites = {
         **{f"{site}_{width}": layers for site in SITES for width in ("16k", "262k")},
         **{f"{site}_65k": STUDIED[base] for site in SITES},

@@ -14,7 +14,7 @@ from gemma_scope_jax import config
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.training import plans
 
-CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 
 
 def test_gemma_scopes_recipe_is_the_default():

@@ -1,6 +1,11 @@
 """`gemma-scope COMMAND`: the table of commands, and how their arguments are read."""
 
+import contextlib
 import difflib
+import functools
+import inspect
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -100,7 +105,28 @@ def call(name: str, command: Command, arguments: Sequence[str]) -> None:
 
 def read(name: str, function: Callable[..., object], arguments: Sequence[str]) -> None:
     """Calls a typed function with what its arguments say; see `tyro.cli`."""
-    tyro.cli(function, prog=f"{NAME} {name}", args=old_forms.with_hyphens(arguments), description=None)
+    prog, arguments = f"{NAME} {name}", old_forms.with_hyphens(arguments)
+
+    @functools.wraps(function)
+    def bind(*args: object, **kwargs: object) -> inspect.BoundArguments:
+        return inspect.signature(function).bind(*args, **kwargs)
+
+    apart = [part for one in arguments for part in _flag_and_value(one)]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            bound = tyro.cli(bind, prog=prog, args=arguments)
+    except SystemExit as ended:
+        # What was meant by an unknown flag tyro says where its value stands apart.
+        if ended.code and apart != arguments and "Unrecognized" in said.getvalue():
+            tyro.cli(bind, prog=prog, args=apart)
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+    function(*bound.args, **bound.kwargs)
+
+
+def _flag_and_value(argument: str) -> list[str]:
+    return argument.split("=", 1) if re.match(r"--[\w.-]+=", argument) else [argument]
 
 
 def help_text() -> str:

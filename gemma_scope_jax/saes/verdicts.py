@@ -75,7 +75,8 @@ def verdict(numbers: Mapping[str, object], width: int, target_l0: float = 0.0) -
         return Verdict(tuple(fault for fault, _ in found), found[0][1])
     if "delta_loss" not in numbers:
         return Verdict(
-            (), f"nothing amiss at L0 {l0:.1f} and FVU {fvu:.3f}; delta loss, by gemma-scope evaluate, decides"
+            (),
+            f"nothing amiss at L0 {l0:.1f} and FVU {fvu:.3f}; delta loss, by gemma-scope evaluate, decides",
         )
     cost = number("mean_ablation_loss") - number("clean_loss")
     said = (

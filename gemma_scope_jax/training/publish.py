@@ -104,7 +104,8 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
     for member in run.plan.members:
         if unknown := [name for name in shown if measured["sae"][member.name][name] is None]:
             raise InputError(
-                f"{path} has no {', '.join(unknown)} of {member.name}; run gemma-scope evaluate {workdir} on more rows"
+                f"{path} has no {', '.join(unknown)} of {member.name}; run gemma-scope evaluate {workdir} on more "
+                "rows"
             )
     return measured
 
