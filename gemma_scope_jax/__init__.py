@@ -53,7 +53,8 @@ _MOVED = {
     "forecast": ("training.forecast",),
     "formats": ("saes.formats",),
     "gemma": (
-        "models.forward", "models.registry", "models.sites", "models.masking", "models.predictions",
+        "models.forward", "models.registry", "models.placement", "models.sites", "models.masking",
+        "models.predictions",
         "training.flops",
     ),
     "generation": ("models.generation", "models.interventions"),

@@ -67,12 +67,14 @@ class _ToStdout(logging.Handler):
 @contextlib.contextmanager
 def speaking() -> Iterator[None]:
     """Prints all messages and shows all bars within it, as the command line does."""
-    handler, level = _ToStdout(), LOGGER.level
+    handler, level, propagates = _ToStdout(), LOGGER.level, LOGGER.propagate
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # Other packages give the root logger handlers, which would say all of it again.
     try:
         with showing_progress():
             yield
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(level)
+        LOGGER.propagate = propagates

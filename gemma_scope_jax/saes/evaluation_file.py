@@ -111,7 +111,7 @@ def read_numbers(path: pathlib.Path) -> dict:
         raise FormatError(f"{path} has no numbers of SAEs; remove it, and run gemma-scope evaluate again")
     checked = {
         name: {key: of.get(key) for key in SCALARS}
-        | {key: value for key, value in of.items() if key not in SCALARS and _is_number(value)}
+        | {key: value for key, value in of.items() if _is_registered(key) and _is_number(value)}
         for name, of in saes.items()
     }
     for name, of in checked.items():
@@ -125,6 +125,11 @@ def read_numbers(path: pathlib.Path) -> dict:
         key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
     }
     return {**about, "sae": checked}
+
+
+def _is_registered(key: str) -> bool:
+    """Whether a key may be a number that somebody has added to the metrics."""
+    return key.isidentifier() and not key.startswith("_") and key not in Evaluation.__dataclass_fields__
 
 
 def _is_number(value: object) -> bool:

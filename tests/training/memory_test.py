@@ -21,9 +21,9 @@ def test_the_parts_are_the_bytes_that_arrays_take_on_a_device(inputs, mesh):
     state, _, gemma = runs.abstract_inputs(run)
     needs = {need.what: need.bytes for need in memory_lib.needs(state, gemma, 0)}
 
-    params = runs.load_gemma(run).params
+    loaded = runs.load_gemma(run)
     rows = token_rows.open_rows(prepare.rows_of(config), token_rows.TRAIN)
-    real = runs.init_state(run, loop.calibrate(run, rows, params, run.plan.sites))
+    real = runs.init_state(run, loop.calibrate(run, rows, loaded, run.plan.sites))
     device = jax.devices()[0]
 
     def held(tree):
@@ -34,7 +34,7 @@ def test_the_parts_are_the_bytes_that_arrays_take_on_a_device(inputs, mesh):
             if s.device == device
         )
 
-    expected = {"Gemma": held(params), "ring": held(real.ring)}
+    expected = {"Gemma": held(loaded), "ring": held(real.ring)}
     expected |= {f"bank {name}": held(bank) for name, bank in real.banks.items()}
     assert needs == expected
     # By hand: Gemma Scope's arrays and one more copy of them for the optimizer, and the counters.
