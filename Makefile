@@ -5,7 +5,7 @@ VENV := .venv/bin
 RUN := runs/quickstart
 PEERS := .peers
 
-.PHONY: quickstart test test-peers test-pages soak benchmark benchmark-peers lint types lock wheel results
+.PHONY: quickstart test test-peers test-pages soak benchmark benchmark-peers lint lock wheel results
 
 quickstart: .venv/installed
 	$(VENV)/gemma-scope train quickstart $(RUN)
@@ -66,11 +66,9 @@ lint: .venv/installed
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/lint-imports --no-logo --no-cache
-
-# The modules that are free of type errors stay so; pyproject.toml lists those that are not yet.
-types: .venv/installed
 	$(VENV)/mypy
 
+# The modules that are free of type errors stay so; pyproject.toml lists those that are not yet.
 # requirements.txt anew, from the ranges of pyproject.toml. The versions in it stay where the ranges allow; newer ones come
 # with `make lock UPGRADE=--upgrade`, or of one package with `make lock UPGRADE='--upgrade-package NAME'`.
 UPGRADE :=

@@ -77,9 +77,8 @@ def load_model(
     Raises:
       ValueError: there is no such model, or its weights or tokenizer cannot be had.
     """
-    name = model
+    name = model.model if isinstance(model, LoadedSAE) else model
     if isinstance(model, LoadedSAE):
-        name = model.model
         layers = blocks_needed([model.site, model.target_site]) if layers is None else layers
     fields = {"model": name, "weights": weights, "tokenizer": tokenizer_path, "gemma_dtype": dtype}
     config = config_lib.from_dict(fields)
@@ -177,7 +176,7 @@ def _opened(
     if isinstance(saes, TrainedRun):
         saes = saes.path
     if model is not None:
-        overrides["dtype"] = {jnp.float32: "float32"}.get(model.gemma.dtype.type, "bfloat16")
+        overrides["dtype"] = "float32" if model.gemma.dtype == jnp.float32 else "bfloat16"
     if isinstance(saes, (str, pathlib.Path)):
         opened = opening.open_path(saes, trust=trust, **overrides)
     else:

@@ -41,8 +41,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import tiny
 from array_record.python import array_record_module
 
-import evaluate
-import train
 from gemma_scope_jax import config
 from gemma_scope_jax.cli import common
 from gemma_scope_jax.cli import main as commands
@@ -52,7 +50,7 @@ warnings.filterwarnings("ignore", ".*fork", Warning)
 
 LIMIT_S = 240  # Of a command; one that takes longer hangs.
 LONGEST_LINE = 500
-MAINS = {"train.py": train.main, "evaluate.py": evaluate.main}
+SCRIPTS = ("train.py", "evaluate.py")
 
 
 class Broken(Exception):
@@ -155,11 +153,12 @@ def start(
             for fd, errors in ((1, "strict"), (2, "backslashreplace"))
         )
         name, rest = command[0], list(command[1:])
-        sys.argv = [name, *rest] if name in MAINS else ["gemma_scope_jax", *command]
+        words = [name.removesuffix(".py"), *rest]
+        sys.argv = ["gemma-scope", *words]
         if before is not None:
             before()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        common.run(MAINS.get(name, commands.main))
+        common.run(lambda: commands.run(words))
 
     return Process(forked(work), list(command), out, err)
 

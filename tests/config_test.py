@@ -39,7 +39,7 @@ def test_every_config_and_suite_makes_a_plan(name):
     for arguments in [(), *((suite,) for suite in suites)]:
         made = config.from_dict(module.get_config(*arguments).to_dict())
         plans.make_plan(made, registry.build_model(made.model), 1, 1)
-    assert f"--config=configs/{name}.py" in module.__doc__
+    assert f"gemma-scope train {name}" in module.__doc__
 
 
 # From table 1 of the report: layers, width and tokens of a model and a suite.

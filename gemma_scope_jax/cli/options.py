@@ -64,22 +64,13 @@ Share = Annotated[float, number(ranges.SHARE, float)]
 PositiveOrZero = Annotated[float, number(ranges.POSITIVE_OR_ZERO, float)]
 
 
-def _numbers(arguments: list[str]) -> tuple[float, ...]:
-    """Numbers apart by spaces or commas."""
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers apart by commas."""
     read = number(ranges.SIGNED, float).instance_from_str
-    return tuple(read([one]) for text in arguments for one in text.split(",") if one)
+    return tuple(read([one]) for one in text.split(","))
 
 
-Numbers = Annotated[
-    tuple[float, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[FLOAT [FLOAT ...]]",
-        instance_from_str=_numbers,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(one) for one in value],
-    ),
-]
+Numbers = Annotated[tuple[float, ...], option(_numbers, "N,N,...")]
 Dtype = Literal["float32", "bfloat16"]
 # Given once for each value.
 Repeated = tyro.conf.UseAppendAction[tuple[T, ...]]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import typing
 from collections.abc import Mapping
 
 import jax
@@ -29,6 +30,9 @@ from gemma_scope_jax.saes import verdicts as verdicts_lib
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 from gemma_scope_jax.training import runs
 
+if typing.TYPE_CHECKING:
+    import pandas
+
 # Of the training rows so many activations are what baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
 
@@ -49,6 +53,7 @@ class Options:
 class Results(side_by_side.Suite):
     """The evaluation of some SAEs on one text."""
 
+    results: Mapping[str, Evaluation]
     verdicts: Mapping[str, verdicts_lib.Verdict] = dataclasses.field(
         default_factory=dict
     )  # by SAE; of no baseline
@@ -59,7 +64,7 @@ class Results(side_by_side.Suite):
     rows_of: str = ""  # what the rows are, in words
     command: str = ""  # that makes it again
 
-    def to_dataframe(self) -> "pandas.DataFrame":  # noqa: F821
+    def to_dataframe(self) -> "pandas.DataFrame":
         """A row of numbers for each SAE, with standard errors in columns of their own."""
         import pandas
 
@@ -220,7 +225,8 @@ def _remarks(opened: opening.Opened, results: Mapping[str, Evaluation]) -> list[
     """What to know of an evaluation on another text than the one trained on."""
     texts = [shareable(text) for text in (opened.config.data.text, opened.text_trained_on)]
     remarks = [f"Evaluated on {texts[0]}, trained on {texts[1]}. {side_by_side.FVU_OF_TEXTS}"]
-    own, others = None, {}
+    own: dict | None = None
+    others: dict[str, object] = {}
     with contextlib.suppress(ValueError):  # A damaged one is no reason to lose this one.
         own, others = runs.own_evaluation(output.own_folder(opened.location), opened.own, opened.step)
     for name, of in own["sae"].items() if own and not others else ():

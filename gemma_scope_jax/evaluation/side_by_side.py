@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import pathlib
 import types
+import typing
 from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
@@ -16,6 +17,9 @@ from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.saes.evaluation_file import Evaluation
+
+if typing.TYPE_CHECKING:
+    import pandas
 
 FVU_OF_TEXTS = "FVU is against each text's own variance: of different texts compare delta loss, not FVU."
 
@@ -125,7 +129,7 @@ class Comparison:
     ]  # every number, with its error and its difference to the first column
     remark: str = ""
 
-    def to_dataframe(self) -> "pandas.DataFrame":  # noqa: F821
+    def to_dataframe(self) -> "pandas.DataFrame":
         """A row for each number of each SAE in each column."""
         import pandas
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from gemma_scope_jax import config
@@ -116,7 +117,7 @@ def weights_path(name: str, path: str) -> str:
     return known.checkpoint
 
 
-def dtype(config: config.Config) -> jnp.dtype:
+def dtype(config: config.Config) -> jax.typing.DTypeLike:
     """Gemma's dtype."""
     kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if config.gemma_dtype not in kinds:

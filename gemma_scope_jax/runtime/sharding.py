@@ -32,7 +32,7 @@ def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = Non
     return jax.make_mesh((data, latent), ("data", "latent"), (AxisType.Auto,) * 2, devices=devices)
 
 
-def constrain(mesh: Mesh, value: object, spec: P) -> object:
+def constrain[T](mesh: Mesh, value: T, spec: P) -> T:
     """Inside a compiled function, a tree of arrays laid out by a spec."""
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
 

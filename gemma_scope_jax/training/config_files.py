@@ -59,7 +59,7 @@ def load(name: str) -> dict:
     """
     path, suite = find(name)
     spec = importlib.util.spec_from_file_location(f"config_of_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is no Python file; give a config file that ends with .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

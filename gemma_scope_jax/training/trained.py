@@ -3,11 +3,15 @@
 import dataclasses
 import functools
 import pathlib
+import typing
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime.errors import RunError
 from gemma_scope_jax.saes import loading
 from gemma_scope_jax.training import metrics_log, runs
+
+if typing.TYPE_CHECKING:
+    import pandas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class TrainedRun:
         return next(iter(self.saes.values()))
 
     @property
-    def metrics(self) -> "pandas.DataFrame":  # noqa: F821
+    def metrics(self) -> "pandas.DataFrame":
         """What was logged: a row for each step and SAE."""
         import pandas
 

@@ -426,13 +426,11 @@ def test_a_browser_lists_the_latents_of_a_clicked_token(found, tmp_path):
 
 
 def command(**options):
-    given = dict.fromkeys(("prompt", "prompts", "answer", "against", "sae", "html", "png"))
-    given |= {"token": -1, "is_integrated": False, "ablate": 0, "seed": 0, "top": 3, "path": "run"}
-    analysis_lib.run_attribute(**given | options)
+    analysis_lib.attribute(**{"path": "run", "top": 3} | options)
 
 
 def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
+    monkeypatch.setattr(analysis, "open_scope", lambda path, **_: scope)
     command(prompt=TEXT, ablate=24, html=tmp_path / "a.html", png=tmp_path / "a.png")
     shown = capsys.readouterr().out
     assert f"{found.metric:.3f}" in shown and "Spearman" in shown
@@ -486,10 +484,10 @@ def test_names_are_drawn_as_text(found, capsys):
         ({}, "give a prompt, or --prompts=FILE"),
         ({"prompts": "x", "prompt": "x"}, "and not both"),
         ({"prompts": "x"}, "--prompts goes with --ablate=N"),
-        ({"prompt": "x", "is_integrated": True}, "--integrated is of one SAE; give --sae, of resid, beside"),
+        ({"prompt": "x", "integrated": True}, "--integrated is of one SAE; give --sae, of resid, beside"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(scope, monkeypatch, options, message):
-    monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
+    monkeypatch.setattr(analysis, "open_scope", lambda path, **_: scope)
     with pytest.raises(ValueError, match=message):
         command(**options)

@@ -262,7 +262,7 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     def main(*flags):
         files = (f"--first={tmp_path / 'a.txt'}", f"--second={tmp_path / 'b.jsonl'}")
         monkeypatch.setattr(sys, "argv", ["gemma_scope_jax", "contrast", str(run), *files, *flags])
-        command.main()
+        command.run(sys.argv[1:])
         return capsys.readouterr().out
 
     shown = main("--answer=x", "--against=y", "--top=2", "--seed=3", f"--out={out}")

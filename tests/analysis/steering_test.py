@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import pathlib
 import re
 
 import browser
@@ -17,7 +18,6 @@ from toys import random_sae
 from gemma_scope_jax import analysis
 from gemma_scope_jax.analysis.steering import edit_syntax, edits
 from gemma_scope_jax.cli import analysis as analysis_lib
-from gemma_scope_jax.cli import main
 from gemma_scope_jax.models import forward, generation, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
@@ -350,23 +350,16 @@ def test_typical_activations_are_measured_for_edits_that_ask_for_them(scope, val
     assert edit_syntax.resolve(only, [edit_syntax.parse("2=ablate")]) == [analysis.ablate("resid", 2)]
 
 
-DEFAULTS = dict(
-    path="run", prompts=[], num_tokens=None, temperature=0.0, samples=1, seed=0, chat=False, html=None, sweep=False,
-    multiples=None, tokens=[], png=None, rows=None,
-)  # fmt: skip
-
-
 def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
+    monkeypatch.setattr(analysis, "open_scope", lambda path, **_: scope)
     latent = often("resid", values)
     edits = [f"resid:{latent}+2t@reply", "transcoder:3=ablate"]
-    analysis_lib.run_steer(**DEFAULTS | {"prompts": PROMPTS, "edit": edits, "html": tmp_path / "a.html"})
+    analysis_lib.steer("run", PROMPTS, edits, html=tmp_path / "a.html")
     unit = analysis.typical(scope, "resid", latent)
     assert f"resid:{latent}+{2 * unit:.6g}@reply" in (tmp_path / "a.html").read_text()
     assert "as it is" in capsys.readouterr().out
-    asked = DEFAULTS | {"sweep": True, "multiples": [0.0, 2.0], "rows": 4}
-    asked |= {"edit": [f"resid:{latent}=2t"], "png": tmp_path / "a.png"}
-    analysis_lib.run_steer(**asked)
+    asked = {"sweep": True, "strengths": (0.0, 2.0), "rows": 4, "png": tmp_path / "a.png"}
+    analysis_lib.steer("run", edit=[f"resid:{latent}=2t"], **asked)
     shown = capsys.readouterr().out
     assert "in the place of the activation of" in shown and f"Wrote {tmp_path / 'a.png'}" in shown
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -379,12 +372,12 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
     ("arguments", "message"),
     [
         ({"edit": ["1+t"], "sweep": True, "prompts": ["a"]}, "a prompt is not for --sweep"),
-        ({"edit": ["1+t"], "png": "a.png", "prompts": ["a"]}, "--png is only for --sweep"),
-        ({"edit": ["1+t"], "multiples": [1.0], "prompts": ["a"]}, "--strengths is only for --sweep"),
+        ({"edit": ["1+t"], "png": pathlib.Path("a.png"), "prompts": ["a"]}, "--png is only for --sweep"),
+        ({"edit": ["1+t"], "strengths": [1.0], "prompts": ["a"]}, "--strengths is only for --sweep"),
         ({"edit": ["1+t"], "rows": 4, "prompts": ["a"]}, "--rows is only for --sweep"),
         ({"edit": ["1+t"], "sweep": True, "chat": True}, "--chat is not for --sweep"),
         ({"edit": ["1+t"], "sweep": True, "samples": 2}, "--samples is not for --sweep"),
-        ({"edit": ["1+t"], "sweep": True, "num_tokens": 3}, "--num_tokens is not for --sweep"),
+        ({"edit": ["1+t"], "sweep": True, "num_tokens": 3}, "--num-tokens is not for --sweep"),
         ({"edit": ["1+t"]}, "there is no prompt to go on with"),
         ({"edit": ["1+2"], "sweep": True}, r"--edit is 1\+2, but a sweep is of one latent at all tokens"),
         ({"edit": ["1+t", "2+t"], "sweep": True}, "a sweep is of one latent"),
@@ -393,17 +386,4 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_opened(arguments, message):
     with pytest.raises(ValueError, match=message):
-        analysis_lib.run_steer(**DEFAULTS | arguments)
-
-
-def test_prompts_may_stand_before_and_behind_options(monkeypatch):
-    asked = ["steer", "run", "a b", "--edit=1+2t", "--edit=2=ablate", "--strengths=-1,2", "c"]
-    monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
-    called = {}
-    monkeypatch.setattr(analysis_lib, "run_steer", lambda **options: called.update(options))
-    main.main()
-    assert called["prompts"] == ["a b", "c"] and called["edit"] == ["1+2t", "2=ablate"]
-    assert called.keys() >= DEFAULTS.keys() and called["multiples"] == [-1, 2] and called["model"] is None
-    monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, "--nothing"])
-    with pytest.raises(SystemExit):
-        main.main()
+        analysis_lib.steer("run", **arguments)

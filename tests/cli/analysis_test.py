@@ -1,5 +1,7 @@
 """The commands that look inside, as they are typed: what each opens, prints and writes."""
 
+import sys
+
 import pytest
 import scopes
 import tiny
@@ -34,7 +36,7 @@ def command(tiny_gemma, tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *arguments])
-        main.main()
+        main.run(sys.argv[1:])
         return capsys.readouterr().out, opened
 
     return run
@@ -74,4 +76,4 @@ def test_links(command, tmp_path):
 def test_what_is_no_option_is_refused(command, capsys):
     with pytest.raises(SystemExit):
         command("links", "run", "--sae=shallow", "--latent=5", "--nothing=1")
-    assert "unrecognized arguments: --nothing=1" in capsys.readouterr().err
+    assert "Unrecognized options: --nothing" in capsys.readouterr().err

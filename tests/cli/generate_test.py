@@ -20,7 +20,7 @@ def run(inputs, tmp_path, monkeypatch, tiny_gemma):
     def run(*flags, out="out.jsonl"):
         given = ["generate", "--model=tiny", f"--prompts={prompts}", f"--out={tmp_path / out}", *flags]
         monkeypatch.setattr(sys, "argv", ["gemma_scope_jax", *given])
-        command.main()
+        command.run(sys.argv[1:])
         return [json.loads(line) for line in (tmp_path / out).read_text(encoding="utf-8").splitlines()]
 
     return run

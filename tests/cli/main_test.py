@@ -88,6 +88,10 @@ def test_values_that_are_repeated_and_negative(arguments_of):
     args = arguments_of("steer", "run", "--edit=1+t", "--sweep", "--strengths=-4,-2,1e1")
     assert args["strengths"] == (-4.0, -2.0, 10.0) and args["edit"] == ("1+t",)
     assert arguments_of("steer", "run", "a b", "c", "--edit", "1+t")["prompts"] == ("a b", "c")
+    words = ["steer", "run", "a b", "--edit=1+2t", "--edit=2=ablate", "--strengths=-1,2", "c"]
+    args = arguments_of(*words)  # Prompts before and after options.
+    assert args["prompts"] == ("a b", "c") and args["edit"] == ("1+2t", "2=ablate")
+    assert args["strengths"] == (-1.0, 2.0)
     assert arguments_of("attribute", "run", "a", "--token=-2")["token"] == -2
 
 

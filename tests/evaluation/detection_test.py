@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -301,7 +302,7 @@ def test_the_command_scores_a_run(inputs, tmp_path, capsys, monkeypatch):
     loop.train(tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1)), run)
     asked = ["detect", str(run), "--rows=100000", "--latents=6", f"--out={tmp_path / 'out'}"]
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
-    main.main()
+    main.run(sys.argv[1:])
     stored = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert stored["rows"] > 10 and len(stored["sae"]) == 2
     shown = capsys.readouterr().out
@@ -313,5 +314,6 @@ def test_the_command_scores_a_run(inputs, tmp_path, capsys, monkeypatch):
     for option in ("--rows", "--latents", "--rows_per_batch"):
         monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, f"{option}=0"])
         with pytest.raises(SystemExit):
-            main.main()
-        assert f"argument {option}: it is 0; it must be at least 1 and" in capsys.readouterr().err
+            main.run(sys.argv[1:])
+        said = capsys.readouterr().err
+        assert f"{option.replace('_', '-')}: it is 0; it must be at least 1 and" in said

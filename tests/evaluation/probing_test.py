@@ -1,6 +1,7 @@
 """Sparse probing against slow float64 NumPy, planted latents, and broken files."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +231,7 @@ def test_a_run_is_probed(run, labelled, tmp_path, capsys):
     assert "are longer than 16 tokens and were cut" in shown
     again = probe_cli.probe_path(run, labelled, out=tmp_path / "again")
     assert [task.latents[5].features for task in again[name]] == [task.latents[5].features for task in of]
-    with pytest.raises(ValueError, match="--rows_per_batch is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="--rows-per-batch is 0; it must be at least 1"):
         probe_cli.probe_path(run, labelled, rows_per_batch=0)
 
 
@@ -244,8 +245,8 @@ def test_the_command_line_is_passed_on(run, labelled, tmp_path, monkeypatch):
         "--rows_per_batch=30",
     ]
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked])
-    main.main()
+    main.run(sys.argv[1:])
     assert json.loads((tmp_path / "probing.json").read_text())["seed"] == 3
     monkeypatch.setattr("sys.argv", ["gemma_scope_jax", *asked, "--model=gemma2_2b"])
     with pytest.raises(ValueError, match="but layer_1_resid_post of gemma2_2b has width 2304"):
-        main.main()
+        main.run(sys.argv[1:])
