@@ -1,15 +1,18 @@
 """The README says what was measured, and names what is there."""
 
+import functools
 import json
 import pathlib
 import re
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scopes
 import tiny
 import toys
 
+import gemma_scope_jax as gs
 from benchmarks import results
 from gemma_scope_jax import analysis, config
 from gemma_scope_jax.evaluation import probing
@@ -17,7 +20,7 @@ from gemma_scope_jax.models import forward, interventions, predictions, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import devices
 from gemma_scope_jax.saes import attached
-from gemma_scope_jax.training import plans
+from gemma_scope_jax.training import config_files, plans
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -119,7 +122,7 @@ def test_the_readme_names_every_room_and_only_files_that_exist():
     layout = README.split("## Layout")[1]
     package = ROOT / "gemma_scope_jax"
     rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    assert rooms | {"config.py"} == set(re.findall(r"^  ([\w.]+/?) ", layout, re.MULTILINE))
+    assert rooms | {"config.py", "api.py"} == set(re.findall(r"^  ([\w.]+/?) ", layout, re.MULTILINE))
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / target).exists(), target
 
@@ -136,3 +139,21 @@ def test_the_readmes_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([\w-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.silent
+def test_the_python_of_the_readme_runs(inputs, tmp_path, monkeypatch, capsys):
+    """On the small model, whose weights are where the tests have them."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    load_model = functools.partial(gs.load_model, weights=str(inputs / "weights"))
+    monkeypatch.setattr(config_files, "load", lambda name: config.to_dict(tiny.run_config(inputs)))
+    monkeypatch.setattr(
+        gs, "load_model", functools.partial(load_model, weights=str(inputs / "weights")), raising=False
+    )
+    names = {}
+    exec(code.replace("width=2048", "width=128"), names)
+    assert names["latents"].shape == (len("The state of the Union is strong"), 128)
+    assert names["scope"].subjects.keys() == names["run"].saes.keys()
+    out, err = capsys.readouterr()
+    assert "delta_loss" in out and err == ""
