@@ -29,7 +29,7 @@ from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.evaluation import metrics, page
 from gemma_scope_jax.models import forward, masking, registry, weights
 from gemma_scope_jax.models.sites import SITES, Site
-from gemma_scope_jax.saes import formats, jumprelu
+from gemma_scope_jax.saes import formats, jumprelu, loading
 from gemma_scope_jax.training import export, metrics_log, runs
 
 # Of configs/quickstart_banks.py, and on how many rows each is evaluated.
@@ -54,7 +54,7 @@ def quickstart() -> tuple[list[str], dict]:
         few = json.loads((workdir / "evaluation.json").read_text())
         run(f"gemma-scope evaluate {workdir} --rows=512 --fast")
         many = json.loads((workdir / "evaluation.json").read_text())
-        rows = token_rows.open_rows(prepare.rows_of(runs.read_config(workdir)), token_rows.TRAIN)
+        rows = token_rows.open_rows(prepare.rows_of(loading.run_config(workdir)), token_rows.TRAIN)
         ours, perfect = metrics_log.shuffle_quality(workdir, rows)
         (RESULTS / "quickstart.png").write_bytes((workdir / "evaluation.png").read_bytes())
     numbers = {
@@ -105,7 +105,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
         f"gemma-scope evaluate {workdir} --rows={rows} --fast",
     ]
     _, evaluate_s = (run(command) for command in commands)
-    config, entries = runs.read_config(workdir), metrics_log.read_metrics(workdir)
+    config, entries = loading.run_config(workdir), metrics_log.read_metrics(workdir)
     tokens = config.train.sequences_per_step * config.data.context_length
     # By its own log, since the run may have been there, in part or whole; without compiling and saving.
     train_s = sum(tokens / entry["speed"]["tokens_per_second"] for entry in entries)
@@ -144,7 +144,7 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     activations, and apart from where a pre-activation lies so near its threshold that float32 decides.
     """
     run, state = runs.open_run(workdir)
-    rows = token_rows.open_rows(runs.run_rows(run.config, workdir), token_rows.HELD_OUT)
+    rows = token_rows.open_rows(prepare.rows_of_run(run.config, workdir), token_rows.HELD_OUT)
     loaded = runs.load_gemma(run)
     tokens = jax.numpy.asarray(rows.read(np.arange(8)).tokens)
     kept = np.asarray(masking.is_kept(tokens, masking.masked_prefix(run.config.data)))

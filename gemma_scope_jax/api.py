@@ -20,7 +20,7 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import loading
 from gemma_scope_jax.saes.loading import LoadedSAE
-from gemma_scope_jax.training import config_files, loop
+from gemma_scope_jax.training import config_files, export, loop
 from gemma_scope_jax.training.trained import TrainedRun
 
 # What SAEs are given as: a run, or where one or some lie; or those that are loaded.
@@ -178,6 +178,8 @@ def _opened(
     if model is not None:
         overrides["dtype"] = "float32" if model.gemma.dtype == jnp.float32 else "bfloat16"
     if isinstance(saes, (str, pathlib.Path)):
+        if not str(saes).startswith("hf://") and loading.is_run(place := files.expanded(saes)):
+            export.refresh(place)
         opened = opening.open_path(saes, trust=trust, **overrides)
     else:
         some = (

@@ -19,8 +19,8 @@ from gemma_scope_jax.evaluation import probing
 from gemma_scope_jax.models import forward, interventions, predictions, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import devices
-from gemma_scope_jax.saes import attached
-from gemma_scope_jax.training import config_files, plans
+from gemma_scope_jax.saes import attached, naming
+from gemma_scope_jax.training import config_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def test_the_config_in_the_documents_is_one():
     names = {}
     exec(code, names)
     chosen = config.from_dict(names["get_config"]().to_dict())
-    assert {name: len(plans.members(b)) for name, b in chosen.banks.items()} == {"residual": 6, "heads": 1}
+    assert {name: len(naming.members(b)) for name, b in chosen.banks.items()} == {"residual": 6, "heads": 1}
 
 
 def test_the_labelled_texts_in_the_documents_can_be_probed_with(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_a_finished_run_has_the_saes_that_it_wrote(first_generation):
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(first_generation):
     workdir = first_generation / "stopped"
-    loop.train(runs.read_config(workdir), workdir)
+    loop.train(loading.run_config(workdir), workdir)
     assert int(runs.open_run(workdir)[1].step) == 20
     wanted = saes_of(first_generation / "finished")
     for name, sae in saes_of(workdir).items():

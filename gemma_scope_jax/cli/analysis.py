@@ -4,6 +4,7 @@ Each imports what it runs when it runs: --help must not take seconds.
 """
 
 import pathlib
+import typing
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -33,6 +34,9 @@ from gemma_scope_jax.cli.options import (
 )
 from gemma_scope_jax.runtime.errors import InputError
 
+if typing.TYPE_CHECKING:
+    from gemma_scope_jax.analysis import Scope
+
 
 def explore(
     path: Positional[str],
@@ -55,7 +59,7 @@ def explore(
     common.check_outputs(html=html)
     from gemma_scope_jax import analysis
 
-    found = analysis.read(analysis.open_scope(path, **others.given()), prompt)
+    found = analysis.read(_open_scope(path, **others.given()), prompt)
     found.show(top)
     if html:
         found.write_html(html)
@@ -85,7 +89,7 @@ def flow(
     common.check_outputs(png=png, html=html)
     from gemma_scope_jax import analysis
 
-    found = analysis.flow(analysis.open_scope(path, **others.given()), prompt, answer)
+    found = analysis.flow(_open_scope(path, **others.given()), prompt, answer)
     found.show()
     _write_png(png, found.figure)
     if png and found.lens:
@@ -126,9 +130,7 @@ def links(
     common.check_outputs(png=png)
     from gemma_scope_jax import analysis
 
-    found = analysis.links(
-        analysis.open_scope(path, text=text, **others.given()), sae, latent, to, rows, prompt
-    )
+    found = analysis.links(_open_scope(path, text=text, **others.given()), sae, latent, to, rows, prompt)
     found.show(top)
     _write_png(png, found.figure)
 
@@ -180,7 +182,7 @@ def attribute(
     if prompts and (not ablate or integrated or html):
         raise InputError("--prompts goes with --ablate=N and without --integrated and --html")
     texts = sources.read_prompts(prompts) if prompts else None
-    scope = analysis.open_scope(path, **others.given())
+    scope = _open_scope(path, **others.given())
     if sae is not None:
         scope = only(scope, sae)
     question = {"answer": answer, "against": against, "token": token}
@@ -213,6 +215,13 @@ def _write_png(path: pathlib.Path | None, draw: Callable[[], object]) -> None:
     if path:
         plotting.write_png(path, draw())
         _tell(path)
+
+
+def _open_scope(path: str, **overrides: object) -> "Scope":
+    from gemma_scope_jax import analysis
+
+    common.refresh(path)
+    return analysis.open_scope(path, **overrides)
 
 
 def _tell(written: pathlib.Path) -> None:
@@ -283,7 +292,7 @@ def steer(
         _check_swept(edit, made)
     elif not prompts:
         raise InputError("there is no prompt to go on with; give one, or --sweep")
-    scope = analysis.open_scope(path, text=text, **others.given())
+    scope = _open_scope(path, text=text, **others.given())
     if not sweep:
         changes = edit_syntax.resolve(scope, made)
         length = steer.NUM_TOKENS if num_tokens is None else num_tokens
@@ -389,6 +398,7 @@ def dashboards(
     from gemma_scope_jax.runtime import distributed
 
     distributed.initialize()
+    common.refresh(path)
     build.build(
         path,
         rows,

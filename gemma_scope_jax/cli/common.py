@@ -127,6 +127,17 @@ def check_outputs(file: pathlib.Path | None = None, **places: pathlib.Path | Non
                 files.check_output(place, is_folder=name not in ("file", "html", "png"))
 
 
+def refresh(path: str | pathlib.Path) -> None:
+    """Has a run's folder of SAEs hold those of its newest checkpoint, where a path is a run's."""
+    from gemma_scope_jax.runtime import files
+    from gemma_scope_jax.saes import loading
+
+    if not str(path).startswith("hf://") and loading.is_run(place := files.expanded(path)):
+        from gemma_scope_jax.training import export
+
+        export.refresh(place)
+
+
 def _is_full_disk(error: object) -> bool:
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
 

@@ -8,7 +8,7 @@ from gemma_scope_jax.analysis.contrasts.correction import Correction, behaviour,
 from gemma_scope_jax.analysis.contrasts.find import At, Contrast
 from gemma_scope_jax.analysis.contrasts.halves import halves
 from gemma_scope_jax.analysis.session import Scope, one_token, open_scope
-from gemma_scope_jax.cli.common import say
+from gemma_scope_jax.cli.common import refresh, say
 from gemma_scope_jax.data import sources
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.runtime import files, ranges
@@ -67,6 +67,7 @@ def audit(
         raise InputError(
             f"{first} and {second} have {len(sets[0])} and {len(sets[1])} prompts, too few for two halves"
         )
+    refresh(path)
     scope = open_scope(path, **overrides)
     for text in () if answer is None else (answer, against):
         one_token(scope, text)

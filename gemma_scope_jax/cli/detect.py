@@ -2,7 +2,7 @@
 
 import pathlib
 
-from gemma_scope_jax.cli.common import say
+from gemma_scope_jax.cli.common import refresh, say
 from gemma_scope_jax.data import batching, token_rows
 from gemma_scope_jax.evaluation import detection, opening
 from gemma_scope_jax.models import masking, placement, tokenizer
@@ -29,6 +29,7 @@ def detect_path(
       out: the folder to write to; None: see `opening.results_folder`.
       **overrides: see `opening.open_path`.
     """
+    refresh(path)
     opened = opening.open_path(path, **overrides)
     config = opened.config
     rows = config.evaluation.rows if rows is None else rows

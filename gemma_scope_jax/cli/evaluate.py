@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from gemma_scope_jax.cli.common import say
+from gemma_scope_jax.cli.common import refresh, say
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.evaluation import opening, output, report, side_by_side
 from gemma_scope_jax.models import placement
@@ -71,6 +71,7 @@ def evaluate_path(
       The numbers by SAE; of several texts those of the last.
     """
     texts = texts_of([text] if isinstance(text, str) else text or ())
+    refresh(path)
     opened = opening.open_path(path, text=next(iter(texts.values()), None), **overrides)
     config = opened.config
     # All of them before anything takes long.

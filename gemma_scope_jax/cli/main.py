@@ -1,10 +1,8 @@
 """`gemma-scope COMMAND`: the table of commands, and how their arguments are read."""
 
-import contextlib
 import difflib
 import functools
 import inspect
-import io
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ class Command(NamedTuple):
     ]  # the command; of one that takes a config's fields, what makes it of their defaults
     interrupted: str = ""  # what becomes of its work when a signal ends it
     has_fields: bool = False  # whether it takes a config, named first, and its fields
+    words: str = ""  # the parameter that words after options belong to, too
 
 
 # By groups, in the order in which they are shown.
@@ -41,14 +40,14 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "Evaluate": {
         "evaluate": Command(evaluation.evaluate, "the same command goes on after the last whole batch"),
-        "compare": Command(evaluation.compare),
+        "compare": Command(evaluation.compare, words="folders"),
         "detect": Command(evaluation.detect, "detection writes its results when it ends"),
         "probe": Command(evaluation.probe, "probing writes its results when it ends"),
     },
     "Look inside": {
         "explore": Command(analysis.explore),
         "attribute": Command(analysis.attribute),
-        "steer": Command(analysis.steer),
+        "steer": Command(analysis.steer, words="prompts"),
         "contrast": Command(analysis.contrast, "a contrast writes its results when it ends"),
         "flow": Command(analysis.flow),
         "links": Command(analysis.links),
@@ -86,7 +85,7 @@ def run(arguments: Sequence[str]) -> None:
 def call(name: str, command: Command, arguments: Sequence[str]) -> None:
     """Reads a command's arguments, and calls it."""
     if not command.has_fields:
-        read(name, command.call, arguments)
+        read(name, command.call, arguments, command.words)
         return
     from gemma_scope_jax.training import config_files
 
@@ -103,25 +102,20 @@ def call(name: str, command: Command, arguments: Sequence[str]) -> None:
     read(name, command.call(default), arguments)
 
 
-def read(name: str, function: Callable[..., object], arguments: Sequence[str]) -> None:
-    """Calls a typed function with what its arguments say; see `tyro.cli`."""
+def read(name: str, function: Callable[..., object], arguments: Sequence[str], words: str = "") -> None:
+    """Calls a typed function with what its arguments say; see `tyro.cli` and `Command.words`."""
     prog, arguments = f"{NAME} {name}", old_forms.with_hyphens(arguments)
 
     @functools.wraps(function)
     def bind(*args: object, **kwargs: object) -> inspect.BoundArguments:
         return inspect.signature(function).bind(*args, **kwargs)
 
-    apart = [part for one in arguments for part in _flag_and_value(one)]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            bound = tyro.cli(bind, prog=prog, args=arguments)
-    except SystemExit as ended:
+    bound, left = tyro.cli(bind, prog=prog, args=arguments, return_unknown_args=True)
+    if left and (not words or any(word.startswith("-") for word in left)):
         # What was meant by an unknown flag tyro says where its value stands apart.
-        if ended.code and apart != arguments and "Unrecognized" in said.getvalue():
-            tyro.cli(bind, prog=prog, args=apart)
-        print(said.getvalue(), end="", file=sys.stderr)
-        raise
+        tyro.cli(bind, prog=prog, args=[part for one in arguments for part in _flag_and_value(one)])
+    if left:
+        bound.arguments[words] = (*bound.arguments.get(words, ()), *left)
     function(*bound.args, **bound.kwargs)
 
 

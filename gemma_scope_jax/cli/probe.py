@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from gemma_scope_jax.cli.common import say
+from gemma_scope_jax.cli.common import refresh, say
 from gemma_scope_jax.evaluation import opening, probing
 from gemma_scope_jax.models import placement, tokenizer
 from gemma_scope_jax.runtime import files, printing, ranges
@@ -35,6 +35,7 @@ def probe_path(
     ranges.check("--seed", seed, ranges.SEED)
     given = probing.read_labelled(labelled)
     is_test_T = probing.split(given, seed)
+    refresh(path)
     opened = opening.open_path(path, **overrides)
     config = opened.config
     per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch

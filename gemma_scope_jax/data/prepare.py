@@ -24,7 +24,7 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.config import DataConfig
 from gemma_scope_jax.data.packing import encode, is_held_out, pack
 from gemma_scope_jax.data.sources import Exchange, documents, fingerprint, only_document
-from gemma_scope_jax.data.token_rows import HELD_OUT, TRAIN, cached
+from gemma_scope_jax.data.token_rows import HELD_OUT, TRAIN, cached, name_of, recorded
 from gemma_scope_jax.models import tokenizer, weights
 from gemma_scope_jax.models.chat import chat_template
 from gemma_scope_jax.models.tokenizer import Tokenizer
@@ -321,3 +321,21 @@ def rows_of_once(config: config_lib.Config) -> pathlib.Path:
         rows_of(config)
     distributed.wait_for_all("rows are prepared")
     return rows_of(config)
+
+
+def rows_of_run(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of the rows that the run in `workdir` was started with, or those of a new run.
+
+    Raises:
+      ValueError: they are no longer cached, and the text has changed since.
+    """
+    name = recorded(workdir)
+    if name is not None and (folder := cached(config.data, name)) is not None:
+        return folder
+    folder = rows_of_once(config)
+    if name not in (None, name_of(folder)):
+        raise DataError(
+            f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
+            f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
+        )
+    return folder

@@ -122,3 +122,19 @@ def cached(config: config_lib.DataConfig, name: str) -> pathlib.Path | None:
         say(f"The rows in {folder} are damaged and are made again: {why}")
         return None
     return folder
+
+
+def recorded(workdir: pathlib.Path) -> str | None:
+    """The name of the rows that the run in `workdir` was started with; None if it does not say.
+
+    Raises:
+      ValueError: what it says is none.
+    """
+    record = workdir / "rows"
+    if not record.exists():
+        return None
+    with files.reading(record):
+        name = record.read_text(encoding="utf-8").strip()
+        if not is_name(name):
+            raise DataError("it names no rows; remove it, and those of data.text as it is now are taken")
+    return name

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from gemma_scope_jax.evaluation.measuring import OfTokens, Totals
+from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import evaluation_file, geometry, jumprelu
-from gemma_scope_jax.training.normalizer import CONSTANT
 
 NAN = float("nan")
 
@@ -75,13 +75,13 @@ class Sums:
     @functools.cached_property
     def varies_O(self) -> np.ndarray:
         """Where what is spliced is always the same there is no variance to explain, but for rounding."""
-        return self.variance_SxO.sum(0) > CONSTANT * self.count_S.sum() * np.square(self.mean_O)
+        return self.variance_SxO.sum(0) > ranges.CONSTANT * self.count_S.sum() * np.square(self.mean_O)
 
     @functools.cached_property
     def is_constant(self) -> bool:
         """The same of all dimensions together."""
         square = self.count_S.sum() * np.square(self.mean_O).sum()
-        return bool(self.variance_SxO.sum() <= CONSTANT * square)
+        return bool(self.variance_SxO.sum() <= ranges.CONSTANT * square)
 
     @functools.cached_property
     def variance_S(self) -> np.ndarray:

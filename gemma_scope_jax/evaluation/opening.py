@@ -11,12 +11,11 @@ from gemma_scope_jax.data import prepare, sources, token_rows
 from gemma_scope_jax.evaluation import output
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.errors import InputError, NotFoundError
 from gemma_scope_jax.runtime.printing import printable, well_formed
 from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, finding, loading, naming
 from gemma_scope_jax.saes.formats import common
-from gemma_scope_jax.training import export, runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ _OF_FILES = ("site", "target_site")
 
 
 def open_path(location: str | pathlib.Path, trust: bool | None = None, **overrides: str | None) -> Opened:
-    """The SAEs of a run's newest checkpoint, or of files in any format, and what to evaluate them on.
+    """The SAEs of a run, or of files in any format, and what to evaluate them on.
 
     Args:
       location: a run directory; or a path or `hf://OWNER/NAME/FOLDER` of an SAE, or of several with `*`.
@@ -78,28 +77,33 @@ def open_path(location: str | pathlib.Path, trust: bool | None = None, **overrid
 
 
 def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
-    run, state = runs.open_run(path)
-    members = {member.name: member for member in run.plan.members}
-    subjects = {
-        name: attached.Subject(
-            folded,
-            members[name].site,
-            state.normalizers[str(members[name].target_site)].ablation_mean_D,
-            members[name].target_site,
+    own = loading.run_config(path)
+    members = {member.name: member for bank in own.banks.values() for member in naming.members(bank)}
+    places = {name: path / "sae" / name for name in members}
+    if missing := [name for name, place in places.items() if not place.exists()]:
+        raise NotFoundError(
+            f"{path} has no {missing[0]} in its folder sae yet; train it to its end, or call training.export.refresh "
+            "for what its newest checkpoint has"
         )
-        for name, folded in export.folded_saes(run.plan, state)
+    found = {name: one for name, place in places.items() for one in loading.read(place)}
+    config = _changed(own, given)
+    for name, one in found.items():
+        loading.check(name, config.model, one.sae, one.site, one.target_site)
+    subjects = {
+        name: attached.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
+        for name, one in found.items()
     }
-    config = _changed(run.config, given)
-    for name, subject in subjects.items():
-        loading.check(name, config.model, subject.sae, subject.site, subject.spliced)
     packed = ("text", "turns", "tokenizer")
     # Of another model of the same tokens the same rows, so that the two can be compared.
     is_other = bool(given.keys() & set(packed))
 
     def rows() -> pathlib.Path:
-        return prepare.rows_of_once(config) if is_other else runs.run_rows(run.config, path)
+        return prepare.rows_of_once(config) if is_other else prepare.rows_of_run(own, path)
 
-    return Opened(config, subjects, rows, members, int(state.step), run.config, location=path)
+    (step,) = {one.about.step for one in found.values()}
+    if step is None:  # Written before SAEs said it, at the end of the run.
+        step = max(int(saved.name) for saved in (path / "checkpoints").iterdir() if saved.name.isdecimal())
+    return Opened(config, subjects, rows, members, step, own, location=path)
 
 
 def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Config:

@@ -28,7 +28,6 @@ from gemma_scope_jax.runtime.printing import printable, shareable
 from gemma_scope_jax.saes import attached, evaluation_file, naming
 from gemma_scope_jax.saes import verdicts as verdicts_lib
 from gemma_scope_jax.saes.evaluation_file import Evaluation
-from gemma_scope_jax.training import runs
 
 if typing.TYPE_CHECKING:
     import pandas
@@ -228,7 +227,9 @@ def _remarks(opened: opening.Opened, results: Mapping[str, Evaluation]) -> list[
     own: dict | None = None
     others: dict[str, object] = {}
     with contextlib.suppress(ValueError):  # A damaged one is no reason to lose this one.
-        own, others = runs.own_evaluation(output.own_folder(opened.location), opened.own, opened.step)
+        own, others = evaluation_file.own_evaluation(
+            output.own_folder(opened.location), opened.own, opened.step
+        )
     for name, of in own["sae"].items() if own and not others else ():
         if name in results and (said := verdicts_lib.beside_own(evaluation_file.numbers(results[name]), of)):
             remarks.append(f"{name}: {said}.")

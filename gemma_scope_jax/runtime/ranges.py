@@ -37,6 +37,8 @@ SHARE = Range(0.0, 1.0)
 POSITIVE = Range(1e-30, 1e30)
 POSITIVE_OR_ZERO = Range(1e-30, 1e30, or_zero=True)
 SIGNED = Range(-1e30, 1e30)
+# Values whose variance is a smaller share of their mean square are all the same, but for rounding.
+CONSTANT = 1e-9
 
 
 def check(name: str, value: float, allowed: Range) -> None:

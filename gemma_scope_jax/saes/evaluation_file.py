@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import FormatError
-from gemma_scope_jax.runtime.printing import printable, quoted
+from gemma_scope_jax.runtime.printing import printable, quoted, shareable
 
 QUANTILES = (5, 25, 50, 75, 95)
 
@@ -135,3 +136,38 @@ def _is_registered(key: str) -> bool:
 def _is_number(value: object) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value is None or (is_number and abs(value) < 1e30)
+
+
+def own_evaluation(
+    folder: pathlib.Path, config: config_lib.Config, step: int | None
+) -> tuple[dict | None, dict[str, object]]:
+    """The evaluation in a folder, and what it was made of that is not the SAEs' own, by name.
+
+    Their own are the model, the text and its held-out rows, all positions, and their newest step.
+
+    Args:
+      folder: the run's, or that of an SAE in files.
+      config: as the run or the file says.
+      step: at which the run is; None: of an SAE in files.
+
+    Returns:
+      What evaluation.json holds, None if there is none; and the differences, of an own one none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return None, {}
+    found = read_numbers(path)
+    own = {
+        "step": step, "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text,
+        "split": "held_out", "turns": None, "context_length": config.data.context_length,
+        "weights": config.weights, "tokenizer": config.tokenizer,
+    }  # fmt: skip
+
+    def is_same(name: str) -> bool:
+        # Evaluations have their paths without the user's name, older ones with it.
+        return shareable(found.get(name)) == shareable(own[name])
+
+    return found, {name: found.get(name) for name in own if not is_same(name)}

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
-from gemma_scope_jax.runtime.errors import FormatError
+from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime.errors import FormatError, RunError
 from gemma_scope_jax.saes import finding, formats, jumprelu
 from gemma_scope_jax.saes.formats import common
 
@@ -133,3 +135,13 @@ def check(
 def is_run(path: pathlib.Path) -> bool:
     """Whether a path is a run directory; other formats have a config.json too."""
     return (path / "config.json").exists() and (path / "checkpoints").exists()
+
+
+def run_config(workdir: pathlib.Path) -> config_lib.Config:
+    """The config of a run directory."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise RunError(f"{workdir} is no run directory: it has no config.json")
+    values = files.read_json(path)
+    with files.reading(path, "a run's config"):
+        return config_lib.from_dict(values)

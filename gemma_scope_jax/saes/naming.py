@@ -1,9 +1,11 @@
 """What SAEs and their folders are called: `Member` says all that tells an SAE of a bank from the others."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping
 
+from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.models.sites import Site
 
 
@@ -47,6 +49,30 @@ class Member:
         seed = f"_seed_{self.seed}" if self.seed else ""
         width = width_name(self.width)
         return f"{self.place}{skip}_width_{width}_lambda_{self.sparsity_coefficient}{objective}{seed}"
+
+
+def members(bank: config_lib.BankConfig) -> tuple[Member, ...]:
+    """The SAEs that a bank's config names, in the order of layers, sites, coefficients, targets, seeds."""
+    return tuple(
+        Member(
+            Site(site, layer),
+            Site(bank.target_site or site, layer),
+            bank.width,
+            coefficient,
+            seed,
+            bank.objective,
+            target_l0,
+            bank.skip,
+            tuple(sorted(bank.objective_options.items())),
+        )
+        for layer, site, coefficient, target_l0, seed in itertools.product(
+            bank.layers,
+            bank.sites,
+            bank.sparsity_coefficients,
+            bank.target_l0s or (0.0,),
+            bank.seeds,
+        )
+    )
 
 
 def place(name: str, member: Member, l0: float) -> str:

@@ -13,11 +13,11 @@ import optax
 
 from gemma_scope_jax import config
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime import ranges, sharding
 from gemma_scope_jax.saes import jumprelu, naming, objectives
 from gemma_scope_jax.training import optimizer as optimizer_lib
 from gemma_scope_jax.training import shardings, shuffle_buffer
-from gemma_scope_jax.training.normalizer import CONSTANT, Normalizer
+from gemma_scope_jax.training.normalizer import Normalizer
 
 COEFFICIENT_REACH = 1000  # How far an objective may move λ from the one given, as a factor.
 
@@ -302,7 +302,7 @@ def l0_and_fvu(sums: objectives.BatchSums) -> tuple[jax.Array, jax.Array]:
     batch_mean_KxExO = sums.target_O / jnp.where(sums.weight > 0, sums.weight, 1)[..., None]
     apart_KxE = jnp.square(batch_mean_KxExO - mean_ExO[None]).sum(-1)
     variance_E = (sums.target_variance + sums.weight * apart_KxE).sum(0)
-    varies_E = variance_E > CONSTANT * weight_E * jnp.square(mean_ExO).sum(-1)
+    varies_E = variance_E > ranges.CONSTANT * weight_E * jnp.square(mean_ExO).sum(-1)
     fvu_E = jnp.where(varies_E, sums.squared_error.sum(0) / variance_E, jnp.nan)
     return sums.l0.sum(0) / weight_E, fvu_E
 

@@ -46,6 +46,12 @@ def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
     )
 
 
+def newest_step(folder: pathlib.Path) -> int | None:
+    """The step of the newest checkpoint in a folder, whole or not; None if there is none."""
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    return max(steps, default=None)
+
+
 def _quiet() -> None:
     # Orbax leaves a task behind for each array that it cannot read or write, of which asyncio then complains at
     # length; Orbax's own error is enough.

@@ -12,12 +12,12 @@ from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import distributed, files, printing
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.reporting import say
+from gemma_scope_jax.saes import evaluation_file, jumprelu, loading, naming, saving
 from gemma_scope_jax.saes import formats as formats_lib
-from gemma_scope_jax.saes import jumprelu, loading, naming, saving
 from gemma_scope_jax.saes.formats import (
     common,
 )
-from gemma_scope_jax.training import bank, metrics_log, runs, step
+from gemma_scope_jax.training import bank, checkpoint, metrics_log, runs, step
 
 
 def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, jumprelu.SAE]]:
@@ -38,7 +38,7 @@ def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict
     number = int(state.step)
     evaluated, others = None, {}
     with contextlib.suppress(ValueError):  # A damaged one is no reason to export nothing.
-        evaluated, others = runs.own_evaluation(workdir, run.config, number)
+        evaluated, others = evaluation_file.own_evaluation(workdir, run.config, number)
     held_out = {} if evaluated is None or others else evaluated.get("sae", {})
     logged = metrics_log.last_values(workdir, number)
     measured = {}
@@ -67,6 +67,38 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
     return [folder / name for name in members]
 
 
+def refresh(workdir: pathlib.Path) -> None:
+    """Writes a run's SAEs to its folder `sae` where those there are not of its newest checkpoint.
+
+    Those of a run that has ended are: training writes them.
+
+    Raises:
+      ValueError: there is no checkpoint that can be read, or the folder cannot be written to.
+    """
+    newest = checkpoint.newest_step(workdir / "checkpoints")
+    if newest is None or _is_fresh(workdir, newest):
+        return
+    files.check_output(workdir / "sae", is_folder=True)
+    run, state = runs.open_run(workdir)
+    if not _is_fresh(workdir, int(state.step)):  # The newest may be damaged.
+        write_own(run, state, workdir / "sae", token_rows.recorded(workdir) or "")
+
+
+def _is_fresh(workdir: pathlib.Path, step: int) -> bool:
+    """Whether every SAE of a run lies in its folder as it was at a step."""
+    config = loading.run_config(workdir)
+    places = [workdir / "sae" / m.name for b in config.banks.values() for m in naming.members(b)]
+    if not all((place / "cfg.json").exists() for place in places):
+        return False
+    written = [next(loading.read(place)).about.step for place in places]
+    # Before SAEs said their step they were written at the end of a run, after its last checkpoint.
+    ended = (workdir / "checkpoints" / str(step)).stat().st_mtime
+    return all(
+        at == step if at is not None else (place / "cfg.json").stat().st_mtime >= ended
+        for at, place in zip(written, places, strict=True)
+    )
+
+
 def as_stored(
     run: runs.Run, state: step.State, member: naming.Member, folded: jumprelu.SAE, l0: float, rows: str
 ) -> loading.LoadedSAE:
@@ -84,6 +116,11 @@ def as_stored(
         weights=printing.without_credentials(config.weights),
         tokenizer=printing.without_credentials(config.tokenizer),
         gemma_dtype=config.gemma_dtype,
+        sparsity_coefficient=member.sparsity_coefficient,
+        objective=member.objective,
+        target_l0=member.target_l0,
+        seed=member.seed,
+        step=int(state.step),
         site_mean_O=np.asarray(state.normalizers[str(member.target_site)].ablation_mean_D),
     )
     return loading.LoadedSAE(member.name, folded, about, config.model, member.site, member.target_site)
@@ -148,7 +185,7 @@ def export_state(
       ValueError: see `export_run`.
     """
     members = {member.name: member for member in run.plan.members}
-    rows = token_rows.name_of(runs.run_rows(run.config, workdir))
+    rows = token_rows.recorded(workdir) or ""
     l0 = measured_l0(run, state, workdir)
     wanted = [
         (file_format, name, common.Kind(m.site, m.target_site, m.skip, dtype))

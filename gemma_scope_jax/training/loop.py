@@ -206,7 +206,7 @@ def _start_or_continue(
     config = run.config
     state, request = None, signals.Request()
     if manager.all_steps():
-        config_lib.check_resumable(runs.read_config(workdir), config)
+        config_lib.check_resumable(loading.run_config(workdir), config)
         state = runs.restore(run, manager, set_aside=True)
         say(f"Continuing from step {int(state.step)}.")
         signals.leaving(f"checkpoint {int(state.step)} is the newest state there is")
@@ -218,11 +218,11 @@ def _start_or_continue(
         memory.check(memory.needs(state_shapes, gemma, 0), limit)
         runs.check_weights(run)
     if state is not None:
-        folder = runs.run_rows(config, workdir)
+        folder = prepare.rows_of_run(config, workdir)
     elif config.start_from:
-        old_config = runs.read_config(files.expanded(config.start_from))
+        old_config = loading.run_config(files.expanded(config.start_from))
         config_lib.check_startable(old_config, config)
-        folder = runs.run_rows(config, files.expanded(config.start_from))
+        folder = prepare.rows_of_run(config, files.expanded(config.start_from))
     else:
         folder = prepare.rows_of_once(config)
     rows = token_rows.open_rows(folder, token_rows.TRAIN)
@@ -270,7 +270,7 @@ def _started(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Con
     goes_on = [
         path for path in (workdir, files.expanded(config.start_from or workdir)) if loading.is_run(path)
     ]
-    return runs.read_config(goes_on[0]) if goes_on else None
+    return loading.run_config(goes_on[0]) if goes_on else None
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:

@@ -9,9 +9,6 @@ import jax.numpy as jnp
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import DataError
 
-# Activations whose variance is a smaller share of their mean square are all the same, but for rounding.
-CONSTANT = 1e-9
-
 
 @flax.struct.dataclass
 class Normalizer:
@@ -74,7 +71,7 @@ def check(site: str, sample: Sample) -> None:
     at = f"at all {kept:,} positions that activations are measured on; look at the weights and the text"
     if sample.mean_square < ranges.POSITIVE.low:
         raise DataError(f"the activations of {site} are zero {at}")
-    if sample.variance <= CONSTANT * sample.mean_square:
+    if sample.variance <= ranges.CONSTANT * sample.mean_square:
         raise DataError(f"the activations of {site} are the same {at}: there is nothing to learn")
 
 

@@ -1,11 +1,9 @@
 """What a config asks for, checked and made into what the step is compiled for."""
 
-import itertools
-
 from gemma_scope_jax.config import BankConfig, Config, check_ranges
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.gemma_package import gm
-from gemma_scope_jax.models.sites import Site, check_site, site_width
+from gemma_scope_jax.models.sites import check_site, site_width
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.ranges import Range
@@ -18,30 +16,6 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def members(config: BankConfig) -> tuple[naming.Member, ...]:
-    """The SAEs that a bank's config names, in the order of layers, sites, coefficients, targets, seeds."""
-    return tuple(
-        naming.Member(
-            Site(site, layer),
-            Site(config.target_site or site, layer),
-            config.width,
-            coefficient,
-            seed,
-            config.objective,
-            target_l0,
-            config.skip,
-            tuple(sorted(config.objective_options.items())),
-        )
-        for layer, site, coefficient, target_l0, seed in itertools.product(
-            config.layers,
-            config.sites,
-            config.sparsity_coefficients,
-            config.target_l0s or (0.0,),
-            config.seeds,
-        )
-    )
-
-
 # What `scale_target_by` and `precision` may be.
 _CHOICES = {
     "scale_target_by": ("read", "target"),
@@ -52,7 +26,7 @@ _CHOICES = {
 def _check_bank(
     name: str, config: BankConfig, batch: int, model: gm.nn.Transformer, latent_axis: int
 ) -> None:
-    at, named = f"banks.{name}", members(config)
+    at, named = f"banks.{name}", naming.members(config)
     _require(bool(named), f"{at} has no member: each of layers, sites, … needs a value")
     for member in named:
         check_site(model, member.site)
@@ -121,7 +95,7 @@ def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> 
     for name, bank_config in config.banks.items():
         _require(name.isidentifier(), f"config.banks has a bank {name!r}; choose letters, digits and _")
         _check_bank(name, bank_config, config.train.batch, model, latent_axis)
-        for member in members(bank_config):
+        for member in naming.members(bank_config):
             _require(
                 member.name not in banks_of,
                 f"{member.name} is named twice, in banks.{banks_of.get(member.name)} and banks.{name}; what "
@@ -186,10 +160,11 @@ def choose_data_axis(config: Config, devices: int) -> int:
     divides every width.
     """
 
+    sizes = [(len(naming.members(b)), b.width) for b in config.banks.values()]
+
     def suits(data: int) -> bool:
         return all(
-            8 * padded(len(members(b)), data) <= 9 * len(members(b)) and b.width % (devices // data) == 0
-            for b in config.banks.values()
+            8 * padded(count, data) <= 9 * count and width % (devices // data) == 0 for count, width in sizes
         )
 
     if config.mesh.latent:
@@ -241,7 +216,7 @@ def plan_of(config: Config, data_axis: int) -> step.Plan:
 
 
 def _bank_plan(name: str, config: BankConfig, data_axis: int) -> bank.Plan:
-    named = members(config)
+    named = naming.members(config)
     return bank.Plan(
         name=name,
         members=named,

@@ -15,7 +15,7 @@ from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.runtime.reporting import say
-from gemma_scope_jax.saes import loading, naming, saving, verdicts
+from gemma_scope_jax.saes import evaluation_file, loading, naming, saving, verdicts
 from gemma_scope_jax.training import bank, export, runs
 
 _CARD = pathlib.Path(__file__).parent / "model_card.md.jinja"
@@ -88,7 +88,7 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
       ValueError: there is none of all its SAEs as they are at this step.
     """
     path = workdir / "evaluation.json"
-    measured, others = runs.own_evaluation(workdir, run.config, step)
+    measured, others = evaluation_file.own_evaluation(workdir, run.config, step)
     measured = measured or {}
     missing = {member.name for member in run.plan.members} - measured.get("sae", {}).keys()
     if missing or others.pop("step", step) != step:

@@ -10,15 +10,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.data import prepare, token_rows
+from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
-from gemma_scope_jax.runtime import files, printing, sharding
+from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.runtime.errors import RunError
 from gemma_scope_jax.runtime.reporting import say
-from gemma_scope_jax.saes import evaluation_file
+from gemma_scope_jax.saes import loading
 from gemma_scope_jax.training import bank, checkpoint, plans, shardings, step
 from gemma_scope_jax.training import normalizer as normalizer_lib
 
@@ -55,65 +55,6 @@ def build(
     plan = plans.make_plan(config, module, mesh.shape["data"], mesh.shape["latent"], started)
     registry.dtype(config)
     return Run(config, mesh, module, plan)
-
-
-def run_rows(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
-    """The folder of the rows that the run in `workdir` was started with, or those of a new run.
-
-    Raises:
-      ValueError: they are no longer cached, and the text has changed since.
-    """
-    record = workdir / "rows"
-    name = None
-    if record.exists():
-        with files.reading(record):
-            name = record.read_text(encoding="utf-8").strip()
-            if not token_rows.is_name(name):
-                raise RunError("it names no rows; remove it, and those of data.text as it is now are taken")
-    if name is not None and (folder := token_rows.cached(config.data, name)) is not None:
-        return folder
-    folder = prepare.rows_of_once(config)
-    if name not in (None, token_rows.name_of(folder)):
-        raise RunError(
-            f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
-            f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
-        )
-    return folder
-
-
-def own_evaluation(
-    folder: pathlib.Path, config: config_lib.Config, step: int | None
-) -> tuple[dict | None, dict[str, object]]:
-    """The evaluation in a folder, and what it was made of that is not the SAEs' own, by name.
-
-    Their own are the model, the text and its held-out rows, all positions, and their newest step.
-
-    Args:
-      folder: the run's, or that of an SAE in files.
-      config: as the run or the file says.
-      step: at which the run is; None: of an SAE in files.
-
-    Returns:
-      What evaluation.json holds, None if there is none; and the differences, of an own one none.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    path = folder / "evaluation.json"
-    if not path.exists():
-        return None, {}
-    found = evaluation_file.read_numbers(path)
-    own = {
-        "step": step, "model": config.model, "dtype": config.gemma_dtype, "text": config.data.text,
-        "split": token_rows.HELD_OUT, "turns": None, "context_length": config.data.context_length,
-        "weights": config.weights, "tokenizer": config.tokenizer,
-    }  # fmt: skip
-
-    def is_same(name: str) -> bool:
-        # Evaluations have their paths without the user's name, older ones with it.
-        return printing.shareable(found.get(name)) == printing.shareable(own[name])
-
-    return found, {name: found.get(name) for name in own if not is_same(name)}
 
 
 def gemma_placement(run: Run) -> weights.Placement:
@@ -197,16 +138,6 @@ def steps_left(plan: step.Plan, state: step.State) -> int:
     return to_harvest + occupancy + min(plan.ring_steps - occupancy, to_harvest)
 
 
-def read_config(workdir: pathlib.Path) -> config_lib.Config:
-    """The config of a run directory."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise RunError(f"{workdir} is no run directory: it has no config.json")
-    values = files.read_json(path)
-    with files.reading(path, "a run's config"):
-        return config_lib.from_dict(values)
-
-
 def restore(
     run: Run, manager: ocp.CheckpointManager, set_aside: bool, what: str = "everything"
 ) -> step.State | None:
@@ -274,7 +205,7 @@ def open_run(
     Raises:
       ValueError: the directory holds no run, none of those banks, or no checkpoint that can be read.
     """
-    config = read_config(workdir)
+    config = loading.run_config(workdir)
     if banks is not None:
         opened = {name: b for name, b in config.banks.items() if name in banks}
         if not opened:

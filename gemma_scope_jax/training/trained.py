@@ -8,7 +8,7 @@ import typing
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime.errors import RunError
 from gemma_scope_jax.saes import loading
-from gemma_scope_jax.training import metrics_log, runs
+from gemma_scope_jax.training import metrics_log
 
 if typing.TYPE_CHECKING:
     import pandas
@@ -23,7 +23,7 @@ class TrainedRun:
     @functools.cached_property
     def config(self) -> config_lib.Config:
         """What it was trained with."""
-        return runs.read_config(self.path)
+        return loading.run_config(self.path)
 
     @functools.cached_property
     def saes(self) -> dict[str, loading.LoadedSAE]:

@@ -67,9 +67,8 @@ def check_page(path, is_of_names=True):
 
 
 def test_evaluations(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        plots, "details", lambda result: plotting.new_figure(1, 1, 1, 1)[0]
-    )  # Which has no name, and takes long.
+    # Which has no name, and takes long.
+    monkeypatch.setattr(plots, "details", lambda result: plotting.new_figure(1, 1, 1, 1)[0])
     results = by_name(evaluation)
     report.print_table(results, NAMES[6])
     check_printed(capsys, "[bold]x", "_hidden", "a$b_$", ":smile:", r"a\x1b[2J", r"two\nlines\r")
@@ -97,14 +96,12 @@ def test_evaluations(tmp_path, capsys, monkeypatch):
         )
 
 
-def test_legends_show_every_name(monkeypatch):
-    shown = []
-    monkeypatch.setattr(plots, "_png", lambda figure, dpi=80: shown.append(figure) or b"")
-    plots.side_by_side({name: {"sae": evaluation()} for name in NAMES})
-    (legend,) = (axis.get_legend() for axis in shown[0].axes if axis.get_legend())
+def test_legends_show_every_name():
+    shown = plots.side_by_side({name: {"sae": evaluation()} for name in NAMES})
+    (legend,) = (axis.get_legend() for axis in shown.axes if axis.get_legend())
     texts = [text.get_text() for text in legend.get_texts()]
     assert len(texts) == len(NAMES) and " _hidden" in texts and r"a\$b_\$" in texts
-    draw(shown[0])
+    draw(shown)
 
 
 def test_side_by_side(tmp_path, capsys):

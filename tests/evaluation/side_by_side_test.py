@@ -89,9 +89,9 @@ def test_other_rows_leave_a_difference_without_an_error():
 
 def test_folders_are_told_apart(tmp_path):
     folders = [tmp_path / "one" / "eval", tmp_path / "two" / "eval"]
-    assert side_by_side._labels(folders) == ["one/eval", "two/eval"]
+    assert side_by_side.labels(folders) == ["one/eval", "two/eval"]
     with pytest.raises(ValueError, match="given twice"):
-        side_by_side._labels([folders[0], folders[0]])
+        side_by_side.labels([folders[0], folders[0]])
     with pytest.raises(ValueError, match="alone cannot be compared"):
         compare_cli.compare(folders[:1], tmp_path / "out")
     (tmp_path / "file").touch()

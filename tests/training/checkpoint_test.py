@@ -12,6 +12,7 @@ import tiny
 
 from gemma_scope_jax.cli import common
 from gemma_scope_jax.runtime import files
+from gemma_scope_jax.saes import loading
 from gemma_scope_jax.training import checkpoint, runs
 
 
@@ -207,7 +208,7 @@ def test_a_full_disk_is_said_in_one_line():
 
 def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
     with pytest.raises(ValueError) as ours:
-        runs.read_config(pathlib.Path("nowhere"))
+        loading.run_config(pathlib.Path("nowhere"))
     assert "nowhere is no run directory" in common.explain(ours.value)
     with pytest.raises(ValueError) as librarys:
         json.loads("{")

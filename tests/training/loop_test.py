@@ -27,7 +27,7 @@ from gemma_scope_jax import config
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.runtime import devices, sharding
-from gemma_scope_jax.saes import jumprelu
+from gemma_scope_jax.saes import jumprelu, loading
 from gemma_scope_jax.saes.formats import saelens
 from gemma_scope_jax.training import checkpoint, export, loop, runs, step
 from gemma_scope_jax.training import metrics_log as log_lib
@@ -55,7 +55,7 @@ def finished(inputs, tmp_path_factory):
 
 def test_a_run_directory_is_self_contained(inputs, finished):
     c = tiny.run_config(inputs, **LONG)
-    assert runs.read_config(finished) == c
+    assert loading.run_config(finished) == c
     plan = runs.build(c).plan
     total = plan.harvests + plan.ring_steps
     assert logged_steps(finished) == list(range(1, total + 1))
@@ -660,7 +660,7 @@ def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path
     assert "held out FVU" in log_lib.progress(entries[-1])
 
     run, state = runs.open_run(tmp_path / "run")
-    rows = token_rows.open_rows(runs.run_rows(c, tmp_path / "run"), token_rows.HELD_OUT)
+    rows = token_rows.open_rows(prepare.rows_of_run(c, tmp_path / "run"), token_rows.HELD_OUT)
     tokens = jnp.asarray(rows.read(token_rows.order(len(rows), c.seed, 0, 8)).tokens)
     kept = np.asarray(masking.is_kept(tokens, 0))
     for b in run.plan.banks:

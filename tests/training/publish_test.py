@@ -13,6 +13,7 @@ import tiny
 import yaml
 
 from gemma_scope_jax.cli import evaluate as evaluate_cli
+from gemma_scope_jax.data import prepare
 from gemma_scope_jax.saes import loading
 from gemma_scope_jax.saes.formats import saelens
 from gemma_scope_jax.training import loop, publish, runs
@@ -157,7 +158,7 @@ def test_neither_names_nor_credentials_are_published(evaluated, tmp_path, monkey
     (changed / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes())
     monkeypatch.setattr(loading, "is_run", lambda path: True)
     monkeypatch.setattr(runs, "open_run", lambda path: (dataclasses.replace(run, config=config), state))
-    monkeypatch.setattr(runs, "run_rows", lambda config, path: pathlib.Path("rows_0/1.0.0"))
+    monkeypatch.setattr(prepare, "rows_of_run", lambda config, path: pathlib.Path("rows_0/1.0.0"))
     publish.publish(changed, tmp_path / "out", "someone/tiny-saes", "mit")
     for path in (tmp_path / "out").rglob("*"):
         for secret in secrets if path.is_file() else ():

@@ -39,6 +39,12 @@ class About:
     weights: str = ""
     tokenizer: str = ""
     gemma_dtype: str = "float32"
+    # What it was trained for, and how far; see `config.BankConfig`.
+    sparsity_coefficient: float | None = None
+    objective: str = "linear"
+    target_l0: float = 0.0
+    seed: int = 0
+    step: int | None = None
     site_mean_O: np.ndarray | None = dataclasses.field(default=None, compare=False)  # for mean ablation
 
 

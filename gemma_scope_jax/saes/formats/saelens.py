@@ -25,6 +25,11 @@ _OWN_FIELDS = {
     "weights": str,
     "tokenizer": str,
     "gemma_dtype": str,
+    "sparsity_coefficient": float | int | None,
+    "objective": str,
+    "target_l0": float | int,
+    "seed": int,
+    "step": int | None,
 }
 
 
@@ -189,6 +194,10 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         "context_length": (2, 2**20),
         "l0": (0, 1e9),
         "data_seed": (0, 2**63),
+        "sparsity_coefficient": (0, 1e30),
+        "target_l0": (0, 1e9),
+        "seed": (0, 2**63),
+        "step": (0, 2**63),
         "held_out_fraction": (0, 1),
     }
     for name, (value, kind) in fields.items():
