@@ -4,24 +4,26 @@ Nothing here prints or writes unasked. `logging` has messages (logger `gemma_sco
 """
 
 import pathlib
+import typing
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.analysis import Scope
-from gemma_scope_jax.analysis import session as session_lib
 from gemma_scope_jax.evaluation import opening, report
 from gemma_scope_jax.models import placement, registry, tokenizer
 from gemma_scope_jax.models.language_model import LanguageModel
 from gemma_scope_jax.models.sites import blocks_needed
-from gemma_scope_jax.runtime import files, reporting
+from gemma_scope_jax.runtime import extras, files, reporting
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import loading
 from gemma_scope_jax.saes.loading import LoadedSAE
 from gemma_scope_jax.training import config_files, export, loop
 from gemma_scope_jax.training.trained import TrainedRun
+
+if typing.TYPE_CHECKING:
+    from gemma_scope_jax.analysis import Scope
 
 # What SAEs are given as: a run, or where one or some lie; or those that are loaded.
 SAEs = str | pathlib.Path | TrainedRun | LoadedSAE | Mapping[str, LoadedSAE] | Iterable[LoadedSAE]
@@ -163,8 +165,11 @@ def evaluate(
 
 def session(
     saes: SAEs, model: LanguageModel | None = None, *, text: str | None = None, trust: bool = False
-) -> Scope:
+) -> "Scope":
     """A model with SAEs, to look inside with `gemma_scope_jax.analysis`; the arguments are those of `evaluate`."""
+    with extras.needed():
+        from gemma_scope_jax.analysis import session as session_lib
+
     opened, loaded = _opened(saes, model, text=text, trust=trust)
     return session_lib.open_session(opened, loaded)
 

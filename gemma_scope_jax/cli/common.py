@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from gemma_scope_jax.runtime import reporting, signals
+from gemma_scope_jax.runtime import extras, reporting, signals
 from gemma_scope_jax.runtime.errors import UserError
 from gemma_scope_jax.runtime.printing import Unfailing, printable
 
@@ -55,7 +55,7 @@ def run(main: Callable[[], None], why: str = "") -> None:
         lambda record: not _is_full_disk(f"{record.exc_info} {record.getMessage()}")
     )
     try:
-        with reporting.speaking():
+        with reporting.speaking(), extras.needed():
             main()
     except signals.Interrupted as error:
         if not _is_one_of_many() or sys.modules["jax"].process_index() == 0:

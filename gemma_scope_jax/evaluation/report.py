@@ -23,7 +23,7 @@ from gemma_scope_jax.evaluation import (
 )
 from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.models.gemma import Gemma
-from gemma_scope_jax.runtime import ranges, resumable
+from gemma_scope_jax.runtime import extras, ranges, resumable
 from gemma_scope_jax.runtime.printing import printable, shareable
 from gemma_scope_jax.saes import attached, evaluation_file, naming
 from gemma_scope_jax.saes import verdicts as verdicts_lib
@@ -65,7 +65,8 @@ class Results(side_by_side.Suite):
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A row of numbers for each SAE, with standard errors in columns of their own."""
-        import pandas
+        with extras.needed():
+            import pandas
 
         rows = {name: evaluation_file.numbers(result) for name, result in self.results.items()}
         return pandas.DataFrame.from_dict(rows, orient="index")

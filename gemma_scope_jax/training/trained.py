@@ -6,6 +6,7 @@ import pathlib
 import typing
 
 from gemma_scope_jax import config as config_lib
+from gemma_scope_jax.runtime import extras
 from gemma_scope_jax.runtime.errors import RunError
 from gemma_scope_jax.saes import loading
 from gemma_scope_jax.training import metrics_log
@@ -50,7 +51,8 @@ class TrainedRun:
     @property
     def metrics(self) -> "pandas.DataFrame":
         """What was logged: a row for each step and SAE."""
-        import pandas
+        with extras.needed():
+            import pandas
 
         rows = []
         for entry in metrics_log.read_metrics(self.path):

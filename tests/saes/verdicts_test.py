@@ -86,7 +86,7 @@ def test_what_may_be_chance_is_not_said():
 def test_training_tells_nothing_of_losses():
     training = {name: GOOD[name] for name in ("l0", "fvu")}
     assert verdicts.verdict(training, 4096).line == (
-        "nothing amiss at L0 57.1 and FVU 0.032; delta loss, by evaluate.py, decides"
+        "nothing amiss at L0 57.1 and FVU 0.032; delta loss, by gemma-scope evaluate, decides"
     )
     assert verdicts.verdict(training | {"fvu": 1.5}, 4096).faults
 
