@@ -19,7 +19,7 @@ def written(tmp_path):
     results = {f"layer_{i}_resid_post": evaluation(i) for i in (0, 1)}
     layers = {name: i for i, name in enumerate(results)}
     verdicts_of = {name: verdicts.Verdict(("<b>bad</b>",) * i, "wait") for i, name in enumerate(results)}
-    command = "python evaluate.py X --rows=4"
+    command = "gemma-scope evaluate X --rows=4"
     page.write_html(tmp_path / "a.html", results, ABOUT, command, layers, None, verdicts_of, ["<u>"])
     return tmp_path / "a.html", results
 
@@ -49,7 +49,7 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
     verdict = re.search('<ul id="verdict">(.*?)</ul>', html, re.DOTALL)[1]
     assert "1 of 2 SAEs with nothing amiss" in verdict and "layer_0" not in verdict
     assert "&lt;b&gt;bad&lt;/b&gt;. Next: wait." in verdict
-    assert "&lt;sotu &amp; co&gt;" in html and "python evaluate.py X --rows=4" in html
+    assert "&lt;sotu &amp; co&gt;" in html and "gemma-scope evaluate X --rows=4" in html
     shown = set(map(unescape, re.findall(r"<d[td]>(.*?)</d[td]>", html, re.DOTALL)))
     for metric in metrics.METRICS.values():
         assert {metric.label, metric.definition} <= shown

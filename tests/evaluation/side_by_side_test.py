@@ -106,7 +106,7 @@ NUMBERS = {key: 0.5 for key in evaluation_file.SCALARS} | {"rows": ROWS, "l0_qua
 
 
 def evaluated(folder, numbers=NUMBERS, arrays=None, **about):
-    """A folder with an evaluation, as evaluate.py leaves it."""
+    """A folder with an evaluation, as gemma-scope evaluate leaves it."""
     folder.mkdir()
     written = {"model": "tiny", "text": "a", "cost": {"seconds": 1.0}, **about, "sae": {"x": numbers}}
     (folder / "evaluation.json").write_text(json.dumps(written))

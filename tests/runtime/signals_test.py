@@ -65,7 +65,7 @@ def start(program, *arguments, stderr=subprocess.PIPE, under=()):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_not_lost_when_nobody_listens_any_more(number):
-    """As Ctrl-C does to `train.py … | tee log`, which it ends too, and a closing terminal to both streams."""
+    """As Ctrl-C does to `train | tee log`, which it ends too, and a closing terminal to both streams."""
     with start(TRAINS, 0) as process:
         process.stdout.close()
         process.send_signal(number)

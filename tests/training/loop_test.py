@@ -358,7 +358,9 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
     monkeypatch.setattr(runs, "load_gemma", spoiled)
     at = f"at row {order[place // 16]}, position {place % 16}"
     place_text = f"in step {place // 128 + 1} the activation of embed {at}"
-    with pytest.raises(FloatingPointError, match=rf"{place_text}.* is not finite: NaN.*skip_nonfinite=True"):
+    with pytest.raises(
+        FloatingPointError, match=rf"{place_text}.* is not finite: NaN.*--normalizer.skip-nonfinite"
+    ):
         loop.train(c, tmp_path / "run")
     skips = dataclasses.replace(c, normalizer=dataclasses.replace(c.normalizer, skip_nonfinite=True))
     loop.train(skips, tmp_path / "run")

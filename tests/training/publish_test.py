@@ -93,7 +93,7 @@ def test_only_what_was_measured_is_published(evaluated, tmp_path):
         told | {"sae": {k: v for k, v in told["sae"].items() if k != name}},
     ):
         measured.write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=r"is not of this run at its step 14; run python evaluate\.py"):
+        with pytest.raises(ValueError, match=r"is not of this run at its step 14; run gemma-scope evaluate"):
             publish.publish(workdir, tmp_path / "out", "someone/tiny-saes", "mit")
     others = {"split": "train", "text": "papers", "dtype": "bfloat16", "turns": "model", "weights": "other"}
     for name, value in others.items():

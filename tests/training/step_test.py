@@ -318,7 +318,7 @@ def test_the_controller_raises_lambda_above_the_target_and_lowers_it_below(input
     l0_E = metrics[-1].banks["main"].l0_E
     assert l0_E[0] > 3 and l0_E[1] < 20
     # Sixteen updates, eight of them while λ warms up; 1 e-fold off at most.
-    moved = np.exp(8 * 0.01 * bank.CONTROLLER_SPEED)
+    moved = np.exp(8 * 0.01 * objectives.CONTROLLER_SPEED)
     np.testing.assert_allclose(coefficient_E, [1e-2 * moved, 1e-2 / moved], rtol=2e-3)
 
 
