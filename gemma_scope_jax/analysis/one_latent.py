@@ -1,7 +1,7 @@
 """One latent from near: what it fires on, and which tokens it raises. Dashboards show the same of all."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib.figure
 import matplotlib.patches
@@ -19,6 +19,7 @@ from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import lines, plottable, printable
@@ -39,7 +40,7 @@ class Excerpt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class Look(Result):
     """What one latent fires on, and which tokens it raises."""
 
     model: str
@@ -64,6 +65,21 @@ class Look:
             f"fires on {self.frequency:.2%} of {self.activations:,} activations, "
             f"with {self.mean:.4g} in the mean, {self.largest:.4g} at most"
         )
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each token of each excerpt."""
+        for kind, excerpts in (("strongest", self.strongest), ("sampled", self.sampled)):
+            for number, excerpt in enumerate(excerpts):
+                peak = np.arange(len(excerpt.tokens)) == excerpt.peak
+                yield from records_of(
+                    {
+                        "kind": kind,
+                        "excerpt": number,
+                        "token": list(excerpt.tokens),
+                        "activation": excerpt.values,
+                        "is_peak": peak,
+                    }
+                )
 
     def show(self, top: int = 10) -> None:
         """Prints passages, tokens shaded by activation, and the tokens that it raises and lowers."""

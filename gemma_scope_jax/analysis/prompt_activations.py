@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import matplotlib.figure
 import numpy as np
@@ -12,6 +12,7 @@ import rich.text
 
 from gemma_scope_jax.analysis.session import Scope, place_copies, prompt, reconstruct
 from gemma_scope_jax.display import html, plotting, tables
+from gemma_scope_jax.display.results import Result
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.runtime.printing import printable
@@ -19,7 +20,7 @@ from gemma_scope_jax.saes import jumprelu
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Reading(Result):
     """What fires on the tokens of a prompt. BOS, on which no SAE was trained, is left out."""
 
     model: str
@@ -39,6 +40,20 @@ class Reading:
         f_M = np.where(self.is_dense(name), 0, self.latents[name][token])
         order = np.argsort(-f_M, kind="stable")[:top]
         return [(int(latent), float(f_M[latent])) for latent in order if f_M[latent] > 0]
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each latent that fires on a token, tokens numbered from 1 as they stand behind BOS."""
+        for name, f_LxM in self.latents.items():
+            dense_M = self.is_dense(name)
+            for t, latent in zip(*np.nonzero(f_LxM), strict=True):
+                yield {
+                    "sae": name,
+                    "position": int(t) + 1,
+                    "token": self.tokens[t],
+                    "latent": int(latent),
+                    "activation": float(f_LxM[t, latent]),
+                    "is_dense": bool(dense_M[latent]),
+                }
 
     def show(self, top: int = 5) -> None:
         """Prints a table for each SAE: the brighter a latent, the stronger it fires, of all on this prompt."""

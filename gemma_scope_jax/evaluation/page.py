@@ -1,6 +1,5 @@
 """An evaluation as one page that needs no network: tables, plots, definitions, and how to make it again."""
 
-import csv
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -65,10 +64,7 @@ def write_csv(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
     rows = [{"name": name, **evaluation_file.numbers(result)} for name, result in results.items()]
     for row in rows:
         row["l0_quantiles"] = " ".join(map(str, row["l0_quantiles"]))
-    with files.replacing_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    files.write_csv(path, rows)
 
 
 def write_html(

@@ -1,6 +1,5 @@
 """Evaluations side by side: of two suites of SAEs, or of one on several texts."""
 
-import csv
 import dataclasses
 import pathlib
 import types
@@ -170,14 +169,7 @@ class Comparison:
             picture=html.data_url(plotting.png(self.figure(), 120)),
             command=command,
         )
-        names = ("number", "sae", "column", "value", "se", "difference", "difference_se")
-        with (
-            files.replacing_file(written[1]) as partial,
-            partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.cells)
+        files.write_csv(written[1], self.cells)
         return written
 
 

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and files of others opened with care."""
 
 import contextlib
+import csv
 import errno
 import fcntl
 import glob
@@ -302,6 +303,19 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_json(path: pathlib.Path, value: object) -> None:
     """Writes a value as indented JSON."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path: pathlib.Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Writes a table with a column for each key that any record has."""
+    records = list(records)
+    columns = dict.fromkeys(key for record in records for key in record)
+    with (
+        replacing_file(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(records)
 
 
 @contextlib.contextmanager

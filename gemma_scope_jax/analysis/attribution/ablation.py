@@ -4,7 +4,7 @@ Shapes: N latents taken out, S rows, L tokens, K latents of an SAE that an edit 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from gemma_scope_jax.analysis.attribution.gradients import Attribution, Metric
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.display import tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, ranges, sharding
@@ -39,7 +40,7 @@ class Correlation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ablations:
+class Ablations(Result):
     """Latents of one prompt or of several, each kept from firing on all tokens, with its SAE's error as it was."""
 
     sae: tuple[str, ...]
@@ -69,6 +70,11 @@ class Ablations:
             return Correlation(len(x), np.nan, np.nan)
         pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
         return Correlation(len(x), float(pearson), float(spearman))
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each latent ablated."""
+        names = ("latent", "layer", "prompt", "is_strongest", "attributed", "effect")
+        return records_of({"sae": list(self.sae)} | {name: getattr(self, f"{name}_N") for name in names})
 
     def show(self, top: int = 10) -> None:
         """Prints the correlations, and the latents whose ablation does most."""

@@ -10,7 +10,7 @@ Shapes: S rows, L tokens, N firings, D and O widths of the sites read and given,
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from gemma_scope_jax.analysis import session as scope_lib
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.display import html, plotting, tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import forward, masking, predictions
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, site_width
@@ -83,7 +84,7 @@ class Integral(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Attribution:
+class Attribution(Result):
     """What has a part in a difference of two logits. BOS, on which no SAE was trained, has none."""
 
     model: str
@@ -126,6 +127,34 @@ class Attribution:
             name: {heading: float(getattr(parts, column).sum()) for heading, column in columns.items()}
             for name, parts in self.parts.items()
         }
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each part: of latents that fire (`kind` latent), of the error, of b_dec and of a skip connection.
+
+        Tokens are numbered from 1 as they stand behind BOS. What is no latent has none, and no activation.
+        """
+        for name, parts in self.parts.items():
+            tokens = np.arange(len(parts.total_L))
+            kinds = [("latent", parts.token_N, parts.latent_N, parts.activation_N, parts.part_N)] + [
+                (kind, tokens, [None] * len(tokens), [None] * len(tokens), part_L)
+                for kind, part_L in (
+                    ("error", parts.error_L),
+                    ("b_dec", parts.bias_L),
+                    ("skip", parts.skip_L),
+                )
+            ]
+            for kind, token_N, latent_N, activation_N, part_N in kinds:
+                yield from records_of(
+                    {
+                        "sae": name,
+                        "kind": kind,
+                        "position": np.asarray(token_N) + 1,
+                        "token": [self.tokens[t] for t in token_N],
+                        "latent": latent_N,
+                        "activation": activation_N,
+                        "part": part_N,
+                    }
+                )
 
     def show(self, top: int = 20) -> None:
         """Prints the strongest latents, and what each SAE's parts add up to."""

@@ -8,7 +8,7 @@ Shapes: A prompts of the first set and B of the second, N in all, S rows in one 
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.results import Result
 from gemma_scope_jax.evaluation import metrics
 from gemma_scope_jax.models import masking, passes, predictions
 from gemma_scope_jax.models.gemma import Gemma
@@ -52,7 +53,7 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Correction:
+class Correction(Result):
     """What ablating the latents that tell two sets apart makes of a behaviour."""
 
     answer: str
@@ -109,6 +110,22 @@ class Correction:
             f"{self.clean.gap:.3f}, {share:.0%} of it. {self.as_good} of {len(self.random)} random sets narrow it by "
             f"as much (p = {p:.2g}). They fire {self.strength:.0%} as strongly."
         )
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each outcome: of Gemma as it is, with the latents ablated, and with random ones."""
+        for kind, outcomes in (
+            ("clean", (self.clean,)),
+            ("ablated", (self.ablated,)),
+            ("random", self.random),
+        ):
+            for one in outcomes:
+                yield {
+                    "kind": kind,
+                    "gap": one.gap,
+                    "activation": one.activation,
+                    "delta_loss": one.delta_loss,
+                    "delta_loss_se": one.delta_loss_se,
+                }
 
     def show(self) -> None:
         """Prints the behaviour of both sets without ablation, with it, and with random sets ablated."""

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from scipy import stats
 from gemma_scope_jax.analysis.contrasts import rank_tests
 from gemma_scope_jax.analysis.session import Scope, padded
 from gemma_scope_jax.display import tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import activations, generation, masking
 from gemma_scope_jax.runtime import distributed, files, sharding
 from gemma_scope_jax.runtime.errors import InputError
@@ -54,7 +55,7 @@ class Latents(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrast:
+class Contrast(Result):
     """How latents tell two sets of prompts apart."""
 
     model: str
@@ -116,6 +117,14 @@ class Contrast:
                 what = "pairs" if self.is_paired else "prompts of each"
                 said += f" One alone would have to reach {alone:.2g}, which takes {needed} {what}."
         return said
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each latent of each SAE; those that fire in no prompt have no AUROC, p or q."""
+        for name, one in self.of.items():
+            columns = {field.removesuffix("_M"): values for field, values in one._asdict().items()}
+            latents = np.arange(len(one.p_M))
+            is_found = np.isin(latents, self.latents(name))
+            yield from records_of({"sae": name, "latent": latents, **columns, "is_found": is_found})
 
     def show(self, top: int = 10) -> None:
         """Prints the strongest found of each SAE."""

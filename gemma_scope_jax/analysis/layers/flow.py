@@ -9,7 +9,7 @@ Shapes: E SAEs, L tokens, O width of a site that is spliced, S rows in a pass.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import matplotlib.figure
@@ -19,6 +19,7 @@ from gemma_scope_jax.analysis.dashboards import website
 from gemma_scope_jax.analysis.layers import logit_lens as lens_lib
 from gemma_scope_jax.analysis.session import Scope, is_kept, one_token, place_copies, prompt, reconstruct
 from gemma_scope_jax.display import html, plotting, tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import interventions, passes
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import distributed, reporting, sharding
@@ -35,7 +36,7 @@ _MEASURED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow:
+class Flow(Result):
     """What SAEs make of each token of a prompt, in the order of their kinds of site, then of layers. Without BOS."""
 
     model: str
@@ -53,6 +54,23 @@ class Flow:
     def of_kind(self, kind: str) -> list[int]:
         """The numbers of the SAEs of one kind of site, the shallowest first."""
         return [number for number, of in enumerate(self.kinds) if of == kind]
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each token and SAE; those of the lens are its own."""
+        for number, name in enumerate(self.names):
+            yield from records_of(
+                {
+                    "sae": name,
+                    "kind": self.kinds[number],
+                    "layer": self.layers[number],
+                    "position": np.arange(len(self.tokens)) + 1,
+                    "token": list(self.tokens),
+                    "norm": self.norm_ExL[number],
+                    "l0": self.l0_ExL[number],
+                    "error": self.error_ExL[number],
+                    "delta_loss": self.delta_loss_ExL[number],
+                }
+            )
 
     def show(self) -> None:
         """Prints means over the tokens, and what the last token's stream predicts at each layer."""

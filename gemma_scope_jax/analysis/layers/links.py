@@ -18,6 +18,7 @@ from gemma_scope_jax.analysis.session import Scope, is_kept, place_prompts, prom
 from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
@@ -30,7 +31,7 @@ _BLOCK = 2**14  # So many latents' weights are in float64 at a time.
 
 
 @dataclasses.dataclass(frozen=True)
-class Links:
+class Links(Result):
     """What later SAEs' latents have of one latent; by SAE, in the order in which Gemma passes them, arrays [M].
 
     Attributions and effects are sums over tokens for each firing of the latent. Streams grow from layer to layer, and
@@ -73,6 +74,17 @@ class Links:
             return float("nan")
         x, y = what[name][reached_M], self.effect[name][reached_M]
         return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else float("nan")
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each later latent that is reached."""
+        for name, effect_M in self.effect.items():
+            latents = np.flatnonzero(self.is_reached(name))
+            columns = {what: getattr(self, what)[name] for what in ("weight", "cosine", "attribution")}
+            columns |= {"effect": effect_M, "frequency": self.frequency[name]}
+            yield from records_of(
+                {"sae": name, "layer": self.layer[name], "latent": latents}
+                | {what: of if of is None else of[latents] for what, of in columns.items()}
+            )
 
     def show(self, top: int = 20) -> None:
         """Prints the later latents with the largest effects, and how well weights and attributions tell them."""

@@ -4,7 +4,7 @@ Shapes: R streams, L tokens, D width of the stream, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import matplotlib.patches
 import numpy as np
 
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import predictions as predictions_lib
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, sharding
@@ -30,7 +31,7 @@ class Predictions(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lens:
+class Lens(Result):
     """What streams and their reconstructions predict at each of L tokens, by layer."""
 
     tokens: tuple[str, ...]
@@ -41,6 +42,25 @@ class Lens:
     reconstruction: Predictions  # [R, L]
     output: Predictions  # [1, L], of the model
     texts: Mapping[int, str]  # of all tokens in these
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each token and stream: a layer's, its reconstruction, and what the model puts out."""
+        sides = {"stream": self.stream, "reconstruction": self.reconstruction, "output": self.output}
+        for side, seen in sides.items():
+            for row, layer in enumerate(self.layers if side != "output" else [""]):
+                yield from records_of(
+                    {
+                        "layer": layer,
+                        "of": side,
+                        "position": np.arange(len(self.tokens)) + 1,
+                        "token": list(self.tokens),
+                        "likeliest": [self.texts[int(token)] for token in seen.token[row]],
+                        "probability": seen.probability[row],
+                        "answer": [self.texts[int(token)] for token in self.answer_L],
+                        "answer_probability": seen.answer_probability[row],
+                        "answer_rank": seen.answer_rank[row],
+                    }
+                )
 
     def show(self, token: int = -1) -> None:
         """Prints a table for one token of the prompt, a line for each layer."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import rich.console
 import rich.table
@@ -12,6 +12,7 @@ from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edit_syntax, edits
 from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.display import html, tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import generation
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import lines, printable
@@ -20,7 +21,7 @@ NUM_TOKENS = 40  # The most that are written behind a prompt, unless another num
 
 
 @dataclasses.dataclass(frozen=True)
-class Steered:
+class Steered(Result):
     """What Gemma writes behind prompts as it is, and with latents changed."""
 
     model: str
@@ -46,6 +47,11 @@ class Steered:
             (prompt, [_parted(*pair) for pair in zip(clean, changed, strict=True)])
             for prompt, clean, changed in zip(self.prompts, self.clean, self.changed, strict=True)
         ]
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each pair of replies."""
+        for prompt, clean, changed in zip(self.prompts, self.clean, self.changed, strict=True):
+            yield from records_of({"prompt": prompt, "clean": list(clean), "changed": list(changed)})
 
     def show(self) -> None:
         """Prints the replies side by side, ↵ for a new line; what they begin with alike is dim."""

@@ -6,7 +6,7 @@ Shapes: N strengths, S rows, L tokens, T chosen tokens.
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import tables
+from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.evaluation import metrics, page
 from gemma_scope_jax.models import interventions, masking, passes
 from gemma_scope_jax.models.gemma import Gemma
@@ -35,7 +36,7 @@ _RAISED = 10  # Tokens whose log-probability is looked at where none are given.
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class Sweep(Result):
     """What a latent does to predictions, strength by strength. `_se` is a standard error over rows."""
 
     sae: str
@@ -57,6 +58,13 @@ class Sweep:
         """What is done to which latent."""
         done = "added to" if self.kind == "add" else "in the place of the activation of"
         return f"so many times {self.unit:.4g} {done} latent {self.latent} of {printable(self.sae, 100)}"
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """A row for each strength."""
+        names = ("effect", "effect_se", "damage", "damage_se")
+        return records_of(
+            {"strength": self.strengths_N} | {name: getattr(self, f"{name}_N") for name in names}
+        )
 
     def show(self) -> None:
         """Prints a row for each strength."""
