@@ -18,14 +18,14 @@ Expected: `python -m benchmarks.results SUITE` trains and evaluates it, into res
 
 import ml_collections
 
-from configs import quickstart
 from gemma_scope_jax import config
+from gemma_scope_jax.training import config_files
 
 LAYER = 9
 
 
 def get_config(suite: str = "sweep") -> ml_collections.ConfigDict:
-    c = quickstart.get_config()
+    c = ml_collections.ConfigDict(config_files.load("quickstart"))
     recipe = {"bandwidth": 0.04, "initial_threshold": 0.04, "window_updates": 400}
     lambdas = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
     targets = {"layers": (LAYER,), "width": 1024, "target_l0s": (25.0, 50.0, 100.0)}

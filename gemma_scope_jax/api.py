@@ -3,6 +3,7 @@
 Nothing here prints or writes unasked. `logging` has messages (logger `gemma_scope_jax`), `progress=True` shows bars.
 """
 
+import dataclasses
 import pathlib
 import typing
 from collections.abc import Iterable, Mapping
@@ -64,16 +65,17 @@ def load_model(
     *,
     weights: str = "",
     tokenizer_path: str = "",
-    dtype: str = "bfloat16",
+    dtype: str = "",
     layers: int | None = None,
 ) -> LanguageModel:
     """A Gemma with its tokenizer; split over the devices where it would not fit on one.
 
     Args:
-      model: its name, as in `gemma2_2b`; or an SAE, for the blocks that its activations take.
+      model: its name, as in `gemma2_2b`; or an SAE, for the blocks that its activations take. What is not given is
+        then as in the run that it was read from; a file outside of one has no say in it.
       weights: where they lie, as `weights` of a config. Empty: those of the model's own.
       tokenizer_path: where it lies; empty: beside the weights, else the model's own.
-      dtype: of the model's arithmetic, `bfloat16` or `float32`.
+      dtype: of the model's arithmetic, `bfloat16` or `float32`; empty: `bfloat16`.
       layers: how many blocks to load, the first ones; None: all, or of an SAE's what it takes.
 
     Raises:
@@ -82,7 +84,16 @@ def load_model(
     name = model.model if isinstance(model, LoadedSAE) else model
     if isinstance(model, LoadedSAE):
         layers = blocks_needed([model.site, model.target_site]) if layers is None else layers
-    fields = {"model": name, "weights": weights, "tokenizer": tokenizer_path, "gemma_dtype": dtype}
+        if model.is_of_run and not weights:
+            weights = model.about.weights
+            tokenizer_path = tokenizer_path or model.about.tokenizer
+        dtype = dtype or (model.about.gemma_dtype if model.is_of_run else "")
+    fields = {
+        "model": name,
+        "weights": weights,
+        "tokenizer": tokenizer_path,
+        "gemma_dtype": dtype or "bfloat16",
+    }
     config = config_lib.from_dict(fields)
     return LanguageModel(placement.load_gemma(config, layers), tokenizer.load(name, tokenizer_path, weights))
 
@@ -97,6 +108,7 @@ def train(
     """Trains the SAEs of a config, or goes on with the run in `workdir`, to its end.
 
     Ctrl-C ends the step that is under way, saves a checkpoint, and raises KeyboardInterrupt; the same call goes on.
+    With several processes it ends them without a save.
 
     Args:
       config: a config's name, such as `quickstart` or `gemma2_2b:resid_post_65k`; a config file; or a `Config`.
@@ -126,8 +138,8 @@ def evaluate(
     model: LanguageModel | None = None,
     *,
     text: str | None = None,
-    rows: int = 512,
-    rows_per_batch: int = 8,
+    rows: int | None = None,
+    rows_per_batch: int | None = None,
     split: str = "held_out",
     turns: str | None = None,
     fast: bool = False,
@@ -141,8 +153,8 @@ def evaluate(
       saes: a run, where one or some lie, or SAEs that are loaded.
       model: all of it; None: it is loaded as the run or the SAEs say.
       text: to evaluate on, as `data.text` of a config; None: the one that they were trained on, if that is known.
-      rows: of it, at most all.
-      rows_per_batch: in one pass.
+      rows: of it, at most all; None: as the run's config says, of SAEs in files 512.
+      rows_per_batch: in one pass; None: likewise, else 8.
       split: `held_out`, or `train`.
       turns: in the chat template, whose turns count: `all`, `user` or `model`.
       fast: without KL and r_L0.
@@ -155,6 +167,9 @@ def evaluate(
       FloatingPointError: what is measured is not finite.
     """
     opened, loaded = _opened(saes, model, text=text, turns=turns, trust=trust)
+    asked = opened.config.evaluation
+    rows = asked.rows if rows is None else rows
+    rows_per_batch = asked.rows_per_batch if rows_per_batch is None else rows_per_batch
     options = report.Options(rows, rows_per_batch, split, turns, fast, baselines)
     with reporting.showing_progress(progress):
         gemma = loaded.gemma if loaded else placement.load_gemma(opened.config)
@@ -187,13 +202,14 @@ def _opened(
             export.refresh(place)
         opened = opening.open_path(saes, trust=trust, **overrides)
     else:
-        some = (
-            [saes]
-            if isinstance(saes, LoadedSAE)
-            else [*saes.values()]
-            if isinstance(saes, Mapping)
-            else [*saes]
-        )
+        if isinstance(saes, LoadedSAE):
+            some = [saes]
+        elif isinstance(saes, Mapping):
+            some = [dataclasses.replace(one, name=name) for name, one in saes.items()]
+        elif isinstance(saes, Iterable):
+            some = list(saes)
+        else:
+            raise InputError(f"{saes!r} is no SAE; give one, some, or where some lie")
         if not some:
             raise InputError("there is no SAE; give one, or where some lie")
         given = {name: value for name, value in overrides.items() if value is not None}

@@ -35,7 +35,7 @@ class OptimizerConfig:
     """Adam without momentum; the defaults are Gemma Scope's.
 
     Args:
-      learning_rate: the largest; it rises from a tenth of itself, by a cosine.
+      learning_rate: the peak. During warm-up it rises along a cosine from a tenth of that.
       beta2: of Adam, for the mean of squared gradients.
       eps: of Adam, added to the root of that mean.
       warmup_updates: over so many updates the learning rate rises.
@@ -450,7 +450,7 @@ def check_resumable(old: Config, new: Config) -> None:
             raise ConfigError(
                 f"this run was started with config.{name} = {quoted(before.get(name))}, "
                 f"now it is {quoted(now.get(name))}; "
-                f"give it the old value, or start another run with another --workdir{go_on}"
+                f"give it the old value, or start another run in another folder{go_on}"
             )
 
 

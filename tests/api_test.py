@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,56 @@ def test_mistakes_say_how_they_are_mended(run, model, tmp_path):
         gs.evaluate({}, model)
     with pytest.raises(ValueError, match="unknown model 'tinny'"):
         gs.load_model("tinny")
+
+
+def test_arguments_of_the_wrong_kind_are_said(run, model):
+    one = next(iter(run.saes.values()))
+    for x in (np.zeros((3, 5)), np.float32(0)):
+        with pytest.raises(ValueError, match=r"reads activations of 32 numbers each; these are of shape \("):
+            one.encode(x)
+    with pytest.raises(ValueError, match=r"has 64 latents; these are of shape \(2, 3\)"):
+        one.decode(np.zeros((2, 3)))
+    assert one.encode(np.zeros((0, 32))).shape == (0, 64)
+    for text in ([], ["one", "two"], [2]):
+        with pytest.raises(ValueError, match="activations are of one text, or of token ids"):
+            model.activations(text, one.site)
+    with pytest.raises(ValueError, match="turns are 'everyone'; choose all, user or model"):
+        gs.evaluate(run, model, turns="everyone")
+    with pytest.raises(ValueError, match="have no split 'test'; choose held_out or train"):
+        gs.evaluate(run, model, split="test")
+    with pytest.raises(ValueError, match="3 is no SAE; give one"):
+        gs.evaluate(3, model)
+
+
+def test_what_stands_at_the_end_of_a_notebooks_cell_is_short(run, model):
+    one = next(iter(run.saes.values()))
+    results = gs.evaluate(run, model, rows=4, rows_per_batch=4, fast=True)
+    assert repr(one) == f"LoadedSAE({one.name!r}, tiny, layer_1_resid_post, 64 latents)"
+    assert repr(model.gemma) == "Gemma(tiny, 4 of 4 blocks, float32, on 1 device)"
+    assert max(len(repr(shown)) for shown in (one, model, results)) < 300
+    assert one == one and one != next(reversed(run.saes.values())) and len({one, results}) == 2
+
+
+def test_saes_have_the_names_that_they_are_given(run, model):
+    one = next(iter(run.saes.values()))
+    assert set(gs.session({"x": one, "y": one}, model).subjects) == {"x", "y"}
+    with pytest.raises(ValueError, match=r"has two SAEs of one name; .* or give them as a dict by name"):
+        gs.session([one, one], model)
+
+
+def test_a_model_is_loaded_as_in_the_run_of_its_sae(run, inputs):
+    part = gs.load_model(next(iter(run.saes.values())))  # No weights are known of the name alone.
+    assert (part.gemma.num_layers, part.gemma.dtype) == (2, jnp.float32)
+
+
+def test_saes_of_a_run_under_way_are_those_of_its_newest_checkpoint(run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(run.path, workdir)
+    shutil.rmtree(workdir / "sae")
+    found = gs.load_saes(workdir)
+    assert set(found) == set(run.saes)
+    for name, one in found.items():
+        np.testing.assert_array_equal(one.sae.W_enc, run.saes[name].sae.W_enc)
 
 
 def test_calls_leave_output_folder_and_signals_as_they_were(inputs, tmp_path, monkeypatch, capfd):

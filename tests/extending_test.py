@@ -1,5 +1,6 @@
 """The page about adding one's own, run as it stands, and what it adds used from training to export."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -11,8 +12,8 @@ import tiny
 
 from gemma_scope_jax.cli import evaluate as evaluate_cli
 from gemma_scope_jax.evaluation import metrics
-from gemma_scope_jax.models import registry
-from gemma_scope_jax.saes import evaluation_file, formats, loading, objectives
+from gemma_scope_jax.models import interventions, registry
+from gemma_scope_jax.saes import evaluation_file, formats, jumprelu, loading, objectives
 from gemma_scope_jax.training import export, loop
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
@@ -25,7 +26,7 @@ def page():
     before = [dict(table) for table in tables]
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 4 and all(len(block.splitlines()) < 30 for block in blocks)
+    assert len(blocks) == 5 and all(len(block.splitlines()) < 30 for block in blocks)
     try:
         exec("\n".join(blocks), names)
         yield types.SimpleNamespace(**names)
@@ -86,6 +87,41 @@ def test_the_model_is_known_by_its_names(page):
     assert registry.name_from_hugging_face("someone/gemma-3-270m-shallow") == "gemma3_270m_shallow"
     with pytest.raises(ValueError, match=r"where the weights of gemma3_270m_shallow lie is not known"):
         registry.weights_path("gemma3_270m_shallow", "")
+
+
+def test_a_capped_latent_fires_no_stronger_and_no_other_changes(page):
+    rng = np.random.default_rng(0)
+    # Latents that do not see each other, so that none changes with another.
+    eye = np.concatenate([np.eye(4), -np.eye(4)]).astype(np.float32)
+    sae = jumprelu.SAE(
+        eye.T, np.zeros(8, np.float32), np.full(8, 0.1, np.float32), eye, np.zeros(4, np.float32)
+    )
+    x_SxLxD = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    positions_SxL = np.tile(np.arange(5), (2, 1))
+    where = interventions.Where(positions_SxL + 9, positions_SxL, positions_SxL >= 0, {})
+    found = np.asarray(page.capped(sae, 1, 0.25)(x_SxLxD, where))
+    expected = x_SxLxD.copy()
+    expected[:, 1:, 1] = np.minimum(expected[:, 1:, 1], 0.25)
+    assert (expected != x_SxLxD).any()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_what_is_registered_again_takes_the_place_of_the_former(page):
+    """As when a config file is read again in one process, or a cell of a notebook is run again."""
+    again = dataclasses.replace(objectives.OBJECTIVES["frequent"])
+    objectives.register("frequent", again)
+    assert objectives.OBJECTIVES["frequent"] is again
+    other = metrics.Metric("another", "x", measure=len)
+    kept = metrics.METRICS["strongest_share"]
+    metrics.register("strongest_share", other)
+    assert metrics.METRICS["strongest_share"] is other
+    metrics.register("strongest_share", kept)
+
+
+@pytest.mark.parametrize("name", ["count", "error", "explained", "loss", "variance", "activations"])
+def test_a_metric_cannot_take_the_place_of_what_is_summed_anyway(name):
+    with pytest.raises(ValueError, match=f"another number is called '{name}'"):
+        metrics.register(name, metrics.Metric("x", "y", measure=len))
 
 
 def test_what_is_taken_is_refused():

@@ -24,8 +24,8 @@ class Command(NamedTuple):
 
     call: Callable[
         ..., object
-    ]  # the command; of one that takes a config's fields, what makes it of their defaults
-    interrupted: str = ""  # what becomes of its work when a signal ends it
+    ]  # the command; if `has_fields`, a factory of it, which takes the default config
+    when_interrupted: str = ""  # what is said of its work when a signal ends it
     has_fields: bool = False  # whether it takes a config, named first, and its fields
     words: str = ""  # the parameter that words after options belong to, too
 
@@ -75,10 +75,10 @@ def run(arguments: Sequence[str]) -> None:
     name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"{NAME} has no command {quoted(name, 40)}{hint} {NAME} --help lists them")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"{NAME} has no command {quoted(name, 40)}; {hint}{NAME} --help lists them")
     command = COMMANDS[name]
-    signals.leaving(command.interrupted)
+    signals.leaving(command.when_interrupted)
     call(name, command, rest)
 
 
@@ -96,8 +96,12 @@ def call(name: str, command: Command, arguments: Sequence[str]) -> None:
         workers = ["--workers", options["workers"]] if "workers" in options else []
         read(name, command.call(chosen), ["-", *positional, *workers])
         return
-    # The fields' defaults are those of the config that is named.
     named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if arguments and named is None and not {"-h", "--help"} & set(arguments):
+        raise InputError(
+            f"{quoted(arguments[0], 40)} stands where the config does; type {NAME} {name} CONFIG … and options behind"
+        )
+    # The fields' defaults are those of the config that is named.
     default = config.from_dict(config_files.load(named)) if named else config.Config()
     read(name, command.call(default), arguments)
 
@@ -142,4 +146,4 @@ def main() -> None:
 
 def script(name: str) -> None:
     """A script that is one of the commands, such as `train.py`."""
-    common.run(lambda: run([name, *sys.argv[1:]]), COMMANDS[name].interrupted)
+    common.run(lambda: run([name, *sys.argv[1:]]), COMMANDS[name].when_interrupted)

@@ -60,10 +60,6 @@ def of_config(command: str, arguments: Sequence[str]) -> tuple[dict, dict[str, s
             options[name.removeprefix("--")] = value
         else:
             raise ConfigError(f"unexpected argument {argument!r}; fields are set by --config.field=value")
-    if missing := [
-        name for name in ("config", *known[: command != "prepare"]) if not (file, *options.values())
-    ]:
-        raise ConfigError(f"--{missing[0]} is missing")
     for name in known if command != "prepare" else ():
         if name not in options:
             raise ConfigError(f"--{name} is missing")
@@ -80,7 +76,12 @@ def _new(command: str, file: str, fields: Sequence[str], options: dict[str, str]
         name, _, value = field.removeprefix("--config.").partition("=")
         inside = re.fullmatch(r"[\[(](.*?),?[\])]", value)
         values = [part.strip(" '\"") for part in inside[1].split(",")] if inside else [value]
-        flags += [f"--{name.replace('_', '-')}", *values]
+        name = name.replace("_", "-")
+        if value.lower() in ("true", "false"):
+            group, dot, last = name.rpartition(".")
+            flags.append(f"--{group}{dot}{'no-' if value.lower() == 'false' else ''}{last}")
+        else:
+            flags += [f"--{name}", *filter(None, values)]
     workers = ["--workers", options["workers"]] if "workers" in options else []
     places = [value for name, value in options.items() if name != "workers"]
     return shlex.join(["gemma-scope", command, file, *places, *workers, *flags])

@@ -11,6 +11,8 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import chat, masking, tokenizer
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.printing import quoted
 
 # The rows of a split that are evaluated are the first of this order, whatever the run's seed.
 ORDER_SEED = 0
@@ -29,7 +31,7 @@ class PlacedRows:
     position_SxL: np.ndarray  # of the `count`, behind a document's BOS
 
 
-def every_position(tokens_SxL: np.ndarray) -> np.ndarray:
+def all_but_special(tokens_SxL: np.ndarray) -> np.ndarray:
     """All positions but BOS, EOS and PAD."""
     return masking.is_kept(tokens_SxL, 0)
 
@@ -39,7 +41,7 @@ def batches(
     rows: token_rows.Rows,
     count: int,
     per_batch: int,
-    counts: Counts = every_position,
+    counts: Counts = all_but_special,
     start: int = 0,
 ) -> Iterator[PlacedRows]:
     """Rows in the order of `ORDER_SEED`, so many at a time, padded to as many as the devices divide.
@@ -72,7 +74,13 @@ def padded_rows(mesh: jax.sharding.Mesh, count: int, per_batch: int) -> int:
 
 
 def counts_of(config: config_lib.Config, turns: str | None = None) -> Counts:
-    """Which positions count: all, or those of one side's turns."""
+    """Which positions count: all, or those of one side's turns.
+
+    Raises:
+      ValueError: `turns` are nobody's.
+    """
+    if turns not in (None, "all", "user", "model"):
+        raise InputError(f"turns are {quoted(turns)}; choose all, user or model")
     prefix = masking.masked_prefix(config.data)
 
     def counts(tokens_SxL: np.ndarray) -> np.ndarray:

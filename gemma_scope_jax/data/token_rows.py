@@ -14,8 +14,8 @@ from array_record.python import array_record_module
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.errors import DataError
-from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.errors import DataError, InputError
+from gemma_scope_jax.runtime.printing import printable, quoted
 from gemma_scope_jax.runtime.reporting import say
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -73,6 +73,8 @@ def open_rows(folder: pathlib.Path, split: str) -> Rows:
     if why := damage(folder):
         raise DataError(f"cannot read the rows in {folder} ({why}); remove it, and it is made again")
     builder = tfds.builder_from_directory(folder)
+    if split not in (TRAIN, HELD_OUT):
+        raise InputError(f"the rows have no split {quoted(split)}; choose {HELD_OUT} or {TRAIN}")
     if split not in builder.info.splits:
         raise DataError(f"{folder} has no {split} rows: all of its documents are in the other split")
     return Rows(builder.as_data_source(split), folder)

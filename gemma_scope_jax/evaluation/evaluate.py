@@ -32,7 +32,7 @@ def site_means(
     sites: tuple[Site, ...],
     rows: token_rows.Rows,
     per_batch: int,
-    counts: batching.Counts = batching.every_position,
+    counts: batching.Counts = batching.all_but_special,
 ) -> dict[Site, np.ndarray]:
     """The means of sites over the positions of the first training rows that count, all in the same passes.
 
@@ -69,7 +69,7 @@ def activations(
     rows: token_rows.Rows,
     count: int,
     per_batch: int,
-    counts: batching.Counts = batching.every_position,
+    counts: batching.Counts = batching.all_but_special,
 ) -> dict[Site, np.ndarray]:
     """The activations [B, D] of sites at the positions of the first `count` rows that count, in float32."""
     found: dict[Site, list[np.ndarray]] = {site: [] for site in sites}
@@ -86,8 +86,8 @@ class Cost:
     """Seconds that a batch took, in the median of all but the first, which compiles. None: there was no other."""
 
     seconds: float
-    # Of its one clean pass, of each site's two ablations and of each SAE's splice from its block on, had these run as
-    # fast for each of their blocks, and their losses in as much time, as the clean pass.
+    # The time if every pass ran each of its blocks as fast as the clean pass does, and each loss as fast as its loss.
+    # Passes are the clean one, two ablations of each site, and each SAE's splice; the latter begin at their block.
     bound_seconds: float
 
 
@@ -98,7 +98,7 @@ def evaluate(
     held_out_rows: token_rows.Rows,
     count: int,
     per_batch: int,
-    counts: batching.Counts = batching.every_position,
+    counts: batching.Counts = batching.all_but_special,
     is_fast: bool = False,
     parts: resumable.Parts | None = None,
 ) -> tuple[dict[str, Evaluation], Cost | None]:

@@ -110,8 +110,8 @@ class Metric:
         positions that count.
       form: how it is shown, as a format of Python.
       measure: what it takes of each token beyond what is measured anyway; compiled into the pass over each batch.
-      paired: what is summed of each row, less what, over what: the fields of `Evaluation.by_row` by which two
-        evaluations of the same rows are compared. Empty: they are not.
+      paired: numerator, what is subtracted of it (or None), and denominator: keys of `Evaluation.by_row`, by which
+        two evaluations of the same rows are compared. Empty: they are not.
       shown_in: "page", the table of a page; "terminal", that of many SAEs; "comparison", side by side.
     """
 
@@ -263,16 +263,23 @@ METRICS: dict[str, Metric] = {
         shown_in=(),
     ),
 }
+_OWN = frozenset(METRICS)
 _FIELDS = {field.name for field in dataclasses.fields(evaluation_file.Evaluation)}
+# What `measuring.measure` and `by_row` call what is summed anyway.
+_SUMS = {
+    "count", "error", "explained", "active", "loss", "variance", "clean_loss", "spliced_loss", "frequency", "fired",
+}  # fmt: skip
 
 
 def register(name: str, metric: Metric) -> None:
-    """Adds a number to every evaluation from now on: to its files, its page, and its tables as `shown_in` says.
+    """Adds a number to every evaluation from now on, or replaces one that was added.
+
+    It stands in the files, on the page, and in the tables that `shown_in` names.
 
     Raises:
       ValueError: the name is taken, or the metric is neither measured nor reduced.
     """
-    if METRICS.get(name, metric) != metric or (name not in METRICS and name in _FIELDS):
+    if name in _OWN or name in _FIELDS or name in _SUMS:
         raise InputError(f"another number is called {name!r}; choose another name")
     if not name.isidentifier():
         raise InputError(f"a metric cannot be called {name!r}; choose letters, digits and _")

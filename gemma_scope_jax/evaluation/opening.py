@@ -11,7 +11,7 @@ from gemma_scope_jax.data import prepare, sources, token_rows
 from gemma_scope_jax.evaluation import output
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.errors import InputError, NotFoundError
+from gemma_scope_jax.runtime.errors import InputError, NotFoundError, RunError
 from gemma_scope_jax.runtime.printing import printable, well_formed
 from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, finding, loading, naming
@@ -100,7 +100,12 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
     def rows() -> pathlib.Path:
         return prepare.rows_of_once(config) if is_other else prepare.rows_of_run(own, path)
 
-    (step,) = {one.about.step for one in found.values()}
+    steps = {one.about.step for one in found.values()}
+    if len(steps) > 1:
+        raise RunError(
+            f"the SAEs in {path / 'sae'} are of different steps; remove that folder, and it is written anew"
+        )
+    (step,) = steps
     if step is None:  # Written before SAEs said it, at the end of the run.
         step = max(int(saved.name) for saved in (path / "checkpoints").iterdir() if saved.name.isdecimal())
     return Opened(config, subjects, rows, members, step, own, location=path)
@@ -152,7 +157,7 @@ def of_saes(
     found: Sequence[loading.LoadedSAE],
     given: Mapping[str, str],
     trust: bool = False,
-    location: str = ".",
+    location: str = "the list of SAEs",
 ) -> Opened:
     """SAEs that are loaded already, and what to evaluate them on.
 
@@ -172,7 +177,7 @@ def of_saes(
         )
     named = {name: value for name in ("text", "weights", "tokenizer") if (value := getattr(about, name))}
     says = ", ".join(f"{name} {printable(value)}" for name, value in named.items() if name not in given)
-    is_used = trust or found[0].is_of_run
+    is_used = trust or all(one.is_of_run for one in found)
     if says and is_used:
         say(f"The file names {says}.")
     elif says:
@@ -212,7 +217,9 @@ def of_saes(
         for one in found
     }
     if len(subjects) < len(found):
-        raise InputError(f"{location} has two SAEs of one name; rename one of their folders")
+        raise InputError(
+            f"{location} has two SAEs of one name; rename one of their folders, or give them as a dict by name"
+        )
     is_as_trained = config.data == trained.data and "tokenizer" not in given
 
     def rows() -> pathlib.Path:

@@ -48,7 +48,7 @@ class Options:
     has_baselines: bool = False  # with the `baselines` of each SAE
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Results(side_by_side.Suite):
     """The evaluation of some SAEs on one text."""
 
@@ -62,6 +62,9 @@ class Results(side_by_side.Suite):
     sweeps: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     rows_of: str = ""  # what the rows are, in words
     command: str = ""  # that makes it again
+
+    def __repr__(self) -> str:
+        return f"Results of {len(self.results)} SAEs on {self.about['text']}: {', '.join(self.results)}"
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A row of numbers for each SAE, with standard errors in columns of their own."""

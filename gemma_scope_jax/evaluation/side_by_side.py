@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
 FVU_OF_TEXTS = "FVU is against each text's own variance: of different texts compare delta loss, not FVU."
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Suite:
     """An evaluation of some SAEs, as `report` wrote it."""
 

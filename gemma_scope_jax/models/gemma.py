@@ -23,6 +23,12 @@ class Gemma:
     num_layers: int = flax.struct.field(pytree_node=False)  # Blocks that `params` have, the first ones.
     params: Params
 
+    def __repr__(self) -> str:
+        devices = f"{self.mesh.size} device{'' if self.mesh.size == 1 else 's'}"
+        return (
+            f"Gemma({self.name}, {self.num_layers} of {len(self.layers)} blocks, {self.dtype}, on {devices})"
+        )
+
     @property
     def layers(self) -> range:
         """All of the model's blocks, loaded or not."""

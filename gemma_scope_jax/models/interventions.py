@@ -43,7 +43,7 @@ def at(
 
 
 def splice(is_meant_SxL: jax.Array, replacement_SxLxD: jax.Array) -> jax.tree_util.Partial:
-    """The intervention that puts something else, or [1, 1, D] everywhere, in an activation's place where meant."""
+    """The intervention that replaces activations where `is_meant`; by one of shape [1, 1, D] all of them alike."""
     return jax.tree_util.Partial(_spliced, is_meant_SxL, replacement_SxLxD)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -51,7 +52,7 @@ class LanguageModel:
           site: as in `layer_9_resid_post`, or the `site` of an SAE.
 
         Raises:
-          ValueError: there is no such site, or its block is not loaded.
+          ValueError: this is no text, there is no such site, or its block is not loaded.
         """
         place = sites.site_from_hook(site) if isinstance(site, str) else site
         sites.check_site(self.gemma.module, place)
@@ -60,6 +61,10 @@ class LanguageModel:
                 f"{place} lies behind the {self.gemma.num_layers} blocks of {self.name} that are loaded; load more"
             )
         ids = self.tokens(text) if isinstance(text, str) else list(text)
+        if len(ids) < 2 or not all(isinstance(token, numbers.Integral) for token in ids):
+            raise InputError(
+                "activations are of one text, or of token ids with BOS first and at least one behind it"
+            )
         # Of a length that others have too, so that few programs are compiled.
         padded = ids + [masking.PAD] * (-len(ids) % 16)
         values = _read(self.gemma, jnp.asarray([padded]), place)

@@ -1,7 +1,8 @@
 """Masks over tokens: which are special, which see each other in a packed row, which are kept, which are scored.
 
-A token that is not kept is neither trained on nor spliced. BOS, EOS and PAD never are; in the chat template the
-tokens of the user prefix are not either, since they are the same in every document.
+A token that is not kept is neither trained on, spliced, nor predicted from. BOS, EOS and PAD never are: BOS has a
+norm far above all others', and thousands of latents fire on it; EOS and PAD are no text. In the chat template the
+tokens of the user prefix are not kept either, since they are the same in every document.
 """
 
 import jax
@@ -39,7 +40,7 @@ def packed_mask(tokens_SxL: jax.Array) -> jax.Array:
 
 
 def is_kept(tokens_SxL: jax.Array, prefix: int) -> jax.Array:
-    """True at positions that are trained on, spliced and scored.
+    """True at positions that are trained on, spliced and predicted from.
 
     Not at BOS, EOS and PAD, nor at the first `prefix` positions behind a segment's BOS, where the chat template
     has what is the same in every document.
@@ -53,7 +54,7 @@ def next_tokens(tokens_SxL: jax.Array) -> jax.Array:
 
 
 def is_scored(tokens_SxL: jax.Array, is_kept_SxL: jax.Array) -> jax.Array:
-    """Which predictions [S, L] count: from positions that do, but of another segment's beginning or of padding."""
+    """Which predictions [S, L] count: those made from kept positions, unless the next token is BOS or PAD."""
     target_SxL = next_tokens(tokens_SxL)
     return is_kept_SxL & (target_SxL != PAD) & (target_SxL != BOS)
 

@@ -83,6 +83,7 @@ def load_gemma(config: config_lib.Config, layers: int | None = None) -> Gemma:
     is_one = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
     mesh = sharding.one_device() if is_one else sharding.make_mesh(1, 0)
     module = registry.build_model(config.model)
-    layers, dtype = layers or module.config.num_layers, registry.dtype(config)
+    layers = module.config.num_layers if layers is None else layers
+    dtype = registry.dtype(config)
     placement = placement_of(config, mesh, module, layers)
     return load(config.model, config.weights, dtype, layers, mesh, placement)

@@ -69,15 +69,16 @@ def _known_models() -> dict[str, ModelSpec]:
 
 # Base models by their bare names, instruction-tuned ones with `-it`.
 MODELS: dict[str, ModelSpec] = _known_models()
+_OWN = frozenset(MODELS)
 
 
 def register(name: str, model: ModelSpec) -> None:
-    """Makes a model known by a name, for `model` of a config and the files of SAEs.
+    """Makes a model known by a name, for `model` of a config and the files of SAEs; replaces one registered so far.
 
     Raises:
-      ValueError: the name is taken by another.
+      ValueError: the name is that of one of the package's own.
     """
-    if MODELS.get(name, model) != model:
+    if name in _OWN:
         raise InputError(f"another model is called {name!r}; choose another name")
     MODELS[name] = model
 

@@ -27,8 +27,8 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Tells of something that may be wrong; the line begins with "Warning: "."""
-    LOGGER.warning("Warning: %s", printing.printable(text, _LONGEST))
+    """Tells of something that may be wrong."""
+    LOGGER.warning("%s", printing.printable(text, _LONGEST))
 
 
 @contextlib.contextmanager
@@ -61,7 +61,8 @@ class _ToStdout(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Past the bar, which else would be in the middle of the line.
         with tqdm.tqdm.external_write_mode(file=sys.stdout):
-            print(record.getMessage(), file=sys.stdout, flush=True)
+            mark = "Warning: " if record.levelno >= logging.WARNING else ""
+            print(mark + record.getMessage(), file=sys.stdout, flush=True)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ Python runs a signal's handler only between bytecodes, so not while XLA compiles
 does write the signal's number to a pipe at once; a thread of the command line reads it there.
 
 A program that calls the library keeps its own handlers. There an interrupt is Python's KeyboardInterrupt; `saving`
-only holds it back until there is a save.
+only holds it back until there is a save. With several processes JAX handles SIGTERM, and Ctrl-C ends them without a
+save.
 """
 
 import contextlib
@@ -133,7 +134,9 @@ def leaving(why: str) -> None:
 
 @contextlib.contextmanager
 def saving() -> Iterator[Request]:
-    """Within it a signal is only remembered, for the caller to save and then raise `Interrupted`; a second ends it.
+    """Within it a signal is only remembered, for the caller to save and then raise `Interrupted`.
+
+    A second signal ends the process.
 
     Of a program that calls the library it holds back Ctrl-C in the main thread, where Python delivers it.
     """

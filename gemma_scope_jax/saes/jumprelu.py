@@ -121,6 +121,8 @@ def decode(
 def fold(params: Params, mean_D: jax.Array, scale: jax.Array) -> SAE:
     """The SAE on raw activations that equals `params` on (x - mean) / scale (Gemma Scope, appendix A).
 
+    So mean and scale of the normaliser end up in its thresholds and biases, and users need neither.
+
     Decoder rows keep their unit norm, so latent activations come out in units of raw activations.
     """
     return SAE(

@@ -12,12 +12,12 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.models import registry
 from gemma_scope_jax.models.sites import Site, check_site, site_from_hook, site_width
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.errors import FormatError, RunError
+from gemma_scope_jax.runtime.errors import FormatError, InputError, RunError
 from gemma_scope_jax.saes import finding, formats, jumprelu
 from gemma_scope_jax.saes.formats import common
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # By identity: arrays have no truth.
 class LoadedSAE:
     """An SAE of a file on raw activations of a site, or a transcoder."""
 
@@ -31,11 +31,24 @@ class LoadedSAE:
     # unasked: the file of a stranger may name anything on this machine, or on any other.
     is_of_run: bool = True
 
+    def __repr__(self) -> str:
+        target = "" if self.target_site == self.site else f" → {self.target_site}"
+        return f"LoadedSAE({self.name!r}, {self.model}, {self.site}{target}, {self.sae.b_enc.size:,} latents)"
+
     def encode(self, x: jax.typing.ArrayLike, precision: jax.lax.Precision = jumprelu.EXACT) -> jax.Array:
-        """Latents [..., M] of raw activations [..., D] of the site that it reads, in float32."""
+        """Latents [..., M] of raw activations [..., D] of the site that it reads, in float32.
+
+        Raises:
+          ValueError: the activations are not as wide as those of its site.
+        """
         x = jnp.asarray(x, jnp.float32)
-        f_BxM = jumprelu.encode(self._on_device, x.reshape(-1, x.shape[-1]), precision)
-        return f_BxM.reshape(*x.shape[:-1], -1)
+        width, latents = self.sae.W_enc.shape
+        if x.ndim == 0 or x.shape[-1] != width:
+            raise InputError(
+                f"{self.name} reads activations of {width} numbers each; these are of shape {x.shape}"
+            )
+        f_BxM = jumprelu.encode(self._on_device, x.reshape(-1, width), precision)
+        return f_BxM.reshape(*x.shape[:-1], latents)
 
     def decode(
         self,
@@ -45,9 +58,12 @@ class LoadedSAE:
     ) -> jax.Array:
         """Raw activations [..., O] from latents [..., M]; a skip connection also takes what was encoded, `x`."""
         f = jnp.asarray(f, jnp.float32)
+        latents, width = self.sae.W_dec.shape
+        if f.ndim == 0 or f.shape[-1] != latents:
+            raise InputError(f"{self.name} has {latents} latents; these are of shape {f.shape}")
         x_BxD = None if x is None else jnp.asarray(x, jnp.float32).reshape(-1, jnp.shape(x)[-1])
-        out_BxO = jumprelu.decode(self._on_device, f.reshape(-1, f.shape[-1]), x_BxD, precision)
-        return out_BxO.reshape(*f.shape[:-1], -1)
+        out_BxO = jumprelu.decode(self._on_device, f.reshape(-1, latents), x_BxD, precision)
+        return out_BxO.reshape(*f.shape[:-1], width)
 
     def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
         """What it makes of raw activations: their reconstruction, or what a transcoder predicts."""

@@ -1,6 +1,7 @@
 """What an SAE is trained on: squared error and a penalty on how often latents fire, and their gradients.
 
-`OBJECTIVES` has them by name, and `register` adds one (docs/extending.md). Shapes and equations are those of
+`OBJECTIVES` has them by name, and `register` adds one (docs/extending.md). `loss` is the definition; `loss_gradient`
+is what trains, and costs two thirds of its gradient. Shapes and equations are those of
 `jumprelu`.
 """
 
@@ -149,7 +150,7 @@ def loss(
     bandwidth: float,
     target_BxO: jax.Array | None = None,
 ) -> jax.Array:
-    """Weighted mean over rows of ‖x − x̂‖², plus the penalty on that of ‖f‖₀; with a target, that of ‖y − ŷ‖²."""
+    """The weighted mean over rows of ‖x − x̂‖², or of ‖y − ŷ‖² with a target, plus the penalty on the mean of ‖f‖₀."""
     threshold_M = jnp.exp(params.log_threshold)
     read_BxD = x_BxD - params.b_dec[None] if target_BxO is None else x_BxD
     pre_BxM = read_BxD @ params.W_enc + params.b_enc[None]
@@ -287,18 +288,20 @@ OBJECTIVES: dict[str, Objective] = {
         next_coefficient=controlled_coefficient,
     ),
 }
+_OWN = frozenset(OBJECTIVES)
 
 
 def register(name: str, objective: Objective) -> None:
-    """Makes an objective known by a name, for `objective` of a bank.
+    """Makes an objective known by a name, for `objective` of a bank; one that was registered so far is replaced.
 
     Raises:
-      ValueError: the name is taken by another, or could not stand in an SAE's.
+      ValueError: the name is that of one of the package's own, or could not stand in an SAE's.
     """
     if not name.isidentifier():
         raise ConfigError(f"an objective cannot be called {quoted(name)}; choose letters, digits and _")
-    if OBJECTIVES.setdefault(name, objective) != objective:
+    if name in _OWN:
         raise ConfigError(f"another objective is called {name!r}; choose another name")
+    OBJECTIVES[name] = objective
 
 
 def objective_of(name: str) -> Objective:

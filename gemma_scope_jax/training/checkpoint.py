@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -40,10 +41,20 @@ def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
     if not folder.exists():
         raise RunError(f"{folder.parent} has no checkpoint yet")
     _quiet()
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    return ocp.CheckpointManager(
-        files.for_orbax(folder.absolute()), options=options, item_names=("state", "about")
-    )
+    # That nothing is written is no news.
+    logger = logging.getLogger("absl")
+    logger.addFilter(_is_no_news_of_reading)
+    try:
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        return ocp.CheckpointManager(
+            files.for_orbax(folder.absolute()), options=options, item_names=("state", "about")
+        )
+    finally:
+        logger.removeFilter(_is_no_news_of_reading)
+
+
+def _is_no_news_of_reading(record: logging.LogRecord) -> bool:
+    return not re.search("read_only=True|read only=", record.getMessage())
 
 
 def newest_step(folder: pathlib.Path) -> int | None:
@@ -156,7 +167,7 @@ def check_saved(manager: ocp.CheckpointManager) -> None:
     if not is_whole:
         raise RunError(
             f"checkpoint {step} in {manager.directory} was saved and cannot be opened ({reason}); train in another "
-            "--workdir, on a disk of this machine"
+            "folder, on a disk of this machine"
         )
 
 
@@ -231,7 +242,7 @@ def restore_newest(
     if damaged:
         raise RunError(
             f"no checkpoint in {manager.directory} can be read ({damaged[max(damaged)]}); nothing was changed. "
-            "If the run is being trained, try again; else start anew in another --workdir"
+            "If the run is being trained, try again; else start anew in another folder"
         )
     return None
 

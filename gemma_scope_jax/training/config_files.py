@@ -111,9 +111,9 @@ def _copied(values: Mapping) -> dict:
 def _names(values: Mapping, prefix: str = "") -> list[str]:
     found = []
     for key, value in values.items():
-        # An empty mapping is a field that takes one, such as a bank's `objective_options`.
         if isinstance(value, Mapping) and value:
             found += _names(value, f"{prefix}{key}.")
-        else:
+        # A field that takes a mapping can be given as a whole, too.
+        if not isinstance(value, Mapping) or not value or key == "objective_options":
             found.append(f"{prefix}{key}")
     return found

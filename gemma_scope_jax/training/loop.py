@@ -243,7 +243,7 @@ def _start_or_continue(
         if config.log.evaluate_every:
             held_out_rows = token_rows.open_rows(folder, token_rows.HELD_OUT)
             measure = _held_out(run, held_out_rows, gemma, state.normalizers)
-        if jax.process_count() == 1:  # Else SIGTERM is JAX's, and Ctrl-C ends all.
+        if jax.process_count() == 1:  # Else JAX handles SIGTERM; Ctrl-C ends all, without a save.
             request = held.enter_context(signals.saving())
         state = _loop(run, workdir, rows, compiled, gemma, state, manager, request, measure)
     return state, rows, request

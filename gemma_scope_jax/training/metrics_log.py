@@ -169,7 +169,7 @@ def entry(
             if of_bank.activations_E[i] and not math.isfinite(of_bank.loss_E[i]):
                 raise NonFiniteError(
                     f"the loss of {member.name} is {of_bank.loss_E[i]} at step {number}; the last good state is "
-                    "in the newest checkpoint. In another --workdir, lower optimizer.learning_rate or set "
+                    "in the newest checkpoint. In another folder, lower optimizer.learning_rate or set "
                     "normalizer.outlier_medians"
                 )
     return {

@@ -9,7 +9,7 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime import extras
 from gemma_scope_jax.runtime.errors import RunError
 from gemma_scope_jax.saes import loading
-from gemma_scope_jax.training import metrics_log
+from gemma_scope_jax.training import export, metrics_log
 
 if typing.TYPE_CHECKING:
     import pandas
@@ -28,13 +28,14 @@ class TrainedRun:
 
     @functools.cached_property
     def saes(self) -> dict[str, loading.LoadedSAE]:
-        """Its SAEs by name, on raw activations.
+        """Its SAEs by name, on raw activations; of a run under way those of its newest checkpoint.
 
         Raises:
-          ValueError: the run is not complete.
+          ValueError: the run has no checkpoint yet.
         """
+        export.refresh(self.path)
         if not (self.path / "sae").is_dir():
-            raise RunError(f"{self.path} has no SAEs yet: train it to its end, or export what it has so far")
+            raise RunError(f"{self.path} has no checkpoint yet; train it on")
         return {one.name: one for one in loading.read(self.path / "sae" / "*")}
 
     @property

@@ -154,7 +154,7 @@ def test_special_tokens_are_never_changed(scope):
 def test_rows_may_differ(scope):
     _, latent = firing(scope, "resid")
     subject = SUBJECTS["resid"].sae
-    per_row = edits.of_sae(
+    per_row = edits.stack_edits(
         subject, [latent, 7], np.array([[1, 1], [0, 1], [1, 1]]), np.array([[0, 0], [0, 0], [0, 2]])
     )
     placed = scope_lib.place_prompts(scope, [PROMPT] * 3)

@@ -5,6 +5,7 @@ import inspect
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -151,11 +152,16 @@ def test_mistakes_are_answered_with_what_was_meant(arguments, message, capsys):
     ("arguments", "error", "message"),
     [
         (["trian", "x"], InputError, r"gemma-scope has no command 'trian'; did you mean train\?"),
-        (["nothing"], InputError, "has no command 'nothing' gemma-scope --help lists them"),
+        (["nothing"], InputError, "has no command 'nothing'; gemma-scope --help lists them"),
         (
             ["train", "quikstart", "x"],
             NotFoundError,
             r"no config file 'quikstart'; did you mean 'quickstart'\?",
+        ),
+        (
+            ["train", "--seed", "1", "quickstart", "x"],
+            InputError,
+            "'--seed' stands where the config does; type",
         ),
         (["train", "gemma3:2b", "x"], ValueError, "unknown size '2b'; choose one of"),
         (["train", "gemma2_2b:resid_mid_16k", "x"], ValueError, "gemma2_2b has no suite 'resid_mid_16k'"),
@@ -214,6 +220,25 @@ def test_old_forms_are_understood_with_a_warning_that_says_the_new_one(arguments
     assert "--rows-per-batch for --rows_per_batch" in capsys.readouterr().err
     assert arguments_of("evaluate", "run", "--rows-per-batch=4", "--text=a_b")["rows_per_batch"] == 4
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "value"),
+    [
+        ("data.chat_template=True", "data.chat_template", True),
+        ("data.chat_template", "data.chat_template", True),
+        ("normalizer.center=false", "normalizer.center", False),
+        ("data.text=a b.txt", "data.text", "a b.txt"),
+        ("banks.main.target_l0s=()", "banks.main.target_l0s", []),
+        ("banks.main.layers=(3,)", "banks.main.layers", [3]),
+    ],
+)
+def test_what_the_warning_of_an_old_form_says_can_be_typed(arguments_of, capsys, old, name, value):
+    was = arguments_of("train", "--config=quickstart", "--workdir=run", f"--config.{old}")
+    new = capsys.readouterr().err.partition("type gemma-scope ")[2]
+    now = arguments_of(*shlex.split(new))
+    assert now["fields"] == was["fields"] and now["workdir"] == was["workdir"]
+    assert config.flatten(now["fields"])[name] == value
 
 
 @pytest.mark.parametrize(

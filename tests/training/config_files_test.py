@@ -90,6 +90,21 @@ def test_a_config_is_loaded_by_its_name(tmp_path, monkeypatch):
         config_files.load("none.py")
 
 
+def test_a_field_that_takes_a_mapping_is_given_as_a_whole_or_in_part():
+    bank = config.to_dict(config.BankConfig(objective_options={"extra": 2.0}))
+    values = {"banks": {"main": bank}}
+    whole = config_files.with_fields(values, {"objective_options": {"other": 3.0}})
+    assert whole["banks"]["main"]["objective_options"] == {"other": 3.0}
+    part = config_files.with_fields(values, {"banks.main.objective_options.extra": 4.0})
+    assert part["banks"]["main"]["objective_options"] == {"extra": 4.0}
+
+
+def test_every_suite_of_the_quickstart_is_a_config_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for suite in ("sweep", "layers", "sites", "targets", "transcoders"):
+        assert config.from_dict(config_files.load(f"quickstart_banks:{suite}")).model == "gemma3_270m"
+
+
 def test_every_config_is_a_config():
     for name in config_files.names():
         config.from_dict(config_files.load(name))

@@ -242,7 +242,7 @@ def _without(
         made = {}
         for name in attribution.parts:
             is_of_K = of_K == name
-            made[name] = edits.of_sae(
+            made[name] = edits.stack_edits(
                 scope.subjects[name].sae,
                 np.where(is_of_K, latent_K, 0),
                 1.0 - np.diag(is_of_K),

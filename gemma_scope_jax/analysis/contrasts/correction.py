@@ -403,7 +403,7 @@ def _write(scope: Scope, latents: Mapping[str, Sequence[int]], scale: float, fir
     made = {}
     for name, of in latents.items():
         every_1xK, tokens = np.ones((1, len(of))), [edits.from_token(first)] * len(of)
-        made[name] = edits.of_sae(scope.subjects[name].sae, of, scale * every_1xK, 0 * every_1xK, tokens)
+        made[name] = edits.stack_edits(scope.subjects[name].sae, of, scale * every_1xK, 0 * every_1xK, tokens)
     return edits.writes_of_saes(scope, made)
 
 

@@ -123,7 +123,7 @@ def gather(
     rows: token_rows.Rows,
     count: int,
     per_batch: int,
-    counts: batching.Counts = batching.every_position,
+    counts: batching.Counts = batching.all_but_special,
     options: Options = DEFAULTS,
     parts: resumable.Parts | None = None,
     placed: Mapping[str, jumprelu.SAE] | None = None,

@@ -1,4 +1,4 @@
-"""Edits as they are written on a command line: NAME:LATENT, what becomes of it, and perhaps on which tokens.
+"""EditArrays as they are written on a command line: NAME:LATENT, what becomes of it, and perhaps on which tokens.
 
 `NAME:12=ablate`, `NAME:12*0.5`, `NAME:12+3t@reply`, `NAME:12=2t@3:7`; t is the latent's typical activation.
 """
@@ -109,7 +109,7 @@ def named(scope: Scope, edit: Edit) -> Edit:
 
 
 def resolve(scope: Scope, specs: Sequence[Spec]) -> list[Edit]:
-    """Edits in units of activations, typical ones being measured where they are asked for.
+    """EditArrays in units of activations, typical ones being measured where they are asked for.
 
     Raises:
       ValueError: there is no such SAE or latent, or it never fired there.

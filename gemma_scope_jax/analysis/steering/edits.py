@@ -59,8 +59,8 @@ def add(sae: str, latent: int, value: float, tokens: Tokens = "all") -> Edit:
     return Edit(sae, latent, 1.0, value, tokens)
 
 
-class Edits(NamedTuple):
-    """Those of one SAE, as arrays: others of as many latents take no new compilation."""
+class EditArrays(NamedTuple):
+    """One SAE's edits as arrays. Others of as many latents are run by the same compiled program."""
 
     W_enc_DxK: np.ndarray
     b_enc_K: np.ndarray
@@ -76,13 +76,13 @@ class Edits(NamedTuple):
     in_reply_K: np.ndarray
 
 
-def of_sae(
+def stack_edits(
     subject: jumprelu.SAE,
     latents_K: Sequence[int],
     scale_SxK: np.ndarray,
     add_SxK: np.ndarray,
     tokens: Sequence[Tokens] | None = None,
-) -> Edits:
+) -> EditArrays:
     """Edits of one SAE, which may differ by row; `tokens` are each latent's, None: all.
 
     Raises:
@@ -91,7 +91,7 @@ def of_sae(
     latents_K = np.asarray(latents_K)
     spans = [_span(of) for of in tokens or ["all"] * len(latents_K)]
     first_K, last_K, in_prompt_K, in_reply_K = (np.array(column) for column in zip(*spans, strict=True))
-    return Edits(
+    return EditArrays(
         W_enc_DxK=np.asarray(subject.W_enc)[:, latents_K],
         b_enc_K=np.asarray(subject.b_enc)[latents_K],
         threshold_K=np.asarray(subject.threshold)[latents_K],
@@ -130,7 +130,7 @@ def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
 
 
 def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Partial]:
-    """Edits as `generation.generate` and `passes.written` take them, the same in all rows.
+    """EditArrays as `generation.generate` and `passes.written` take them, the same in all rows.
 
     Raises:
       ValueError: there is no such SAE or latent, one is edited twice, or a number is out of range.
@@ -145,7 +145,7 @@ def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Part
         latents = [edit.latent for edit in some]
         if twice := {latent for latent in latents if latents.count(latent) > 1}:
             raise InputError(f"latent {min(twice)} of {name} is edited twice; make one edit of the two")
-        made[name] = of_sae(
+        made[name] = stack_edits(
             scope.subjects[name].sae,
             latents,
             np.array([[edit.scale for edit in some]]),
@@ -171,9 +171,9 @@ def check_latent(scope: Scope, name: str, latent: int) -> None:
         raise InputError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
 
 
-def writes_of_saes(scope: Scope, edits: Mapping[str, Edits]) -> dict[Site, jax.tree_util.Partial]:
+def writes_of_saes(scope: Scope, edits: Mapping[str, EditArrays]) -> dict[Site, jax.tree_util.Partial]:
     """`writes` of edits by SAE."""
-    of_site: dict[Site, list[tuple[Site, Edits]]] = {}
+    of_site: dict[Site, list[tuple[Site, EditArrays]]] = {}
     for name, of in edits.items():
         subject = scope.subjects[name]
         of_site.setdefault(subject.spliced, []).append((subject.site, of))
@@ -193,7 +193,7 @@ def _unchanged(x_SxLxD: jax.Array, where: interventions.Where) -> jax.Array:
 # Cached: what was compiled with a function is found again by the same function.
 @functools.cache
 def _changed(site: Site, reads: tuple[Site, ...]) -> Callable[..., jax.Array]:
-    def change(edits: tuple[Edits, ...], y_SxLxO: jax.Array, where: interventions.Where) -> jax.Array:
+    def change(edits: tuple[EditArrays, ...], y_SxLxO: jax.Array, where: interventions.Where) -> jax.Array:
         changed_SxLxO = y_SxLxO.astype(jnp.float32)
         for read, of in zip(reads, edits, strict=True):
             x_SxLxD = y_SxLxO if read == site else where.passed[read]
@@ -203,7 +203,7 @@ def _changed(site: Site, reads: tuple[Site, ...]) -> Callable[..., jax.Array]:
     return change
 
 
-def _difference(edits: Edits, x_SxLxD: jax.Array, where: interventions.Where) -> jax.Array:
+def _difference(edits: EditArrays, x_SxLxD: jax.Array, where: interventions.Where) -> jax.Array:
     """(f' − f) W_dec, [S, L, O]."""
     highest = jax.lax.Precision.HIGHEST
     pre_SxLxK = jnp.matmul(x_SxLxD, edits.W_enc_DxK, precision=highest) + edits.b_enc_K[None, None]

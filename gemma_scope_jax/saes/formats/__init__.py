@@ -33,15 +33,18 @@ FORMATS: dict[str, Format] = {
     "circuit_tracer": circuit_tracer.FORMAT,
     "sparsify": Format(marks=("sae.safetensors",), read=_refuse_sparsify),
 }
+_OWN = frozenset(FORMATS)
 
 
 def register(name: str, one: Format) -> None:
     """Makes a format known by a name, for reading at once and, if it writes, for `export` and `convert`.
 
+    One that was registered by this name so far is replaced.
+
     Raises:
-      ValueError: the name is taken by another, or a mark of the format is another's.
+      ValueError: the name is that of one of the package's own, or a mark of the format is another's.
     """
-    if FORMATS.get(name, one) != one:
+    if name in _OWN:
         raise FormatError(f"another format is called {name!r}; choose another name")
     for other, of in FORMATS.items():
         if other != name and (both := set(of.marks) & set(one.marks)):
