@@ -279,7 +279,7 @@ def register(name: str, metric: Metric) -> None:
     Raises:
       ValueError: the name is taken, or the metric is neither measured nor reduced.
     """
-    if name in _OWN or name in _FIELDS or name in _SUMS:
+    if METRICS[name] != metric if name in _OWN else name in _FIELDS | _SUMS:
         raise InputError(f"another number is called {name!r}; choose another name")
     if not name.isidentifier():
         raise InputError(f"a metric cannot be called {name!r}; choose letters, digits and _")

@@ -78,7 +78,7 @@ def register(name: str, model: ModelSpec) -> None:
     Raises:
       ValueError: the name is that of one of the package's own.
     """
-    if name in _OWN:
+    if name in _OWN and MODELS[name] != model:
         raise InputError(f"another model is called {name!r}; choose another name")
     MODELS[name] = model
 

@@ -44,7 +44,7 @@ def register(name: str, one: Format) -> None:
     Raises:
       ValueError: the name is that of one of the package's own, or a mark of the format is another's.
     """
-    if name in _OWN:
+    if name in _OWN and FORMATS[name] != one:
         raise FormatError(f"another format is called {name!r}; choose another name")
     for other, of in FORMATS.items():
         if other != name and (both := set(of.marks) & set(one.marks)):
