@@ -279,7 +279,8 @@ def register(name: str, metric: Metric) -> None:
     Raises:
       ValueError: the name is taken, or the metric is neither measured nor reduced.
     """
-    if METRICS[name] != metric if name in _OWN else name in _FIELDS | _SUMS:
+    is_taken = METRICS[name] != metric if name in _OWN else name in _FIELDS | _SUMS
+    if is_taken:
         raise InputError(f"another number is called {name!r}; choose another name")
     if not name.isidentifier():
         raise InputError(f"a metric cannot be called {name!r}; choose letters, digits and _")
