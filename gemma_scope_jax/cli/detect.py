@@ -35,7 +35,7 @@ def detect_path(
     rows = config.evaluation.rows if rows is None else rows
     per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("latents", latents), ("rows_per_batch", per_batch)):
-        ranges.check(f"--{name}", value, ranges.COUNT)
+        ranges.check(f"--{name.replace('_', '-')}", value, ranges.COUNT)
     ranges.check("--seed", seed, ranges.SEED)
     out = opening.results_folder(opened, path, out)
     held_out = token_rows.open_rows(opened.rows, token_rows.HELD_OUT)
