@@ -51,7 +51,7 @@ def build(
     subjects = {name: subject for name, subject in subjects.items() if not saes or name in saes}
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
-        ranges.check(f"--{name}", value, ranges.COUNT)
+        ranges.check(f"--{name.replace('_', '-')}", value, ranges.COUNT)
     out = out or opening.results_folder(opened, path, None) / "dashboards"
     if not (out / _MARK).exists():
         files.check_new(out)
