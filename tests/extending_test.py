@@ -118,6 +118,17 @@ def test_what_is_registered_again_takes_the_place_of_the_former(page):
     metrics.register("strongest_share", kept)
 
 
+def test_an_evaluation_does_not_go_on_with_what_another_metric_of_the_same_name_measured(page):
+    """What is kept of a batch is another's wherever these differ; the same code read again is the same."""
+    kept, before = metrics.METRICS["strongest_share"], metrics.definitions()
+    again = types.FunctionType(kept.measure.__code__.replace(), {})
+    metrics.register("strongest_share", dataclasses.replace(kept, measure=again))
+    assert metrics.definitions() == before
+    metrics.register("strongest_share", dataclasses.replace(kept, measure=lambda f_M: f_M.max()))
+    assert metrics.definitions() != before
+    metrics.register("strongest_share", kept)
+
+
 @pytest.mark.parametrize("name", ["count", "error", "explained", "loss", "variance", "activations"])
 def test_a_metric_cannot_take_the_place_of_what_is_summed_anyway(name):
     with pytest.raises(ValueError, match=f"another number is called '{name}'"):

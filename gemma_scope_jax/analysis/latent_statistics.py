@@ -7,7 +7,6 @@ import numpy as np
 
 from gemma_scope_jax.analysis.dashboards import collect
 from gemma_scope_jax.analysis.session import Scope
-from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import InputError
@@ -42,7 +41,7 @@ def activity(scope: Scope, rows: int = ROWS, names: Sequence[str] = ()) -> dict[
       ValueError: there is no such SAE or no row.
     """
     for name in names:
-        edits.check_latent(scope, name, 0)
+        scope.check_latent(name, 0)
     subjects = {name: subject for name, subject in scope.subjects.items() if not names or name in names}
     gathered = _gather(scope, subjects, rows, scope.placed)
     return {
@@ -77,7 +76,7 @@ def typical(scope: Scope, name: str, latent: int, rows: int = ROWS) -> float:
     Raises:
       ValueError: there is no such SAE or latent, or it never fired there.
     """
-    edits.check_latent(scope, name, latent)
+    scope.check_latent(name, latent)
     found = _gather(scope, {name: alone(scope.subjects[name], [latent])}, rows)[name]
     if not found.count_M[0]:
         raise InputError(

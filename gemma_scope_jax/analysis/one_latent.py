@@ -14,12 +14,12 @@ import rich.table
 import rich.text
 
 from gemma_scope_jax.analysis import decoder_directions
-from gemma_scope_jax.analysis.dashboards import collect, website
+from gemma_scope_jax.analysis.dashboards import collect
 from gemma_scope_jax.analysis.session import Scope
-from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
+from gemma_scope_jax.models import tokenizer
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import lines, plottable, printable
@@ -174,7 +174,7 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
     Raises:
       ValueError: there is no such SAE or latent, no row, or it never fires.
     """
-    check_latent(scope, name, latent)
+    scope.check_latent(name, latent)
     ranges.check("rows", rows, ranges.COUNT)
     subject = alone(scope.subjects[name], [latent])
     held_out = scope.held_out()
@@ -187,7 +187,7 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
             f"latent {latent} of {name} fires nowhere on {gathered.rows} held-out rows; read more rows"
         )
     cut = collect.Passages(collect.read_tokens(held_out, rows))
-    text_of = website.token_texts(scope.tokenizer.decode)
+    text_of = tokenizer.token_texts(scope.tokenizer.decode)
 
     def excerpts(firings: collect.Firings, indices: Sequence[int]) -> tuple[Excerpt, ...]:
         found = [cut(gathered.options, firings, 0, int(index)) for index in indices]

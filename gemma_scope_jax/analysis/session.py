@@ -18,6 +18,7 @@ from gemma_scope_jax.models.language_model import LanguageModel
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import files, sharding
 from gemma_scope_jax.runtime.errors import InputError
+from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import attached, jumprelu
 
 
@@ -51,6 +52,14 @@ class Scope:
         """The sites that SAEs read and give."""
         sites = (site for s in self.subjects.values() for site in (s.site, s.spliced))
         return tuple(dict.fromkeys(sites))
+
+    def check_latent(self, name: str, latent: int) -> None:
+        """Raises ValueError if there is no such SAE or latent."""
+        if name not in self.subjects:
+            raise InputError(f"there is no SAE {quoted(name)}; there are {', '.join(self.subjects)}")
+        width = len(self.subjects[name].sae.b_enc)
+        if not 0 <= latent < width:
+            raise InputError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
 
 
 def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:

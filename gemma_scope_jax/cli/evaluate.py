@@ -151,7 +151,7 @@ def _places(
     first = next(iter(by_label.values()))
     of = opening.options_of(first, split, overrides.get("turns"), kind)
     if len(by_label) > 1:  # A folder for each, of the text that was trained on too.
-        out = output.results_folder(path, given_out, pathlib.Path(of))
+        out = output.made_folder(path, given_out, pathlib.Path(of))
         places = {label: out / label for label in by_label}
     else:
         (label,) = by_label

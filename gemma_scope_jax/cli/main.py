@@ -11,7 +11,8 @@ from typing import NamedTuple
 import tyro
 
 from gemma_scope_jax import __version__, config
-from gemma_scope_jax.cli import analysis, common, evaluation, old_forms, sharing, training
+from gemma_scope_jax.cli import common, old_forms
+from gemma_scope_jax.cli.commands import analysis, evaluation, sharing, training
 from gemma_scope_jax.runtime import signals
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted

@@ -6,6 +6,9 @@ docs/metrics.md writes them all out.
 
 import dataclasses
 import functools
+import hashlib
+import inspect
+import types
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -292,6 +295,19 @@ def register(name: str, metric: Metric) -> None:
 def measures() -> tuple[tuple[str, OfTokens], ...]:
     """What metrics take of each token beyond what is measured anyway, by name."""
     return tuple((name, metric.measure) for name, metric in METRICS.items() if metric.measure is not None)
+
+
+def definitions() -> list[list[str]]:
+    """Each of `measures` by its name and a digest of its code, which is "" of a callable that is no function."""
+    return [[name, _digest(getattr(inspect.unwrap(of), "__code__", None))] for name, of in measures()]
+
+
+def _digest(code: types.CodeType | None) -> str:
+    """The same in every process; functions that it calls are not part of it."""
+    if code is None:
+        return ""
+    constants = [_digest(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()
 
 
 def shown_in(place: str) -> tuple[str, ...]:

@@ -264,7 +264,7 @@ def results_folder(
     text: str | None = None,
     options: str = "",
 ) -> pathlib.Path:
-    """`output.results_folder`; results that are not of the SAEs' own text and model overwrite none that are.
+    """`output.made_folder`; results that are not of the SAEs' own text and model overwrite none that are.
 
     Args:
       opened: what lies at the location.
@@ -276,7 +276,7 @@ def results_folder(
     is_other = not sources.is_same_text(opened.config.data.text, opened.own.data.text)
     name = text or text_label(opened.config.data.text)
     label = pathlib.Path(options or options_of(opened), name if is_other else "")
-    return output.results_folder(location, out, None if label == pathlib.Path() else label)
+    return output.made_folder(location, out, None if label == pathlib.Path() else label)
 
 
 def text_label(source: str) -> str:

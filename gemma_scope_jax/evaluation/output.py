@@ -14,7 +14,7 @@ def own_folder(location: str | pathlib.Path) -> pathlib.Path:
     return path.parent if path.is_file() else path
 
 
-def results_folder(
+def made_folder(
     location: str | pathlib.Path, out: pathlib.Path | None, label: pathlib.Path | None = None
 ) -> pathlib.Path:
     """The folder for results of what lies at a location, made before an hour's work and not after it.

@@ -219,7 +219,7 @@ def identity(opened: opening.Opened, mesh: jax.sharding.Mesh, options: Options) 
         "rows": options.rows,
         "rows_in_a_batch": batching.padded_rows(mesh, options.rows, options.rows_per_batch),
         "is_fast": options.is_fast,
-        "measures": [evaluate.MEASURES, *(name for name, _ in metrics.measures())],
+        "measures": [evaluate.MEASURES, *metrics.definitions()],
         "saes": {name: attached.identity(subject) for name, subject in opened.subjects.items()},
     }
 

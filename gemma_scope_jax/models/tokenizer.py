@@ -24,6 +24,8 @@ _TURN = re.compile(r"(?<=<)(?=(?:start|end)_of_turn>)")
 # Ids that a tokenizer may have behind the model's vocabulary: Gemma 3's has one for images.
 _SPARE_IDS = 64
 
+_NAMES = {masking.PAD: "<pad>", masking.EOS: "<eos>", masking.BOS: "<bos>"}
+
 _MAX_BYTES = 2**28  # Gemma 3's tokenizer.json has 33 MB.
 
 
@@ -85,6 +87,11 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
         return ids
 
     return dataclasses.replace(loaded, encode=encode)
+
+
+def token_texts(decode: Callable[[list[int]], str]) -> Callable[[int], str]:
+    """From a token to its text; control tokens, which decode to nothing, by their names."""
+    return lambda token: _NAMES.get(token) or decode([token])
 
 
 def _find(path: str, family: str) -> str | None:

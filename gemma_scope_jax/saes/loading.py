@@ -29,7 +29,7 @@ class LoadedSAE:
     target_site: Site  # what it predicts; an autoencoder's is the site that it reads
     # Whether it lies in a run directory. Only then may the text, weights and tokenizer that it names be opened
     # unasked: the file of a stranger may name anything on this machine, or on any other.
-    is_of_run: bool = True
+    is_of_run: bool = False
 
     def __repr__(self) -> str:
         target = "" if self.target_site == self.site else f" → {self.target_site}"

@@ -14,9 +14,7 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import evaluation_file, jumprelu, loading, naming, saving
 from gemma_scope_jax.saes import formats as formats_lib
-from gemma_scope_jax.saes.formats import (
-    common,
-)
+from gemma_scope_jax.saes.formats import common, saelens
 from gemma_scope_jax.training import bank, checkpoint, metrics_log, runs, step
 
 
@@ -90,7 +88,7 @@ def _is_fresh(workdir: pathlib.Path, step: int) -> bool:
     places = [workdir / "sae" / m.name for b in config.banks.values() for m in naming.members(b)]
     if not all((place / "cfg.json").exists() for place in places):
         return False
-    written = [next(loading.read(place)).about.step for place in places]
+    written = [saelens.read_about(place).step for place in places]
     # Before SAEs said their step they were written at the end of a run, after its last checkpoint.
     ended = (workdir / "checkpoints" / str(step)).stat().st_mtime
     return all(
@@ -123,7 +121,9 @@ def as_stored(
         step=int(state.step),
         site_mean_O=np.asarray(state.normalizers[str(member.target_site)].ablation_mean_D),
     )
-    return loading.LoadedSAE(member.name, folded, about, config.model, member.site, member.target_site)
+    return loading.LoadedSAE(
+        member.name, folded, about, config.model, member.site, member.target_site, is_of_run=True
+    )
 
 
 def layout(

@@ -17,7 +17,7 @@ from gemma_scope_jax import analysis
 from gemma_scope_jax.analysis import session as scope_lib
 from gemma_scope_jax.analysis.attribution import ablation
 from gemma_scope_jax.analysis.attribution import gradients as gradients_lib
-from gemma_scope_jax.cli import analysis as analysis_lib
+from gemma_scope_jax.cli.commands import analysis as analysis_lib
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models import placement as placement_lib

@@ -17,7 +17,7 @@ from toys import random_sae
 
 from gemma_scope_jax import analysis
 from gemma_scope_jax.analysis.steering import edit_syntax, edits
-from gemma_scope_jax.cli import analysis as analysis_lib
+from gemma_scope_jax.cli.commands import analysis as analysis_lib
 from gemma_scope_jax.models import forward, generation, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding

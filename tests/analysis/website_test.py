@@ -27,7 +27,7 @@ def decode(tokens):
     return "".join(chr(t - 3) if 3 <= t < 259 else f"[{t}]" for t in tokens)
 
 
-TEXT_OF = website.token_texts(decode)
+TEXT_OF = tokenizer.token_texts(decode)
 
 
 @pytest.fixture(scope="module")

@@ -350,7 +350,7 @@ def _check(
     ranges.check("random_sets", random_sets, ranges.COUNT)
     ranges.check("rows", rows, ranges.COUNT_OR_NONE)
     for name, latent in found.found():
-        edits.check_latent(scope, name, latent)
+        scope.check_latent(name, latent)
     if not found.found():
         raise InputError(f"there is no latent to ablate: none was found at a rate of {found.rate:g}")
     if not first or not second:

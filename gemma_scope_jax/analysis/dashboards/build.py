@@ -79,7 +79,7 @@ def build(
         gathered = collect.gather(gemma, subjects, held_out, rows, rows_per_batch, counts, options, parts)
         passages = collect.Passages(collect.read_tokens(held_out, rows))
         words = tokenizer.load(config.model, config.tokenizer, config.weights)
-        text_of = website.token_texts(words.decode)
+        text_of = tokenizer.token_texts(words.decode)
         # What lies beside the folders of SAEs is called by none of them.
         names = files.folder_names([_MARK, "partial", "index.html", *subjects])
         folders = {name: names[name] for name in subjects} if len(subjects) > 1 else {}

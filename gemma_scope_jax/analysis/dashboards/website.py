@@ -18,15 +18,12 @@ from gemma_scope_jax.analysis.dashboards import collect
 from gemma_scope_jax.analysis.dashboards.collect import Gathered, Passages
 from gemma_scope_jax.analysis.decoder_directions import Logits
 from gemma_scope_jax.display import html
-from gemma_scope_jax.models import masking
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached
 
 PER_FILE = 256  # latents
 PEAKS = 5  # Of a latent's top passages so many tokens at peaks are in the index, the most frequent.
-
-_SPECIAL = {masking.PAD: "<pad>", masking.EOS: "<eos>", masking.BOS: "<bos>"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +61,6 @@ class _Vocabulary:
             self._places[token] = len(self.texts)
             self.texts.append(self._text_of(token))
         return self._places[token]
-
-
-def token_texts(decode: Callable[[list[int]], str]) -> Callable[[int], str]:
-    """From a token to its text; control tokens, which decode to nothing, by their names."""
-    return lambda token: _SPECIAL.get(token) or decode([token])
 
 
 def write(folder: pathlib.Path, shown: Dashboards, text_of: Callable[[int], str]) -> None:

@@ -15,12 +15,11 @@ import jax
 import matplotlib.figure
 import numpy as np
 
-from gemma_scope_jax.analysis.dashboards import website
 from gemma_scope_jax.analysis.layers import logit_lens as lens_lib
 from gemma_scope_jax.analysis.session import Scope, is_kept, one_token, place_copies, prompt, reconstruct
 from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
-from gemma_scope_jax.models import interventions, passes
+from gemma_scope_jax.models import interventions, passes, tokenizer
 from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.runtime import distributed, reporting, sharding
 from gemma_scope_jax.runtime.printing import printable
@@ -282,7 +281,7 @@ def _lens(
     layers = [str(scope.subjects[name].site.layer) for name in streams]
     is_one_each = len(set(layers)) == len(layers)
     used = {int(token) for token in (*seen.token.flat, *answer_L)}
-    text_of = website.token_texts(scope.tokenizer.decode)
+    text_of = tokenizer.token_texts(scope.tokenizer.decode)
     return lens_lib.Lens(
         tokens=tuple(scope.tokenizer.decode([token]) for token in tokens),
         layers=tuple(layers if is_one_each else streams),

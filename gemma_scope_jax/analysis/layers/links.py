@@ -15,7 +15,6 @@ import numpy as np
 
 from gemma_scope_jax.analysis import decoder_directions
 from gemma_scope_jax.analysis.session import Scope, is_kept, place_prompts, prompt
-from gemma_scope_jax.analysis.steering.edits import check_latent
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
@@ -168,7 +167,7 @@ def links(
     Raises:
       ValueError: there is no such SAE or latent, none is later, or the latent does not fire on these tokens.
     """
-    check_latent(scope, name, latent)
+    scope.check_latent(name, latent)
     subject = scope.subjects[name]
     later = _later(scope, name, to)
     sites = tuple(dict.fromkeys(scope.subjects[other].site for other in later))

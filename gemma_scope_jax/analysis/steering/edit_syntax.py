@@ -104,7 +104,7 @@ def named(scope: Scope, edit: Edit) -> Edit:
                 f"{', '.join(scope.subjects)}"
             )
         edit = dataclasses.replace(edit, sae=next(iter(scope.subjects)))
-    edits.check_latent(scope, edit.sae, edit.latent)
+    scope.check_latent(edit.sae, edit.latent)
     return edit
 
 

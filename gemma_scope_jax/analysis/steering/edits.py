@@ -137,7 +137,7 @@ def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Part
     """
     by_sae: dict[str, list[Edit]] = {}
     for edit in edits:
-        check_latent(scope, edit.sae, edit.latent)
+        scope.check_latent(edit.sae, edit.latent)
         check_change(edit)
         by_sae.setdefault(edit.sae, []).append(edit)
     made = {}
@@ -160,15 +160,6 @@ def check_change(edit: Edit) -> None:
     ranges.check("the scale of an edit", edit.scale, ranges.SIGNED)
     ranges.check("what an edit adds", edit.add, ranges.SIGNED)
     _span(edit.tokens)
-
-
-def check_latent(scope: Scope, name: str, latent: int) -> None:
-    """Raises ValueError if there is no such SAE or latent."""
-    if name not in scope.subjects:
-        raise InputError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
-    width = len(scope.subjects[name].sae.b_enc)
-    if not 0 <= latent < width:
-        raise InputError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
 
 
 def writes_of_saes(scope: Scope, edits: Mapping[str, EditArrays]) -> dict[Site, jax.tree_util.Partial]:

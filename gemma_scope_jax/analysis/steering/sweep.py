@@ -136,7 +136,7 @@ def sweep(
       ValueError: there is no such SAE, latent or kind, the latent never fired, a text is not one token, or none is
         given where the decoder does not write to the residual stream.
     """
-    edits.check_latent(scope, name, latent)
+    scope.check_latent(name, latent)
     if kind not in KINDS or not strengths or rows < 1:
         raise InputError(
             f"kind is {kind!r}, rows {rows}, strengths {tuple(strengths)}; give one of {', '.join(KINDS)}, and at "

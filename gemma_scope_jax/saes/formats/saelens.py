@@ -134,6 +134,16 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     return sae, about
 
 
+def read_about(folder: pathlib.Path) -> common.About:
+    """What a folder's config says of its SAE, without the arrays.
+
+    Raises:
+      ValueError: it is damaged, or no SAELens config.
+    """
+    path = folder / "cfg.json"
+    return _about(files.read_json(path), path)
+
+
 def _check_meaning(config: dict, path: pathlib.Path) -> None:
     """Raises ValueError where a config is of another kind of SAE, or does not say enough of this one.
 
