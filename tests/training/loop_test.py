@@ -181,12 +181,12 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(seed=3, train__tokens=128 * 12), r"that run had config\.seed = 0, this one has 3"),
-        (dict(train__tokens=128 * 10), r"had 1280 tokens and train\.tokens is 1280; give more"),
+        (dict(seed=3, train__tokens=128 * 12), r"the old run had config\.seed = 0, this run has 3"),
+        (dict(train__tokens=128 * 10), r"had 1280 tokens and train\.tokens is 1280; raise train"),
         (dict(start_from="nowhere"), "nowhere is no run directory"),
         (
             dict(train__tokens=128 * 12, banks__main__bandwidth=0.2),
-            r"that run had config\.banks\.main\.bandwidth = 0\.1, this one has 0\.2: its SAEs would not go on",
+            r"the old run had config\.banks\.main\.bandwidth = 0\.1, this run has 0\.2; restore the old value",
         ),
     ],
 )
