@@ -131,12 +131,12 @@ def test_an_evaluation_does_not_go_on_with_what_another_metric_of_the_same_name_
 
 @pytest.mark.parametrize("name", ["count", "error", "explained", "loss", "variance", "activations"])
 def test_a_metric_cannot_take_the_place_of_what_is_summed_anyway(name):
-    with pytest.raises(ValueError, match=f"another number is called '{name}'"):
+    with pytest.raises(ValueError, match=f"the metric name '{name}' is taken"):
         metrics.register(name, metrics.Metric("x", "y", measure=len))
 
 
 def test_what_is_taken_is_refused():
-    with pytest.raises(ValueError, match="another number is called 'fvu'"):
+    with pytest.raises(ValueError, match="the metric name 'fvu' is taken"):
         metrics.register("fvu", metrics.Metric("x", "y", measure=len))
     with pytest.raises(ValueError, match="has neither measure nor reduce"):
         metrics.register("nothing", metrics.Metric("x", "y"))

@@ -1,7 +1,7 @@
-"""The numbers of an SAE, from the sums of what was measured of it: `METRICS` has each with its label and definition.
+"""The metrics of an SAE, computed from sums over rows: `METRICS` has the label and definition of each.
 
-`register` adds one (docs/extending.md). Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them;
-docs/metrics.md writes them all out.
+`register` adds a metric (docs/extending.md). Definitions follow Gemma Scope (section 3.3.2, appendix C) where it has
+them; docs/metrics.md lists them all.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ NAN = float("nan")
 
 
 def ratio(numerator_S: np.ndarray, denominator_S: np.ndarray) -> tuple[float, float]:
-    """Σ numerator / Σ denominator, and its standard error over independent rows (linearised).
+    """Σ numerator / Σ denominator, and its linearised standard error over independent rows.
 
-    nan where there is nothing to divide by, as the standard error is for one row.
+    Both are NaN if the denominator is 0; the standard error is NaN for a single row.
     """
     total = denominator_S.sum()
     if total == 0:
@@ -34,13 +34,13 @@ def ratio(numerator_S: np.ndarray, denominator_S: np.ndarray) -> tuple[float, fl
 
 
 def standard_error(residual_S: np.ndarray) -> float:
-    """Of a sum of independent rows' parts, each less its mean; nan for one row."""
+    """The standard error of a sum over independent rows, from each row's residual; NaN for a single row."""
     n = residual_S.size
     return float(np.sqrt(np.square(residual_S).sum() * n / (n - 1))) if n > 1 else float("nan")
 
 
 class Sums:
-    """What was measured of one SAE, and of its site without it, over all rows: what a number is made of."""
+    """The sums over all rows that metrics are computed from: those of one SAE, and those of its site alone."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Sums:
         references: Totals,
         nearest_cosine_M: np.ndarray | None = None,
     ) -> None:
-        """Takes the sums; see `summarize`."""
+        """Stores the sums; the arguments are those of `summarize`."""
         self.subject, self.of_sae, self.references = subject, of_sae, references
         self.count_S, self.scored_S = of_sae.of_rows("count_S"), references.of_rows("scored_S")
         self.loss = {name: references.of_rows(f"{name}_S") for name in ("clean", "zero", "mean")}
@@ -63,12 +63,15 @@ class Sums:
         self._nearest_cosine_M = nearest_cosine_M
 
     def mean(self, name: str, per_S: np.ndarray | None = None) -> tuple[float | None, float | None]:
-        """Of what was measured of each token, over those that count; None where it was not."""
+        """The mean of a measured quantity over the positions that count, and its standard error.
+
+        Both are None if the quantity was not measured.
+        """
         value_S = self.of_sae.of_rows(f"{name}_S")
         return (None, None) if value_S is None else ratio(value_S, self.count_S if per_S is None else per_S)
 
     def distance(self, centre_O: np.ndarray | float) -> np.ndarray:
-        """Each row's part of the squared distance from a centre, rows by dimensions."""
+        """Each row's share [S, O] of the squared distance of the activations from a centre."""
         return self._within_SxO + self.count_S[:, None] * np.square(self._row_mean_SxO - centre_O)
 
     @functools.cached_property
@@ -77,12 +80,12 @@ class Sums:
 
     @functools.cached_property
     def varies_O(self) -> np.ndarray:
-        """Where what is spliced is always the same there is no variance to explain, but for rounding."""
+        """The dimensions [O] in which the spliced activations vary by more than rounding errors."""
         return self.variance_SxO.sum(0) > ranges.CONSTANT * self.count_S.sum() * np.square(self.mean_O)
 
     @functools.cached_property
     def is_constant(self) -> bool:
-        """The same of all dimensions together."""
+        """Whether the spliced activations are constant, all dimensions together, up to rounding errors."""
         square = self.count_S.sum() * np.square(self.mean_O).sum()
         return bool(self.variance_SxO.sum() <= ranges.CONSTANT * square)
 
@@ -92,30 +95,32 @@ class Sums:
 
     @functools.cached_property
     def nearest_cosine_M(self) -> np.ndarray:
-        """See `geometry.nearest_cosine`."""
+        """Each latent's largest cosine [M] with another decoder direction; see `geometry.nearest_cosine`."""
         if self._nearest_cosine_M is not None:
             return self._nearest_cosine_M
         return geometry.nearest_cosine(np.asarray(self.subject.W_dec))
 
 
-# A number and its standard error over rows; None for what was not measured, or has no error.
+# A value and its standard error over rows. The value is None if it was not measured, the error if it has none.
 Number = tuple[float | None, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A number of an evaluation.
+    """A metric of an evaluation.
 
     Args:
-      label: as tables and pages call it.
-      definition: what it is, in a sentence or two.
-      reduce: it and its standard error, from the sums over all rows. None: the mean of what `measure` gives over the
-        positions that count.
-      form: how it is shown, as a format of Python.
-      measure: what it takes of each token beyond what is measured anyway; compiled into the pass over each batch.
-      paired: numerator, what is subtracted of it (or None), and denominator: keys of `Evaluation.by_row`, by which
-        two evaluations of the same rows are compared. Empty: they are not.
-      shown_in: "page", the table of a page; "terminal", that of many SAEs; "comparison", side by side.
+      label: its name in tables and on pages.
+      definition: a plain sentence with the formula and the unit.
+      reduce: computes the value and its standard error from the sums over all rows. None: the mean of `measure` over
+        the positions that count.
+      form: the Python format specification of the value.
+      measure: a function from a batch to one number for each token, compiled into the pass over each batch. None:
+        the metric needs only the quantities that are always measured.
+      paired: how two evaluations of the same rows are compared: the keys of `Evaluation.by_row` of the numerator, of
+        the term subtracted from it (or None), and of the denominator. Empty: no paired comparison.
+      shown_in: the tables it appears in: "page", the page's; "terminal", the one printed for more than three SAEs;
+        "comparison", evaluations side by side.
     """
 
     label: str
@@ -128,7 +133,10 @@ class Metric:
 
 
 def _recovered(delta_S: np.ndarray, ablated_S: np.ndarray, clean_S: np.ndarray) -> tuple[float, float]:
-    """1 − delta loss over what the ablation costs, and its standard error; NaN where that is rounding alone."""
+    """1 − delta loss / (ablated loss − clean loss), and its standard error.
+
+    Both are NaN if the ablation changes the loss by no more than rounding errors.
+    """
     cost_S = ablated_S - clean_S
     if abs(cost_S.sum()) <= 1e-6 * clean_S.sum():
         return NAN, NAN
@@ -157,7 +165,7 @@ def _loss(name: str) -> Callable[[Sums], Number]:
 METRICS: dict[str, Metric] = {
     "l0": Metric(
         "L0",
-        "Mean number of latents that fire on an activation.",
+        "The mean over activations of ‖f‖₀, the number of latents that fire on an activation.",
         lambda s: s.mean("l0"),
         ".1f",
         paired=("l0", None, "activations"),
@@ -165,102 +173,128 @@ METRICS: dict[str, Metric] = {
     ),
     "fvu": Metric(
         "FVU",
-        "Σ‖y − ŷ‖² / Σ‖y − mean‖², the mean being that of the activations evaluated on.",
+        "Fraction of variance unexplained, Σ‖y − ŷ‖² / Σ‖y − ȳ‖², where ȳ is the mean of the evaluated activations. "
+        "0: perfect; 1: no better than ȳ.",
         lambda s: ratio(s.error_SxO.sum(1), s.variance_S),
         paired=("error", None, "variance"),
         shown_in=("page", "terminal", "comparison"),
     ),
     "delta_loss": Metric(
         "delta loss, nats",
-        "Mean cross-entropy of next tokens with the reconstruction in the activations' place, less that without.",
+        "Spliced loss − clean loss: the rise in the mean cross-entropy of the next token when the reconstruction "
+        "replaces the activations, in nats per prediction.",
         lambda s: ratio(s.delta_S, s.scored_S),
         paired=("spliced_loss", "clean_loss", "tokens"),
         shown_in=("page", "terminal", "comparison"),
     ),
     "kl": Metric(
         "KL, nats",
-        "Mean KL divergence of the spliced from the clean prediction, KL(clean ‖ spliced).",
+        "The mean over predictions of KL(clean ‖ spliced), the divergence of the spliced from the clean distribution "
+        "of the next token, in nats.",
         lambda s: s.mean("kl", s.scored_S),
         shown_in=("page", "comparison"),
     ),
     "r_l0": Metric(
         "r_L0",
-        "Uniformity of active latent importance: exp(entropy of p) / ‖p‖₀ with p = |y| / Σ|y|, y = f ⊙ W_dec ∇L and "
-        "L the sum of next tokens' logits less the mean logit, nothing spliced; the mean over activations. 1: all "
-        "active latents matter alike.",
+        "Uniformity of active latent importance: the mean over activations of exp(H(p)) / ‖p‖₀, where H is the "
+        "entropy, p = |a| / Σ|a| and a = f ⊙ (W_dec ∇L). L is the sum, over scored predictions of the clean model, "
+        "of the next token's logit minus the mean logit. 1: all active latents matter equally.",
         lambda s: s.mean("r_l0", s.of_sae.of_rows("active_S")),
         ".3f",
         shown_in=("page", "comparison"),
     ),
     "loss_recovered_mean": Metric(
         "loss recovered, mean",
-        "1 − delta loss / (loss with the site's mean in the activations' place − clean loss).",
+        "The share of the cost of mean ablation that the reconstruction avoids, 1 − delta loss / (mean-ablation loss − "
+        "clean loss). 1: it costs nothing; 0: as much as mean ablation.",
         lambda s: _recovered(s.delta_S, s.loss["mean"], s.loss["clean"]),
         shown_in=("page", "terminal", "comparison"),
     ),
     "loss_recovered_zero": Metric(
         "loss recovered, zero",
-        "The same with zeros in their place.",
+        "The share of the cost of zero ablation that the reconstruction avoids, 1 − delta loss / (zero-ablation loss − "
+        "clean loss). 1: it costs nothing; 0: as much as zero ablation.",
         lambda s: _recovered(s.delta_S, s.loss["zero"], s.loss["clean"]),
         shown_in=(),
     ),
     "cosine": Metric(
-        "cosine", "Mean cosine of activation and reconstruction.", lambda s: s.mean("cosine"), shown_in=()
+        "cosine",
+        "The mean over activations of y·ŷ / (‖y‖ ‖ŷ‖), the cosine between activation and reconstruction.",
+        lambda s: s.mean("cosine"),
+        shown_in=(),
     ),
-    "norm_ratio": Metric("norm ratio", "Mean of ‖ŷ‖ / ‖y‖.", lambda s: s.mean("norm_ratio"), shown_in=()),
+    "norm_ratio": Metric(
+        "norm ratio",
+        "The mean over activations of ‖ŷ‖ / ‖y‖, the reconstruction's norm relative to the activation's.",
+        lambda s: s.mean("norm_ratio"),
+        shown_in=(),
+    ),
     "fvu_per_dimension": Metric(
         "FVU, per dimension",
-        "Mean over dimensions of each one's squared error over its variance.",
+        "The mean over dimensions i of Σ(yᵢ − ŷᵢ)² / Σ(yᵢ − ȳᵢ)², the FVU of each dimension.",
         _per_dimension,
         shown_in=(),
     ),
     "explained_variance_elements": Metric(
         "explained variance, elements",
-        "1 − mean squared error / variance of all elements of all activations, as in Gemma Scope's tutorials.",
+        "1 − mean squared error / variance, both over all elements of all activations, as in Gemma Scope's "
+        "tutorials.",
         _of_elements,
         shown_in=(),
     ),
     "explained_variance_tokens": Metric(
         "explained variance, tokens",
-        "Mean over activations of 1 − ‖y − ŷ‖² / ‖y − site's mean‖², as SAELens once had it.",
+        "The mean over activations of 1 − ‖y − ŷ‖² / ‖y − m‖², where m is the site's mean, as in older versions of "
+        "SAELens.",
         lambda s: (NAN, NAN) if s.is_constant else s.mean("explained"),
         shown_in=(),
     ),
     "clean_loss": Metric(
-        "clean loss",
-        "Mean cross-entropy of next tokens, nothing spliced.",
+        "clean loss, nats",
+        "The mean cross-entropy of the next token in the unmodified model, in nats per prediction.",
         lambda s: ratio(s.loss["clean"], s.scored_S),
         paired=("clean_loss", None, "tokens"),
         shown_in=(),
     ),
     "spliced_loss": Metric(
-        "spliced loss",
-        "The same with the reconstruction spliced.",
+        "spliced loss, nats",
+        "The mean cross-entropy of the next token when the reconstruction replaces the activations, in nats per "
+        "prediction.",
         _loss("spliced"),
         paired=("spliced_loss", None, "tokens"),
         shown_in=(),
     ),
-    "zero_ablation_loss": Metric("zero ablation", "The same with zeros spliced.", _loss("zero"), shown_in=()),
+    "zero_ablation_loss": Metric(
+        "zero-ablation loss, nats",
+        "The mean cross-entropy of the next token when zeros replace the activations, in nats per prediction.",
+        _loss("zero"),
+        shown_in=(),
+    ),
     "mean_ablation_loss": Metric(
-        "mean ablation", "The same with the site's mean spliced.", _loss("mean"), shown_in=()
+        "mean-ablation loss, nats",
+        "The mean cross-entropy of the next token when the site's mean replaces the activations, in nats per "
+        "prediction.",
+        _loss("mean"),
+        shown_in=(),
     ),
     "dead_fraction": Metric(
         "never fired here",
-        "Share of latents that fired on none of these activations.",
+        "The share of latents that fire on none of the evaluated activations.",
         lambda s: (float((s.frequency_M == 0).mean()), None),
         ".2%",
         shown_in=("page", "terminal"),
     ),
     "dense_fraction": Metric(
         "fired on over 10%",
-        "Share of latents that fired on more than a tenth of them.",
+        "The share of latents that fire on more than 10% of the evaluated activations.",
         lambda s: (float((s.frequency_M > jumprelu.DENSE).mean()), None),
         ".2%",
         shown_in=("page", "terminal"),
     ),
     "decoder_cosine": Metric(
         "nearest decoder cosine",
-        "Median over latents of the largest cosine with another's decoder.",
+        "The median over latents i of max over j ≠ i of cos(W_dec[i], W_dec[j]), the largest cosine with another "
+        "latent's decoder direction.",
         lambda s: (float(np.median(s.nearest_cosine_M)), None),
         ".3f",
         shown_in=(),
@@ -268,42 +302,42 @@ METRICS: dict[str, Metric] = {
 }
 _OWN = frozenset(METRICS)
 _FIELDS = {field.name for field in dataclasses.fields(evaluation_file.Evaluation)}
-# What `measuring.measure` and `by_row` call what is summed anyway.
+# The names of the sums that are always made, in `measuring.measure` and in `by_row`.
 _SUMS = {
     "count", "error", "explained", "active", "loss", "variance", "clean_loss", "spliced_loss", "frequency", "fired",
 }  # fmt: skip
 
 
 def register(name: str, metric: Metric) -> None:
-    """Adds a number to every evaluation from now on, or replaces one that was added.
+    """Adds a metric to every evaluation from now on, or replaces one added before.
 
-    It stands in the files, on the page, and in the tables that `shown_in` names.
+    The metric appears in the files, on the page, and in the tables that `shown_in` names.
 
     Raises:
-      ValueError: the name is taken, or the metric is neither measured nor reduced.
+      ValueError: if the name is taken or no identifier, or the metric has neither `measure` nor `reduce`.
     """
     is_taken = METRICS[name] != metric if name in _OWN else name in _FIELDS | _SUMS
     if is_taken:
-        raise InputError(f"another number is called {name!r}; choose another name")
+        raise InputError(f"the metric name {name!r} is taken; choose another name")
     if not name.isidentifier():
-        raise InputError(f"a metric cannot be called {name!r}; choose letters, digits and _")
+        raise InputError(f"{name!r} is not a valid metric name; use letters, digits and _")
     if metric.measure is None and metric.reduce is None:
-        raise InputError(f"the metric {name} has neither measure nor reduce; give one of them")
+        raise InputError(f"the metric {name} has neither measure nor reduce; give at least one")
     METRICS[name] = metric
 
 
 def measures() -> tuple[tuple[str, OfTokens], ...]:
-    """What metrics take of each token beyond what is measured anyway, by name."""
+    """The `measure` functions of the metrics that have one, by name."""
     return tuple((name, metric.measure) for name, metric in METRICS.items() if metric.measure is not None)
 
 
 def definitions() -> list[list[str]]:
-    """Each of `measures` by its name and a digest of its code, which is "" of a callable that is no function."""
+    """The name of each of `measures` and a digest of its code, "" for a callable that is not a function."""
     return [[name, _digest(getattr(inspect.unwrap(of), "__code__", None))] for name, of in measures()]
 
 
 def _digest(code: types.CodeType | None) -> str:
-    """The same in every process; functions that it calls are not part of it."""
+    """A digest of a function's code, the same in every process; the functions that it calls are not part of it."""
     if code is None:
         return ""
     constants = [_digest(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
@@ -311,12 +345,12 @@ def _digest(code: types.CodeType | None) -> str:
 
 
 def shown_in(place: str) -> tuple[str, ...]:
-    """The names of the metrics that a place shows; see `Metric`."""
+    """The names of the metrics in a table; see `Metric.shown_in`."""
     return tuple(name for name, metric in METRICS.items() if place in metric.shown_in)
 
 
 def paired() -> dict[str, tuple[str, str | None, str]]:
-    """The numbers that two evaluations are compared by, row by row: what is summed, less what, over what."""
+    """The metrics that are compared row by row: the numerator, the term subtracted, and the denominator of each."""
     own = {name: (name, None, "activations") for name, _ in measures()}
     return own | {name: metric.paired for name, metric in METRICS.items() if metric.paired}
 
@@ -324,14 +358,14 @@ def paired() -> dict[str, tuple[str, str | None, str]]:
 def summarize(
     subject: jumprelu.SAE, of_sae: Totals, references: Totals, nearest_cosine_M: np.ndarray | None = None
 ) -> evaluation_file.Evaluation:
-    """The numbers of one SAE.
+    """The evaluation of one SAE, computed from its sums.
 
     Args:
       subject: the SAE.
-      of_sae: from `measuring.measure`, and its `loss_SxL` and perhaps `kl_SxL`.
-      references: from `measuring.measure_target`; `scored_SxL`, and the losses `clean_SxL`, `zero_SxL` and
-        `mean_SxL`, 0 where they are not scored.
-      nearest_cosine_M: see `geometry.nearest_cosine`; None: it is computed.
+      of_sae: the sums of `measuring.measure`, with the spliced `loss_SxL` and optionally `kl_SxL`.
+      references: the sums of `measuring.measure_target`, with `scored_SxL` and the losses `clean_SxL`, `zero_SxL` and
+        `mean_SxL`, 0 at positions that are not scored.
+      nearest_cosine_M: the result of `geometry.nearest_cosine`; None: computed here.
     """
     sums = Sums(subject, of_sae, references, nearest_cosine_M)
     numbers: dict[str, float | None] = {}
@@ -372,32 +406,32 @@ def summarize(
 
 
 def undefined(results: Mapping[str, evaluation_file.Evaluation]) -> list[str]:
-    """Sentences on numbers that are not defined for what SAEs were evaluated on, and why."""
+    """A sentence for each metric of an SAE that is undefined on the evaluated rows, with the reason."""
     said = []
     for name, result in results.items():
         if not np.isfinite(result.fvu):
             said.append(
-                f"FVU and explained variance of {name} are not defined: what it is to reconstruct is the same at "
+                f"FVU and explained variance of {name} are undefined: the activations to reconstruct are the same at "
                 f"all {result.activations:,} positions"
             )
         for ablation, by in (("zero", "zeros"), ("mean", "their mean")):
             if not np.isfinite(getattr(result, f"loss_recovered_{ablation}")):
                 said.append(
-                    f"loss recovered of {name} against {ablation} ablation is not defined: {by} in the place of the "
-                    "activations change no prediction"
+                    f"loss recovered of {name} against {ablation} ablation is undefined: replacing the activations "
+                    f"with {by} changes no prediction"
                 )
     return said
 
 
 def difference(number: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> tuple[float, float]:
-    """What a number is of `b` less what it is of `a`, and its standard error over rows, the same rows of both.
+    """A metric of `b` minus that of `a`, and the standard error of the difference over the rows, the same for both.
 
-    NaN where there is nothing to divide by.
+    Both are NaN if a denominator is 0.
 
     Args:
-      number: of `paired()`.
-      a: `by_row` of one evaluation.
-      b: of another.
+      number: the metric's name, a key of `paired()`.
+      a: the `by_row` of one evaluation.
+      b: the `by_row` of another.
     """
     values, residuals = [], []
     over, less, per = paired()[number]
@@ -412,9 +446,9 @@ def difference(number: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndar
 
 
 def at_positions(of_sae: Totals, references: Totals, variance: float) -> dict[str, np.ndarray]:
-    """By position behind a document's BOS: L0, squared error over the variance of all, delta loss; and how many.
+    """L0, squared error / overall variance, delta loss and counts, by position after the document's BOS.
 
-    NaN where there is no such position.
+    The metrics are NaN at positions that do not occur.
     """
     count_L, scored_L = of_sae.positions["count"], references.positions["scored"]
     with np.errstate(invalid="ignore", divide="ignore"):

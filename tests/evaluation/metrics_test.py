@@ -335,9 +335,9 @@ def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch)
     assert np.isfinite([result.l0, result.cosine, result.delta_loss]).all()
     fvu, recovered = metrics.undefined(results)
     assert fvu.startswith(
-        "FVU and explained variance of a are not defined: what it is to reconstruct is the same at"
+        "FVU and explained variance of a are undefined: the activations to reconstruct are the same at"
     )
-    assert "recovered of a against mean ablation is not defined" in recovered
+    assert "recovered of a against mean ablation is undefined" in recovered
     assert np.isnan(metrics.difference("fvu", result.by_row, result.by_row)).all()
 
 
