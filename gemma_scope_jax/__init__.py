@@ -1,8 +1,8 @@
-"""Gemma Scope in JAX: SAEs on Gemma's activations, trained in one compiled step, evaluated and looked into.
+"""Gemma Scope in JAX: trains SAEs on Gemma's activations in one compiled step, evaluates them and analyses them.
 
     import gemma_scope_jax as gs
 
-`gs.load_sae`, `gs.load_model`, `gs.train`, `gs.evaluate` and `gs.session` are imported when they are first used.
+`gs.load_sae`, `gs.load_model`, `gs.train`, `gs.evaluate` and `gs.session` are imported on first use.
 """
 
 import importlib
@@ -38,7 +38,8 @@ __all__ = [
     "train",
 ]
 
-# What lay flat in the package before it had rooms, for a release: by its old name, the modules that it is in now.
+# Modules that used to be at the top of the package, by their old names, with the modules that hold their contents
+# now. The old names work for one more release.
 _MOVED = {
     "activations": ("models.activations", "saes.attached"),
     "bank": ("training.bank", "saes.naming"),
@@ -92,7 +93,7 @@ _MOVED = {
     "verdicts": ("saes.verdicts",),
     "weights": ("models.weights",),
 }  # fmt: skip
-# By the old name of a module, what has another name of its own now: the place, and the name there.
+# The contents of those modules that were renamed: by old module and old name, the new module and the new name.
 _RENAMED = {
     "gemma": {"depth": ("models.sites", "blocks_needed")},
     "runs": {
@@ -114,12 +115,12 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'gemma_scope_jax' has no attribute {name!r}")
     places = _MOVED[name]
     now = " and ".join(f"gemma_scope_jax.{place}" for place in places)
-    warnings.warn(f"gemma_scope_jax.{name} is {now} now", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"gemma_scope_jax.{name} is now {now}", DeprecationWarning, stacklevel=2)
     modules = [importlib.import_module(f"gemma_scope_jax.{place}") for place in places]
     if len(modules) == 1:
         return modules[0]
     merged = types.ModuleType(f"gemma_scope_jax.{name}")
-    for module in reversed(modules):  # What several define is that of the first.
+    for module in reversed(modules):  # The first module's definition of a name wins.
         merged.__dict__.update({key: value for key, value in vars(module).items() if not key.startswith("_")})
     for key, (place, new_name) in _RENAMED.get(name, {}).items():
         setattr(merged, key, getattr(importlib.import_module(f"gemma_scope_jax.{place}"), new_name))

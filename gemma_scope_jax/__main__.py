@@ -1,4 +1,4 @@
-"""python -m gemma_scope_jax COMMAND, which is gemma-scope COMMAND now."""
+"""`python -m gemma_scope_jax COMMAND`, the old form of `gemma-scope COMMAND`."""
 
 import shlex
 import sys

@@ -1,6 +1,6 @@
-"""What `import gemma_scope_jax as gs` gives: SAEs, models, training, evaluation and a session to look inside.
+"""The functions of `import gemma_scope_jax as gs`: SAEs, models, training, evaluation and a session for analysis.
 
-Nothing here prints or writes unasked. `logging` has messages (logger `gemma_scope_jax`), `progress=True` shows bars.
+Nothing here prints. Messages go to the logger `gemma_scope_jax`; `progress=True` shows progress bars.
 """
 
 import dataclasses
@@ -26,34 +26,37 @@ from gemma_scope_jax.training.trained import TrainedRun
 if typing.TYPE_CHECKING:
     from gemma_scope_jax.analysis import Scope
 
-# What SAEs are given as: a run, or where one or some lie; or those that are loaded.
+# A run, a path or hub address of SAEs, or loaded SAEs.
 SAEs = str | pathlib.Path | TrainedRun | LoadedSAE | Mapping[str, LoadedSAE] | Iterable[LoadedSAE]
 
 
 def load_sae(
     location: str | pathlib.Path, *, model: str = "", site: str = "", target_site: str = ""
 ) -> LoadedSAE:
-    """The SAE at a path or on the hub, in any format, with its `encode` and `decode`.
+    """Loads an SAE in any format from a path or Hugging Face's hub.
 
     Args:
       location: a path, or `hf://OWNER/NAME/FOLDER`.
-      model: as in `gemma2_2b`, where the file does not say it.
-      site: what it reads, as in `layer_20_resid_post`, likewise.
-      target_site: what a transcoder predicts, likewise.
+      model: the name of the model, as in `gemma2_2b`; needed only if the file does not name it.
+      site: the site that the SAE reads, as in `layer_20_resid_post`; needed only if the file does not name it.
+      target_site: the site that a transcoder predicts; needed only if the file does not name it.
+
+    Returns:
+      The SAE, with its methods `encode` and `decode`.
 
     Raises:
-      ValueError: there is none, or several; it is broken, or does not fit its model.
+      ValueError: if there is no SAE or more than one at the location, it is damaged, or it does not fit its model.
     """
     found = load_saes(location, model=model, site=site, target_site=target_site)
     if len(found) > 1:
-        raise InputError(f"{location} has {len(found)} SAEs, {', '.join(found)}; load_saes loads them all")
+        raise InputError(f"{location} has {len(found)} SAEs, {', '.join(found)}; load them with load_saes")
     return next(iter(found.values()))
 
 
 def load_saes(
     location: str | pathlib.Path, *, model: str = "", site: str = "", target_site: str = ""
 ) -> dict[str, LoadedSAE]:
-    """The SAEs of a run directory, at a path with `*`, or of a set in one folder, by name; see `load_sae`."""
+    """Loads all SAEs of a run directory, a folder or a path with `*`, by name; the arguments are `load_sae`'s."""
     path = files.expanded(location)
     if loading.is_run(path):
         return dict(TrainedRun(path).saes)
@@ -68,18 +71,21 @@ def load_model(
     dtype: str = "",
     layers: int | None = None,
 ) -> LanguageModel:
-    """A Gemma with its tokenizer; split over the devices where it would not fit on one.
+    """Loads a Gemma model with its tokenizer; a model that is too large for one device is split over all of them.
 
     Args:
-      model: its name, as in `gemma2_2b`; or an SAE, for the blocks that its activations take. What is not given is
-        then as in the run that it was read from; a file outside of one has no say in it.
-      weights: where they lie, as `weights` of a config. Empty: those of the model's own.
-      tokenizer_path: where it lies; empty: beside the weights, else the model's own.
-      dtype: of the model's arithmetic, `bfloat16` or `float32`; empty: `bfloat16`.
-      layers: how many blocks to load, the first ones; None: all, or of an SAE's what it takes.
+      model: the name of the model, as in `gemma2_2b`; or an SAE, to load the model that it was trained on. The
+        arguments that are not given then come from the run that the SAE was read from; an SAE file outside a run
+        directory sets only the model's name.
+      weights: the path or address of the weights, as `weights` of a config. Empty: the model's own weights.
+      tokenizer_path: the path of the tokenizer. Empty: the one beside the weights or, if there is none, the model's
+        own.
+      dtype: the dtype of the model's weights and arithmetic, `bfloat16` or `float32`. Empty: `bfloat16`.
+      layers: the number of blocks to load, from the first. None: all blocks or, if `model` is an SAE, the blocks
+        that its sites need.
 
     Raises:
-      ValueError: there is no such model, or its weights or tokenizer cannot be had.
+      ValueError: if there is no model of this name, or its weights or tokenizer cannot be loaded.
     """
     name = model.model if isinstance(model, LoadedSAE) else model
     if isinstance(model, LoadedSAE):
@@ -105,20 +111,24 @@ def train(
     progress: bool = False,
     **fields: object,
 ) -> TrainedRun:
-    """Trains the SAEs of a config, or goes on with the run in `workdir`, to its end.
+    """Trains the SAEs of a config; an unfinished run in `workdir` is continued.
 
-    Ctrl-C ends the step that is under way, saves a checkpoint, and raises KeyboardInterrupt; the same call goes on.
-    With several processes it ends them without a save.
+    Ctrl-C finishes the current step, saves a checkpoint and raises KeyboardInterrupt; the same call then continues
+    the run. With several processes, Ctrl-C ends them without saving.
 
     Args:
       config: a config's name, such as `quickstart` or `gemma2_2b:resid_post_65k`; a config file; or a `Config`.
-      workdir: the run's folder.
-      progress: whether to show a bar.
-      **fields: of the config, by their last names (`width=4096`), or by whole ones with `__` for dots.
+      workdir: the run directory.
+      progress: whether to show a progress bar.
+      **fields: fields of the config to change, by their last name (`width=4096`) or by their whole name with `__` for
+        dots (`banks__main__width=4096`).
+
+    Returns:
+      The finished run.
 
     Raises:
-      ValueError: the config does not fit itself, its inputs, or the run in `workdir`.
-      FloatingPointError: a loss is not finite.
+      ValueError: if fields of the config do not fit each other, the inputs, or the run in `workdir`.
+      FloatingPointError: if a loss is not finite.
     """
     values = (
         config_lib.to_dict(config)
@@ -147,24 +157,32 @@ def evaluate(
     trust: bool = False,
     progress: bool = False,
 ) -> report.Results:
-    """Evaluates SAEs: sparsity, reconstruction, and what they cost the model's predictions.
+    """Evaluates SAEs: their sparsity, their reconstruction error, and their effect on the model's predictions.
 
     Args:
-      saes: a run, where one or some lie, or SAEs that are loaded.
-      model: all of it; None: it is loaded as the run or the SAEs say.
-      text: to evaluate on, as `data.text` of a config; None: the one that they were trained on, if that is known.
-      rows: of it, at most all; None: as the run's config says, of SAEs in files 512.
-      rows_per_batch: in one pass; None: likewise, else 8.
-      split: `held_out`, or `train`.
-      turns: in the chat template, whose turns count: `all`, `user` or `model`.
-      fast: without KL and r_L0.
-      baselines: beside each SAE its own top k, a random decoder, an untrained SAE and principal components.
-      trust: use the text, weights and tokenizer that a file outside a run directory names.
-      progress: whether to show a bar.
+      saes: a run, a path or hub address of SAEs, or loaded SAEs.
+      model: the whole model; None: load the model that the run or the SAEs name.
+      text: the text to evaluate on, as `data.text` of a config; None: the text that the SAEs were trained on, if it
+        is known.
+      rows: the number of rows to evaluate on, at most all of the split; None: the number in the run's config, or 512
+        for SAEs outside a run.
+      rows_per_batch: rows in one forward pass of the model; None: the number in the run's config, or 8 for SAEs
+        outside a run.
+      split: the rows to evaluate on, `held_out` or `train`.
+      turns: apply the chat template, and evaluate only on the tokens of these turns: `all`, `user` or `model`. None:
+        as in the run's config.
+      fast: skip KL and r_L0.
+      baselines: also evaluate, for each SAE, the top k of its own latents, a random decoder, an untrained SAE and
+        principal components.
+      trust: use the text, weights and tokenizer that an SAE file outside a run directory names.
+      progress: whether to show a progress bar.
+
+    Returns:
+      The results.
 
     Raises:
-      ValueError: there is no SAE, or the model is another or not whole.
-      FloatingPointError: what is measured is not finite.
+      ValueError: if there is no SAE, or `model` is not the SAEs' model or lacks some of its blocks.
+      FloatingPointError: if a measured value is not finite.
     """
     opened, loaded = _opened(saes, model, text=text, turns=turns, trust=trust)
     asked = opened.config.evaluation
@@ -181,7 +199,7 @@ def evaluate(
 def session(
     saes: SAEs, model: LanguageModel | None = None, *, text: str | None = None, trust: bool = False
 ) -> "Scope":
-    """A model with SAEs, to look inside with `gemma_scope_jax.analysis`; the arguments are those of `evaluate`."""
+    """Opens a model with SAEs for `gemma_scope_jax.analysis`; the arguments are those of `evaluate`."""
     with extras.needed():
         from gemma_scope_jax.analysis import session as session_lib
 
@@ -192,7 +210,7 @@ def session(
 def _opened(
     saes: SAEs, model: LanguageModel | None, trust: bool, **overrides: str | None
 ) -> tuple[opening.Opened, LanguageModel | None]:
-    """SAEs with what it takes to look at them; checks that a given model is theirs, and whole."""
+    """Opens SAEs, and checks that a given model is the SAEs' own and that all of its blocks are loaded."""
     if isinstance(saes, TrainedRun):
         saes = saes.path
     if model is not None:
@@ -209,14 +227,14 @@ def _opened(
         elif isinstance(saes, Iterable):
             some = list(saes)
         else:
-            raise InputError(f"{saes!r} is no SAE; give one, some, or where some lie")
+            raise InputError(f"{saes!r} is not an SAE; give SAEs, a run or a path")
         if not some:
-            raise InputError("there is no SAE; give one, or where some lie")
+            raise InputError("no SAEs are given; give SAEs, a run or a path")
         given = {name: value for name, value in overrides.items() if value is not None}
         opened = opening.of_saes(some, given, trust)
     if model is not None:
         if registry.spec(model.name) != registry.spec(opened.config.model):
-            raise InputError(f"the SAEs are of {opened.config.model}, the model is {quoted(model.name)}")
+            raise InputError(f"the SAEs are for {opened.config.model}, but the model is {quoted(model.name)}")
         if model.gemma.num_layers < len(model.gemma.layers):
             raise InputError(
                 f"only {model.gemma.num_layers} of {model.name}'s {len(model.gemma.layers)} blocks are loaded; "

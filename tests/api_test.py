@@ -127,9 +127,9 @@ def test_a_session_looks_inside(run, model):
 
 
 def test_mistakes_say_how_they_are_mended(run, model, tmp_path):
-    with pytest.raises(ValueError, match=r"has 2 SAEs, .*; load_saes loads them all"):
+    with pytest.raises(ValueError, match=r"has 2 SAEs, .*; load them with load_saes"):
         gs.load_sae(run.path)
-    with pytest.raises(ValueError, match="there is no SAE; give one"):
+    with pytest.raises(ValueError, match="no SAEs are given; give SAEs"):
         gs.evaluate({}, model)
     with pytest.raises(ValueError, match="unknown model 'tinny'"):
         gs.load_model("tinny")
@@ -150,7 +150,7 @@ def test_arguments_of_the_wrong_kind_are_said(run, model):
         gs.evaluate(run, model, turns="everyone")
     with pytest.raises(ValueError, match="have no split 'test'; choose held_out or train"):
         gs.evaluate(run, model, split="test")
-    with pytest.raises(ValueError, match="3 is no SAE; give one"):
+    with pytest.raises(ValueError, match="3 is not an SAE; give SAEs"):
         gs.evaluate(3, model)
 
 

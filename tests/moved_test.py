@@ -11,7 +11,7 @@ from gemma_scope_jax.models import sites
 
 @pytest.mark.parametrize("name", gemma_scope_jax._MOVED)
 def test_old_names_say_where_they_are_now(name):
-    with pytest.warns(DeprecationWarning, match=rf"^gemma_scope_jax.{name} is gemma_scope_jax\.\w+"):
+    with pytest.warns(DeprecationWarning, match=rf"^gemma_scope_jax.{name} is now gemma_scope_jax\.\w+"):
         assert vars(getattr(gemma_scope_jax, name))
 
 
