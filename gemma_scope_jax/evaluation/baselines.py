@@ -1,4 +1,4 @@
-"""What an SAE's numbers are to be held against: others as sparse as it is, that learnt less or nothing."""
+"""Baselines for an SAE's metrics: SAEs of the same L0 that were trained less, or not at all."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,27 +10,27 @@ import numpy as np
 from gemma_scope_jax.saes import jumprelu
 from gemma_scope_jax.saes.attached import Subject
 
-# Thresholds are set on so many activations.
+# The number of activations that thresholds are set on.
 THRESHOLD_ACTIVATIONS = 2048
 
 
 def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) -> dict[str, Subject]:
-    """The baselines of an SAE by what they are called, each with its L0 on these activations.
+    """The baselines of an SAE by name, each with the SAE's L0 on these activations.
 
-    - `top_k`: the same SAE without its thresholds: of each activation the k strongest latents fire, k being its L0
-      rounded.
-    - `random_decoder`: its encoder, with random directions for a decoder.
-    - `untrained`: an autoencoder as training starts with it, its thresholds one that gives the L0.
-    - `pca`: the first k principal components; of each activation exactly k latents fire.
+    - `top_k`: the same SAE without its thresholds; the k strongest latents fire on each activation, k being the
+      rounded L0.
+    - `random_decoder`: the SAE's encoder with random decoder directions.
+    - `untrained`: a newly initialised autoencoder, with one threshold for all latents that sets the L0.
+    - `pca`: the first k principal components; exactly k latents fire on each activation.
 
-    Random decoders are given the scale and the bias that fit best, or they would only show that these are wrong. The
-    last two are for autoencoders alone.
+    Random decoders get the scale and the bias that fit best, since otherwise these alone would make them fail. The
+    last two baselines exist for autoencoders only.
 
     Args:
       subject: the SAE.
-      x_BxD: activations that it reads.
-      y_BxO: what it is to give; x for an autoencoder.
-      seed: of what is random.
+      x_BxD: activations at its input site.
+      y_BxO: the activations to reconstruct; x for an autoencoder.
+      seed: seeds the random directions.
     """
     x_BxD, y_BxO = (np.asarray(v, np.float32) for v in (x_BxD, y_BxO))
     first_BxD = x_BxD[:THRESHOLD_ACTIVATIONS]
@@ -58,13 +58,13 @@ def of(subject: Subject, x_BxD: np.ndarray, y_BxO: np.ndarray, seed: int = 0) ->
 
 
 def _encoded(subject: jumprelu.SAE, x_BxD: np.ndarray) -> Iterator[np.ndarray]:
-    """Latents of some activations at a time: of all they may be more than there is memory."""
+    """The latents, a block of activations at a time, since those of all may not fit in memory."""
     for start in range(0, len(x_BxD), 256):
         yield np.asarray(jumprelu.encode(subject, jnp.asarray(x_BxD[start : start + 256])))
 
 
 def _untrained(key: jax.Array, x_BxD: np.ndarray, m: int, l0: float) -> jumprelu.SAE:
-    """As `jumprelu.init`, folded for activations less their mean, with one threshold for all latents."""
+    """An SAE from `jumprelu.init`, folded for centred activations, with one threshold for all latents."""
     params = jumprelu.init(key, x_BxD.shape[1], m, 1.0)
     mean_D = x_BxD.mean(0)
     folded = jax.device_get(jumprelu.fold(params, jnp.asarray(mean_D), jnp.ones(())))
@@ -74,7 +74,7 @@ def _untrained(key: jax.Array, x_BxD: np.ndarray, m: int, l0: float) -> jumprelu
 
 
 def _principal(x_BxD: np.ndarray, k: int) -> jumprelu.SAE:
-    """The projection on the first k principal components; one latent for each of their two directions."""
+    """The projection onto the first k principal components, with a latent for each of their two signs."""
     mean_D = x_BxD.mean(0, dtype=np.float64)
     centred_BxD = x_BxD - mean_D
     _, vectors_DxD = np.linalg.eigh(centred_BxD.T @ centred_BxD)
@@ -91,7 +91,7 @@ def _principal(x_BxD: np.ndarray, k: int) -> jumprelu.SAE:
 
 
 def _fitted(subject: jumprelu.SAE, x_BxD: np.ndarray, y_BxO: np.ndarray) -> jumprelu.SAE:
-    """The SAE with the scale of its decoder and the bias that give the least squared error."""
+    """The SAE with the decoder scale and the bias that minimise the squared error."""
     recon_BxO = np.concatenate([f_BxM @ subject.W_dec for f_BxM in _encoded(subject, x_BxD)])
     mean_O, target_O = recon_BxO.mean(0), y_BxO.mean(0)
     centred_BxO = recon_BxO - mean_O

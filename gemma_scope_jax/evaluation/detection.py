@@ -1,9 +1,9 @@
-"""Detection without a judge: whether what a latent's strongest passages share tells where else it fires.
+"""Detection without a judge: whether the tokens common to a latent's strongest passages predict where else it fires.
 
-Documents are divided into two halves. From a latent's strongest passages in the first a description is made, and in
-the second it ranks positions where the latent fires against those where it does not.
+Documents are divided into two halves. A description is made from a latent's strongest passages in the first half. In
+the second half it ranks positions where the latent fires against positions where it does not.
 
-Shapes are those of `descriptions`, and C candidate latents.
+Shapes are those of `token_descriptions`, with C candidate latents.
 """
 
 import dataclasses
@@ -24,19 +24,17 @@ from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import attached, jumprelu
 
-EXAMPLES = 50  # Passages that a description is made from.
-APART = 16  # No two of a latent's come from the same so many positions of a row.
-BACKGROUND = 16_384  # Positions that its tokens' frequencies are compared with.
-FIRINGS = 64  # Positions where a latent fires that its description is tested on.
-SILENT = (
-    2_048  # Of so many positions in each half those where it does not fire are told from those where it does.
-)
+EXAMPLES = 50  # Passages that a description is made from, at most.
+APART = 16  # Each block of this many positions in a row gives a latent at most one passage.
+BACKGROUND = 16_384  # Positions that give the usual frequencies of tokens.
+FIRINGS = 64  # Positions where a latent fires that its description is tested on, at most.
+SILENT = 2_048  # Positions sampled in each half; those where a latent does not fire are its silent positions.
 FEWEST = 10  # A latent with fewer passages, firings or silent positions is not scored.
-CANDIDATES = 16  # For each latent that is to be scored: most of an SAE's may never fire.
+CANDIDATES = 16  # Candidates for each latent to score, since most latents of an SAE may never fire.
 
 
 class Events(NamedTuple):
-    """Firings of candidate latents, each with what it is kept by: the strongest, or at random."""
+    """Firings of candidate latents, each with a sort key: its strength, or a random number."""
 
     latent: np.ndarray
     position: np.ndarray
@@ -44,26 +42,26 @@ class Events(NamedTuple):
     key: np.ndarray
 
     def strongest(self, group: np.ndarray, most: int) -> "Events":
-        """Of each group those of the greatest keys."""
+        """The events with the largest keys of each group, at most `most` for each."""
         order = np.lexsort((-self.key, group))
         group = group[order]
         is_kept = np.arange(len(order)) - np.searchsorted(group, group) < most
         return Events(*(field[order[is_kept]] for field in self))
 
     def joined(self, others: "Events") -> "Events":
-        """These and others."""
+        """These events followed by others."""
         return Events(*map(np.concatenate, zip(self, others, strict=True)))
 
     def where(self, is_it: np.ndarray) -> "Events":
-        """Those of which that is true."""
+        """The events selected by a mask."""
         return Events(*(field[is_it] for field in self))
 
 
 class Firings:
-    """What is remembered of one SAE's candidate latents while rows go by, of a size that rows do not add to.
+    """The firings of one SAE's candidate latents, collected batch by batch in constant memory.
 
-    Of each the strongest firings in the first half and a random sample of those in the second, and at which of
-    some positions, in ascending order, it fires.
+    For each latent: its strongest firings in the first half, a random sample of its firings in the second half, and
+    whether it fires at each position of a pool, in ascending order.
     """
 
     def __init__(self, text: token_descriptions.Text, pool_N: np.ndarray, candidates: int, seed: int) -> None:
@@ -71,12 +69,12 @@ class Firings:
         self.text, self.pool_N = text, pool_N
         self.examples = Events(empty, empty, np.zeros(0, np.float32), np.zeros(0))
         self.tested = self.examples
-        self.count_C = np.zeros(candidates, np.int64)  # In both halves.
+        self.count_C = np.zeros(candidates, np.int64)  # Firings in both halves.
         self.is_firing_NxC = np.zeros((len(pool_N), candidates), bool)
         self._rng = np.random.default_rng(seed)
 
     def add(self, first_row: int, f_SxLxC: np.ndarray) -> None:
-        """Takes the latents of rows that follow those taken before."""
+        """Adds the latents of the next rows."""
         length = f_SxLxC.shape[1]
         f_BxC = f_SxLxC.reshape(-1, f_SxLxC.shape[2])
         place, latent = np.nonzero(f_BxC)
@@ -86,7 +84,7 @@ class Firings:
         self.count_C += np.bincount(latent[half >= 0], minlength=self.count_C.size)
 
         learnt = found.where(half == 0)
-        # In passages of `APART` positions of a row, of which each gives its strongest.
+        # Only the strongest firing of each block of `APART` positions.
         passage = learnt.position // length * length + learnt.position % length // APART
         learnt = learnt.strongest(learnt.latent * self.text.tokens_RxL.size + passage, 1)
         joined = self.examples.joined(learnt)
@@ -104,19 +102,19 @@ class Firings:
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
-    """How well one latent is described."""
+    """The detection scores of one latent."""
 
     latent: int
-    frequency: float  # of its firing, on all positions that count
+    frequency: float  # share of all counted positions on which it fires
     auroc: float
-    auroc_strongest: float  # telling the strongest quarter of its firings
-    control: float  # AUROC by another latent's description
-    words: Mapping[str, list[str]]  # see `token_descriptions.words`
+    auroc_strongest: float  # AUROC of the strongest quarter of its tested firings
+    control: float  # AUROC with another latent's description
+    words: Mapping[str, list[str]]  # typical tokens; see `token_descriptions.words`
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """The means over an SAE's latents; `_se` is a standard error over them."""
+    """The mean detection scores of an SAE's latents; `_se` is a standard error over latents."""
 
     auroc: float
     auroc_se: float
@@ -124,12 +122,12 @@ class Detection:
     auroc_strongest_se: float
     control: float
     control_se: float
-    scorable: float  # share of the latents looked at that fire often enough, and not nearly everywhere
+    scorable: float  # share of the candidates with enough firings and enough silent positions
     latents: tuple[Latent, ...]
 
 
 def _mean(values: list[float]) -> tuple[float, float]:
-    """The mean, and its standard error; nan where there are too few."""
+    """The mean and its standard error, NaN if there are too few values."""
     n = len(values)
     if not n:
         return float("nan"), float("nan")
@@ -143,14 +141,14 @@ def summarize(
     elsewhere: token_descriptions.Counts,
     decode: Callable[[list[int]], str],
 ) -> Detection:
-    """Scores the first candidates that can be.
+    """Scores the first candidates that have enough firings and silent positions.
 
     Args:
-      found: of the candidates.
-      candidates_C: which latents they are, in random order.
-      wanted: how many to score, at most.
-      elsewhere: of random passages of the first half.
-      decode: from token ids to text.
+      found: the firings of the candidates.
+      candidates_C: the latents that are candidates, in random order.
+      wanted: the number of latents to score, at most.
+      elsewhere: the token counts of random passages of the first half.
+      decode: converts token ids to text.
     """
     text, size = found.text, len(candidates_C)
     pool_NxW = token_descriptions.passages(text, found.pool_N)
@@ -204,7 +202,7 @@ def _latents(
     candidates_C: jax.Array,
     prefix: int,
 ) -> jax.Array:
-    """Latents [S, L, C], 0 at positions that do not count."""
+    """The candidate latents [S, L, C], 0 at positions that do not count."""
     x_BxD = x_SxLxD.astype(jnp.float32).reshape(-1, x_SxLxD.shape[-1])
     f_BxM = jumprelu.encode(subject, x_BxD)
     f_SxLxC = f_BxM[:, candidates_C].reshape(*tokens_SxL.shape, -1)
@@ -222,17 +220,20 @@ def detect(
     decode: Callable[[list[int]], str],
     prefix: int = 0,
 ) -> dict[str, Detection]:
-    """Detection scores of latents of SAEs, of all in one pass through the rows.
+    """The detection scores of SAEs' latents, all in one pass over the rows.
 
     Args:
       gemma: the model.
       subjects: the SAEs by name.
-      rows: that are learnt from and tested on.
-      latents: how many of each SAE to score; fewer where few fire often enough.
-      seed: of what is drawn: latents, and positions.
+      rows: the rows that descriptions are made from and tested on.
+      latents: the number of latents to score for each SAE; fewer are scored if few fire often enough.
+      seed: seeds the samples of latents and positions.
       per_batch: rows in one pass of the model.
-      decode: from token ids to text, for the descriptions.
-      prefix: see `masking.is_kept`.
+      decode: converts token ids to text, for the descriptions.
+      prefix: the length of the user prefix, which does not count; see `masking.is_kept`.
+
+    Raises:
+      ValueError: if all rows are of one document.
     """
     text = token_descriptions.divide(rows.tokens, rows.first_document, prefix)
     rng = np.random.default_rng(seed)
@@ -259,7 +260,7 @@ def detect(
 
 
 def numbers(result: Detection | Latent) -> dict:
-    """A result as it is written to a file; what is not finite is None."""
+    """A result as it is written to a file; a value that is not finite becomes None."""
     found = vars(result) | (
         {"latents": [*map(numbers, result.latents)]} if isinstance(result, Detection) else {}
     )
@@ -267,11 +268,11 @@ def numbers(result: Detection | Latent) -> dict:
 
 
 def print_tables(results: Mapping[str, Detection], rows: int, most: int = 5) -> None:
-    """The means of every SAE, and of no more than three the best and the worst described latents."""
+    """Prints the mean scores of every SAE and, for at most three SAEs, the best and worst described latents."""
     width = tables.width(results) + 70
-    table = tables.Table(title=f"AUROC of latents' descriptions on {rows:,} held-out rows")
+    table = tables.Table(title=f"Detection AUROC of latents' descriptions, {rows:,} held-out rows")
     table.add_column("", no_wrap=True)
-    for column in ("latents", "all firings", "strongest quarter", "another's description"):
+    for column in ("latents", "all firings", "strongest quarter", "another latent's description"):
         table.add_column(column, justify="right")
     for name, result in results.items():
         pairs = ("auroc", "auroc_strongest", "control")
@@ -279,8 +280,8 @@ def print_tables(results: Mapping[str, Detection], rows: int, most: int = 5) -> 
         table.add_row(name, str(len(result.latents)), *shown)
     tables.show(table, least_width=width)
     for name, result in results.items() if len(results) <= 3 else ():
-        title = f"Best and worst of {printable(name)}"
-        table = tables.Table("latent", "fires", "AUROC", "on", "behind", title=title)
+        title = f"Best and worst described latents of {printable(name)}"
+        table = tables.Table("latent", "fires on", "AUROC", "last token", "tokens before", title=title)
         ordered = sorted(result.latents, key=lambda latent: -latent.auroc)
         for latent in ordered if len(ordered) <= 2 * most else ordered[:most] + ordered[-most:]:
             said = (" ".join(map(repr, latent.words[part])) for part in ("on", "before"))

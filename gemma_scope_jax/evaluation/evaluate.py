@@ -1,7 +1,7 @@
-"""SAEs and transcoders in Gemma's place: what they make of its activations, and what that costs its predictions.
+"""The evaluation of SAEs and transcoders: how well they reconstruct, and what that costs Gemma's predictions.
 
-Every position that counts is spliced, and only predictions made from such positions are scored: by default all but
-BOS, EOS and PAD. `passes` has the compiled passes, `metrics` the numbers.
+Activations are replaced ("spliced") at every position that counts: by default all except BOS, EOS and PAD. Only
+predictions made from these positions are scored. `passes` has the compiled passes, `metrics` the metrics.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from gemma_scope_jax.runtime.errors import InputError, NonFiniteError
 from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 
-CALIBRATION_ROWS = 64  # On so many training rows a site's mean is measured where it is not known.
-MEASURES = 2  # Raised whenever what is kept of a batch changes, so that old parts are not gone on with.
+CALIBRATION_ROWS = 64  # The number of training rows on which an unknown site mean is measured.
+MEASURES = 2  # Raised whenever a batch's stored measurements change, so that old parts are not resumed.
 
 
 def site_means(
@@ -34,11 +34,13 @@ def site_means(
     per_batch: int,
     counts: batching.Counts = batching.all_but_special,
 ) -> dict[Site, np.ndarray]:
-    """The means of sites over the positions of the first training rows that count, all in the same passes.
+    """The mean activations [O] of sites over the positions that count in the first training rows.
+
+    All sites are measured in the same passes.
 
     Raises:
-      ValueError: no position counts.
-      FloatingPointError: an activation is not finite.
+      ValueError: if no position counts.
+      FloatingPointError: if an activation is not finite.
     """
     totals, n = dict.fromkeys(sites, 0.0), 0
 
@@ -54,7 +56,7 @@ def site_means(
         totals = {site: totals[site] + np.asarray(found[site], np.float64) for site in sites}
         n += int(kept)
     if sites and not n:
-        raise InputError(f"no position of the first {count} training rows counts: {_NONE_COUNTS}")
+        raise InputError(f"no position counts in the first {count} training rows: {_NONE_COUNTS}")
     for site, total in totals.items():
         if not np.isfinite(total).all():
             raise NonFiniteError(
@@ -71,7 +73,7 @@ def activations(
     per_batch: int,
     counts: batching.Counts = batching.all_but_special,
 ) -> dict[Site, np.ndarray]:
-    """The activations [B, D] of sites at the positions of the first `count` rows that count, in float32."""
+    """The activations [B, D] of sites at the positions that count in the first `count` rows, in float32."""
     found: dict[Site, list[np.ndarray]] = {site: [] for site in sites}
     for batch in batching.batches(gemma.mesh, rows, min(count, len(rows)), per_batch, counts):
         _, values, _ = passes.clean(gemma, batch.tokens_SxL, sites)
@@ -83,11 +85,11 @@ def activations(
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds that a batch took, in the median of all but the first, which compiles. None: there was no other."""
+    """The median time of a batch in seconds, without the first batch, which compiles."""
 
     seconds: float
-    # The time if every pass ran each of its blocks as fast as the clean pass does, and each loss as fast as its loss.
-    # Passes are the clean one, two ablations of each site, and each SAE's splice; the latter begin at their block.
+    # The time if every pass ran its blocks and its loss as fast as the clean pass does. The passes are the clean one,
+    # two ablations for each site, and one splice for each SAE; ablations and splices begin at the site's block.
     bound_seconds: float
 
 
@@ -102,30 +104,33 @@ def evaluate(
     is_fast: bool = False,
     parts: resumable.Parts | None = None,
 ) -> tuple[dict[str, Evaluation], Cost | None]:
-    """Evaluates SAEs on the first `count` held-out rows in a fixed order; also says what a batch of them cost.
+    """Evaluates SAEs on the first `count` held-out rows in a fixed order.
 
-    One forward pass gives all sites' activations and the clean predictions; from each spliced site's block on, one
-    pass for zero and one for mean ablation, one gradient, and one pass for each SAE.
+    One forward pass computes the activations of all sites and the clean predictions. From each spliced site's block
+    on, there is one pass for zero ablation, one for mean ablation, one gradient, and one pass for each SAE.
 
     Args:
       gemma: the whole model.
       subjects: the SAEs by name.
-      training_rows: on which a site's mean is measured where it is not known.
-      held_out_rows: what is evaluated on.
-      count: how many of them, at most all.
+      training_rows: the rows on which unknown site means are measured.
+      held_out_rows: the rows to evaluate on.
+      count: the number of rows to evaluate on, at most all.
       per_batch: rows in one pass.
       counts: which positions are spliced and scored.
-      is_fast: without KL, which makes logits twice, and r_L0, which needs the gradient.
-      parts: where what is measured is kept, and taken from; None: nowhere.
+      is_fast: leaves out KL, which computes logits twice, and r_L0, which needs the gradient.
+      parts: stores the measurements of each batch, to resume from; None: they are not stored.
+
+    Returns:
+      The evaluations by SAE, and the time of a batch; None if fewer than two batches were measured.
 
     Raises:
-      ValueError: no prediction counts.
-      FloatingPointError: an activation, a reconstruction or a loss is not finite.
+      ValueError: if no prediction counts.
+      FloatingPointError: if an activation, a reconstruction or a loss is not finite.
     """
     count = min(count, len(held_out_rows))
     spliced = tuple(dict.fromkeys(subject.spliced for subject in subjects.values()))
     said = {site: [s.mean_O for s in subjects.values() if s.spliced == site] for site in spliced}
-    # SAEs that were trained on other texts, or filed without it, are all held against one mean.
+    # If the SAEs of a site have different means, or one has none, all are compared with one measured mean.
     known = {
         site: means[0]
         for site, means in said.items()
@@ -155,7 +160,7 @@ def evaluate(
             for name, sums in found.items():
                 totals[name].add(sums, rows.position_SxL)
     if not totals[_reference(spliced[0])].of_rows("scored_S").sum():
-        raise InputError(f"no prediction of these rows counts: {_NONE_COUNTS}")
+        raise InputError(f"no prediction counts in these rows: {_NONE_COUNTS}")
     results = {
         name: metrics.summarize(subject.sae, totals[name], totals[_reference(subject.spliced)])
         for name, subject in subjects.items()
@@ -163,12 +168,12 @@ def evaluate(
     return results, _cost(subjects, gemma.num_layers, seconds)
 
 
-_NONE_COUNTS = "prompts and templates may fill them; give longer rows or other turns"
-_NOT_FINITE = "look at Gemma's weights, and give --dtype=float32"
+_NONE_COUNTS = "prompts and templates may fill them; use longer rows or other turns"
+_NOT_FINITE = "check Gemma's weights, and try --dtype=float32"
 
 
 def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: token_rows.Rows, start: int) -> None:
-    """Raises FloatingPointError, with the row and the position, if what was measured of a batch is not finite."""
+    """Raises FloatingPointError with the row and the position if a measurement of a batch is not finite."""
     for name, sums in found.items():
         for quantity in ("clean_SxL", "error_SxL", "loss_SxL"):
             places = np.argwhere(~np.isfinite(sums.get(quantity, 0.0)))
@@ -177,16 +182,16 @@ def _check_finite(found: Mapping[str, Mapping[str, np.ndarray]], rows: token_row
             number, position = places[0]
             (row,) = token_rows.order(len(rows), batching.ORDER_SEED, start + int(number), 1)
             of, mend = (
-                f"what {name} makes of an activation",
-                f"look at its weights. If they are good, {_NOT_FINITE}",
+                f"the reconstruction by {name}",
+                f"check its weights. If they are finite, {_NOT_FINITE}",
             )
             if quantity == "clean_SxL":
                 of, mend = "Gemma's own loss", _NOT_FINITE
-            raise NonFiniteError(f"at row {row}, position {position} {of} is not finite; {mend}")
+            raise NonFiniteError(f"{of} is not finite at row {row}, position {position}; {mend}")
 
 
 def _reference(site: Site) -> str:
-    """What is measured of a site goes by this name, which is no SAE's."""
+    """The name for a site's own measurements, which no SAE has."""
     return f"site:{site}"
 
 
@@ -199,7 +204,7 @@ def _measure(
     is_fast: bool,
     done: Callable[[], object],
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
-    """What is measured of one batch, by SAE and by spliced site; and the seconds of what the bound is made of."""
+    """The measurements of one batch, by SAE and by spliced site; and the seconds that `Cost` is computed from."""
     tokens = (rows.tokens_SxL, rows.is_kept_SxL)
     sites = tuple(dict.fromkeys(s for subject in subjects.values() for s in (subject.site, subject.spliced)))
     start = time.perf_counter()
@@ -220,7 +225,7 @@ def _measure(
         y_SxLxO, before_SxLxD = values[site], streams[site.layer]
         mean_O = np.asarray(means[site])
         splice = functools.partial(passes.spliced, gemma, before_SxLxD, *tokens, site)
-        # On the host, since an array of this host's devices alone could not meet one of all hosts'.
+        # On the host, since an array on this host's devices cannot be combined with one on all hosts' devices.
         ablations = {"zero": np.zeros_like(mean_O), "mean": mean_O}
         found = measuring.target(gemma.mesh, y_SxLxO, rows.is_kept_SxL)
         found |= {"clean_SxL": clean["loss_SxL"], "scored_SxL": clean["scored_SxL"]}

@@ -1,7 +1,7 @@
-"""What is measured of each token where an SAE takes its site's place: on the devices, a batch at a time; then summed.
+"""The measurements of an SAE on each token: made on the devices, a batch at a time, and summed on the host.
 
-Definitions are Gemma Scope's (section 3.3.2, appendix C) where it has them; docs/metrics.md writes them all out.
-`metrics` makes numbers of the sums, in float64 on the host.
+Definitions follow Gemma Scope (section 3.3.2, appendix C) where it has them; docs/metrics.md lists them all.
+`metrics` computes the metrics from the sums, in float64 on the host.
 """
 
 import functools
@@ -18,16 +18,16 @@ from gemma_scope_jax.saes import jumprelu
 
 
 class Tokens(NamedTuple):
-    """An SAE on the B positions of a batch, those that do not count among them; all in float32."""
+    """An SAE on all B positions of a batch, including those that do not count; all in float32."""
 
-    x_BxD: jax.Array  # what it reads
-    y_BxO: jax.Array  # what is spliced
-    recon_BxO: jax.Array  # what it puts in y's place
-    f_BxM: jax.Array  # its latents
+    x_BxD: jax.Array  # the SAE's input
+    y_BxO: jax.Array  # the activations that the reconstruction replaces
+    recon_BxO: jax.Array  # the reconstruction
+    f_BxM: jax.Array  # the latents
     mean_O: jax.Array  # the site's mean
 
 
-# From a batch to a number of each of its tokens, [B].
+# From a batch to one number for each of its tokens, [B].
 OfTokens = Callable[[Tokens], jax.Array]
 
 
@@ -41,20 +41,21 @@ def measure(
     top_k: int | None = None,
     others: tuple[tuple[str, OfTokens], ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What an SAE makes of x in place of y, and what is measured of every token, row, dimension and latent.
+    """The reconstruction of y from x, and its measurements by token, row, dimension and latent.
 
     Args:
       subject: the SAE or transcoder.
-      x_SxLxD: what it reads.
-      y_SxLxO: what is spliced.
+      x_SxLxD: the SAE's input.
+      y_SxLxO: the activations that the reconstruction replaces.
       mean_O: the site's mean.
       is_kept_SxL: which positions count.
-      importance_SxLxO: the gradient of the centred logits; see `importance`.
-      top_k: only so many latents of an activation fire, the strongest; None: those above their thresholds.
-      others: more to measure, by name.
+      importance_SxLxO: the gradient of the centred logits; see `passes.importance`. None: r_L0 is not measured.
+      top_k: the number of latents that fire on each activation, the strongest ones; None: all above their thresholds.
+      others: further measurements, by name.
 
     Returns:
-      The reconstruction [S, L, O], and sums: `_SxL` of each token, 0 where it does not count.
+      The reconstruction [S, L, O], and the measurements: `_SxL` for each token, 0 where it does not count; `_SxO` and
+      `_M` summed over the positions that count.
     """
     shape = is_kept_SxL.shape
     weight_B = is_kept_SxL.reshape(-1).astype(jnp.float32)
@@ -65,7 +66,7 @@ def measure(
     recon_BxO = jumprelu.decode(subject, f_BxM, x_BxD)
     fired_BxM = (f_BxM > 0) * weight_B[:, None]
     error_BxO = recon_BxO - y_BxO
-    # Sums and not matmuls, which on TPU would round their inputs to bfloat16.
+    # Sums, since matmuls on TPU round their inputs to bfloat16.
     error_B, y_B, recon_B = (jnp.square(v).sum(1) for v in (error_BxO, y_BxO, recon_BxO))
     norms_B = jnp.sqrt(y_B * recon_B)
     distance_B = jnp.square(y_BxO - mean_O[None]).sum(1)
@@ -96,9 +97,10 @@ def measure(
 
 
 def measure_target(y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
-    """Of what is spliced, the sum and the squared distance from the row's mean, by row and dimension.
+    """The sum of the spliced activations, and their squared distance from the row's mean, by row and dimension.
 
-    Both are sums over the positions that count. Not of squares, of which a large mean would leave rounding alone.
+    Both are sums over the positions that count. They are no sums of squares, from which a large mean could not be
+    subtracted without rounding errors.
     """
     is_kept_SxLx1, y_SxLxO = is_kept_SxL[..., None], y_SxLxO.astype(jnp.float32)
     y_SxO = jnp.where(is_kept_SxLx1, y_SxLxO, 0).sum(1)
@@ -108,9 +110,12 @@ def measure_target(y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.
 
 
 def uniformity(importance_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """r_L0 = exp(entropy of p) / ‖p‖₀ with p = |y| / Σ|y| (Gemma Scope, appendix C), and where there is any.
+    """r_L0 = exp(entropy of p) / ‖p‖₀ with p = importance / Σ importance (Gemma Scope, appendix C).
 
-    1 where all active latents matter equally, 1 / L0 where one alone does.
+    It is 1 if all active latents matter equally, and approaches 1 / L0 as one latent dominates.
+
+    Returns:
+      r_L0 [B], 0 where no latent is important, and whether any latent is [B].
     """
     total_B = importance_BxM.sum(1)
     is_active_B = total_B > 0
@@ -121,7 +126,7 @@ def uniformity(importance_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Totals:
-    """What `measure` found, added up over batches on the host."""
+    """The measurements of `measure`, summed over batches on the host."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[np.ndarray]] = {}
@@ -130,7 +135,7 @@ class Totals:
         self.l0_counts = np.zeros(1, np.int64)
 
     def add(self, found: Mapping[str, np.ndarray], position_SxL: np.ndarray) -> None:
-        """Takes the sums of a batch; `_SxL` by row and by position, `_SxO` by row, `_M` over all."""
+        """Adds a batch's measurements: `_SxL` summed by row and by position, `_SxO` by row, `_M` over all rows."""
         for name, value in found.items():
             quantity, _, kind = name.rpartition("_")
             value = np.asarray(value, np.float64)
@@ -150,7 +155,7 @@ class Totals:
             self.l0_counts = counts
 
     def of_rows(self, name: str) -> np.ndarray | None:
-        """[S] or [S, O] over all rows; None if it was not measured."""
+        """A quantity [S] or [S, O] of all rows; None if it was not measured."""
         return np.concatenate(self.rows[name]) if name in self.rows else None
 
 
@@ -166,7 +171,7 @@ def reconstruct(
     top_k: int | None,
     others: tuple[tuple[str, OfTokens], ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """See `measure`; what is measured is whole on every chip."""
+    """Compiled `measure`; every chip holds all measurements."""
     recon_SxLxO, found = measure(
         subject, x_SxLxD, y_SxLxO, mean_O, is_kept_SxL, importance_SxLxO, top_k, others
     )
@@ -175,5 +180,5 @@ def reconstruct(
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def target(mesh: jax.sharding.Mesh, y_SxLxO: jax.Array, is_kept_SxL: jax.Array) -> dict[str, jax.Array]:
-    """See `measure_target`; whole on every chip."""
+    """Compiled `measure_target`; every chip holds all of the result."""
     return sharding.constrain(mesh, measure_target(y_SxLxO, is_kept_SxL), P())

@@ -205,15 +205,15 @@ METRICS: dict[str, Metric] = {
     ),
     "loss_recovered_mean": Metric(
         "loss recovered, mean",
-        "The share of the cost of mean ablation that the reconstruction avoids, 1 − delta loss / (mean-ablation loss − "
-        "clean loss). 1: it costs nothing; 0: as much as mean ablation.",
+        "The share of the cost of mean ablation that the reconstruction avoids, 1 − delta loss / (mean-ablation "
+        "loss − clean loss). 1: it costs nothing; 0: as much as mean ablation.",
         lambda s: _recovered(s.delta_S, s.loss["mean"], s.loss["clean"]),
         shown_in=("page", "terminal", "comparison"),
     ),
     "loss_recovered_zero": Metric(
         "loss recovered, zero",
-        "The share of the cost of zero ablation that the reconstruction avoids, 1 − delta loss / (zero-ablation loss − "
-        "clean loss). 1: it costs nothing; 0: as much as zero ablation.",
+        "The share of the cost of zero ablation that the reconstruction avoids, 1 − delta loss / (zero-ablation "
+        "loss − clean loss). 1: it costs nothing; 0: as much as zero ablation.",
         lambda s: _recovered(s.delta_S, s.loss["zero"], s.loss["clean"]),
         shown_in=(),
     ),

@@ -1,4 +1,4 @@
-"""Where results are written."""
+"""The folders that results are written to."""
 
 import pathlib
 
@@ -6,7 +6,10 @@ from gemma_scope_jax.runtime import files
 
 
 def own_folder(location: str | pathlib.Path) -> pathlib.Path:
-    """Where results of what lies at a location go: to the SAE or run; of a hub's, below the current folder."""
+    """The folder for the results of the SAEs at a location.
+
+    It is the folder of the SAE or run; for a location on the hub, a folder below `evaluations` in the current one.
+    """
     if str(location).startswith("hf://"):
         parts = str(location).removeprefix("hf://").replace("*", "_").split("/")
         return pathlib.Path("evaluations", *parts)
@@ -17,15 +20,15 @@ def own_folder(location: str | pathlib.Path) -> pathlib.Path:
 def made_folder(
     location: str | pathlib.Path, out: pathlib.Path | None, label: pathlib.Path | None = None
 ) -> pathlib.Path:
-    """The folder for results of what lies at a location, made before an hour's work and not after it.
+    """The folder for the results of the SAEs at a location, created before the work starts.
 
     Args:
-      location: of an SAE or run.
-      out: the folder, if it is given; else it is `own_folder`.
-      label: of results that do not belong there but below it, in `evaluations/LABEL`.
+      location: the path or address of an SAE or a run.
+      out: the folder; None: `own_folder`.
+      label: a path; results then go to `evaluations/LABEL` below `own_folder`. It has no effect with `out`.
 
     Raises:
-      ValueError: it is a file, or nothing can be written there.
+      ValueError: if the folder is a file, or cannot be written to.
     """
     if out is None:
         out = own_folder(location)

@@ -1,6 +1,6 @@
-"""What passages of text have in common that a reader would notice: which token is the last, and which come before it.
+"""Descriptions of the tokens that passages of text have in common: the last token, and the tokens before it.
 
-R rows, L context length, V tokens that occur, N passages of W tokens. Positions are numbered through all rows, as
+R rows, L context length, V tokens that occur, N passages of W tokens. Positions are numbered across all rows, as
 row · L + column.
 """
 
@@ -15,37 +15,37 @@ from scipy import stats
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.runtime.errors import InputError
 
-BEFORE = 8  # Tokens of a passage before its last.
-PRIOR = 1.0  # See `Description`,
-WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0)  # and `describe`.
+BEFORE = 8  # Tokens of a passage before its last token.
+PRIOR = 1.0  # Prior occurrences of each token; see `Description`.
+WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0)  # Candidate weights of the tokens before; see `describe`.
 
 
 class Text(NamedTuple):
-    """Rows of tokens and what is known of each position."""
+    """Rows of tokens, with the position and the half of each token."""
 
-    tokens_RxL: np.ndarray  # places in the vocabulary
-    vocabulary_V: np.ndarray  # the tokens that occur
-    position_RxL: np.ndarray  # behind the segment's BOS
-    half_RxL: np.ndarray  # 0: learnt from, 1: tested on, -1: does not count
+    tokens_RxL: np.ndarray  # indices into `vocabulary_V`
+    vocabulary_V: np.ndarray  # the ids of the tokens that occur
+    position_RxL: np.ndarray  # the distance from the segment's BOS
+    half_RxL: np.ndarray  # 0: for descriptions, 1: for testing, -1: does not count
 
 
 def divide(tokens_RxL: np.ndarray, first_document_R: np.ndarray, prefix: int) -> Text:
-    """Puts whole documents into two halves of about as many positions.
+    """Divides whole documents into two halves with about the same number of positions.
 
     Args:
       tokens_RxL: packed rows.
-      first_document_R: the number of the document that each begins with; see `packing.pack`.
-      prefix: see `masking.is_kept`.
+      first_document_R: the number of the document that each row begins with; see `packing.pack`.
+      prefix: the length of the user prefix, which does not count; see `masking.is_kept`.
 
     Raises:
-      ValueError: there is one document alone.
+      ValueError: if there are fewer than two documents.
     """
     document_RxL = first_document_R[:, None] + np.cumsum(tokens_RxL == masking.BOS, axis=1) - 1
     kept_RxL = np.asarray(masking.is_kept(jnp.asarray(tokens_RxL), prefix))
     numbers, sizes = np.unique(document_RxL[kept_RxL], return_counts=True)
     if len(numbers) < 2:
         raise InputError(
-            f"the {len(tokens_RxL)} rows are of {len(numbers)} document; it takes two, give more --rows"
+            f"the {len(tokens_RxL)} rows are of {len(numbers)} document, but two are needed; give more --rows"
         )
     half_of, filled = {}, [0, 0]
     for place in np.argsort(-sizes, kind="stable"):
@@ -67,7 +67,7 @@ def divide(tokens_RxL: np.ndarray, first_document_R: np.ndarray, prefix: int) ->
 
 
 def passages(text: Text, positions_N: np.ndarray) -> np.ndarray:
-    """The tokens [N, W] up to each position, the one there last; -1 before the segment's BOS."""
+    """The tokens [N, W] that end at each position; -1 before the segment's BOS."""
     offsets_W = np.arange(-BEFORE, 1)
     places_NxW = np.maximum(positions_N[:, None] + offsets_W, 0)
     is_inside_NxW = offsets_W >= -text.position_RxL.reshape(-1)[positions_N][:, None]
@@ -75,13 +75,13 @@ def passages(text: Text, positions_N: np.ndarray) -> np.ndarray:
 
 
 def _each_once(tokens_NxW: np.ndarray) -> np.ndarray:
-    """The tokens of each row once, -1 in the place of others."""
+    """The distinct tokens of each row, sorted; repeated tokens become -1."""
     ordered_NxW = np.sort(tokens_NxW, axis=1)
     return np.where(np.diff(ordered_NxW, axis=1, prepend=-1) == 0, -1, ordered_NxW)
 
 
 class Counts(NamedTuple):
-    """Of how many of some passages each token is the last, and among those before it."""
+    """For each token, the number of passages in which it is the last, and in which it is among those before."""
 
     passages: int
     last_V: np.ndarray
@@ -89,46 +89,46 @@ class Counts(NamedTuple):
 
 
 def count(passages_NxW: np.ndarray, size: int) -> Counts:
-    """Counts the tokens of passages, of a vocabulary of some size."""
+    """Counts the tokens of passages, for a vocabulary of `size` tokens."""
     parts = (passages_NxW[:, -1], _each_once(passages_NxW[:, :-1]))
     return Counts(len(passages_NxW), *(np.bincount(part[part >= 0], minlength=size) for part in parts))
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What passages have in common: for each token, the logarithm of how many times as often as elsewhere it occurs.
+    """The lift of each token in some passages: the logarithm of its rate relative to other passages.
 
-    That rate is its posterior mean where occurrences are Poisson and the rate has a gamma prior of mean 1: as if the
-    token had occurred `PRIOR` times more, and just as often as elsewhere. So what occurs once says little however
-    rare it is, and a common token that is missing says much.
+    The rate is a posterior mean: occurrences are Poisson, and the rate has a gamma prior of mean 1, worth `PRIOR`
+    occurrences. So a token that occurs once has a small lift however rare it is, and a common token that is missing
+    has a large negative one.
     """
 
-    last_V: np.ndarray  # of the last token
-    before_V: np.ndarray  # of passages with the token among those before it
-    weight: float  # of what comes before; the last token's is 1
+    last_V: np.ndarray  # lifts as the last token
+    before_V: np.ndarray  # lifts as one of the tokens before the last
+    weight: float  # of the tokens before; the last token has weight 1
 
     def evidence(self, passages_NxW: np.ndarray) -> np.ndarray:
-        """How much speaks for each passage [N]: at weight 1 its log-odds, all tokens taken as independent."""
+        """The weighted sum of lifts of each passage [N]: at weight 1 the log-odds under naive Bayes."""
         last_N, before_N = _parts((self.last_V, self.before_V), passages_NxW)
         return last_N + self.weight * before_N
 
 
 def _parts(lift: tuple[np.ndarray, np.ndarray], passages_NxW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sums of lifts over the last token, and over those before it, [N] each."""
-    before_V = np.append(lift[1], 0)  # For -1.
+    """The lift of the last token, and the sum of lifts over the tokens before it, [N] each."""
+    before_V = np.append(lift[1], 0)  # The lift of -1, no token.
     return lift[0][passages_NxW[:, -1]], before_V[_each_once(passages_NxW[:, :-1])].sum(1)
 
 
 def describe(passages_NxW: np.ndarray, elsewhere: Counts, silent_KxW: np.ndarray) -> Description:
-    """What passages have in common.
+    """Describes passages at which a latent fires.
 
-    Tokens that come before are many and mostly chance, so how much they count is decided by the passages themselves:
-    as much as tells them best from silent ones when each is left out of its own description.
+    The tokens before the last are many, and mostly there by chance. Their weight is the one of `WEIGHTS` that best
+    separates the passages from silent ones, with each passage left out of its own description.
 
     Args:
-      passages_NxW: two at least.
-      elsewhere: of random passages.
-      silent_KxW: passages that have it not in common.
+      passages_NxW: at least two passages.
+      elsewhere: the token counts of random passages.
+      silent_KxW: passages at which the latent does not fire.
     """
     seen = count(passages_NxW, len(elsewhere.last_V))
 
@@ -139,32 +139,32 @@ def describe(passages_NxW: np.ndarray, elsewhere: Counts, silent_KxW: np.ndarray
             for seen_V, elsewhere_V in zip(seen[1:], elsewhere[1:], strict=True)
         )
 
-    # A passage is counted once for each of its tokens: one less, and they are counted without it.
+    # A passage adds one to the count of each of its tokens, so subtracting one leaves the passage out.
     own, others = _parts(lifts(1), passages_NxW), _parts(lifts(0), silent_KxW)
     weight = max(WEIGHTS, key=lambda w: auroc(own[0] + w * own[1], others[0] + w * others[1]))
     return Description(*lifts(0), weight)
 
 
 def auroc(positive_N: np.ndarray, negative_K: np.ndarray) -> float:
-    """The share of pairs in which the positive one is the greater; equal ones count half."""
+    """The share of pairs in which the positive value is larger; ties count half."""
     n, k = len(positive_N), len(negative_K)
     ranks = stats.rankdata(np.concatenate([positive_N, negative_K]))
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * k))
 
 
 def score(description: Description, firing_NxW: np.ndarray, silent_KxW: np.ndarray) -> float:
-    """The AUROC with which a description tells passages at which a latent fires from those at which it does not."""
+    """The AUROC with which a description separates passages at which a latent fires from silent ones."""
     return auroc(description.evidence(firing_NxW), description.evidence(silent_KxW))
 
 
 def words(
     description: Description, text: Text, decode: Callable[[list[int]], str], most: int = 4
 ) -> dict[str, list[str]]:
-    """The tokens that stand out, as text: last ones, and where they count those before them."""
+    """The tokens with the largest lifts, as text: `on`, last tokens; `before`, tokens before, if they have weight."""
 
     def standing_out(lift_V: np.ndarray) -> list[str]:
         strongest = np.argsort(-lift_V, kind="stable")[:most]
-        # A token that was seen once has a lift below 2.
+        # A token seen once has a rate below 2.
         return [decode([int(text.vocabulary_V[v])]) for v in strongest if lift_V[v] > np.log(2)]
 
     before = standing_out(description.before_V) if description.weight else []

@@ -58,7 +58,7 @@ def test_documents_go_whole_into_halves_of_like_size():
 
 def test_one_document_cannot_be_divided():
     rows = rows_of(1)
-    with pytest.raises(ValueError, match="1 rows are of 1 document; it takes two, give more --rows"):
+    with pytest.raises(ValueError, match="1 rows are of 1 document, but two are needed; give more --rows"):
         token_descriptions.divide(rows.tokens, rows.first_document, 0)
 
 

@@ -493,7 +493,7 @@ def test_only_the_models_turns_count(run, tmp_path):
     # Of a row's sixteen the template takes fourteen.
     assert (counted["user"].activations, counted["model"].activations) == (3, 3)
     rollouts.write_text(lines[0].replace("a", "abc"))
-    with pytest.raises(ValueError, match="no prediction of these rows counts"):
+    with pytest.raises(ValueError, match="no prediction counts in these rows"):
         evaluate_cli.evaluate_path(run, turns="model", **options)
     with pytest.raises(ValueError, match="the text has prompts and replies; set data"):
         evaluate_cli.evaluate_path(run, **options)

@@ -350,7 +350,7 @@ def test_what_is_not_finite_is_named_by_row_and_position(tiny_gemma):
     )
     mean = np.full(32, 0.5, np.float32)
     with pytest.raises(
-        FloatingPointError, match=r"at row \d+, position \d+ Gemma's own loss is not finite; look"
+        FloatingPointError, match=r"Gemma's own loss is not finite at row \d+, position \d+; check"
     ):
         evaluate.evaluate(broken, {"a": attached.Subject(random_sae(), SITE, mean)}, rows, rows, COUNT, 4)
     with pytest.raises(
@@ -361,6 +361,6 @@ def test_what_is_not_finite_is_named_by_row_and_position(tiny_gemma):
     first = rows.tokens[token_rows.order(12, batching.ORDER_SEED, 0, 1)[0]]
     with pytest.raises(
         FloatingPointError,
-        match=f"position {np.flatnonzero(first > masking.BOS)[0]} what a makes of an activation is not finite",
+        match=rf"by a is not finite at row \d+, position {np.flatnonzero(first > masking.BOS)[0]}; check",
     ):
         evaluate.evaluate(tiny_gemma, {"a": attached.Subject(subject, SITE, mean)}, rows, rows, COUNT, 4)
