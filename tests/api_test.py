@@ -166,7 +166,9 @@ def test_what_stands_at_the_end_of_a_notebooks_cell_is_short(run, model):
 def test_saes_have_the_names_that_they_are_given(run, model):
     one = next(iter(run.saes.values()))
     assert set(gs.session({"x": one, "y": one}, model).subjects) == {"x", "y"}
-    with pytest.raises(ValueError, match=r"has two SAEs of one name; .* or give them as a dict by name"):
+    with pytest.raises(
+        ValueError, match=r"has two SAEs with the same name; .* or give a dict of SAEs by name"
+    ):
         gs.session([one, one], model)
 
 
@@ -208,7 +210,7 @@ def test_calls_leave_output_folder_and_signals_as_they_were(inputs, tmp_path, mo
     assert capfd.readouterr() == ("", "")
     assert sorted(tmp_path.rglob("*")) == before
     assert handlers == {number: signal.getsignal(number) for number in handlers}
-    assert any(text.startswith("Exported") for text in records) and "Compiling the step." in records
+    assert any(text.startswith("Exported") for text in records) and "Compiling the training step …" in records
 
 
 def test_bars_are_shown_where_they_are_asked_for(run, capfd):

@@ -1,4 +1,4 @@
-"""What lies at a path: a run's SAEs or those of files, with the model and the rows to look at them with."""
+"""Opens the SAEs at a path, of a run or in files, with the config of the model and the rows to evaluate them on."""
 
 import dataclasses
 import functools
@@ -20,59 +20,60 @@ from gemma_scope_jax.saes.formats import common
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What lies at a path."""
+    """The SAEs at a path, and what to evaluate them with."""
 
-    config: config_lib.Config  # to evaluate with
-    subjects: dict[str, attached.Subject]
-    prepare_rows: Callable[[], pathlib.Path]  # of the text to evaluate on
-    members: dict[str, naming.Member]  # of a run
-    step: int | None = None  # of a run, at which they are as they are here
-    # As the run or the file says, whatever was given; a stranger's file leaves the most of it open.
+    config: config_lib.Config  # the config to evaluate with
+    subjects: dict[str, attached.Subject]  # the SAEs by name
+    prepare_rows: Callable[[], pathlib.Path]  # makes the rows of the text to evaluate on
+    members: dict[str, naming.Member]  # a run's members by name; empty for files
+    step: int | None = None  # the training step of a run's SAEs
+    # The config of the run or file, without overrides; other people's files leave most of it at its defaults.
     own: config_lib.Config = config_lib.Config()
-    is_text_known: bool = True  # Whether `own` has the text that they were trained on.
-    location: str | pathlib.Path = "."  # where they were found
-    baselines: tuple[str, ...] = ()  # the names of those subjects that only are to be held against
+    is_text_known: bool = True  # Whether `own` has the text that the SAEs were trained on.
+    location: str | pathlib.Path = "."  # where the SAEs were found
+    baselines: tuple[str, ...] = ()  # the names of the subjects that are baselines
 
     @property
     def text_trained_on(self) -> str | None:
-        """None where it is not known."""
+        """The text that the SAEs were trained on; None if unknown."""
         return self.own.data.text if self.is_text_known else None
 
     @property
     def is_other_text(self) -> bool:
-        """Whether what they are evaluated on is known to be another text than what they were trained on."""
+        """Whether the text to evaluate on is known to differ from the training text."""
         return self.is_text_known and not sources.is_same_text(self.config.data.text, self.own.data.text)
 
     @functools.cached_property
     def rows(self) -> pathlib.Path:
-        """The folder of the rows to evaluate on, made when it is first asked for: not all look at text of its own."""
+        """The folder of the rows to evaluate on, made on first use, since not every caller needs rows."""
         return self.prepare_rows()
 
 
-# What only files leave open.
+# Overrides that apply only to SAEs in files.
 _OF_FILES = ("site", "target_site")
 
 
 def open_path(location: str | pathlib.Path, trust: bool | None = None, **overrides: str | None) -> Opened:
-    """The SAEs of a run, or of files in any format, and what to evaluate them on.
+    """Opens the SAEs of a run, or of files in any format, with the config and rows to evaluate them on.
 
     Args:
       location: a run directory; or a path or `hf://OWNER/NAME/FOLDER` of an SAE, or of several with `*`.
-      trust: whether the text, weights and tokenizer that a file names are used where it lies in no run directory.
-      **overrides: `text`, `model`, `weights`, `tokenizer`, `dtype` and `turns`, and of files `site` and
-        `target_site`; None: as the run or file says.
+      trust: whether to use the text, weights and tokenizer that a file outside a run directory names.
+      **overrides: `text`, `model`, `weights`, `tokenizer`, `dtype` and `turns`; for files also `site` and
+        `target_site`. None: the value of the run or file.
 
     Raises:
-      ValueError: there is neither, it does not fit the model, or options were given that only files take.
+      ValueError: if no run or SAE is at the location, an SAE does not fit the model, or a run is given an override
+        for files.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     path = None if finding.is_pattern(str(location)) else finding.local(str(location))
-    # What is fetched from the hub is never a run, which may name any text and weights.
+    # A download from the hub is never opened as a run, since a run's config is trusted to name text and weights.
     if path is None or str(location).startswith("hf://") or not loading.is_run(path):
         return _open_stored(str(location), given, bool(trust))
     for name in _OF_FILES:
         if name in given:
-            raise InputError(f"--{name} is for SAEs in files; a run says it itself")
+            raise InputError(f"--{name} is for SAEs in files; leave it out for a run, whose config has it")
     return _open_run(path, given)
 
 
@@ -82,8 +83,8 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
     places = {name: path / "sae" / name for name in members}
     if missing := [name for name, place in places.items() if not place.exists()]:
         raise NotFoundError(
-            f"{path} has no {missing[0]} in its folder sae yet; train it to its end, or call training.export.refresh "
-            "for what its newest checkpoint has"
+            f"{path} has no {missing[0]} in its folder sae yet; finish training, or call training.export.refresh to "
+            "export its newest checkpoint"
         )
     found = {name: one for name, place in places.items() for one in loading.read(place)}
     config = _changed(own, given)
@@ -94,7 +95,7 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
         for name, one in found.items()
     }
     packed = ("text", "turns", "tokenizer")
-    # Of another model of the same tokens the same rows, so that the two can be compared.
+    # Another model with the same tokens gets the same rows, so that the two can be compared.
     is_other = bool(given.keys() & set(packed))
 
     def rows() -> pathlib.Path:
@@ -103,16 +104,16 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
     steps = {one.about.step for one in found.values()}
     if len(steps) > 1:
         raise RunError(
-            f"the SAEs in {path / 'sae'} are of different steps; remove that folder, and it is written anew"
+            f"the SAEs in {path / 'sae'} are of different steps; remove that folder, and it is written again"
         )
     (step,) = steps
-    if step is None:  # Written before SAEs said it, at the end of the run.
+    if step is None:  # An older SAE without a step, written at the end of the run.
         step = max(int(saved.name) for saved in (path / "checkpoints").iterdir() if saved.name.isdecimal())
     return Opened(config, subjects, rows, members, step, own, location=path)
 
 
 def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Config:
-    """The config with what is given in the place of what it says."""
+    """The config with overrides applied."""
     if given.get("model", config.model) != config.model:
         config = dataclasses.replace(config, model=given["model"], weights="", tokenizer="")
     names = {"weights": "weights", "tokenizer": "tokenizer", "dtype": "gemma_dtype"}
@@ -126,17 +127,17 @@ def _changed(config: config_lib.Config, given: dict[str, str]) -> config_lib.Con
 
 
 def _other_text(trained: config_lib.DataConfig, text: str) -> config_lib.DataConfig:
-    """Of a text that was not trained on all is held out."""
+    """The data config of a text that was not trained on, all of which is held out."""
     if shared := sources.files_of(trained.text) & sources.files_of(text):
         say(
-            f"Of the files of {text} {len(shared)} are of the text that was trained on, {min(shared)} among them: "
-            "what is measured on them is not held out."
+            f"Files of {text} that are also in the training text: {len(shared)}, such as {min(shared)}. "
+            "Measurements on them are not held out."
         )
     return dataclasses.replace(trained, text=text, documents=0, held_out_fraction=1.0)
 
 
 def on_text(opened: Opened, text: str) -> Opened:
-    """The same with the rows of another text, or of the one that was trained on."""
+    """The same SAEs with the rows of another text, or of the training text."""
     if sources.is_same_text(text, opened.config.data.text):
         return opened
     is_chat = opened.config.data.chat_template
@@ -159,21 +160,21 @@ def of_saes(
     trust: bool = False,
     location: str = "the list of SAEs",
 ) -> Opened:
-    """SAEs that are loaded already, and what to evaluate them on.
+    """Opens SAEs that are already loaded, with the config and rows to evaluate them on.
 
     Args:
       found: the SAEs.
-      given: what `open_path` takes as `overrides`.
-      trust: see `open_path`.
-      location: where they came from.
+      given: the overrides of `open_path`, without None.
+      trust: whether to use the text, weights and tokenizer that the files name.
+      location: where the SAEs came from, for messages.
 
     Raises:
-      ValueError: they are of several models, or of one name; else as `open_path`.
+      ValueError: if the SAEs are of several models or two have one name, or as in `open_path`.
     """
     about, model = found[0].about, found[0].model
     if others := {one.model for one in found} - {model}:
         raise InputError(
-            f"{location} has SAEs of {model} and of {', '.join(others)}; give those of one model"
+            f"{location} has SAEs of {model} and of {', '.join(others)}; give the SAEs of one model"
         )
     named = {name: value for name in ("text", "weights", "tokenizer") if (value := getattr(about, name))}
     says = ", ".join(f"{name} {printable(value)}" for name, value in named.items() if name not in given)
@@ -190,7 +191,7 @@ def of_saes(
             raise InputError(
                 f"{location}: {name} {printable(chosen)} does not exist here; give another --{name}"
             )
-    # Files of others do not say how they were trained: the defaults then, with Gemma in float32.
+    # Other people's files do not say how they were trained, so the defaults apply, with Gemma in float32.
     trained = config_lib.from_dict(
         {
             "model": model,
@@ -210,7 +211,8 @@ def of_saes(
     for one in found:
         if one.site.layer != one.target_site.layer:
             raise InputError(
-                f"{location} reads {one.site} and predicts {one.target_site}; only one layer at a time is evaluated"
+                f"{location} reads {one.site} and predicts {one.target_site}; only SAEs within one layer can be "
+                "evaluated"
             )
     subjects = {
         well_formed(one.name): attached.Subject(one.sae, one.site, one.about.site_mean_O, one.target_site)
@@ -218,7 +220,7 @@ def of_saes(
     }
     if len(subjects) < len(found):
         raise InputError(
-            f"{location} has two SAEs of one name; rename one of their folders, or give them as a dict by name"
+            f"{location} has two SAEs with the same name; rename one of their folders, or give a dict of SAEs by name"
         )
     is_as_trained = config.data == trained.data and "tokenizer" not in given
 
@@ -226,7 +228,7 @@ def of_saes(
         made = token_rows.cached(config.data, about.rows) if about.rows and is_as_trained else None
         return made or prepare.rows_of_once(config)
 
-    if not about.rows:  # A stranger's file leaves weights open; those given are no others.
+    if not about.rows:  # Other people's files name no weights, so the given ones count as their own.
         trained = dataclasses.replace(trained, weights=config.weights, tokenizer=config.tokenizer)
     if (
         about.model_name
@@ -239,7 +241,7 @@ def of_saes(
 def options_of(
     opened: Opened, split: str = token_rows.HELD_OUT, turns: str | None = None, kind: str = ""
 ) -> str:
-    """What results are of that is not the SAEs' own, but for the text, as a folder's name: `bfloat16_train`."""
+    """The options of results that differ from the SAEs' own, except the text, as a folder name: `bfloat16_train`."""
 
     def other(name: str) -> str:
         value = getattr(opened.config, name)
@@ -264,14 +266,16 @@ def results_folder(
     text: str | None = None,
     options: str = "",
 ) -> pathlib.Path:
-    """`output.made_folder`; results that are not of the SAEs' own text and model overwrite none that are.
+    """The folder for results, created by `output.made_folder`.
+
+    Results on another text, model or option get a separate folder, so that they never overwrite the SAEs' own.
 
     Args:
-      opened: what lies at the location.
+      opened: the SAEs at the location.
       location: a path, or `hf://OWNER/NAME/FOLDER`.
-      out: the folder, if it is given.
-      text: what to call the text if it is another; None: by its file.
-      options: see `options_of`.
+      out: the folder; None: chosen here.
+      text: the folder name of another text; None: its file name.
+      options: the result of `options_of`; empty: computed here.
     """
     is_other = not sources.is_same_text(opened.config.data.text, opened.own.data.text)
     name = text or text_label(opened.config.data.text)
@@ -280,14 +284,14 @@ def results_folder(
 
 
 def text_label(source: str) -> str:
-    """A text or a path by its last name, without what a folder's name cannot have."""
+    """The last part of a text's or path's name, with characters that a folder name cannot have replaced by _."""
     return re.sub(r"[^\w-]+", "_", pathlib.PurePosixPath(source).stem)
 
 
 def _without_named(about: common.About, keep: Collection[str]) -> common.About:
-    """What a file says without the places that it names, but for those that the user named as well."""
+    """A file's metadata without the places that it names, except those that the user named as well."""
     cleared = dict.fromkeys({"rows", "weights", "tokenizer"} - set(keep), "")
-    if "text" not in keep:  # Then it does not matter which part of that text was held out.
+    if "text" not in keep:  # Without the text, its held-out part does not matter.
         plain = common.About()
         cleared |= {name: getattr(plain, name) for name in ("text", "held_out_fraction", "data_seed")}
     return dataclasses.replace(about, **cleared)

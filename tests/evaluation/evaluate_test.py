@@ -363,14 +363,14 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
     assert not list((tmp_path / "out").rglob("evaluation.parts"))
     html = (tmp_path / "out" / "other" / "evaluation.html").read_text()
     assert f"--text=other={other}" in html and f"--out={tmp_path / 'out' / 'other'}" in html
-    with pytest.raises(ValueError, match="two texts are called 'other'"):
+    with pytest.raises(ValueError, match="two texts have the name 'other'"):
         evaluate_cli.evaluate_path(run, text=[str(other), f"other={inputs / 'text.jsonl'}"])
     monkeypatch.setattr(placement, "load_gemma", lambda _: pytest.fail("loaded"))  # All is said before.
     for texts, message in (
-        (["..=sotu"], "cannot be called '..'"),
+        (["..=sotu"], "cannot have the name '..'"),
         (
             [str(other), f"checkpoints={inputs / 'text.jsonl'}"],
-            "checkpoints holds something that is no evaluation",
+            "checkpoints contains files, but no evaluation",
         ),
         ([str(other), f"{inputs / 'none.txt'}"], "matches no file"),
     ):
@@ -412,7 +412,9 @@ def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
     second = tmp_path / "second" / "news.jsonl"
     second.parent.mkdir()
     second.write_bytes(other.read_bytes())
-    with pytest.raises(ValueError, match=r"news/evaluation.json is of text .*call this text otherwise"):
+    with pytest.raises(
+        ValueError, match=r"news/evaluation.json is an evaluation with text .*give --text=NAME=SOURCE"
+    ):
         evaluate_cli.evaluate_path(run, text=str(second), **options)
     opened = opening.open_path(run, text=f"{other}", dtype="bfloat16")
     place = opening.results_folder(
@@ -452,11 +454,11 @@ def test_the_text_that_was_trained_on_is_known_by_any_name(run, inputs, tmp_path
     assert len(
         token_rows.open_rows(opening.open_path(run, text="./text.jsonl").rows, token_rows.HELD_OUT)
     ) == len(token_rows.open_rows(rows, token_rows.HELD_OUT))
-    assert "is not held out" not in capsys.readouterr().out
+    assert "are not held out" not in capsys.readouterr().out
     (inputs / "text.jsonl").with_name("more.jsonl").write_text('{"text": "more"}')
     opening.open_path(run, text="*.jsonl")
     (inputs / "more.jsonl").unlink()
-    assert "1 are of the text that was trained on" in capsys.readouterr().out
+    assert "also in the training text: 1, such as" in capsys.readouterr().out
 
 
 def test_what_looks_at_no_text_needs_none(run):
