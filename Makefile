@@ -1,4 +1,4 @@
-# Every target makes .venv first, with the versions of requirements.txt, unless it is there and up to date.
+# Every target first creates .venv with the versions of requirements.txt, unless it is up to date.
 PYTHON ?= python3
 PYTHON_PEERS ?= python3.11
 VENV := .venv/bin
@@ -14,8 +14,8 @@ quickstart: .venv/installed
 test: .venv/installed .venv/libtpu
 	$(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-# Other tools, in an environment of their own: transformers computes Gemma's reference again, for small models and the
-# real 270M; SAELens, dictionary_learning, circuit-tracer and SAEBench read our files, and save some for us to read.
+# Compares with other tools, in a separate environment: transformers computes reference values for small Gemma models and
+# the real 270M. SAELens, dictionary_learning, circuit-tracer and SAEBench read our files, and write files for us to read.
 test-peers: .venv/installed .venv-peers/installed
 	$(VENV)/python tests/interop.py $(PEERS)/interop
 	.venv-peers/bin/python tests/peers/interop.py $(PEERS)/interop
@@ -27,13 +27,13 @@ test-peers: .venv/installed .venv-peers/installed
 	PEERS_FOLDER=$(abspath $(PEERS)) $(VENV)/python -m pytest -m 'not soak' tests/models/parity_test.py tests/saes/interop_test.py \
 	  tests/evaluation/peers_evaluation_test.py
 
-# Pages in a real browser (Debian's package chromium).
+# Tests pages in a real browser (Debian's package chromium).
 test-pages: .venv/installed
 	@command -v chromium >/dev/null || { echo "chromium is needed: apt-get install chromium"; exit 1; }
 	$(VENV)/python -m pytest tests/evaluation/page_test.py
 
-# Long fault loops: ten runs killed at random moments; four processes of which one is preempted or killed; and each of
-# the attacks of tests/attacks.py COUNT times. SEED makes an earlier call's again.
+# Long fault-injection loops: ten runs killed at random moments; four processes of which one is preempted or killed; and
+# each attack of tests/attacks.py COUNT times. SEED repeats the attacks of an earlier call.
 COUNT := 50
 soak: .venv/installed
 	$(VENV)/python -m pytest -m soak tests/training/loop_test.py tests/runtime/distributed_test.py
@@ -42,7 +42,7 @@ soak: .venv/installed
 benchmark: .venv/installed
 	$(VENV)/python -m benchmarks.step
 
-# The same update in SAELens and dictionary_learning, in an environment of their own.
+# Times the same update in SAELens and dictionary_learning, in a separate environment.
 benchmark-peers: .venv-peers/installed
 	.venv-peers/bin/python benchmarks/peers.py
 
@@ -53,30 +53,30 @@ benchmark-peers: .venv-peers/installed
 	.venv-peers/bin/pip install --quiet --no-deps circuit-tracer==0.5.0 sae-bench==0.6.0  # No server, no judge.
 	touch $@
 
-# The README's figures again, into results/*.json; for the peers', python -m benchmarks.results peers.
+# Measures the README's numbers into results/*.json; for those of other tools, run python -m benchmarks.results peers.
 results: .venv/installed
 	$(VENV)/python -m benchmarks.results
 
-# The TPU's compiler. Not among the packages: where it is one, JAX looks for a TPU at every start.
+# The TPU compiler. It is not installed as a package, because JAX would then look for a TPU at every start.
 .venv/libtpu: .venv/installed
 	$(VENV)/uv pip install --quiet --no-deps --target $@ libtpu==0.0.52
 	touch $@
 
+# mypy checks the modules without type errors; pyproject.toml lists those that still have some.
 lint: .venv/installed
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/lint-imports --no-logo --no-cache
 	$(VENV)/mypy
 
-# The modules that are free of type errors stay so; pyproject.toml lists those that are not yet.
-# requirements.txt anew, from the ranges of pyproject.toml. The versions in it stay where the ranges allow; newer ones come
-# with `make lock UPGRADE=--upgrade`, or of one package with `make lock UPGRADE='--upgrade-package NAME'`.
+# Rewrites requirements.txt from the ranges of pyproject.toml, keeping its versions where the ranges allow.
+# `make lock UPGRADE=--upgrade` takes newer versions of all packages, `make lock UPGRADE='--upgrade-package NAME'` of one.
 UPGRADE :=
 lock: .venv/uv
 	$(VENV)/uv pip compile --quiet pyproject.toml --group dev --extra quickstart --extra analysis --universal \
 	  --python-version 3.12 --output-file requirements.txt $(UPGRADE)
 
-# The wheel, built and installed into empty environments, trains with the lowest and with the newest versions.
+# Builds the wheel, installs it into empty environments and trains, with the lowest and with the newest versions.
 wheel: .venv/installed
 	.ci/wheel
 
@@ -89,5 +89,5 @@ wheel: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 	  { echo "Python 3.12 or newer is needed; name one with make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet --disable-pip-version-check uv==0.13.9  # Resolves in seconds what takes pip minutes.
+	$(VENV)/pip install --quiet --disable-pip-version-check uv==0.13.9  # uv resolves in seconds, pip in minutes.
 	touch $@

@@ -1,6 +1,6 @@
-"""Evaluates the SAEs of a run, or those in files: python evaluate.py RUN_OR_SAE, which is gemma-scope evaluate.
+"""Evaluates the SAEs of a run or of files: `python evaluate.py RUN_OR_SAE` is `gemma-scope evaluate`.
 
-On a slice of several hosts, the same command on each of them.
+On a slice of several hosts, run the same command on each host.
 """
 
 from gemma_scope_jax.cli import main

@@ -1,7 +1,7 @@
-"""Which packages a wheel has; all else is in pyproject.toml.
+"""The packages of a wheel; everything else is in pyproject.toml.
 
-The configs' home is the folder `configs`, and in an installed package they are `gemma_scope_jax.configs`. To say so
-in pyproject.toml, every other package would have to be listed there by hand.
+The folder `configs` becomes the package `gemma_scope_jax.configs` when it is installed. In pyproject.toml, this would
+require a list of all other packages by hand.
 """
 
 import setuptools

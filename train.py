@@ -1,6 +1,6 @@
-"""Trains sparse autoencoders, or continues a run: python train.py CONFIG WORKDIR, which is gemma-scope train.
+"""Trains sparse autoencoders, or continues a run: `python train.py CONFIG WORKDIR` is `gemma-scope train`.
 
-On a slice of several hosts, the same command on each of them; see docs/pods.md.
+On a slice of several hosts, run the same command on each host; see docs/pods.md.
 """
 
 from gemma_scope_jax.cli import main

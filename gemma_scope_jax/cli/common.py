@@ -1,4 +1,4 @@
-"""What the commands share: arguments and their checks, configs by flags, errors in one line, the TPU's compiler."""
+"""Parts of all commands: running one, errors in one line, checks of output paths, and the TPU compiler."""
 
 import errno
 import logging
@@ -14,22 +14,22 @@ from gemma_scope_jax.runtime import extras, reporting, signals
 from gemma_scope_jax.runtime.errors import UserError
 from gemma_scope_jax.runtime.printing import Unfailing, printable
 
-# Gemma's package imports TensorFlow, which else opens every run with its own notices.
+# The gemma package imports TensorFlow, which otherwise starts every run with its own notices.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-_LONGEST_MESSAGE = 480  # Of an error, which is one line.
+_LONGEST_MESSAGE = 480  # Characters of an error message, which is one line.
 _TPU_COMPILER = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
 
 
 def say(text: str) -> None:
-    """Prints a line in which names and paths stand."""
+    """Prints a line, with unprintable characters of names and paths escaped."""
     print(printable(text, 2000), flush=True)
 
 
 def find_tpu_compiler() -> None:
-    """Makes JAX find the TPU's compiler on a machine without a TPU; to be called before JAX is imported."""
-    # It is there to compile and not to run, and two processes may do so at once.
+    """Makes JAX find the TPU compiler on a machine without a TPU; call it before JAX is imported."""
+    # The library only compiles here, so several processes can load it at once.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
@@ -38,17 +38,17 @@ def find_tpu_compiler() -> None:
 
 
 def run(main: Callable[[], None], why: str = "") -> None:
-    """Calls `main`; what a user can mend is said in one line, everything else keeps its traceback.
+    """Calls `main`; an error that the user can fix is printed in one line, any other with its traceback.
 
     Args:
       main: the command.
-      why: what to add when a signal ends it at once; see `signals.leaving`.
+      why: text added to the message when a signal ends the command at once; see `signals.leaving`.
     """
     _keep_speaking()
     signals.answer(why)
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file.
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every file.
     threading.excepthook = _threads_error
     sys.unraisablehook = _unraisable_error
     logging.getLogger("absl").addFilter(
@@ -60,7 +60,8 @@ def run(main: Callable[[], None], why: str = "") -> None:
     except signals.Interrupted as error:
         if not _is_one_of_many() or sys.modules["jax"].process_index() == 0:
             print(f"\n{error}", file=sys.stderr, flush=True)
-        sys.exit(128 + error.number)  # In good order: of many hosts each waits for the others.
+        # Not os._exit: at exit, the processes of several hosts wait for each other.
+        sys.exit(128 + error.number)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
@@ -71,52 +72,51 @@ def run(main: Callable[[], None], why: str = "") -> None:
         if message is None:
             raise
         print(f"\nError: {message}", file=sys.stderr, flush=True)
-        # Not sys.exit: on a full disk, each writer that is still open would have its own traceback to add, and one of
-        # many processes would wait for the others, who wait for this one.
+        # Not sys.exit: on a full disk, each open writer would add its own traceback. And with several processes, this
+        # one would wait for the others, which wait for it.
         os._exit(1)
 
 
 def _keep_speaking() -> None:
-    """A reader that is gone, a full disk and a closed stream cost words and nothing else."""
+    """Makes failures to print harmless: the reader has gone, the disk is full, or the stream is closed."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # The next file opened would get this number, and every library's messages.
+        except OSError:  # Otherwise the next opened file would get this number, and all messages.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(
-            errors="backslashreplace"
-        )  # A name that it cannot encode must not end hours of work.
+        # A name that the stream cannot encode must not end hours of work.
+        stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Unfailing(stream))
 
 
 def _threads_error(args: threading.ExceptHookArgs) -> None:
-    """A writer's thread finds the disk full before the program does, which then says so."""
+    """Hides full-disk errors of threads that write: the main thread then fails too, and reports the error."""
     if not _is_full_disk(args.exc_value):
         threading.__excepthook__(args)
 
 
 def _unraisable_error(args: "sys.UnraisableHookArgs") -> None:
-    """Orbax leaves tasks behind on a closed event loop where it could not write or read an array."""
+    """Hides errors of the tasks that Orbax leaves on a closed event loop if it cannot read or write an array."""
     if "Event loop is closed" not in str(args.exc_value):
         sys.__unraisablehook__(args)
 
 
 def _is_one_of_many() -> bool:
-    jax = sys.modules.get("jax")  # Not imported for this: without it there are no others.
+    jax = sys.modules.get("jax")  # If JAX is not imported, there is one process.
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def check_outputs(file: pathlib.Path | None = None, **places: pathlib.Path | None) -> None:
-    """Finds out before any work whether what a command is to write can be written.
+    """Checks, before any work is done, that the outputs of a command can be written.
 
     Args:
-      file: that is written.
-      **places: by the names of their options: `html` and `png` are files, all others folders.
+      file: the file to write.
+      **places: further outputs by the names of their options; `html` and `png` are files, all others are folders.
 
     Raises:
-      ValueError: it cannot.
+      ValueError: if one cannot be written.
     """
     wanted = {"file": file, **places}
     if any(wanted.values()):
@@ -128,7 +128,7 @@ def check_outputs(file: pathlib.Path | None = None, **places: pathlib.Path | Non
 
 
 def refresh(path: str | pathlib.Path) -> None:
-    """Has a run's folder of SAEs hold those of its newest checkpoint, where a path is a run's."""
+    """Exports the SAEs of a run's newest checkpoint into the run directory, if the path is a run."""
     from gemma_scope_jax.runtime import files
     from gemma_scope_jax.saes import loading
 
@@ -143,10 +143,10 @@ def _is_full_disk(error: object) -> bool:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error that the user can mend; None for a defect of the program."""
+    """The one-line message of an error that the user can fix; None for a defect of the program."""
     text = printable(" ".join(str(error).split()), _LONGEST_MESSAGE)
     if _is_full_disk(error):
-        return f"the disk is full; the last whole checkpoint is untouched. Free space and run again ({text[:150]})"
+        return f"the disk is full; the last complete checkpoint is intact. Free space and run again ({text[:150]})"
     if isinstance(error, OSError):
         named = [name for name in (error.filename, error.filename2) if name is not None]
         return printable(": ".join(map(str, [*named, error.strerror or text])), _LONGEST_MESSAGE)

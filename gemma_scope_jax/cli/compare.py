@@ -1,4 +1,4 @@
-"""`compare`: evaluations side by side, each held against the first."""
+"""`compare`: evaluations side by side, each compared with the first."""
 
 import pathlib
 import shlex
@@ -14,10 +14,10 @@ def compare(folders: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     """Writes and prints evaluations side by side; see `side_by_side.comparison`.
 
     Raises:
-      ValueError: a folder holds no evaluation, there is but one, or `out` is no folder.
+      ValueError: if a folder contains no evaluation, there is only one folder, or `out` is not a folder.
     """
     if len(folders) < 2:
-        raise InputError(f"{folders[0]} alone cannot be compared; give two folders or more")
+        raise InputError(f"compare needs two folders or more, but only {folders[0]} is given")
     files.check_output(out, is_folder=True)
     shortest = side_by_side.labels(folders)
     columns = {label: side_by_side.read(folder) for label, folder in zip(shortest, folders, strict=True)}

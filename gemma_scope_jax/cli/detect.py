@@ -1,4 +1,4 @@
-"""`detect`: whether what a latent's strongest passages share tells where else it fires."""
+"""`detect`: how well a latent's strongest passages predict where else it fires."""
 
 import pathlib
 
@@ -18,16 +18,19 @@ def detect_path(
     out: pathlib.Path | None = None,
     **overrides: str | None,
 ) -> dict[str, detection.Detection]:
-    """Scores latents of the SAEs that lie at a path; writes detection.json and prints a table.
+    """Scores latents of the SAEs at a path; writes detection.json and prints a table.
 
     Args:
-      path: see `opening.open_path`.
-      rows: how many held-out rows, at most all; None: as the config says.
-      latents: how many of each SAE, at most.
-      seed: of what is drawn.
-      rows_per_batch: in one pass; None: as the config says.
+      path: of a run or of SAEs; see `opening.open_path`.
+      rows: the number of held-out rows to read, at most all; None: the config's.
+      latents: the number of latents of each SAE to score, at most.
+      seed: of the choice of latents and positions.
+      rows_per_batch: rows in one forward pass; None: the config's.
       out: the folder to write to; None: see `opening.results_folder`.
-      **overrides: see `opening.open_path`.
+      **overrides: settings that override the run's; see `opening.open_path`.
+
+    Returns:
+      The scores by SAE.
     """
     refresh(path)
     opened = opening.open_path(path, **overrides)

@@ -1,4 +1,4 @@
-"""`evaluate`: SAEs at a path on some texts, with files, tables and pages of what is measured."""
+"""`evaluate`: measures the SAEs at a path on one or several texts, and writes files, tables and pages."""
 
 import contextlib
 import dataclasses
@@ -20,22 +20,24 @@ _PARTS = "evaluation.parts"
 
 
 def texts_of(given: Sequence[str]) -> dict[str, str]:
-    """Texts by their labels, of `SOURCE` or `LABEL=SOURCE` each.
+    """Text sources by label, parsed from `SOURCE` or `LABEL=SOURCE`.
 
     Raises:
-      ValueError: two have one label, or one is none that a folder may have.
+      ValueError: if two texts have the same label, or a label cannot be the name of a folder.
     """
     texts: dict[str, str] = {}
     for value in given:
         match = re.fullmatch(r"([\w.-]+)=(.+)", value)
-        if match and not pathlib.Path(value).exists():  # A file's name may have a = in it.
+        if match and not pathlib.Path(value).exists():  # The name of a file can contain =.
             label, source = match.groups()
         else:
             label, source = opening.text_label(value), value
         if label.startswith("."):
-            raise InputError(f"a text cannot be called {label!r}; name it, as in --text=NAME={source}")
-        if label.lower() in map(str.lower, texts):  # A disk may not keep them apart.
-            raise InputError(f"two texts are called {label!r}; name them, as in --text=NAME={source}")
+            raise InputError(
+                f"a text cannot have the name {label!r}; choose another with --text=NAME={source}"
+            )
+        if label.lower() in map(str.lower, texts):  # Some file systems ignore case.
+            raise InputError(f"two texts have the name {label!r}; choose another with --text=NAME={source}")
         texts[label] = source
     return texts
 
@@ -51,30 +53,31 @@ def evaluate_path(
     has_baselines: bool = False,
     **overrides: str | None,
 ) -> dict[str, Evaluation]:
-    """Evaluates what lies at a path; writes evaluation.json, .csv, .npz, .html and .png, and prints a table.
+    """Evaluates the SAEs at a path; writes evaluation.json, .csv, .npz, .html and .png, and prints a table.
 
-    Cut off and called again, it goes on behind the last batch that was whole.
+    If it is interrupted and called again, it continues after the last complete batch.
 
     Args:
-      path: see `opening.open_path`.
-      rows: how many, at most all of the split; None: as the config says.
-      rows_per_batch: in one pass; likewise.
-      out: the folder to write to; None: beside the SAE or in the run; of what is not its own, below it, see
-        `opening.results_folder`.
-      is_fast: without what costs most; see `evaluate.evaluate`.
-      split: of the rows, one of `token_rows.TRAIN` and `token_rows.HELD_OUT`.
-      text: to evaluate on; of several, each has a folder of its own in `out`, and there is a table by text.
-      has_baselines: with the `baselines` of each SAE.
-      **overrides: see `opening.open_path`.
+      path: of a run or of SAEs; see `opening.open_path`.
+      rows: the number of rows to evaluate on, at most all of the split; None: the config's.
+      rows_per_batch: rows in one forward pass; None: the config's.
+      out: the folder to write to; None: the run directory or the SAE's folder, or for another text or model a
+        subfolder of it, see `opening.results_folder`.
+      is_fast: whether to leave out the slowest metrics; see `evaluate.evaluate`.
+      split: of the rows, `token_rows.TRAIN` or `token_rows.HELD_OUT`.
+      text: the texts to evaluate on; None: the run's. Each of several texts gets a subfolder of `out`, and a table
+        compares them.
+      has_baselines: whether to evaluate the `baselines` of each SAE too.
+      **overrides: settings that override the run's; see `opening.open_path`.
 
     Returns:
-      The numbers by SAE; of several texts those of the last.
+      The numbers by SAE; for several texts, those of the last text.
     """
     texts = texts_of([text] if isinstance(text, str) else text or ())
     refresh(path)
     opened = opening.open_path(path, text=next(iter(texts.values()), None), **overrides)
     config = opened.config
-    # All of them before anything takes long.
+    # All texts are opened first, so that mistakes show before anything takes long.
     by_label = {
         label: opening.on_text(opened, source) for label, source in (texts or {"": config.data.text}).items()
     }
@@ -117,20 +120,20 @@ def evaluate_path(
             written = made.save(out, _command(path, flags | {"text": list(map("=".join, texts.items()))}))
             made.show()
             say(f"Wrote {', '.join(map(str, written))}")
-        # Not before all texts are done, or the same command would begin with the first again.
+        # Only now that all texts are done: otherwise a repeated command would begin with the first text again.
         for of_one in parts:
             of_one.remove()
         return dict(found[label].results)
 
 
 def _save(results: report.Results, place: pathlib.Path) -> None:
-    """Writes and prints what was found."""
+    """Writes and prints the results."""
     written = results.save(place)
     results.show()
     if cost := results.about["cost"]:
         say(
-            f"A batch took {cost['seconds']:.1f} s. Its clean pass, two ablations a site and one splice an SAE, at "
-            f"the speed of the clean pass, would take {cost['bound_seconds']:.1f} s."
+            f"A batch took {cost['seconds']:.1f} s. At the speed of its clean pass, that pass with two ablations per "
+            f"site and one splice per SAE would take {cost['bound_seconds']:.1f} s."
         )
     say(f"Wrote {', '.join(map(str, written))}")
 
@@ -143,14 +146,14 @@ def _places(
     kind: str,
     overrides: Mapping[str, str | None],
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """The folder of the results, and that of each text: a folder in it for each of several, else itself.
+    """The folder of the results, and the folder of each text: a subfolder for each of several texts, else the same.
 
     Raises:
-      ValueError: a text's folder holds results of something else.
+      ValueError: if the folder of a text contains something else.
     """
     first = next(iter(by_label.values()))
     of = opening.options_of(first, split, overrides.get("turns"), kind)
-    if len(by_label) > 1:  # A folder for each, of the text that was trained on too.
+    if len(by_label) > 1:  # Also the run's own text gets a subfolder.
         out = output.made_folder(path, given_out, pathlib.Path(of))
         places = {label: out / label for label in by_label}
     else:
@@ -160,7 +163,7 @@ def _places(
     for label, place in places.items():
         is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
         if given_out is not None and place != out and not is_free and not list(place.glob("evaluation.*")):
-            raise InputError(f"{place} holds something that is no evaluation; give the text another name")
+            raise InputError(f"{place} contains files, but no evaluation; give the text another name")
         if given_out is None and place != output.own_folder(path):
             options = report.Options(split=split, turns=overrides.get("turns"))
             _check_same(place, report.about(by_label[label], options))
@@ -168,23 +171,24 @@ def _places(
 
 
 def _check_same(place: pathlib.Path, about: Mapping[str, object]) -> None:
-    """Raises ValueError if the evaluation in a folder, if there is one, is of something else."""
+    """Raises ValueError if the folder contains an evaluation with other settings."""
     path = place / "evaluation.json"
     found = {}
-    with contextlib.suppress(ValueError):  # A damaged one is made again.
+    with contextlib.suppress(ValueError):  # A damaged file is overwritten.
         found = files.read_json(path) if path.exists() else {}
     names = ("model", "weights", "tokenizer", "dtype", "text", "split", "turns")
-    # Older ones have their paths in full.
+    # Files of older versions contain full paths.
     differs = [name for name in names if name in found and shareable(found[name]) != shareable(about[name])]
     if differs:
         said = ", ".join(f"{name} {printable(found[name])}" for name in differs)
         raise InputError(
-            f"{path} is of {said}; to keep it, call this text otherwise, as in --text=NAME=SOURCE, or give an --out"
+            f"{path} is an evaluation with {said}; to keep it, give --text=NAME=SOURCE with a new name, or "
+            "another --out"
         )
 
 
 def _command(path: str | pathlib.Path, options: Mapping[str, object]) -> str:
-    """What makes it again, as it is typed."""
+    """The command line that repeats this evaluation."""
     flags = []
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:

@@ -1,4 +1,4 @@
-"""The command that has Gemma go on with, or answer, the texts of a file."""
+"""`generate`: has Gemma continue, or answer, the texts of a file."""
 
 import json
 import pathlib
@@ -21,27 +21,27 @@ def write_rollouts(
     is_chat: bool,
     rows_per_batch: int,
 ) -> None:
-    """Writes a JSON object for each prompt, `{"prompt": …, "text": …}`, the reply being its text.
+    """Writes a JSON object `{"prompt": …, "text": …}` for each prompt, where `text` is the reply.
 
     Args:
-      config: the model, its weights, tokenizer and dtype.
+      config: names the model, its weights, tokenizer and dtype.
       prompts: a file of texts; see `sources.read_prompts`.
-      out: the file to write, JSON Lines.
-      num_tokens: the most that are written for one prompt.
-      temperature: see `generation.generate`.
-      seed: likewise.
-      is_chat: whether a text is a user's turn to be answered; else it is gone on with.
-      rows_per_batch: see `generation.generate`.
+      out: the JSON Lines file to write.
+      num_tokens: the maximum number of new tokens for each prompt.
+      temperature: of the sampling; see `generation.generate`.
+      seed: of the sampling.
+      is_chat: whether each text is a user's turn for the model to answer; otherwise the model continues the text.
+      rows_per_batch: the number of prompts in one batch.
 
     Raises:
-      ValueError: there are no prompts, or `out` is there already.
+      ValueError: if there are no prompts, or `out` exists already.
     """
     files.check_output(out, is_folder=False)
     texts = sources.read_prompts(prompts)
     busy = f"another process is writing {out}; wait for it or stop it, or give another --out"
     with locks.locked(out.with_name(f".{out.name}.lock"), busy):
-        if out.exists():  # Before an hour's work, not after it.
-            raise OutputError(f"{out} is there already; remove it, or give another --out")
+        if out.exists():  # Checked before an hour's work, not after it.
+            raise OutputError(f"{out} already exists; remove it, or give another --out")
         found = tokenizer.load(config.model, config.tokenizer, config.weights)
         prompt = generation.chat_prompt if is_chat else generation.text_prompt
         gemma = placement.load_gemma(config)

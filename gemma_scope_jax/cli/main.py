@@ -1,4 +1,4 @@
-"""`gemma-scope COMMAND`: the table of commands, and how their arguments are read."""
+"""`gemma-scope COMMAND`: the table of commands, and the parsing of their arguments."""
 
 import difflib
 import functools
@@ -23,37 +23,36 @@ NAME = "gemma-scope"
 class Command(NamedTuple):
     """A command of the table."""
 
-    call: Callable[
-        ..., object
-    ]  # the command; if `has_fields`, a factory of it, which takes the default config
-    when_interrupted: str = ""  # what is said of its work when a signal ends it
-    has_fields: bool = False  # whether it takes a config, named first, and its fields
-    words: str = ""  # the parameter that words after options belong to, too
+    # The command; if `has_fields`, a function that returns the command for a default config.
+    call: Callable[..., object]
+    when_interrupted: str = ""  # text added to the message when a signal ends the command
+    has_fields: bool = False  # whether the first argument is a config, whose fields are options
+    words: str = ""  # the parameter that also takes positional arguments after options
 
 
-# By groups, in the order in which they are shown.
+# The commands by group, in the order of the help.
 GROUPS: dict[str, dict[str, Command]] = {
     "Train": {
         "train": Command(training.train_of, "nothing has been trained yet", has_fields=True),
         "prepare": Command(
-            training.prepare_of, "the same command goes on after the last whole part", has_fields=True
+            training.prepare_of, "the same command continues after the last complete part", has_fields=True
         ),
     },
     "Evaluate": {
-        "evaluate": Command(evaluation.evaluate, "the same command goes on after the last whole batch"),
+        "evaluate": Command(evaluation.evaluate, "the same command continues after the last complete batch"),
         "compare": Command(evaluation.compare, words="folders"),
-        "detect": Command(evaluation.detect, "detection writes its results when it ends"),
-        "probe": Command(evaluation.probe, "probing writes its results when it ends"),
+        "detect": Command(evaluation.detect, "detection writes its results only at its end"),
+        "probe": Command(evaluation.probe, "probing writes its results only at its end"),
     },
     "Look inside": {
         "explore": Command(analysis.explore),
         "attribute": Command(analysis.attribute),
         "steer": Command(analysis.steer, words="prompts"),
-        "contrast": Command(analysis.contrast, "a contrast writes its results when it ends"),
+        "contrast": Command(analysis.contrast, "a contrast writes its results only at its end"),
         "flow": Command(analysis.flow),
         "links": Command(analysis.links),
-        "dashboards": Command(analysis.dashboards, "the same command goes on after what was kept last"),
-        "generate": Command(analysis.generate, "replies are written when all are there"),
+        "dashboards": Command(analysis.dashboards, "the same command continues from what was saved last"),
+        "generate": Command(analysis.generate, "replies are written only when all are complete"),
     },
     "Share": {
         "export": Command(sharing.export),
@@ -66,7 +65,12 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Reads a command line and runs its command; ends the process where it is mistaken, or asks for help."""
+    """Parses a command line and runs its command.
+
+    Raises:
+      SystemExit: after --help, or if an argument is wrong.
+      ValueError: if there is no such command.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
         return
@@ -84,7 +88,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def call(name: str, command: Command, arguments: Sequence[str]) -> None:
-    """Reads a command's arguments, and calls it."""
+    """Parses the arguments of a command, and calls it."""
     if not command.has_fields:
         read(name, command.call, arguments, command.words)
         return
@@ -100,15 +104,15 @@ def call(name: str, command: Command, arguments: Sequence[str]) -> None:
     named = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if arguments and named is None and not {"-h", "--help"} & set(arguments):
         raise InputError(
-            f"{quoted(arguments[0], 40)} stands where the config does; type {NAME} {name} CONFIG … and options behind"
+            f"the first argument is {quoted(arguments[0], 40)}, not a config; type {NAME} {name} CONFIG …"
         )
-    # The fields' defaults are those of the config that is named.
+    # The fields of the named config are the defaults of the options.
     default = config.from_dict(config_files.load(named)) if named else config.Config()
     read(name, command.call(default), arguments)
 
 
 def read(name: str, function: Callable[..., object], arguments: Sequence[str], words: str = "") -> None:
-    """Calls a typed function with what its arguments say; see `tyro.cli` and `Command.words`."""
+    """Parses arguments by a function's signature, and calls it; see `tyro.cli` and `Command.words`."""
     prog, arguments = f"{NAME} {name}", old_forms.with_hyphens(arguments)
 
     @functools.wraps(function)
@@ -117,7 +121,7 @@ def read(name: str, function: Callable[..., object], arguments: Sequence[str], w
 
     bound, left = tyro.cli(bind, prog=prog, args=arguments, return_unknown_args=True)
     if left and (not words or any(word.startswith("-") for word in left)):
-        # What was meant by an unknown flag tyro says where its value stands apart.
+        # tyro suggests the flag that was meant only if the value is a separate argument.
         tyro.cli(bind, prog=prog, args=[part for one in arguments for part in _flag_and_value(one)])
     if left:
         bound.arguments[words] = (*bound.arguments.get(words, ()), *left)
@@ -129,7 +133,7 @@ def _flag_and_value(argument: str) -> list[str]:
 
 
 def help_text() -> str:
-    """All commands by their groups, each with its first sentence."""
+    """The help: all commands by group, each with the first line of its docstring."""
     lines = [f"usage: {NAME} COMMAND …", "", "Sparse autoencoders on Gemma's activations.", ""]
     for group, commands in GROUPS.items():
         lines.append(f"{group}:")
@@ -137,14 +141,14 @@ def help_text() -> str:
             function = command.call(config.Config()) if command.has_fields else command.call
             lines.append(f"  {name:11} {function.__doc__.splitlines()[0]}")
         lines.append("")
-    return "\n".join([*lines, f"{NAME} COMMAND --help has the options of each, and an example."])
+    return "\n".join([*lines, f"{NAME} COMMAND --help shows the options of a command, and an example."])
 
 
 def main() -> None:
-    """The console script."""
+    """Runs the console script `gemma-scope`."""
     common.run(lambda: run(sys.argv[1:]))
 
 
 def script(name: str) -> None:
-    """A script that is one of the commands, such as `train.py`."""
+    """Runs a script that is one of the commands, such as `train.py`."""
     common.run(lambda: run([name, *sys.argv[1:]]), COMMANDS[name].when_interrupted)

@@ -1,4 +1,4 @@
-"""How commands were typed before version 0.2: understood for a release, with a warning that says the new form."""
+"""Command lines of version 0.1: they still work in this release, with a warning that shows the new form."""
 
 import os
 import pathlib
@@ -12,12 +12,14 @@ from gemma_scope_jax.runtime.printing import printable
 
 
 def warn(new: str) -> None:
-    """Says on standard error how a command is typed now."""
-    print(f"Warning: this form goes away with the next release; type {printable(new, 400)}", file=sys.stderr)
+    """Prints the new form of a command on standard error."""
+    print(
+        f"Warning: this form will be removed in the next release; type {printable(new, 400)}", file=sys.stderr
+    )
 
 
 def with_hyphens(arguments: Sequence[str]) -> list[str]:
-    """Flags with hyphens for those with underscores, which both are understood; a warning if there were any."""
+    """The arguments with hyphens in place of underscores in flags; warns if there are any."""
     made = [
         re.sub(r"^--[\w.-]+", lambda flag: flag[0].replace("_", "-"), argument)
         if "_" in argument
@@ -25,26 +27,29 @@ def with_hyphens(arguments: Sequence[str]) -> list[str]:
         for argument in arguments
     ]
     if old := [flag.partition("=")[0] for flag, new in zip(arguments, made, strict=True) if flag != new]:
-        warn(f"{old[0].replace('_', '-')} for {old[0]}, and hyphens in all flags")
+        warn(f"{old[0].replace('_', '-')} instead of {old[0]}, and hyphens in all flags")
     return made
 
 
 def is_of_config(arguments: Sequence[str]) -> bool:
-    """Whether a config is named by `--config`, as `train`, `plan` and `prepare` once took it."""
+    """Whether the config is given by `--config`, the old form of `train`, `plan` and `prepare`."""
     return any(
         argument == "--config" or argument.startswith(("--config=", "--config.")) for argument in arguments
     )
 
 
 def of_config(command: str, arguments: Sequence[str]) -> tuple[dict, dict[str, str]]:
-    """The config, as nested dicts, and the other options of `--config=FILE --config.FIELD=VALUE --OPTION=VALUE`.
+    """Parses `--config=FILE --config.FIELD=VALUE --OPTION=VALUE`.
+
+    Returns:
+      The config as nested dicts, and the options.
 
     Raises:
-      ValueError: there is no such file or field, an option is not known or missing, or a value is of the wrong type.
+      ValueError: if there is no such file or field, an option is unknown or missing, or a value has the wrong type.
     """
     known = {"train": ("workdir",), "plan": ("topology",), "prepare": ("workers",)}[command]
     joined: list[str] = []
-    for argument in arguments:  # `--workdir X` is `--workdir=X`.
+    for argument in arguments:  # `--workdir X` means `--workdir=X`.
         if joined and re.fullmatch(r"--[\w.]+", joined[-1]) and not argument.startswith("--"):
             joined[-1] += f"={argument}"
         else:
@@ -70,7 +75,7 @@ def of_config(command: str, arguments: Sequence[str]) -> tuple[dict, dict[str, s
 
 
 def _new(command: str, file: str, fields: Sequence[str], options: dict[str, str]) -> str:
-    """The same as it is typed now."""
+    """The new form of the same command."""
     flags = []
     for field in fields:
         name, _, value = field.removeprefix("--config.").partition("=")
@@ -88,7 +93,7 @@ def _new(command: str, file: str, fields: Sequence[str], options: dict[str, str]
 
 
 def _read(file: str, fields: Sequence[str]) -> dict:
-    """The config of a file with the fields set by `--config.FIELD=VALUE`, as nested dicts."""
+    """The config of a file, with the fields set by `--config.FIELD=VALUE`, as nested dicts."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -97,22 +102,22 @@ def _read(file: str, fields: Sequence[str]) -> dict:
     path, suite = config_files.find(file)
     place = pathlib.Path(os.path.abspath(path))
     values, arguments = flags.FlagValues(), ["", f"--config={place}{suite and f':{suite}'}", *fields]
-    # Told the arguments, or it looks for them in sys.argv.
+    # Without `sys_argv` it would read sys.argv.
     config_flags.DEFINE_config_file("config", None, "The run's config file.", values, sys_argv=arguments)
     try:
         rest = values(arguments)
-        read = values.config.to_dict()  # A file that cannot be loaded is an error only when it is looked at.
+        read = values.config.to_dict()  # Only this raises if the file cannot be loaded.
     except (AttributeError, KeyError) as error:
-        # ml_collections says the name, in quotes of quotes, and perhaps a better one.
+        # The message of ml_collections has the name in nested quotes, and perhaps a suggestion.
         name = re.search(r"\w+", str(error))[0]
         argument = next((argument for argument in fields if f".{name}" in argument), None)
-        if argument is None:  # Raised by the config file itself, so its traceback is what helps.
+        if argument is None:  # Raised by the config file itself: its traceback helps.
             raise
         better = re.search(r"Did you mean \W*(\w+)", str(error))
         hint = f"; did you mean {better[1]!r}?" if better else ""
         raise ConfigError(f"the config has no field {name!r}, named by {argument}{hint}") from error
     except (TypeError, OSError, flags.Error) as error:
-        # A mistake within the config file comes with its traceback; the last line says what it is.
+        # The message of a mistake in the config file contains a traceback; the last line is the error.
         said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         if unknown := re.search(r"BankConfig\.__init__\(\) got an unexpected keyword argument '(\w+)'", said):
             said = f"{file}: a bank has no field {unknown[1]!r}; gemma_scope_jax/config.py lists them"

@@ -1,4 +1,4 @@
-"""Options that several commands have: their types with the ranges of their numbers, and groups of them."""
+"""Options that several commands have: the types of their values, with ranges, and groups of options."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def option(read: Callable[[str], object], metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
-    """How an option of one value is read, and shown; also of one that may be left out."""
+    """How the value of an option is read and shown; None is shown as `none`."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -27,7 +27,7 @@ def option(read: Callable[[str], object], metavar: str) -> tyro.constructors.Pri
 
 
 def number(allowed: Range, kind: type = int) -> tyro.constructors.PrimitiveConstructorSpec:
-    """How an option that is a number of a range is read."""
+    """How an option whose value is a number within a range is read."""
 
     def read(text: str) -> float:
         try:
@@ -43,7 +43,7 @@ def number(allowed: Range, kind: type = int) -> tyro.constructors.PrimitiveConst
 
 
 def place(text: str) -> pathlib.Path:
-    """A path; a shell leaves the `~` of `--out=~/x` to be expanded."""
+    """A path, with `~` expanded: a shell leaves the one in `--out=~/x` as it is."""
     return pathlib.Path(os.path.expanduser(text))
 
 
@@ -65,14 +65,14 @@ PositiveOrZero = Annotated[float, number(ranges.POSITIVE_OR_ZERO, float)]
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    """Numbers apart by commas."""
+    """Numbers separated by commas."""
     read = number(ranges.SIGNED, float).instance_from_str
     return tuple(read([one]) for one in text.split(","))
 
 
 Numbers = Annotated[tuple[float, ...], option(_numbers, "N,N,...")]
 Dtype = Literal["float32", "bfloat16"]
-# Given once for each value.
+# The option is given once for each value.
 Repeated = tyro.conf.UseAppendAction[tuple[T, ...]]
 Positional = tyro.conf.Positional
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -80,16 +80,16 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclasses.dataclass(frozen=True)
 class Overrides:
-    """Where it shall be another than the run or the file says.
+    """Settings that override those of the run or the SAE file.
 
     Args:
-      model: for example gemma2_2b-it.
-      weights: Gemma's; a folder, a file or `hf://OWNER/NAME`.
-      tokenizer: Gemma's; a file, or a folder that has one.
-      dtype: Gemma's.
-      site: of SAEs in files: what is read, if the file does not say it, as in layer_20_resid_post.
-      target_site: likewise what a transcoder predicts, as in layer_20_mlp_out.
-      trust: use the text, weights and tokenizer that a file outside a run directory names, wherever they lie.
+      model: name of the model to use, for example gemma2_2b-it; by default the run's or the SAE file's.
+      weights: Gemma's weights: a folder, a file or hf://OWNER/NAME; by default as in the config.
+      tokenizer: Gemma's tokenizer: a file, or a folder that contains one; by default as in the config.
+      dtype: dtype of Gemma's weights and arithmetic; by default as in the config.
+      site: site that an SAE in a file reads, such as layer_20_resid_post; needed if the file names none.
+      target_site: site that a transcoder in a file predicts, such as layer_20_mlp_out; needed if the file names none.
+      trust: use the text, weights and tokenizer that are named by an SAE file outside a run directory.
     """
 
     model: MaybeText = None
@@ -101,10 +101,10 @@ class Overrides:
     trust: Flag = False
 
     def given(self) -> dict[str, object]:
-        """As `opening.open_path` takes them."""
+        """The settings as keyword arguments of `opening.open_path`."""
         return dataclasses.asdict(self) | {"trust": self.trust or None}
 
 
 AS_SAID = Overrides()
-# Options of a group stand beside the others, and have no name of the group before them.
+# The empty name makes these options of the command itself: --model, not --others.model.
 Others = Annotated[Overrides, tyro.conf.arg(name="")]

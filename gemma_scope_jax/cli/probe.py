@@ -1,4 +1,4 @@
-"""`probe`: how well a few latents tell the classes of labelled texts apart."""
+"""`probe`: how well a few latents predict the classes of labelled texts."""
 
 import pathlib
 
@@ -19,15 +19,15 @@ def probe_path(
     out: pathlib.Path | None = None,
     **overrides: str | None,
 ) -> dict[str, list[probing.Task]]:
-    """Probes the SAEs that lie at a path; writes probing.json and prints a table.
+    """Probes the SAEs at a path; writes probing.json and prints a table.
 
     Args:
-      path: see `opening.open_path`.
-      labelled: see `probing.read_labelled`.
+      path: of a run or of SAEs; see `opening.open_path`.
+      labelled: the file of labelled texts; see `probing.read_labelled`.
       seed: of the split into training and test texts.
-      rows_per_batch: texts in one pass; None: as the config says.
+      rows_per_batch: texts in one forward pass; None: the config's.
       out: the folder to write to; None: see `opening.results_folder`.
-      **overrides: see `opening.open_path`.
+      **overrides: settings that override the run's; see `opening.open_path`.
 
     Returns:
       The tasks of each SAE.
@@ -44,7 +44,9 @@ def probe_path(
     if given_out is None and (out / "probing.json").exists():
         before = printing.shareable(files.read_json(out / "probing.json").get("labelled"))
         if before != printing.shareable(labelled):
-            raise DataError(f"{out / 'probing.json'} is of {printing.printable(before)}; give another --out")
+            raise DataError(
+                f"{out / 'probing.json'} has the results of {printing.printable(before)}; give another --out"
+            )
     encode = tokenizer.load(config.model, config.tokenizer, config.weights).encode
     tokens_TxL, cut = probing.rows_of(given.texts, encode, config.data.context_length)
     gemma = placement.load_gemma(config)

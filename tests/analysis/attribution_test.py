@@ -248,7 +248,7 @@ def test_what_gap_too_few_nodes_leave_is_said(scope, capsys):
     )
     assert found.integral.nodes == 4 and abs(found.integral.gap) > 1e-9 * abs(gain)
     found.show()
-    assert f"4 nodes leave a gap of {found.integral.gap:.2g}" in " ".join(capsys.readouterr().out.split())
+    assert f"minus gain: {found.integral.gap:.2g}, with 4 nodes" in " ".join(capsys.readouterr().out.split())
 
 
 def test_ablations_do_what_taking_a_latent_out_does_in_float64(found, ablated):
@@ -435,7 +435,7 @@ def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_
     shown = capsys.readouterr().out
     assert f"{found.metric:.3f}" in shown and "Spearman" in shown
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert "Held against ablation" in (tmp_path / "a.html").read_text()
+    assert "Compared with ablation" in (tmp_path / "a.html").read_text()
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in (TEXT, "bread and law"))
     )
@@ -444,7 +444,7 @@ def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_
     pooled = analysis.ablations_of_prompts(scope, [TEXT, "bread and law"], 24)
     assert f"{pooled.correlation().pearson:.3f}" in shown
     apart = sorted(pooled.correlation(prompt=number).spearman for number in range(2))
-    assert re.search(rf"2 prompts apart .* {apart[0]:.3f} to {apart[1]:.3f} ", shown)
+    assert re.search(rf"range over 2 prompts .* {apart[0]:.3f} to {apart[1]:.3f} ", shown)
     assert (tmp_path / "b.png").exists()
     command(prompt=TEXT, sae="beside")
     shown = capsys.readouterr().out
@@ -481,10 +481,13 @@ def test_names_are_drawn_as_text(found, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give a prompt, or --prompts=FILE"),
+        ({}, "give either a prompt or --prompts=FILE"),
         ({"prompts": "x", "prompt": "x"}, "and not both"),
-        ({"prompts": "x"}, "--prompts goes with --ablate=N"),
-        ({"prompt": "x", "integrated": True}, "--integrated is of one SAE; give --sae, of resid, beside"),
+        ({"prompts": "x"}, "--prompts needs --ablate=N"),
+        (
+            {"prompt": "x", "integrated": True},
+            "--integrated takes one SAE; choose it with --sae from resid, beside",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(scope, monkeypatch, options, message):

@@ -188,7 +188,7 @@ def test_gaps_and_their_errors_by_hand(tmp_path):
     np.testing.assert_allclose([made.gap_se, made.change_se], np.sqrt(2 / 2 + 1 / 3))
     # The gap is 2.5, −1 and −2 with random sets: narrower by 0.5, 2 and 1, by the latents found by 2.
     assert made.as_good == 1
-    assert "the gap is 1.000 instead of 3.000, 33% of it. 1 of 3 random sets" in made.about()
+    assert "the gap from 3.000 to 1.000, 33% of it. 1 of 3 random sets" in made.about()
     assert "(p = 0.5)" in made.about()
     few = correction.Correction(
         "[/]", "$\\q$", False, (("a", 1),), outcome([3], [0, 1]), outcome([1], [0, 1]), random
@@ -205,7 +205,7 @@ def test_gaps_and_their_errors_by_hand(tmp_path):
 def test_it_shows_and_writes_what_came_out(corrected, tmp_path, capsys):
     corrected.show()
     shown = capsys.readouterr().out
-    assert "logit of 'x' less that of 'y'" in shown and corrected.about() in " ".join(shown.split())
+    assert "logit of 'x' minus that of 'y'" in shown and corrected.about() in " ".join(shown.split())
     row = rf"13 latents found .* {corrected.ablated.gap:.3f} .* {corrected.ablated.delta_loss:.4f} ± "
     assert re.search(row, shown), shown
     changes = [one.gap - corrected.clean.gap for one in corrected.random]
@@ -274,16 +274,16 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
         *(sources.read_prompts(tmp_path / name) for name in ("a.txt", "b.jsonl")), seed=3
     )
     assert (stored["first"], stored["second"]) == tuple(map(list, halves[0]))
-    assert f"the gap is {after['ablated']['gap']:.3f} instead of {after['clean']['gap']:.3f}" in shown
+    assert f"the gap from {after['clean']['gap']:.3f} to {after['ablated']['gap']:.3f}" in shown
     assert after["ablated"]["delta_loss"] is not None and f"Wrote {out}" in shown
     # Without an answer all prompts are contrasted and nothing is ablated or written.
     shown = main("--at=last", "--paired")
-    assert re.search(r"latents tell 20 pairs\s+apart", shown) and "gap" not in shown
+    assert re.search(r"latents separate the sets\s+\(20 pairs\)", shown) and "gap" not in shown
     # At so low a rate nothing is found: the gap is told all the same.
     shown = main("--answer=x", "--against=y", "--rate=0.00005")
-    assert "There is nothing to ablate" in shown and "a gap of" in shown
+    assert "There are no latents to ablate" in shown and "a gap of" in shown
     for flags, message in (
-        (("--answer=x",), "--answer and --against go together"),
+        (("--answer=x",), "--answer and --against must be given together"),
         (("--top=3",), "--top says how many"),
         ((f"--out={tmp_path / 'a.txt'}",), "is a file; give a folder"),
         ((f"--out={out}",), "is there already"),

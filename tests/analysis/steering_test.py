@@ -86,7 +86,7 @@ def test_a_latent_that_never_fired_has_no_typical_activation(scope):
     scope = scopes.make(scope.gemma, {"resid": silenced}, held_out=TOKENS)
     one = analysis.activity(scope, 3)["resid"]
     assert one.frequency_M[5] == one.mean_M[5] == one.largest_M[5] == 0 < one.frequency_M[4]
-    with pytest.raises(ValueError, match="latent 5 of resid fires nowhere on 3 held-out rows"):
+    with pytest.raises(ValueError, match="latent 5 of resid never fires on 3 held-out rows"):
         analysis.typical(scope, "resid", 5, 3)
 
 
@@ -187,7 +187,10 @@ def test_a_sweep_is_shown(scope, values, capsys):
     found = dataclasses.replace(found, tokens=(r"$\q$", "<"))  # No mathematics: drawn as such it is an error.
     found.show()
     shown = capsys.readouterr().out
-    assert f"so many times 2.5 added to latent {latent} of resid" in shown and r"'$\\q$' '<'" in shown
+    assert (
+        f"latent {latent} of resid: strength × 2.5 added to its activation" in shown
+        and r"'$\\q$' '<'" in shown
+    )
     assert f"{found.effect_N[2]:+.3f} ± {found.effect_se_N[2]:.3f}" in shown
     figure = found.figure()
     (axis,) = figure.axes
@@ -205,7 +208,7 @@ def test_a_sweep_is_shown(scope, values, capsys):
         ({"rows": 0}, "rows 0"),
         ({"tokens": ["bread"]}, r"'bread' is 5 tokens \('b' \+ 'r' \+ 'e' \+ 'a' \+ 'd'\)"),
         ({"tokens": [""]}, r"'' is 0 tokens \(none\)"),
-        ({"name": "input"}, "input gives layer_2_mlp_in, which is not added to the residual stream"),
+        ({"name": "input"}, "input reconstructs layer_2_mlp_in, which is not added to the residual stream"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(scope, arguments, message):
@@ -278,9 +281,9 @@ def test_a_browser_shows_replies_beside_each_other(tmp_path):
     [
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": ["a", ""]}, "prompt 1 is empty"),
-        ({"changes": []}, "there is no change"),
+        ({"changes": []}, "there is no edit"),
         ({"samples": 0}, "samples must be at least 1"),
-        ({"samples": 2}, "with several the temperature above 0"),
+        ({"samples": 2}, "more than one needs a temperature above 0"),
         ({"num_tokens": 0}, "num_tokens is 0"),
     ],
 )
@@ -314,18 +317,18 @@ def test_edits_are_read_as_they_are_written(text, edit, is_typical):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a:b", "'b' does not begin with a latent's number; write it as in NAME:12"),
-        (":12=ablate", "does not begin with"),
-        ("a:12", "does not say what becomes of the latent"),
-        ("a:12=ablated", "'=ablated' is no change; there are =ablate,"),
-        ("a:12+", r"'\+' is no change"),
-        ("a:12=", "'=' is no change"),
-        ("a:12*t", r"'\*t' is no change"),
-        ("a:12+3@answer", "'answer' are no tokens; there are @prompt, @reply"),
-        ("a:12+3@3", "'3' are no tokens"),
+        ("a:b", "'b' does not start with the number of a latent; write it like NAME:12"),
+        (":12=ablate", "does not start with"),
+        ("a:12", "it names a latent but no change"),
+        ("a:12=ablated", "'=ablated' is not a change such as =ablate,"),
+        ("a:12+", r"'\+' is not a change"),
+        ("a:12=", "'=' is not a change"),
+        ("a:12*t", r"'\*t' is not a change"),
+        ("a:12+3@answer", "'@answer' does not name tokens; use @prompt, @reply"),
+        ("a:12+3@3", "'@3' does not name tokens"),
         ("3*1e400", r"the scale of an edit is inf; it must be at least -1e\+30 and at most 1e\+30"),
-        ("3+1e39t", r"what an edit adds is 1e\+39"),
-        ("3+1@5:2", "tokens of an edit are 5:2; the second .* after the last, 6 to 2,147,483,646"),
+        ("3+1e39t", r"the added value of an edit is 1e\+39"),
+        ("3+1@5:2", "tokens of an edit are 5:2; the end, .* must be 6 to 2,147,483,646"),
         ("3+1@5:5", "tokens of an edit are 5:5"),
         ("3+1@0:2147483647", "tokens of an edit are 0:2147483647"),
     ],
@@ -342,7 +345,9 @@ def test_typical_activations_are_measured_for_edits_that_ask_for_them(scope, val
     )
     assert made[0].add == pytest.approx(3 * analysis.typical(scope, "resid", latent))
     assert made[1] == analysis.add("transcoder", 2, 3.0)
-    with pytest.raises(ValueError, match=r"'2=ablate' names no SAE; write NAME: .* resid, transcoder, input"):
+    with pytest.raises(
+        ValueError, match=r"'2=ablate' has no SAE name; write NAME: .* resid, transcoder, input"
+    ):
         edit_syntax.resolve(scope, [edit_syntax.parse("2=ablate")])
     with pytest.raises(ValueError, match="resid has no latent 64"):
         edit_syntax.resolve(scope, [edit_syntax.parse("resid:64+t")])
@@ -357,11 +362,11 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
     analysis_lib.steer("run", PROMPTS, edits, html=tmp_path / "a.html")
     unit = analysis.typical(scope, "resid", latent)
     assert f"resid:{latent}+{2 * unit:.6g}@reply" in (tmp_path / "a.html").read_text()
-    assert "as it is" in capsys.readouterr().out
+    assert "original" in capsys.readouterr().out
     asked = {"sweep": True, "strengths": (0.0, 2.0), "rows": 4, "png": tmp_path / "a.png"}
     analysis_lib.steer("run", edit=[f"resid:{latent}=2t"], **asked)
     shown = capsys.readouterr().out
-    assert "in the place of the activation of" in shown and f"Wrote {tmp_path / 'a.png'}" in shown
+    assert "replaces its activation" in shown and f"Wrote {tmp_path / 'a.png'}" in shown
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     expected = analysis.sweep(scope, "resid", latent, (0.0, 4.0), "clamp", rows=4)
     for effect, error in zip(expected.effect_N, expected.effect_se_N, strict=True):
@@ -371,17 +376,17 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"edit": ["1+t"], "sweep": True, "prompts": ["a"]}, "a prompt is not for --sweep"),
-        ({"edit": ["1+t"], "png": pathlib.Path("a.png"), "prompts": ["a"]}, "--png is only for --sweep"),
-        ({"edit": ["1+t"], "strengths": [1.0], "prompts": ["a"]}, "--strengths is only for --sweep"),
-        ({"edit": ["1+t"], "rows": 4, "prompts": ["a"]}, "--rows is only for --sweep"),
-        ({"edit": ["1+t"], "sweep": True, "chat": True}, "--chat is not for --sweep"),
-        ({"edit": ["1+t"], "sweep": True, "samples": 2}, "--samples is not for --sweep"),
-        ({"edit": ["1+t"], "sweep": True, "num_tokens": 3}, "--num-tokens is not for --sweep"),
-        ({"edit": ["1+t"]}, "there is no prompt to go on with"),
-        ({"edit": ["1+2"], "sweep": True}, r"--edit is 1\+2, but a sweep is of one latent at all tokens"),
-        ({"edit": ["1+t", "2+t"], "sweep": True}, "a sweep is of one latent"),
-        ({"edit": ["1+t@reply"], "sweep": True}, "a sweep is of one latent"),
+        ({"edit": ["1+t"], "sweep": True, "prompts": ["a"]}, "a prompt cannot be combined with --sweep"),
+        ({"edit": ["1+t"], "png": pathlib.Path("a.png"), "prompts": ["a"]}, "--png needs --sweep"),
+        ({"edit": ["1+t"], "strengths": [1.0], "prompts": ["a"]}, "--strengths needs --sweep"),
+        ({"edit": ["1+t"], "rows": 4, "prompts": ["a"]}, "--rows needs --sweep"),
+        ({"edit": ["1+t"], "sweep": True, "chat": True}, "--chat cannot be combined with --sweep"),
+        ({"edit": ["1+t"], "sweep": True, "samples": 2}, "--samples cannot be combined with --sweep"),
+        ({"edit": ["1+t"], "sweep": True, "num_tokens": 3}, "--num-tokens cannot be combined with --sweep"),
+        ({"edit": ["1+t"]}, "no prompt is given"),
+        ({"edit": ["1+2"], "sweep": True}, r"--edit is 1\+2, but a sweep takes one latent at all tokens"),
+        ({"edit": ["1+t", "2+t"], "sweep": True}, "a sweep takes one latent"),
+        ({"edit": ["1+t@reply"], "sweep": True}, "a sweep takes one latent"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_opened(arguments, message):

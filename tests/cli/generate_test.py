@@ -50,7 +50,7 @@ def test_chat_prompts_are_turns(run, tiny_gemma):
 def test_nothing_is_overwritten_and_mistakes_are_said_before_gemma_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(placement, "load_gemma", None)
     (tmp_path / "there.jsonl").write_text("kept")
-    with pytest.raises(ValueError, match=r"there\.jsonl is there already; remove it"):
+    with pytest.raises(ValueError, match=r"there\.jsonl already exists; remove it"):
         run(out="there.jsonl")
     assert (tmp_path / "there.jsonl").read_text() == "kept"
     with pytest.raises(ValueError, match=r"there is no file .*none\.jsonl"):

@@ -161,7 +161,7 @@ def test_mistakes_are_answered_with_what_was_meant(arguments, message, capsys):
         (
             ["train", "--seed", "1", "quickstart", "x"],
             InputError,
-            "'--seed' stands where the config does; type",
+            "the first argument is '--seed', not a config; type",
         ),
         (["train", "gemma3:2b", "x"], ValueError, "unknown size '2b'; choose one of"),
         (["train", "gemma2_2b:resid_mid_16k", "x"], ValueError, "gemma2_2b has no suite 'resid_mid_16k'"),
@@ -217,7 +217,7 @@ def test_old_forms_are_understood_with_a_warning_that_says_the_new_one(arguments
     assert arguments_of("prepare", "--config=quickstart", "--workers=3")["workers"] == 3
     capsys.readouterr()
     assert arguments_of("evaluate", "run", "--rows_per_batch=4")["rows_per_batch"] == 4
-    assert "--rows-per-batch for --rows_per_batch" in capsys.readouterr().err
+    assert "--rows-per-batch instead of --rows_per_batch" in capsys.readouterr().err
     assert arguments_of("evaluate", "run", "--rows-per-batch=4", "--text=a_b")["rows_per_batch"] == 4
     assert capsys.readouterr().err == ""
 

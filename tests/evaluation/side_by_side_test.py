@@ -92,7 +92,7 @@ def test_folders_are_told_apart(tmp_path):
     assert side_by_side.labels(folders) == ["one/eval", "two/eval"]
     with pytest.raises(ValueError, match="given twice"):
         side_by_side.labels([folders[0], folders[0]])
-    with pytest.raises(ValueError, match="alone cannot be compared"):
+    with pytest.raises(ValueError, match="compare needs two folders or more, but only"):
         compare_cli.compare(folders[:1], tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file is a file; give a folder"):

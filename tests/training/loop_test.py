@@ -156,7 +156,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     changes = dict(train__tokens=128 * 16, start_from=str(old), optimizer__learning_rate=1e-3)
     new = tiny.run_config(inputs, banks=banks, **changes)
     loop.train(new, tmp_path / "new")
-    assert "of 6 SAEs 2 go on, 4 are new." in capsys.readouterr().out
+    assert "2 of 6 SAEs continue, 4 are new." in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()} == files_before
     after = final_state(new, tmp_path / "new")
     assert int(after.harvests) == int(after.draws) == 16
@@ -211,7 +211,8 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(inputs, tm
     monkeypatch.setattr(prepare, "rows_of", lambda _: pytest.fail("the text was read"))
     c = tiny.run_config(inputs, banks={"large": dict(layers=(1,), width=2**14)})
     with pytest.raises(
-        ValueError, match=r"bank large 0\.0\d.* does not fit\. Most is bank large: lower banks\.large\.w"
+        ValueError,
+        match=r"does not fit .*bank large 0\.0\d.* The largest part is bank large: lower banks\.large\.w",
     ):
         loop.train(c, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -359,7 +360,7 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
     at = f"at row {order[place // 16]}, position {place % 16}"
     place_text = f"in step {place // 128 + 1} the activation of embed {at}"
     with pytest.raises(
-        FloatingPointError, match=rf"{place_text}.* is not finite: NaN.*--normalizer.skip-nonfinite"
+        FloatingPointError, match=rf"{place_text} is not finite.*NaN.*--normalizer.skip-nonfinite"
     ):
         loop.train(c, tmp_path / "run")
     skips = dataclasses.replace(c, normalizer=dataclasses.replace(c.normalizer, skip_nonfinite=True))
@@ -367,17 +368,15 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
     entries = log_lib.read_metrics(tmp_path / "run")
     assert sum(entry.get("nonfinite", 0) for entry in entries) == (tokens == token).sum()
     assert all(np.isfinite(value["loss"]) for entry in entries for value in entry["sae"].values())
-    assert re.search(
-        rf"{place_text}.*Such positions are left out", capsys.readouterr().out.replace("\n", " ")
-    )
+    assert re.search(rf"{place_text}.*Such positions are skipped", capsys.readouterr().out.replace("\n", " "))
 
 
 def test_how_often_the_text_is_read_is_said(inputs, tmp_path):
     run = runs.build(tiny.run_config(inputs, train__tokens=128 * 12, normalizer__rows=64))
     assert loop._passes(run, 96) == []
     assert loop._passes(run, 60) == [
-        "train.tokens is 1,536 and the text has 960 positions: each row is read 1.6 times.",
-        "normalizer.rows is 64 and the text has 60: some are measured twice.",
+        "train.tokens is 1,536 and the text has 960 positions: each row is read 1.6 times on average.",
+        "normalizer.rows is 64 and the text has 60 rows: some are used more than once.",
     ]
 
 
@@ -545,7 +544,7 @@ def test_killed_and_interrupted_a_run_ends_bit_for_bit_as_if_it_had_not_been(inp
 
 def test_a_signal_before_the_first_step_is_answered_at_once(inputs, tmp_path):
     process = Process(tiny.run_config(inputs, **LONG), tmp_path / "run")
-    process.wait_until(lambda: "Compiling the step." in process.text())
+    process.wait_until(lambda: "Compiling the training step" in process.text())
     started = time.monotonic()
     assert process.send(signal.SIGTERM) == 143
     assert time.monotonic() - started < 5
@@ -598,7 +597,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_last_checkpoint(inputs, 
     c = tiny.run_config(inputs, train__tokens=128 * 100)
     process = Process(c, small_disk / "run", output=small_disk.with_suffix(".out"))
     assert process.popen.wait(timeout=120) == 1
-    assert "Error: the disk is full; the last whole checkpoint is untouched" in process.text()
+    assert "Error: the disk is full; the last complete checkpoint is intact" in process.text()
     assert "Traceback" not in process.text()
     assert int(final_state(c, small_disk / "run").step) % 3 == 0
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)

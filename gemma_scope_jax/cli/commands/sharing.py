@@ -1,6 +1,6 @@
-"""The commands that hand SAEs on: `export`, `convert`, `publish`.
+"""The commands that share SAEs: `export`, `convert`, `publish`.
 
-Each imports what it runs when it runs: --help must not take seconds.
+Each imports its libraries when it runs, so that --help is fast.
 """
 
 from gemma_scope_jax.cli import common
@@ -19,11 +19,12 @@ def export(
     gemma-scope export runs/quickstart --format gemma_scope --out exported
 
     Args:
-      run: a run directory.
+      run: run directory.
       out: folder to write to.
-      format: saelens, gemma_scope, gemma_scope_2, dictionary_learning or circuit_tracer; several with commas, or all.
-      bank: only this bank's SAEs.
-      dtype: of the matrices.
+      format: saelens, gemma_scope, gemma_scope_2, dictionary_learning or circuit_tracer.
+        Several are separated by commas; all means every format.
+      bank: name of the only bank to export; by default all banks.
+      dtype: dtype of the stored matrices.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.saes import formats
@@ -46,19 +47,21 @@ def convert(
     weights: str = "",
     dtype: Dtype = "float32",
 ) -> None:
-    """Write an SAE of a file, or a set of transcoders, in another format.
+    """Convert an SAE, or a set of transcoders, from a file of any format to another format.
 
     gemma-scope convert hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --format saelens --out sae
 
     Args:
-      sae: a path or hf://OWNER/NAME/FOLDER, in any format.
-      format: saelens, gemma_scope, gemma_scope_2, dictionary_learning or circuit_tracer.
+      sae: path or hf://OWNER/NAME/FOLDER of the SAE, in any format.
+      format: format to write: saelens, gemma_scope, gemma_scope_2, dictionary_learning or circuit_tracer.
       out: folder to write to.
-      model: if the file does not say it or is wrong, as in gemma2_2b.
-      site: likewise what it reads, as in layer_20_resid_post.
-      target_site: likewise what a transcoder predicts.
-      weights: Gemma's, where formats differ in the gain that a transcoder reads after.
-      dtype: of the matrices.
+      model: model of the SAE, such as gemma2_2b; needed if the file names none or a wrong one.
+      site: site that the SAE reads, such as layer_20_resid_post; needed if the file names none or a wrong one.
+      target_site: site that a transcoder predicts, such as layer_20_mlp_out.
+        It is needed if the file names none or a wrong one.
+      weights: Gemma's weights: a folder, a file or hf://OWNER/NAME.
+        They are needed where one format has an RMSNorm gain in a transcoder's input and the other does not.
+      dtype: dtype of the stored matrices.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.saes import saving
@@ -77,18 +80,18 @@ def publish(
     dtype: Dtype = "float32",
     push: Flag = False,
 ) -> None:
-    """Write a repository of a run's SAEs for Hugging Face's hub, and perhaps upload it.
+    """Write a Hugging Face repository of a run's SAEs, and upload it with --push.
 
     gemma-scope publish runs/quickstart --repo you/gemma-saes --license cc-by-4.0 --out published
 
     Args:
-      run: the directory of a run that has been evaluated.
+      run: directory of a run that has been evaluated.
       out: folder to write to.
-      repo: OWNER/NAME on the hub.
-      license: that you choose for your SAEs, as the hub calls it, such as cc-by-4.0.
-      format: saelens or gemma_scope.
-      dtype: of the matrices.
-      push: upload it, too.
+      repo: name of the repository on the Hugging Face hub, OWNER/NAME.
+      license: license that you choose for your SAEs, by its name on the hub, such as cc-by-4.0.
+      format: format of the SAEs, saelens or gemma_scope.
+      dtype: dtype of the stored matrices.
+      push: upload the repository to the hub.
     """
     common.check_outputs(out=out)
     from gemma_scope_jax.training import publish as publish_lib

@@ -1,6 +1,6 @@
-"""The commands that train, and what a run takes: `train`, `plan`, `prepare`.
+"""The commands that train, prepare a run's data and plan its needs: `train`, `prepare`, `plan`.
 
-Each imports what it runs when it runs: --help must not take seconds.
+Each imports its libraries when it runs, so that --help is fast.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ Fields = Annotated[config_lib.Config, tyro.conf.arg(name="")]
 
 
 def train_of(default: config_lib.Config) -> Callable[..., None]:
-    """The command `train`, where the config named is `default`."""
+    """Returns the command `train` with the defaults of a config."""
 
     def train(config: Positional[str], workdir: Positional[Place], fields: Fields = default) -> None:
-        """Train the SAEs of a config, or go on with a run that was interrupted.
+        """Train the SAEs of a config, or continue an interrupted run.
 
         gemma-scope train quickstart runs/quickstart
 
         gemma-scope train gemma2_2b:mlp_out_65k runs/2b --banks.main.layers 5 12 --train.batch 8192
 
         Args:
-          config: quickstart, quickstart_banks, gemma2_2b, gemma2_9b, gemma2_9b_it, gemma2_27b or gemma3, some with a
-            suite behind a colon; or a config file.
-          workdir: the run's folder.
-          fields: of the config.
+          config: quickstart, quickstart_banks, gemma2_2b, gemma2_9b, gemma2_9b_it, gemma2_27b or gemma3.
+            Some have suites, as in gemma2_2b:mlp_out_65k. Or the path of a config file.
+          workdir: folder of the run; a run that is there already is continued.
+          fields: fields of the config to change.
         """
         del config
         common.check_outputs(workdir=workdir)
@@ -45,17 +45,17 @@ def train_of(default: config_lib.Config) -> Callable[..., None]:
 
 
 def plan_of(default: config_lib.Config) -> Callable[..., None]:
-    """The command `plan`, where the config named is `default`."""
+    """Returns the command `plan` with the defaults of a config."""
 
     def plan(config: Positional[str], topology: Positional[str], fields: Fields = default) -> None:
-        """Say what a run needs, and how long it takes at peak rates, on a TPU slice; it takes no TPU.
+        """Predict a run's memory on a TPU slice, and its time at peak rates; no TPU is needed.
 
         gemma-scope plan gemma2_2b:resid_post_16k v5e:2x4 --banks.main.layers 12
 
         Args:
-          config: a config's name or file, as for train.
-          topology: the slice, as in v5e:2x4 or v5p:2x2x4.
-          fields: of the config.
+          config: name of a config or path of a config file, as for train.
+          topology: TPU slice, such as v5e:2x4 or v5p:2x2x4.
+          fields: fields of the config to change.
         """
         del config
         common.find_tpu_compiler()
@@ -68,17 +68,17 @@ def plan_of(default: config_lib.Config) -> Callable[..., None]:
 
 
 def prepare_of(default: config_lib.Config) -> Callable[..., None]:
-    """The command `prepare`, where the config named is `default`."""
+    """Returns the command `prepare` with the defaults of a config."""
 
     def prepare(config: Positional[str], workers: MaybeFew = None, fields: Fields = default) -> None:
-        """Tokenise and pack a run's text, in parallel; it goes on where it was interrupted.
+        """Tokenise and pack a run's text in parallel, or continue where this was interrupted.
 
         gemma-scope prepare gemma2_2b --workers 32
 
         Args:
-          config: a config's name or file, as for train.
-          workers: processes; by default as many as there are cores.
-          fields: of the config.
+          config: name of a config or path of a config file, as for train.
+          workers: number of processes; by default the number of cores.
+          fields: fields of the config to change.
         """
         del config
         from gemma_scope_jax.data import prepare as prepare_lib
@@ -86,6 +86,6 @@ def prepare_of(default: config_lib.Config) -> Callable[..., None]:
 
         config_lib.check_ranges(fields)
         rows = token_rows.open_rows(prepare_lib.rows_of(fields, workers), token_rows.TRAIN)
-        common.say(f"{len(rows):,} rows to train on in {rows.folder}.")
+        common.say(f"{len(rows):,} training rows are in {rows.folder}.")
 
     return prepare
