@@ -90,9 +90,7 @@ def test_a_model_is_as_deep_as_an_sae_needs(run, inputs):
     part = gs.load_model(one, weights=str(inputs / "weights"), dtype="float32")
     assert part.gemma.num_layers == 2
     assert part.activations(TEXT, one.site).shape == (len(TEXT), 32)
-    with pytest.raises(
-        ValueError, match="layer_3_resid_post lies behind the 2 blocks of tiny that are loaded"
-    ):
+    with pytest.raises(ValueError, match="layer_3_resid_post is after the 2 loaded blocks of tiny"):
         part.activations(TEXT, "layer_3_resid_post")
     with pytest.raises(ValueError, match="only 2 of tiny's 4 blocks are loaded"):
         gs.evaluate(run, part)
@@ -144,7 +142,7 @@ def test_arguments_of_the_wrong_kind_are_said(run, model):
         one.decode(np.zeros((2, 3)))
     assert one.encode(np.zeros((0, 32))).shape == (0, 64)
     for text in ([], ["one", "two"], [2]):
-        with pytest.raises(ValueError, match="activations are of one text, or of token ids"):
+        with pytest.raises(ValueError, match="the text must be one string, or token ids"):
             model.activations(text, one.site)
     with pytest.raises(ValueError, match="turns are 'everyone'; choose all, user or model"):
         gs.evaluate(run, model, turns="everyone")

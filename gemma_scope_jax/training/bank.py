@@ -1,6 +1,6 @@
-"""A bank: SAEs or transcoders of one shape, on any layers and sites, trained as one.
+"""A bank: SAEs or transcoders that share one shape and are trained together, on any layers and sites.
 
-Shapes: E members, B batch, D width of the sites read, O width of the sites predicted, M latents.
+Shapes: E members, B batch, D width of the input site, O width of the target site, M latents.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from gemma_scope_jax.training import optimizer as optimizer_lib
 from gemma_scope_jax.training import shardings, shuffle_buffer
 from gemma_scope_jax.training.normalizer import Normalizer
 
-COEFFICIENT_REACH = 1000  # How far an objective may move λ from the one given, as a factor.
+COEFFICIENT_REACH = 1000  # The largest factor by which an objective can move λ from its configured value.
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything a bank's update is compiled for; see `config.BankConfig`."""
+    """The static settings for which a bank's update is compiled; see `config.BankConfig`."""
 
     name: str
     members: tuple[naming.Member, ...]
-    padded_members: int  # E: members, padded so that the mesh's `data` axis divides it.
+    padded_members: int  # E: the number of members, rounded up to a multiple of the mesh's `data` axis.
     scale_target_by: str
     bandwidth: float
     initial_threshold: float
@@ -37,66 +37,70 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """M."""
+        """M, the number of latents of each member."""
         return self.members[0].width
 
     @property
     def objective(self) -> objectives.Objective:
-        """Raises ValueError if it is not known."""
+        """The bank's objective.
+
+        Raises:
+          ValueError: if no objective has the configured name.
+        """
         return objectives.objective_of(self.members[0].objective)
 
     @property
     def padded(self) -> list[naming.Member]:
-        """The members, the last one repeated as padding."""
+        """The members, with the last member repeated as padding."""
         return [*self.members, *[self.members[-1]] * (self.padded_members - len(self.members))]
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites read or predicted, each once, in the members' order."""
+        """The input and target sites, each once, in the members' order."""
         return tuple(dict.fromkeys(site for m in self.members for site in (m.site, m.target_site)))
 
 
 @flax.struct.dataclass
 class Firing:
-    """How often each latent fires: counted over the window under way, known of the last whole one."""
+    """How often each latent fires: counts in the current window, frequencies in the last complete window."""
 
     count_ExM: jax.Array  # int32
-    rows_E: jax.Array  # int32, activations counted over
-    frequency_ExM: jax.Array  # of the last whole window; zeros before the first has ended
-    windows_E: jax.Array  # int32, whole windows so far
+    rows_E: jax.Array  # int32, activations counted so far in the current window
+    frequency_ExM: jax.Array  # in the last complete window; zeros before the first window ends
+    windows_E: jax.Array  # int32, complete windows so far
 
 
 @flax.struct.dataclass
 class State:
-    """What a bank carries from update to update. Every array has a leading axis E."""
+    """A bank's training state, carried from update to update. Every array has a leading axis E."""
 
     params: jumprelu.Params
     opt_state: optax.OptState
-    updates_E: jax.Array  # int32, that a member has had
-    coefficient_E: jax.Array  # λ, which only an objective such as `controlled` changes
+    updates_E: jax.Array  # int32, updates of each member so far
+    coefficient_E: jax.Array  # λ, constant unless the objective changes it, as `controlled` does
     firing: Firing
 
 
 @flax.struct.dataclass
 class Metrics:
-    """What a step reports of a bank's members; the averages are over its updates."""
+    """Metrics of a bank's members in one step. Averages are over the step's updates."""
 
     loss_E: jax.Array
     l0_E: jax.Array
-    fvu_E: jax.Array  # against the mean of the step's own activations
-    activations_E: jax.Array  # trained on in this step
-    dead_E: jax.Array  # latents that did not fire in the last whole window; -1 before the first has ended
-    dense_E: jax.Array  # latents that fired on more than `jumprelu.DENSE` of it
+    fvu_E: jax.Array  # relative to the mean of the step's own activations
+    activations_E: jax.Array  # number of activations trained on in this step
+    dead_E: jax.Array  # latents that did not fire in the last complete window; -1 before the first ends
+    dense_E: jax.Array  # latents that fired on more than `jumprelu.DENSE` of that window
     learning_rate_E: jax.Array
-    sparsity_coefficient_E: jax.Array  # λ as it was at the last update
-    threshold_E: jax.Array  # geometric mean over latents, of normalised activations
+    sparsity_coefficient_E: jax.Array  # λ at the step's last update, with its warm-up
+    threshold_E: jax.Array  # geometric mean over latents, in units of normalised activations
     theta_from_error_E: jax.Array  # see `objectives.BatchSums`
     theta_from_sparsity_E: jax.Array
     theta_reached_E: jax.Array
 
 
 def init(plan: Plan, key: jax.Array, normalizers: Mapping[str, Normalizer]) -> State:
-    """The state before the first update. Traceable, so that it can be built directly into its sharding."""
+    """The state before the first update. It is traceable, so that `jit` can create it in its sharding."""
     first = plan.members[0]
     d, o = (normalizers[str(site)].mean_D.shape[0] for site in (first.site, first.target_site))
 
@@ -114,7 +118,7 @@ def init(plan: Plan, key: jax.Array, normalizers: Mapping[str, Normalizer]) -> S
     e, m = plan.padded_members, plan.width
     return State(
         params=params,
-        # Mapped, so that each member counts its own updates.
+        # With vmap, each member counts its own updates.
         opt_state=jax.vmap(optimizer_lib.make_optimizer(config.OptimizerConfig()).init)(params),
         updates_E=jnp.zeros(e, jnp.int32),
         coefficient_E=jnp.array([member.sparsity_coefficient for member in plan.padded]),
@@ -128,7 +132,7 @@ def init(plan: Plan, key: jax.Array, normalizers: Mapping[str, Normalizer]) -> S
 
 
 def target_scales(plan: Plan, normalizers: Mapping[str, Normalizer]) -> jax.Array:
-    """[E], by what each member's raw target is divided; see `config.BankConfig.scale_target_by`."""
+    """The scale [E] that divides each member's raw target; see `config.BankConfig.scale_target_by`."""
     by_target = plan.scale_target_by == "target"
     return jnp.stack([normalizers[str(m.target_site if by_target else m.site)].scale for m in plan.padded])
 
@@ -136,28 +140,28 @@ def target_scales(plan: Plan, normalizers: Mapping[str, Normalizer]) -> jax.Arra
 def _member_batches(
     plan: Plan, mesh: jax.sharding.Mesh, normalizers: Mapping[str, Normalizer], batch: shuffle_buffer.Slots
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What each member reads, how much each row counts, and what a transcoder is to predict, where its chips are."""
+    """Each member's inputs, row weights and transcoder targets (otherwise None), on the member's chips."""
     members = plan.padded
     sites = [str(member.site) for member in members]
     targets = [str(member.target_site) for member in members]
-    # A padding member's rows all have weight 0: it stays as it began.
+    # All rows of a padding member have weight 0, so it never changes.
     is_real_E = jnp.arange(plan.padded_members) < len(plan.members)
     x_ExBxD = jnp.stack([batch.acts[site] for site in sites])
-    # An outlier at either site is one.
+    # A row counts as an outlier if it is one at either site.
     weight_ExB = jnp.stack(
         [jnp.minimum(batch.weight[s], batch.weight[t]) for s, t in zip(sites, targets, strict=True)]
     )
     weight_ExB = weight_ExB * is_real_E[:, None]
     is_transcoder = plan.members[0].is_transcoder
     y_ExBxO = jnp.stack([batch.acts[target] for target in targets]) if is_transcoder else None
-    # Said here, or the compiler gathers the same activations for each use. In two stages, so that a chip is
-    # sent its own members' activations and no others: an all-to-all over `data`, an all-gather over `latent`.
+    # Without these constraints the compiler gathers the same activations once for each use. Two stages, an
+    # all-to-all over `data` and an all-gather over `latent`, send a chip only its own members' activations.
     for spec in (shardings.MEMBERS_SPLIT, shardings.MEMBERS):
         x_ExBxD, weight_ExB, y_ExBxO = sharding.constrain(mesh, (x_ExBxD, weight_ExB, y_ExBxO), spec)
-    # Only now, so that what is sent is in the ring's dtype.
+    # Cast after the transfer, so that the transfer uses the ring's dtype.
     x_ExBxD = x_ExBxD.astype(jnp.float32)
     if is_transcoder:
-        # The ring holds each site by its own scale.
+        # In the ring, each site is divided by its own scale.
         own_E = jnp.stack([normalizers[target].scale for target in targets])
         y_ExBxO = y_ExBxO.astype(jnp.float32) * (own_E / target_scales(plan, normalizers))[:, None, None]
     return x_ExBxD, weight_ExB, y_ExBxO
@@ -170,16 +174,16 @@ def _next_coefficient(
     sums: objectives.BatchSums,
     rate_E: jax.Array,
 ) -> jax.Array:
-    """λ after an update: the same, unless the objective moves it."""
+    """λ after an update: unchanged, unless the objective moves it."""
     if plan.objective.next_coefficient is None:
         return state.coefficient_E
-    # Not while λ is warming up or there is nothing to see.
+    # λ does not move during its warm-up, nor after a batch in which no activation counts.
     moves_E = (state.updates_E >= optimizer_config.sparsity_warmup_updates) & (sums.weight > 0)
     target_l0_E = jnp.array([member.target_l0 for member in plan.padded])
     l0_E = sums.l0 / jnp.where(sums.weight > 0, sums.weight, 1)
     moved_E = plan.objective.next_coefficient(state.coefficient_E, l0_E, target_l0_E, rate_E)
     moved_E = jnp.where(moves_E, moved_E, state.coefficient_E)
-    # A target out of reach must not carry λ out of float32.
+    # A target L0 that cannot be reached must not move λ out of float32's range.
     given_E = jnp.array([member.sparsity_coefficient for member in plan.padded])
     return jnp.clip(moved_E, given_E / COEFFICIENT_REACH, given_E * COEFFICIENT_REACH)
 
@@ -194,7 +198,7 @@ def update(
     number: jax.Array,
     total_updates: int,
 ) -> tuple[State, objectives.BatchSums]:
-    """One update of every member on its own site's rows of one batch; `number` is how many the run has had."""
+    """One update of every member on its own site's rows of one batch, after `number` updates of the run."""
     optimizer = optimizer_lib.make_optimizer(optimizer_config)
     options = {**plan.objective.options, **dict(plan.members[0].options)}
     x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)
@@ -242,7 +246,7 @@ def update(
 
 
 def _count(plan: Plan, state: State, sums: objectives.BatchSums) -> Firing:
-    """The counts with one more batch's; a window that ends with it becomes the last whole one."""
+    """Adds one batch to the counts. A window that ends with this batch becomes the last complete window."""
     count_ExM = state.firing.count_ExM + sums.fired_M
     rows_E = state.firing.rows_E + sums.rows
     ends_E = (state.updates_E + 1) % plan.window_updates == 0
@@ -263,15 +267,15 @@ def metrics(
     number: jax.Array,
     total_updates: int,
 ) -> Metrics:
-    """Of the members, without padding.
+    """The metrics of the members, without padding.
 
     Args:
-      plan: the bank.
-      optimizer_config: of the run.
-      state: after the step.
-      sums: [K, E], of the step's updates.
-      number: of the step's last update.
-      total_updates: of the run.
+      plan: the bank's plan.
+      optimizer_config: the run's optimizer settings.
+      state: the bank's state after the step.
+      sums: the sums [K, E] of the step's updates.
+      number: the index of the step's last update in the run.
+      total_updates: the number of updates in the run.
     """
     weight_E = sums.weight.sum(0)
     l0_E, fvu_E = l0_and_fvu(sums)
@@ -295,10 +299,13 @@ def metrics(
 
 
 def l0_and_fvu(sums: objectives.BatchSums) -> tuple[jax.Array, jax.Array]:
-    """Both [E], of sums [K, E] over K batches; NaN where no activation counts, FVU also where all are the same."""
+    """L0 and FVU, each [E], from the sums [K, E] of K batches.
+
+    Both are NaN if no activation counts. FVU is also NaN if all activations are the same.
+    """
     weight_E = sums.weight.sum(0)
     mean_ExO = sums.target_O.sum(0) / weight_E[:, None]
-    # Within the batches, and of the batches' means around that of all.
+    # The variance within the batches, plus the variance of the batch means around the overall mean.
     batch_mean_KxExO = sums.target_O / jnp.where(sums.weight > 0, sums.weight, 1)[..., None]
     apart_KxE = jnp.square(batch_mean_KxExO - mean_ExO[None]).sum(-1)
     variance_E = (sums.target_variance + sums.weight * apart_KxE).sum(0)
@@ -314,13 +321,13 @@ def measure(
     params: jumprelu.Params,
     batch: shuffle_buffer.Slots,
 ) -> objectives.BatchSums:
-    """What an update would sum of a batch, nothing being updated."""
+    """The sums that an update on a batch would return, without the update."""
     x_ExBxD, weight_ExB, y_ExBxO = _member_batches(plan, mesh, normalizers, batch)
 
     def of_one(
         params: jumprelu.Params, x_BxD: jax.Array, weight_B: jax.Array, y_BxO: jax.Array | None
     ) -> objectives.BatchSums:
-        # The gradient is not used, so the compiler leaves it out.
+        # The gradient is not used, so the compiler removes it.
         penalty, precision = objectives.linear_penalty(jnp.zeros(())), jax.lax.Precision(plan.precision)
         return objectives.loss_gradient(params, x_BxD, weight_B, penalty, plan.bandwidth, y_BxO, precision)[1]
 
@@ -330,7 +337,7 @@ def measure(
 def fold(
     plan: Plan, params: jumprelu.Params, normalizers: Mapping[str, Normalizer], place: int
 ) -> jumprelu.SAE:
-    """The member at a place of the bank, on raw activations; `params` are the bank's."""
+    """The SAE of member `place`, with the normalisation folded in; `params` are those of the whole bank."""
     member = plan.members[place]
     own = jax.tree.map(lambda leaf: leaf[place], params)
     read, target = normalizers[str(member.site)], normalizers[str(member.target_site)]

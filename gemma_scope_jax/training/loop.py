@@ -1,4 +1,4 @@
-"""The training loop: calibrate, compile once, step, log, checkpoint, export."""
+"""The training loop: calibrates, compiles once, runs steps, logs, saves checkpoints and exports."""
 
 import contextlib
 import functools
@@ -38,11 +38,11 @@ from gemma_scope_jax.training import normalizer as normalizer_lib
 def calibrate(
     run: runs.Run, rows: token_rows.Rows, gemma: Gemma, sites: Collection[Site]
 ) -> dict[str, normalizer_lib.Normalizer]:
-    """The normalisers of some sites, from the first rows of the training order.
+    """Calibrates the normalisers of the given sites on the first rows of the training order.
 
     Raises:
-      ValueError: nothing can be learned of a site's activations: none counts, or all are zero or the same.
-      FloatingPointError: one is not finite, and `normalizer.skip_nonfinite` is off.
+      ValueError: if a site's activations are all masked, all zero or all the same.
+      FloatingPointError: if an activation is not finite and `normalizer.skip_nonfinite` is off.
     """
     if not sites:
         return {}
@@ -77,7 +77,7 @@ def calibrate(
         )
         scale = float(distributed.fetch(made[site].scale))
         ranges.check(
-            f"with normalizer.outlier_medians = {config.normalizer.outlier_medians:g} the scale of {site}",
+            f"the scale of {site} (with normalizer.outlier_medians = {config.normalizer.outlier_medians:g})",
             scale,
             ranges.POSITIVE,
         )
@@ -85,42 +85,42 @@ def calibrate(
 
 
 def nonfinite_text(run: runs.Run, rows: token_rows.Rows, site: str, count: int, place: int) -> str:
-    """Which activations are not finite: how many of a site, and where the first is in the training order."""
+    """Says where a site's first activation that is not finite is, by training order, and counts the others."""
     length = run.config.data.context_length
     (row,) = token_rows.order(len(rows), run.config.seed, place // length, 1)
-    others = f" and {count - 1:,} more" if count > 1 else ""
-    return f"the activation of {site} at row {row}, position {place % length}{others} is not finite"
+    others = f", nor are {count - 1:,} more" if count > 1 else ""
+    return f"the activation of {site} at row {row}, position {place % length} is not finite{others}"
 
 
 def _tell_nonfinite(config: config_lib.Config, text: str) -> None:
     if not config.normalizer.skip_nonfinite:
         raise NonFiniteError(
-            f"{text}: NaN, or too large for its square. To leave such positions out, run the same command with "
-            "--normalizer.skip-nonfinite; what was saved before is good. Where there are many, look at "
-            "the weights and at gemma_dtype"
+            f"{text} (NaN, or too large to be squared). To skip such positions, run the same command with "
+            "--normalizer.skip-nonfinite; saved checkpoints are not affected. If there are many, check the weights "
+            "and gemma_dtype"
         )
     if distributed.is_first():
-        warn(f"{text}. Such positions are left out, as normalizer.skip_nonfinite asks.")
+        warn(f"{text}. Such positions are skipped, because normalizer.skip_nonfinite is set.")
 
 
 def lower_step(run: runs.Run, state: step.State, batch: step.Batch, gemma: Gemma) -> jax.stages.Lowered:
-    """The step of a run, lowered for arrays or for shapes with shardings."""
+    """Lowers the step of a run for arrays, or for shapes with shardings."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
-    # Metrics whole on every device, so that every host can fetch them.
+    # Metrics are replicated, so that every host can fetch them.
     metrics = jax.NamedSharding(run.mesh, sharding.REPLICATED)
     fn = step.make_step(run.plan)
     return jax.jit(fn, donate_argnums=0, out_shardings=(out, metrics)).lower(state, batch, gemma)
 
 
 def compile_step(run: runs.Run) -> jax.stages.Compiled:
-    """Compiles the step before anything is loaded; says what memory it needs, and refuses what does not fit.
+    """Compiles the step before anything is loaded, and reports the memory that it needs.
 
     Raises:
-      ValueError: it does not fit; names the largest part and what to change.
+      ValueError: if the step does not fit in memory. The message says what to change.
     """
     state, batch, gemma = runs.abstract_inputs(run)
     limit = devices.memory_of(run.mesh.local_devices[0])
-    say("Compiling the step.")
+    say("Compiling the training step …")
     try:
         compiled = lower_step(run, state, batch, gemma).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -135,7 +135,7 @@ def compile_step(run: runs.Run) -> jax.stages.Compiled:
 
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps a second run from training in the same directory; the lock ends with the process."""
+    """Keeps a second run from training in the same directory. The lock ends with the process."""
     if not distributed.is_first():
         yield
         return
@@ -145,13 +145,13 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def start_from(run: runs.Run, rows: token_rows.Rows, gemma: Gemma) -> step.State:
-    """The first state of a run that goes on from the SAEs of a finished one, `config.start_from`.
+    """The first state of a run that continues the SAEs of a finished run, `config.start_from`.
 
-    SAEs that both name go on as they were, with their optimizer's state; the others begin anew. Rows are read on
-    from where that run stopped.
+    SAEs in both runs keep their parameters and optimizer state. The other SAEs of the new run start from scratch.
+    Reading continues at the row where the old run stopped.
 
     Raises:
-      ValueError: that run is not finished, or differs in more than its banks.
+      ValueError: if the old run is not finished, or differs in more than its banks.
     """
     source = run.config.start_from
     named = [b.name for b in run.plan.banks]
@@ -171,7 +171,7 @@ def start_from(run: runs.Run, rows: token_rows.Rows, gemma: Gemma) -> step.State
         if any(place >= 0 for place in places):
             merged[plan.name] = _take(run, plan, fresh.banks[plan.name], old.banks[plan.name], places)
     count = len(run.plan.members)
-    say(f"From {source}: of {count} SAEs {kept} go on, {count - kept} are new.")
+    say(f"Starting from {source}: {kept} of {count} SAEs continue, {count - kept} are new.")
     return fresh.replace(
         step=old.step,
         harvests=old.harvests,
@@ -185,7 +185,7 @@ def start_from(run: runs.Run, rows: token_rows.Rows, gemma: Gemma) -> step.State
 def _take(
     run: runs.Run, plan: bank.Plan, fresh: bank.State, old: bank.State, places: list[int]
 ) -> bank.State:
-    """`fresh`, with member i as it was at places[i] of `old` wherever that is not -1."""
+    """`fresh`, with member i replaced by member places[i] of `old` unless that is -1."""
     place_E = jnp.array(places + [-1] * (plan.padded_members - len(places)))
 
     def take(new: jax.Array, before: jax.Array) -> jax.Array:
@@ -199,9 +199,9 @@ def _take(
 def _start_or_continue(
     run: runs.Run, workdir: pathlib.Path, manager: ocp.CheckpointManager, held: contextlib.ExitStack
 ) -> tuple[step.State, token_rows.Rows, signals.Request]:
-    """Trains from the newest checkpoint, or from nothing, until complete or asked to stop.
+    """Trains from the newest checkpoint, or from the start, until the run is complete or asked to stop.
 
-    From the first step on `held` holds signals back, since there is something to save.
+    From the first step on, `held` delays signals until the state has been saved.
     """
     config = run.config
     state, request = None, signals.Request()
@@ -209,10 +209,10 @@ def _start_or_continue(
         config_lib.check_resumable(loading.run_config(workdir), config)
         state = runs.restore(run, manager, set_aside=True)
         say(f"Continuing from step {int(state.step)}.")
-        signals.leaving(f"checkpoint {int(state.step)} is the newest state there is")
+        signals.leaving(f"checkpoint {int(state.step)} is the newest saved state")
     has_work = state is None or runs.steps_left(run.plan, state)
     if has_work:
-        # Before an hour is spent on the text.
+        # Check memory and weights first, because preparing the text can take an hour.
         state_shapes, _, gemma = runs.abstract_inputs(run)
         limit = devices.memory_of(run.mesh.local_devices[0])
         memory.check(memory.needs(state_shapes, gemma, 0), limit)
@@ -232,7 +232,7 @@ def _start_or_continue(
         say(sentence)
     if state is None and config.start_from:
         state = start_from(run, rows, gemma)
-    # Only now has everything been read that a mistake in the config could spoil.
+    # The config is written only now, after everything that a mistake in it could break has been read.
     if distributed.is_first():
         files.write_json(workdir / "config.json", config_lib.to_dict(config))
         files.write_text(workdir / "rows", token_rows.name_of(folder) + "\n")
@@ -243,30 +243,31 @@ def _start_or_continue(
         if config.log.evaluate_every:
             held_out_rows = token_rows.open_rows(folder, token_rows.HELD_OUT)
             measure = _held_out(run, held_out_rows, gemma, state.normalizers)
-        if jax.process_count() == 1:  # Else JAX handles SIGTERM; Ctrl-C ends all, without a save.
+        if jax.process_count() == 1:  # With more, JAX handles SIGTERM, and Ctrl-C ends all without a save.
             request = held.enter_context(signals.saving())
         state = _loop(run, workdir, rows, compiled, gemma, state, manager, request, measure)
     return state, rows, request
 
 
 def _passes(run: runs.Run, rows: int) -> list[str]:
-    """What to say where the run reads rows of its text more than once."""
+    """The messages for a run that reads rows of its text more than once."""
     config, length = run.config, run.config.data.context_length
     said = []
     if (read := run.plan.harvests * config.train.sequences_per_step) > rows:
         said.append(
             f"train.tokens is {config.train.tokens:,} and the text has {rows * length:,} positions: each row is read "
-            f"{read / rows:.3g} times."
+            f"{read / rows:.3g} times on average."
         )
     if config.normalizer.rows > rows:
         said.append(
-            f"normalizer.rows is {config.normalizer.rows:,} and the text has {rows:,}: some are measured twice."
+            f"normalizer.rows is {config.normalizer.rows:,} and the text has {rows:,} rows: some are used more than "
+            "once."
         )
     return said
 
 
 def _started(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Config | None:
-    """The config of the run that goes on, in `workdir` or as another's `start_from`; None: this one is new."""
+    """The config of the run to continue, in `workdir` or in `start_from`; None for a new run."""
     goes_on = [
         path for path in (workdir, files.expanded(config.start_from or workdir)) if loading.is_run(path)
     ]
@@ -274,30 +275,30 @@ def _started(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Con
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
-    """Trains, or continues, the run in `workdir` until it is complete.
+    """Trains the run in `workdir`, or continues it, until it is complete.
 
     Raises:
-      KeyboardInterrupt: it was interrupted; from the first step on it has saved its state (`signals.Interrupted`).
-      ValueError: the config does not fit itself, its inputs, or the run that is in `workdir`.
-      FloatingPointError: a loss is not finite.
+      KeyboardInterrupt: if interrupted. From the first step on, the state is saved before (`signals.Interrupted`).
+      ValueError: if the config is inconsistent, or does not fit its inputs or the run in `workdir`.
+      FloatingPointError: if a loss is not finite.
     """
     run = runs.build(config, started=_started(config, workdir))
     with _locked(workdir):
         with contextlib.ExitStack() as held:
-            # Leaving the block waits for a save that is under way, whatever the reason for leaving.
+            # The end of this block waits for a save in progress, even after an error.
             with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
                 state, rows, request = _start_or_continue(run, workdir, manager, held)
                 checkpoint.check_saved(manager)
-            signals.leaving("the training is saved")
+            signals.leaving("the trained state is saved")
         if request.number is not None:
             raise signals.Interrupted(
                 request.number,
-                f"Saved step {int(state.step)} in {workdir}. To go on, run the same command again.",
+                f"Saved step {int(state.step)} in {workdir}. To continue, run the same command again.",
             )
         export.write_own(run, state, workdir / "sae", token_rows.name_of(rows.folder))
         if distributed.is_first():
             ours, perfect = metrics_log_lib.shuffle_quality(workdir, rows)
-            say(f"Pairs from one document in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.")
+            say(f"Same-document pairs in a batch: {ours:.3%}; in a perfect shuffle: {perfect:.3%}.")
             for line in verdicts.lines(metrics_log_lib.judge(run.plan, workdir, int(state.step))):
                 say(line)
     return run
@@ -314,7 +315,7 @@ def _loop(
     request: signals.Request,
     measure: Callable[[step.State], dict] | None,
 ) -> step.State:
-    """Steps until the ring is drained, or asked to stop; either way the state returned is saved."""
+    """Runs steps until the ring is drained or a stop is requested. The returned state has been saved."""
     config, plan = run.config, run.plan
     sequences = config.train.sequences_per_step
     first_step, left = int(state.step), runs.steps_left(plan, state)
@@ -323,12 +324,13 @@ def _loop(
     metrics_log = metrics_log_lib.MetricsLog(workdir, first_step) if distributed.is_first() else None
     is_new = metrics_log is not None and metrics_log.is_new
     batch = runs.read_batch(run, rows, harvests * sequences, sequences)
-    youngest = _fewest_updates(plan, state)  # Computed on the state's devices, and so by every process.
+    # Every process runs this, because it computes on the state's devices.
+    youngest = _fewest_updates(plan, state)
     for warning in metrics_log_lib.check_plan(plan, *_to_come(plan, state, youngest)) if is_new else ():
         warn(f"{warning}.")
 
     bar = reporting.bar("", "step", first_step + left, first_step, speaks=metrics_log is not None)
-    watched: list[dict] = []  # The first entries, for a look at what moves the thresholds.
+    watched: list[dict] = []  # The first log entries, for `stuck_thresholds`.
     flops = flops_lib.step_flops(plan, run.module, config.data.context_length)
     chip = devices.chip_of(jax.devices()[0])
     peak = chip.flops * jax.device_count() if chip else None
@@ -336,7 +338,7 @@ def _loop(
     data_wait_s = 0.0
     is_traced = False
     pending = None  # Metrics are fetched one step late, so that the host never waits for the newest step.
-    told: set[str] = set()  # What need not be said twice.
+    told: set[str] = set()  # Sites and metrics for which a warning has been given.
 
     def flush(now: tuple[int, int, step.Metrics, dict | None] | None) -> None:
         nonlocal pending, clock
@@ -351,7 +353,7 @@ def _loop(
                     told.add(site)
             before, clock = clock, time.perf_counter()
             of_gemma, of_banks = flops
-            # While the ring fills and drains only one of the two computes.
+            # While the ring fills only Gemma computes, and while it drains only the banks do.
             done = of_gemma * (number <= last_harvest), sum(of_banks) * bool(metrics.trained)
             speed = metrics_log_lib.measure_speed(plan, clock - before, data_wait_s, done, peak)
             entry = metrics_log_lib.entry(plan, number, metrics, speed, held_out)
@@ -394,7 +396,7 @@ def _loop(
                 if metrics_log is not None:
                     metrics_log.sync()
                 checkpoint.save(manager, state, config_lib.to_dict(config))
-                clock = time.perf_counter()  # Saving is no part of the next step's speed.
+                clock = time.perf_counter()  # Excludes saving from the next step's speed.
             if stopping:
                 break
         flush(None)
@@ -408,19 +410,19 @@ def _loop(
 
 
 def _is_to_stop(request: signals.Request, number: int) -> bool:
-    """Whether this step is to be saved and be the last for now; of many processes the same step on all."""
+    """Whether to save this step and stop after it. All processes stop at the same step."""
     if jax.process_count() > 1 and request.number is None and distributed.is_preempted(number):
         request.number = signal.SIGTERM
-        say(f"SIGTERM: all hosts save step {number}, then leave.")
+        say(f"SIGTERM: all hosts save step {number}, then exit.")
     return request.number is not None
 
 
 def _held_out(
     run: runs.Run, rows: token_rows.Rows, gemma: Gemma, normalizers: dict
 ) -> Callable[[step.State], dict]:
-    """A function from a state to L0 and FVU of its SAEs, by name, on held-out activations.
+    """Returns a function from a state to the L0 and FVU of its SAEs, by name, on held-out activations.
 
-    Gemma runs once, for it does not change.
+    Gemma runs only once, because its activations do not change.
     """
     config, plan, mesh = run.config, run.plan, run.mesh
     batch = runs.read_batch(run, rows, 0, config.train.sequences_per_step)
@@ -448,15 +450,15 @@ def _held_out(
 
 
 def _fewest_updates(plan: step.Plan, state: step.State) -> int:
-    """How many updates the SAE has had that has had fewest; the new one, in a run that goes on from another."""
+    """The number of updates of the SAE with the fewest so far, such as a new SAE in a run with `start_from`."""
     return min(int(state.banks[b.name].updates_E[: len(b.members)].min()) for b in plan.banks)
 
 
 def _to_come(plan: step.Plan, state: step.State, youngest: int) -> tuple[int, float]:
-    """All updates that the youngest SAE will have had at the end, and the sum of its learning rates to come."""
+    """The youngest SAE's total updates at the end of the run, and the sum of its remaining learning rates."""
     first = int(state.draws) * plan.updates_per_step
     left = max(plan.total_updates - first, 0)
-    stride = max(left // 2**20, 1)  # Of a long run an estimate.
+    stride = max(left // 2**20, 1)  # Only an estimate for a long run.
     updates = jnp.arange(first, plan.total_updates, stride)
     rates = optimizer.learning_rate(plan.optimizer, plan.total_updates, updates, updates - first + youngest)
     return youngest + left, float(rates.sum()) * stride

@@ -1,6 +1,7 @@
 """The optimizer of Gemma Scope (section 3.2) as an optax chain, and its schedules.
 
-Of one SAE; a bank is `jax.vmap` over its members, each of which counts its own updates.
+All functions are for one SAE. A bank applies them to its members with `jax.vmap`, and each member counts its own
+updates.
 """
 
 import jax
@@ -14,13 +15,13 @@ from gemma_scope_jax.saes import jumprelu
 def learning_rate(
     config: config_lib.OptimizerConfig, total_updates: int, update: jax.Array, own_update: jax.Array
 ) -> jax.Array:
-    """Cosine rise from 0.1 to 1 times the rate, then constant, then (if asked for) a linear fall to zero.
+    """The learning rate: a cosine rise from 0.1 to 1 times the peak, a plateau, and an optional linear fall to zero.
 
     Args:
-      config: of the optimizer.
-      total_updates: of the run.
-      update: how many the run has had; the fall follows it.
-      own_update: how many the SAE has had, fewer if it joined later; the rise follows it.
+      config: the optimizer's settings.
+      total_updates: the number of updates in the run.
+      update: the run's updates so far, which determine the fall.
+      own_update: the SAE's updates so far, which determine the rise; fewer than the run's if the SAE joined later.
     """
     rise = jnp.ones(jnp.shape(own_update))
     if config.warmup_updates:
@@ -33,14 +34,14 @@ def learning_rate(
 
 
 def sparsity_warmup(config: config_lib.OptimizerConfig) -> optax.Schedule:
-    """The factor on the sparsity coefficient λ: linear from 0 to 1."""
+    """The warm-up factor on the sparsity coefficient λ, linear from 0 to 1."""
     if not config.sparsity_warmup_updates:
         return optax.constant_schedule(1.0)
     return optax.linear_schedule(0.0, 1.0, config.sparsity_warmup_updates)
 
 
 def project_decoder_gradient() -> optax.GradientTransformation:
-    """Removes from each decoder row's gradient the part along the row, which renormalising would undo."""
+    """Removes from each decoder row's gradient the component along the row, which renormalising would undo."""
 
     def update(gradient: jumprelu.Params, state: optax.EmptyState, params: jumprelu.Params) -> tuple:
         norm = jnp.linalg.norm(params.W_dec, axis=-1, keepdims=True)
@@ -52,9 +53,9 @@ def project_decoder_gradient() -> optax.GradientTransformation:
 
 
 def make_optimizer(config: config_lib.OptimizerConfig) -> optax.GradientTransformation:
-    """Projection, then Adam with β₁ = 0; what it gives is still to be multiplied by the learning rate.
+    """Projection, then Adam with β₁ = 0. Its output must still be multiplied by the learning rate.
 
-    With β₁ = 0 Adam's first moment is the gradient itself, so only the second is stored.
+    With β₁ = 0 Adam's first moment is the gradient itself, so only the second moment is stored.
     """
     return optax.chain(
         project_decoder_gradient(),
@@ -69,7 +70,7 @@ def apply_gradient(
     params: jumprelu.Params,
     rate: jax.Array,
 ) -> tuple[jumprelu.Params, optax.OptState]:
-    """One update at a learning rate, after which every decoder row has unit norm again."""
+    """One update at the given learning rate, after which every decoder row is rescaled to unit norm."""
     updates, state = optimizer.update(gradient, state, params)
     params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
     norm = jnp.linalg.norm(params.W_dec, axis=-1, keepdims=True)

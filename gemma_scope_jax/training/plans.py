@@ -1,4 +1,4 @@
-"""What a config asks for, checked and made into what the step is compiled for."""
+"""Checks a config and turns it into the plan for which the step is compiled."""
 
 from gemma_scope_jax.config import BankConfig, Config, check_ranges
 from gemma_scope_jax.models import masking
@@ -16,7 +16,7 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-# What `scale_target_by` and `precision` may be.
+# The allowed values of `scale_target_by` and `precision`.
 _CHOICES = {
     "scale_target_by": ("read", "target"),
     "precision": ("default", "high", "highest"),
@@ -27,7 +27,10 @@ def _check_bank(
     name: str, config: BankConfig, batch: int, model: gm.nn.Transformer, latent_axis: int
 ) -> None:
     at, named = f"banks.{name}", naming.members(config)
-    _require(bool(named), f"{at} has no member: each of layers, sites, … needs a value")
+    _require(
+        bool(named),
+        f"{at} has no SAE; give layers, sites, sparsity_coefficients and seeds at least one value each",
+    )
     for member in named:
         check_site(model, member.site)
         check_site(model, member.target_site)
@@ -40,7 +43,7 @@ def _check_bank(
         widths = {str(getattr(m, kind)): site_width(model, getattr(m, kind)) for m in named}
         _require(
             len(set(widths.values())) == 1,
-            f"the sites of a bank must have one width, those of {at} have {widths}; make a bank of each width",
+            f"the sites of {at} have different widths, {widths}; put the sites of each width into their own bank",
         )
     _require(
         config.width % latent_axis == 0,
@@ -50,12 +53,14 @@ def _check_bank(
     for field, choices in _CHOICES.items():
         value = getattr(config, field)
         _require(value in choices, f"{at}.{field} is {value!r}; choose one of {', '.join(choices)}")
-    _require(not config.skip or bool(config.target_site), f"{at}.skip is for transcoders; set target_site")
+    _require(
+        not config.skip or bool(config.target_site), f"{at}.skip is only for transcoders; set target_site"
+    )
     o = site_width(model, named[0].target_site)
     _require(
         not config.skip or o % latent_axis == 0,
-        f"{at}.skip: the mesh's latent axis ({latent_axis}) does not divide the {o} of {named[0].target_site}; "
-        "set mesh.data",
+        f"{at}.skip: the width {o} of {named[0].target_site} is not divisible by the mesh's latent axis "
+        f"({latent_axis}); set a larger mesh.data",
     )
     # A window's activations are counted in int32.
     ranges.check(f"{at}.window_updates", config.window_updates, Range(1, ranges.LARGEST // batch))
@@ -66,40 +71,47 @@ def _check_bank(
     for option, value in config.objective_options.items():
         _require(
             option in objective.options,
-            f"{at}.objective_options has {option!r}; the objective {config.objective} has "
-            f"{', '.join(objective.options) or 'none'}",
+            f"{at}.objective_options has the unknown option {option!r}; the objective {config.objective} has "
+            f"{', '.join(objective.options) or 'no options'}",
         )
         ranges.check(f"{at}.objective_options.{option}", value, ranges.SIGNED)
     if not objective.needs_target:
         with_targets = [name for name, one in objectives.OBJECTIVES.items() if one.needs_target]
         _require(
             not config.target_l0s,
-            f"{at}.target_l0s are given; choose objective {' or '.join(with_targets)} with them",
+            f"{at}.target_l0s is set, but the objective {config.objective} has no target; choose the objective "
+            f"{' or '.join(with_targets)}",
         )
         return
-    _require(bool(config.target_l0s), f"{at}.objective is {config.objective}; it needs {at}.target_l0s")
+    _require(
+        bool(config.target_l0s),
+        f"{at}.objective is {config.objective}, which needs a target; set {at}.target_l0s",
+    )
     for target in config.target_l0s:
         _require(
-            0 < target < config.width, f"{at}.target_l0s has {target}; choose above 0 and below the width"
+            0 < target < config.width,
+            f"{at}.target_l0s has {target}; choose values above 0 and below the width",
         )
     _require(
         min(config.sparsity_coefficients) > 0,
-        f"{at}.sparsity_coefficients are {config.sparsity_coefficients}; the objective {config.objective} needs "
-        "them above 0",
+        f"{at}.sparsity_coefficients is {config.sparsity_coefficients}; the objective {config.objective} needs "
+        "values above 0",
     )
 
 
 def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> None:
-    _require(bool(config.banks), "config.banks is empty; a run needs a bank")
+    _require(bool(config.banks), "config.banks is empty; add at least one bank")
     banks_of = {}
     for name, bank_config in config.banks.items():
-        _require(name.isidentifier(), f"config.banks has a bank {name!r}; choose letters, digits and _")
+        _require(
+            name.isidentifier(), f"config.banks has the invalid name {name!r}; use letters, digits and _"
+        )
         _check_bank(name, bank_config, config.train.batch, model, latent_axis)
         for member in naming.members(bank_config):
             _require(
                 member.name not in banks_of,
-                f"{member.name} is named twice, in banks.{banks_of.get(member.name)} and banks.{name}; what "
-                "stands in the name must differ, for example the seed",
+                f"two SAEs have the name {member.name}, in banks.{banks_of.get(member.name)} and banks.{name}; "
+                "change a field that is part of the name, for example the seed",
             )
             banks_of[member.name] = name
 
@@ -131,7 +143,7 @@ def _check_sizes(config: Config, devices: int) -> None:
     _require(
         ring.capacity >= activations,
         f"ring.capacity {ring.capacity} is smaller than the {activations} activations of one step "
-        "(train.sequences_per_step × data.context_length); ten times that shuffles well",
+        "(train.sequences_per_step × data.context_length); choose for example ten times that",
     )
     _require(
         ring.capacity % activations == 0,
@@ -140,10 +152,10 @@ def _check_sizes(config: Config, devices: int) -> None:
     )
     _require(
         train.tokens >= ring.capacity,
-        f"train.tokens {train.tokens} do not fill the ring once; give more tokens or a ring.capacity "
-        f"of at most {train.tokens // activations * activations}",
+        f"train.tokens {train.tokens} is less than ring.capacity {ring.capacity}; give more tokens or a "
+        f"ring.capacity of at most {train.tokens // activations * activations}",
     )
-    # Steps and updates are counted in int32, those that fill and drain the ring among them.
+    # Steps and updates, including those that fill and drain the ring, are counted in int32.
     ranges.check("train.tokens", train.tokens, Range(1, ranges.LARGEST * train.batch - 2 * ring.capacity))
 
 
@@ -153,11 +165,10 @@ def padded(count: int, data_axis: int) -> int:
 
 
 def choose_data_axis(config: Config, devices: int) -> int:
-    """The mesh's `data` axis where the config leaves it open (0).
+    """Chooses the size of the mesh's `data` axis, for a config that leaves it open (0).
 
-    The more SAEs are on chips of their own, the less of each has to be summed over chips: so the largest divisor of
-    the number of devices to which no bank is padded by more than an eighth, and which leaves a `latent` axis that
-    divides every width.
+    With a larger `data` axis, fewer sums go over chips. So this is the largest divisor of the number of devices that
+    pads no bank by more than an eighth and leaves a `latent` axis that divides every width.
     """
 
     sizes = [(len(naming.members(b)), b.width) for b in config.banks.values()]
@@ -175,18 +186,18 @@ def choose_data_axis(config: Config, devices: int) -> int:
 def make_plan(
     config: Config, model: gm.nn.Transformer, data_axis: int, latent_axis: int, started: Config | None = None
 ) -> step.Plan:
-    """What the step is compiled for, on a mesh of `data_axis` × `latent_axis` devices.
+    """Checks a config and returns its plan for a mesh of `data_axis` × `latent_axis` devices.
 
     Args:
-      config: of the run.
-      model: that it reads.
-      data_axis: of the mesh.
-      latent_axis: of the mesh.
-      started: what the run was started with, if it goes on; see `config.check_ranges`.
+      config: the run's config.
+      model: the Gemma model that the run reads.
+      data_axis: the size of the mesh's data axis.
+      latent_axis: the size of the mesh's latent axis.
+      started: the config with which the run was started, if it continues; see `config.check_ranges`.
 
     Raises:
-      ValueError: fields out of range, or that do not fit each other, the model or the mesh; names and values in the
-        message.
+      ValueError: if a field is out of range, or fields do not fit each other, the model or the mesh. The message has
+        the names and values.
     """
     check_ranges(config, started)
     _require(
@@ -199,7 +210,7 @@ def make_plan(
 
 
 def plan_of(config: Config, data_axis: int) -> step.Plan:
-    """The plan of a config that has been checked: a finished run opens also where checks are stricter today."""
+    """The plan of a config, unchecked, so that a finished run still opens if checks have become stricter."""
     train = config.train
     activations = train.sequences_per_step * config.data.context_length
     return step.Plan(

@@ -1,4 +1,4 @@
-"""Where the arrays of a run's state lie."""
+"""Shardings of the arrays in a run's state."""
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -6,10 +6,10 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_scope_jax.runtime import sharding
 
-MEMBERS_SPLIT = P("data", "latent")  # [E, B, …], each member's batch split over the chips that hold it
-MEMBERS = P("data")  # The leading axis of what each member of a bank takes: all of its batch, no one else's.
+MEMBERS_SPLIT = P("data", "latent")  # [E, B, …]: a member's batch is split over the chips that hold it
+MEMBERS = P("data")  # [E, …]: a chip has the whole batch of its own members, and of no others
 
-# Every array of a bank, by its field's name in `jumprelu.Params` or in the state that goes with it.
+# Every array of a bank's state, by its field name (in `jumprelu.Params`, the optimizer's state or `bank.State`).
 BANK = {
     "W_enc": P("data", None, "latent"),
     "W_dec": P("data", "latent", None),
@@ -23,12 +23,12 @@ BANK = {
     "windows_E": P("data"),
     "updates_E": P("data"),
     "coefficient_E": P("data"),
-    "count": P("data"),  # The optimizer's, of updates.
+    "count": P("data"),  # The optimizer's count of updates.
 }
 
 
 def state_shardings(mesh: Mesh, state: object) -> object:
-    """A tree of shardings for the training state, by field name; what has no rule is replicated."""
+    """A tree of shardings for the training state, by field name. Arrays without a rule are replicated."""
 
     def place(path: tuple, value: jax.Array) -> NamedSharding:
         names = [getattr(part, "name", None) for part in path]
@@ -37,7 +37,7 @@ def state_shardings(mesh: Mesh, state: object) -> object:
         named = [name for name in names if name in BANK]
         spec = BANK[named[-1]] if named else sharding.REPLICATED
         if named and value.shape[0] % mesh.shape["data"]:
-            # A bank padded for another mesh, before it is padded for this one: its members on all devices.
+            # The bank is still padded for another mesh, so `data` does not divide E: every device has all members.
             spec = P(None, *spec[1:])
         return NamedSharding(mesh, spec)
 

@@ -1,8 +1,8 @@
-"""The one compiled step, and the state it carries.
+"""The compiled training step and the state that it carries.
 
 Tokens → Gemma up to the deepest site → mask and normalise → ring → K updates of each bank of SAEs.
 
-Shapes: S sequences, L context length, T = S·L = K·B activations of a step, B batch, R ring groups, E members.
+Shapes: S sequences, L context length, T = S·L = K·B activations in a step, B batch, R ring groups, E members.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ from gemma_scope_jax.training.normalizer import Normalizer, outlier_weight
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything the step is compiled for."""
+    """The static settings for which the step is compiled."""
 
     banks: tuple[bank.Plan, ...]
     batch: int  # B
     updates_per_step: int  # K
-    harvests: int  # Steps that run Gemma; the steps after them drain the ring.
+    harvests: int  # Steps that run Gemma; the later steps drain the ring.
     ring_groups: int
     ring_capacity: int
     optimizer: config.OptimizerConfig
     seed: int
-    masked_prefix: int = 0  # See `masking.is_kept`.
+    masked_prefix: int = 0  # Positions masked after each BOS; see `masking.is_kept`.
 
     @property
     def activations(self) -> int:
-        """T, the positions harvested by a step."""
+        """T, the number of positions harvested in a step."""
         return self.batch * self.updates_per_step
 
     @property
     def ring_steps(self) -> int:
-        """How many steps' activations the ring holds."""
+        """The number of steps whose activations fit in the ring."""
         return self.ring_capacity // self.activations
 
     @property
@@ -52,22 +52,22 @@ class Plan:
 
     @property
     def members(self) -> tuple[naming.Member, ...]:
-        """Those of all banks."""
+        """The members of all banks."""
         return tuple(member for bank_plan in self.banks for member in bank_plan.members)
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites harvested, each once however many SAEs read it."""
+        """The harvested sites, each once even if several SAEs read it."""
         return tuple(dict.fromkeys(site for bank_plan in self.banks for site in bank_plan.sites))
 
 
 @flax.struct.dataclass
 class State:
-    """All that a run carries from step to step; what a checkpoint holds."""
+    """A run's whole training state, carried from step to step and saved in checkpoints."""
 
-    step: jax.Array  # [], int32, steps done
-    harvests: jax.Array  # [], int32, steps done that ran Gemma
-    fills: jax.Array  # [], int32, steps done that only filled the ring
+    step: jax.Array  # [], int32, completed steps
+    harvests: jax.Array  # [], int32, completed steps that ran Gemma
+    fills: jax.Array  # [], int32, completed steps that only filled the ring
     banks: Mapping[str, bank.State]  # by name
     ring: shuffle_buffer.Ring
     normalizers: Mapping[str, Normalizer]  # by site
@@ -75,13 +75,13 @@ class State:
 
     @property
     def draws(self) -> jax.Array:
-        """Steps done that updated the banks: all but those that only filled the ring."""
+        """The completed steps that updated the banks: all except those that only filled the ring."""
         return self.step - self.fills
 
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of packed tokens and where they came from."""
+    """Rows of packed tokens and their sources."""
 
     tokens_SxL: jax.Array
     row_S: jax.Array
@@ -90,30 +90,30 @@ class Batch:
 
 @flax.struct.dataclass
 class Nonfinite:
-    """Positions of a harvest that would count if a site's activations were finite."""
+    """The unmasked positions of a harvest at which a site's activation is not finite."""
 
     count: jax.Array  # [], int32
-    first: jax.Array  # [], int32, the place of the first of them in the harvest, of T
+    first: jax.Array  # [], int32, the index in T of the first such position
 
 
 @flax.struct.dataclass
 class Metrics:
-    """What a step reports."""
+    """The metrics of one step."""
 
     trained: jax.Array  # [], bool: whether the banks were updated
-    nonfinite: Mapping[str, Nonfinite]  # of what was harvested, by site
+    nonfinite: Mapping[str, Nonfinite]  # in this step's harvest, by site
     banks: Mapping[str, bank.Metrics]
-    source_Bx3: jax.Array  # row, position and document of the first batch's activations
-    weight_B: jax.Array  # of the first batch, at the first site
+    source_Bx3: jax.Array  # row, position and document of each activation in the first batch
+    weight_B: jax.Array  # weights of the first batch at the first site
 
 
 def init_state(plan: Plan, normalizers: Mapping[str, Normalizer], dtype: jnp.dtype) -> State:
-    """The state before the first step. Traceable, so that it can be built directly into its sharding.
+    """The state before the first step. It is traceable, so that `jit` can create it in its sharding.
 
     Args:
-      plan: what the run trains.
+      plan: the run's plan.
       normalizers: from calibration, by site.
-      dtype: Gemma's, in which the ring keeps activations.
+      dtype: Gemma's dtype, in which the ring stores activations.
     """
     key = jax.random.key(plan.seed)
     widths = {site: n.mean_D.shape[0] for site, n in normalizers.items()}
@@ -136,15 +136,15 @@ def harvest(
     groups: int,
     masked_prefix: int = 0,
 ) -> shuffle_buffer.Slots:
-    """Runs Gemma to the deepest site: normalised activations of every position, as the ring takes them.
+    """Runs Gemma up to the deepest site and returns the normalised activations of all positions as ring slots.
 
-    Its weights may be split over the mesh. Activations that are not finite come as zeros, and the weight of those
-    that would count is NaN; see `leave_out`.
+    Gemma's weights can be split over the mesh. An activation that is not finite is replaced by zeros. Its weight is
+    NaN, or 0 if its position is masked; see `leave_out`.
     """
     tokens_SxL = batch.tokens_SxL
     gemma = gemma.gathered()
-    # Each chip keeps its rows. Where the embedding is split the compiler may else leave the stream split by width,
-    # and gather all rows' activations in every block.
+    # Each chip keeps its own rows. If the embedding is split, the compiler could otherwise leave the residual stream
+    # split by width and gather all rows' activations in every block.
     x_SxLxD = sharding.constrain(gemma.mesh, forward.embed(gemma, tokens_SxL), sharding.TOKENS)
     layers = range(blocks_needed(sites))
     _, values = forward.run_blocks(gemma, x_SxLxD, tokens_SxL, layers, read=sites)
@@ -174,7 +174,11 @@ def harvest(
 
 
 def leave_out(slots: shuffle_buffer.Slots) -> tuple[shuffle_buffer.Slots, dict[str, Nonfinite]]:
-    """What `harvest` gave with a weight of 0 where an activation is not finite, and where that is, by site."""
+    """Sets the weight of activations that are not finite to 0 in the slots from `harvest`.
+
+    Returns:
+      The slots, and the number and first position of such activations by site.
+    """
     weights, nonfinite = {}, {}
     for site, weight_RxT in slots.weight.items():
         is_bad_RxT = jnp.isnan(weight_RxT)
@@ -188,7 +192,7 @@ def leave_out(slots: shuffle_buffer.Slots) -> tuple[shuffle_buffer.Slots, dict[s
 def train(
     plan: Plan, mesh: jax.sharding.Mesh, state: State, batches: shuffle_buffer.Slots
 ) -> tuple[dict[str, bank.State], dict[str, objectives.BatchSums]]:
-    """K updates of every bank, one after the other; the sums of each batch are returned stacked on axis K."""
+    """Runs K updates of every bank. Returns the new states, and the sums of each batch stacked on axis K."""
     first_update = state.draws * plan.updates_per_step
 
     def body(banks: dict[str, bank.State], xs: tuple) -> tuple:
@@ -206,7 +210,7 @@ def train(
                     first_update + k,
                     plan.total_updates,
                 )
-        # Which latents fired is counted in the state, and too large to stack.
+        # `fired_M` is already counted in the state, and is too large to stack.
         sums = {name: sums.replace(fired_M=None) for name, (_, sums) in made.items()}
         return {name: new for name, (new, _) in made.items()}, sums
 
@@ -216,7 +220,7 @@ def train(
 def measure(
     plan: Plan, mesh: jax.sharding.Mesh, state: State, slots: shuffle_buffer.Slots
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """L0 and FVU [E] of every bank, without padding, on activations as `harvest` gives them."""
+    """L0 and FVU, each [E] without padding, of every bank on harvested activations, by the bank's name."""
     batches = jax.tree.map(lambda value: shuffle_buffer.deal(value, plan.updates_per_step), slots)
 
     def body(carry: None, batch: shuffle_buffer.Slots) -> tuple:
@@ -232,7 +236,7 @@ def measure(
 
 
 def make_step(plan: Plan) -> Callable[[State, Batch, Gemma], tuple[State, Metrics]]:
-    """The step as a function (state, batch, gemma) → (state, metrics), to be jitted with state donated."""
+    """Builds the step function (state, batch, gemma) → (state, metrics), to be jitted with `state` donated."""
     k, groups = plan.updates_per_step, plan.ring_groups
 
     def step(state: State, batch: Batch, gemma: Gemma) -> tuple[State, Metrics]:

@@ -182,7 +182,7 @@ def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(
     group.processes[2].send_signal(signal.SIGTERM)
     assert group.wait() == [143] * 4, group.text()
     last = len((group.workdir / "metrics.jsonl").read_text().splitlines())
-    assert f"SIGTERM: all hosts save step {last}, then leave." in group.outputs[0].read_text()
+    assert f"SIGTERM: all hosts save step {last}, then exit." in group.outputs[0].read_text()
     assert (group.workdir / "checkpoints" / str(last)).exists()
 
     group = Hosts(to_train(c, tmp_path / "run"), tmp_path / "run", 4)

@@ -89,9 +89,9 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v9:2x2", "topology 'v9:2x2' is not KIND:AxB or KIND:AxBxC with a KIND of v4, v5e"),
+        ("v9:2x2", "topology 'v9:2x2' is not KIND:AxB or KIND:AxBxC with KIND one of v4, v5e"),
         ("v5e:8", "topology 'v5e:8' is not KIND"),
-        ("v5p:3x5", "no compiler for v5p:3x5"),
+        ("v5p:3x5", "cannot compile for v5p:3x5"),
     ],
 )
 def test_slices_that_there_are_not_are_refused(topology, message):

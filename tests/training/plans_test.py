@@ -28,12 +28,16 @@ def test_counts_add_up():
             (1, 1),
             "unknown site 'resid_pre'; choose one of embed, attn_out",
         ),
-        ({"banks__main__sites": ("resid_post", "attn_out")}, (1, 1), "sites of a bank must have one width"),
-        ({"banks__main__layers": ()}, (1, 1), "banks.main has no member"),
+        (
+            {"banks__main__sites": ("resid_post", "attn_out")},
+            (1, 1),
+            "the sites of banks.main have different widths",
+        ),
+        ({"banks__main__layers": ()}, (1, 1), "banks.main has no SAE"),
         (
             {"banks__main__seeds": (1, 1)},
             (1, 1),
-            "is named twice, in banks.main and banks.main; what stands in the name",
+            "two SAEs have the name .*, in banks.main and banks.main; change a field",
         ),
         (
             {"banks__main__width": 60},
@@ -48,7 +52,7 @@ def test_counts_add_up():
         ({"ring__capacity": 64}, (1, 1), "ring.capacity 64 is smaller than the 128 activations of one step"),
         ({"ring__capacity": 200}, (1, 1), "ring.capacity 200 is not a multiple of the 128"),
         ({"ring__groups": 4}, (8, 1), "ring.groups 4 is not a multiple of the 8 devices"),
-        ({"train__tokens": 500}, (1, 1), "train.tokens 500 do not fill the ring once"),
+        ({"train__tokens": 500}, (1, 1), "train.tokens 500 is less than ring.capacity"),
         ({"data__context_length": 1}, (1, 1), "data.context_length is 1"),
         ({"log__checkpoint_every": 0}, (1, 1), "log.checkpoint_every is 0; it must be at least 1"),
         ({"log__keep_checkpoints": 0}, (1, 1), "log.keep_checkpoints is 0"),
@@ -56,7 +60,7 @@ def test_counts_add_up():
         (
             {"banks__main__objective_options": {"slope": 1.0}},
             (1, 1),
-            "banks.main.objective_options has 'slope'; the objective linear has none",
+            "banks.main.objective_options has the unknown option 'slope'; the objective linear has no options",
         ),
         (
             {"banks__main__objective": "cubic"},
@@ -66,15 +70,19 @@ def test_counts_add_up():
         (
             {"banks__main__objective": "quadratic"},
             (1, 1),
-            "objective is quadratic; it needs banks.main.target_l0s",
+            "objective is quadratic, which needs a target; set banks.main.target_l0s",
         ),
-        ({"banks__main__target_l0s": (9.0,)}, (1, 1), "choose objective quadratic or controlled with them"),
+        (
+            {"banks__main__target_l0s": (9.0,)},
+            (1, 1),
+            "has no target; choose the objective quadratic or controlled",
+        ),
         (
             {"banks__main__target_l0s": (64.0,), "banks__main__objective": "controlled"},
             (1, 1),
-            "target_l0s has 64.0; choose above 0 and below the width",
+            "target_l0s has 64.0; choose values above 0 and below the width",
         ),
-        ({"banks__main__skip": True}, (1, 1), "banks.main.skip is for transcoders; set target_site"),
+        ({"banks__main__skip": True}, (1, 1), "banks.main.skip is only for transcoders; set target_site"),
         (
             {"banks__main__target_site": "resid_post"},
             (1, 1),
@@ -126,7 +134,7 @@ def test_members_that_differ_have_names_that_differ():
 def test_two_banks_may_not_train_the_same_sae():
     banks = {name: dict(layers=(1,), width=64) for name in ("a", "b")}
     with pytest.raises(
-        ValueError, match=r"is named twice, in banks\.a and banks\.b; what stands in the name"
+        ValueError, match=r"two SAEs have the name .*, in banks\.a and banks\.b; change a field"
     ):
         plan({"banks": banks})
     assert len(plan({"banks": banks | {"b": dict(layers=(1,), width=128)}}).members) == 2

@@ -591,10 +591,22 @@ def test_fvu_is_exact_beside_a_large_mean_and_not_defined_for_constants():
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [
-        (np.zeros((40, 6)), np.ones(40), "activations of embed are zero at all 40 positions"),
-        (np.full((40, 6), 1234.567), np.ones(40), "activations of embed are the same at all 40 positions"),
-        (np.arange(240.0).reshape(40, 6), np.zeros(40), "no position of the rows .* counts: all are BOS"),
-        (np.full((40, 6), np.nan), np.ones(40), "no activation of embed is finite, at 40 positions"),
+        (np.zeros((40, 6)), np.ones(40), "activations of embed are zero at all 40 calibration positions"),
+        (
+            np.full((40, 6), 1234.567),
+            np.ones(40),
+            "activations of embed are the same at all 40 calibration positions",
+        ),
+        (
+            np.arange(240.0).reshape(40, 6),
+            np.zeros(40),
+            "all positions of the calibration rows are masked: they are BOS",
+        ),
+        (
+            np.full((40, 6), np.nan),
+            np.ones(40),
+            "no activation of embed is finite at any of the 40 calibration positions",
+        ),
     ],
 )
 def test_what_nothing_can_be_learned_of_is_said(x, weight, message):
