@@ -1,6 +1,7 @@
-"""Sparse probing: how well a few latents tell the classes of labelled texts apart, beside as few dimensions.
+"""Sparse probing: how well a few latents separate the classes of labelled texts, compared with as few dimensions.
 
-T texts, U of them for testing, F features of a text: means over its positions of latents, or of what an SAE reads.
+T texts, U of them for testing. F features of a text: the means over its positions of latents, or of the dimensions of
+the SAE's input.
 """
 
 import collections
@@ -26,13 +27,13 @@ from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.printing import LONGEST, printable, quoted, well_formed
 from gemma_scope_jax.saes import attached, jumprelu
 
-FEATURES = (1, 2, 5, 20)  # So many are probed with.
-FEWEST = 10  # Texts of a class: with less there is nothing to measure.
-PARTS = 3  # One of so many is for testing.
+FEATURES = (1, 2, 5, 20)  # The numbers of features of the probes.
+FEWEST = 10  # Texts of a class; fewer are too few to measure anything.
+PARTS = 3  # One part of this many is for testing.
 
 
 class Labelled(NamedTuple):
-    """Texts and their classes. Those of one group are all trained on or all tested on."""
+    """Texts and their classes. The texts of a group are all for training or all for testing."""
 
     texts: list[str]
     labels: np.ndarray  # [T], strings
@@ -41,44 +42,46 @@ class Labelled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A classifier of one class against the others, on the U texts that it was not fitted to."""
+    """The results of a classifier of one class against the others, on the U test texts."""
 
-    features: tuple[int, ...]  # That it is of, those that differ most first; empty: all of them.
-    # 1 where a text is classified rightly, else 0; of a mean over tasks, in what share of them it is.
+    features: tuple[
+        int, ...
+    ]  # The features used, those with the largest class differences first; empty: all.
+    # 1 where a text is classified correctly, 0 where not; for a mean over tasks, the share of tasks.
     correct_U: np.ndarray
 
     @property
     def accuracy(self) -> float:
-        """The share that is classified rightly."""
+        """The share of test texts that are classified correctly."""
         return float(self.correct_U.mean())
 
     @property
     def accuracy_se(self) -> float:
-        """Its standard error over texts; of one task the binomial one."""
+        """The standard error of the accuracy over texts; binomial for a single task."""
         return float(self.correct_U.std() / np.sqrt(self.correct_U.size))
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One class against the others. By the number of features: of latents, and of the activation's dimensions."""
+    """The probes of one class against the others."""
 
     label: str
-    majority: Probe  # Always says what is more frequent in the training part.
-    latents: Mapping[int, Probe]
-    dimensions: Mapping[int, Probe]
+    majority: Probe  # Always predicts the more frequent side of the training part.
+    latents: Mapping[int, Probe]  # by the number of latents
+    dimensions: Mapping[int, Probe]  # by the number of the activation's dimensions
     all_dimensions: Probe
 
 
 def read_labelled(path: pathlib.Path) -> Labelled:
-    """The texts of a JSON Lines file: `text`, `label`, and perhaps `group`.
+    """Reads labelled texts from a JSON Lines file with the fields `text`, `label` and optionally `group`.
 
-    Texts of one `group` are not divided, where they would be told by more than their class. Nor are equal ones.
+    Texts of one `group` stay on one side of the split, since they may share more than their class. So do equal texts.
 
     Raises:
-      ValueError: there is no such file, a line is not such an object, or there are too few texts or classes.
+      ValueError: if the file does not exist, a line is not such an object, or there are too few texts or classes.
     """
     if not path.is_file():
-        raise DataError(f"--labelled={path}: there is no such file")
+        raise DataError(f"--labelled={path} does not exist; give a JSON Lines file")
     found, labels, groups = [], [], []
     for number, one in sources.read_objects(path):
         where = f"{path}:{number}"
@@ -93,15 +96,13 @@ def read_labelled(path: pathlib.Path) -> Labelled:
                     f"{where}: the {name} is {quoted(value)}, expected a string or a whole number"
                 )
         if len(str(label)) > LONGEST:
-            raise DataError(
-                f"{where}: the label has {len(str(label)):,} characters, at most {LONGEST} are taken"
-            )
+            raise DataError(f"{where}: the label has {len(str(label)):,} characters; give at most {LONGEST}")
         found.append(well_formed(text))
         labels.append(well_formed(str(label)))
         groups.append(str(group))
     counts = dict(sorted(collections.Counter(labels).items()))
     if len(counts) < 2:
-        raise DataError(f"{path} has texts of {len(counts)} classes; it takes two to tell apart")
+        raise DataError(f"{path} has texts of {len(counts)} classes; give at least two classes")
     if few := {label: count for label, count in counts.items() if count < FEWEST}:
         named = printable(", ".join(f"{label!r} {count}" for label, count in few.items()))
         raise DataError(f"{path} has too few texts of {named}; give at least {FEWEST} of each class")
@@ -109,15 +110,15 @@ def read_labelled(path: pathlib.Path) -> Labelled:
 
 
 def _numbered(names: Sequence[str]) -> np.ndarray:
-    """Equal names as equal numbers from 0: an array of strings would give each the room of the longest."""
+    """Numbers names from 0, equal names alike, since in an array of strings each takes the space of the longest."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names])
 
 
 def _joined(labelled: Labelled) -> np.ndarray:
-    """Numbers [T] of groups that share no text."""
+    """The number [T] of each text's group, after joining groups that share a text."""
     text_T, group_T = _numbered(labelled.texts), labelled.groups
-    # A graph of texts and groups, in which each line of the file ties its text to its group.
+    # A graph of texts and groups, in which each line of the file connects its text to its group.
     edges = (np.ones(len(text_T)), (text_T, text_T.max() + 1 + group_T))
     count = text_T.max() + group_T.max() + 2
     _, component = sparse.csgraph.connected_components(sparse.coo_array(edges, shape=(count, count)), False)
@@ -125,15 +126,15 @@ def _joined(labelled: Labelled) -> np.ndarray:
 
 
 def split(labelled: Labelled, seed: int) -> np.ndarray:
-    """Which texts [T] are for testing: a third, whole groups, with the classes' shares as near as groups allow.
+    """Which texts [T] are for testing: a third, in whole groups, with class shares as equal as the groups allow.
 
     Raises:
-      ValueError: there are too few groups, or a class is not in both parts.
+      ValueError: if there are too few groups, or a class is missing in one part.
     """
     groups = _joined(labelled)
     if (count := len(set(groups))) < PARTS:
         raise DataError(
-            f"the texts are of {count} groups, which are not divided; give at least {PARTS} groups"
+            f"the texts are of {count} groups, which cannot be split; give at least {PARTS} groups"
         )
     folds = model_selection.StratifiedGroupKFold(PARTS, shuffle=True, random_state=seed)
     _, test = next(folds.split(np.zeros(len(labelled.labels)), labelled.labels, groups))
@@ -142,8 +143,8 @@ def split(labelled: Labelled, seed: int) -> np.ndarray:
         for part, is_in_T in (("test", is_test_T), ("training", ~is_test_T)):
             if label not in labelled.labels[is_in_T]:
                 raise DataError(
-                    f"no text of class {quoted(label)} is in the {part} part, since groups are not divided; "
-                    "give more groups of that class, or another --seed"
+                    f"no text of class {quoted(label)} is in the {part} part, since groups are not split; give "
+                    "more groups of that class, or another --seed"
                 )
     return is_test_T
 
@@ -151,15 +152,18 @@ def split(labelled: Labelled, seed: int) -> np.ndarray:
 def fit(
     values_TxF: np.ndarray, is_class_T: np.ndarray, is_test_T: np.ndarray, numbers: Sequence[int | None]
 ) -> dict[int | None, Probe]:
-    """Logistic regressions on the features whose class means differ most, in standard deviations.
+    """Fits logistic regressions on the features whose class means differ most, in standard deviations.
 
-    Means and standard deviations are of the training part, and features are standardised by them.
+    Features are standardised with the means and standard deviations of the training part.
 
     Args:
       values_TxF: features of the texts.
       is_class_T: which texts are of the class.
-      is_test_T: which are not to be fitted to.
-      numbers: of how many features, one regression each; None: of all.
+      is_test_T: which texts are for testing.
+      numbers: the number of features of each regression; None: all features.
+
+    Returns:
+      The probes by number of features.
     """
     is_training_T = ~is_test_T
 
@@ -186,13 +190,13 @@ def fit(
 def tasks(
     latents_TxM: np.ndarray, x_TxD: np.ndarray, labels: np.ndarray, is_test_T: np.ndarray
 ) -> list[Task]:
-    """Each class against the others; of two classes the second alone, as telling one is telling the other.
+    """The task of each class against the others; for two classes only the second, since both tasks are the same.
 
     Args:
       latents_TxM: pooled latents.
       x_TxD: pooled activations.
       labels: the classes [T].
-      is_test_T: see `split`.
+      is_test_T: which texts are for testing; see `split`.
     """
     found = [str(label) for label in np.unique(labels)]
     results = []
@@ -208,7 +212,7 @@ def tasks(
 
 
 def mean(of: Sequence[Task]) -> Task:
-    """The mean of tasks over the same texts."""
+    """The mean over tasks with the same texts."""
 
     def over(probes: Sequence[Probe]) -> Probe:
         return Probe((), np.mean([probe.correct_U for probe in probes], axis=0))
@@ -226,7 +230,7 @@ def mean(of: Sequence[Task]) -> Task:
 def _pooled(
     mesh: jax.sharding.Mesh, subject: jumprelu.SAE | None, x_SxLxD: jax.Array, tokens_SxL: jax.Array
 ) -> jax.Array:
-    """The mean of latents [S, M] over the positions that count; without an SAE that of x, [S, D]."""
+    """The mean latents [S, M] over the positions that count; without an SAE, the mean activations [S, D]."""
     kept_SxL = masking.is_kept(tokens_SxL, 0)
     value_SxLxF = x_SxLxD.astype(jnp.float32)
     if subject is not None:
@@ -234,7 +238,7 @@ def _pooled(
             subject, value_SxLxF.reshape(-1, x_SxLxD.shape[-1]), jax.lax.Precision.HIGHEST
         )
         value_SxLxF = f_BxM.reshape(*kept_SxL.shape, -1)
-    count_S = jnp.maximum(kept_SxL.sum(1), 1)  # A row of padding has none.
+    count_S = jnp.maximum(kept_SxL.sum(1), 1)  # At least 1, for rows of padding.
     pooled_SxF = jnp.where(kept_SxL[..., None], value_SxLxF, 0).sum(1) / count_S[:, None]
     return sharding.constrain(mesh, pooled_SxF, sharding.REPLICATED)
 
@@ -245,7 +249,7 @@ def pool(
     tokens_TxL: np.ndarray,
     per_batch: int,
 ) -> tuple[dict[str, np.ndarray], dict[Site, np.ndarray]]:
-    """The means over each row's positions: of every SAE's latents [T, M], and of every site's activations [T, D]."""
+    """The means over each row's positions of every SAE's latents [T, M], and of every site's activations [T, D]."""
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
     encoders = {name: attached.encoder(gemma.mesh, subject.sae) for name, subject in subjects.items()}
     latents, values = {name: [] for name in subjects}, {site: [] for site in sites}
@@ -260,7 +264,7 @@ def pool(
 
 
 def rows_of(texts: Sequence[str], encode: Callable[[str], list[int]], length: int) -> tuple[np.ndarray, int]:
-    """A row of tokens [T, L] for each text, cut to `length` and padded to the longest; and how many were cut."""
+    """A row of tokens [T, L] for each text, cut to `length` and padded; and the number of texts that were cut."""
     tokens = [[masking.BOS, *encode(text)] for text in texts]
     longest = min(max(map(len, tokens)), length)
     rows_TxL = np.full((len(texts), longest), masking.PAD, np.int32)
@@ -285,11 +289,11 @@ def as_numbers(task: Task) -> dict:
 
 
 def print_table(results: Mapping[str, Sequence[Task]], texts: int) -> None:
-    """Accuracies by the number of features: of every task, or of more than three SAEs the means over tasks."""
+    """Prints the accuracies of every task by number of features; for more than three SAEs, the means over tasks."""
     first = next(iter(results.values()))
     tested = first[0].majority.correct_U.size
-    table = tables.Table(title=f"Accuracy on {tested:,} of {texts:,} texts, by the number of features")
-    for column in ("", "class", ""):
+    table = tables.Table(title=f"Accuracy on {tested:,} test texts of {texts:,}, by number of features")
+    for column in ("", "class", "features"):
         table.add_column(column, overflow="fold")
     for column in (*map(str, FEATURES), "all", "majority"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -76,9 +76,9 @@ def test_files_that_cannot_be_probed_with_are_refused(tmp_path, broken, message)
 
 def test_one_class_and_no_file_are_refused(tmp_path):
     one = write(tmp_path / "one.jsonl", [{"text": f"x{i}", "label": 5} for i in range(20)])
-    with pytest.raises(ValueError, match="1 classes; it takes two"):
+    with pytest.raises(ValueError, match="1 classes; give at least two"):
         probing.read_labelled(one)
-    with pytest.raises(ValueError, match="there is no such file"):
+    with pytest.raises(ValueError, match="does not exist; give a JSON Lines file"):
         probing.read_labelled(tmp_path / "none.jsonl")
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "\xff", "label": 1}\n')
     with pytest.raises(ValueError, match=r"bytes.jsonl:1 is not in UTF-8"):
@@ -106,7 +106,7 @@ def test_a_third_is_for_testing_with_the_shares_of_the_classes_and_whole_groups(
     # A class that is one group cannot be on both sides.
     with pytest.raises(ValueError, match=r"no text of class '[abc]' is in the (test|training) part"):
         probing.split(single._replace(groups=np.unique(labels, return_inverse=True)[1]), 0)
-    with pytest.raises(ValueError, match="the texts are of 2 groups, which are not divided"):
+    with pytest.raises(ValueError, match="the texts are of 2 groups, which cannot be split"):
         probing.split(single._replace(groups=np.arange(210) % 2), 0)
     # Groups that have a text in common are as one.
     tied = grouped._replace(
