@@ -1,1 +1,1 @@
-"""Configs of runs, one a file; in an installed package they are `gemma_scope_jax.configs`."""
+"""Configs of runs, one per file; in an installed package this folder is `gemma_scope_jax.configs`."""

@@ -2,11 +2,11 @@
 
     gemma-scope train gemma2_27b runs/27b
 
-Gemma Scope has one suite of it: 131k latents on the residual stream of layers 10, 22 and 34.
+Gemma Scope has one suite for this model: 131k latents on the residual stream of layers 10, 22 and 34.
 
-Hardware: a v5p-32 or larger; `gemma-scope plan` says what it needs of each chip.
-The text is C4, which is open; Google's own is not.
-Expected at layer 22 over λ: L0 from 20 to 290 (those of the SAEs that Google published).
+Hardware: a v5p-32 or larger; `gemma-scope plan` prints the memory that the run needs on each chip.
+The text is C4, because Google's training text is not public.
+Expected at layer 22: L0 from 20 to 290, depending on λ (the range of the SAEs that Google published).
 """
 
 import ml_collections

@@ -2,12 +2,15 @@
 
     gemma-scope train gemma2_9b:SUITE runs/9b
 
-SUITE is a site and a width: resid_post_16k (the default), mlp_out_131k, … at all 42 layers, and on the residual
-stream of layer 20 also 32k, 65k, 262k and 524k, of layers 9, 20 and 31 1m.
+SUITE is a site and a width. The suites with all 42 layers are resid_post, mlp_out and attn_out, each with 16k and
+131k latents; resid_post_16k is the default. On the residual stream there are also 32k, 65k, 262k and 524k at layer
+20, and 1m at layers 9, 20 and 31.
 
-Hardware: layer 20 of 131k (--banks.main.layers 20) on a v5p-16 or v6e-16. What it needs of each chip is
-in results/tpu.json. The text is C4, which is open; Google's own is not.
-Expected at layer 20, residual stream, 131k, over λ: L0 from 11 to 276 (those of the SAEs that Google published).
+Hardware: layer 20 of 131k (`--banks.main.layers 20`) on a v5p-16 or v6e-16; results/tpu.json has the memory that it
+needs on each chip.
+The text is C4, because Google's training text is not public.
+Expected at layer 20, residual stream, 131k: L0 from 11 to 276, depending on λ (the range of the SAEs that Google
+published).
 """
 
 import ml_collections

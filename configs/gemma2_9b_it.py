@@ -2,11 +2,11 @@
 
     gemma-scope train gemma2_9b_it:SUITE runs/9b_it
 
-SUITE is resid_post_16k (the default) or resid_post_131k, at layers 9, 20 and 31. Each document is put into the chat
-template as a user's turn, and what comes before its text is masked (section 4.5).
+SUITE is resid_post_16k (the default) or resid_post_131k, each at layers 9, 20 and 31. Each document is put into the
+chat template as a user's turn, and the tokens before the document are masked (section 4.5).
 
 Hardware: 16k on a v5e-16.
-Expected at layer 20 of 16k over λ: L0 from 14 to 189 (those of the SAEs that Google published).
+Expected at layer 20, 16k: L0 from 14 to 189, depending on λ (the range of the SAEs that Google published).
 """
 
 import ml_collections

@@ -2,15 +2,18 @@
 
     gemma-scope train gemma3:MODEL/SUITE runs/gemma3
 
-MODEL is 270m (the default), 1b, 4b, 12b or 27b, each also with -it; SUITE a site and a width: resid_post_16k (the
-default), mlp_out_262k, … at all layers, and resid_post_65k, mlp_out_65k, attn_out_65k and resid_post_1m at the four
-layers that Google studied most. Sparsity warms up over 50,000 updates, as there.
+MODEL is 270m (the default), 1b, 4b, 12b or 27b, each also with -it.
 
-Gemma Scope 2 does not say how many tokens it used; those of Gemma Scope stand in for them. Its quadratic penalty and
-its Matryoshka loss are not used here.
+SUITE is a site and a width. The suites with all layers are resid_post, mlp_out and attn_out, each with 16k and 262k
+latents; resid_post_16k is the default. The suites resid_post_65k, mlp_out_65k, attn_out_65k and resid_post_1m have
+the four layers that Google studied most. Sparsity warms up over 50,000 updates, as in Gemma Scope 2.
 
-Hardware: one layer of 270m at 16k on a v5e-8. What it needs of each chip is in results/tpu.json.
-Expected: of the SAEs that Google published L0 is 10 to 20 (small), 30 to 60 (medium) or 60 to 150 (big), over λ.
+Gemma Scope 2 does not report its number of training tokens, so this config uses Gemma Scope's. It does not use Gemma
+Scope 2's quadratic penalty and Matryoshka loss.
+
+Hardware: one layer of 270m at 16k on a v5e-8; results/tpu.json has the memory that it needs on each chip.
+Expected: the SAEs that Google published have an L0 of 10 to 20 (small), 30 to 60 (medium) or 60 to 150 (big),
+depending on λ.
 """
 
 import ml_collections
@@ -32,9 +35,7 @@ def get_config(model_and_suite: str = "270m/resid_post_16k") -> ml_collections.C
     size, _, suite = model_and_suite.partition("/")
     base = size.removesuffix("-it")
     if base not in STUDIED:
-        raise ValueError(
-            f"unknown size {size!r}; choose one of {', '.join(STUDIED)}, or one of them with -it"
-        )
+        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(STUDIED)}, each also with -it")
     layers = tuple(range(LAYERS[base]))
     suites = {
         **{f"{site}_{width}": layers for site in SITES for width in ("16k", "262k")},

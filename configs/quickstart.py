@@ -1,12 +1,13 @@
-"""An SAE on real Gemma activations of real text: Gemma 3 270M, layer 9, residual stream, 4,096 latents.
+"""One SAE with 4,096 latents on the residual stream of Gemma 3 270M after layer 9.
 
     gemma-scope train quickstart runs/quickstart
 
-Hardware: two CPU cores; about five minutes, and two more for the evaluation of 64 rows.
-Expected: L0 57, FVU 0.03, delta loss 0.20 nats (results/quickstart.json has the numbers as measured).
+Hardware: two CPU cores; about five minutes, and two more for the evaluation on 64 rows.
+Expected: L0 57, FVU 0.03, delta loss 0.20 nats (results/quickstart.json has the measured numbers).
 
-Gemma Scope's recipe is made for billions of tokens; this run has half a million. Beside a higher learning rate and
-a wider kernel, it centres the activations and weighs outliers less, without which a short run on Gemma 3 fails.
+Gemma Scope's recipe is for billions of tokens; this run has half a million. It therefore has a higher learning rate
+and a wider kernel. It also centres the activations and gives outliers less weight, without which a short run on
+Gemma 3 fails.
 """
 
 import ml_collections
@@ -27,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.banks.main.window_updates = 400
 
     c.train.tokens = 120 * 4096
-    c.train.sequences_per_step = 16  # 4,096 positions, so 16 updates of 256.
+    c.train.sequences_per_step = 16  # 4,096 positions, so 16 updates with batches of 256.
     c.train.batch = 256
     c.ring.capacity = 10 * 4096
 
@@ -36,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.normalizer.outlier_medians = 16.0
 
     c.optimizer.learning_rate = 2e-3
-    c.optimizer.beta2 = 0.95  # 0.999 lets rare latents jump by 31 learning rates; see docs/design.md.
+    c.optimizer.beta2 = 0.95  # With 0.999, rare latents move by up to 31 learning rates; see docs/design.md.
     c.optimizer.warmup_updates = 50
     c.optimizer.decay_fraction = 0.2  # Of 1,920 updates.
     c.optimizer.sparsity_warmup_updates = 600

@@ -1,4 +1,4 @@
-"""Many SAEs from one forward pass: the quickstart's model, text and recipe with other banks.
+"""Many SAEs from one forward pass: the model, text and recipe of `quickstart` with other banks.
 
     gemma-scope train quickstart_banks:SUITE runs/SUITE
 
@@ -7,13 +7,13 @@ SUITE is one of
   sweep        layer 9, residual stream, 2,048 latents, six λ
   layers       the residual stream of all 18 layers, 1,024 latents
   sites        the residual stream, MLP and attention outputs of all 18 layers, 512 latents
-  targets      layer 9, residual stream, 1,024 latents, for a mean L0 of 25, 50 and 100: one bank by controller, one
-               by quadratic penalty
-  transcoders  layer 9's MLP, 2,048 latents: a transcoder as Gemma Scope's, and one with a skip connection as Gemma
-               Scope 2's
+  targets      layer 9, residual stream, 1,024 latents, target L0s of 25, 50 and 100: one bank with the controller and
+               one with the quadratic penalty
+  transcoders  the MLP of layer 9, 2,048 latents: a transcoder as in Gemma Scope, and one with a skip connection as in
+               Gemma Scope 2
 
-Hardware: two CPU cores; a quarter to half an hour each.
-Expected: `python -m benchmarks.results SUITE` trains and evaluates it, into results/SUITE.json.
+Hardware: two CPU cores; 15 to 30 minutes per suite.
+Expected: the numbers in results/SUITE.json, which `python -m benchmarks.results SUITE` measures.
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ def get_config(suite: str = "sweep") -> ml_collections.ConfigDict:
     recipe = {"bandwidth": 0.04, "initial_threshold": 0.04, "window_updates": 400}
     lambdas = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
     targets = {"layers": (LAYER,), "width": 1024, "target_l0s": (25.0, 50.0, 100.0)}
-    # So that λ means the same as for an autoencoder, which Gemma Scope's own scale does not give.
+    # With Gemma Scope's own scale, "read", λ would not mean the same as for an autoencoder.
     mlp = {"layers": (LAYER,), "width": 2048, "target_site": "mlp_out", "scale_target_by": "target"}
     everywhere = {"layers": tuple(range(18)), "width": 512, "sparsity_coefficients": (5e-4,)}
     banks = {
@@ -37,7 +37,7 @@ def get_config(suite: str = "sweep") -> ml_collections.ConfigDict:
         "layers": {"residual": {"layers": tuple(range(18)), "width": 1024, "sparsity_coefficients": (5e-4,)}},
         "sites": {
             "residual_and_mlp": {"sites": ("resid_post", "mlp_out"), **everywhere},
-            "attention": {"sites": ("attn_out",), **everywhere},  # Of another width of activations.
+            "attention": {"sites": ("attn_out",), **everywhere},  # Its activations have another width.
         },
         "targets": {
             "controlled": {**targets, "objective": "controlled", "sparsity_coefficients": (5e-4,)},
@@ -50,7 +50,7 @@ def get_config(suite: str = "sweep") -> ml_collections.ConfigDict:
     }
     if suite not in banks:
         raise ValueError(f"unknown suite {suite!r}; choose one of {', '.join(banks)}")
-    if suite == "sites":  # What 54 sites hold in memory is halved, and there is a fifth of the text.
+    if suite == "sites":  # Half the memory that 54 sites would take, and a fifth of the tokens.
         c.train.sequences_per_step, c.train.tokens = 8, 48 * 2048
         c.ring.capacity = 5 * 2048
         c.optimizer.sparsity_warmup_updates = 150  # Of 384.

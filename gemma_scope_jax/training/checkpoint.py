@@ -1,7 +1,7 @@
 """Orbax checkpoints of the training state, each with a digest of every array.
 
-Orbax notices a truncated file but not a flipped bit or a zeroed block, so each array is digested on the
-device when it is saved and again when it is restored.
+Orbax notices a truncated file but not a flipped bit or a zeroed block. A digest of each array is therefore computed
+on the device when it is saved, and again when it is restored.
 """
 
 import functools
@@ -33,15 +33,15 @@ def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
 
 
 def open_reader(folder: pathlib.Path) -> ocp.CheckpointManager:
-    """A manager that changes nothing, for a run that may be in training.
+    """A read-only manager, for a run that is possibly being trained.
 
     Raises:
-      ValueError: there is no such folder.
+      ValueError: if the folder does not exist.
     """
     if not folder.exists():
         raise RunError(f"{folder.parent} has no checkpoint yet")
     _quiet()
-    # That nothing is written is no news.
+    # Orbax logs that the manager is read-only, which is what is asked for.
     logger = logging.getLogger("absl")
     logger.addFilter(_is_no_news_of_reading)
     try:
@@ -58,22 +58,24 @@ def _is_no_news_of_reading(record: logging.LogRecord) -> bool:
 
 
 def newest_step(folder: pathlib.Path) -> int | None:
-    """The step of the newest checkpoint in a folder, whole or not; None if there is none."""
+    """The step of the newest checkpoint in a folder, which can be damaged; None if there is no checkpoint."""
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     return max(steps, default=None)
 
 
 def _quiet() -> None:
-    # Orbax leaves a task behind for each array that it cannot read or write, of which asyncio then complains at
-    # length; Orbax's own error is enough.
+    # Orbax leaves an unfinished task for each array that it cannot read or write. asyncio reports each at length,
+    # although Orbax's own error is enough.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _inspect(leaves: list[jax.Array]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each array a digest, and whether all is finite."""
+    """The digest of each array, and whether all of its values are finite."""
     whole = leaves[0].sharding
     if isinstance(whole, jax.NamedSharding):
-        whole = jax.NamedSharding(whole.mesh, jax.P())  # So that every host can fetch them.
+        whole = jax.NamedSharding(
+            whole.mesh, jax.P()
+        )  # Replicated, so that every host can fetch the results.
     return jax.device_get(_compiled_inspection(whole)(leaves))
 
 
@@ -86,7 +88,7 @@ def _compiled_inspection(out: jax.sharding.Sharding) -> Callable:
 
 
 def _digest(x: jax.Array) -> jax.Array:
-    """Two sums of mixed words, uint32[2]. Sums do not depend on how an array is laid out over devices."""
+    """Two sums of hashed words, uint32[2]. Sums do not depend on an array's layout over devices."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     word = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
@@ -110,14 +112,14 @@ def _named_leaves(state: step_lib.State) -> dict[str, jax.Array]:
 
 
 def digests(state: step_lib.State) -> dict[str, list[int]]:
-    """A digest of every array of the state, by name.
+    """The digest of every array of the state, by name.
 
     Raises:
-      FloatingPointError: an array holds a value that is not finite.
+      FloatingPointError: if an array holds a value that is not finite.
     """
     named = _named_leaves(state)
     inspected = _inspect(list(named.values()))
-    # An outlier limit of infinity means that every token weighs the same.
+    # `max_squared_norm` is infinite if every token weighs the same.
     bad = [
         n
         for n, (_, finite) in zip(named, inspected, strict=True)
@@ -131,9 +133,11 @@ def digests(state: step_lib.State) -> dict[str, list[int]]:
 def save(manager: ocp.CheckpointManager, state: step_lib.State, config: Mapping) -> None:
     """Saves a state under its step, in the background.
 
+    Before the second checkpoint, it checks that the first one can be opened.
+
     Raises:
-      FloatingPointError: the state is not finite; nothing is saved.
-      ValueError: the first checkpoint cannot be opened, and so no other could.
+      FloatingPointError: if the state is not finite; nothing is saved.
+      ValueError: if the first checkpoint cannot be opened.
     """
     step, saved = int(state.step), manager.all_steps()
     if step in saved:
@@ -148,10 +152,10 @@ def save(manager: ocp.CheckpointManager, state: step_lib.State, config: Mapping)
 
 
 def check_saved(manager: ocp.CheckpointManager) -> None:
-    """Waits until the newest checkpoint is saved, and opens it: Orbax has said so of some that nothing could read.
+    """Waits until the newest checkpoint is saved, and opens it, because Orbax has reported unreadable ones as saved.
 
     Raises:
-      ValueError: it cannot be opened.
+      ValueError: if it cannot be opened.
     """
     manager.wait_until_finished()
     if (step := manager.latest_step()) is None:
@@ -162,24 +166,24 @@ def check_saved(manager: ocp.CheckpointManager) -> None:
         found = manager.restore(step, args=ocp.args.Composite(state=wanted, about=ocp.args.JsonRestore()))
         is_whole = int(found.state["step"]) == step and bool(found.about["digests"])
         reason = "it holds another step"
-    except Exception as error:  # Orbax raises many kinds.
+    except Exception as error:  # Orbax raises errors of many types.
         is_whole, reason = False, printable(repr(error), 200)
     if not is_whole:
         raise RunError(
-            f"checkpoint {step} in {manager.directory} was saved and cannot be opened ({reason}); train in another "
-            "folder, on a disk of this machine"
+            f"checkpoint {step} in {manager.directory} was saved but cannot be opened ({reason}); train in another "
+            "folder, on a local disk"
         )
 
 
 class OtherShapesError(ValueError):
-    """A checkpoint is whole, but of arrays of other shapes than the run's."""
+    """A checkpoint is whole, but its arrays have other shapes than the run's."""
 
 
 def _check_shapes(shapes: Mapping[str, list[int]], step: int, abstract_state: step_lib.State) -> None:
     for name, leaf in _named_leaves(abstract_state).items():
         if shapes.get(name) != list(leaf.shape):
             raise OtherShapesError(
-                f"checkpoint {step} holds {name} of shape {shapes.get(name)}, this run needs {list(leaf.shape)}"
+                f"checkpoint {step} holds {name} of shape {shapes.get(name)}, but this run needs {list(leaf.shape)}"
             )
 
 
@@ -188,20 +192,20 @@ def restore_newest(
     make_abstract: Callable[[Mapping[str, list[int]]], step_lib.State],
     set_aside: bool,
 ) -> step_lib.State | None:
-    """The newest checkpoint that is whole, or None if there is none at all.
+    """Restores the newest checkpoint that is whole; returns None if there is no checkpoint.
 
-    With one process, damaged ones are passed over and, if asked for, set aside in `damaged/` beside the checkpoints,
-    so that their steps can be saved again. Nothing is moved before a whole one has been found.
+    With one process, damaged checkpoints are skipped. With several processes, a damaged checkpoint is an error.
 
     Args:
-      manager: of the checkpoints.
-      make_abstract: from the shapes saved, by name, what to restore: shapes with shardings. None in the place of an
-        array leaves it out.
-      set_aside: see above.
+      manager: the manager of the checkpoints.
+      make_abstract: a function from the saved shapes, by name, to the state to restore, as shapes with shardings. An
+        array that it replaces by None is not restored.
+      set_aside: whether to move damaged checkpoints to `damaged/` beside the checkpoints, so that their steps can be
+        saved again. They are moved only if a whole checkpoint is found.
 
     Raises:
-      ValueError: there are checkpoints, but none that can be read; they stay where they are.
-      OSError: the file system refuses to be read, which says nothing of the checkpoints.
+      ValueError: if there are checkpoints but no checkpoint can be read; they stay where they are.
+      OSError: if the file system cannot be read, which does not mean that a checkpoint is damaged.
     """
     damaged: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
@@ -212,7 +216,7 @@ def restore_newest(
             restore_args = jax.tree.map(
                 lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), abstract_state
             )
-            # Not StandardRestore, which cannot leave out a part.
+            # StandardRestore cannot leave out a part of the state.
             wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=True)
             state = manager.restore(step, args=ocp.args.Composite(state=wanted)).state
             changed = [name for name, value in digests(state).items() if about["digests"][name] != value]
@@ -221,28 +225,28 @@ def restore_newest(
                     if set_aside:
                         _move_aside(manager, number, reason)
                     else:
-                        say(f"Checkpoint {number} cannot be read and is passed over: {reason}")
+                        say(f"Skipping checkpoint {number}, which cannot be read: {reason}")
                 if damaged and set_aside:
                     manager.reload()
                 return state
             damaged[step] = f"its contents differ from what was saved, in {', '.join(changed)}"
         except (MemoryError, jax.errors.JaxRuntimeError, OtherShapesError):
             raise  # Not the checkpoint's fault.
-        except Exception as error:  # Orbax raises many kinds; each means that this one cannot be used.
+        except Exception as error:  # Orbax raises errors of many types for a damaged checkpoint.
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 raise
             files.check_readable(pathlib.Path(manager.directory) / str(step))
-            if jax.process_count() > 1:  # Another host may see nothing wrong, and all must restore the same.
+            if jax.process_count() > 1:  # All hosts must restore the same checkpoint.
                 reason = " ".join(repr(error).split())[:200]
                 raise RunError(
-                    f"checkpoint {step} in {manager.directory} cannot be read here ({reason}); a run of one process "
-                    "passes over it and sets it aside, or move it away"
+                    f"checkpoint {step} in {manager.directory} cannot be read by this process ({reason}); move it "
+                    "away, or run with one process, which sets it aside"
                 ) from error
             damaged[step] = " ".join(repr(error).split())[:200]
     if damaged:
         raise RunError(
             f"no checkpoint in {manager.directory} can be read ({damaged[max(damaged)]}); nothing was changed. "
-            "If the run is being trained, try again; else start anew in another folder"
+            "If the run is being trained, try again; otherwise start a new run in another folder"
         )
     return None
 
@@ -250,7 +254,7 @@ def restore_newest(
 def _move_aside(manager: ocp.CheckpointManager, step: int, reason: str) -> None:
     folder = pathlib.Path(manager.directory).parent / "damaged"
     folder.mkdir(exist_ok=True)
-    # A step may be damaged, done again and damaged again.
+    # The same step can be damaged more than once.
     names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
     aside = next(folder / name for name in names if not (folder / name).exists())
     say(f"Checkpoint {step} is damaged and was moved to {aside}: {reason}")

@@ -1,4 +1,4 @@
-"""Config files by name, as configs: those that come with the package are found from any folder."""
+"""Finds and loads config files; the package's own configs are found by name from any folder."""
 
 import difflib
 import importlib.util
@@ -16,25 +16,25 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def folder() -> pathlib.Path:
-    """Where the package's configs lie: in it when it is installed, beside it in a checkout."""
+    """The folder of the package's configs: inside an installed package, beside the package in a checkout."""
     inside = _PACKAGE / "configs"
     return inside if inside.is_dir() else _PACKAGE.parent / "configs"
 
 
 def names() -> list[str]:
-    """The package's configs by name, sorted."""
+    """The names of the package's configs, sorted."""
     return sorted(path.stem for path in folder().glob("*.py") if not path.stem.startswith("_"))
 
 
 def find(name: str) -> tuple[pathlib.Path, str]:
-    """The config file of a name, and what it is given: the suite behind a colon, as in `gemma2_2b:all_16k`.
+    """The path of a config file, and the suite after the colon of its name, as in `gemma2_2b:all_16k`.
 
     Args:
       name: a path; or one of the package's configs, such as `quickstart`, `quickstart.py` or `configs/quickstart.py`.
-        A file that exists is taken before a config of that name.
+        If a file of this name exists, it takes precedence over the package's config.
 
     Raises:
-      ValueError: there is no such file.
+      ValueError: if there is no such file.
     """
     given, _, suite = name.partition(":")
     path = pathlib.Path(os.path.expanduser(given))
@@ -46,38 +46,38 @@ def find(name: str) -> tuple[pathlib.Path, str]:
     near = difflib.get_close_matches(path.stem, shipped, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise NotFoundError(
-        f"there is no config file {quoted(given)}; {hint}give a path, or one of the configs that come with the "
-        f"package: {', '.join(shipped)}"
+        f"there is no config file {quoted(given)}; {hint}give a path or one of the package's configs: "
+        f"{', '.join(shipped)}"
     )
 
 
 def load(name: str) -> dict:
-    """The config of a file, as nested dicts; what the file does wrong comes with its own traceback.
+    """Loads a config file as nested dicts; an error that the file's own code raises is passed on.
 
     Raises:
-      ValueError: there is no such file, or it has no `get_config`.
+      ValueError: if there is no such file, or it has no `get_config`.
     """
     path, suite = find(name)
     spec = importlib.util.spec_from_file_location(f"config_of_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is no Python file; give a config file that ends with .py")
+        raise ConfigError(f"{path} is not a Python file; give a config file that ends with .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} has no function get_config; a config file returns its config from it")
+        raise ConfigError(f"{path} has no function get_config; add get_config, which returns the config")
     made = module.get_config(suite) if suite else module.get_config()
     return made.to_dict() if isinstance(made, ml_collections.ConfigDict) else config.to_dict(made)
 
 
 def with_fields(values: Mapping, fields: Mapping[str, object]) -> dict:
-    """A config as nested dicts with some fields changed.
+    """A copy of a config with some fields changed.
 
     Args:
-      values: the config.
-      fields: new values by dotted names, as in `banks.main.width`; or by last names, of which there is only one.
+      values: the config, as nested dicts.
+      fields: the new values, by dotted names as in `banks.main.width`, or by last names that only one field has.
 
     Raises:
-      ValueError: there is no such field, or several.
+      ValueError: if there is no such field, or several fields have the name.
     """
     made = _copied(values)
     every = list(_names(made))
@@ -98,7 +98,7 @@ def with_fields(values: Mapping, fields: Mapping[str, object]) -> dict:
 def _which(field: str, same: list[str], every: list[str]) -> str:
     if same:
         return f"several fields are called {field!r}: {', '.join(same)}; give the whole name of one"
-    # By its last name, which is what is typed; where several fields have it, the first.
+    # Users type last names. If several fields have the same one, suggest the first.
     ends = {name.rpartition(".")[2]: name for name in reversed(every)}
     near = difflib.get_close_matches(field.rpartition(".")[2], ends, 1)
     return f"the config has no field {quoted(field)}" + (f"; did you mean {ends[near[0]]}?" if near else "")
@@ -113,7 +113,7 @@ def _names(values: Mapping, prefix: str = "") -> list[str]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             found += _names(value, f"{prefix}{key}.")
-        # A field that takes a mapping can be given as a whole, too.
+        # A field that holds a mapping can also be given as a whole.
         if not isinstance(value, Mapping) or not value or key == "objective_options":
             found.append(f"{prefix}{key}")
     return found

@@ -1,4 +1,4 @@
-"""A run that has been trained, as a value: its SAEs, its log, its config."""
+"""A trained run as a Python object: its SAEs, its log and its config."""
 
 import dataclasses
 import functools
@@ -17,33 +17,33 @@ if typing.TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run directory."""
+    """A run directory, with its config, SAEs and log."""
 
     path: pathlib.Path
 
     @functools.cached_property
     def config(self) -> config_lib.Config:
-        """What it was trained with."""
+        """The config that the run was trained with."""
         return loading.run_config(self.path)
 
     @functools.cached_property
     def saes(self) -> dict[str, loading.LoadedSAE]:
-        """Its SAEs by name, on raw activations; of a run under way those of its newest checkpoint.
+        """The run's SAEs by name, on raw activations; those of the newest checkpoint if the run is unfinished.
 
         Raises:
-          ValueError: the run has no checkpoint yet.
+          ValueError: if the run has no checkpoint yet.
         """
         export.refresh(self.path)
         if not (self.path / "sae").is_dir():
-            raise RunError(f"{self.path} has no checkpoint yet; train it on")
+            raise RunError(f"{self.path} has no checkpoint yet; continue training")
         return {one.name: one for one in loading.read(self.path / "sae" / "*")}
 
     @property
     def sae(self) -> loading.LoadedSAE:
-        """The only SAE.
+        """The SAE of a run with one SAE.
 
         Raises:
-          ValueError: there are several.
+          ValueError: if the run has several SAEs.
         """
         if len(self.saes) > 1:
             raise RunError(f"{self.path} has several SAEs; choose one of saes: {', '.join(self.saes)}")
@@ -51,7 +51,7 @@ class TrainedRun:
 
     @property
     def metrics(self) -> "pandas.DataFrame":
-        """What was logged: a row for each step and SAE."""
+        """The training log, with a row for each step and SAE."""
         with extras.needed():
             import pandas
 

@@ -124,7 +124,7 @@ def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(state, inputs,
     wider = runs.build(tiny.run_config(inputs, banks__main__width=128))
     with pytest.raises(
         ValueError,
-        match=r"holds banks.main.params.W_enc of shape \[1, 32, 64\], this run needs \[1, 32, 128\]",
+        match=r"holds banks.main.params.W_enc of shape \[1, 32, 64\], but this run needs \[1, 32, 128\]",
     ):
         restore(tmp_path, wider)
     assert (tmp_path / "checkpoints" / "1").exists() and not (tmp_path / "damaged").exists()
@@ -226,7 +226,7 @@ def test_what_orbax_saves_and_cannot_open_is_not_called_saved(state, tmp_path, m
     monkeypatch.setattr(files, "for_orbax", str)
     with checkpoint.open_manager(tmp_path / "[v1]", 5) as manager:
         checkpoint.save(manager, at_step(state, 5), {})
-        with pytest.raises(ValueError, match=r"checkpoint 5 in .* was saved and cannot be opened") as caught:
+        with pytest.raises(ValueError, match=r"checkpoint 5 in .* was saved but cannot be opened") as caught:
             checkpoint.check_saved(manager)
         assert len(str(caught.value)) < 480
         with pytest.raises(ValueError, match="cannot be opened"):
