@@ -357,7 +357,7 @@ def test_what_cannot_be_asked_is_refused(scope, options, message):
 
 
 def test_other_mistakes_are_refused(scope, found):
-    with pytest.raises(ValueError, match="there is no SAE 'other'; there are resid, beside"):
+    with pytest.raises(ValueError, match="there is no SAE 'other'; choose from resid, beside"):
         analysis.integrate(scope, TEXT, "other")
     with pytest.raises(ValueError, match="latents is 0; it must be at least 1"):
         analysis.ablations(scope, found, 0)

@@ -164,7 +164,7 @@ def test_it_shows_draws_and_writes_what_was_found(monkeypatch, scope, tmp_path, 
     result.show()
     shown = capsys.readouterr().out
     assert re.search(r"7 │ 1\.000 │ ", shown) and "a: 1 latent found" in shown
-    assert "1 of 30 latents tell 10 and 10 prompts apart at a false discovery rate of 0.05" in shown
+    assert "1 of 30 latents separate the sets (10 and 10 prompts) at a false discovery rate of 0.05" in shown
     figure = result.figure()
     assert isinstance(figure, matplotlib.figure.Figure)
     (axis,) = figure.axes
@@ -185,8 +185,10 @@ def test_few_prompts_say_what_they_can_show(monkeypatch, scope):
     result = contrast_of(monkeypatch, scope, features, 4)
     # By hand: the smallest p is 2 / 70, which with 30 latents 18 have to reach; one alone would need 0.05 / 30.
     assert result.smallest_p == 2 / 70 and not result.found()
-    assert "18 latents have to reach it for any to be found" in result.about()
-    assert result.about().endswith("One alone would have to reach 0.0017, which takes 7 prompts of each.")
+    assert "At least 18 latents must reach it for any to be found" in result.about()
+    assert result.about().endswith(
+        "A latent found alone needs p ≤ 0.0017, which takes 7 prompts in each set."
+    )
     features["a"][:4, :17] += 2
     assert not contrast_of(monkeypatch, scope, features, 4).found()
     features["a"][:4, 17] += 2
@@ -200,12 +202,12 @@ def test_few_prompts_say_what_they_can_show(monkeypatch, scope):
             list("abc"),
             list("def"),
             {},
-            r"3 and 3 prompts, of which the smallest p possible is 0\.1, .* least 4 of each",
+            r"3 and 3 prompts the smallest possible p is 0\.1, .* least 4 prompts in each set",
         ),
-        (list("abcd"), list("efgh"), {"is_paired": True}, r"4 pairs, of which .* 0\.12, .* at least 6 pairs"),
-        (list("abcd"), list("abc"), {"is_paired": True}, "these are 4 and 3"),
-        (list("abcda"), list("efgh"), {}, "the prompt 'a' is there twice"),
-        (list("aabcde"), list("wwvxyz"), {"is_paired": True}, r"the pair \('a', 'w'\) is there twice"),
+        (list("abcd"), list("efgh"), {"is_paired": True}, r"4 pairs the .* 0\.12, .* at least 6 pairs"),
+        (list("abcd"), list("abc"), {"is_paired": True}, "these have 4 and 3"),
+        (list("abcda"), list("efgh"), {}, "the prompt 'a' appears twice"),
+        (list("aabcde"), list("wwvxyz"), {"is_paired": True}, r"the pair \('a', 'w'\) appears twice"),
         (list("abcd"), ["", *"efg"], {}, "prompt 4 is empty"),
         (list("abcd"), list("efgh"), {"at": "first"}, "at is 'first'; choose one of mean, max, last"),
         (list("abcd"), list("efgh"), {"rate": 1.0}, "rate is 1.0; it must be between 0 and 1"),

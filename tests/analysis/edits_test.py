@@ -196,16 +196,16 @@ def test_nothing_is_compiled_anew_for_other_values(scope):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([analysis.ablate("other", 1)], "there is no SAE 'other'; there are resid"),
-        ([analysis.ablate("resid", 64)], "resid has no latent 64; it has 0 to 63"),
+        ([analysis.ablate("other", 1)], "there is no SAE 'other'; choose from resid"),
+        ([analysis.ablate("resid", 64)], "resid has no latent 64; its latents are 0 to 63"),
         ([analysis.ablate("resid", 1), analysis.add("resid", 1, 2.0)], "latent 1 of resid is edited twice"),
         (
             [analysis.ablate("resid", 1, "answer")],
             "the tokens of an edit are 'answer'; give a range or one of",
         ),
-        ([analysis.ablate("resid", 1, range(-1, 2))], "give a range of step 1 from 0"),
+        ([analysis.ablate("resid", 1, range(-1, 2))], "give a range with step 1 and a start of 0"),
         ([analysis.ablate("resid", 1, range(5, 2))], "tokens of an edit are 5:2"),
-        ([analysis.clamp("resid", 1, float("inf"))], "what an edit adds is inf"),
+        ([analysis.clamp("resid", 1, float("inf"))], "the added value of an edit is inf"),
         ([analysis.scale("resid", 1, float("nan"))], "the scale of an edit is nan"),
     ],
 )

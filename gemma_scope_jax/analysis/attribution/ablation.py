@@ -1,6 +1,6 @@
-"""What attributions are held against: latents taken out one by one, and what that does to the difference of logits.
+"""Checks attributions by ablation: the change of the logit difference as latents are ablated one by one.
 
-Shapes: N latents taken out, S rows, L tokens, K latents of an SAE that an edit knows.
+Shapes: N ablated latents, S rows, L tokens, K edited latents of one SAE.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from gemma_scope_jax.runtime import distributed, ranges, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
-# Rows of a pass; the first is left as it is.
+# Rows of one forward pass; in the first pass, row 0 has no ablation.
 _ROWS = 16
 
-_KINDS = {"all": "all", "strongest": "strongest attributed", "random": "drawn of the others"}
+_KINDS = {"all": "all", "strongest": "strongest attributions", "random": "random other latents"}
 
 
 class Correlation(NamedTuple):
-    """Of what was attributed with what ablation did."""
+    """Correlation of the attributions with the effects of ablation."""
 
     latents: int
     pearson: float
@@ -41,15 +41,18 @@ class Correlation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ablations(Result):
-    """Latents of one prompt or of several, each kept from firing on all tokens, with its SAE's error as it was."""
+    """Ablated latents of one or several prompts.
+
+    Each latent is set to 0 on all tokens; the reconstruction error of its SAE is kept.
+    """
 
     sae: tuple[str, ...]
     latent_N: np.ndarray
     layer_N: np.ndarray
     prompt_N: np.ndarray
-    is_strongest_N: np.ndarray  # The others were drawn of those that fire.
-    attributed_N: np.ndarray  # Over all tokens.
-    effect_N: np.ndarray  # The difference of logits as it is, less that without the latent.
+    is_strongest_N: np.ndarray  # False: sampled from the other latents that fire.
+    attributed_N: np.ndarray  # Attribution summed over all tokens, in logits.
+    effect_N: np.ndarray  # Logit difference with the latent minus without.
 
     def correlation(
         self,
@@ -57,7 +60,10 @@ class Ablations(Result):
         prompt: int | None = None,
         layer: int | None = None,
     ) -> Correlation:
-        """Pearson's and Spearman's, of all or of a part; NaN of under three latents or of values all alike."""
+        """Pearson and Spearman correlation of attributions and effects, of all latents or a subset.
+
+        Both are NaN for fewer than three latents, or if all attributions or all effects are equal.
+        """
         chosen_N = np.full(len(self.sae), True)
         if of != "all":
             chosen_N &= self.is_strongest_N == (of == "strongest")
@@ -72,14 +78,14 @@ class Ablations(Result):
         return Correlation(len(x), float(pearson), float(spearman))
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each latent ablated."""
+        """One row per ablated latent."""
         names = ("latent", "layer", "prompt", "is_strongest", "attributed", "effect")
         return records_of({"sae": list(self.sae)} | {name: getattr(self, f"{name}_N") for name in names})
 
     def show(self, top: int = 10) -> None:
-        """Prints the correlations, and the latents whose ablation does most."""
+        """Prints the correlations, and the latents with the largest effects."""
         prompts = np.unique(self.prompt_N)
-        table = tables.Table(title="attributed and done by ablation")
+        table = tables.Table(title="correlation of attributions with effects of ablation")
         for number, heading in enumerate(("latents", "number", "Pearson", "Spearman")):
             table.add_column(heading, justify="right" if number else "left")
         found_of = {label: self.correlation(of) for of, label in _KINDS.items()}
@@ -90,19 +96,19 @@ class Ablations(Result):
             table.add_row(label, f"{found.latents}", f"{found.pearson:.3f}", f"{found.spearman:.3f}")
         if len(prompts) > 1:
             apart = np.array([self.correlation("all", prompt)[1:] for prompt in prompts])
-            known = apart[np.isfinite(apart).all(1)]  # Not of a prompt on which hardly anything fires.
+            known = apart[np.isfinite(apart).all(1)]  # Excludes prompts with too few latents.
             if len(known):
                 ends = [
                     f"{least:.3f} to {most:.3f}"
                     for least, most in zip(known.min(0), known.max(0), strict=True)
                 ]
-                table.add_row(f"{len(known)} prompts apart", "", *ends)
+                table.add_row(f"range over {len(known)} prompts", "", *ends)
         tables.show(table)
-        table = tables.Table(title=f"largest {top} effects")
-        # Where there is one SAE or one prompt the column would say the same all over.
+        table = tables.Table(title=f"{top} largest effects, in logits")
+        # With a single SAE or prompt, its column would be constant.
         several = {"SAE": len(set(self.sae)) > 1, "prompt": len(prompts) > 1}
         columns = [
-            one for one in ("SAE", "latent", "prompt", "attributed", "effect") if several.get(one, True)
+            one for one in ("SAE", "latent", "prompt", "attribution", "effect") if several.get(one, True)
         ]
         for heading in columns:
             table.add_column(heading, justify="left" if heading == "SAE" else "right", overflow="fold")
@@ -111,14 +117,14 @@ class Ablations(Result):
                 "SAE": self.sae[n],
                 "latent": f"{self.latent_N[n]}",
                 "prompt": f"{self.prompt_N[n]}",
-                "attributed": f"{self.attributed_N[n]:+.4f}",
+                "attribution": f"{self.attributed_N[n]:+.4f}",
                 "effect": f"{self.effect_N[n]:+.4f}",
             }
             table.add_row(*(cells[column] for column in columns))
         tables.show(table)
 
     def figure(self) -> matplotlib.figure.Figure:
-        """A point for each latent: what was attributed across, what its ablation does up."""
+        """A scatter plot with one point per latent: effect of ablation against attribution."""
         figure = matplotlib.figure.Figure(figsize=(5.2, 4.4), layout="constrained")
         axis = figure.subplots()
         values = np.concatenate([self.attributed_N, self.effect_N])
@@ -129,31 +135,31 @@ class Ablations(Result):
             x, y = self.attributed_N[chosen_N], self.effect_N[chosen_N]
             label = f"{_KINDS[of]}: Pearson {self.correlation(of).pearson:.2f}"
             axis.scatter(x, y, 14, color=colour, alpha=0.7, label=label)
-        axis.set_xlabel("attributed")
-        axis.set_ylabel("effect: difference of logits, less that without")
+        axis.set_xlabel("attribution, summed over tokens, logits")
+        axis.set_ylabel("effect: logit difference with minus without, logits")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
         return figure
 
 
 def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: int = 0) -> Ablations:
-    """Takes latents out, one by one: half of them the strongest attributed, the others drawn of those that fire.
+    """Ablates latents one by one: half have the strongest attributions, half are sampled from the others that fire.
 
     Args:
       scope: the model and SAEs.
-      attribution: of a prompt, by this scope.
-      latents: how many at most, of all SAEs together.
-      seed: of the draw.
+      attribution: the attribution of a prompt, computed with this scope.
+      latents: the largest number of ablated latents, over all SAEs.
+      seed: the seed for sampling.
 
     Raises:
-      ValueError: `latents` is below 1, or none fires.
+      ValueError: if `latents` is below 1, or no latent fires.
     """
     ranges.check("latents", latents, ranges.COUNT)
     ranges.check("seed", seed, ranges.SEED)
     chosen, is_strongest_N = _choose(attribution, latents, seed)
     if not chosen:
         raise InputError(
-            f"no latent fires on {quoted(''.join(attribution.tokens))}, so there is none to take out"
+            f"no latent fires on {quoted(''.join(attribution.tokens))}, so there is nothing to ablate"
         )
     names = tuple(name for name, _ in chosen)
     latent_N = np.array([latent for _, latent in chosen], int)
@@ -173,10 +179,17 @@ def ablations(scope: Scope, attribution: Attribution, latents: int = 64, seed: i
 def ablations_of_prompts(
     scope: Scope, prompts: Sequence[str], latents: int = 32, seed: int = 0, **options: str | int | None
 ) -> Ablations:
-    """`ablations` of several prompts, `latents` of each; options are those of `attribute`.
+    """`ablations` of several prompts, with up to `latents` ablated for each.
+
+    Args:
+      scope: the model and SAEs.
+      prompts: the texts.
+      latents: the largest number of ablated latents per prompt.
+      seed: the seed for sampling.
+      **options: further arguments of `attribute`.
 
     Raises:
-      ValueError: see `ablations` and `attribute`; or there are no prompts.
+      ValueError: if there are no prompts, or as `ablations` and `attribute` raise it.
     """
     if not prompts:
         raise InputError("there are no prompts; give at least one")
@@ -198,7 +211,7 @@ def ablations_of_prompts(
 
 
 def _choose(attribution: Attribution, latents: int, seed: int) -> tuple[list[tuple[str, int]], np.ndarray]:
-    """Latents by SAE, and which of them are the strongest."""
+    """The (SAE, latent) pairs to ablate, and whether each is one of the strongest."""
     fire = [
         (abs(sums_M[latent]), name, int(latent))
         for name, parts in attribution.parts.items()
@@ -227,12 +240,12 @@ def _measured(
 def _without(
     scope: Scope, attribution: Attribution, names: Sequence[str], latent_N: np.ndarray
 ) -> np.ndarray:
-    """The difference of logits [1 + N] as it is, and without each latent."""
+    """The logit difference without ablation and with each latent ablated, [1 + N]."""
     placed = scope_lib.place_copies(scope, attribution.ids, _ROWS)
     rows = len(placed)
     against = attribution_lib.MEAN if attribution.against is None else attribution.against[0]
     metric = attribution_lib.metric_behind(attribution.ids, attribution.answer[0], against)
-    # The first row of all takes out nothing. In every pass all SAEs may be edited, so that all are one program.
+    # Row 0 ablates nothing. Every pass has edits for all SAEs, so that all passes share one compiled program.
     names, latent_N = (None, *names), np.append(0, latent_N)
     found = []
     for start in range(0, len(names), rows):

@@ -1,10 +1,11 @@
-"""What has a part in a prediction: each latent's activation times the gradient of a difference of two logits.
+"""Attribution of a prediction to latents: each activation times the gradient of a logit difference.
 
-The gradient g at a site is of the model as it is, with nothing spliced. A latent's part at a token is f (g · W_dec).
-What else an activation y is made of has a part, too: the SAE's error, b_dec, and what a skip connection passes. All
-of them add up to y · g.
+The gradient g at a site is that of the unmodified model, with no SAE spliced in. A latent's attribution at a token is
+f (g · W_dec). The SAE's error, b_dec and the output of a skip connection have attributions, too. Together they sum
+to y · g, where y is the site's activation.
 
-Shapes: S rows, L tokens, N firings, D and O widths of the sites read and given, M latents, V vocabulary.
+Shapes: S rows, L tokens, N nonzero activations, D and O widths of an SAE's input and output sites, M latents, V
+vocabulary.
 """
 
 import dataclasses
@@ -30,29 +31,29 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, quoted
 from gemma_scope_jax.saes import jumprelu
 
-# In the place of a token's id.
-LIKELIEST = -1  # But for the other of the two.
-MEAN = -2  # Of all logits.
+# Special values of a token id in `Metric`.
+LIKELIEST = -1  # The likeliest token, excluding the other token of the metric.
+MEAN = -2  # The mean of all logits.
 
 
 class Metric(NamedTuple):
-    """The logit of one token less that of another, or less the mean of all; the same of all rows."""
+    """The logit difference: one token's logit minus another's, or minus the mean; the same for all rows."""
 
-    last: np.int32  # The position whose next token the logits are of.
+    last: np.int32  # The position whose next-token logits are used.
     answer: np.int32
     against: np.int32
 
 
 class Parts(NamedTuple):
-    """Those of one SAE, by token behind BOS."""
+    """The attributions of one SAE, in logits. Tokens are counted from 0, the first after BOS."""
 
-    # Of each firing.
+    # One value per nonzero activation.
     token_N: np.ndarray
     latent_N: np.ndarray
     activation_N: np.ndarray
     part_N: np.ndarray
     width: int
-    # Of what else there is in an activation.
+    # The other terms of an activation, by token.
     error_L: np.ndarray
     bias_L: np.ndarray
     skip_L: np.ndarray
@@ -60,50 +61,50 @@ class Parts(NamedTuple):
 
     @property
     def latents_L(self) -> np.ndarray:
-        """Those of all latents."""
+        """The sum over latents, by token."""
         return np.bincount(self.token_N, self.part_N, len(self.total_L))
 
     @property
     def latents_M(self) -> np.ndarray:
-        """Each latent's on all tokens."""
+        """The sum over tokens, by latent."""
         return np.bincount(self.latent_N, self.part_N, self.width)
 
     def strongest(self, token: int, top: int) -> list[tuple[int, float, float]]:
-        """The latents with the largest parts on a token: each with its activation and part."""
+        """The latents with the largest attributions at a token, as (latent, activation, attribution)."""
         here = np.flatnonzero(self.token_N == token)
         here = here[np.argsort(-np.abs(self.part_N[here]), kind="stable")[:top]]
         return [(int(self.latent_N[n]), float(self.activation_N[n]), float(self.part_N[n])) for n in here]
 
 
 class Integral(NamedTuple):
-    """What integrated gradients are held against."""
+    """How accurate integrated gradients are."""
 
-    baseline: float  # The difference of logits where they begin.
+    baseline: float  # The logit difference at the start of the path.
     nodes: int
-    gap: float  # The sum of all parts less what it should be.
+    gap: float  # The sum of attributions minus the gain on the path.
 
 
 @dataclasses.dataclass(frozen=True)
 class Attribution(Result):
-    """What has a part in a difference of two logits. BOS, on which no SAE was trained, has none."""
+    """The attribution of a logit difference to latents. BOS has no attribution, as no SAE is trained on it."""
 
     model: str
-    tokens: tuple[str, ...]  # As text, up to the one whose next token the logits are of: others do nothing.
-    ids: tuple[int, ...]  # With BOS.
+    tokens: tuple[str, ...]  # As text, after BOS, up to the token whose next-token logits are used.
+    ids: tuple[int, ...]  # Including BOS.
     answer: tuple[int, str]
     against: tuple[int, str] | None  # None: the mean of all logits.
-    metric: float  # The logit of `answer` less that of `against`.
-    parts: Mapping[str, Parts]  # by SAE
-    integral: Integral | None = None  # Of integrated gradients.
+    metric: float  # The logit of `answer` minus that of `against`.
+    parts: Mapping[str, Parts]  # By SAE.
+    integral: Integral | None = None  # Only for integrated gradients.
 
     @property
     def question(self) -> str:
-        """What was asked."""
-        against = "the mean of all" if self.against is None else f"that of {self.against[1]!r}"
-        return f"the logit of {self.answer[1]!r} less {against} behind {''.join(self.tokens[-8:])!r}"
+        """A description of the logit difference."""
+        against = "the mean logit" if self.against is None else f"that of {self.against[1]!r}"
+        return f"logit of {self.answer[1]!r} minus {against}, after {''.join(self.tokens[-8:])!r}"
 
     def strongest(self, top: int = 20) -> list[tuple[str, int, int, float, float]]:
-        """The firings with the largest parts, of either sign: SAE, latent, token, activation, part."""
+        """The largest attributions of either sign, as (SAE, latent, token, activation, attribution)."""
         found = [
             (name, int(parts.latent_N[n]), int(parts.token_N[n]), *map(float, (parts.activation_N[n], part)))
             for name, parts in self.parts.items()
@@ -113,7 +114,7 @@ class Attribution(Result):
         return sorted(found, key=lambda row: -abs(row[-1]))[:top]
 
     def sums(self) -> dict[str, dict[str, float]]:
-        """By SAE, over all tokens: of latents, the error, b_dec, a skip connection if any has one, and of all."""
+        """Attributions summed over tokens, by SAE: latents, error, b_dec, skip (if any SAE has one), and all."""
         columns = {
             "latents": "latents_L",
             "error": "error_L",
@@ -129,9 +130,9 @@ class Attribution(Result):
         }
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each part: of latents that fire (`kind` latent), of the error, of b_dec and of a skip connection.
+        """One row per attribution (`part`). `kind` is latent (where it fires), error, b_dec or skip.
 
-        Tokens are numbered from 1 as they stand behind BOS. What is no latent has none, and no activation.
+        Positions count from 1, the first token after BOS. Only rows of kind latent have a latent and an activation.
         """
         for name, parts in self.parts.items():
             tokens = np.arange(len(parts.total_L))
@@ -157,15 +158,19 @@ class Attribution(Result):
                 )
 
     def show(self, top: int = 20) -> None:
-        """Prints the strongest latents, and what each SAE's parts add up to."""
+        """Prints the largest attributions, and their sums for each SAE."""
         tables.show(f"{self.question}: {self.metric:.3f}")
         if self.integral:
-            told = f"baseline {self.integral.baseline:.3f}; {self.integral.nodes} nodes leave a gap of "
-            tables.show(f"{told}{self.integral.gap:.2g}")
+            tables.show(
+                f"logit difference at the start of the path: {self.integral.baseline:.3f}; sum of attributions minus "
+                f"gain: {self.integral.gap:.2g}, with {self.integral.nodes} nodes"
+            )
         are_several = len(self.parts) > 1
-        title = f"strongest {top}" if are_several else f"strongest {top} of {next(iter(self.parts))}"
+        title = (
+            f"{top} largest attributions{'' if are_several else f' of {next(iter(self.parts))}'}, in logits"
+        )
         table = tables.Table(title=title)
-        for heading in (*["SAE"] * are_several, "latent", "token", "activation", "part"):
+        for heading in (*["SAE"] * are_several, "latent", "token", "activation", "attribution"):
             table.add_column(
                 heading, justify="left" if heading in ("SAE", "token") else "right", overflow="fold"
             )
@@ -179,7 +184,7 @@ class Attribution(Result):
             )
             table.add_row(*shown)
         tables.show(table)
-        table = tables.Table(title="in all")
+        table = tables.Table(title="sum over tokens, in logits")
         table.add_column("SAE", overflow="fold")
         sums_of = self.sums()
         for heading in next(iter(sums_of.values())):
@@ -191,10 +196,16 @@ class Attribution(Result):
     def write_html(
         self, path: str | pathlib.Path, top: int = 20, pngs: Mapping[str, bytes] | None = None
     ) -> None:
-        """Writes a page that needs no network: maps of parts, a token's latents by a click, PNGs by their titles."""
+        """Writes a self-contained HTML page with maps of the attributions; a click on a token lists its latents.
+
+        Args:
+          path: the file to write.
+          top: how many attributions are listed.
+          pngs: further pictures for the page, by title.
+        """
         maps = {
             title: {name: getattr(parts, column).tolist() for name, parts in self.parts.items()}
-            for title, column in (("latents", "latents_L"), ("errors", "error_L"))
+            for title, column in (("all latents together", "latents_L"), ("reconstruction error", "error_L"))
         }
         html.render(
             pathlib.Path(path),
@@ -211,7 +222,7 @@ class Attribution(Result):
         )
 
     def figure(self) -> matplotlib.figure.Figure:
-        """Two maps, of latents and of errors: SAEs down, tokens across, the sum of parts as colour."""
+        """Two maps of attributions, of all latents together and of the error: SAEs down, tokens across."""
         names, length = list(self.parts), len(self.tokens)
         width = min(max(0.32 * length, 3), 14) + 0.05 * min(max(map(len, names)), plotting.LABEL) + 0.6
         figure, axes = plotting.new_figure(1, 2, width, 0.24 * len(names) + 1.8, sharey=True)
@@ -220,12 +231,16 @@ class Attribution(Result):
             for column in ("latents_L", "error_L")
         ]
         largest = max(max(np.abs(values).max() for values in maps), 1e-30)
-        for axis, title, values in zip(axes[0], ("latents", "error"), maps, strict=True):
+        for axis, title, values in zip(
+            axes[0], ("all latents together", "reconstruction error"), maps, strict=True
+        ):
             image = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
             axis.set_title(title, fontsize=10)
             plotting.label_tokens(axis, self.tokens)
         plotting.label_rows(axes[0, 0], names)
-        figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01).set_label("part, logits", fontsize=8)
+        figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01).set_label(
+            "attribution, logits", fontsize=8
+        )
         figure.suptitle(plottable(f"{self.question}: {self.metric:.3f}", 200), fontsize=10)
         return figure
 
@@ -233,7 +248,7 @@ class Attribution(Result):
 def read_metric(
     gemma: Gemma, final_SxLxD: jax.Array, metric: Metric
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The difference [S] of logits, from the stream behind the last block, and the tokens [S] that it is of."""
+    """The logit difference [S] from the output of the last block, and the ids [S] of its two tokens."""
     rows_S = jnp.arange(len(final_SxLxD))
     logits_SxV = predictions.logits(gemma, final_SxLxD[:, metric.last])
     tokens_1xV = jnp.arange(logits_SxV.shape[1])[None]
@@ -248,11 +263,13 @@ def read_metric(
 
 
 class Pass(NamedTuple):
+    """Results of one forward and backward pass."""
+
     metric_S: jax.Array
     answer_S: jax.Array
     against_S: jax.Array
-    values: dict[Site, jax.Array]  # [S, L, D] of the sites read, before anything was added
-    gradients: dict[Site, jax.Array]  # [S, L, O], float32, by site that something was added to
+    values: dict[Site, jax.Array]  # [S, L, D], by site that is read, before any addition
+    gradients: dict[Site, jax.Array]  # [S, L, O], float32, by site with an addition
 
 
 @functools.partial(jax.jit, static_argnames="read")
@@ -263,10 +280,10 @@ def _gradients(
     added: Mapping[Site, jax.Array],
     read: tuple[Site, ...],
 ) -> Pass:
-    """One pass forwards and one back, for the gradient of each row's metric by what is added [S, L, O] at sites."""
+    """One forward and one backward pass: the gradient of each row's metric with respect to `added` [S, L, O]."""
 
-    # Each block is computed again on the way back, as in `passes.importance`: what it needs inside lies on a
-    # chip for one block at a time.
+    # The backward pass recomputes each block, as in `passes.importance`, so that a device holds the intermediate
+    # values of only one block.
     @functools.partial(jax.checkpoint, static_argnums=0)
     def block(layer: int, x_SxLxD: jax.Array, added: Mapping[Site, jax.Array]) -> tuple:
         def add(more_SxLxO: jax.Array, y_SxLxO: jax.Array) -> jax.Array:
@@ -304,7 +321,7 @@ def _first(mesh: jax.sharding.Mesh, rows: tuple[jax.Array, ...]) -> tuple[jax.Ar
 def _divided(
     mesh: jax.sharding.Mesh, subject: jumprelu.SAE, x_CxD: jax.Array, y_CxO: jax.Array, g_CxO: jax.Array
 ) -> dict[str, jax.Array]:
-    """Activations and parts on some tokens."""
+    """Activations and attributions of one SAE at C tokens."""
     highest = jax.lax.Precision.HIGHEST
     f_CxM = jumprelu.encode(subject, x_CxD)
     skip_CxO = jnp.zeros_like(y_CxO)
@@ -321,21 +338,21 @@ def _divided(
     return sharding.constrain(mesh, found, sharding.REPLICATED)
 
 
-# So many activations are on the host at a time, fired or not.
+# How many activations, zero or not, the host holds at a time.
 _DENSE = 2**24
 
 
 def parts_of(
     scope: Scope, name: str, values: Mapping[Site, jax.Array], g_SxLxO: jax.Array, length: int
 ) -> Parts:
-    """Those of one SAE on the `length` tokens behind BOS of the first row."""
+    """The attributions of one SAE at the first `length` tokens after BOS of row 0."""
     subject = scope.subjects[name]
     width = len(subject.sae.b_enc)
     rows = distributed.fetch(
         _first(scope.gemma.mesh, (values[subject.site], values[subject.spliced], g_SxLxO))
     )
     rows = [row_LxD[1 : 1 + length] for row_LxD in rows]
-    # Of one shape, so that they are compiled once.
+    # All chunks have one shape, so that there is one compilation.
     chunk = min(max(_DENSE // width, 1), -(-length // 16) * 16)
     fired, rest = [], []
     for start in range(0, length, chunk):
@@ -354,17 +371,18 @@ def parts_of(
 def attribute(
     scope: Scope, prompt: str, answer: str | None = None, against: str | None = None, token: int = -1
 ) -> Attribution:
-    """What has a part in a difference of two logits, by every SAE of a scope: gradient times activation.
+    """Attributes a logit difference to the latents of every SAE in a scope: activation times gradient.
 
     Args:
       scope: the model and SAEs.
       prompt: the text.
-      answer: the token whose logit it is; None: the likeliest.
-      against: the token whose logit is taken off, or "mean", of all; None: the likeliest but for the answer.
-      token: behind which of the prompt's tokens; below 0 from its end on.
+      answer: the token whose logit is attributed; None: the likeliest next token.
+      against: the token whose logit is subtracted, or "mean" for the mean of all logits; None: the likeliest token
+        other than the answer.
+      token: the index of the prompt token whose next-token logits are used; a negative index counts from the end.
 
     Raises:
-      ValueError: there is no such token, or an answer is none or several.
+      ValueError: if there is no token at the index, or `answer` or `against` is not exactly one token.
     """
     ids, chosen = ask(scope, prompt, answer, against, token)
     placed = scope_lib.place_copies(scope, ids, 1)
@@ -380,13 +398,13 @@ def attribute(
 def differentiate(
     scope: Scope, tokens_SxL: jax.Array, metric: Metric, added: Mapping[Site, jax.Array]
 ) -> Pass:
-    """One pass forwards and one back, with the sites read that SAEs of those in `added` read and give."""
+    """One forward and one backward pass that reads the sites of all SAEs whose output site is in `added`."""
     read = {site for s in scope.subjects.values() if s.spliced in added for site in (s.site, s.spliced)}
     return _gradients(scope.gemma, tokens_SxL, metric, added, tuple(sorted(read)))
 
 
 def zeros(scope: Scope, tokens_SxL: jax.Array, sites: Sequence[Site]) -> dict[Site, jax.Array]:
-    """What adds nothing to rows of these tokens, at sites."""
+    """Zeros [S, L, O] to add at each of the sites."""
     device = jax.NamedSharding(scope.gemma.mesh, sharding.TOKENS)
     widths = {site: site_width(scope.gemma.module, site) for site in sites}
     return {
@@ -398,10 +416,10 @@ def zeros(scope: Scope, tokens_SxL: jax.Array, sites: Sequence[Site]) -> dict[Si
 def ask(
     scope: Scope, prompt: str, answer: str | None, against: str | None, token: int
 ) -> tuple[list[int], tuple[int, int]]:
-    """The prompt's ids up to the token, with BOS, and the ids of the two answers or what stands for them."""
+    """The prompt's token ids up to `token`, with BOS, and the ids of the two answers (or `LIKELIEST`, `MEAN`)."""
     ids = scope_lib.prompt(scope, prompt)[1:]
     if not -len(ids) <= token < len(ids):
-        raise InputError(f"there is no token {token}; the prompt has {len(ids)}, counted from 0")
+        raise InputError(f"there is no token {token}; the prompt has {len(ids)} tokens, counted from 0")
     chosen_answer = LIKELIEST if answer is None else scope_lib.one_token(scope, answer)
     if against == "mean":
         chosen_against = MEAN
@@ -409,13 +427,13 @@ def ask(
         chosen_against = LIKELIEST if against is None else scope_lib.one_token(scope, against)
     if chosen_answer == chosen_against >= 0:
         raise InputError(
-            f"answer and against are both {quoted(answer)}; give two tokens, or leave one of them out"
+            f"answer and against are both {quoted(answer)}; give two different tokens, or leave out one"
         )
     return [masking.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)
 
 
 def metric_behind(ids: Sequence[int], answer: int, against: int) -> Metric:
-    """Behind the last of these tokens."""
+    """The logit difference after the last of these tokens."""
     return Metric(*map(np.int32, (len(ids) - 1, answer, against)))
 
 
@@ -426,7 +444,7 @@ def tell(
     parts: Mapping[str, Parts],
     integral: Integral | None = None,
 ) -> Attribution:
-    """What is said of the first row of a pass."""
+    """The attribution from row 0 of a pass."""
     text = scope.tokenizer.decode
     metric, answer, against = (
         value[0].item() for value in distributed.fetch((passed.metric_S, passed.answer_S, passed.against_S))

@@ -1,6 +1,6 @@
-"""Integrated gradients: what latents have a part in, as they grow from nothing to what they are.
+"""Integrated gradients: attributions from the mean gradient on a path from zero latents to their values.
 
-Shapes: S rows, which are points of the path, L tokens, N of the points, D and O widths of the sites read and given.
+Shapes: S rows, each a point of the path, L tokens, N points, D and O widths of an SAE's input and output sites.
 """
 
 import functools
@@ -30,27 +30,28 @@ def integrate(
     most_nodes: int = 64,
     rows_per_batch: int = 8,
 ) -> Attribution:
-    """Integrated gradients by one SAE, on a path where its latents and error grow from nothing to what they are.
+    """Integrated gradients for one SAE, on a path that scales its latents and error from 0 to their values.
 
-    Where the path begins the site is b_dec, and what a skip connection passes, at all tokens. The parts add up to
-    what the difference of logits gains on the path. Gauss and Legendre's nodes are doubled until they do.
+    At the start of the path the site's activation is b_dec plus the skip connection's output, at all tokens. The
+    attributions of latents and error sum to the gain: the change of the logit difference along the path. The number
+    of Gauss-Legendre nodes is doubled until the sum is within `tolerance`.
 
     Args:
       scope: the model and SAEs.
-      prompt: see `attribute`, also for the next three.
-      name: of the SAE.
-      answer: see above.
-      against: see above.
-      token: see above.
-      tolerance: the gap that may be left, as a share of the gain.
-      most_nodes: beyond which nodes are not doubled; the result says what gap is left.
-      rows_per_batch: nodes that are run together.
+      prompt: the text.
+      name: the name of the SAE.
+      answer: the token whose logit is attributed, as in `attribute`.
+      against: the token whose logit is subtracted, as in `attribute`.
+      token: the index of the token whose next-token logits are used, as in `attribute`.
+      tolerance: the largest gap between sum and gain, as a fraction of the gain.
+      most_nodes: the largest number of nodes; the result contains the gap that remains.
+      rows_per_batch: how many nodes run in one batch.
 
     Raises:
-      ValueError: see `attribute`; or there is no such SAE.
+      ValueError: if there is no such SAE, or as `attribute` raises it.
     """
     if name not in scope.subjects:
-        raise InputError(f"there is no SAE {quoted(name)}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {quoted(name)}; choose from {', '.join(scope.subjects)}")
     ids, chosen = gradients.ask(scope, prompt, answer, against, token)
     site = scope.subjects[name].spliced
     placed = scope_lib.place_copies(scope, ids, rows_per_batch)
@@ -64,7 +65,7 @@ def integrate(
     fixed = gradients.metric_behind(ids, int(whole.answer_S[0]), int(whole.against_S[0]))
 
     def mean(alphas: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, jax.Array]:
-        """The metric [N] at points of the path, and the gradient [L, O] in shares of each."""
+        """The metric [N] at points of the path, and their weighted sum of gradients [L, O]."""
         metrics, gradient = [], 0.0
         for start in range(0, len(alphas), rows):
             alpha_S, share_S = np.ones(rows, np.float32), np.zeros(rows, np.float32)
@@ -81,10 +82,10 @@ def integrate(
     while True:
         nodes *= 2
         x, weight = np.polynomial.legendre.leggauss(nodes)
-        # The path's beginning goes with the nodes, without a share.
+        # The start of the path runs with the nodes, at weight 0.
         metrics, g_LxO = mean(np.append(0, (x + 1) / 2), np.append(0, weight / 2))
         parts = gradients.parts_of(scope, name, whole.values, g_LxO[None], len(ids) - 1)
-        # What does not change on the path has no part.
+        # b_dec and the skip connection are constant on the path, so their attribution is 0.
         none_L = np.zeros_like(parts.bias_L)
         total_L = parts.total_L - parts.bias_L - parts.skip_L
         parts = parts._replace(bias_L=none_L, skip_L=none_L, total_L=total_L)
@@ -104,7 +105,7 @@ def _from_whole(
     alpha_S: jax.Array,
     length: jax.Array,
 ) -> jax.Array:
-    """What leads from y [S, L, O] to where latents and error are α times what they are, behind BOS."""
+    """The change [S, L, O] to y that scales latents and error by α, at the tokens after BOS."""
     base_SxLxO = jnp.broadcast_to(subject.b_dec[None, None], y_SxLxO.shape)
     if subject.W_skip is not None:
         x_SxLxD = x_SxLxD.astype(jnp.float32)
@@ -117,5 +118,5 @@ def _from_whole(
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _shared(mesh: jax.sharding.Mesh, share_S: jax.Array, g_SxLxO: jax.Array) -> jax.Array:
-    """The sum over rows, each by its share."""
+    """The weighted sum over rows."""
     return sharding.constrain(mesh, (share_S[:, None, None] * g_SxLxO).sum(0), sharding.REPLICATED)

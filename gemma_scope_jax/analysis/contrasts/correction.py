@@ -1,9 +1,9 @@
-"""What a model makes of one set of prompts and not of another, and what is left of it without the latents between.
+"""Corrects a behaviour that differs between two sets of prompts, by ablating the latents that separate the sets.
 
-The latents that tell the sets apart are ablated, exactly those, and as many others that fire as strongly, drawn at
-random: what any such damage does. Latents are chosen on other prompts than those that are measured.
+As a control, random sets of the same number of latents with similar strength are ablated. Latents are chosen on other
+prompts than those that the behaviour is measured on.
 
-Shapes: A prompts of the first set and B of the second, N in all, S rows in one pass, L tokens, K latents of an SAE.
+Shapes: A prompts of the first set and B of the second, N in total, S rows in one pass, L tokens, K latents of an SAE.
 """
 
 import dataclasses
@@ -30,53 +30,53 @@ from gemma_scope_jax.runtime import distributed, files, ranges, reporting, shard
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable
 
-NEAREST = 10  # A random latent is one of so many that are nearest in strength to the one it stands for.
-DAMAGE_SETS = 5  # Of so many random sets the delta loss is measured, too.
+NEAREST = 10  # A random latent is sampled from this many latents nearest in strength to a found one.
+DAMAGE_SETS = 5  # How many random sets have their delta loss measured.
 
 Write = Mapping[Site, jax.tree_util.Partial]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a model does with some latents ablated, or with none."""
+    """The behaviour of the model with a set of latents ablated; the set can be empty."""
 
-    first_A: np.ndarray  # behaviour at the end of each prompt; see `behaviour`
+    first_A: np.ndarray  # the logit difference after each prompt; see `behaviour`
     second_B: np.ndarray
-    activation: float  # of the latents ablated, summed: what each has in the mean over the tokens of a prompt
-    delta_loss: float | None = None  # on held-out text; None: not measured
+    activation: float  # mean activation over tokens and prompts, summed over the ablated latents
+    delta_loss: float | None = None  # on held-out text, in nats; None: not measured
     delta_loss_se: float | None = None
 
     @property
     def gap(self) -> float:
-        """The mean over the first set less that over the second."""
+        """The mean over the first set minus the mean over the second."""
         return float(self.first_A.mean() - self.second_B.mean())
 
 
 @dataclasses.dataclass(frozen=True)
 class Correction(Result):
-    """What ablating the latents that tell two sets apart makes of a behaviour."""
+    """The effect on a behaviour of ablating the latents that separate two sets of prompts."""
 
     answer: str
     against: str
     is_paired: bool
-    latents: tuple[tuple[str, int], ...]  # that are ablated: the SAE, and which of its latents
+    latents: tuple[tuple[str, int], ...]  # the ablated latents, as (SAE, latent)
     clean: Outcome
     ablated: Outcome
-    random: tuple[Outcome, ...]  # of as many latents of the same SAEs
+    random: tuple[Outcome, ...]  # with random sets of the same number of latents of the same SAEs
 
     @property
     def change(self) -> float:
-        """Of the gap, by the ablation."""
+        """The change of the gap by the ablation."""
         return self.ablated.gap - self.clean.gap
 
     @property
     def gap_se(self) -> float:
-        """The standard error, over prompts, of the gap without ablation."""
+        """The standard error of the gap without ablation, over prompts."""
         return self._se(self.clean.first_A, self.clean.second_B)
 
     @property
     def change_se(self) -> float:
-        """That of the change, of each prompt's own."""
+        """The standard error of the change of the gap, from the change at each prompt."""
         return self._se(
             self.ablated.first_A - self.clean.first_A, self.ablated.second_B - self.clean.second_B
         )
@@ -88,31 +88,31 @@ class Correction(Result):
         return float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
 
     def narrowed(self, outcome: Outcome) -> float:
-        """By how much the gap is smaller in size than without ablation; below 0 where it is larger."""
+        """How much smaller the absolute gap is than without ablation; negative if it is larger."""
         return abs(self.clean.gap) - abs(outcome.gap)
 
     @property
     def as_good(self) -> int:
-        """How many random sets narrow the gap by as much."""
+        """How many random sets narrow the gap at least as much as the found latents."""
         return sum(self.narrowed(one) >= self.narrowed(self.ablated) for one in self.random)
 
     @property
     def strength(self) -> float:
-        """How strongly the latents of random sets fire, of how strongly those ablated do."""
+        """The summed activation of a random set, on average, relative to that of the found latents."""
         return float(np.mean([one.activation for one in self.random])) / (self.ablated.activation or 1.0)
 
     def about(self) -> str:
-        """What came out, in three sentences."""
+        """A summary in three sentences."""
         share = self.ablated.gap / self.clean.gap if self.clean.gap else float("nan")
         p = (1 + self.as_good) / (1 + len(self.random))
         return (
-            f"Without {counted(len(self.latents))} the gap is {self.ablated.gap:.3f} instead of "
-            f"{self.clean.gap:.3f}, {share:.0%} of it. {self.as_good} of {len(self.random)} random sets narrow it by "
-            f"as much (p = {p:.2g}). They fire {self.strength:.0%} as strongly."
+            f"Ablating {counted(len(self.latents))} changes the gap from {self.clean.gap:.3f} to "
+            f"{self.ablated.gap:.3f}, {share:.0%} of it. {self.as_good} of {len(self.random)} random sets narrow it "
+            f"at least as much (p = {p:.2g}). Random sets fire {self.strength:.0%} as strongly."
         )
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each outcome: of Gemma as it is, with the latents ablated, and with random ones."""
+        """One row per outcome: without ablation, with the found latents ablated, and with each random set ablated."""
         for kind, outcomes in (
             ("clean", (self.clean,)),
             ("ablated", (self.ablated,)),
@@ -128,10 +128,10 @@ class Correction(Result):
                 }
 
     def show(self) -> None:
-        """Prints the behaviour of both sets without ablation, with it, and with random sets ablated."""
+        """Prints the behaviour of both sets without ablation, with the found latents and with random sets ablated."""
         changes = [one.gap - self.clean.gap for one in self.random]
         random = f"{np.mean(changes):+.3f}, {min(changes):+.3f} to {max(changes):+.3f}"
-        title = f"logit of {self.answer!r} less that of {self.against!r}"
+        title = f"logit of {self.answer!r} minus that of {self.against!r}, mean over prompts"
         table = tables.Table(title=title)
         table.add_column("ablated")
         for heading in ("first", "second", "gap", "change of the gap", "activation", "delta loss, nats"):
@@ -156,26 +156,26 @@ class Correction(Result):
         print(self.about(), flush=True)
 
     def figure(self) -> matplotlib.figure.Figure:
-        """The gap with each set of latents ablated, and without; random sets in no order."""
+        """The gap without ablation, with the found latents ablated and with each random set ablated."""
         figure, ((axis,),) = plotting.new_figure(1, 1, 6, 2.2)
         gaps = [one.gap for one in self.random]
         axis.scatter(gaps, np.zeros(len(gaps)), s=24, color="#9aa0a6", alpha=0.7, label="random sets ablated")
         for y, gap, error, color, label in (
             (0, self.clean.gap, None, "#202124", "nothing ablated"),
-            (1, self.ablated.gap, self.change_se, "#1a73e8", f"{counted(len(self.latents))} found ablated"),
+            (1, self.ablated.gap, self.change_se, "#1a73e8", f"{counted(len(self.latents))} found, ablated"),
         ):
             axis.axvline(gap, color=color, lw=0.8, ls=":")
-            # The error is of the change, which prompts share most of.
+            # The error of the change, which varies less between prompts than the gap.
             axis.errorbar([gap], [y], xerr=error, fmt="o", color=color, capsize=3, label=label)
         axis.axvline(0, color="#dadce0", lw=0.8)
         axis.set_ylim(-0.6, 1.6)
         axis.set_yticks([])
-        axis.set_xlabel(plottable(f"gap in the logit of {self.answer!r} less that of {self.against!r}", 200))
+        axis.set_xlabel(plottable(f"gap in the logit of {self.answer!r} minus that of {self.against!r}", 200))
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         return figure
 
     def write_json(self, path: str | pathlib.Path) -> None:
-        """Writes all that was measured, prompt by prompt."""
+        """Writes all measurements, with one value per prompt."""
 
         def outcome(one: Outcome) -> dict:
             values = {
@@ -204,7 +204,7 @@ class Correction(Result):
 
 
 def _finite(value: object) -> object:
-    """None in the place of a number that JSON has not."""
+    """Returns None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -213,7 +213,7 @@ def _behaviours(some: Sequence[Outcome]) -> tuple[list[np.ndarray], list[np.ndar
 
 
 def _shown_loss(some: Sequence[Outcome]) -> str:
-    """The delta loss with its standard error, of several their mean; of those that it was measured of."""
+    """The delta loss with its standard error, or the mean over several outcomes with a measured delta loss."""
     measured = [one.delta_loss for one in some if one.delta_loss is not None]
     if not measured:
         return ""
@@ -224,17 +224,17 @@ def _shown_loss(some: Sequence[Outcome]) -> str:
 def behaviour(
     scope: Scope, prompts: Sequence[str], answer: str, against: str, write: Write | None = None
 ) -> np.ndarray:
-    """The logit of one token less that of another, [N], behind each prompt.
+    """The logit of one token minus that of another after each prompt, [N].
 
     Args:
-      scope: of the model.
-      prompts: texts.
-      answer: the token, as text, such as `" she"` with its space.
-      against: the other.
-      write: sites written on the way, as `edits.writes` makes them.
+      scope: the model.
+      prompts: the texts.
+      answer: a text of one token, such as `" she"` with its space.
+      against: the token whose logit is subtracted, as text.
+      write: interventions on sites, as returned by `edits.writes`.
 
     Raises:
-      ValueError: `answer` or `against` is not one token, or a prompt is empty.
+      ValueError: if `answer` or `against` is not one token, or a prompt is empty.
     """
     tokens = scope_lib.one_token(scope, answer), scope_lib.one_token(scope, against)
     return _behaviour(scope, rows_of(scope, prompts), tokens, write or {})
@@ -248,7 +248,7 @@ def _at_end(
     answer: jax.Array,
     against: jax.Array,
 ) -> jax.Array:
-    """The difference of the two tokens' logits [S] behind each row's last token."""
+    """The logit difference [S] after the last token of each row."""
     last_Sx1x1 = last_token(tokens_SxL)[:, None, None]
     x_SxD = jnp.take_along_axis(final_SxLxD, last_Sx1x1, axis=1)[:, 0]
     logits_SxV = predictions.logits(gemma.whole(), x_SxD)
@@ -282,25 +282,25 @@ def correct(
 ) -> Correction:
     """Ablates the latents that a contrast found, at all tokens, and measures the gap between the sets.
 
-    What SAEs leave out of activations stays as it is; see `edits`. All sets of latents run through one program.
+    The reconstruction error of the SAEs is kept; see `edits`. All sets of latents share one compiled program.
 
     Args:
-      scope: that the contrast is of.
-      found: which latents.
-      answer: the token whose logit is the behaviour.
-      against: the token whose logit is taken off it; see `behaviour`.
-      first: prompts like the contrast's first, but none of them.
-      second: likewise.
-      top: only so many latents, the strongest; None: all.
-      random_sets: so many sets of as many latents of the same SAEs that fire on the contrast's prompts. Each stands
-        for one of those ablated, and is one of the `NEAREST` by mean activation times length of decoder direction.
-      seed: of the draws.
-      rows: of held-out text, on which the delta loss is measured, of random sets' that of the first `DAMAGE_SETS`; at
-        most all; 0: it is not measured.
+      scope: the scope that the contrast was made with.
+      found: the contrast.
+      answer: the token whose logit is the behaviour, as text.
+      against: the token whose logit is subtracted, as text.
+      first: prompts like the first set of the contrast, but not the same ones.
+      second: prompts like the second set of the contrast, but not the same ones.
+      top: how many latents to ablate, strongest first; None: all found.
+      random_sets: the number of random sets. A set has one latent for each ablated one, sampled from the `NEAREST`
+        by mean activation times decoder norm, among latents of the same SAE that fire but were not found.
+      seed: the seed for sampling.
+      rows: the number of held-out rows for the delta loss, which is also measured for the first `DAMAGE_SETS` random
+        sets; if there are fewer rows, all; 0: the delta loss is not measured.
 
     Raises:
-      ValueError: there are no latents or no prompts, prompts are among those that latents were chosen on, too few
-        other latents fire, `answer` or `against` is not one token, or the scope is another.
+      ValueError: if there are no latents or no prompts, a prompt was used to choose latents, too few other latents
+        fire, `answer` or `against` is not one token, or the scope does not have the SAEs of the contrast.
     """
     tokens = scope_lib.one_token(scope, answer), scope_lib.one_token(scope, against)
     _check(scope, found, first, second, top, random_sets, rows)
@@ -315,7 +315,7 @@ def correct(
     tokens_NxL = rows_of(scope, [*first, *second])
     text = _held_out(scope, rows) if rows else None
 
-    # In text, not where a chat template has what no SAE was trained on; prompts have no template.
+    # Held-out text is not edited at a chat template's tokens, as no SAE is trained on them. Prompts have no template.
     prefix = masking.masked_prefix(scope.config.data)
     clean_loss = None if text is None else _losses(scope, text, _write(scope, chosen, 1, prefix))
     clean_N = _behaviour(scope, tokens_NxL, tokens, _write(scope, chosen, 1))
@@ -352,20 +352,27 @@ def _check(
     for name, latent in found.found():
         scope.check_latent(name, latent)
     if not found.found():
-        raise InputError(f"there is no latent to ablate: none was found at a rate of {found.rate:g}")
+        raise InputError(
+            f"there is no latent to ablate; the contrast found no latent at a rate of {found.rate:g}"
+        )
     if not first or not second:
-        raise InputError(f"there are {len(first)} and {len(second)} prompts to measure; give some of each")
+        raise InputError(
+            f"there are {len(first)} and {len(second)} prompts to measure; give at least one of each set"
+        )
     if found.is_paired and len(first) != len(second):
-        raise InputError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
-    # Those are apart by choice.
+        raise InputError(
+            f"paired sets must have the same size; these have {len(first)} and {len(second)} prompts"
+        )
+    # On the prompts of the contrast, the latents separate the sets by selection.
     if chosen_on := {*first, *second} & {*found.first, *found.second}:
         raise InputError(
-            f"latents were chosen on the prompt {min(chosen_on)!r}; measure others, such as the other of two `halves`"
+            f"latents were chosen on the prompt {min(chosen_on)!r}; measure on other prompts, "
+            "such as the other half from `halves`"
         )
 
 
 def _strength(scope: Scope, found: Contrast, name: str) -> np.ndarray:
-    """The mean length [M] of what each latent adds to an activation."""
+    """The mean activation of each latent times its decoder norm, [M]."""
     norm_M = np.linalg.norm(np.asarray(scope.subjects[name].sae.W_dec), axis=1).astype(np.float64)
     return found.of[name].activation_M * norm_M
 
@@ -378,12 +385,12 @@ def _alike(
     count: int,
     rng: np.random.Generator,
 ) -> list[list[int]]:
-    """Sets of as many latents that fire but were not found, each about as strong as the one that it stands for."""
+    """Random sets of latents that fire but were not found, each latent about as strong as the one it replaces."""
     others = np.setdiff1d(np.flatnonzero(strength_M > 0), found.latents(name))
     if len(others) < len(latents_K):
         raise InputError(
-            f"only {len(others)} other latents of {name} fire on these prompts, too few for random sets of as many "
-            f"as the {len(latents_K)} that are ablated; set top to {len(others)} or less"
+            f"only {len(others)} other latents of {name} fire on these prompts, too few for random sets of "
+            f"{counted(len(latents_K))}; set top to {len(others)} or less"
         )
     sets = []
     for _ in range(count):
@@ -399,7 +406,7 @@ def _alike(
 
 
 def _write(scope: Scope, latents: Mapping[str, Sequence[int]], scale: float, first: int = 0) -> Write:
-    """The latents so many times as strong from a token on: ablated by 0, as they are by 1."""
+    """Interventions that scale latents from token `first` on; scale 0 ablates them, scale 1 keeps them."""
     made = {}
     for name, of in latents.items():
         every_1xK, tokens = np.ones((1, len(of))), [edits.from_token(first)] * len(of)
@@ -418,7 +425,7 @@ def _held_out(scope: Scope, rows: int) -> list[batching.PlacedRows]:
 
 
 def _losses(scope: Scope, text: Sequence[batching.PlacedRows], write: Write) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row the sum of its predictions' losses, and how many there are."""
+    """The summed loss of each row's scored predictions, and their number."""
     sums = []
     for rows in text:
         final_SxLxD, _ = passes.written(scope.gemma, rows.tokens_SxL, write)

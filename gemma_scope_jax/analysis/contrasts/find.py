@@ -1,7 +1,7 @@
-"""Two sets of prompts in, the latents that tell them apart out.
+"""Contrasts two sets of prompts: finds the latents whose activations separate them.
 
-Latents are found by tests whose false discoveries are held to a rate, however many latents are tested. That is a rate
-of latents, and says nothing of what they mean; and it takes prompts for independent of each other.
+The tests control the false discovery rate over all tested latents. This is a rate of latents; it does not say what a
+latent means. The tests assume that prompts are independent of each other.
 
 Shapes: N prompts, A of the first set and B of the second, S rows in one pass, L tokens, M latents.
 """
@@ -29,7 +29,7 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 from gemma_scope_jax.saes import jumprelu
 
-# What stands for a prompt: a latent's mean or largest activation over its tokens, or that on its last.
+# The value of a latent for a prompt: its mean or largest activation over the tokens, or that at the last token.
 At = Literal["mean", "max", "last"]
 AT = ("mean", "max", "last")
 
@@ -37,26 +37,26 @@ MOST_SHUFFLES = 1_000_000
 
 
 class Latents(NamedTuple):
-    """One SAE's, each [M]. Those that fire in no prompt are not tested: AUROC, p and q are nan."""
+    """Results of one SAE, each [M]. Latents that fire in no prompt are not tested; their AUROC, p and q are NaN."""
 
-    auroc_M: np.ndarray  # above ½ where the first set has the larger values
+    auroc_M: np.ndarray  # above ½ if the first set has larger values
     p_M: np.ndarray
-    q_M: np.ndarray  # the lowest rate at which a latent is found, of all SAEs' latents together
-    first_M: np.ndarray  # means over the set's prompts
+    q_M: np.ndarray  # the lowest false discovery rate, over all SAEs' latents, at which a latent is found
+    first_M: np.ndarray  # mean over the set's prompts
     second_M: np.ndarray
-    fires_first_M: np.ndarray  # share of the set's prompts
+    fires_first_M: np.ndarray  # fraction of the set's prompts
     fires_second_M: np.ndarray
-    activation_M: np.ndarray  # the mean over tokens, whatever stands for a prompt, and over all prompts
+    activation_M: np.ndarray  # mean over tokens and then over all prompts, whatever `at` is
 
     @property
     def is_tested_M(self) -> np.ndarray:
-        """Which fire in any prompt."""
+        """Whether each latent fires in any prompt."""
         return ~np.isnan(self.p_M)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast(Result):
-    """How latents tell two sets of prompts apart."""
+    """The latents that separate two sets of prompts."""
 
     model: str
     first: tuple[str, ...]
@@ -64,30 +64,30 @@ class Contrast(Result):
     at: At
     rate: float
     is_paired: bool
-    smallest_p: float  # that prompts and shuffles allow
+    smallest_p: float  # the smallest p possible with these prompts and shuffles
     of: Mapping[str, Latents]  # by SAE
 
     @property
     def size(self) -> str:
-        """What says how far apart the sets are: of pairs the share in which the first's value is larger."""
-        return "pairs won" if self.is_paired else "AUROC"
+        """The name of the effect size: AUROC, or the fraction of pairs whose first value is larger."""
+        return "pairs with larger first" if self.is_paired else "AUROC"
 
     @property
     def tested(self) -> int:
-        """Latents of all SAEs that fire in any prompt."""
+        """The number of latents, over all SAEs, that fire in any prompt."""
         return sum(int(one.is_tested_M.sum()) for one in self.of.values())
 
     @property
     def silent(self) -> int:
-        """Those that fire in none."""
+        """The number of latents, over all SAEs, that fire in no prompt."""
         return sum(int((~one.is_tested_M).sum()) for one in self.of.values())
 
     def latents(self, name: str) -> list[int]:
-        """Those found of an SAE, strongest first: by how far AUROC is from ½, then by the difference of means."""
+        """The found latents of an SAE, strongest first: by distance of AUROC from ½, then by difference of means."""
         return [latent for of, latent in self.found() if of == name]
 
     def found(self) -> list[tuple[str, int]]:
-        """Those found of all SAEs, with the SAE's name, in the same order."""
+        """The found latents of all SAEs as (SAE, latent), in the same order as `latents`."""
         ranked = []
         for name, one in self.of.items():
             for latent in np.flatnonzero(one.q_M <= self.rate).tolist():
@@ -96,30 +96,31 @@ class Contrast(Result):
         return [(name, latent) for _, _, name, latent in sorted(ranked)]
 
     def about(self) -> str:
-        """In a sentence or two, what was tested and what could have been found."""
+        """A summary: how many latents were tested and found, and what the number of prompts allows."""
         sizes = (
             f"{len(self.first)} pairs"
             if self.is_paired
             else f"{len(self.first)} and {len(self.second)} prompts"
         )
         said = (
-            f"{len(self.found()):,} of {self.tested:,} latents tell {sizes} apart at a false discovery rate of "
-            f"{self.rate:g}; {self.silent:,} fire in none and are left out. The smallest p possible is "
-            f"{self.smallest_p:.2g}."
+            f"{len(self.found()):,} of {self.tested:,} latents separate the sets ({sizes}) at a false discovery rate "
+            f"of {self.rate:g}; {self.silent:,} more fire in no prompt and are not tested. The smallest possible p "
+            f"is {self.smallest_p:.2g}."
         )
         alone = self.rate / max(self.tested, 1)
         if self.smallest_p > alone:
             together = math.ceil(self.smallest_p / alone)
-            said += f" With that, {together} latents have to reach it for any to be found."
+            said += f" At least {together} latents must reach it for any to be found."
             sizes = len(self.first), len(self.second), self.is_paired
-            if 2 / rank_tests.labelings(*sizes) > alone:  # Else it is the shuffles that are too few.
+            # Otherwise more shuffles are needed, not more prompts.
+            if 2 / rank_tests.labelings(*sizes) > alone:
                 needed = rank_tests.prompts_needed(alone, self.is_paired)
-                what = "pairs" if self.is_paired else "prompts of each"
-                said += f" One alone would have to reach {alone:.2g}, which takes {needed} {what}."
+                what = "pairs" if self.is_paired else "prompts in each set"
+                said += f" A latent found alone needs p ≤ {alone:.2g}, which takes {needed} {what}."
         return said
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each latent of each SAE; those that fire in no prompt have no AUROC, p or q."""
+        """One row per latent of each SAE. Latents that fire in no prompt have no AUROC, p or q."""
         for name, one in self.of.items():
             columns = {field.removesuffix("_M"): values for field, values in one._asdict().items()}
             latents = np.arange(len(one.p_M))
@@ -127,14 +128,15 @@ class Contrast(Result):
             yield from records_of({"sae": name, "latent": latents, **columns, "is_found": is_found})
 
     def show(self, top: int = 10) -> None:
-        """Prints the strongest found of each SAE."""
+        """Prints the strongest found latents of each SAE."""
         for name, one in self.of.items():
             latents = self.latents(name)
             if not latents and len(self.of) > 1:
                 continue
             shown = f", {top} shown" if len(latents) > top else ""
             table = tables.Table(title=f"{printable(name)}: {counted(len(latents))} found{shown}")
-            for heading in ("latent", self.size, "q", "first", "second", "in first", "in second"):
+            sets = ("mean in first", "mean in second", "fires in first", "fires in second")
+            for heading in ("latent", self.size, "q", *sets):
                 table.add_column(heading, justify="right")
             for i in latents[:top]:
                 table.add_row(
@@ -145,7 +147,7 @@ class Contrast(Result):
         print(self.about(), flush=True)
 
     def figure(self, label: int = 10) -> matplotlib.figure.Figure:
-        """AUROC against q of every latent that was tested; the strongest found have their numbers."""
+        """q against AUROC of every tested latent; the strongest found latents are labelled."""
         figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
         axis = figure.subplots()
         for one in self.of.values():
@@ -153,7 +155,7 @@ class Contrast(Result):
             for is_shown_M, color in ((one.is_tested_M & ~is_found_M, "#9aa0a6"), (is_found_M, "#1a73e8")):
                 y = -np.log10(one.q_M[is_shown_M])
                 axis.scatter(one.auroc_M[is_shown_M], y, s=12, color=color, alpha=0.5, linewidths=0)
-        # Many have one q and nearly one AUROC: those that lie together have one label.
+        # Many latents have the same q and almost the same AUROC; points close together share one label.
         together: dict[tuple[float, float], list[tuple[str, int]]] = {}
         for name, latent in self.found()[:label]:
             place = self.of[name].auroc_M[latent], -np.log10(self.of[name].q_M[latent])
@@ -170,16 +172,17 @@ class Contrast(Result):
             axis.annotate(lines, (x, y), va="top", **style, **side)
         axis.axhline(-np.log10(self.rate), color="#d93025", lw=0.8)
         axis.set_xlim(-0.08, 1.08)
-        axis.margins(y=0.12)  # Room for the numbers.
-        axis.set_xlabel(f"{self.size}: ← larger in the second set, larger in the first →")
-        axis.set_ylabel("−log₁₀ q")
+        axis.margins(y=0.12)  # Room for the labels.
+        axis.set_xlabel(f"{self.size} (← larger in the second set, larger in the first set →)")
+        axis.set_ylabel("−log₁₀ q (q: false discovery rate)")
         axis.set_title(
-            f"{len(self.found()):,} of {self.tested:,} latents at a rate of {self.rate:g}", fontsize=10
+            f"{len(self.found()):,} of {self.tested:,} latents found at a false discovery rate of {self.rate:g}",
+            fontsize=10,
         )
         return figure
 
     def write_json(self, path: str | pathlib.Path) -> None:
-        """Writes what was tested, and every latent found, strongest first."""
+        """Writes the settings, the counts and every found latent, strongest first."""
         saes = {}
         for name, one in self.of.items():
             fields = {field.removesuffix("_M"): values for field, values in one._asdict().items()}
@@ -199,7 +202,7 @@ class Contrast(Result):
 
 
 def counted(latents: int) -> str:
-    """So many latents, in words."""
+    """The number of latents with its noun, such as '2 latents'."""
     return f"{latents:,} latent{'' if latents == 1 else 's'}"
 
 
@@ -212,25 +215,26 @@ def contrast(
     is_paired: bool = False,
     seed: int = 0,
 ) -> Contrast:
-    """Which latents tell two sets of prompts apart.
+    """Finds the latents that separate two sets of prompts.
 
     Args:
-      scope: of the SAEs, whose latents are tested all together.
-      first: prompts, independent of each other.
-      second: as many where they are `is_paired`, each the counterpart of the first's at its place.
-      at: what stands for a prompt; BOS never counts.
-      rate: of false discoveries among those found, by Benjamini and Hochberg.
-      is_paired: whether each prompt is compared with its counterpart alone.
-      seed: of the shuffles that p-values are of.
+      scope: the model and SAEs; the latents of all SAEs are tested together.
+      first: the first set of prompts, independent of each other.
+      second: the second set; if `is_paired`, prompt i is the counterpart of prompt i of the first set.
+      at: a latent's value for a prompt: "mean" or "max" over the tokens after BOS, or "last" for the last token.
+      rate: the false discovery rate of the found latents, by the Benjamini-Hochberg procedure.
+      is_paired: whether each prompt is compared only with its counterpart.
+      seed: the seed for the random permutations.
 
     Raises:
-      ValueError: a prompt is empty or there twice, pairs do not match, or there are too few prompts to find anything.
+      ValueError: if a prompt is empty or appears twice, paired sets differ in size, or there are too few prompts to
+        find anything.
     """
     check(first, second, at, rate, is_paired)
     features, means = features_of(scope, [*first, *second], at)
     fires = {name: (f_NxM > 0).any(0) for name, f_NxM in features.items()}
     tested = sum(int(of.sum()) for of in fires.values())
-    # Ten times as many as a latent that is found alone needs.
+    # Ten times the number that a latent found alone needs.
     shuffles = min(math.ceil(10 * tested / rate), MOST_SHUFFLES)
     p, auroc = {}, {}
     for name, f_NxM in features.items():
@@ -252,29 +256,28 @@ def contrast(
 
 
 def check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_paired: bool) -> None:
-    """Raises ValueError if `contrast` would refuse to compare these, whatever the SAEs."""
+    """Raises ValueError if `contrast` would reject these arguments with any SAEs."""
     if at not in AT:
         raise InputError(f"at is {at!r}; choose one of {', '.join(AT)}")
     if not 0 < rate < 1:
         raise InputError(f"rate is {rate}; it must be between 0 and 1")
     if is_paired and len(first) != len(second):
-        raise InputError(f"pairs have as many prompts of each set; these are {len(first)} and {len(second)}")
-    # Twice the same would be taken for two that agree.
+        raise InputError(
+            f"paired sets must have the same size; these have {len(first)} and {len(second)} prompts"
+        )
+    # A duplicate would count as independent evidence.
     for these in [list(zip(first, second, strict=True))] if is_paired else [first, second]:
         if twice := [one for number, one in enumerate(these) if one in these[:number]]:
             what = "pair" if is_paired else "prompt"
-            raise InputError(f"the {what} {quoted(twice[0])} is there twice; give each once")
+            raise InputError(f"the {what} {quoted(twice[0])} appears twice; give each {what} once")
     smallest = min(2 / rank_tests.labelings(len(first), len(second), is_paired), 1.0)
     if smallest > rate:
         needed = rank_tests.prompts_needed(rate, is_paired)
-        what = (
-            f"{len(first)} pairs, of which"
-            if is_paired
-            else f"{len(first)} and {len(second)} prompts, of which"
-        )
+        what = f"{len(first)} pairs" if is_paired else f"{len(first)} and {len(second)} prompts"
         raise InputError(
-            f"there are {what} the smallest p possible is {smallest:.2g}, above the rate of {rate:g}: nothing could "
-            f"be found. Give at least {needed} {'pairs' if is_paired else 'of each'}, and more for many latents"
+            f"with {what} the smallest possible p is {smallest:.2g}, above the rate of {rate:g}, so no latent can be "
+            f"found; give at least {needed} {'pairs' if is_paired else 'prompts in each set'}, and more if many "
+            "latents are tested"
         )
 
 
@@ -282,15 +285,15 @@ def check(first: Sequence[str], second: Sequence[str], at: At, rate: float, is_p
 def _pooled(
     mesh: jax.sharding.Mesh, subject: jumprelu.SAE, x_SxLxD: jax.Array, tokens_SxL: jax.Array, at: At
 ) -> tuple[jax.Array, jax.Array]:
-    """What stands for each prompt, and means over its tokens, both [S, M]."""
+    """The value of each latent for each prompt, and its mean over the tokens, both [S, M]."""
     last_S = last_token(tokens_SxL)
 
-    # Row by row: the latents of many rows of a wide SAE are too many at once.
+    # Row by row, because the latents of all rows of a wide SAE do not fit in memory.
     def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x_LxD, kept_L, last = row
         f_LxM = jumprelu.encode(subject, x_LxD.astype(jnp.float32))
         f_LxM = jnp.where(kept_L[:, None], f_LxM, 0)
-        mean_M = f_LxM.sum(0) / jnp.maximum(kept_L.sum(), 1)  # A row of padding has no token.
+        mean_M = f_LxM.sum(0) / jnp.maximum(kept_L.sum(), 1)  # A padding row has no tokens.
         return {"mean": mean_M, "max": f_LxM.max(0), "last": f_LxM[last]}[at], mean_M
 
     pooled_SxM, mean_SxM = jax.lax.map(of_row, (x_SxLxD, masking.is_kept(tokens_SxL, 0), last_S))
@@ -306,7 +309,7 @@ def last_token(tokens_SxL: jax.Array) -> jax.Array:
 def features_of(
     scope: Scope, prompts: Sequence[str], at: At
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What stands for each prompt, and means over its tokens, [N, M] by SAE."""
+    """The value of each latent for each prompt, and its mean over the tokens, [N, M] by SAE."""
     features, means = ({name: [] for name in scope.subjects} for _ in range(2))
     tokens_NxL = rows_of(scope, prompts)
     sites = tuple(dict.fromkeys(subject.site for subject in scope.subjects.values()))
@@ -326,12 +329,12 @@ def features_of(
 
 
 def rows_of(scope: Scope, prompts: Sequence[str]) -> np.ndarray:
-    """The tokens [N, L] of prompts, each behind its BOS, `padded`.
+    """The tokens [N, L] of prompts, each with BOS, `padded` to one length.
 
-    All of one length: what is the same in two prompts is then computed in the same way, and comes out equal.
+    With one length, the same tokens in two prompts are computed in the same way and have equal values.
 
     Raises:
-      ValueError: a prompt has no tokens.
+      ValueError: if a prompt has no tokens.
     """
     rows = [generation.text_prompt(scope.tokenizer, prompt) for prompt in prompts]
     if empty := [number for number, row in enumerate(rows) if len(row) < 2]:

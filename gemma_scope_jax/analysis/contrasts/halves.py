@@ -1,4 +1,4 @@
-"""Prompts divided at random: what latents are chosen on, and what they are measured on."""
+"""Random halves of two sets of prompts: one half to choose latents on, the other to measure them on."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import numpy as np
 def halves(
     first: Sequence[str], second: Sequence[str], is_paired: bool = False, seed: int = 0
 ) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
-    """Both sets divided at random: one half of each to choose latents on, the other to measure what they do.
+    """Splits both sets at random: one half of each to choose latents on, the other to measure their effect on.
 
-    Pairs stay together. Of an odd number the first half has one more.
+    If `is_paired`, pairs stay together. For an odd number of prompts, the first half has one more.
     """
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(first)), rng.permutation(len(second))]

@@ -1,11 +1,11 @@
-"""Rank tests of many features at once, whose p-values hold where most values are equal.
+"""Rank tests of many features at once, with p-values that are valid when most values are equal.
 
-The normal approximation does not hold there. A latent that fires in three of 110 prompts, all of them among the ten
-of the first set, would have p = 4e-8, though of such latents one in 1,800 does so by chance. What it calls
-significant is therefore tested anew by shuffling the sets, which is exact whatever is equal.
+The normal approximation fails with many ties. For a latent that fires in three of 110 prompts, all among the ten of
+the first set, it has p = 4e-8, but by chance one in 1,800 such latents does so. Features that are significant by
+the approximation are therefore tested again by permuting the labels, which is exact with any ties.
 
-Shapes: N prompts, A of the first set and B of the second (A = B = N where they are pairs), M features, C of them that
-are shuffled, R shuffles at a time.
+Shapes: N prompts, A of the first set and B of the second (A = B = N for pairs), M features, C features that are
+tested by permutation, R permutations at a time.
 """
 
 import itertools
@@ -15,29 +15,29 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import stats
 
-_NUMBERS = 2**23  # So many exist at a time.
+_NUMBERS = 2**23  # The largest number of array elements held at a time.
 
 
 def labelings(first: int, second: int, is_paired: bool) -> int:
-    """In how many ways prompts can be divided into two sets, or pairs be turned around."""
+    """The number of ways to divide the prompts into two sets, or to swap the prompts within pairs."""
     return 2**first if is_paired else math.comb(first + second, first)
 
 
 def smallest_p(first: int, second: int, is_paired: bool, shuffles: int) -> float:
-    """No two-sided p is below this: all ways are gone through where they are no more than `shuffles`."""
+    """The smallest possible two-sided p. All labelings are used if there are at most `shuffles` of them."""
     ways = labelings(first, second, is_paired)
     return 2 / (ways if ways <= shuffles else shuffles + 1)
 
 
 def prompts_needed(p: float, is_paired: bool) -> int:
-    """How many prompts of each set, or pairs, there have to be for a p as small as this."""
+    """The number of prompts per set, or of pairs, needed for a p-value as small as `p`."""
     return next(n for n in itertools.count(1) if 2 / labelings(n, n, is_paired) <= p)
 
 
 def auroc(first_AxM: np.ndarray, second_BxM: np.ndarray, is_paired: bool) -> np.ndarray:
-    """Of all pairs of a prompt of the first set and one of the second the share in which the first's value is larger.
+    """The fraction of pairs, one prompt from each set, in which the first prompt's value is larger.
 
-    Equal ones count half. Where prompts are `is_paired`, of those pairs alone.
+    Ties count half. If `is_paired`, only the given pairs are counted.
     """
     if is_paired:
         return ((first_AxM > second_BxM) + 0.5 * (first_AxM == second_BxM)).mean(0)
@@ -54,10 +54,10 @@ def p_values(
     shuffles: int,
     seed: int,
 ) -> np.ndarray:
-    """Two-sided p-values [M]: of Mann and Whitney's test, of pairs of Wilcoxon's signed-rank test.
+    """Two-sided p-values [M] of the Mann-Whitney test, or of Wilcoxon's signed-rank test for pairs.
 
-    SciPy's normal approximation where that is above the rate. All others are twice the share of labelings with a rank
-    sum that is as far out on its side: of all of them, or of as many random ones as `shuffles` says.
+    A p-value above the rate is SciPy's normal approximation. Any other is twice the fraction of labelings with a rank
+    sum at least as extreme on the same side, over all labelings or over `shuffles` random ones.
     """
     if is_paired:
         ranks_NxM, observed_M, p_M = _signed_ranks(first_AxM - second_BxM)
@@ -75,7 +75,7 @@ def p_values(
 
 
 def _signed_ranks(difference_NxM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks of the differences' sizes, 0 of those that are none; their sums over positive ones; SciPy's p-values."""
+    """Ranks of absolute differences (0 for no difference), rank sums of positive ones, and SciPy's p-values."""
     is_none_NxM = difference_NxM == 0
     ranks_NxM = stats.rankdata(np.abs(difference_NxM), axis=0) - is_none_NxM.sum(0)[None]
     ranks_NxM = np.where(is_none_NxM, 0, ranks_NxM)
@@ -102,11 +102,11 @@ def _by_shuffling(
         observed_too, total = 0, ways
     else:
         labels = _random_labels(first, second, is_paired, block, shuffles, np.random.default_rng(seed))
-        # The labels as they are count as one more, or p could be 0.
+        # The observed labels count as one labeling more, because p must not be 0.
         observed_too, total = 1, shuffles + 1
     above_C, below_C = (np.full(len(observed_C), observed_too) for _ in range(2))
     for in_first_RxN in labels:
-        # Ranks are whole or halves: these sums are exact, and equal ones are equal.
+        # Ranks are multiples of ½, so the sums are exact and comparing them for equality is safe.
         sums_RxC = in_first_RxN.astype(np.float64) @ ranks_NxC
         above_C += (sums_RxC >= observed_C[None]).sum(0)
         below_C += (sums_RxC <= observed_C[None]).sum(0)
@@ -114,7 +114,7 @@ def _by_shuffling(
 
 
 def _all_labels(first: int, second: int, is_paired: bool, block: int) -> Iterator[np.ndarray]:
-    """Every way [R, N] to say which prompts are of the first set, or of which pairs the difference is positive."""
+    """All labelings, in blocks [R, N]: which prompts are in the first set, or which pairs are positive."""
     if is_paired:
         for start in range(0, 2**first, block):
             numbers_R = np.arange(start, min(start + block, 2**first))

@@ -1,6 +1,6 @@
-"""EditArrays as they are written on a command line: NAME:LATENT, what becomes of it, and perhaps on which tokens.
+"""The syntax of edits on the command line: NAME:LATENT, the change and, optionally, the tokens.
 
-`NAME:12=ablate`, `NAME:12*0.5`, `NAME:12+3t@reply`, `NAME:12=2t@3:7`; t is the latent's typical activation.
+Examples: `NAME:12=ablate`, `NAME:12*0.5`, `NAME:12+3t@reply`, `NAME:12=2t@3:7`. t is the latent's typical activation.
 """
 
 import dataclasses
@@ -22,23 +22,23 @@ _MOVED = re.compile(rf"(?:\*(?P<scale>-?{_NUMBER}))?(?:(?P<add>[+-](?:{_NUMBER})
 
 
 class Spec(NamedTuple):
-    """An edit as it is written."""
+    """A parsed edit, before its SAE and units are resolved."""
 
-    edit: Edit  # Without a name where none is written.
-    is_typical: bool  # What is added is in units of the typical activation.
+    edit: Edit  # The name of its SAE is empty if the text has none.
+    is_typical: bool  # Whether `add` is in units of the typical activation.
 
 
 def parse(text: str) -> Spec:
-    """An edit from what is written.
+    """Parses an edit.
 
     Raises:
-      ValueError: it is not written as an edit is, or a number is out of range.
+      ValueError: if the text is not a valid edit, or a number is out of range.
     """
     head, at, where = text.partition("@")
     name, colon, change = head.rpartition(":")
     latent = re.match(r"\d+", change)
     if latent is None or (colon and not name):
-        raise _error(text, f"{change!r} does not begin with a latent's number")
+        raise _error(text, f"{change!r} does not start with the number of a latent")
     scale, add, is_typical = _change(text, change[latent.end() :])
     edit = Edit(name, int(latent[0]), scale, add, _tokens(text, where) if at else "all")
     try:
@@ -49,16 +49,16 @@ def parse(text: str) -> Spec:
 
 
 def _change(text: str, change: str) -> tuple[float, float, bool]:
-    """The scale, what is added, and whether that is in typical activations."""
+    """The scale, the added value, and whether the added value is in units of the typical activation."""
     if not change:
-        raise _error(text, "it does not say what becomes of the latent")
+        raise _error(text, "it names a latent but no change")
     if _ABLATED.fullmatch(change):
         return 0.0, 0.0, False
     clamped, moved = _CLAMPED.fullmatch(change), _MOVED.fullmatch(change)
     found = clamped or moved
-    # A number may be left out only before t, where it is 1.
+    # A number can be omitted only before t, where it is 1.
     if not found or (found["add"] in ("", "+", "-") and not found["typical"]):
-        raise _error(text, f"{change!r} is no change; there are =ablate, *0.5, +3, +3t and =2t")
+        raise _error(text, f"{change!r} is not a change such as =ablate, *0.5, +3, +3t or =2t")
     amount = found["add"] or ("1" if found["typical"] else "0")
     add = float(amount + "1" if amount in ("+", "-") else amount)
     scale = 0.0 if clamped else float(moved["scale"] or 1)
@@ -70,17 +70,15 @@ def _tokens(text: str, where: str) -> edits.Tokens:
         return where
     if ends := re.fullmatch(r"(\d+):(\d+)", where):
         return range(int(ends[1]), int(ends[2]))
-    raise _error(
-        text, f"{where!r} are no tokens; there are @prompt, @reply and, from one up to another, @3:7"
-    )
+    raise _error(text, f"{'@' + where!r} does not name tokens; use @prompt, @reply or a range such as @3:7")
 
 
 def _error(text: str, what: str) -> ValueError:
-    return ValueError(f"the edit {printable(text, 80)!r}: {what}; write it as in NAME:12+3t@reply")
+    return ValueError(f"the edit {printable(text, 80)!r}: {what}; write it like NAME:12+3t@reply")
 
 
 def written(edit: Edit) -> str:
-    """An edit as `parse` reads it."""
+    """Formats an edit so that `parse` reads it."""
     add = f"{edit.add:+.6g}" if edit.add else ""
     if edit.scale == 0:
         change = f"={edit.add:.6g}" if edit.add else "=ablate"
@@ -92,15 +90,15 @@ def written(edit: Edit) -> str:
 
 
 def named(scope: Scope, edit: Edit) -> Edit:
-    """The edit with the name of the only SAE where it has none.
+    """Returns the edit with the name of its SAE, which can be omitted if the scope has only one SAE.
 
     Raises:
-      ValueError: there are several; or there is no such SAE or latent.
+      ValueError: if the name is omitted and the scope has several SAEs, or the SAE or latent does not exist.
     """
     if not edit.sae:
         if len(scope.subjects) > 1:
             raise InputError(
-                f"the edit {written(edit)!r} names no SAE; write NAME: before it, NAME being one of "
+                f"the edit {written(edit)!r} has no SAE name; write NAME: before it, where NAME is one of "
                 f"{', '.join(scope.subjects)}"
             )
         edit = dataclasses.replace(edit, sae=next(iter(scope.subjects)))
@@ -109,10 +107,11 @@ def named(scope: Scope, edit: Edit) -> Edit:
 
 
 def resolve(scope: Scope, specs: Sequence[Spec]) -> list[Edit]:
-    """EditArrays in units of activations, typical ones being measured where they are asked for.
+    """Converts parsed edits to edits in units of activation, measuring typical activations where needed.
 
     Raises:
-      ValueError: there is no such SAE or latent, or it never fired there.
+      ValueError: if an SAE or latent does not exist, or a latent without activations on the held-out text has an edit
+        in typical activations.
     """
     made = []
     for spec in specs:

@@ -1,9 +1,9 @@
-"""Changes of single latents, made in Gemma as it runs.
+"""Edits of single latents, applied during Gemma's forward pass.
 
-What an SAE leaves out of an activation stays as it is: with f' in the place of its latents f, an activation y becomes
-y + (f' − f) W_dec. So latents that keep their values change nothing.
+The reconstruction error of an SAE is kept: when latents f are replaced by f', an activation y becomes
+y + (f' − f) W_dec. Latents that keep their values therefore change nothing.
 
-Shapes: S rows, L tokens, K latents that are changed, D and O widths of the sites read and given.
+Shapes: S rows, L tokens, K edited latents, D and O widths of an SAE's input and output sites.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import jumprelu
 
-# Of a prompt, counted as a `Reading`'s tokens are, from the first behind BOS on; replies count on behind it.
+# The tokens that an edit applies to. A range counts from 0, the first token after BOS, and continues into the reply.
 Tokens = Literal["all", "prompt", "reply"] | range
 _END = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """What becomes of a latent's activation f: scale · f + add. At BOS, EOS and PAD nothing is changed."""
+    """Replaces the activation f of a latent by scale · f + add, except at BOS, EOS and PAD."""
 
     sae: str  # its name in the scope
     latent: int
@@ -40,36 +40,36 @@ class Edit:
 
 
 def ablate(sae: str, latent: int, tokens: Tokens = "all") -> Edit:
-    """The latent does not fire."""
+    """An edit that sets the latent's activation to 0."""
     return Edit(sae, latent, 0.0, 0.0, tokens)
 
 
 def clamp(sae: str, latent: int, value: float, tokens: Tokens = "all") -> Edit:
-    """The latent fires with this activation."""
+    """An edit that sets the latent's activation to `value`."""
     return Edit(sae, latent, 0.0, value, tokens)
 
 
 def scale(sae: str, latent: int, by: float, tokens: Tokens = "all") -> Edit:
-    """The latent fires so many times as strongly where it fires."""
+    """An edit that multiplies the latent's activation by `by`."""
     return Edit(sae, latent, by, 0.0, tokens)
 
 
 def add(sae: str, latent: int, value: float, tokens: Tokens = "all") -> Edit:
-    """The latent fires more strongly by this, also where it did not."""
+    """An edit that adds `value` to the latent's activation, also where the activation is 0."""
     return Edit(sae, latent, 1.0, value, tokens)
 
 
 class EditArrays(NamedTuple):
-    """One SAE's edits as arrays. Others of as many latents are run by the same compiled program."""
+    """The edits of one SAE as arrays. Edits of the same number of latents share a compiled program."""
 
     W_enc_DxK: np.ndarray
     b_enc_K: np.ndarray
     threshold_K: np.ndarray
     W_dec_KxO: np.ndarray
-    # Each row's, or [1, K] of all rows.
+    # By row, or [1, K] for all rows.
     scale_SxK: np.ndarray
     add_SxK: np.ndarray
-    # From which position behind BOS on and before which, and whether in prompts and in replies.
+    # The first position and the one after the last, where BOS is 0; and whether prompts and replies are edited.
     first_K: np.ndarray
     last_K: np.ndarray
     in_prompt_K: np.ndarray
@@ -83,10 +83,17 @@ def stack_edits(
     add_SxK: np.ndarray,
     tokens: Sequence[Tokens] | None = None,
 ) -> EditArrays:
-    """Edits of one SAE, which may differ by row; `tokens` are each latent's, None: all.
+    """The edits of one SAE as arrays; scale and add can differ by row.
+
+    Args:
+      subject: the SAE.
+      latents_K: the edited latents.
+      scale_SxK: the factor of each activation.
+      add_SxK: the value added to each activation.
+      tokens: the tokens that each latent is edited at; None: all.
 
     Raises:
-      ValueError: `tokens` are none of those that `Tokens` names.
+      ValueError: if `tokens` contains a value other than those of `Tokens`.
     """
     latents_K = np.asarray(latents_K)
     spans = [_span(of) for of in tokens or ["all"] * len(latents_K)]
@@ -106,19 +113,21 @@ def stack_edits(
 
 
 def from_token(first: int) -> range:
-    """All tokens from one on, in prompts and in replies."""
+    """The range of all tokens from `first` on, in prompts and replies."""
     return range(first, int(_END) - 1)
 
 
 def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
-    """From which position on, before which, whether in prompts, whether in replies."""
+    """The first position, the one after the last, whether prompts are edited, whether replies are."""
     if isinstance(tokens, range):
         if tokens.step != 1 or tokens.start < 0:
-            raise InputError(f"the tokens of an edit are {tokens}; give a range of step 1 from 0 or more on")
+            raise InputError(
+                f"the tokens of an edit are {tokens}; give a range with step 1 and a start of 0 or more"
+            )
         if not tokens or tokens.stop >= _END:
             raise InputError(
-                f"the tokens of an edit are {tokens.start}:{ranges.shown(tokens.stop)}; the second number is that of "
-                f"the token after the last, {tokens.start + 1:,} to {_END - 1:,}"
+                f"the tokens of an edit are {tokens.start}:{ranges.shown(tokens.stop)}; the end, which is "
+                f"excluded, must be {tokens.start + 1:,} to {_END - 1:,}"
             )
         return tokens.start + 1, tokens.stop + 1, True, True
     spans = {"all": (True, True), "prompt": (True, False), "reply": (False, True)}
@@ -130,10 +139,10 @@ def _span(tokens: Tokens) -> tuple[int, int, bool, bool]:
 
 
 def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Partial]:
-    """EditArrays as `generation.generate` and `passes.written` take them, the same in all rows.
+    """Converts edits to interventions for `generation.generate` and `passes.written`, the same for all rows.
 
     Raises:
-      ValueError: there is no such SAE or latent, one is edited twice, or a number is out of range.
+      ValueError: if an SAE or latent does not exist, a latent is edited twice, or a number is out of range.
     """
     by_sae: dict[str, list[Edit]] = {}
     for edit in edits:
@@ -144,7 +153,7 @@ def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Part
     for name, some in by_sae.items():
         latents = [edit.latent for edit in some]
         if twice := {latent for latent in latents if latents.count(latent) > 1}:
-            raise InputError(f"latent {min(twice)} of {name} is edited twice; make one edit of the two")
+            raise InputError(f"latent {min(twice)} of {name} is edited twice; combine the two edits into one")
         made[name] = stack_edits(
             scope.subjects[name].sae,
             latents,
@@ -156,19 +165,19 @@ def writes(scope: Scope, edits: Sequence[Edit]) -> dict[Site, jax.tree_util.Part
 
 
 def check_change(edit: Edit) -> None:
-    """Raises ValueError if what becomes of the latent is no number, or its tokens are none."""
+    """Raises ValueError if the scale, the added value or the tokens of an edit are out of range."""
     ranges.check("the scale of an edit", edit.scale, ranges.SIGNED)
-    ranges.check("what an edit adds", edit.add, ranges.SIGNED)
+    ranges.check("the added value of an edit", edit.add, ranges.SIGNED)
     _span(edit.tokens)
 
 
 def writes_of_saes(scope: Scope, edits: Mapping[str, EditArrays]) -> dict[Site, jax.tree_util.Partial]:
-    """`writes` of edits by SAE."""
+    """Converts the edits of each SAE to interventions by site; see `writes`."""
     of_site: dict[Site, list[tuple[Site, EditArrays]]] = {}
     for name, of in edits.items():
         subject = scope.subjects[name]
         of_site.setdefault(subject.spliced, []).append((subject.site, of))
-    # What a transcoder reads is passed on as it is, for its target to find.
+    # Writes the input site of a transcoder unchanged, so that its value is available at the target site.
     write = {read: jax.tree_util.Partial(_unchanged) for some in of_site.values() for read, _ in some}
     for site, some in of_site.items():
         reads, of = zip(*some, strict=True)
@@ -181,7 +190,7 @@ def _unchanged(x_SxLxD: jax.Array, where: interventions.Where) -> jax.Array:
     return x_SxLxD
 
 
-# Cached: what was compiled with a function is found again by the same function.
+# Cached, because JAX reuses a compiled program only for the same function object.
 @functools.cache
 def _changed(site: Site, reads: tuple[Site, ...]) -> Callable[..., jax.Array]:
     def change(edits: tuple[EditArrays, ...], y_SxLxO: jax.Array, where: interventions.Where) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Text that Gemma writes as it is and with latents changed, side by side."""
+"""Steering: replies of Gemma with and without edits of latents, side by side."""
 
 import dataclasses
 import pathlib
@@ -17,17 +17,17 @@ from gemma_scope_jax.models import generation
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import lines, printable
 
-NUM_TOKENS = 40  # The most that are written behind a prompt, unless another number is given.
+NUM_TOKENS = 40  # The default maximum length of a reply.
 
 
 @dataclasses.dataclass(frozen=True)
 class Steered(Result):
-    """What Gemma writes behind prompts as it is, and with latents changed."""
+    """Gemma's replies to prompts, without edits (`clean`) and with edits (`changed`)."""
 
     model: str
     edits: tuple[Edit, ...]
     prompts: tuple[str, ...]
-    # Each prompt's replies, as many as there are samples.
+    # By prompt, one reply per sample.
     clean: tuple[tuple[str, ...], ...]
     changed: tuple[tuple[str, ...], ...]
     temperature: float = 0.0
@@ -35,26 +35,26 @@ class Steered(Result):
 
     @property
     def how(self) -> str:
-        """How tokens were chosen."""
+        """The decoding method."""
         if self.temperature == 0:
-            return "the likeliest tokens"
-        return f"tokens drawn at temperature {self.temperature:g}, seed {self.seed}"
+            return "greedy, the likeliest token each time"
+        return f"tokens sampled at temperature {self.temperature:g}, seed {self.seed}"
 
     @property
     def pairs(self) -> list[tuple[str, list[tuple[str, str, str]]]]:
-        """Each prompt with its pairs of replies: what they begin with alike, and how each goes on."""
+        """Each prompt with its pairs of replies, as (common start, rest of clean, rest of changed)."""
         return [
             (prompt, [_parted(*pair) for pair in zip(clean, changed, strict=True)])
             for prompt, clean, changed in zip(self.prompts, self.clean, self.changed, strict=True)
         ]
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each pair of replies."""
+        """One row per pair of replies."""
         for prompt, clean, changed in zip(self.prompts, self.clean, self.changed, strict=True):
             yield from records_of({"prompt": prompt, "clean": list(clean), "changed": list(changed)})
 
     def show(self) -> None:
-        """Prints the replies side by side, ↵ for a new line; what they begin with alike is dim."""
+        """Prints the replies side by side. Their common start is dim; ↵ marks a line break."""
         for edit in self.edits:
             tables.show(printable(edit_syntax.written(edit)), "bold")
         tables.show(self.how, "dim")
@@ -63,16 +63,16 @@ class Steered(Result):
             table = tables.Table(
                 title=title, title_justify="left", expand=True, show_lines=True, title_style="italic"
             )
-            for heading in ("as it is", "changed"):
+            for heading in ("original", "edited"):
                 table.add_column(heading, ratio=1, overflow="fold")
             for replies in pairs:
-                # A steered model may write nothing but new lines.
+                # A steered model can write nothing but line breaks, so they are made visible.
                 alike, *rest = (lines(text.replace("\n", "↵")) for text in replies)
                 table.add_row(*(rich.text.Text.assemble((alike, "dim"), one) for one in rest))
             tables.show(table)
 
     def write_html(self, path: str | pathlib.Path) -> None:
-        """Writes a page of the same that needs no network."""
+        """Writes the replies to a self-contained HTML page."""
         html.render(
             pathlib.Path(path), "analysis/steering/steered.html.jinja", model=self.model, how=self.how,
             edits=[edit_syntax.written(edit) for edit in self.edits], pairs=self.pairs,
@@ -95,34 +95,34 @@ def steer(
     seed: int = 0,
     chat: bool = False,
 ) -> Steered:
-    """Has Gemma go on with prompts, once as it is and once with latents changed, by the same draws.
+    """Generates replies to prompts twice, without and with edits of latents, with the same random numbers.
 
     Args:
       scope: the model and the SAEs.
-      prompts: one or several.
-      changes: of latents, in the prompts and the replies unless they say otherwise.
-      num_tokens: the most that are written behind one prompt.
-      temperature: 0: the likeliest token each time.
-      samples: replies to each prompt.
-      seed: of the draws.
-      chat: a prompt is a user's turn, which the model answers.
+      prompts: one or several texts.
+      changes: the edits; they apply to prompts and replies unless their `tokens` say otherwise.
+      num_tokens: the maximum length of a reply.
+      temperature: the sampling temperature; 0: the likeliest token each time.
+      samples: the number of replies to each prompt.
+      seed: the seed for sampling.
+      chat: whether a prompt is a user's turn in a chat, which the model answers.
 
     Raises:
-      ValueError: there is no prompt or no change, an SAE or latent does not exist, or a number is out of range.
+      ValueError: if there is no prompt or no edit, an SAE or latent does not exist, or a number is out of range.
     """
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not prompts or not changes:
-        raise InputError(f"there is no {'change' if prompts else 'prompt'}; give at least one")
+        raise InputError(f"there is no {'edit' if prompts else 'prompt'}; give at least one")
     if samples < 1 or (samples > 1 and temperature == 0):
         raise InputError(
-            f"samples is {samples}, temperature {temperature:g}; samples must be at least 1, and with several the "
-            "temperature above 0, or they would all be the same"
+            f"samples is {samples} at temperature {temperature:g}; samples must be at least 1, and more than one "
+            "needs a temperature above 0, or all would be the same"
         )
     if empty := [number for number, text in enumerate(prompts) if not text]:
         raise InputError(f"prompt {empty[0]} is empty; give a text of at least one token")
     as_prompt = generation.chat_prompt if chat else generation.text_prompt
     tokens = [as_prompt(scope.tokenizer, prompt) for prompt in prompts for _ in range(samples)]
-    # Unchanged it is the same compiled program, with latents that keep their values: only edits make a difference.
+    # The clean run uses the same compiled program, with edits that keep every value, so that only the edits differ.
     kept = [dataclasses.replace(edit, scale=1.0, add=0.0) for edit in changes]
     replies = []
     for made in (kept, changes):

@@ -1,4 +1,4 @@
-"""Effect against damage: what a latent does to chosen predictions and to all, strength by strength.
+"""Effect and damage of steering a latent, by strength: on chosen tokens and on the next-token loss.
 
 Shapes: N strengths, S rows, L tokens, T chosen tokens.
 """
@@ -29,45 +29,45 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable
 
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
-# What a latent becomes by a strength: its scale, and so many times the strength is added.
+# By kind of edit, the scale of the activation; strength times unit is added.
 KINDS = {"add": 1.0, "clamp": 0.0}
-ROWS = 16  # Of held-out text that predictions are measured on, unless more or fewer are asked for.
-_RAISED = 10  # Tokens whose log-probability is looked at where none are given.
+ROWS = 16  # The default number of held-out rows.
+_RAISED = 10  # The number of tokens measured if none are given.
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep(Result):
-    """What a latent does to predictions, strength by strength. `_se` is a standard error over rows."""
+    """Effect and damage of steering a latent, by strength. `_se` is a standard error over rows."""
 
     sae: str
     latent: int
-    kind: str  # of `KINDS`
-    unit: float  # the activation that a strength of 1 is
-    tokens: tuple[str, ...]  # whose log-probabilities are looked at
+    kind: str  # a key of `KINDS`
+    unit: float  # the activation at strength 1
+    tokens: tuple[str, ...]  # the chosen tokens, whose log-probabilities are measured
     strengths_N: np.ndarray
-    effect_N: np.ndarray  # mean change of their log-probability, in nats
+    effect_N: np.ndarray  # mean change of the log-probability of the chosen tokens, in nats
     effect_se_N: np.ndarray
-    damage_N: np.ndarray  # mean change of the loss of the next token, in nats
+    damage_N: np.ndarray  # mean change of the next-token loss, in nats
     damage_se_N: np.ndarray
-    clean_loss: float
+    clean_loss: float  # next-token loss without edits, in nats
     rows: int
-    predictions: int  # that both are means over
+    predictions: int  # the number of predictions in each mean
 
     @property
     def title(self) -> str:
-        """What is done to which latent."""
-        done = "added to" if self.kind == "add" else "in the place of the activation of"
-        return f"so many times {self.unit:.4g} {done} latent {self.latent} of {printable(self.sae, 100)}"
+        """The latent and its edit."""
+        done = "added to its activation" if self.kind == "add" else "replaces its activation"
+        return f"latent {self.latent} of {printable(self.sae, 100)}: strength × {self.unit:.4g} {done}"
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each strength."""
+        """One row per strength."""
         names = ("effect", "effect_se", "damage", "damage_se")
         return records_of(
             {"strength": self.strengths_N} | {name: getattr(self, f"{name}_N") for name in names}
         )
 
     def show(self) -> None:
-        """Prints a row for each strength."""
+        """Prints a table with one row per strength."""
         tables.show(self.title, "bold")
         table = tables.Table()
         for heading in ("strength", "effect, nats", "damage, nats"):
@@ -80,13 +80,13 @@ class Sweep(Result):
             )
             table.add_row(f"{strength:g}", *shown)
         tables.show(table)
-        said = f"Effect: on the log-probability of {' '.join(map(repr, self.tokens))}, their mean. "
-        said += f"Damage: to the loss of next tokens, which is {self.clean_loss:.3f}. "
-        said += f"Over {self.predictions:,} predictions of {self.rows} rows."
+        said = f"Effect: change of the mean log-probability of {' '.join(map(repr, self.tokens))}. "
+        said += f"Damage: change of the next-token loss, {self.clean_loss:.3f} nats without the edit. "
+        said += f"Both are means over {self.predictions:,} predictions in {self.rows} rows."
         tables.show(said)
 
     def figure(self) -> matplotlib.figure.Figure:
-        """Effect against damage, a point for each strength."""
+        """Effect against damage, with one point per strength."""
         figure = matplotlib.figure.Figure(figsize=(6.5, 4.6), layout="constrained")
         axis = figure.subplots()
         errors = (np.nan_to_num(self.effect_se_N), np.nan_to_num(self.damage_se_N))
@@ -95,9 +95,9 @@ class Sweep(Result):
             axis.annotate(f"{strength:g}", (damage, effect), (6, -11), textcoords="offset points", fontsize=9)
         axis.axhline(0, color="#9aa0a6", lw=0.8)
         axis.axvline(0, color="#9aa0a6", lw=0.8)
-        axis.set_xlabel("damage: change of the loss of next tokens, nats")
-        axis.set_ylabel("effect: change of the mean log-\nprobability of the tokens, nats")
-        # Not `wrap=True`, which would take a dollar sign for the beginning of mathematics.
+        axis.set_xlabel("damage: change of the next-token loss, nats")
+        axis.set_ylabel("effect: mean change of the\nlog-probability of the tokens, nats")
+        # Not `wrap=True`, which would read a dollar sign as the start of a formula.
         lines = (self.title, " ".join(map(repr, self.tokens)))
         lines = (part for line in lines for part in textwrap.wrap(printable(line, 500), 90))
         axis.set_title("\n".join(plottable(line, 100) for line in lines), fontsize=8)
@@ -116,25 +116,25 @@ def sweep(
     tokens: Sequence[str] | None = None,
     unit: float | None = None,
 ) -> Sweep:
-    """Measures effect against damage of a latent changed at every position of held-out rows that counts.
+    """Measures effect and damage of editing a latent at every scored position of held-out rows, by strength.
 
-    Effect is on the log-probability of chosen tokens, damage to the loss of next tokens, both of all predictions that
-    an evaluation scores.
+    The effect is the mean change of the log-probability of the chosen tokens, the damage the mean change of the
+    next-token loss. Both are means over all predictions that an evaluation scores.
 
     Args:
       scope: the model and the SAEs.
-      name: of the SAE.
-      latent: of it.
-      strengths: so many times the unit is added to the activation, or takes its place.
-      kind: `add` or `clamp`, which tells the two apart.
-      rows: of held-out text, at most all.
-      tokens: texts of one token each; None: the ten that the decoder direction raises most, see
+      name: the name of the SAE.
+      latent: the index of the latent.
+      strengths: multiples of `unit`.
+      kind: `add` adds strength times unit to the activation, `clamp` replaces the activation by it.
+      rows: the number of held-out rows; if there are fewer, all.
+      tokens: the chosen tokens, each a text of one token; None: the ten that the decoder direction raises most, see
         `decoder_directions.logits`.
-      unit: an activation; None: the latent's typical one, whatever `rows` is.
+      unit: the activation at strength 1; None: the latent's typical activation, which does not depend on `rows`.
 
     Raises:
-      ValueError: there is no such SAE, latent or kind, the latent never fired, a text is not one token, or none is
-        given where the decoder does not write to the residual stream.
+      ValueError: if the SAE, latent or kind does not exist, the latent never fired, a text is not one token, or no
+        tokens are given and the decoder does not write to the residual stream.
     """
     scope.check_latent(name, latent)
     if kind not in KINDS or not strengths or rows < 1:
@@ -169,7 +169,7 @@ def sweep(
 
 
 def _chosen(scope: Scope, name: str, latent: int, tokens: Sequence[str] | None) -> np.ndarray:
-    """The ids [T] of the tokens given, or of those that a latent raises most."""
+    """The ids [T] of the given tokens, or of the tokens that the latent raises most."""
     subject = scope.subjects[name]
     if tokens:
         return np.array([one_token(scope, text) for text in tokens], np.int32)
@@ -177,8 +177,8 @@ def _chosen(scope: Scope, name: str, latent: int, tokens: Sequence[str] | None) 
     in_stream = decoder_directions.in_stream(scope.gemma.params, subject.spliced, direction_1xO)
     if in_stream is None:
         raise InputError(
-            f"{name} gives {subject.spliced}, which is not added to the residual stream, so its latents raise no "
-            "tokens by themselves; give the tokens to look at"
+            f"{name} reconstructs {subject.spliced}, which is not added to the residual stream, so its latents have "
+            "no direct effect on logits; give the tokens to measure"
         )
     return decoder_directions.logits(scope.gemma, in_stream, _RAISED).highest_token_MxT[0]
 
@@ -186,7 +186,7 @@ def _chosen(scope: Scope, name: str, latent: int, tokens: Sequence[str] | None) 
 def _measure(
     scope: Scope, name: str, changes: Sequence[Edit], chosen_T: np.ndarray, rows: int
 ) -> dict[str, np.ndarray]:
-    """Sums over each row's scored predictions, and by edit what becomes of them."""
+    """Sums over each row's scored predictions: clean loss and count, and by edit the changes."""
     subject, mesh = scope.subjects[name], scope.gemma.mesh
     site = subject.spliced
     sites = tuple(dict.fromkeys((subject.site, site)))
@@ -201,7 +201,7 @@ def _measure(
         for batch in batches:
             streams, values, _ = passes.clean(scope.gemma, batch.tokens_SxL, sites)
             scores = functools.partial(_scores, scope.gemma, batch, streams[site.layer], site, chosen_T)
-            # From the site on, as the changed ones: an edit that changes nothing is exactly that.
+            # The clean pass starts from the site, like the edited ones: an edit that changes nothing has effect 0.
             clean, changed = scores(values[site]), []
             progress.update(batch.count)
             for write in writes:
@@ -222,7 +222,7 @@ def _scores(
     chosen_T: np.ndarray,
     y_SxLxO: jax.Array,
 ) -> dict[str, np.ndarray]:
-    """See `passes.likelihoods`; with y in the site's place, where positions count."""
+    """`passes.likelihoods` with y as the site's activations at the scored positions."""
     of_batch = (batch.tokens_SxL, batch.is_kept_SxL)
     final_SxLxD = passes.spliced(gemma, before_SxLxD, *of_batch, site, y_SxLxO)
     found = distributed.fetch(passes.likelihoods(gemma, final_SxLxD, *of_batch, chosen_T))
@@ -237,7 +237,7 @@ def _written(
     tokens_SxL: jax.Array,
     site: Site,
 ) -> jax.Array:
-    """What edits make of a site's activations [S, L, O]."""
+    """A site's activations [S, L, O] after edits."""
     all_SxL = jnp.full(tokens_SxL.shape, True)
     where = interventions.Where(tokens_SxL, masking.packed_positions(tokens_SxL), all_SxL, values)
     return sharding.constrain(mesh, write[site](values[site], where), sharding.TOKENS)
