@@ -1,10 +1,10 @@
-"""What one more SAE in a bank costs.
+"""The cost of each additional SAE in a bank.
 
     python -m benchmarks.banks [--json=PATH]
 
-The quickstart's step with banks of 1, 2, 4, 8 and 16 SAEs of 1,024 latents on the residual stream of layer 9, in one
-process on an otherwise idle machine. Beside each: as many steps of one SAE, as separate runs would take, and what
-each more SAE takes against five dense matmuls of its sizes. All are of the least time over some repetitions.
+Times the quickstart's step with banks of 1, 2, 4, 8 and 16 SAEs of 1,024 latents on the residual stream of layer 9, in
+one process on an otherwise idle machine. Each is compared with the same number of separate runs of one SAE, and the
+time of each additional SAE with five dense matmuls of its sizes. Each time is the least of several repetitions.
 """
 
 import argparse
@@ -26,10 +26,10 @@ SIZES = (1, 2, 4, 8, 16)
 
 
 def build(size: int) -> runs.Run:
-    """The quickstart with a bank of some SAEs that differ in λ."""
+    """The quickstart with a bank of `size` SAEs that differ in λ."""
     c = quickstart.get_config()
     c.banks.main.width = M
-    c.ring.capacity = 4096  # One step's, so that it is full at once.
+    c.ring.capacity = 4096  # The activations of one step, so that the ring is full at once.
     c.banks.main.sparsity_coefficients = tuple(1e-4 * (i + 1) for i in range(size))
     return runs.build(config_lib.from_dict(c.to_dict()))
 
@@ -37,7 +37,7 @@ def build(size: int) -> runs.Run:
 def step_seconds(
     run: runs.Run, rows: token_rows.Rows, gemma: Gemma, normalizers: dict, repeat: int = 4
 ) -> float:
-    """Seconds of a steady step."""
+    """Seconds of a step once the ring is full: the least of `repeat` steps."""
     state = runs.init_state(run, normalizers)
     sequences = run.config.train.sequences_per_step
     batch = runs.read_batch(run, rows, 0, sequences)
@@ -52,7 +52,7 @@ def step_seconds(
 
 
 def measure() -> dict:
-    """Seconds of a step by the size of the bank."""
+    """Seconds of a step for each size of the bank."""
     one = build(1)
     rows = token_rows.open_rows(prepare.rows_of(one.config), token_rows.TRAIN)
     gemma = runs.load_gemma(one)
@@ -82,7 +82,7 @@ def measure() -> dict:
 
 
 def main() -> None:
-    """Measures, prints, and stores if asked to."""
+    """Measures and prints; writes a file if --json is given."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What those who measure share: where results lie, and commands that are shown and measured."""
+"""Parts of several benchmarks: the folder of results, and running a command with its time and memory."""
 
 import os
 import pathlib
@@ -10,14 +10,14 @@ RESULTS = pathlib.Path("results")
 
 
 def run(command: str) -> float:
-    """See `measure`; the seconds alone."""
+    """Runs a command like `measure`; returns only the seconds."""
     return measure(command)[0]
 
 
 def measure(command: str) -> tuple[float, int]:
-    """Runs a command, shows it and its output; the seconds it took, and bytes it had in memory at most.
+    """Prints and runs a command; returns its seconds and its peak memory in bytes.
 
-    `python` is this Python.
+    `python` in the command is this Python.
     """
     print(f"$ {command}", flush=True)
     start = time.perf_counter()

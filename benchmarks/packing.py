@@ -1,8 +1,8 @@
-"""What one long document takes to become rows: its line to be tokenised, its tokens to be packed.
+"""The time to tokenise one long document and to pack its tokens into rows.
 
     python -m benchmarks.packing [--json=PATH]
 
-The text is the default corpus in one line, over and over, by the tokenizer of Gemma 3 270M; rows have 1,024 tokens.
+The document is the default corpus in one line, repeated. The tokenizer is Gemma 3 270M's; a row has 1,024 tokens.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOKENS = (10**5, 10**6, 10**7)
 
 
 def processor() -> str:
-    """What this machine computes with."""
+    """The number of cores and the name of the processor."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -33,7 +33,7 @@ def processor() -> str:
 
 
 def measure() -> dict:
-    """Seconds by the length of the document."""
+    """Seconds for each length of the document."""
     encode = tokenizer.load("gemma3_270m", "", "").encode
     corpus = " ".join(sources.documents(config.DEFAULT_TEXT)).replace("\n", " ")
     tokenising, packing = [], []
@@ -52,7 +52,7 @@ def measure() -> dict:
 
 
 def main() -> None:
-    """Measures, prints, and stores if asked to."""
+    """Measures and prints; writes a file if --json is given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
-"""The same SAE update in SAELens and dictionary_learning, on the torch side of the fence.
+"""The time of the same SAE update in SAELens and dictionary_learning, with torch.
 
     make benchmark-peers
 
-Runs in an environment of its own with torch, sae-lens and dictionary-learning; it knows nothing of this project.
-Sizes, data and method are those of `benchmarks/step.py`. Prints a JSON object.
+Runs in a separate environment with torch, sae-lens and dictionary-learning, and imports nothing of this project.
+Sizes, data and method are the same as in `benchmarks/step.py`. Prints a JSON object.
 """
 
 import json
@@ -13,7 +13,7 @@ import types
 
 import torch
 
-# dictionary_learning imports nnsight for names in type hints only.
+# dictionary_learning imports nnsight only for type hints.
 sys.modules["nnsight"] = types.ModuleType("nnsight")
 sys.modules["nnsight"].LanguageModel = object
 

@@ -1,8 +1,8 @@
-"""What bfloat16 does to Gemma 3 270M's activations and loss, against transformers' float32.
+"""The errors of Gemma 3 270M's activations and loss in bfloat16, compared with transformers in float32.
 
     make test-peers && python -m benchmarks.precision .peers [--json=PATH]
 
-Three ways in bfloat16: gemma's own modules, the same with norms in float32 (as here), and transformers.
+Three implementations in bfloat16: gemma's own modules, the same with norms in float32 (this package), and transformers.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SITES = tuple(
 def gemmas_norm(
     x: jax.Array, module: gm.nn.RMSNorm, tap: Callable[[jax.Array], jax.Array] = lambda x: x
 ) -> jax.Array:
-    """The arithmetic of `gm.nn.RMSNorm`, in the dtype of `x`."""
+    """The arithmetic of `gm.nn.RMSNorm` in the dtype of `x`."""
     scale_D = module.get_variable("params", "scale").reshape((1,) * (x.ndim - 1) + (-1,))
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return tap(x * jax.lax.rsqrt(variance + 1e-06)) * (1 + scale_D)
@@ -37,7 +37,7 @@ def gemmas_norm(
 
 @jax.jit
 def forward(gemma: Gemma, tokens_1xL: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Losses [L - 1] and sites [L, D]."""
+    """Returns losses [L - 1], and activations [L, D] by site."""
     x = forward_lib.embed(gemma, tokens_1xL)
     x, values = forward_lib.run_blocks(gemma, x, tokens_1xL, gemma.layers, read=SITES)
     loss, _ = predictions.next_token_loss(gemma, x, tokens_1xL)
@@ -45,13 +45,13 @@ def forward(gemma: Gemma, tokens_1xL: jax.Array) -> tuple[jax.Array, dict[str, j
 
 
 def relative_error(actual: np.ndarray, exact: np.ndarray) -> float:
-    """‖actual − exact‖ / ‖exact‖ of the median token, BOS left out."""
+    """The median over tokens, without BOS, of ‖actual − exact‖ / ‖exact‖."""
     actual, exact = (np.asarray(x, np.float64)[1:] for x in (actual, exact))
     return float(np.median(np.linalg.norm(actual - exact, axis=-1) / np.linalg.norm(exact, axis=-1)))
 
 
 def measure(folder: pathlib.Path) -> dict:
-    """Losses and relative errors, by way of computing."""
+    """Losses and relative errors of each implementation."""
     want = np.load(folder / "gemma3_270m" / "expected.npz")
     gemma = placement.load("gemma3_270m", str(folder / "gemma3_270m"), jnp.float32)
     tokens = jnp.asarray(want["tokens"])[None]
@@ -84,12 +84,12 @@ def measure(folder: pathlib.Path) -> dict:
 
 
 def main() -> None:
-    """Prints the numbers as JSON, or writes them."""
+    """Measures and prints JSON; writes a file if --json is given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=pathlib.Path, help="what tests/peers/hugging_face.py made")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
+    parser.add_argument("folder", type=pathlib.Path, help="the folder that tests/peers/hugging_face.py wrote")
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
     args = parser.parse_args()
     numbers = measure(args.folder)
     print(json.dumps(numbers, indent=1))

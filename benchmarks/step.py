@@ -1,13 +1,13 @@
-"""How fast the step is, as ratios that mean something on any machine.
+"""The speed of the training step, as ratios that can be compared between machines.
 
     python -m benchmarks.step [--json=results/step.json]
 
-All are of the least time over some repetitions, in one process, on an otherwise idle machine:
+Each time is the least of several repetitions, in one process, on an otherwise idle machine:
 
-  update   one SAE update (weights, dead-latent counters, metrics' sums) against the five dense matmuls that it
-           cannot do without, each in the faster of the layouts that give the same result
-  harvest  the FLOP rate of Gemma's forward pass to the site against that of a 4,096 × 4,096 matmul
-  fused    the compiled step against harvest, ring and updates compiled and run apart
+  update   one SAE update (weights, dead-latent counters, sums of the metrics) compared with the five dense matmuls
+           that it needs, each in the faster of the equivalent layouts
+  harvest  the FLOP rate of Gemma's forward pass up to the site, compared with a 4,096 × 4,096 matmul
+  fused    the compiled step compared with harvest, ring and updates compiled and run separately
 
 `make benchmark-peers` times the same update in SAELens and dictionary_learning.
 """
@@ -33,7 +33,7 @@ B, D, M, L0 = 1024, 640, 4096, 60
 
 
 def least_time(fn: Callable, *args: object, repeat: int = 10) -> float:
-    """Seconds of the fastest of some calls, after one to warm up."""
+    """Seconds of the fastest of `repeat` calls, after one warm-up call."""
     jax.block_until_ready(fn(*args))
     best = float("inf")
     for _ in range(repeat):
@@ -44,12 +44,12 @@ def least_time(fn: Callable, *args: object, repeat: int = 10) -> float:
 
 
 def contract(a_axis: int, b_axis: int) -> Callable:
-    """A jitted matmul over the given axes, whose result may be either way around."""
+    """A jitted matmul that contracts the given axes; its result can be transposed by the order of the arguments."""
     return jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ()))))
 
 
 def five_matmuls(batch: int = B, d: int = D, m: int = M) -> float:
-    """Seconds of the five matmuls of one update."""
+    """Seconds of the five dense matmuls of one update."""
     key = jax.random.key(0)
     x_BxD, f_BxM = jax.random.normal(key, (batch, d)), jax.random.normal(key, (batch, m))
     w_DxM, w_MxD = jax.random.normal(key, (d, m)), jax.random.normal(key, (m, d))
@@ -60,14 +60,14 @@ def five_matmuls(batch: int = B, d: int = D, m: int = M) -> float:
 
 
 def quickstart_run(**changes: object) -> runs.Run:
-    """The quickstart's run with some fields changed."""
+    """The quickstart's run with changed fields."""
     c = quickstart.get_config()
     c.update_from_flattened_dict(changes)
     return runs.build(config_lib.from_dict(c.to_dict()))
 
 
 def synthetic_state(run: runs.Run, x_BxD: jax.Array) -> step.State:
-    """A state whose SAEs have an L0 of about 60 on x; a learning rate of zero keeps it there."""
+    """A state whose SAEs have an L0 of about 60 on x; a tiny learning rate keeps the L0 there."""
     d = x_BxD.shape[1]
     normalizer = Normalizer(jnp.zeros(d), jnp.ones(()), jnp.asarray(jnp.inf), jnp.zeros(d))
     state = step.init_state(run.plan, {str(site): normalizer for site in run.plan.sites}, jnp.float32)
@@ -83,7 +83,7 @@ def synthetic_state(run: runs.Run, x_BxD: jax.Array) -> step.State:
 
 
 def update_benchmark() -> dict:
-    """One update of the code that the step runs, at an L0 of about 60."""
+    """Times one update, with the code of the step, at an L0 of about 60."""
     updates = 8
     run = quickstart_run(
         **{"train.batch": B, "train.sequences_per_step": 4 * updates, "ring.capacity": 16 * B * updates}
@@ -116,7 +116,7 @@ def update_benchmark() -> dict:
 
 
 def harvest_flops(run: runs.Run, gemma: Gemma) -> float:
-    """FLOPs of a harvest by formula: every weight of the blocks once per token, and attention's two products."""
+    """FLOPs of a harvest by formula: each weight of the blocks once per token, and the two products of attention."""
     model = run.module.config
     tokens, length = run.plan.activations, run.config.data.context_length
     layers = run.plan.sites[0].layer + 1
@@ -130,7 +130,7 @@ def harvest_flops(run: runs.Run, gemma: Gemma) -> float:
 
 
 def step_benchmark() -> dict:
-    """The harvest's FLOP rate, and the fused step against its parts."""
+    """Times the harvest and its FLOP rate, and the fused step compared with its parts."""
     run = quickstart_run()
     plan, sequences = run.plan, run.config.train.sequences_per_step
     rows = token_rows.open_rows(prepare.rows_of(run.config), token_rows.TRAIN)
@@ -138,7 +138,7 @@ def step_benchmark() -> dict:
     normalizers = loop.calibrate(run, rows, gemma, run.plan.sites)
     state = runs.init_state(run, normalizers)
     compiled, batch = None, None
-    for i in range(plan.ring_steps + 1):  # Until the ring is full and the bank trained.
+    for i in range(plan.ring_steps + 1):  # Until the ring is full and the bank has been trained.
         batch = runs.read_batch(run, rows, i * sequences, sequences)
         compiled = compiled or loop.lower_step(run, state, batch, gemma).compile()
         state, _ = jax.block_until_ready(compiled(state, batch, gemma))
@@ -191,7 +191,7 @@ def step_benchmark() -> dict:
 
 
 def main() -> None:
-    """Measures, prints, and stores if asked to."""
+    """Measures and prints; writes a file if --json is given."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""What harvests, whole steps and evaluations need of a TPU, compiled ahead of time on this host for real slices.
+"""The memory of harvests, training steps and evaluations on TPU slices, compiled ahead of time without a TPU.
 
     python -m benchmarks.tpu [--harvest=gemma2_2b] [--step=all_16k] [--evaluation=gemma2_27b] [--json=PATH]
 
-Bytes are the compiler's, for one chip. Needs libtpu (`make .venv/libtpu`), or another as $TPU_LIBRARY_PATH.
+Bytes are reported by the compiler, for one chip. Needs libtpu (`make .venv/libtpu`, or a path in $TPU_LIBRARY_PATH).
 """
 
 import argparse
@@ -55,12 +55,12 @@ HARVESTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The step of a config on a slice."""
+    """The training step of a config on a slice."""
 
     config: str
     suite: str
     topology: str
-    layers: tuple[int, ...] = ()  # Empty: those of the suite.
+    layers: tuple[int, ...] = ()  # Empty: the layers of the suite.
 
 
 STEPS = (
@@ -77,7 +77,7 @@ STEPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of one SAE of a residual stream, with nothing left out, on Gemma Scope's 2,048 rows."""
+    """The evaluation of one SAE of a residual stream with all metrics, on 2,048 rows as in Gemma Scope."""
 
     model: str
     layer: int
@@ -96,7 +96,7 @@ EVALUATIONS = (
 
 
 def report(lowered: jax.stages.Lowered) -> dict:
-    """Compiles; bytes of HBM on each chip, by what holds them."""
+    """Compiles, and returns the bytes of HBM on each chip by kind."""
     started = time.monotonic()
     memory = lowered.compile().memory_analysis()
     return {
@@ -109,18 +109,18 @@ def report(lowered: jax.stages.Lowered) -> dict:
 
 
 def placed(mesh: jax.sharding.Mesh, shape: tuple, dtype: jnp.dtype, spec: P) -> jax.ShapeDtypeStruct:
-    """A shape on the mesh."""
+    """The shape of an array placed on the mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
 
 def batch_shapes(mesh: jax.sharding.Mesh, sequences: int, length: int) -> step.Batch:
-    """The rows that a step takes."""
+    """The shapes of the rows of one step."""
     rows = placed(mesh, (sequences,), jnp.int32, sharding.TOKENS)
     return step.Batch(placed(mesh, (sequences, length), jnp.int32, sharding.TOKENS), rows, rows)
 
 
 def measure_harvest(case: Harvest) -> dict:
-    """A harvest alone."""
+    """The memory of a harvest."""
     devices = forecast.slice_devices(case.topology)
     mesh = sharding.make_mesh(1, 0, devices)
     model, site = registry.build_model(case.model), Site("resid_post", case.layer)
@@ -144,7 +144,7 @@ def measure_harvest(case: Harvest) -> dict:
 
 
 def measure_step(case: Step) -> dict:
-    """The whole step of a config, as `gemma-scope plan` tells of it."""
+    """The memory and time of the training step of a config, as in `gemma-scope plan`."""
     c = importlib.import_module(f"configs.{case.config}").get_config(case.suite)
     for bank in c.banks.values():
         bank.layers = case.layers or bank.layers
@@ -162,7 +162,10 @@ def measure_step(case: Step) -> dict:
 
 
 def measure_evaluation(case: Evaluation) -> dict:
-    """Every pass of an evaluation; bytes are those of the pass that needs most, with all that lies beside it."""
+    """The memory of all passes of an evaluation, and its time at peak rates.
+
+    The peak is that of the largest pass, together with all arrays that are in memory during that pass.
+    """
     devices = forecast.slice_devices(case.topology)
     chip = devices_lib.CHIPS[case.topology.split(":")[0]]
     mesh = sharding.make_mesh(1, 0, devices)
@@ -194,17 +197,17 @@ def measure_evaluation(case: Evaluation) -> dict:
         "divergence": passes.divergence.lower(gemma, x, x, tokens, kept),
     }
     of_passes = {name: report(one) for name, one in lowered.items()}
-    # Before the site's block, the site, the last, what is spliced, and the gradient lie there throughout.
+    # In memory throughout: the input of the site's block, the site, the last activations, the splice, the gradient.
     resident = memory_lib.bytes_per_device((params, subject, tokens, kept, x, x, x, x, importance))
     peak = max(resident + of["temporary_bytes"] + of["output_bytes"] for of in of_passes.values())
     count = case.rows * case.length
     blocks = flops.harvest_flops(model, case.rows, case.length, layers)
     upper = blocks * (1 - case.layer / layers)
     logits = 2 * count * d * v
-    # Clean; two ablations; a gradient of the activations alone, forward, again, and back; the splice, whose KL makes
-    # logits twice.
+    # The clean pass; two ablations; a gradient of the activations, as a forward, a repeated forward and a backward
+    # pass; and the splice, whose KL computes logits twice.
     gemma_flops = blocks + 2 * upper + 3 * upper + upper + logits * (1 + 2 + 3 + 2)
-    # Encoding, decoding and, for r_L0, one product more, each in float32.
+    # Encoding, decoding and one further product for r_L0, each in float32.
     sae_flops = devices_lib.PASSES["highest"] * 2 * count * 3 * d * m
     return {
         **dataclasses.asdict(case),
@@ -220,14 +223,16 @@ def measure_evaluation(case: Evaluation) -> dict:
 
 
 def main() -> None:
-    """Prints a line for each case, and writes all of them as JSON."""
+    """Prints a line for each case; writes all cases as JSON if --json is given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--harvest", help="only the harvest of this model, or all")
-    parser.add_argument("--step", help="only the steps of this suite, or all")
-    parser.add_argument("--evaluation", help="only the evaluation of this model, or all")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
+    parser.add_argument("--harvest", help="model whose harvest is measured, or all; other cases are left out")
+    parser.add_argument("--step", help="suite whose steps are measured, or all; other cases are left out")
+    parser.add_argument(
+        "--evaluation", help="model whose evaluation is measured, or all; other cases are left out"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
     args = parser.parse_args()
     is_all = not (args.harvest or args.step or args.evaluation)
     measured = {"harvests": [], "steps": [], "evaluations": []}
@@ -237,7 +242,7 @@ def main() -> None:
             print(
                 f"harvest of {case.model} to layer {case.layer} on {case.topology}: "
                 f"{result['parameters'] / 1e9:.3f} billion parameters; on each chip "
-                f"{result['argument_bytes'] / 1e9:.2f} GB of weights, {result['peak_bytes'] / 1e9:.2f} GB at most; "
+                f"{result['argument_bytes'] / 1e9:.2f} GB of weights, {result['peak_bytes'] / 1e9:.2f} GB at peak; "
                 f"compiled in {result['compile_s']:.0f} s",
                 flush=True,
             )
@@ -246,7 +251,7 @@ def main() -> None:
             continue
         measured["steps"].append(result := measure_step(case))
         told = result.get("refused") or (
-            f"{result['peak_bytes'] / 1e9:.2f} GB at most, {result['hours']:.1f} hours at peak rates"
+            f"{result['peak_bytes'] / 1e9:.2f} GB at peak, {result['hours']:.1f} hours at peak rates"
         )
         print(f"step of {case.config}:{case.suite} on {case.topology}: {told}", flush=True)
     for case in EVALUATIONS:
@@ -255,7 +260,7 @@ def main() -> None:
         measured["evaluations"].append(result := measure_evaluation(case))
         print(
             f"evaluation on {case.rows} rows of {case.model}, layer {case.layer}, {case.width} latents, on "
-            f"{case.topology}: {result['peak_bytes'] / 1e9:.2f} GB at most of {result['memory'] / 1e9:.0f}, "
+            f"{case.topology}: {result['peak_bytes'] / 1e9:.2f} GB at peak of {result['memory'] / 1e9:.0f}, "
             f"{result['minutes']:.1f} minutes at peak rates",
             flush=True,
         )

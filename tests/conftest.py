@@ -1,4 +1,4 @@
-"""Eight fake devices, strict ranks, and what several tests share."""
+"""Eight fake devices, no implicit rank promotion, and fixtures for all tests."""
 
 import ctypes
 
@@ -18,7 +18,7 @@ tiny.register()
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """A folder with the small model's weights and a text of forty documents."""
+    """A folder with the weights of the small model, and a text of forty documents."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny.lay_out(folder)
     return folder
@@ -26,21 +26,21 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_gemma():
-    """The small model with weights on the default device."""
+    """The small model, with its weights on the default device."""
     params = jax.tree.map(jax.numpy.asarray, tiny.params())
     return Gemma("tiny", tiny.TinyGemma(), sharding.one_device(), 4, params)
 
 
 @pytest.fixture(autouse=True)
 def signals_are_not_answered():
-    """What answers signals ends the process: here that of every test to come. Such a test starts its own."""
+    """No test installs the signal handlers, which would end the process of all later tests."""
     yield
     assert signals._command_line is None
 
 
 @pytest.fixture(autouse=True)
 def as_on_the_command_line(request):
-    """What is said is printed, for tests to read; a test that is marked `silent` is a caller of the library."""
+    """Messages are printed, as on the command line; not for tests marked `silent`, which use the library."""
     if request.node.get_closest_marker("silent"):
         yield
         return
@@ -50,7 +50,7 @@ def as_on_the_command_line(request):
 
 @pytest.fixture
 def as_any_user():
-    """Permissions hold: root may else read and write everything."""
+    """File permissions hold even for root, which could otherwise read and write everything."""
     libc, version, thread = ctypes.CDLL(None, use_errno=True), 0x20080522, 0
     header, sets = (ctypes.c_uint32 * 2)(version, thread), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, sets) == 0

@@ -1,10 +1,10 @@
-"""A few documents, and what packed rows hold of them."""
+"""A few documents, and the documents of packed rows."""
 
 from gemma_scope_jax.models.masking import BOS, PAD
 
 
 def unpack(rows):
-    """The tokens of each document of packed rows, by the numbers that the rows give them."""
+    """The tokens of each document in packed rows, by document number."""
     documents = {}
     for tokens, first_document in rows:
         segment = -1

@@ -1,4 +1,4 @@
-"""The small model with SAEs on the devices, put together in memory where `analysis.open_scope` reads files."""
+"""Scopes of the small model and SAEs, built in memory instead of from files as in `analysis.open_scope`."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def make(
     held_out: np.ndarray | None = None,
     rows_per_batch: int = 4,
 ) -> analysis.Scope:
-    """A scope whose held-out rows are tokens [S, L]; None: it has no text."""
+    """A scope with held-out rows `held_out` [S, L]; None: the scope has no text."""
     gemma = gemma.replace(mesh=mesh or gemma.mesh)
     return analysis.Scope(
         config.from_dict({"model": "tiny", "evaluation": {"rows_per_batch": rows_per_batch}}),

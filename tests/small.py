@@ -1,4 +1,4 @@
-"""The small models of tests/hugging_face, which tests/peers/hugging_face.py made, as gemma's modules."""
+"""The small models of tests/hugging_face, made by tests/peers/hugging_face.py, as modules of gemma."""
 
 import functools
 import json
@@ -11,14 +11,14 @@ from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.gemma_package import transformer_config as _config
 from gemma_scope_jax.models.gemma_package import transformer_modules as _modules
 
-# `make test-peers` has transformers make them anew.
+# `make test-peers` makes these models again with transformers, in another folder.
 FOLDER = pathlib.Path(os.environ.get("PEERS_FOLDER", pathlib.Path(__file__).parent / "hugging_face"))
 NAMES = ("small_gemma2_2b", "small_gemma2_27b", "small_gemma3_1b", "small_gemma3_4b")
 
 
 @functools.cache
 def model(name: str, transpose_gating: bool = True) -> gm.nn.Transformer:
-    """The module that the folder's config.json describes; 2B keeps its gating matrices the other way round."""
+    """The module described by the config.json of the folder; 2B stores its gating matrices transposed."""
     found = json.loads((FOLDER / name / "config.json").read_text())
     text = found.get("text_config", found)
     is_gemma3 = text["model_type"] != "gemma2"
@@ -59,5 +59,5 @@ def model(name: str, transpose_gating: bool = True) -> gm.nn.Transformer:
 
 
 def on_device(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """Everything on the first device."""
+    """A placement of all arrays on the first device."""
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])

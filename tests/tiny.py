@@ -1,6 +1,6 @@
 """A small Gemma with the real structure, and a run that trains on it in a second or two.
 
-Also a program: `python tests/tiny.py JSON` does what train.py or evaluate.py does, with the small model known.
+As a program, `python tests/tiny.py JSON` registers the small model and then does the work of train.py or evaluate.py.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLO
 
 
 class TinyGemma(gm.nn.Transformer):
-    """Four blocks: grouped queries, both soft-caps, a window shorter than a row, N·H ≠ D, as in Gemma 2."""
+    """Four blocks like Gemma 2's: grouped queries, both soft-caps, a window shorter than a row, N·H ≠ D."""
 
     config: _config.TransformerConfig = _config.TransformerConfig(
         num_embed=272,
@@ -41,18 +41,18 @@ class TinyGemma(gm.nn.Transformer):
     )
 
 
-# Tokens are bytes, behind the special ones, but for two words of the chat template.
+# A token is a byte, numbered after the special tokens, except for two words of the chat template.
 _WORDS = {"<start_of_turn>": 260, "<end_of_turn>": 261, "user": 262, "model": 263}
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text."""
+    """The token ids of a text."""
     pieces = re.split("(user|model)", text)
     return [i for p in pieces for i in ([_WORDS[p]] if p in _WORDS else [3 + byte for byte in p.encode()])]
 
 
 def load_tokenizer() -> tokenizer.Tokenizer:
-    """The small model's tokenizer."""
+    """The tokenizer of the small model."""
 
     def decode(ids: list[int]) -> str:
         return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
@@ -62,7 +62,7 @@ def load_tokenizer() -> tokenizer.Tokenizer:
 
 
 def register() -> None:
-    """Makes the small model known by the name `tiny`."""
+    """Registers the small model under the name `tiny`."""
     registry.register("tiny", registry.ModelSpec(TinyGemma(), "test/tiny", "gs://none/tiny", load_tokenizer))
 
 
@@ -76,7 +76,7 @@ def params(scale: float = 0.3) -> dict:
 
 
 def lay_out(folder: pathlib.Path) -> None:
-    """Writes `weights` and `text.jsonl`, a text of forty documents."""
+    """Writes the folder `weights` and `text.jsonl`, a text of forty documents."""
     weights.save_orbax(str(folder / "weights"), params())
     rng = np.random.default_rng(1)
     with (folder / "text.jsonl").open("w") as file:
@@ -86,7 +86,7 @@ def lay_out(folder: pathlib.Path) -> None:
 
 
 def tokens(rows: int, length: int, seed: int = 0, special: float = 0.0) -> np.ndarray:
-    """Packed rows: some of two segments, some padded, a share of EOS among them."""
+    """Random packed rows: some with two segments, some padded, and a share `special` of EOS tokens."""
     rng = np.random.default_rng(seed)
     made = rng.integers(3, 259, size=(rows, length)).astype(np.int32)
     made[rng.random(made.shape) < special] = masking.EOS
@@ -97,9 +97,11 @@ def tokens(rows: int, length: int, seed: int = 0, special: float = 0.0) -> np.nd
 
 
 def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
-    """A run on the small model; `changes` are fields by their dotted names, dots written as double underscores.
+    """The config of a run on the small model.
 
-    The folder holds `weights` and `text.jsonl`, as `lay_out` writes them.
+    Args:
+      folder: contains `weights` and `text.jsonl`, as written by `lay_out`.
+      **changes: values of fields by dotted name, where `__` replaces each dot.
     """
     c = config.defaults()
     if "banks" in changes:
@@ -140,7 +142,7 @@ def run_config(folder: pathlib.Path, **changes: object) -> config.Config:
 
 
 def main() -> None:
-    """Trains the run whose config and workdir the JSON argument gives, or evaluates as its `evaluate` says."""
+    """Trains with the `config` and `workdir` of the JSON argument, or evaluates with its `evaluate` arguments."""
     register()
     from gemma_scope_jax.cli import common
     from gemma_scope_jax.cli import evaluate as evaluate_cli

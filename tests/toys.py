@@ -7,7 +7,7 @@ from gemma_scope_jax.saes import jumprelu
 
 
 class Rows:
-    """Rows in memory, where a dataset on disk would be."""
+    """Rows in memory instead of a dataset on disk."""
 
     def __init__(self, tokens: np.ndarray) -> None:
         self.tokens = tokens
@@ -16,12 +16,12 @@ class Rows:
         return len(self.tokens)
 
     def read(self, indices: np.ndarray) -> token_rows.Batch:
-        """Those rows."""
+        """Returns the rows at some indices."""
         return token_rows.Batch(self.tokens[indices], np.asarray(indices), np.zeros(len(indices), np.int32))
 
 
 def random_sae(seed: int = 0) -> jumprelu.SAE:
-    """Of width 64 on activations of width 32, of which a part fires."""
+    """An SAE of 64 latents on activations of width 32; a part of its latents fires."""
     rng = np.random.default_rng(seed)
     arrays = dict(
         W_enc=rng.normal(size=(32, 64)), b_enc=rng.normal(size=64), threshold=2 + rng.random(64),
