@@ -1,4 +1,4 @@
-"""A run's SAEs, written in the formats and under the names that other tools know."""
+"""Writes a run's SAEs in the formats and under the names that other tools expect."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from gemma_scope_jax.training import bank, checkpoint, metrics_log, runs, step
 
 
 def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, jumprelu.SAE]]:
-    """Each member of each bank, by name, on raw activations and on the host: one at a time, for they are large."""
+    """Yields each member of each bank, by name, on raw activations and on the host: one at a time, to save memory."""
     for b in plan.banks:
         for i, member in enumerate(b.members):
             yield (
@@ -29,13 +29,14 @@ def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, jumpr
 
 
 def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict[str, float]:
-    """Each member's mean L0 as the state is: on held-out rows if that was evaluated, else of training's last updates.
+    """The mean L0 of each member, by name.
 
-    Those are in the run's log; of a run without one, the updates since the last whole window are taken.
+    It is that of the run's evaluation on held-out rows, if there is one of this state. Otherwise it is that of the
+    last training updates in the run's log or, without a log, that of the updates since the last whole window.
     """
     number = int(state.step)
     evaluated, others = None, {}
-    with contextlib.suppress(ValueError):  # A damaged one is no reason to export nothing.
+    with contextlib.suppress(ValueError):  # A damaged evaluation does not prevent an export.
         evaluated, others = evaluation_file.own_evaluation(workdir, run.config, number)
     held_out = {} if evaluated is None or others else evaluated.get("sae", {})
     logged = metrics_log.last_values(workdir, number)
@@ -52,7 +53,7 @@ def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict
 
 
 def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str) -> list[pathlib.Path]:
-    """Writes every member to `folder/<name>/` as a SAELens folder; `rows` names the dataset it was trained on."""
+    """Writes every member to `folder/NAME/` as a SAELens folder; `rows` is the name of the stored training rows."""
     l0 = measured_l0(run, state, folder.parent)
     members = {member.name: member for member in run.plan.members}
     with files.filling_folder(folder) if distributed.is_first() else contextlib.nullcontext() as partial:
@@ -66,30 +67,30 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
 
 
 def refresh(workdir: pathlib.Path) -> None:
-    """Writes a run's SAEs to its folder `sae` where those there are not of its newest checkpoint.
+    """Writes the SAEs of a run's newest checkpoint to its folder `sae`, unless they are already there.
 
-    Those of a run that has ended are: training writes them.
+    A finished run has them already, because training writes them at its end.
 
     Raises:
-      ValueError: there is no checkpoint that can be read, or the folder cannot be written to.
+      ValueError: if no checkpoint can be read, or the folder cannot be written to.
     """
     newest = checkpoint.newest_step(workdir / "checkpoints")
     if newest is None or _is_fresh(workdir, newest):
         return
     files.check_output(workdir / "sae", is_folder=True)
     run, state = runs.open_run(workdir)
-    if not _is_fresh(workdir, int(state.step)):  # The newest may be damaged.
+    if not _is_fresh(workdir, int(state.step)):  # The newest checkpoint can be damaged.
         write_own(run, state, workdir / "sae", token_rows.recorded(workdir) or "")
 
 
 def _is_fresh(workdir: pathlib.Path, step: int) -> bool:
-    """Whether every SAE of a run lies in its folder as it was at a step."""
+    """Whether the run's folder `sae` has every SAE as it was at a step."""
     config = loading.run_config(workdir)
     places = [workdir / "sae" / m.name for b in config.banks.values() for m in naming.members(b)]
     if not all((place / "cfg.json").exists() for place in places):
         return False
     written = [saelens.read_about(place).step for place in places]
-    # Before SAEs said their step they were written at the end of a run, after its last checkpoint.
+    # Files without a step are of an older version, which wrote them at the end of a run, after the last checkpoint.
     ended = (workdir / "checkpoints" / str(step)).stat().st_mtime
     return all(
         at == step if at is not None else (place / "cfg.json").stat().st_mtime >= ended
@@ -100,7 +101,7 @@ def _is_fresh(workdir: pathlib.Path, step: int) -> bool:
 def as_stored(
     run: runs.Run, state: step.State, member: naming.Member, folded: jumprelu.SAE, l0: float, rows: str
 ) -> loading.LoadedSAE:
-    """A run's member as if it came from a file; hooks are named by `write`."""
+    """A member of a run as a `LoadedSAE`; `saving.write` adds the names of hooks."""
     config = run.config
     about = common.About(
         model_name=registry.spec(config.model).hugging_face,
@@ -129,7 +130,7 @@ def as_stored(
 def layout(
     members: Mapping[str, naming.Member], l0: Mapping[str, float], file_format: str
 ) -> dict[str, pathlib.Path]:
-    """Where each member goes below an export's folder, by name, as in the repositories that have the format."""
+    """The path of each member in an export's folder, by name, as in the repositories that use the format."""
     to = formats_lib.FORMATS[file_format]
     places = {name: to.place(name, member, l0[name]) for name, member in members.items()}
     if to.holds_many:
@@ -144,18 +145,22 @@ def export_run(
     bank_name: str | None = None,
     dtype: str = "float32",
 ) -> list[pathlib.Path]:
-    """Exports the newest state of a run directory in layouts such as Google's; returns the paths.
+    """Exports the SAEs of a run's newest checkpoint in the layouts of other tools.
 
     Args:
-      workdir: the run's.
-      formats: of `saes.formats.written()`. Of several each has a folder of its own, without what it has no place for.
+      workdir: the run directory.
+      formats: names from `saes.formats.written()`. With more than one format, each gets its own folder, which leaves
+        out the SAEs that the format cannot hold.
       out: the folder to write to.
-      bank_name: only this bank's SAEs; None: all.
-      dtype: of the matrices.
+      bank_name: the bank whose SAEs are exported; None: all banks.
+      dtype: the dtype of the matrices.
+
+    Returns:
+      The paths of the exported SAEs.
 
     Raises:
-      ValueError: there is no such bank, the only format has no place for a member, or a place is taken; nothing has
-        been written then.
+      ValueError: if there is no such bank, the only format cannot hold a member, or a path already exists; nothing
+        is written.
     """
     run, state = runs.open_run(workdir, banks=None if bank_name is None else [bank_name])
     return export_state(run, state, workdir, formats, out, dtype)
@@ -170,19 +175,22 @@ def export_state(
     dtype: str = "float32",
     is_public: bool = False,
 ) -> list[pathlib.Path]:
-    """`export_run` of a run that is open.
+    """Exports the SAEs of an open run; see `export_run`.
 
     Args:
-      run: as `runs.open_run` gives it.
-      state: likewise.
-      workdir: the run's.
-      formats: see `export_run`.
+      run: the run, from `runs.open_run`.
+      state: the state to export, from `runs.open_run`.
+      workdir: the run directory.
+      formats: names from `saes.formats.written()`; see `export_run`.
       out: the folder to write to.
-      dtype: of the matrices.
-      is_public: whether paths of this machine are kept out of the files.
+      dtype: the dtype of the matrices.
+      is_public: whether to leave out paths of this machine from the files.
+
+    Returns:
+      The paths of the exported SAEs.
 
     Raises:
-      ValueError: see `export_run`.
+      ValueError: if the only format cannot hold a member, or a path already exists; nothing is written.
     """
     members = {member.name: member for member in run.plan.members}
     rows = token_rows.recorded(workdir) or ""
@@ -199,7 +207,7 @@ def export_state(
     for file_format, name, *_ in wanted:
         why = found.get((file_format, name))
         if why and len(formats) == 1:
-            raise InputError(f"{name} {why}; with --bank other SAEs are exported")
+            raise InputError(f"{name} {why}; choose other SAEs with --bank")
         if why:
             say(f"Left out of {file_format}: {name} {why}")
             continue

@@ -1,4 +1,4 @@
-"""A run: built from a config, opened from its directory, restored on any mesh; and the batches that it reads."""
+"""Builds a run from a config, opens it from its directory, restores it on any mesh, and reads its batches."""
 
 import dataclasses
 import pathlib
@@ -25,7 +25,7 @@ from gemma_scope_jax.training import normalizer as normalizer_lib
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is built from; evaluation and export open a finished run as the same thing."""
+    """A run's config, mesh, model and plan; also the form in which evaluation and export open a finished run."""
 
     config: config_lib.Config
     mesh: jax.sharding.Mesh
@@ -39,13 +39,13 @@ def build(
     devices: Sequence[jax.Device] | None = None,
     started: config_lib.Config | None = None,
 ) -> Run:
-    """Checks a config before anything slow is done.
+    """Builds a run from its config, which is checked before anything slow is done.
 
     Args:
-      config: of the run.
-      mesh: to run on; None: the one that the config asks for.
-      devices: of that one; None: all that there are.
-      started: see `plans.make_plan`.
+      config: the run's config.
+      mesh: the mesh to run on; None: the mesh that the config describes.
+      devices: the devices of the mesh that the config describes; None: all devices.
+      started: the config that the run was started with, if it is continued; see `plans.make_plan`.
     """
     if mesh is None:
         devices = jax.devices() if devices is None else devices
@@ -58,25 +58,28 @@ def build(
 
 
 def gemma_placement(run: Run) -> weights.Placement:
-    """Where Gemma's parameters lie, up to the deepest site."""
+    """The placement of Gemma's parameters on the mesh, up to the deepest site."""
     return placement.placement_of(run.config, run.mesh, run.module, blocks_needed(run.plan.sites))
 
 
 def check_weights(run: Run) -> None:
-    """Raises ValueError if the weights are not there or not the model's, before an hour is spent on the text."""
+    """Raises ValueError if the weights are missing or not the model's, before the text is tokenised."""
     path = registry.weights_path(run.config.model, run.config.weights)
     weights.find(path, run.module, blocks_needed(run.plan.sites))
 
 
 def load_gemma(run: Run) -> Gemma:
-    """Gemma up to the deepest site, on the mesh."""
+    """Loads Gemma's blocks up to the deepest site onto the mesh."""
     config = run.config
     dtype, depth = registry.dtype(config), blocks_needed(run.plan.sites)
     return placement.load(config.model, config.weights, dtype, depth, run.mesh, gemma_placement(run))
 
 
 def read_batch(run: Run, rows: token_rows.Rows, start: int, count: int) -> step.Batch:
-    """Rows start … start + count of the training order, on the mesh; a host reads those of its own devices."""
+    """The rows from `start` to `start + count` of the training order, on the mesh.
+
+    Each host reads only the rows of its own devices.
+    """
     order = token_rows.order(len(rows), run.config.seed, start, count)
     placed = jax.NamedSharding(run.mesh, sharding.TOKENS)
     own = np.zeros(count, bool)
@@ -93,7 +96,7 @@ def read_batch(run: Run, rows: token_rows.Rows, start: int, count: int) -> step.
 
 
 def init_state(run: Run, normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
-    """The first state, every array made in its place on the mesh."""
+    """The initial state of a run; every array is created on the devices that hold it."""
 
     def init(normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
         return step.init_state(run.plan, normalizers, registry.dtype(run.config))
@@ -103,7 +106,7 @@ def init_state(run: Run, normalizers: dict[str, normalizer_lib.Normalizer]) -> s
 
 
 def abstract_state(run: Run) -> step.State:
-    """The shapes and shardings of the state; nothing is computed."""
+    """The shapes and shardings of the state, without computing it."""
     shape = jax.ShapeDtypeStruct
     normalizers = {}
     for site in run.plan.sites:
@@ -116,7 +119,7 @@ def abstract_state(run: Run) -> step.State:
 
 
 def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, Gemma]:
-    """What the step takes, as shapes with shardings."""
+    """The inputs of the training step, as shapes with shardings."""
     config = run.config
 
     placed = jax.NamedSharding(run.mesh, sharding.TOKENS)
@@ -132,7 +135,7 @@ def abstract_inputs(run: Run) -> tuple[step.State, step.Batch, Gemma]:
 
 
 def steps_left(plan: step.Plan, state: step.State) -> int:
-    """Steps until every activation harvested has been trained on."""
+    """The number of steps until every activation has been harvested and trained on."""
     harvests, occupancy = int(state.harvests), int(state.harvests) - int(state.draws)
     to_harvest = max(plan.harvests - harvests, 0)
     return to_harvest + occupancy + min(plan.ring_steps - occupancy, to_harvest)
@@ -141,14 +144,17 @@ def steps_left(plan: step.Plan, state: step.State) -> int:
 def restore(
     run: Run, manager: ocp.CheckpointManager, set_aside: bool, what: str = "everything"
 ) -> step.State | None:
-    """The newest whole checkpoint on the run's mesh, whatever mesh it was saved from; None if there is none.
+    """Restores the newest whole checkpoint on the run's mesh, which can differ from the mesh that saved it.
 
     Args:
-      run: as it goes on.
-      manager: of the checkpoints.
-      set_aside: see `checkpoint.restore_newest`.
-      what: "everything"; "banks", all but the ring's slots; or "saes", of the banks no optimizer either. What
-        is left out is None.
+      run: the run.
+      manager: the manager of the checkpoints.
+      set_aside: whether to move damaged checkpoints; see `checkpoint.restore_newest`.
+      what: the parts to restore. "everything"; "banks": all except the ring's slots; "saes": all except the ring's
+        slots and the optimizer's state. The parts left out are None.
+
+    Returns:
+      The state, or None if there is no checkpoint.
     """
 
     def abstract(shapes: Mapping[str, list[int]]) -> step.State:
@@ -176,7 +182,7 @@ def restore(
 
 
 def _padded(run: Run, plan: bank.Plan, state: bank.State) -> bank.State:
-    """A bank's state, padded for the run's mesh; padding members are never trained, so copies do."""
+    """A bank's state, padded for the run's mesh with copies of its last member."""
     if state.updates_E.size == plan.padded_members:
         return state
     place_E = jnp.minimum(jnp.arange(plan.padded_members), len(plan.members) - 1)
@@ -194,16 +200,19 @@ def open_run(
     what: str = "saes",
     banks: Collection[str] | None = None,
 ) -> tuple[Run, step.State]:
-    """A run directory's run, and of its newest whole checkpoint what `restore` takes for `what`; changes nothing.
+    """Opens a run directory without changing it.
 
     Args:
-      workdir: the run's.
-      mesh: to put it on; one device if None.
-      what: see `restore`.
-      banks: the names of those to open, and none of the others; None: all.
+      workdir: the run directory.
+      mesh: the mesh to restore the state on; None: one device.
+      what: the parts of the state to restore; see `restore`.
+      banks: the names of the banks to open; None: all.
+
+    Returns:
+      The run, and the state of its newest whole checkpoint.
 
     Raises:
-      ValueError: the directory holds no run, none of those banks, or no checkpoint that can be read.
+      ValueError: if the directory holds no run, no such bank, or no checkpoint that can be read.
     """
     config = loading.run_config(workdir)
     if banks is not None:
@@ -222,5 +231,5 @@ def open_run(
     if state is None:
         raise RunError(f"{workdir} has no checkpoint yet")
     if steps_left(run.plan, state):
-        say(f"The run is not complete: this is step {int(state.step)}.")
+        say(f"The run is unfinished: using its step {int(state.step)}.")
     return run, state
