@@ -1,4 +1,4 @@
-"""Looking inside the model: what latents fire on, and what they do."""
+"""Analyses of a model with its SAEs: what latents fire on, and what they do."""
 
 from gemma_scope_jax.analysis.attribution.ablation import Ablations, ablations, ablations_of_prompts
 from gemma_scope_jax.analysis.attribution.gradients import Attribution, attribute

@@ -1,4 +1,4 @@
-"""What decoder directions say by themselves: the tokens that they make likelier, and the latents that are alike."""
+"""Decoder directions in the residual stream, and the tokens whose logits they raise and lower."""
 
 import functools
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, sharding
 
-# So many logits exist at a time.
+# The maximum number of logits in memory at a time.
 _LOGITS = 2**26
 
 
 class Logits(NamedTuple):
-    """The tokens of the highest and of the lowest logits of each direction, the most extreme first."""
+    """The tokens with the highest and the lowest logits for each direction, the most extreme first."""
 
     highest_token_MxT: np.ndarray
     highest_MxT: np.ndarray
@@ -25,10 +25,10 @@ class Logits(NamedTuple):
 
 
 def in_stream(params: weights.Params, site: Site, W_dec_MxO: np.ndarray) -> np.ndarray | None:
-    """Decoder directions [M, D] in the residual stream; None of a site whose values are not added to it.
+    """Decoder directions [M, D] in the residual stream; None for a site whose values are not added to it.
 
-    Those of `attn_out` go through the block's output projection and the gain of the norm behind it. Lengths do not
-    matter: the final norm takes them out.
+    Directions of `attn_out` are mapped through the block's output projection and the gain of the norm after it. The
+    norm's divisor is left out: it changes only the length, which the final norm removes.
     """
     if site.kind in ("resid_post", "mlp_out", "embed"):
         return W_dec_MxO
@@ -52,13 +52,19 @@ def _extremes(gemma: Gemma, x_CxD: jax.Array, top: int) -> tuple[jax.Array, ...]
 
 
 def logits(gemma: Gemma, directions_MxD: np.ndarray, top: int = 10) -> Logits:
-    """What each direction does to the next token if it alone is the stream: final norm, unembedding, soft-cap."""
+    """Next-token logits if each direction alone were the residual stream: final norm, unembedding, soft-cap.
+
+    Args:
+      gemma: the model.
+      directions_MxD: the directions in the residual stream.
+      top: how many of the highest and of the lowest logits to return for each direction.
+    """
     vocabulary = gemma.module.config.num_embed
     chunk = -(-min(max(_LOGITS // vocabulary, 1), len(directions_MxD)) // gemma.mesh.size) * gemma.mesh.size
     placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)
     parts = []
     for start in range(0, len(directions_MxD), chunk):
-        # All chunks of one shape, so that they are compiled once.
+        # All chunks have the same shape, so the function compiles once.
         x_CxD = directions_MxD[np.minimum(start + np.arange(chunk), len(directions_MxD) - 1)]
         x_CxD = np.asarray(x_CxD, gemma.dtype)
         put = jax.make_array_from_callback(x_CxD.shape, placed, lambda index, x=x_CxD: x[index])

@@ -1,4 +1,4 @@
-"""How often and how strongly latents fire on held-out text: the measure of what is much and what is little."""
+"""How often and how strongly latents fire on held-out text: the scale for judging and choosing activations."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,32 +13,35 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.attached import alone
 
-ROWS = 64  # Of held-out text, unless more or fewer are asked for: a rare latent fires a few dozen times.
-# Of what dashboards gather only the sums are wanted.
+ROWS = 64  # Default number of held-out rows; enough for a rare latent to fire a few dozen times.
+# Only the sums are needed here, so as few firings as possible are kept.
 _LEAST = collect.Options(top=1, sample=1, before=1, after=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Activity:
-    """Of each of an SAE's latents; 0 of one that never fired."""
+    """Statistics [M] of each latent of an SAE; 0 for latents that never fired."""
 
     sae: str
-    rows: int  # of held-out text
+    rows: int  # held-out rows measured
     frequency_M: np.ndarray  # the share of activations on which it fires
-    mean_M: np.ndarray  # its activation where it fires
-    largest_M: np.ndarray
+    mean_M: np.ndarray  # its mean activation where it fires
+    largest_M: np.ndarray  # its largest activation
 
 
 def activity(scope: Scope, rows: int = ROWS, names: Sequence[str] = ()) -> dict[str, Activity]:
-    """Measures the latents of all SAEs, or those named, in the same passes over held-out rows.
+    """Measures how often and how strongly latents fire, for several SAEs in the same passes over held-out rows.
 
     Args:
       scope: the model and the SAEs.
-      rows: so many, in the order of an evaluation; at most all.
-      names: of SAEs; of none, all.
+      rows: how many held-out rows to use, in the order of an evaluation; at most all of them.
+      names: the names of the SAEs to measure; if empty, all SAEs.
+
+    Returns:
+      The statistics, by SAE.
 
     Raises:
-      ValueError: there is no such SAE or no row.
+      ValueError: if there is no such SAE, or `rows` is less than 1.
     """
     for name in names:
         scope.check_latent(name, 0)
@@ -71,16 +74,16 @@ def _gather(
 
 
 def typical(scope: Scope, name: str, latent: int, rows: int = ROWS) -> float:
-    """A latent's mean activation where it fires on so many held-out rows, the unit in which it is changed.
+    """A latent's mean activation where it fires, on `rows` held-out rows: the unit of edits and sweeps.
 
     Raises:
-      ValueError: there is no such SAE or latent, or it never fired there.
+      ValueError: if there is no such SAE or latent, or the latent never fires on these rows.
     """
     scope.check_latent(name, latent)
     found = _gather(scope, {name: alone(scope.subjects[name], [latent])}, rows)[name]
     if not found.count_M[0]:
         raise InputError(
-            f"latent {latent} of {name} fires nowhere on {found.rows} held-out rows, so none knows what is much for "
-            "it; measure on more rows, or choose another"
+            f"latent {latent} of {name} never fires on {found.rows} held-out rows, so its typical activation is "
+            "unknown; measure on more rows or choose another latent"
         )
     return float(found.mean_M[0])

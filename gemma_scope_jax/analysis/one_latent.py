@@ -1,4 +1,4 @@
-"""One latent from near: what it fires on, and which tokens it raises. Dashboards show the same of all."""
+"""One latent in detail: what it fires on and which tokens it raises. Dashboards show the same for all latents."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -26,44 +26,45 @@ from gemma_scope_jax.runtime.printing import lines, plottable, printable
 from gemma_scope_jax.saes.attached import alone
 
 _GREEN = (30, 142, 62)
-# Of text in pictures, in inches at its size in points.
+# Text in pictures: its size in points, and the width of a character and height of a line in inches.
 _POINTS, _CHARACTER, _LINE = 8, 0.0669, 0.19
 
 
 @dataclasses.dataclass(frozen=True)
 class Excerpt:
-    """A passage around a firing."""
+    """The passage around a firing."""
 
     tokens: tuple[str, ...]
-    values: np.ndarray  # the latent's activations on them
-    peak: int  # which of them fired
+    values: np.ndarray  # the latent's activation on each token
+    peak: int  # index of the token of the firing
 
 
 @dataclasses.dataclass(frozen=True)
 class Look(Result):
-    """What one latent fires on, and which tokens it raises."""
+    """What one latent fires on, and which tokens it raises and lowers."""
 
     model: str
     sae: str
     latent: int
-    activations: int  # that were looked at
-    frequency: float  # the share of them on which it fires
-    mean: float  # activation where it fires
-    largest: float
-    histogram_H: np.ndarray  # firings by activation; see `collect.EDGES`
+    activations: int  # the number of positions measured
+    frequency: float  # the share of positions on which the latent fires
+    mean: float  # mean activation where it fires
+    largest: float  # largest activation
+    histogram_H: np.ndarray  # number of firings by activation; bins in `collect.EDGES`
     strongest: tuple[Excerpt, ...]
-    sampled: tuple[Excerpt, ...]  # one of each fifth of its firings, from the strongest fifth on
-    # Logits if its decoder direction alone were the residual stream; None where it is not added to that.
+    sampled: tuple[Excerpt, ...]  # one firing from each fifth of a sample, the strongest fifth first
+    # Tokens and their logits if the decoder direction alone were the residual stream; None if the SAE's output is not
+    # added to the stream.
     raises: tuple[tuple[str, float], ...] | None
     lowers: tuple[tuple[str, float], ...] | None
 
     @property
     def title(self) -> str:
-        """How often and how strongly it fires."""
+        """A title that says how often and how strongly the latent fires."""
         return (
             f"latent {self.latent} of {printable(self.sae, 100)}\n"
             f"fires on {self.frequency:.2%} of {self.activations:,} activations, "
-            f"with {self.mean:.4g} in the mean, {self.largest:.4g} at most"
+            f"mean activation {self.mean:.4g}, maximum {self.largest:.4g}"
         )
 
     def records(self) -> Iterator[dict[str, object]]:
@@ -82,9 +83,12 @@ class Look(Result):
                 )
 
     def show(self, top: int = 10) -> None:
-        """Prints passages, tokens shaded by activation, and the tokens that it raises and lowers."""
+        """Prints passages with tokens shaded by activation, and the tokens that the latent raises and lowers."""
         tables.show(self.title, "bold")
-        for heading, excerpts in (("strongest", self.strongest[:top]), ("one of each fifth", self.sampled)):
+        for heading, excerpts in (
+            ("strongest firings", self.strongest[:top]),
+            ("one firing from each fifth of a sample", self.sampled),
+        ):
             table = tables.Table(title=heading, title_justify="left", show_header=False, box=None)
             table.add_column(justify="right", style="dim")
             table.add_column(overflow="fold")
@@ -99,11 +103,11 @@ class Look(Result):
                 tables.show(f"{heading} {' '.join(repr(token) for token, _ in tokens)}")
 
     def figure(self, top: int = 8, width: int = 110) -> matplotlib.figure.Figure:
-        """Its strongest passages, darker the stronger it fires; what it raises; and its histogram.
+        """The strongest passages, with darker tokens where the latent fires more; raised tokens; and a histogram.
 
         Args:
-          top: how many passages.
-          width: of them, in characters.
+          top: the number of passages.
+          width: the width of a passage in characters.
         """
         shown = self.strongest[:top]
         inches = _CHARACTER * width
@@ -118,7 +122,7 @@ class Look(Result):
             self._draw(above, line, excerpt, width)
         if self.raises:
             raised = " ".join(plotting.label(token, 20) for token, _ in self.raises)
-            below.set_title(f"raises {raised}", fontsize=8, loc="left", parse_math=False)
+            below.set_title(f"raises the logits of {raised}", fontsize=8, loc="left", parse_math=False)
         edges = collect.EDGES
         below.stairs(self.histogram_H, edges, fill=True, color=np.array(_GREEN) / 255)
         fires = np.flatnonzero(self.histogram_H)
@@ -132,7 +136,7 @@ class Look(Result):
         return figure
 
     def _draw(self, axis: object, line: int, excerpt: Excerpt, width: int) -> None:
-        """Writes a passage on a line: its peak in one column, what does not fit left out."""
+        """Draws a passage on one line, with peaks aligned in a column; tokens that do not fit are left out."""
         texts = [plotting.label(token, 40, " ") for token in excerpt.tokens]
         peak_at = int(0.62 * width)
         ends = np.cumsum([len(text) for text in texts])
@@ -147,7 +151,7 @@ class Look(Result):
                 colour = (*(np.array(_GREEN) / 255), 0.1 + 0.7 * min(value / self.largest, 1))
                 corner = (start, line + 0.08)
                 axis.add_patch(matplotlib.patches.Rectangle(corner, len(text), 0.84, color=colour, lw=0))
-            for place, character in enumerate(text):  # One by one, for a column each.
+            for place, character in enumerate(text):  # Drawn one by one so that each is in its own column.
                 axis.text(start + place + 0.5, line + 0.5, character, **style)
         value = f"{excerpt.values[excerpt.peak]:.4g}"
         axis.text(5, line + 0.5, value, fontsize=7, va="center", ha="right", color="#5f6368")
@@ -162,17 +166,20 @@ def _style(share: float) -> rich.style.Style:
 
 
 def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20) -> Look:
-    """What a latent fires on in held-out text, and which tokens it raises.
+    """Measures what a latent fires on in held-out text, and which tokens it raises.
 
     Args:
-      scope: the model and SAEs.
-      name: of the latent's SAE.
-      latent: its number.
-      rows: of held-out text, in the order in which an evaluation takes them; at most all.
-      top: passages of its strongest firings.
+      scope: the model and its SAEs.
+      name: the name of the latent's SAE.
+      latent: the number of the latent.
+      rows: how many held-out rows to read, in the order of an evaluation; at most all of them.
+      top: the number of passages around the strongest firings.
+
+    Returns:
+      The passages, the histogram, and the raised and lowered tokens.
 
     Raises:
-      ValueError: there is no such SAE or latent, no row, or it never fires.
+      ValueError: if there is no such SAE or latent, `rows` is less than 1, or the latent never fires.
     """
     scope.check_latent(name, latent)
     ranges.check("rows", rows, ranges.COUNT)
@@ -184,7 +191,7 @@ def look_at(scope: Scope, name: str, latent: int, rows: int = 64, top: int = 20)
     )[name]  # fmt: skip
     if not gathered.count_M[0]:
         raise InputError(
-            f"latent {latent} of {name} fires nowhere on {gathered.rows} held-out rows; read more rows"
+            f"latent {latent} of {name} never fires on {gathered.rows} held-out rows; read more rows"
         )
     cut = collect.Passages(collect.read_tokens(held_out, rows))
     text_of = tokenizer.token_texts(scope.tokenizer.decode)

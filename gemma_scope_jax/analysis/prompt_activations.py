@@ -1,4 +1,4 @@
-"""A prompt as the SAEs read it: which latents fire on each of its tokens, at each layer."""
+"""The latents of every SAE that fire on each token of a prompt."""
 
 import dataclasses
 import pathlib
@@ -21,28 +21,28 @@ from gemma_scope_jax.saes import jumprelu
 
 @dataclasses.dataclass(frozen=True)
 class Reading(Result):
-    """What fires on the tokens of a prompt. BOS, on which no SAE was trained, is left out."""
+    """The latents that fire on the tokens of a prompt. BOS is left out: no SAE was trained on it."""
 
     model: str
-    tokens: tuple[str, ...]  # L of them, as text
+    tokens: tuple[str, ...]  # the texts of the L tokens
     latents: Mapping[str, np.ndarray]  # by SAE: activations [L, M]
     error: Mapping[str, np.ndarray]  # by SAE: ‖y − ŷ‖ / ‖y‖ [L]
-    frequency: Mapping[str, np.ndarray]  # by SAE, where it is known; see `session.Scope`
+    frequency: Mapping[str, np.ndarray]  # by SAE, if known: each latent's frequency [M]; see `session.Scope`
 
     def is_dense(self, name: str) -> np.ndarray:
-        """Which latents [M] are muted: they fire on over a tenth of all text, or none knows and half of this."""
+        """Which latents [M] are muted: they fire on over a tenth of the text, or of half this prompt if unknown."""
         if name in self.frequency:
             return self.frequency[name] > jumprelu.DENSE
         return (self.latents[name] > 0).mean(0) > 0.5
 
     def strongest(self, name: str, token: int, top: int = 5) -> list[tuple[int, float]]:
-        """The latents of an SAE that fire most on a token, but for dense ones: each with its activation."""
+        """The latents of an SAE with the largest activations on a token, without dense ones: (latent, activation)."""
         f_M = np.where(self.is_dense(name), 0, self.latents[name][token])
         order = np.argsort(-f_M, kind="stable")[:top]
         return [(int(latent), float(f_M[latent])) for latent in order if f_M[latent] > 0]
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each latent that fires on a token, tokens numbered from 1 as they stand behind BOS."""
+        """A row for each firing of a latent on a token; positions count from 1, since BOS is at 0."""
         for name, f_LxM in self.latents.items():
             dense_M = self.is_dense(name)
             for t, latent in zip(*np.nonzero(f_LxM), strict=True):
@@ -56,7 +56,7 @@ class Reading(Result):
                 }
 
     def show(self, top: int = 5) -> None:
-        """Prints a table for each SAE: the brighter a latent, the stronger it fires, of all on this prompt."""
+        """Prints a table for each SAE; a brighter latent fires more strongly, relative to the whole prompt."""
         for name, f_LxM in self.latents.items():
             table = tables.Table(title=name)
             table.add_column("token")
@@ -76,22 +76,22 @@ class Reading(Result):
             tables.show(table)
 
     def figure(self, name: str | None = None, top: int = 20) -> matplotlib.figure.Figure:
-        """A heat map: tokens across; down the `top` latents that fire most on any of them, but for dense ones.
+        """A heat map of activations: tokens across, latents down, without dense latents.
 
         Args:
-          name: of the SAE; None: the first.
-          top: how many latents.
+          name: the name of the SAE; None: the first SAE.
+          top: how many latents to show: those with the largest activations on any token.
         """
         name = next(iter(self.latents)) if name is None else name
         f_LxM = np.where(self.is_dense(name)[None], 0, self.latents[name])
         chosen = np.argsort(-f_LxM.max(0), kind="stable")[:top]
         chosen = chosen[f_LxM[:, chosen].max(0) > 0]
-        # In the order in which they are the strongest, so that the picture has a diagonal.
+        # Sorted by the token of their largest activation, so that the picture has a diagonal.
         chosen = chosen[np.argsort(f_LxM[:, chosen].argmax(0), kind="stable")][::-1]
         size = (max(0.3 * len(self.tokens) + 1.6, 4), 0.19 * len(chosen) + 1.4)
         figure, ((axis,),) = plotting.new_figure(1, 1, *size)
         plotting.heat_map(
-            figure, axis, f_LxM[:, chosen].T, "linear", f"{printable(name, 60)}: latents by token"
+            figure, axis, f_LxM[:, chosen].T, "linear", f"{printable(name, 60)}: activations by token"
         )
         plotting.label_tokens(axis, self.tokens)
         plotting.label_rows(axis, list(map(str, chosen)))
@@ -99,7 +99,7 @@ class Reading(Result):
         return figure
 
     def write_html(self, path: str | pathlib.Path, top: int = 12) -> None:
-        """Writes a page that needs no network: tokens across, SAEs down, a token's latents by a click."""
+        """Writes a page that needs no network: tokens across, SAEs down; a click on a cell lists its latents."""
         cells = {
             name: [
                 {
@@ -118,15 +118,15 @@ class Reading(Result):
         )  # fmt: skip
 
     def _largest(self, name: str) -> float:
-        """The strongest activation on this prompt that is not of a dense latent."""
+        """The largest activation on this prompt of a latent that is not dense."""
         return max(float(self.latents[name][:, ~self.is_dense(name)].max(initial=0)), 1e-30)
 
 
 def read(scope: Scope, text: str) -> Reading:
-    """Runs a prompt through Gemma and every SAE, once.
+    """Runs a prompt once through Gemma and every SAE.
 
     Raises:
-      ValueError: the text has no tokens.
+      ValueError: if the text has no tokens.
     """
     row = prompt(scope, text)
     placed = place_copies(scope, row, 1)

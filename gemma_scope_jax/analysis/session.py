@@ -1,4 +1,4 @@
-"""What every look inside needs: a whole Gemma, its tokenizer, and SAEs at some of its sites."""
+"""The inputs of every analysis: a whole Gemma, its tokenizer, and SAEs at some of its sites."""
 
 import dataclasses
 import functools
@@ -23,57 +23,57 @@ from gemma_scope_jax.saes import attached, jumprelu
 
 
 def _no_text() -> token_rows.Rows:
-    raise InputError("these SAEs were put together without a text; open_scope opens them with one")
+    raise InputError("this scope has no held-out text; open the SAEs with open_scope")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """A model with SAEs on the devices."""
+    """A model and SAEs on the devices."""
 
     config: config_lib.Config
     gemma: Gemma
     tokenizer: tokenizer.Tokenizer
     subjects: Mapping[str, attached.Subject]
     placed: Mapping[str, jumprelu.SAE]  # the same SAEs on the devices
-    # [M] by SAE, of each latent's firing on the text of the run's evaluation; of those that were evaluated.
+    # By SAE: how often each latent fires [M] on the text of the run's evaluation. Only evaluated SAEs are in it.
     frequency: Mapping[str, np.ndarray]
-    held_out: Callable[[], token_rows.Rows] = _no_text  # Opens the rows that evaluations are on.
+    held_out: Callable[[], token_rows.Rows] = _no_text  # Opens the rows that evaluations use.
 
     def __post_init__(self) -> None:
-        # Whether a latent fires would depend on all others, which few of the looks inside ask.
+        # In a top-k SAE, whether a latent fires depends on all others, which most analyses do not take into account.
         if of_top_k := [name for name, subject in self.subjects.items() if subject.top_k is not None]:
             raise InputError(
-                f"{of_top_k[0]} keeps the {self.subjects[of_top_k[0]].top_k} strongest latents; only "
-                "SAEs with thresholds are looked into"
+                f"{of_top_k[0]} keeps the {self.subjects[of_top_k[0]].top_k} strongest latents of each "
+                "activation; analyses support only SAEs with thresholds"
             )
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites that SAEs read and give."""
+        """The sites that the SAEs read and reconstruct."""
         sites = (site for s in self.subjects.values() for site in (s.site, s.spliced))
         return tuple(dict.fromkeys(sites))
 
     def check_latent(self, name: str, latent: int) -> None:
-        """Raises ValueError if there is no such SAE or latent."""
+        """Raises ValueError if the scope has no such SAE or the SAE no such latent."""
         if name not in self.subjects:
-            raise InputError(f"there is no SAE {quoted(name)}; there are {', '.join(self.subjects)}")
+            raise InputError(f"there is no SAE {quoted(name)}; choose from {', '.join(self.subjects)}")
         width = len(self.subjects[name].sae.b_enc)
         if not 0 <= latent < width:
-            raise InputError(f"{name} has no latent {latent}; it has 0 to {width - 1}")
+            raise InputError(f"{name} has no latent {latent}; its latents are 0 to {width - 1}")
 
 
 def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
     """Opens the SAEs of a run or of files, with their model.
 
     Args:
-      path: a run directory; or a path or `hf://OWNER/NAME/FOLDER` of an SAE, or of several with `*`.
-      **overrides: see `opening.open_path`.
+      path: a run directory; or a path or `hf://OWNER/NAME/FOLDER` of an SAE, or of several SAEs with `*`.
+      **overrides: options of the model and the text; see `opening.open_path`.
     """
     return open_session(opening.open_path(path, **overrides))
 
 
 def open_session(opened: opening.Opened, model: LanguageModel | None = None) -> Scope:
-    """A scope of SAEs that are opened; of a model that is loaded, or else loads it."""
+    """A scope of opened SAEs, with the loaded model; if `model` is None, loads the model."""
     config = opened.config
     gemma = model.gemma if model else placement.load_gemma(config)
     return Scope(
@@ -88,50 +88,50 @@ def open_session(opened: opening.Opened, model: LanguageModel | None = None) -> 
 
 
 def prompt(scope: Scope, text: str) -> list[int]:
-    """The token ids of a text, behind BOS.
+    """BOS and the token ids of a text.
 
     Raises:
-      ValueError: it has none.
+      ValueError: if the text has no tokens.
     """
     tokens = scope.tokenizer.encode(text)
     if not tokens:
-        raise InputError("the text is empty; give one of at least one token")
+        raise InputError("the text is empty; give a text of at least one token")
     return [masking.BOS, *tokens]
 
 
 def one_token(scope: Scope, text: str) -> int:
-    """The token that a text is.
+    """The id of the one token of a text.
 
     Raises:
-      ValueError: it is several, or none.
+      ValueError: if the text is not exactly one token.
     """
     tokens = scope.tokenizer.encode(text)
     if len(tokens) != 1:
         pieces = " + ".join(repr(scope.tokenizer.decode([token])) for token in tokens)
         raise InputError(
-            f"{text!r} is {len(tokens)} tokens ({pieces or 'none'}); give a text of one token, most words with the "
-            "space before them"
+            f"{text!r} is {len(tokens)} tokens ({pieces or 'none'}); give a text of one token (most words "
+            "need the space before them)"
         )
     return tokens[0]
 
 
 def only(scope: Scope, name: str) -> Scope:
-    """A scope of one of its SAEs.
+    """A scope that has only the SAE with this name.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: if there is no SAE with this name.
     """
     if name not in scope.subjects:
-        raise InputError(f"there is no SAE {name!r}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {name!r}; choose from {', '.join(scope.subjects)}")
     by_name = ("subjects", "placed", "frequency")
     chosen = {field: {k: v for k, v in getattr(scope, field).items() if k == name} for field in by_name}
     return dataclasses.replace(scope, **chosen)
 
 
 def place_prompts(scope: Scope, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """Token ids, each with its BOS, as rows [S, L] on the devices.
+    """Prompts of token ids with BOS, as rows [S, L] on the devices.
 
-    They are `padded`, and with rows of PAD alone to as many as the devices divide.
+    Rows are `padded`. Rows of only PAD are added until the number of rows is divisible by the number of devices.
     """
     rows = -(-len(prompts) // scope.gemma.mesh.size) * scope.gemma.mesh.size
     tokens_SxL = padded([*prompts, *[[]] * (rows - len(prompts))])
@@ -143,14 +143,14 @@ def place_prompts(scope: Scope, prompts: Sequence[Sequence[int]]) -> jax.Array:
 
 
 def place_copies(scope: Scope, prompt: Sequence[int], at_least: int) -> jax.Array:
-    """The same prompt in at least so many rows [S, L], as many as the devices divide: none is of PAD alone."""
+    """Copies of one prompt [S, L], with S at least `at_least` and divisible by the number of devices."""
     return place_prompts(scope, [prompt] * (-(-at_least // scope.gemma.mesh.size) * scope.gemma.mesh.size))
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Prompts as rows [N, L], padded behind, so that each token sees what it would see alone.
+    """Prompts as rows [N, L], padded at the end, so that each token attends to the same tokens as without padding.
 
-    L is a multiple of 16, so that prompts of about one length are of one shape.
+    L is a multiple of 16, so that prompts of similar length have the same shape.
     """
     length = -(-max(map(len, prompts)) // 16) * 16
     tokens_NxL = np.full((len(prompts), length), masking.PAD, np.int32)
@@ -161,7 +161,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
-    """Which positions of placed prompts count, [S, L]: all but those of BOS, EOS and PAD."""
+    """The mask [S, L] of counted positions of placed prompts: all except BOS, EOS and PAD."""
     return sharding.constrain(mesh, masking.is_kept(tokens_SxL, 0), sharding.TOKENS)
 
 
@@ -169,7 +169,7 @@ def is_kept(mesh: jax.sharding.Mesh, tokens_SxL: jax.Array) -> jax.Array:
 def reconstruct(
     mesh: jax.sharding.Mesh, subject: jumprelu.SAE, x_SxLxD: jax.Array, y_SxLxO: jax.Array
 ) -> dict[str, jax.Array]:
-    """An SAE on the first row: latents, y and its reconstruction in Gemma's dtype, ‖y‖ and ‖y − ŷ‖ / ‖y‖."""
+    """Runs an SAE on the first row: latents, y and its reconstruction in Gemma's dtype, ‖y‖ and ‖y − ŷ‖ / ‖y‖."""
     x_LxD, y_LxO = x_SxLxD[0].astype(jnp.float32), y_SxLxO[0].astype(jnp.float32)
     f_LxM = jumprelu.encode(subject, x_LxD)
     recon_LxO = jumprelu.decode(subject, f_LxM, x_LxD)
@@ -185,7 +185,7 @@ def reconstruct(
 
 
 def _frequencies(path: pathlib.Path, subjects: Mapping[str, attached.Subject]) -> dict[str, np.ndarray]:
-    """Of an evaluation that lies beside the SAEs."""
+    """Reads each latent's frequency [M] from the evaluation beside the SAEs; empty if there is no evaluation."""
     file = path / "evaluation.npz"
     if not file.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Pages of templates, safe whatever stands in a name or a token."""
+"""Renders HTML pages from templates; names and tokens are escaped, so their content cannot break a page."""
 
 import base64
 import pathlib
@@ -10,7 +10,7 @@ from gemma_scope_jax.runtime.printing import lines, printable
 
 
 def render(path: pathlib.Path, template: str, **values: object) -> None:
-    """Writes a page made of one of this package's templates, named by its path within the package."""
+    """Renders a template to a page; `template` is its path within this package."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gemma_scope_jax", "."),
         autoescape=True,
@@ -24,5 +24,5 @@ def render(path: pathlib.Path, template: str, **values: object) -> None:
 
 
 def data_url(png: bytes) -> str:
-    """A picture as the address of an image, which a page then holds itself."""
+    """A data URL of a PNG, which embeds the picture in a page."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,4 +1,4 @@
-"""What a result of an analysis can do, whatever was analysed: become a DataFrame, or a file."""
+"""The base class of analysis results: conversion to a DataFrame, and saving to files."""
 
 import abc
 import pathlib
@@ -16,17 +16,17 @@ if typing.TYPE_CHECKING:
 
 
 class Result(abc.ABC):
-    """What was found. It has records; most have a `figure`, some a `write_html` or a `write_json`."""
+    """A result of an analysis. Every result has records; most have `figure`, some `write_html` or `write_json`."""
 
     @abc.abstractmethod
     def records(self) -> Iterator[dict[str, object]]:
-        """What was found in rows, all with the same keys: numbers and text."""
+        """Yields the result as rows of numbers and text, all with the same keys."""
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """The records as a table of pandas.
+        """The records as a pandas DataFrame.
 
         Raises:
-          ValueError: pandas is not installed.
+          ValueError: if pandas is not installed.
         """
         with extras.needed():
             import pandas
@@ -34,16 +34,16 @@ class Result(abc.ABC):
         return pandas.DataFrame(self.records())
 
     def save(self, path: str | pathlib.Path) -> pathlib.Path:
-        """Writes, by the ending of the path, the records (.csv), the figure (.png), a page (.html) or all (.json).
+        """Writes a file; its ending chooses the records (.csv), figure (.png), page (.html) or full result (.json).
 
         Returns:
           The path.
 
         Raises:
-          ValueError: this result has no file with such an ending.
+          ValueError: if this result has no file with this ending.
         """
         path = files.expanded(path)
-        # By ending: what must be there to write it, and what writes it.
+        # By ending: the method that the result must have, and the function that writes the file.
         writers = {
             ".csv": ("records", lambda: files.write_csv(path, self.records())),
             ".png": ("figure", lambda: plotting.write_png(path, self.figure())),
@@ -53,14 +53,14 @@ class Result(abc.ABC):
         known = {ending: write for ending, (needed, write) in writers.items() if hasattr(self, needed)}
         if path.suffix not in known:
             raise InputError(
-                f"{path} ends in none of {', '.join(known)}, which {type(self).__name__} is saved as"
+                f"{path} has an unknown ending; {type(self).__name__} can be saved as {', '.join(known)}"
             )
         known[path.suffix]()
         return path
 
 
 def records_of(columns: Mapping[str, object]) -> Iterator[dict[str, object]]:
-    """Records of columns of one length, in Python's own numbers; what is no array or list is the same in each row."""
+    """Records of columns of equal length, as Python numbers; any value but an array or list repeats in each row."""
     columns = {
         name: column.tolist() if isinstance(column, np.ndarray) else column
         for name, column in columns.items()

@@ -1,4 +1,4 @@
-"""Tables and text in the terminal, where names of others are text: no markup, no commands to the terminal."""
+"""Tables and text in the terminal; names are shown as plain text, without markup or terminal commands."""
 
 from collections.abc import Iterable
 
@@ -10,17 +10,17 @@ from gemma_scope_jax.runtime.printing import lines, printable
 
 
 class Table(rich.table.Table):
-    """A table whose titles, headings and cells, where they are strings, are `printable`."""
+    """A table that makes strings in its title, headings and cells `printable`."""
 
     def __init__(self, *headings: str, title: str | rich.text.Text = "", **options: object) -> None:
         super().__init__(*headings, title=_text(title) if title else None, **options)
 
     def add_column(self, header: str = "", **options: object) -> None:
-        """Adds a column; see `rich.table.Table`."""
+        """Adds a column with a printable header; options as in `rich.table.Table`."""
         super().add_column(_text(header), **options)
 
     def add_row(self, *cells: str | rich.text.Text) -> None:
-        """Adds a row; see `rich.table.Table`."""
+        """Adds a row of printable cells."""
         super().add_row(*map(_text, cells))
 
 
@@ -29,17 +29,17 @@ def _text(cell: str | rich.text.Text) -> rich.text.Text:
 
 
 def width(names: Iterable[str]) -> int:
-    """Of a column of names."""
+    """The width of a column of names, in characters."""
     return max((len(printable(name)) for name in names), default=0)
 
 
 def show(what: str | rich.table.Table, style: str = "", least_width: int = 0) -> None:
-    """Prints a table, or text in its lines.
+    """Prints a table, or text with its line breaks.
 
     Args:
-      what: to print.
-      style: of text.
-      least_width: of the terminal; in a narrower one a row takes several lines.
+      what: the table or text.
+      style: the style of the text, as in `rich`; tables ignore it.
+      least_width: the minimum width to lay out for; in a narrower terminal a row wraps over several lines.
     """
     console = rich.console.Console()
     console.width = max(console.width, least_width)

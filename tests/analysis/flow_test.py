@@ -178,7 +178,7 @@ def test_pictures_have_tokens_layers_and_the_likeliest_tokens(flow):
     texts = [text.get_text() for text in stream.texts if text.get_fontsize() == 7]
     row = [plotting.label(lens.texts[int(token)], 9) for token in lens.output.token[0]]
     assert texts[: len(row)] == row
-    assert [label.get_text() for label in stream.get_yticklabels()] == ["Gemma's own", "3", "1", "0"]
+    assert [label.get_text() for label in stream.get_yticklabels()] == ["output", "3", "1", "0"]
     framed = sum(token == lens.answer_L[0] for token in (*lens.output.token[0], *lens.stream.token.flat))
     assert len(stream.patches) == framed
     assert plotting.png(figure)[:4] == b"\x89PNG"

@@ -231,15 +231,15 @@ def test_held_out_rows_on_several_devices(tiny_gemma):
     [
         (("other", 1), "there is no SAE 'other'"),
         (("source", 64), "source has no latent 64"),
-        (("source", 1, "other"), "there is no SAE 'other'; there are last, source"),
+        (("source", 1, "other"), "there is no SAE 'other'; choose from last, source"),
         (
             ("source", 1, "beside"),
-            "beside reads layer_0_resid_post, which is not behind layer_0_resid_post of source",
+            "beside reads layer_0_resid_post, which is not after layer_0_resid_post of source",
         ),
-        (("last", 1), "no SAE reads a site behind layer_3_resid_post of last"),
+        (("last", 1), "no SAE reads a site after layer_3_resid_post of last"),
         (("source", 1, None, 8, ""), "the text is empty"),
         (("source", 1, None, 0), "rows is 0"),
-        (("source", 1), "put together without a text"),
+        (("source", 1), "this scope has no held-out text"),
     ],
 )
 def test_what_cannot_be_is_refused(scope, arguments, message):

@@ -102,5 +102,5 @@ def test_what_cannot_be_looked_at_is_refused(scope, name, latent, rows, message)
 def test_a_latent_that_is_silent_is_refused(tiny_gemma):
     silent = random_sae(0).replace(threshold=np.full(64, 1e9, np.float32))
     scope = scopes.make(tiny_gemma, {"a": attached.Subject(silent, SITE, None)}, held_out=TOKENS)
-    with pytest.raises(ValueError, match="latent 3 of a fires nowhere on 3 held-out rows"):
+    with pytest.raises(ValueError, match="latent 3 of a never fires on 3 held-out rows"):
         analysis.look_at(scope, "a", 3)

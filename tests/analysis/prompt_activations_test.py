@@ -79,7 +79,7 @@ def test_the_figure_has_the_latents_that_fire_most_in_the_order_of_the_text(read
     peaks = f_LxM[:, latents].argmax(0)  # From the bottom up.
     assert (np.diff(peaks) <= 0).all()
     assert "first" in axis.get_title()
-    assert reading.figure().axes[0].get_title() == f"{next(iter(reading.latents))}: latents by token"
+    assert reading.figure().axes[0].get_title() == f"{next(iter(reading.latents))}: activations by token"
 
 
 def test_a_page_holds_text_as_text_and_what_fires(reading, tmp_path):

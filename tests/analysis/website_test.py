@@ -155,7 +155,7 @@ def test_a_browser_finds_text_tokens_and_numbers(shown, folder):
     html = dump(folder / "index.html", "?q=%3C%2Fscript%3E%3Cb%3EX")
     holding = {i for i in range(64) if any("</script><b>x" in text for text in texts(i))}
     assert 0 < len(holding) < 64 and set(listed(html)) == holding
-    assert "64 of 64 latents read" in html and "&lt;/script&gt;&lt;b&gt;x" in html
+    assert "64 of 64 latents searched" in html and "&lt;/script&gt;&lt;b&gt;x" in html
     about = read(folder / "data" / "index.js")
     words = [{about["tokens"][t].strip().lower() for t in peaks} for peaks in about["peaks"]]
     letter = next(word for word in words[int(np.flatnonzero(g.count_M)[-1])] if word)
@@ -269,7 +269,7 @@ def test_the_command_writes_pages_of_each_sae(opened, tmp_path, capsys):
 
 
 def test_mistakes_are_said_before_anything_is_loaded(opened, tmp_path):
-    with pytest.raises(ValueError, match="there is no SAE x; there are a/b, c"):
+    with pytest.raises(ValueError, match="there is no SAE x; choose from a/b, c"):
         build.build("a run", saes=["x"], out=tmp_path / "out")
     with pytest.raises(ValueError, match="--rows is 0"):
         build.build("a run", rows=0, out=tmp_path / "out")

@@ -65,11 +65,11 @@ def test_flow(command, tmp_path):
 def test_links(command, tmp_path):
     asked = ["links", "run", "--sae=shallow", "--latent=5", "--top=3"]
     shown, opened = command(*asked, "--rows=2", "--to=deep", "--png=a.png", "--text=other.txt")
-    assert "what latent 5 of shallow feeds" in shown and opened["text"] == "other.txt"
+    assert "fed by latent 5 of shallow" in shown and opened["text"] == "other.txt"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     shown, _ = command(*asked, "--prompt=rivers of bread")
     assert "of 15 activations" in shown
-    with pytest.raises(ValueError, match="there is no SAE 'other'; there are shallow, deep"):
+    with pytest.raises(ValueError, match="there is no SAE 'other'; choose from shallow, deep"):
         command(*asked, "--to=other")
 
 

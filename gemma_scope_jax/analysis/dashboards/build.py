@@ -1,4 +1,4 @@
-"""From a path to dashboards: opens SAEs, reads held-out text with them, and writes the pages."""
+"""Builds dashboards for a path: opens the SAEs, runs them on held-out text and writes the pages."""
 
 import pathlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, geometry
 
-_MARK = "dashboards.json"  # What lies in a folder of dashboards, and in no other.
+_MARK = "dashboards.json"  # Marks a folder as a folder of dashboards.
 
 
 def build(
@@ -29,25 +29,29 @@ def build(
 ) -> dict[str, website.Dashboards]:
     """Writes dashboards of the SAEs at a path.
 
-    Cut off and called again, it goes on behind the last state that was kept; see `collect.SAVE_EVERY`.
+    After an interruption, the same call resumes from the last saved state; see `collect.SAVE_EVERY`.
 
     Args:
-      path: see `opening.open_path`.
-      rows: of held-out text, at most all of it.
-      saes: their names; of none, all.
-      out: the folder to write to, new or of dashboards; None: `dashboards` in that of `opening.results_folder`.
-      options: what is kept of each latent.
-      rows_per_batch: in one pass; None: as the config says.
-      is_for_neuronpedia: with Neuronpedia's batch files, too.
-      **overrides: see `opening.open_path`.
+      path: a run or SAE files; see `opening.open_path`.
+      rows: how many rows of held-out text to read; at most all of them.
+      saes: the names of the SAEs; if empty, all SAEs.
+      out: the folder to write to, which must be new or hold dashboards; None: `dashboards` in the folder of
+        `opening.results_folder`.
+      options: how much to keep of each latent.
+      rows_per_batch: rows in one forward pass; None: the value in the config.
+      is_for_neuronpedia: whether to write Neuronpedia's batch files too.
+      **overrides: options of the model and the text; see `opening.open_path`.
+
+    Returns:
+      The contents of the dashboards, by SAE.
 
     Raises:
-      ValueError: there is no such SAE, or the folder holds something else.
+      ValueError: if there is no such SAE, or the folder holds other files.
     """
     opened = opening.open_path(path, **overrides)
     config, subjects = opened.config, opened.subjects
     if unknown := set(saes) - subjects.keys():
-        raise InputError(f"there is no SAE {', '.join(sorted(unknown))}; there are {', '.join(subjects)}")
+        raise InputError(f"there is no SAE {', '.join(sorted(unknown))}; choose from {', '.join(subjects)}")
     subjects = {name: subject for name, subject in subjects.items() if not saes or name in saes}
     rows_per_batch = config.evaluation.rows_per_batch if rows_per_batch is None else rows_per_batch
     for name, value in (("rows", rows), ("rows_per_batch", rows_per_batch)):
@@ -80,7 +84,7 @@ def build(
         passages = collect.Passages(collect.read_tokens(held_out, rows))
         words = tokenizer.load(config.model, config.tokenizer, config.weights)
         text_of = tokenizer.token_texts(words.decode)
-        # What lies beside the folders of SAEs is called by none of them.
+        # No SAE's folder can take the name of another file in `out`.
         names = files.folder_names([_MARK, "partial", "index.html", *subjects])
         folders = {name: names[name] for name in subjects} if len(subjects) > 1 else {}
         all_shown = {}
@@ -110,6 +114,6 @@ def _tell(out: pathlib.Path, all_shown: dict[str, website.Dashboards]) -> None:
         say(
             f"{printable(name)}: {shown.width:,} latents on {g.activations:,} activations; "
             f"{g.is_dead_M.sum():,} never fired, "
-            f"{g.is_dense_M.sum():,} on more than a tenth."
+            f"{g.is_dense_M.sum():,} fired on more than a tenth of them."
         )
     say(f"Wrote {out / 'index.html'}")

@@ -1,18 +1,21 @@
-"""What latents fire on: gathered in one pass over rows of text, on the devices, in memory that does not grow.
+"""Statistics and example firings of latents, gathered on the devices in one pass over rows of text.
 
-Of each latent are kept: how often it fires, the sum and a histogram of its activations, its `top` strongest firings,
-and a uniform `sample` of all of them. A firing is a row, a position and the latent's activations around it.
+For each latent, the pass keeps the number of firings, the sum and a histogram of its activations, its `top`
+strongest firings and a uniform `sample` of all its firings. A firing is a row, a position and the latent's
+activations around it.
 
-The top firings are peaks: none is within `before` + `after` positions of a stronger one of its row (of equal ones the
-first counts), so no two of their passages overlap, and a burst in one document does not fill the list.
+The top firings are peaks: no peak is within `before` + `after` positions of a stronger firing in its row. Of equal
+firings the first is the peak. So no two passages of top firings overlap, and a burst in one document does not fill
+the list.
 
-The sample takes the firings of the highest priority, which is random, but of (seed, row, position) alone: it is the
-same whatever the batch and the devices.
+The sample consists of the firings with the highest random priority. The priority depends only on (seed, row,
+position), so the sample is the same for every batch size and number of devices.
 
-Memory at rest, latents being split over the devices where these divide them: for each latent
-4 · (2 + BINS + (top + sample) · (3 + T)) bytes with T = before + 1 + after. By default that is 8.4 kB: 0.14 GB for
-16k latents, 1.1 GB for 131k, 8.8 GB for a million. A row of L tokens takes some 5 · 4 · L bytes more for each latent
-of a device while it is looked at; rows are looked at one after the other, whatever the batch.
+Latents are split over the devices if their number is divisible by the number of devices. The state of each latent
+takes 4 · (2 + BINS + (top + sample) · (3 + T)) bytes, with T = before + 1 + after, whatever the number of rows. By
+default that is 8.4 kB: 0.14 GB for 16k latents, 1.1 GB for 131k, 8.8 GB for a million. While a row of L tokens is
+processed, each latent of a device takes about 5 · 4 · L bytes more. Rows are processed one at a time, whatever the
+batch size.
 """
 
 import dataclasses
@@ -30,25 +33,25 @@ from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, ranges, reporting, resumable, sharding
 from gemma_scope_jax.saes import attached, jumprelu
 
-# Bins of a histogram: four to each factor of two from 2**-10 on. The first and the last also hold what lies beyond.
+# Bins of a histogram: four for each factor of two, from 2**-10 on. The first and last bins include all values beyond.
 BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE = 112, 4, -10
 EDGES = 2.0 ** (LOWEST_OCTAVE + np.arange(BINS + 1) / BINS_PER_OCTAVE)
 
-SAVE_EVERY = 16  # So many batches are lost at most where a pass is cut off.
+SAVE_EVERY = 16  # Batches between saves: the most that an interruption can lose.
 
-# By name, arrays that all have latents first.
+# Arrays by name; the first axis of each is the latents.
 State = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How much is kept of each latent."""
+    """How much to keep of each latent."""
 
     top: int = 20  # strongest firings
-    sample: int = 25  # firings drawn from all
-    before: int = 24  # tokens of a passage before a firing
-    after: int = 16  # and behind it
-    seed: int = 0  # of the sample
+    sample: int = 25  # firings sampled uniformly from all
+    before: int = 24  # tokens of a passage before the firing
+    after: int = 16  # tokens of a passage after the firing
+    seed: int = 0  # seed of the sample
 
     def __post_init__(self) -> None:
         for name in ("top", "sample", "before"):
@@ -57,7 +60,7 @@ class Options:
 
     @property
     def span(self) -> int:
-        """T, the tokens of a passage."""
+        """T, the number of tokens in a passage."""
         return self.before + 1 + self.after
 
 
@@ -66,29 +69,29 @@ DEFAULTS = Options()
 
 @dataclasses.dataclass(frozen=True)
 class Firings:
-    """So many firings of each latent, the first ones first; where there are fewer, rows are -1."""
+    """K firings of each latent, highest score first; rows are -1 if the latent fired fewer than K times."""
 
-    row_MxK: np.ndarray  # the row's place in the order of `batching.batches`
+    row_MxK: np.ndarray  # the row's index in the order of `batching.batches`
     position_MxK: np.ndarray
-    window_MxKxT: np.ndarray  # activations around it; 0 where no position counts
+    window_MxKxT: np.ndarray  # activations around the firing; 0 at positions that are not counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """What was gathered of one SAE's latents."""
+    """The statistics and firings of one SAE's latents."""
 
     options: Options
     rows: int
-    activations: int  # positions that count
-    count_M: np.ndarray  # firings
-    mean_M: np.ndarray  # activation where it fires, else 0
-    histogram_MxH: np.ndarray  # firings by activation; see `EDGES`
-    top: Firings  # by activation
+    activations: int  # positions that were counted
+    count_M: np.ndarray  # number of firings
+    mean_M: np.ndarray  # mean activation where the latent fires; 0 if it never fires
+    histogram_MxH: np.ndarray  # number of firings by activation; bins in `EDGES`
+    top: Firings  # strongest first
     sample: Firings  # in random order
 
     @property
     def frequency_M(self) -> np.ndarray:
-        """The share of positions on which each latent fires."""
+        """The share of counted positions on which each latent fires."""
         return self.count_M / max(self.activations, 1)
 
     @property
@@ -103,18 +106,18 @@ class Gathered:
 
     @property
     def is_dense_M(self) -> np.ndarray:
-        """Which latents fired on more than a share of `jumprelu.DENSE`."""
+        """Which latents fired on a share of more than `jumprelu.DENSE` of the positions."""
         return self.frequency_M > jumprelu.DENSE
 
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """Tokens around a firing, within its row and document, without BOS."""
+    """The tokens around a firing, within its row and document and without BOS."""
 
     row: int
     tokens: np.ndarray
-    values: np.ndarray  # the latent's activations on them
-    peak: int  # which of them fired
+    values: np.ndarray  # the latent's activation on each token
+    peak: int  # index of the token of the firing
 
 
 def gather(
@@ -128,18 +131,21 @@ def gather(
     parts: resumable.Parts | None = None,
     placed: Mapping[str, jumprelu.SAE] | None = None,
 ) -> dict[str, Gathered]:
-    """Gathers what the latents of SAEs fire on, all of them in the same forward passes.
+    """Gathers statistics and firings for all latents of several SAEs in the same forward passes.
 
     Args:
       gemma: the whole model.
       subjects: the SAEs by name.
-      rows: of text.
-      count: how many of them, at most all, in the order of `batching.batches`.
-      per_batch: rows in one pass.
-      counts: which positions count.
-      options: what is kept.
-      parts: where the state is kept after every `SAVE_EVERY` batches, and taken from; None: nowhere.
-      placed: the same SAEs where they lie on the devices already; None: they are placed.
+      rows: the rows of text.
+      count: how many rows to read, at most all, in the order of `batching.batches`.
+      per_batch: rows in one forward pass.
+      counts: which positions are counted.
+      options: how much to keep of each latent.
+      parts: where the state is saved after every `SAVE_EVERY` batches and restored from; None: it is not saved.
+      placed: the same SAEs if they are already on the devices; None: this function places them.
+
+    Returns:
+      The statistics and firings, by SAE.
     """
     count = min(count, len(rows))
     sites = tuple(dict.fromkeys(subject.site for subject in subjects.values()))
@@ -173,7 +179,8 @@ def _empty(width: int, options: Options) -> dict[str, np.ndarray]:
     state = {
         "count": np.zeros(width, np.int32),
         "sum": np.zeros(width, np.float32),
-        "above": np.zeros((width, BINS), np.int32),  # firings at or above each lower edge but the first
+        # Firings at or above the lower edge of each bin; the first bin counts all firings.
+        "above": np.zeros((width, BINS), np.int32),
     }
     for of, k in (("top", options.top), ("sample", options.sample)):
         state |= {
@@ -194,7 +201,7 @@ def _place(mesh: jax.sharding.Mesh, state: Mapping[str, np.ndarray]) -> State:
 
 
 def _latents(mesh: jax.sharding.Mesh, width: int) -> P:
-    """Where what has latents first lies."""
+    """The sharding of arrays whose first axis is the latents."""
     return P(*attached.latent_specs(mesh, width)["b_enc"])
 
 
@@ -209,9 +216,9 @@ def _add(
     is_kept_SxL: jax.Array,
     place_S: jax.Array,
 ) -> State:
-    """The state with what fires on a batch of rows."""
+    """The state after a batch of rows."""
     spec = _latents(mesh, subject.b_enc.size)
-    # All rows on all devices, each of which has its own latents: nothing else is exchanged.
+    # Every device gets all rows and has its own latents, so nothing else is exchanged between devices.
     x_SxLxD, is_kept_SxL = sharding.constrain(mesh, (x_SxLxD, is_kept_SxL), P())
     add_row = jax.shard_map(
         functools.partial(_add_row, options), mesh=mesh, in_specs=(spec, spec, P(), P()), out_specs=spec
@@ -232,7 +239,7 @@ def _add(
 def _add_row(
     options: Options, state: State, f_MxL: jax.Array, priority_L: jax.Array, place: jax.Array
 ) -> State:
-    """The state with what fires on one row."""
+    """The state after one row."""
     fires_MxL = f_MxL > 0
     above = jax.lax.map(lambda edge: (f_MxL >= edge).sum(1, dtype=jnp.int32), jnp.float32(EDGES[1:-1]))
     count_M = fires_MxL.sum(1, dtype=jnp.int32)
@@ -254,7 +261,7 @@ def _add_row(
 def _keep_best(
     options: Options, of: str, state: State, score_MxL: jax.Array, f_MxL: jax.Array, place: jax.Array
 ) -> State:
-    """The firings of the highest scores among those kept and those of a row; of equal ones the first in the text."""
+    """The firings with the highest scores among those kept and those of a row; ties go to the first in the text."""
     score_MxK = state[f"{of}_score"]
     k = score_MxK.shape[1]
     best_MxK, index_MxK = jax.lax.top_k(jnp.concatenate([score_MxK, score_MxL], axis=1), k)
@@ -277,13 +284,14 @@ def _keep_best(
 
 
 def _is_peak(f_MxL: jax.Array, radius: int) -> jax.Array:
-    """Where no more stands within a radius: above all before, and not below any behind."""
+    """Positions whose value is above all within a radius before them and not below any within a radius after."""
     length = f_MxL.shape[1]
 
     def ahead(value: jax.Array, by: int) -> jax.Array:
         return jnp.pad(value[:, by:], ((0, 0), (0, min(by, value.shape[1]))))
 
-    largest, span = jnp.pad(f_MxL, ((0, 0), (radius, 0))), 1  # of `span` positions from each on
+    # `largest` is the maximum of the `span` positions from each one on.
+    largest, span = jnp.pad(f_MxL, ((0, 0), (radius, 0))), 1
     while 2 * span <= radius:
         largest, span = jnp.maximum(largest, ahead(largest, span)), 2 * span
     largest = jnp.maximum(largest, ahead(largest, radius - span))
@@ -304,9 +312,9 @@ def _gathered(options: Options, rows: int, activations: int, state: Mapping[str,
 
 
 def bands(gathered: Gathered, latent: int, count: int = 5) -> list[np.ndarray]:
-    """The sample's firings in bands of activation with as many in each, the strongest band first.
+    """The sampled firings of a latent in `count` bands of activation of equal size, the strongest band first.
 
-    Within a band the firing that was drawn first comes first, which is any of them with equal chance.
+    Firings within a band are in random order: each is first with equal probability.
     """
     drawn = np.flatnonzero(gathered.sample.row_MxK[latent] >= 0)
     value = gathered.sample.window_MxKxT[latent, drawn, gathered.options.before]
@@ -315,7 +323,7 @@ def bands(gathered: Gathered, latent: int, count: int = 5) -> list[np.ndarray]:
 
 
 class Passages:
-    """Cuts passages out of the rows that were gathered from."""
+    """Cuts the passages around firings out of the rows."""
 
     def __init__(self, tokens_SxL: np.ndarray) -> None:
         length = tokens_SxL.shape[1]
@@ -327,11 +335,11 @@ class Passages:
         self._end_SxL = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
 
     def token(self, row: int, position: int) -> int:
-        """The token at a place."""
+        """The token at a row and position."""
         return int(self._tokens_SxL[row, position])
 
     def __call__(self, options: Options, firings: Firings, latent: int, index: int) -> Passage:
-        """The passage of one of a latent's firings."""
+        """The passage around one firing of a latent."""
         row, position = int(firings.row_MxK[latent, index]), int(firings.position_MxK[latent, index])
         first = position - options.before
         start = max(first, int(self._start_SxL[row, position]))
@@ -341,6 +349,6 @@ class Passages:
 
 
 def read_tokens(rows: token_rows.Rows, count: int) -> np.ndarray:
-    """The tokens [S, L] of the rows that `gather` reads, in its order."""
+    """The tokens [S, L] of the rows that `gather` reads, in the same order."""
     count = min(count, len(rows))
     return np.asarray(rows.read(token_rows.order(len(rows), batching.ORDER_SEED, 0, count)).tokens)

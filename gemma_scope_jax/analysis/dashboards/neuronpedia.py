@@ -1,4 +1,4 @@
-"""Dashboards as the batch files that SAEDashboard writes and Neuronpedia imports."""
+"""Writes dashboards in the format of SAEDashboard's batch files, which Neuronpedia imports."""
 
 import json
 import pathlib
@@ -14,19 +14,20 @@ from gemma_scope_jax.runtime import files
 from gemma_scope_jax.saes import saving
 
 PER_BATCH = 128  # latents
-ALIGNED = 3  # dimensions that a decoder direction has most of
+ALIGNED = 3  # largest components of a decoder direction that are listed
 
 
 def write(folder: pathlib.Path, shown: Dashboards, length: int, text_of: Callable[[int], str]) -> None:
-    """Writes `batch-{n}.json`, `run_settings.json` and `skipped_indexes.json` of one SAE; dead latents are skipped.
+    """Writes `batch-{n}.json`, `run_settings.json` and `skipped_indexes.json` for one SAE, without dead latents.
 
-    Correlations, a histogram of logits and the heads' shares of a decoder are not measured: their lists are empty.
+    Correlations, the histogram of logits and the attention heads' shares of a decoder direction are not measured, so
+    their lists are empty.
 
     Args:
-      folder: it may be there already.
-      shown: what the dashboards show.
-      length: tokens of a row.
-      text_of: a token's text.
+      folder: the folder to write to, which can already exist.
+      shown: the contents of the SAE's dashboards.
+      length: the number of tokens in a row.
+      text_of: returns the text of a token id.
     """
     about = {
         "model_id": registry.spec(shown.model).hugging_face.split("/")[-1],
@@ -87,7 +88,7 @@ def _feature(shown: Dashboards, latent: int, length: int, text_of: Callable[[int
         "neg_str": [text_of(token) for token in down],
         "neg_values": _round(down_values),
         "frac_nonzero": float(g.frequency_M[latent]),
-        # Bars by their middle, which of bins of equal ratio is the geometric one.
+        # The bins have a constant ratio, so the middle of each bar is the geometric mean of its edges.
         "freq_hist_data_bar_values": _round(np.sqrt(collect.EDGES[bins] * collect.EDGES[bins + 1])),
         "freq_hist_data_bar_heights": g.histogram_MxH[latent, bins].tolist(),
         "n_prompts_total": g.rows,
@@ -99,7 +100,7 @@ def _feature(shown: Dashboards, latent: int, length: int, text_of: Callable[[int
 
 
 def _activations(shown: Dashboards, latent: int, text_of: Callable[[int], str]) -> list[dict]:
-    """The top passages, and one of each band; -1 in place of a band's least and share says that it is of the top."""
+    """The top passages and one passage of each band; top passages have -1 as `bin_min` and `bin_contains`."""
     g = shown.gathered
 
     def activation(firings: collect.Firings, index: int, bounds: tuple[float, float, float]) -> dict:

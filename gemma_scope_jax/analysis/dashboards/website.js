@@ -1,6 +1,6 @@
 "use strict";
-// Everything that is shown is in the address: ?q=TEXT&show=WHICH&sort=ORDER&page=NUMBER#LATENT. Text is only ever set as
-// textContent. What is said of all latents is `about`, of each in `latents[FILE]` once its file is loaded.
+// The address determines the whole page: ?q=TEXT&show=WHICH&sort=ORDER&page=NUMBER#LATENT. Text is only ever set as
+// textContent. `about` is the summary of all latents; `latents[FILE]` has the details once that file is loaded.
 window.latents = {};
 const about = window.about, width = about.count.length, PER_PAGE = 100, MOST_FOUND = 200;
 const query = new URLSearchParams(location.search), asked = (query.get("q") || "").trim();
@@ -19,14 +19,14 @@ const visible = text => text.replace(/\n/g, "↵").replace(/\t/g, "⇥");
 const number = value => Math.abs(value) >= 1e5 ? value.toExponential(2) : String(+value.toPrecision(3));
 const percent = latent => number(100 * about.count[latent] / Math.max(about.activations, 1)) + "%";
 
-// A file of latents, from disk the first time.
+// Returns a file of latents, and loads it the first time.
 function load(file) {
   return new Promise((resolve, reject) => {
     if (window.latents[file]) return resolve(window.latents[file]);
     const script = document.createElement("script");
     script.src = `data/latents_${file}.js`;
     script.onload = () => { script.remove(); resolve(window.latents[file]); };
-    script.onerror = () => reject(new Error(`${script.src} cannot be read`));
+    script.onerror = () => reject(new Error(`cannot read ${script.src}`));
     document.head.append(script);
   });
 }
@@ -66,12 +66,12 @@ function list() {
     address.set("page", to);
     place("pages").append(link("?" + address, content), " ");
   };
-  if (at > 0) turn(at - 1, "← before");
+  if (at > 0) turn(at - 1, "← previous");
   if (at < last) turn(at + 1, "next →");
   return found[at * PER_PAGE];
 }
 
-// Latents by number, then by token in the index, then by the text of passages, for which all files are read in turn.
+// Searches latents by number, then by token in the index, then by the text of passages, for which it reads every file.
 async function search() {
   const wanted = asked.toLowerCase(), found = new Set();
   const add = (latent, reason) => {
@@ -79,7 +79,7 @@ async function search() {
     found.add(latent);
     place("rows").append(row(latent, reason));
   };
-  if (/^\d+$/.test(asked) && +asked < width) add(+asked, "its number");
+  if (/^\d+$/.test(asked) && +asked < width) add(+asked, "latent number");
   const same = new Set(about.tokens.flatMap((text, t) => text.trim().toLowerCase() === wanted ? [t] : []));
   const order = [...Array(width).keys()].sort(ORDERS[sort]);
   const byToken = (tokens, reason) => {
@@ -104,10 +104,11 @@ async function search() {
     });
     if (file !== Math.floor(shownLatent / about.per_file)) delete window.latents[file];
     const read = Math.min((file + 1) * about.per_file, width).toLocaleString("en");
-    place("status").textContent = `${found.size} found, passages of ${read} of ${width.toLocaleString("en")} latents read`;
+    place("status").textContent =
+      `${found.size} found; passages of ${read} of ${width.toLocaleString("en")} latents searched`;
     if (found.size) openFirst(found.values().next().value);
   }
-  if (found.size >= MOST_FOUND) place("status").textContent = `the first ${MOST_FOUND} that were found`;
+  if (found.size >= MOST_FOUND) place("status").textContent = `the first ${MOST_FOUND} matches`;
 }
 
 function histogram([first, ...counts]) {
@@ -123,7 +124,8 @@ function histogram([first, ...counts]) {
   counts.forEach((count, i) => {
     const high = count && Math.max(HIGH * count / most, 1);
     const bar = make("rect", {x: i * WIDE, y: HIGH - high, width: WIDE - 2, height: high});
-    bar.append(make("title", {}, `${edge(first + i)} to ${edge(first + i + 1)}: ${count.toLocaleString("en")}`));
+    bar.append(make("title", {},
+      `activation ${edge(first + i)} to ${edge(first + i + 1)}: ${count.toLocaleString("en")} firings`));
     drawn.append(bar);
     if (i % 6 === 0) drawn.append(make("text", {x: i * WIDE, y: HIGH + 14}, edge(first + i)));
   });
@@ -162,17 +164,20 @@ async function showLatent(latent) {
     element("h2", [`Latent ${latent}${kind} `, ...move.map(i => link("#" + i, i < latent ? "← " : " →"))]));
   if (about.count[latent]) {
     const share = `${percent(latent)} of activations (${about.count[latent].toLocaleString("en")})`;
-    const size = `${number(data.mean)} in the mean and ${number(largest)} at most`;
-    target.append(element("p", `Fires on ${share}; where it does, ${size}.`), histogram(data.histogram));
+    const size = `mean ${number(data.mean)}, maximum ${number(largest)}`;
+    target.append(element("p",
+      `Fires on ${share}. Activation where it fires: ${size}. The histogram counts its firings by activation.`),
+      histogram(data.histogram));
   }
   const columns = element("div", [], "columns");
   const words = pairs => pairs.map(([t, value]) => [element("span", visible(tokens[t]), "token"), number(value)]);
-  if (data.up) columns.append(table("Raises", words(data.up)), table("Lowers", words(data.down)));
-  columns.append(table("Nearest decoders", data.nearest.map(([i, cosine]) => [link("#" + i, i), cosine.toFixed(2)])));
+  if (data.up) columns.append(table("Raises (logit)", words(data.up)), table("Lowers (logit)", words(data.down)));
+  columns.append(table("Nearest decoders (cosine)",
+    data.nearest.map(([i, cosine]) => [link("#" + i, i), cosine.toFixed(2)])));
   target.append(columns);
   if (!data.top.length) return;
-  target.append(element("h2", "Strongest"), ...data.top.map(p => passage(p, tokens, largest)));
-  target.append(element("h2", "One of each fifth of its firings, the strongest fifth first"),
+  target.append(element("h2", "Strongest firings, with activations"), ...data.top.map(p => passage(p, tokens, largest)));
+  target.append(element("h2", "One firing from each fifth of a sample, strongest fifth first"),
     ...data.bands.map(p => passage(p, tokens, largest)));
 }
 
@@ -181,14 +186,14 @@ function openHash() {
   const text = location.hash.slice(1);
   if (!/^\d+$/.test(text)) return;
   if (+text < width) showLatent(+text).catch(failed);
-  else failed(new Error(`there is no latent ${text}; there are 0 to ${(width - 1).toLocaleString("en")}`));
+  else failed(new Error(`there is no latent ${text}; latents are 0 to ${(width - 1).toLocaleString("en")}`));
 }
 function openFirst(latent) { if (shownLatent === null && latent !== undefined) showLatent(latent).catch(failed); }
 
 const reads = about.site === about.target_site ? about.site : `${about.site} to ${about.target_site}`;
 place("about").textContent = `${about.model}, ${reads}: ${width.toLocaleString("en")} latents on ` +
   `${about.activations.toLocaleString("en")} activations, ${about.rows.toLocaleString("en")} rows of ${about.text}.` +
-  (about.raises ? "" : " What is predicted is not added to the residual stream: no logits are shown.");
+  (about.raises ? "" : " The SAE's output is not added to the residual stream, so no logits are shown.");
 const form = document.querySelector("form");
 form.q.value = asked; form.show.value = show; form.sort.value = sort;
 const sorted = (by, content) => {
@@ -198,7 +203,8 @@ const sorted = (by, content) => {
   return link("?" + address, content);
 };
 place("rows").append(element("tr", [
-  sorted("number", "latent"), sorted("frequency", "fires"), sorted("max", "at most"), asked ? "found by" : "fires most on",
+  sorted("number", "latent"), sorted("frequency", "frequency"), sorted("max", "max activation"),
+  asked ? "found by" : "fires most on",
 ].map(heading => element("th", heading))));
 window.addEventListener("hashchange", openHash);
 openHash();

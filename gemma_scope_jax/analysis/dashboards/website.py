@@ -1,8 +1,8 @@
-"""Dashboards as pages that need neither server nor network.
+"""Writes dashboards as pages that need neither a server nor a network.
 
-Of each SAE `index.html`, what is said of all latents in `data/index.js`, and what is shown of each in files of
-`PER_FILE` latents that the page loads when it needs them. Scripts and not JSON: a browser reads no other file from
-disk. All text of the corpus is data in them, never HTML.
+Each SAE has an `index.html`. The summary of all its latents is in `data/index.js`. The details of each latent are
+in files of `PER_FILE` latents, which the page loads as needed. These files are scripts rather than JSON because a
+browser does not read JSON files from disk. All text of the corpus is data in the scripts, never HTML.
 """
 
 import collections
@@ -23,31 +23,31 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached
 
 PER_FILE = 256  # latents
-PEAKS = 5  # Of a latent's top passages so many tokens at peaks are in the index, the most frequent.
+PEAKS = 5  # The most frequent peak tokens of a latent's top passages that are listed in the index.
 
 
 @dataclasses.dataclass(frozen=True)
 class Dashboards:
-    """All that is shown of one SAE."""
+    """The contents of one SAE's dashboards."""
 
     name: str
     model: str
     subject: attached.Subject
-    text: str  # that was read
+    text: str  # the name of the text that was read
     gathered: Gathered
-    logits: Logits | None  # None: its values are not added to the residual stream
+    logits: Logits | None  # None: the SAE's output is not added to the residual stream
     nearest_MxN: np.ndarray
     cosine_MxN: np.ndarray
     passages: Passages
 
     @property
     def width(self) -> int:
-        """M."""
+        """M, the number of latents."""
         return self.gathered.count_M.size
 
 
 class _Vocabulary:
-    """The tokens that a file uses, each once."""
+    """The distinct tokens of a file."""
 
     def __init__(self, text_of: Callable[[int], str]) -> None:
         self.texts: list[str] = []
@@ -55,7 +55,7 @@ class _Vocabulary:
         self._places: dict[int, int] = {}
 
     def __call__(self, token: int) -> int:
-        """A token's place among them."""
+        """The index of a token in `texts`; adds the token if it is new."""
         token = int(token)
         if token not in self._places:
             self._places[token] = len(self.texts)
@@ -64,12 +64,12 @@ class _Vocabulary:
 
 
 def write(folder: pathlib.Path, shown: Dashboards, text_of: Callable[[int], str]) -> None:
-    """Writes the pages of one SAE into a folder.
+    """Writes the pages of one SAE.
 
     Args:
-      folder: it may be there already.
-      shown: what they show.
-      text_of: a token's text.
+      folder: the folder to write to, which can already exist.
+      shown: the contents of the pages.
+      text_of: returns the text of a token id.
     """
     for start in range(0, shown.width, PER_FILE):
         vocabulary = _Vocabulary(text_of)
@@ -86,7 +86,7 @@ def write(folder: pathlib.Path, shown: Dashboards, text_of: Callable[[int], str]
 
 
 def write_links(path: pathlib.Path, folders: Mapping[str, str], all_shown: Mapping[str, Dashboards]) -> None:
-    """Writes a page of links to the SAEs' own, in `folders` beside it."""
+    """Writes a page with a link to each SAE's page, which is in the SAE's folder in `folders`."""
     table = {}
     for name, shown in all_shown.items():
         g = shown.gathered
@@ -105,22 +105,22 @@ def write_links(path: pathlib.Path, folders: Mapping[str, str], all_shown: Mappi
 
 
 def _write_script(path: pathlib.Path, variable: str, value: object) -> None:
-    """A script that sets a variable; `<` is escaped, so that nothing in it ends a script or begins a tag."""
+    """Writes a script that sets a variable; `<` is escaped so that no value ends the script or begins a tag."""
     encoded = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     files.write_text(path, f"{variable}={encoded};\n")
 
 
 def rounded(value: float) -> float | int:
-    """To three digits; integers without a point, which are shorter."""
+    """A value rounded to three significant digits; an `int` if it is whole, which is shorter in JSON."""
     value = float(value)
     if not math.isfinite(value):
-        raise InputError(f"a number to be shown is {value}")
+        raise InputError(f"a value of the dashboards is {value}; it must be finite")
     short = float(f"{value:.3g}")
     return int(short) if short.is_integer() else short
 
 
 def _index(shown: Dashboards, text_of: Callable[[int], str]) -> dict:
-    """What is said of all latents: enough to sort, to filter and to search them by token."""
+    """The summary of all latents, with which the page sorts, filters and searches them by token."""
     g, vocabulary = shown.gathered, _Vocabulary(text_of)
     peaks = []
     for latent in range(shown.width):
@@ -151,7 +151,7 @@ def _index(shown: Dashboards, text_of: Callable[[int], str]) -> dict:
 
 
 def _latent(shown: Dashboards, latent: int, vocabulary: _Vocabulary) -> dict:
-    """All that is shown of one latent; a passage is its row, the place of the firing, tokens and activations."""
+    """The details of one latent; a passage is [row, index of the firing, tokens, activations]."""
     g = shown.gathered
 
     def passage(firings: collect.Firings, index: int) -> list:

@@ -1,9 +1,9 @@
-"""A prompt through the layers: what SAEs at many of them make of it, and what that costs each prediction.
+"""A prompt through the layers: activations, reconstructions and delta losses of SAEs at many layers.
 
-One clean pass, and for each SAE one with its reconstruction in the place of its site. SAEs at sites of one width go
-together, each in a row of its own.
+The prompt runs through Gemma once without changes, and once for each SAE with the activations of its site replaced by
+its reconstruction. SAEs of the same kind of site share forward passes, with one row for each SAE.
 
-Shapes: E SAEs, L tokens, O width of a site that is spliced, S rows in a pass.
+Shapes: E SAEs, L tokens, O width of the site that is replaced, S rows in a pass.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from gemma_scope_jax.runtime import distributed, reporting, sharding
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes import attached
 
-# What is measured: of each its field of `Flow`, and its scale in pictures.
+# The measured quantities: heading → (field of `Flow`, colour scale in pictures).
 _MEASURED = {
     "‖y‖": ("norm_ExL", "log"),
     "L0": ("l0_ExL", "linear"),
@@ -36,26 +36,27 @@ _MEASURED = {
 
 @dataclasses.dataclass(frozen=True)
 class Flow(Result):
-    """What SAEs make of each token of a prompt, in the order of their kinds of site, then of layers. Without BOS."""
+    """Measurements of SAEs on each token of a prompt except BOS. SAEs are ordered by kind of site, then by layer."""
 
     model: str
-    tokens: tuple[str, ...]  # L of them, as text
-    names: tuple[str, ...]  # E SAEs
-    kinds: tuple[str, ...]  # of each its kind of site, as in resid_post, or mlp_in → mlp_out
-    layers: tuple[int, ...]  # of each
-    norm_ExL: np.ndarray  # ‖y‖, of what is spliced
+    tokens: tuple[str, ...]  # the texts of the L tokens
+    names: tuple[str, ...]  # of the E SAEs
+    kinds: tuple[str, ...]  # of each SAE's site, such as resid_post or mlp_in → mlp_out
+    layers: tuple[int, ...]  # of each SAE
+    norm_ExL: np.ndarray  # ‖y‖, the norm of the activation that is replaced
     l0_ExL: np.ndarray
     error_ExL: np.ndarray  # ‖y − ŷ‖ / ‖y‖
-    # In nats, of predicting the token behind, all tokens spliced; NaN where nothing is predicted, as of the last.
+    # In nats: the loss on the next token with all tokens spliced, less the loss without splicing. NaN where no next
+    # token is scored, as at the last token.
     delta_loss_ExL: np.ndarray
-    lens: lens_lib.Lens | None  # through the SAEs of resid_post, if there are any
+    lens: lens_lib.Lens | None  # over the SAEs of resid_post; None if there is no such SAE
 
     def of_kind(self, kind: str) -> list[int]:
-        """The numbers of the SAEs of one kind of site, the shallowest first."""
+        """The indices of the SAEs of one kind of site, from the first layer to the last."""
         return [number for number, of in enumerate(self.kinds) if of == kind]
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each token and SAE; those of the lens are its own."""
+        """A row for each token and SAE; `lens` has its own records."""
         for number, name in enumerate(self.names):
             yield from records_of(
                 {
@@ -72,10 +73,10 @@ class Flow(Result):
             )
 
     def show(self) -> None:
-        """Prints means over the tokens, and what the last token's stream predicts at each layer."""
+        """Prints means over the tokens, and the logit lens of the last token."""
         table = tables.Table(title=f"{printable(self.model)}, means over {len(self.tokens)} tokens")
         table.add_column("SAE")
-        for heading in (*_MEASURED, "at most", "on"):
+        for heading in (*_MEASURED, "max delta loss", "at token"):
             table.add_column(heading, justify="right")
         for number, name in enumerate(self.names):
             means = [_mean(getattr(self, field)[number]) for field, _ in _MEASURED.values()]
@@ -90,7 +91,7 @@ class Flow(Result):
             self.lens.show()
 
     def figure(self) -> matplotlib.figure.Figure:
-        """Heat maps of tokens × layers, a row of them for each kind of site."""
+        """Heat maps of layers × tokens: a column for each quantity and a row for each kind of site."""
         kinds = list(dict.fromkeys(self.kinds))
         tallest = max(map(self.kinds.count, kinds))
         width = min(max(0.14 * len(self.tokens) + 1.3, 3.4), 14)
@@ -110,14 +111,14 @@ class Flow(Result):
         return figure
 
     def _labels(self, numbers: Sequence[int]) -> list[str]:
-        """Of SAEs of one kind: their layers, or names where several are at one layer."""
+        """The layers of SAEs of one kind, or their names if several share a layer."""
         layers = [self.layers[number] for number in numbers]
         if len(set(layers)) == len(layers):
             return list(map(str, layers))
         return [self.names[number] for number in numbers]
 
     def write_html(self, path: str | pathlib.Path) -> None:
-        """Writes a page that needs no network: the heat maps, the lens as a table, means."""
+        """Writes a page that needs no network, with the heat maps, the logit lens as a table, and the means."""
         means = {
             name: [_mean(getattr(self, field)[number]) for field, _ in _MEASURED.values()]
             for number, name in enumerate(self.names)
@@ -126,8 +127,8 @@ class Flow(Result):
         grids = {}
         if lens:
             grids = {
-                "From the stream": lens.grid(lens.stream),
-                "From the SAEs’ reconstructions": lens.grid(lens.reconstruction),
+                "Residual stream": lens.grid(lens.stream),
+                "SAE reconstructions": lens.grid(lens.reconstruction),
             }
         html.render(
             pathlib.Path(path), "analysis/layers/flow.html.jinja",
@@ -139,22 +140,25 @@ class Flow(Result):
 
 
 def _mean(values_L: np.ndarray) -> float:
-    """Over the tokens that have one."""
+    """The mean of the finite values; NaN if there are none."""
     known = values_L[np.isfinite(values_L)]
     return float(known.mean()) if known.size else float("nan")
 
 
 def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
-    """Runs a prompt through Gemma once, and once more for each SAE with its reconstruction spliced.
+    """Runs a prompt through Gemma once, and once more for each SAE with its reconstruction spliced in.
 
     Args:
       scope: the model and its SAEs.
-      text: of the prompt.
-      answer: the token whose probability the lens follows through the layers; None: at each token what the model
-        itself predicts.
+      text: the prompt.
+      answer: the token whose probability and rank the logit lens follows through the layers; None: the model's own
+        prediction at each token.
+
+    Returns:
+      The measurements of every SAE, and the logit lens of the residual stream.
 
     Raises:
-      ValueError: the text has no tokens, or the answer is not one token.
+      ValueError: if the text has no tokens, or the answer is not exactly one token.
     """
     row = prompt(scope, text)
     answer_token = None if answer is None else one_token(scope, answer)
@@ -210,7 +214,7 @@ def _first(mesh: jax.sharding.Mesh, x_SxLxD: jax.Array) -> jax.Array:
 def _delta_losses(
     scope: Scope, row_L: Sequence[int], recon: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """By SAE: what its reconstruction [L, O] costs each prediction [L]; NaN where none is scored."""
+    """By SAE: the delta loss [L] of its reconstruction [L, O]; NaN where no next token is scored."""
     by_kind: dict[str, list[str]] = {}
     for name in recon:
         by_kind.setdefault(scope.subjects[name].spliced.kind, []).append(name)
@@ -218,7 +222,7 @@ def _delta_losses(
     with reporting.bar("Splicing", "SAE", len(recon)) as bar:
         for names in by_kind.values():
             sites = tuple(dict.fromkeys(scope.subjects[name].spliced for name in names))
-            # As many tokens at a time as in an evaluation, and always a row that is left as it is.
+            # As many tokens in a pass as in an evaluation. One row of each pass stays without changes.
             config = scope.config
             most = config.evaluation.rows_per_batch * config.data.context_length // len(row_L)
             rows = -(-max(2, min(most, len(names) + 1)) // scope.gemma.mesh.size) * scope.gemma.mesh.size
@@ -238,7 +242,7 @@ def _delta_losses_of(
     recon: Mapping[str, np.ndarray],
     rows: int,
 ) -> np.ndarray:
-    """[R, L] of one batch of `rows`, of which the last ones are clean: to be compared within one program."""
+    """The delta losses [R, L] of one pass; its last rows are clean, so both losses come from the same program."""
     tokens_SxL = place_copies(scope, row_L, rows)
     number_S = np.full(rows, -1, np.int32)
     replacement_SxLxO = np.zeros((*tokens_SxL.shape, recon[names[0]].shape[-1]), recon[names[0]].dtype)
@@ -268,7 +272,7 @@ def _lens(
     final_LxD: np.ndarray,
     answer: int | None,
 ) -> lens_lib.Lens:
-    """Of streams [L, D] by SAE."""
+    """The logit lens of streams and reconstructions [L, D] by SAE, and of the final stream [L, D]."""
     answer_L = np.full(len(tokens), 0 if answer is None else answer)
     if answer is None:
         (answer_L,) = lens_lib.predictions(scope.gemma, final_LxD[None], answer_L).token

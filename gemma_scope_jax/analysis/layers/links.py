@@ -1,7 +1,9 @@
-"""Which latents of later SAEs a latent feeds: by its weights, by a derivative, and by taking it away.
+"""Links from a latent to the latents of later SAEs: by weights, by a derivative, and by ablation.
 
-The latent's part in its site's activations is f W_dec, at the tokens on which it fires. What an SAE leaves out of an
-activation stays as it is. Shapes: S rows, L tokens, M latents of a later SAE, D and O widths of sites.
+The latent's part of its site's activations is f W_dec, at the tokens on which it fires. The rest of the activation,
+including the SAE's error, is not changed.
+
+Shapes: S rows, L tokens, M latents of a later SAE, D and O widths of sites.
 """
 
 import dataclasses
@@ -26,48 +28,49 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 from gemma_scope_jax.saes import attached, jumprelu
 
-_BLOCK = 2**14  # So many latents' weights are in float64 at a time.
+_BLOCK = 2**14  # Latents whose weights are in float64 at a time.
 
 
 @dataclasses.dataclass(frozen=True)
 class Links(Result):
-    """What later SAEs' latents have of one latent; by SAE, in the order in which Gemma passes them, arrays [M].
+    """Links from one latent to the latents of later SAEs: arrays [M] by SAE, in the order of their sites in Gemma.
 
-    Attributions and effects are sums over tokens for each firing of the latent. Streams grow from layer to layer, and
-    with them activations, so SAEs are compared in units of each one's mean activation.
+    Attributions and effects are sums over tokens, divided by the number of firings of the latent. The stream's norm
+    and the activations grow from layer to layer, so SAEs are compared in units of their own mean activation.
     """
 
     name: str
     latent: int
-    activations: int  # that were looked at
-    firings: int  # of the latent, among them
-    activation: float  # its mean where it fires
-    # W_dec[latent] · W_enc and the cosine of the two, in the residual stream; None where there is no such thing.
+    activations: int  # the number of positions measured
+    firings: int  # of the latent on these positions
+    activation: float  # of the latent, mean where it fires
+    # W_dec[latent] · W_enc and their cosine, in the residual stream; None where they do not meet in the stream.
     weight: Mapping[str, np.ndarray | None]
     cosine: Mapping[str, np.ndarray | None]
-    attribution: Mapping[str, np.ndarray]  # of the pre-activation where the later latent fires, linearised
-    effect: Mapping[str, np.ndarray]  # f_later as it is less f_later with the latent ablated
-    frequency: Mapping[str, np.ndarray]  # of the later latents' firing
-    unit: Mapping[str, float]  # the mean activation of all that fire in a later SAE
+    # The linearised change of the pre-activation, where the later latent fires.
+    attribution: Mapping[str, np.ndarray]
+    effect: Mapping[str, np.ndarray]  # the later activation, less the same with the latent ablated
+    frequency: Mapping[str, np.ndarray]  # the share of positions on which each later latent fires
+    unit: Mapping[str, float]  # the mean activation of a later SAE's latents where they fire
     layer: Mapping[str, int]  # of the later SAEs
 
     def strongest(self, top: int = 20) -> list[tuple[str, int]]:
-        """The later latents, each with its SAE, with the largest effects of either sign in their SAE's units."""
+        """The (SAE, latent) pairs with the largest absolute effects, in units of each SAE's mean activation."""
         size = {name: np.abs(self.in_units(self.effect, name)) for name in self.effect}
         places = [(name, int(latent)) for name, of in size.items() for latent in np.argsort(-of)[:top]]
         places.sort(key=lambda place: -size[place[0]][place[1]])
         return [(name, latent) for name, latent in places[:top] if size[name][latent] > 0]
 
     def in_units(self, of: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-        """Attributions or effects [M] over the later SAE's mean activation; 0 where nothing fires."""
+        """Attributions or effects [M] divided by the later SAE's mean activation; 0 if no latent of it fires."""
         return of[name] / (self.unit[name] or 1)
 
     def is_reached(self, name: str) -> np.ndarray:
-        """Which latents [M] of a later SAE have an attribution or an effect at all."""
+        """Which latents [M] of a later SAE are reached: have a nonzero attribution or effect."""
         return (self.attribution[name] != 0) | (self.effect[name] != 0)
 
     def correlation(self, what: Mapping[str, np.ndarray | None], name: str) -> float:
-        """Of attributions or weights with effects, over the latents that are reached; NaN where there is none."""
+        """The correlation of attributions or weights with effects, over the reached latents; NaN if undefined."""
         reached_M = self.is_reached(name)
         if what[name] is None or reached_M.sum() < 3:
             return float("nan")
@@ -75,7 +78,7 @@ class Links(Result):
         return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else float("nan")
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each later latent that is reached."""
+        """A row for each later latent with a nonzero attribution or effect."""
         for name, effect_M in self.effect.items():
             latents = np.flatnonzero(self.is_reached(name))
             columns = {what: getattr(self, what)[name] for what in ("weight", "cosine", "attribution")}
@@ -86,15 +89,15 @@ class Links(Result):
             )
 
     def show(self, top: int = 20) -> None:
-        """Prints the later latents with the largest effects, and how well weights and attributions tell them."""
+        """Prints the later latents with the largest effects, and correlations with attributions and weights."""
         title = (
-            f"what latent {self.latent} of {printable(self.name, 60)} feeds; "
+            f"latents fed by latent {self.latent} of {printable(self.name, 60)}; "
             f"it fires on {self.firings:,} of {self.activations:,} "
-            f"activations, with {self.activation:.3g}"
+            f"activations, mean {self.activation:.3g}"
         )
         table = tables.Table(title=title)
         table.add_column("SAE")
-        for heading in ("latent", "effect", "attribution", "effect in units", "weight", "cosine", "fires on"):
+        for heading in ("latent", "effect", "attribution", "effect / mean", "weight", "cosine", "fires on"):
             table.add_column(heading, justify="right")
         for name, latent in self.strongest(top):
             numbers = [self.effect[name][latent], self.attribution[name][latent]]
@@ -104,9 +107,9 @@ class Links(Result):
             fires = f"{self.frequency[name][latent]:.1%}"
             table.add_row(name, str(latent), *shown, fires)
         tables.show(table)
-        table = tables.Table(title="correlations with the effects, over the latents that are reached")
+        table = tables.Table(title="correlations with effects")
         table.add_column("SAE")
-        for heading in ("latents", "of attributions", "of weights"):
+        for heading in ("reached latents", "attributions", "weights"):
             table.add_column(heading, justify="right")
         for name in self.effect:
             found = (self.correlation(of, name) for of in (self.attribution, self.weight))
@@ -115,7 +118,7 @@ class Links(Result):
         tables.show(table)
 
     def figure(self) -> matplotlib.figure.Figure:
-        """Effects against attributions and against weights, a point for each later latent that is reached."""
+        """Effects against attributions and against weights, with a point for each reached latent."""
         figure, ((left, right),) = plotting.new_figure(1, 2, 6, 5)
         figure.suptitle(f"latent {self.latent} of {plottable(self.name, 100)}", fontsize=10)
         image = None
@@ -137,7 +140,7 @@ class Links(Result):
             if not np.isnan(r).all():
                 axis.set_title(f"median correlation over SAEs {np.nanmedian(r):.2f}", fontsize=9)
             axis.set_xlabel(title)
-            axis.set_ylabel("effect of ablation, likewise")
+            axis.set_ylabel("effect of ablation, in mean activations of the later SAE")
         for name, latent in self.strongest(4):
             x, y = (float(self.in_units(of, name)[latent]) for of in (self.attribution, self.effect))
             side = {"xytext": (-4, 2), "ha": "right"} if x > 0 else {"xytext": (4, 2), "ha": "left"}
@@ -154,18 +157,21 @@ class Links(Result):
 def links(
     scope: Scope, name: str, latent: int, to: str | None = None, rows: int = 8, text: str | None = None
 ) -> Links:
-    """What a latent feeds in later SAEs: one pass with its derivative, and one without it.
+    """Measures the links from a latent to later SAEs, with a forward pass with derivatives and an ablated pass.
 
     Args:
       scope: the model and its SAEs.
-      name: of the latent's SAE.
-      latent: its number.
-      to: the later SAE; None: all that read behind the site that this one gives.
-      rows: of held-out text, in the order in which an evaluation takes them.
-      text: a prompt in their place.
+      name: the name of the latent's SAE.
+      latent: the number of the latent.
+      to: the name of the later SAE; None: every SAE that reads a site after the one this SAE reconstructs.
+      rows: how many held-out rows to use, in the order of an evaluation.
+      text: a prompt to use instead of held-out rows.
+
+    Returns:
+      The links to each later SAE.
 
     Raises:
-      ValueError: there is no such SAE or latent, none is later, or the latent does not fire on these tokens.
+      ValueError: if there is no such SAE or latent, no SAE is later, or the latent does not fire on these tokens.
     """
     scope.check_latent(name, latent)
     subject = scope.subjects[name]
@@ -192,8 +198,8 @@ def links(
                 totals[other][key] = totals[other].get(key, 0) + value_M.astype(np.float64)
     if not firings:
         raise InputError(
-            f"latent {latent} of {name} does not fire on these {activations:,} activations; give more rows, or a "
-            "text on which it does"
+            f"latent {latent} of {name} does not fire on these {activations:,} activations; give more rows "
+            "or a text on which it fires"
         )
     by_weight = {other: virtual_weights(scope, subject, latent, scope.subjects[other]) for other in later}
     return Links(
@@ -213,25 +219,25 @@ def links(
 
 
 def _position(site: Site) -> tuple[int, int]:
-    """In the order in which Gemma passes sites."""
+    """A key that sorts sites in the order in which Gemma computes them."""
     return site.layer, list(SITES).index(site.kind)
 
 
 def _later(scope: Scope, name: str, to: str | None) -> list[str]:
     given = scope.subjects[name].spliced
     if to is not None and to not in scope.subjects:
-        raise InputError(f"there is no SAE {quoted(to)}; there are {', '.join(scope.subjects)}")
+        raise InputError(f"there is no SAE {quoted(to)}; choose from {', '.join(scope.subjects)}")
     behind = [o for o, subject in scope.subjects.items() if _position(subject.site) > _position(given)]
     if to is not None and to not in behind:
-        raise InputError(f"{to} reads {scope.subjects[to].site}, which is not behind {given} of {name}")
+        raise InputError(f"{to} reads {scope.subjects[to].site}, which is not after {given} of {name}")
     if not behind:
-        raise InputError(f"no SAE reads a site behind {given} of {name}; open SAEs at several layers")
+        raise InputError(f"no SAE reads a site after {given} of {name}; open SAEs at several layers")
     chosen = behind if to is None else [to]
     return sorted(chosen, key=lambda other: _position(scope.subjects[other].site))
 
 
 def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Rows of tokens on the devices, and which of their positions count; one row for each device at a time."""
+    """Yields rows of tokens on the devices and a mask of counted positions, with one row for each device."""
     if text is not None:
         tokens_SxL = place_prompts(scope, [prompt(scope, text)])
         yield tokens_SxL, is_kept(scope.gemma.mesh, tokens_SxL)
@@ -240,7 +246,7 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
     held_out = scope.held_out()
     counts = batching.counts_of(scope.config)
     count = min(rows, len(held_out))
-    with reporting.bar("Linking", "row", count) as bar:
+    with reporting.bar("Measuring links", "row", count) as bar:
         for batch in batching.batches(scope.gemma.mesh, held_out, count, 1, counts):
             yield batch.tokens_SxL, batch.is_kept_SxL
             bar.update(batch.count)
@@ -257,10 +263,10 @@ def _passed_on(
     spliced: Site,
     later: tuple[Site, ...],
 ) -> tuple[tuple[jax.Array, jax.Array], dict[Site, tuple[jax.Array, jax.Array, jax.Array]]]:
-    """The latent's activations [S, L] and which positions count; and of each later site three arrays [S, L, D].
+    """The latent's activations and the counted positions [S, L], and three arrays [S, L, D] for each later site.
 
-    These are its activations as they are, their derivative as the latent's part of its own site grows with itself,
-    and what they are without it.
+    The three arrays are the site's activations, their derivative with respect to a factor (at 1) on the latent's part
+    f W_dec, and the activations with the latent ablated.
     """
     gemma = gemma.gathered()
     x_SxLxD = sharding.constrain(gemma.mesh, forward.embed(gemma, tokens_SxL), sharding.TOKENS)
@@ -296,7 +302,7 @@ def _sums(
     slope_SxLxD: jax.Array,
     ablated_SxLxD: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Sums [M] over the positions that count, of a later SAE's latents."""
+    """Sums [M] over the counted positions for a later SAE's latents."""
     highest = jax.lax.Precision.HIGHEST
     clean_BxD, slope_BxD, ablated_BxD = (
         value.reshape(is_kept_SxL.size, -1).astype(jnp.float32)
@@ -320,8 +326,9 @@ def virtual_weights(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """W_dec[latent] · W_enc of a later SAE and their cosine, both [M]; None where they do not meet in the stream.
 
-    A direction of `attn_out` goes through the output projection and the gain of the norm behind it; what reads
-    behind the MLP's norm is multiplied by that norm's gain. What the norms divide by is left out.
+    A decoder direction of `attn_out` is mapped through the output projection and the gain of the norm after it. For a
+    later SAE on `mlp_in`, the direction is multiplied by the gain of the MLP's norm. The norms' divisors are left
+    out.
     """
     params = scope.gemma.params
     written = decoder_directions.in_stream(params, subject.spliced, np.asarray(subject.sae.W_dec)[[latent]])

@@ -1,4 +1,4 @@
-"""The logit lens: what each layer's residual stream would have Gemma say next, and what an SAE leaves of that.
+"""The logit lens: next-token predictions from each layer's residual stream and from its SAE reconstruction.
 
 Shapes: R streams, L tokens, D width of the stream, V vocabulary.
 """
@@ -22,29 +22,29 @@ from gemma_scope_jax.runtime.printing import plottable
 
 
 class Predictions(NamedTuple):
-    """Of the next token, from streams [R, L]."""
+    """Predictions of the next token from streams; arrays [R, L]."""
 
-    token: np.ndarray  # the likeliest
-    probability: np.ndarray  # its
+    token: np.ndarray  # the likeliest token
+    probability: np.ndarray  # of the likeliest token
     answer_probability: np.ndarray
-    answer_rank: np.ndarray  # 1: no token is likelier
+    answer_rank: np.ndarray  # 1 if no token is likelier
 
 
 @dataclasses.dataclass(frozen=True)
 class Lens(Result):
-    """What streams and their reconstructions predict at each of L tokens, by layer."""
+    """Predictions from streams and their reconstructions at each of L tokens, by layer."""
 
     tokens: tuple[str, ...]
-    layers: tuple[str, ...]  # R labels, the shallowest first
-    answer_L: np.ndarray  # the token whose probability and rank is asked for
-    is_given: bool  # it is one token that was asked for, or what the model itself predicts at each token
+    layers: tuple[str, ...]  # R labels, from the first layer to the last
+    answer_L: np.ndarray  # the token at each position whose probability and rank are given
+    is_given: bool  # True: the caller chose one answer; False: the model's own prediction at each token
     stream: Predictions  # [R, L]
     reconstruction: Predictions  # [R, L]
     output: Predictions  # [1, L], of the model
-    texts: Mapping[int, str]  # of all tokens in these
+    texts: Mapping[int, str]  # of all tokens in the predictions
 
     def records(self) -> Iterator[dict[str, object]]:
-        """A row for each token and stream: a layer's, its reconstruction, and what the model puts out."""
+        """A row for each token and each of: a layer's stream, its reconstruction, and the model's output."""
         sides = {"stream": self.stream, "reconstruction": self.reconstruction, "output": self.output}
         for side, seen in sides.items():
             for row, layer in enumerate(self.layers if side != "output" else [""]):
@@ -63,9 +63,9 @@ class Lens(Result):
                 )
 
     def show(self, token: int = -1) -> None:
-        """Prints a table for one token of the prompt, a line for each layer."""
+        """Prints the predictions at one token of the prompt, a line for each layer."""
         answer = repr(self.texts[int(self.answer_L[token])])
-        title = f"what follows {self.tokens[token]!r}; p and rank of {answer}"
+        title = f"likeliest token after {self.tokens[token]!r}; p and rank of {answer}"
         table = tables.Table(title=title)
         table.add_column("layer", justify="right")
         for side in ("stream", "reconstruction"):
@@ -83,7 +83,7 @@ class Lens(Result):
         return repr(self.texts[int(top)]), f"{p:.0%}", f"{answer_p:.2g}", f"{rank:,}"
 
     def grid(self, of: Predictions) -> list[list[dict]]:
-        """Rows of cells as they are shown, the output first and then from the deepest layer on."""
+        """Rows of cells in the order shown: the model's output, then layers from the last to the first."""
         parts = [np.concatenate(part)[::-1] for part in zip(of, self.output, strict=True)]
         return [
             [
@@ -102,21 +102,20 @@ class Lens(Result):
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Labels of the rows of a grid."""
-        return ("Gemma's own", *self.layers[::-1])
+        """The labels of a grid's rows."""
+        return ("output", *self.layers[::-1])
 
     def figure(self) -> matplotlib.figure.Figure:
-        """Two grids of tokens × layers: the likeliest next token, the darker the likelier, of streams above.
+        """Two grids of layers × tokens with the likeliest next token: from streams (top) and from reconstructions.
 
-        Framed where that is the answer; elsewhere a small number is the answer's rank.
+        A darker cell means a higher probability. A frame marks cells whose likeliest token is the answer; in other
+        cells a small number is the answer's rank.
         """
         height = 0.34 * len(self.rows) + 1.2
         figure, axes = plotting.new_figure(2, 1, max(0.62 * len(self.tokens) + 1.2, 5), height)
-        answer = f"{self.texts[int(self.answer_L[0])]!r}" if self.is_given else "what the model predicts"
+        answer = f"{self.texts[int(self.answer_L[0])]!r}" if self.is_given else "the model's prediction"
         figure.suptitle(
-            plottable(
-                f"the likeliest next token; framed where it is {answer}, else below it that token's rank", 200
-            ),
+            plottable(f"likeliest next token, framed if it is {answer}; number: its rank", 200),
             fontsize=10,
         )
         sides = (("from the stream", self.stream), ("from the SAEs' reconstructions", self.reconstruction))
@@ -129,7 +128,7 @@ class Lens(Result):
     def _draw(self, axis: object, of: Predictions) -> None:
         cells = self.grid(of)
         p = np.array([[cell["p"] for cell in row] for row in cells])
-        # Not as dark as it could be: text is read on it.
+        # `vmax` above 1 keeps cells light enough for the text to be legible.
         axis.imshow(p, aspect="auto", cmap="Blues", vmin=0, vmax=1.5, interpolation="nearest")
         for y, row in enumerate(cells):
             for x, cell in enumerate(row):
@@ -155,7 +154,7 @@ def _short(rank: int) -> str:
     return f"{rank}" if rank < 10_000 else f"{rank / 1000:.0f}k"
 
 
-# So many logits exist at a time.
+# The maximum number of logits in memory at a time.
 _LOGITS = 2**24
 
 
@@ -186,15 +185,18 @@ def _predictions(
 
 
 def predictions(gemma: Gemma, streams_RxLxD: np.ndarray, answer_L: np.ndarray) -> Predictions:
-    """What follows each token by streams: final norm, unembedding, soft-cap.
+    """Predicts the token after each token from streams: final norm, unembedding, soft-cap.
 
     Args:
       gemma: the model.
-      streams_RxLxD: the streams, in its dtype.
-      answer_L: the token whose probability and rank is asked for, at each of theirs.
+      streams_RxLxD: the streams, in the model's dtype.
+      answer_L: the token at each position whose probability and rank are returned.
+
+    Returns:
+      Arrays [R, L].
     """
     count = len(streams_RxLxD)
-    # Rows over all devices; what is too much is the last one again.
+    # Streams are split over all devices; the last one is repeated as padding.
     padded = -(-count // gemma.mesh.size) * gemma.mesh.size
     x_RxLxD = streams_RxLxD[np.minimum(np.arange(padded), count - 1)]
     placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)
