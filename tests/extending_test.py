@@ -85,7 +85,7 @@ def test_the_format_is_exported_and_read_again(workdir, tmp_path):
 def test_the_model_is_known_by_its_names(page):
     assert registry.build_model("gemma3_270m_shallow").config.num_layers == 6
     assert registry.name_from_hugging_face("someone/gemma-3-270m-shallow") == "gemma3_270m_shallow"
-    with pytest.raises(ValueError, match=r"where the weights of gemma3_270m_shallow lie is not known"):
+    with pytest.raises(ValueError, match=r"gemma3_270m_shallow has no default weights"):
         registry.weights_path("gemma3_270m_shallow", "")
 
 

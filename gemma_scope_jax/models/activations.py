@@ -1,4 +1,4 @@
-"""Gemma's activations of rows of tokens, a batch at a time, for what reads SAEs without splicing them in."""
+"""Gemma's activations on rows of tokens, one batch at a time, for analyses that write to no site."""
 
 import functools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from gemma_scope_jax.runtime import reporting, sharding
 
 
 class Batch(NamedTuple):
-    """Some rows on the devices. Behind the `count` first ones is padding."""
+    """A batch of rows on the devices; rows after the first `count` are padding."""
 
     first: int
     count: int
@@ -28,7 +28,7 @@ def read(
     tokens_SxL: jax.Array,
     sites: tuple[Site, ...],
 ) -> dict[Site, jax.Array]:
-    """The activations [S, L, D] of sites; nothing behind the deepest of them is computed."""
+    """The activations [S, L, D] of sites. Blocks after the deepest site are not computed."""
     found = forward.read_sites(gemma.gathered(), tokens_SxL, sites)
     return sharding.constrain(gemma.mesh, found, sharding.TOKENS)
 
@@ -40,14 +40,14 @@ def batches(
     per_batch: int,
     what: str,
 ) -> Iterator[Batch]:
-    """One pass of Gemma, to the deepest site, over all rows.
+    """Runs Gemma over all rows, up to the deepest site, and yields the activations batch by batch.
 
     Args:
       gemma: the model.
-      sites: to read, all in the same pass.
+      sites: the sites to read, all in the same pass.
       tokens_RxL: the rows.
-      per_batch: so many at a time, rounded up to what the devices divide.
-      what: is being done, for the progress bar.
+      per_batch: the number of rows in a batch, rounded up to a multiple of the number of devices.
+      what: the label of the progress bar.
     """
     per_batch = -(-min(per_batch, len(tokens_RxL)) // gemma.mesh.size) * gemma.mesh.size
     placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)

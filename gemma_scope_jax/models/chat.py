@@ -1,4 +1,4 @@
-"""The chat template: what stands around a turn, and which tokens are whose."""
+"""The chat template: the tokens around a turn, and the turn that each token belongs to."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from gemma_scope_jax.runtime.errors import WeightsError
 
 
 def chat_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What Gemma's chat template puts before a user's turn, behind BOS, and after it, up to the model's reply."""
+    """The tokens of Gemma's chat template between BOS and a user's turn, and from there to the model's reply."""
     start, end = (tokenizer.token_id(piece) for piece in ("<start_of_turn>", "<end_of_turn>"))
     if start is None or end is None:
         raise WeightsError(
@@ -20,15 +20,16 @@ def chat_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     after = [end, *tokenizer.encode("\n"), start, *tokenizer.encode("model\n")]
     if len(before) != CHAT_PREFIX_LENGTH:
         raise WeightsError(
-            f"the tokenizer makes {len(before)} tokens of the user prefix, Gemma's {CHAT_PREFIX_LENGTH}"
+            f"the tokenizer encodes the user prefix as {len(before)} tokens, expected {CHAT_PREFIX_LENGTH}: it is "
+            "not Gemma's"
         )
     return before, after
 
 
 def in_turns(tokenizer: Tokenizer, whose: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Of rows of tokens [S, L] in the chat template, which positions are within the "user"'s or "model"'s turns.
+    """A function that marks the positions in the turns of the "user" or the "model", in rows of tokens [S, L].
 
-    What the template itself puts there is in neither.
+    The chat template's own tokens are in neither turn.
     """
     before, after = chat_template(tokenizer)
     opening, end = {"user": before, "model": after[2:]}[whose], after[0]
@@ -36,7 +37,7 @@ def in_turns(tokenizer: Tokenizer, whose: str) -> Callable[[np.ndarray], np.ndar
     def is_inside(tokens_SxL: np.ndarray) -> np.ndarray:
         place_L = np.arange(tokens_SxL.shape[1])
         opened_SxL = np.zeros(tokens_SxL.shape, int)
-        for offset, token in enumerate(opening, 1):  # The place behind an opening that is all there.
+        for offset, token in enumerate(opening, 1):  # Finds the position after each complete opening.
             matched_SxL = np.roll(tokens_SxL, len(opening) + 1 - offset, axis=1) == token
             opened_SxL += matched_SxL & (place_L >= len(opening))
         is_opened_SxL = opened_SxL == len(opening)

@@ -17,20 +17,20 @@ from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import Site, blocks_needed
 from gemma_scope_jax.runtime.errors import InputError
 
-# From a site's activations [S, L, D] to what takes their place.
+# Maps a site's activations [S, L, D] to their replacement.
 Write = Callable[[jax.Array], jax.Array]
 
-# gemma's own, by a block's name in the parameters: keys and values, their positions, and how many slots are taken.
+# The gemma package's cache, by a block's name in the parameters: keys, values, positions, and the used slots' count.
 Cache = Mapping[str, Mapping[str, jax.Array]]
 
 
 def matmul_precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
-    """Where float32 is asked for it is meant: a TPU would by default multiply it in bfloat16."""
+    """The matmul precision for a dtype: full float32 for float32, which a TPU multiplies in bfloat16 by default."""
     return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
 
 
 def _normalize(x: jax.Array) -> jax.Array:
-    """`x` over its root mean square, in float32."""
+    """`x` divided by its root mean square, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
@@ -38,13 +38,13 @@ def _normalize(x: jax.Array) -> jax.Array:
 def float32_norm(
     x: jax.Array, module: gm.nn.RMSNorm, tap: Callable[[jax.Array], jax.Array] = lambda x: x
 ) -> jax.Array:
-    """What `module` computes of `x`, in float32 and then rounded; `tap` is called before the gain."""
+    """The output of `module` for `x`, computed in float32 and then rounded; `tap` is called before the gain."""
     scale_D = module.get_variable("params", "scale").astype(jnp.float32)
     return (tap(_normalize(x)) * (1 + scale_D.reshape((1,) * (x.ndim - 1) + (-1,)))).astype(x.dtype)
 
 
 def mlp_in_gain(params: weights.Params, layer: int) -> jax.Array:
-    """By what `mlp_in` is `mlp_in_gain_free` multiplied, [D] in float32."""
+    """The gain [D] in float32 by which `mlp_in_gain_free` is multiplied to give `mlp_in`."""
     return 1 + params[f"layer_{layer}"]["pre_ffw_norm"]["scale"].astype(jnp.float32)
 
 
@@ -66,18 +66,18 @@ def run_blocks(
     """Runs `layers` on the residual stream before them.
 
     Args:
-      gemma: the model; blocks of `layers` are used.
-      x_SxLxD: the residual stream before the first of them.
+      gemma: the model; only its blocks in `layers` are used.
+      x_SxLxD: the residual stream before the first block of `layers`.
       tokens_SxL: the packed rows.
-      layers: which blocks.
-      read: sites whose activations are returned, as they are before they are written.
-      write: functions of a site's activations, whose results take their place.
+      layers: the blocks to run.
+      read: sites whose activations are returned, as they are before any write.
+      write: functions, by site, that map its activations to their replacement.
 
     Returns:
-      The residual stream after `layers`, and the activations of the sites read, all in the dtype of `x_SxLxD`.
+      The residual stream after `layers`, and the activations of the sites in `read`, all in the dtype of `x_SxLxD`.
 
     Raises:
-      ValueError: a site to be read or written is not in `layers`.
+      ValueError: if a site in `read` or `write` is not in `layers`.
     """
     positions_SxL, mask_SxLxL = masking.packed_positions(tokens_SxL), masking.packed_mask(tokens_SxL)
     return walk(gemma, x_SxLxD, positions_SxL, mask_SxLxL, layers, read, write)[:2]
@@ -93,10 +93,10 @@ def walk(
     write: Mapping[Site, Write] | None = None,
     cache: Cache | None = None,
 ) -> tuple[jax.Array, dict[Site, jax.Array], Cache]:
-    """`run_blocks` at any positions and, with a cache, behind what was run before.
+    """`run_blocks` at any positions and, with a cache, after tokens that were run before.
 
-    The mask says which slots of the cache each token may see, its own among them; without a cache slots are the
-    tokens themselves. The cache that is returned holds these tokens too; without one it holds nothing.
+    The mask says which slots of the cache each token attends to, its own included. Without a cache, the slots are
+    the tokens themselves. The returned cache also holds these tokens; without a cache it holds nothing.
     """
     write = write or {}
     dtype = x_SxLxD.dtype
@@ -123,7 +123,7 @@ def walk(
         x_SxLxD = gemma.module.apply({"params": gemma.params}, x_SxLxD, method=through)
     if missed := (set(read) | write.keys()) - passed:
         raise InputError(
-            f"blocks {layers.start} to {layers.stop - 1} do not pass {', '.join(map(str, missed))}"
+            f"blocks {layers.start} to {layers.stop - 1} do not contain {', '.join(map(str, missed))}"
         )
     return x_SxLxD, values, grown
 
@@ -136,7 +136,10 @@ def _inside_block(
     kwargs: dict,
     context: nn.module.InterceptorContext,
 ) -> object:
-    """A Flax interceptor. Safe here because no `nn.jit` lies between the walk and the block's modules."""
+    """A Flax interceptor that taps the sites inside a block.
+
+    It is safe because there is no `nn.jit` between the walk and the block's modules.
+    """
     module = context.module
     if context.method_name != "__call__":
         return call(*args, **kwargs)
@@ -157,6 +160,6 @@ def _inside_block(
 
 
 def read_sites(gemma: Gemma, tokens_SxL: jax.Array, sites: Sequence[Site]) -> dict[Site, jax.Array]:
-    """Activations [S, L, D] of `sites`. Nothing behind the deepest of them is computed, nor its weights needed."""
+    """The activations [S, L, D] of `sites`. Blocks after the deepest site are not computed and need no weights."""
     x_SxLxD = embed(gemma, tokens_SxL)
     return run_blocks(gemma, x_SxLxD, tokens_SxL, range(blocks_needed(sites)), read=sites)[1]

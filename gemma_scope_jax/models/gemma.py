@@ -1,4 +1,4 @@
-"""A Gemma on its mesh: the one handle of a module, its parameters, and the devices that they lie on."""
+"""A Gemma on its mesh: the module, its parameters and the devices that hold them, in one object."""
 
 import dataclasses
 
@@ -15,12 +15,14 @@ Params = dict
 
 @flax.struct.dataclass
 class Gemma:
-    """A model with weights, as compiled functions take it: only `params` are arrays."""
+    """A model with weights, in the form that compiled functions take; only `params` holds arrays."""
 
     name: str = flax.struct.field(pytree_node=False)
     module: gm.nn.Transformer = flax.struct.field(pytree_node=False)
     mesh: jax.sharding.Mesh = flax.struct.field(pytree_node=False)
-    num_layers: int = flax.struct.field(pytree_node=False)  # Blocks that `params` have, the first ones.
+    num_layers: int = flax.struct.field(
+        pytree_node=False
+    )  # The number of blocks in `params`, from the first.
     params: Params
 
     def __repr__(self) -> str:
@@ -36,20 +38,21 @@ class Gemma:
 
     @property
     def dtype(self) -> jax.numpy.dtype:
-        """Of the parameters, and so of all that is computed."""
+        """The dtype of the parameters, and so of all computation."""
         return self.params["embedder"]["input_embedding"].dtype
 
     def gathered(self) -> "Gemma":
-        """Blocks whole on each chip, gathered when their turn comes if they were split; for compiled functions.
+        """The model with each block's weights whole on every chip; for compiled functions.
 
-        Said here, or the compiler may split a block's matrices and send activations about instead. The embedding
-        stays as it is: looking up a part of each vector costs less than gathering 256,000 of them.
+        Split weights are gathered when their block runs. Without this constraint the compiler may split a block's
+        matrices and communicate activations instead. The embedding stays as it is: looking up a part of each vector
+        costs less than gathering 256,000 vectors.
         """
         whole = sharding.constrain(self.mesh, self.params, sharding.REPLICATED)
         return dataclasses.replace(self, params={**whole, "embedder": self.params["embedder"]})
 
     def whole(self) -> "Gemma":
-        """`gathered`, and the embedding too, where it makes logits."""
+        """`gathered` with the embedding gathered too, for computing logits."""
         gathered = self.gathered()
         embedder = sharding.constrain(self.mesh, self.params["embedder"], P())
         return dataclasses.replace(self, params={**gathered.params, "embedder": embedder})

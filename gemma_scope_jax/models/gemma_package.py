@@ -1,7 +1,7 @@
-"""Google's package `gemma`, without what it imports to train: every command starts eight seconds earlier.
+"""Google's package `gemma`, imported without its training dependencies: every command starts eight seconds earlier.
 
-Its modules need TensorFlow for the type in an annotation, and its checkpoints' package imports kauldron's trainer,
-pandas, Keras and scikit-learn. We read checkpoints ourselves (`weights`), and use neither.
+Its modules need TensorFlow only for a type annotation. Its checkpoint package imports kauldron's trainer, pandas,
+Keras and scikit-learn, which are not needed here because `weights` reads checkpoints.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ from collections.abc import Iterator
 
 
 class _TensorFlow(types.ModuleType):
-    """Stands for TensorFlow while `gemma` is imported: it has a type that no array is of."""
+    """A stand-in for TensorFlow while `gemma` is imported."""
 
     class Tensor:
-        """Of no array."""
+        """A type that no array has."""
 
 
 @contextlib.contextmanager
 def _without_its_trainer() -> Iterator[None]:
-    """Within it `gemma` finds stand-ins; after it whoever imports one of these packages gets the real one."""
+    """Provides stand-ins while `gemma` is imported; later imports of these packages get the real ones."""
     stand_ins: dict[str, types.ModuleType] = {}
     if "tensorflow" not in sys.modules:
         stand_ins["tensorflow"] = _TensorFlow("tensorflow")
     if "gemma.gm.ckpts" not in sys.modules:
         found = importlib.util.find_spec("gemma.gm")
-        checkpoints = types.ModuleType("gemma.gm.ckpts")  # A package whose own code does not run.
+        checkpoints = types.ModuleType("gemma.gm.ckpts")  # A package whose `__init__` does not run.
         checkpoints.__path__ = [f"{place}/ckpts" for place in found.submodule_search_locations]
         stand_ins["gemma.gm.ckpts"] = checkpoints
     sys.modules.update(stand_ins)
@@ -42,7 +42,7 @@ with _without_its_trainer():
     from gemma import gm
     from gemma.gm.ckpts._paths import CheckpointPath
 
-    _ = gm.nn.Transformer, gm.nn.Gemma3_270M  # `gm` imports its parts when they are asked for.
+    _ = gm.nn.Transformer, gm.nn.Gemma3_270M  # `gm` imports its parts on first access.
     from gemma.gm.nn import _config as transformer_config
     from gemma.gm.nn import _modules as transformer_modules
 

@@ -1,7 +1,7 @@
-"""Text that Gemma writes, greedy or sampled, with any site written on the way.
+"""Text generation with Gemma, greedy or sampled, with writes to any site.
 
-Two compiled programs: one runs the prompts, one is the loop over new tokens. Both fill a cache of keys and values,
-whose slots are the same for all rows: prompts are padded on the left, so that all end in the same slot.
+There are two compiled programs: one runs the prompts, the other is the loop over new tokens. Both fill a cache of
+keys and values. All rows share its slots: prompts are padded on the left, so that they all end in the same slot.
 
 Shapes: S prompts, L tokens run at once, C slots of the cache, N new tokens, D site width, V vocabulary.
 """
@@ -23,20 +23,20 @@ from gemma_scope_jax.runtime.errors import InputError
 
 
 class Cache(NamedTuple):
-    """What has been run: keys and values in slots that all rows share, and in which of them each row begins."""
+    """The tokens run so far: keys and values in slots that all rows share, and the slot in which each row begins."""
 
     blocks: forward.Cache
     start_S: jax.Array
 
 
 def new_cache(gemma: Gemma, start_S: jax.Array, slots: int) -> Cache:
-    """An empty cache; every block has all slots, also those that look no further back than a window."""
+    """An empty cache. Every block has all slots, even blocks with sliding-window attention."""
     blocks = gemma.module.config.init_cache(start_S.size, gemma.dtype, cache_length=slots)
     return Cache(jax.tree.map(functools.partial(_by_rows, gemma.mesh), blocks), start_S)
 
 
 def _by_rows(mesh: jax.sharding.Mesh, value: jax.Array) -> jax.Array:
-    """Rows over all chips; how many slots are taken is the same for every row, and on every chip."""
+    """Splits rows over all chips. The number of used slots is the same for all rows, and is replicated."""
     return sharding.constrain(mesh, value, sharding.TOKENS if value.ndim > 1 else sharding.REPLICATED)
 
 
@@ -47,21 +47,21 @@ def advance(
     is_prompt: bool,
     write: Mapping[Site, interventions.Intervention],
 ) -> tuple[Cache, jax.Array]:
-    """Runs tokens behind those in the cache.
+    """Runs tokens after those in the cache.
 
     Returns:
-      The cache with these tokens in it, and the logits [S, V] of what follows the last of them.
+      The cache with these tokens added, and the logits [S, V] of the token after the last of them.
     """
     first = cache.blocks["layer_0"]
     slot_L = first["end_index"][0] + jnp.arange(tokens_SxL.shape[1])
     slot_1x1xC = jnp.arange(first["k"].shape[1])[None, None]
-    # From slots and not from tokens: a BOS or PAD that the model writes is a token like any other.
+    # From slots, not from tokens: a BOS or PAD that the model generates is an ordinary token.
     positions_SxL = slot_L[None] - cache.start_S[:, None]
     mask_SxLxC = (slot_1x1xC <= slot_L[None, :, None]) & (slot_1x1xC >= cache.start_S[:, None, None])
     replace = interventions.at(write, tokens_SxL, positions_SxL, jnp.full(tokens_SxL.shape, is_prompt))
 
-    # Prompts are run as a harvest is: each chip its own rows, blocks gathered. One token of each row is less to send
-    # about than weights are, and those the compiler would gather before its loop, and keep.
+    # Prompts run as in a harvest: each chip has its own rows, and blocks are gathered. New tokens do not: one token
+    # per row is less to communicate than the weights, which the compiler would gather before its loop and keep.
     if is_prompt:
         gemma = gemma.gathered()
     spec = sharding.TOKENS if is_prompt else sharding.REPLICATED
@@ -81,7 +81,7 @@ def _run_prompts(
     write: Mapping[Site, interventions.Intervention],
     num_tokens: int,
 ) -> tuple[Cache, jax.Array]:
-    """The cache with the prompts in it and room for `num_tokens`, and the logits [S, V] of each one's first."""
+    """The cache with the prompts and room for `num_tokens`, and the logits [S, V] of each reply's first token."""
     cache = new_cache(gemma, start_S, tokens_SxL.shape[1] + num_tokens)
     return advance(gemma, cache, tokens_SxL, True, write)
 
@@ -89,7 +89,7 @@ def _run_prompts(
 def _draw(
     logits_SxV: jax.Array, keys_S: jax.Array, number: jax.Array | int, temperature: jax.Array
 ) -> jax.Array:
-    """A token [S] for each row, by its key and how many it has drawn before; at temperature 0 the likeliest."""
+    """A sampled token [S] for each row, from its key and the token's number; at temperature 0 the likeliest."""
 
     def sample() -> jax.Array:
         now_S = jax.vmap(jax.random.fold_in, (0, None))(keys_S, number)
@@ -99,7 +99,7 @@ def _draw(
 
 
 class _State(NamedTuple):
-    number: jax.Array  # of tokens written
+    number: jax.Array  # Tokens written so far.
     cache: Cache
     replies_SxN: jax.Array
     is_over_S: jax.Array
@@ -117,7 +117,7 @@ def _write_replies(
     temperature: jax.Array,
     stop_K: jax.Array,
 ) -> tuple[Cache, jax.Array]:
-    """Fills the replies; the cache is returned because it is donated."""
+    """Fills the replies. The cache is returned because it is donated."""
 
     def record(state: _State, logits_SxV: jax.Array) -> _State:
         token_S = _draw(logits_SxV, keys_S, state.number, temperature)
@@ -149,28 +149,29 @@ def generate(
     stop: Sequence[int] = (masking.EOS,),
     rows_per_batch: int = 16,
 ) -> list[list[int]]:
-    """What Gemma writes behind each prompt.
+    """Generates a reply to each prompt.
 
-    A reply is a function of its prompt, the seed and its prompt's number, whatever else is in its batch; up to the
-    rounding of matmuls, which may tip a draw. All batches are of one shape, prompts as long as the next power of two.
+    A reply depends on its prompt, the prompt's number and the seed, but not on the other prompts in its batch, except
+    that rounding in matmuls may change a sampled token. All batches have the same shape: prompts are padded to the
+    next power of two.
 
     Args:
-      gemma: the whole model; its weights may be split over its mesh.
+      gemma: the whole model; its weights can be split over its mesh.
       prompts: token ids, each beginning with its only BOS.
-      num_tokens: the most that are written for one prompt.
-      temperature: by which logits are divided; 0: always the likeliest token.
-      seed: of the draws.
-      write: functions of a site's activations and of where they are, whose results take their place, in prompts and
-        replies alike. A function is compiled anew unless it is the same object; arrays that change between calls
-        belong into a `jax.tree_util.Partial(function, array)`, which is called with them in front.
-      stop: tokens behind which nothing is written.
-      rows_per_batch: prompts that are run together, on all devices.
+      num_tokens: the maximum number of tokens in a reply.
+      temperature: the divisor of the logits; 0 always takes the likeliest token.
+      seed: the seed for sampling.
+      write: functions, by site, that map its activations and their `Where` to a replacement, in prompts and replies.
+        A function is compiled again unless it is the same object. For arrays that change between calls, use a
+        `jax.tree_util.Partial(function, array)`, which passes them as the first arguments.
+      stop: tokens that end a reply.
+      rows_per_batch: the number of prompts that are run together, over all devices.
 
     Returns:
-      The replies' token ids without the prompts; where one ends with a stop token that is its last.
+      The token ids of the replies, without the prompts. A stop token that ends a reply is included.
 
     Raises:
-      ValueError: a prompt is none, the model is not whole or has no such site, or a number is out of range.
+      ValueError: if a prompt is invalid, the model is not whole or has no such site, or a number is out of range.
     """
     write = {
         site: function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
@@ -207,7 +208,7 @@ def generate(
 
 
 def _padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [S, L] that end together, `rows` of them, and where each begins [S]; those too many are a BOS alone."""
+    """`rows` prompts [S, L] that end together, and the start of each [S]; extra rows are a single BOS."""
     filled = [*prompts, *[[masking.BOS]] * (rows - len(prompts))]
     starts = [length - len(prompt) for prompt in filled]
     padded = [[masking.PAD] * start + list(prompt) for start, prompt in zip(starts, filled, strict=True)]
@@ -242,8 +243,8 @@ def _check(
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0 or prompt[0] != masking.BOS or masking.BOS in prompt[1:] or masking.PAD in prompt:
             raise InputError(
-                f"prompt {number} is {list(prompt[:8])}…; a prompt begins with its only BOS ({masking.BOS}) and has "
-                f"no PAD ({masking.PAD})"
+                f"prompt {number} is {list(prompt[:8])}…; a prompt must begin with its only BOS ({masking.BOS}) and "
+                f"have no PAD ({masking.PAD})"
             )
         if not 0 <= min(prompt) <= max(prompt) < config.num_embed:
             raise InputError(
@@ -253,18 +254,18 @@ def _check(
 
 
 def text_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The prompt that a text is, to be gone on with."""
+    """The prompt tokens of a text that the model will continue."""
     return [masking.BOS, *tokenizer.encode(text)]
 
 
 def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The prompt of a user's turn, to be answered by an instruction-tuned model."""
+    """The prompt tokens of a user's turn that an instruction-tuned model will answer."""
     before, after = chat.chat_template(tokenizer)
     return [masking.BOS, *before, *tokenizer.encode(text), *after]
 
 
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends a document or a turn: EOS and, if there is one, <end_of_turn>."""
+    """The tokens that end a document or a turn: EOS and, if the tokenizer has it, <end_of_turn>."""
     end_of_turn = tokenizer.token_id("<end_of_turn>")
     return (masking.EOS,) if end_of_turn is None else (masking.EOS, end_of_turn)
 

@@ -1,4 +1,4 @@
-"""Changes to the forward pass: functions of a site's activations whose results take their place."""
+"""Changes to the forward pass: functions that replace a site's activations."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,16 +12,16 @@ from gemma_scope_jax.models.sites import Site
 
 
 class Where(NamedTuple):
-    """Of which tokens a site's activations are, each [S, L]."""
+    """The tokens that a site's activations belong to; arrays are [S, L]."""
 
     tokens_SxL: jax.Array
-    positions_SxL: jax.Array  # Behind the prompt's BOS, which is at 0; below 0 is padding.
+    positions_SxL: jax.Array  # Counted from the prompt's BOS at 0; padding is below 0.
     is_prompt_SxL: jax.Array
-    # What the sites written before this one became, in this pass.
+    # The replacements at sites written earlier in this pass.
     passed: Mapping[Site, jax.Array]
 
 
-# From a site's activations [S, L, D] to what takes their place: of whole prompts first, then of one token at a time.
+# Maps a site's activations [S, L, D] to their replacement: first for whole prompts, then for one token at a time.
 Intervention = Callable[[jax.Array, Where], jax.Array]
 
 
@@ -31,7 +31,7 @@ def at(
     positions_SxL: jax.Array,
     is_prompt_SxL: jax.Array,
 ) -> dict[Site, forward.Write]:
-    """Interventions on one pass over these tokens, for `forward.walk`."""
+    """The interventions of one pass over these tokens, in the form that `forward.walk` takes."""
     passed: dict[Site, jax.Array] = {}
     where = Where(tokens_SxL, positions_SxL, is_prompt_SxL, passed)
 
@@ -43,7 +43,7 @@ def at(
 
 
 def splice(is_meant_SxL: jax.Array, replacement_SxLxD: jax.Array) -> jax.tree_util.Partial:
-    """The intervention that replaces activations where `is_meant`; by one of shape [1, 1, D] all of them alike."""
+    """The intervention that replaces activations where `is_meant`; a [1, 1, D] replacement is used for all."""
     return jax.tree_util.Partial(_spliced, is_meant_SxL, replacement_SxLxD)
 
 

@@ -1,4 +1,4 @@
-"""A Gemma with its tokenizer: from text to activations and to more text."""
+"""A Gemma with its tokenizer: from text to activations and to generated text."""
 
 import dataclasses
 import functools
@@ -31,41 +31,41 @@ class LanguageModel:
         """Token ids of a text, BOS first.
 
         Raises:
-          ValueError: the text has no token.
+          ValueError: if the text has no token.
         """
         ids = self.tokenizer.encode(text)
         if not ids:
-            raise InputError("the text is empty; give one of at least one token")
+            raise InputError("the text is empty; give at least one token")
         return [masking.BOS, *ids]
 
     def words(self, text: str) -> list[str]:
-        """The tokens of a text as text, one for each row that `activations` gives."""
+        """The tokens of a text, each decoded, one for each row of `activations`."""
         return [self.tokenizer.decode([token]) for token in self.tokens(text)[1:]]
 
     def activations(self, text: str | Sequence[int], site: Site | str) -> jax.Array:
-        """A site's activations [L, D] on the tokens of a text, in float32, without that of BOS.
+        """A site's activations [L, D] on the tokens of a text, in float32, without the row of BOS.
 
-        No SAE was trained on BOS, so none should see its activation.
+        No SAE was trained on BOS, so no SAE should read its activation.
 
         Args:
           text: the text, or token ids with BOS first.
-          site: as in `layer_9_resid_post`, or the `site` of an SAE.
+          site: the name of a site, such as `layer_9_resid_post`, or the `site` of an SAE.
 
         Raises:
-          ValueError: this is no text, there is no such site, or its block is not loaded.
+          ValueError: if the text is invalid, there is no such site, or its block is not loaded.
         """
         place = sites.site_from_hook(site) if isinstance(site, str) else site
         sites.check_site(self.gemma.module, place)
         if sites.blocks_needed([place]) > self.gemma.num_layers:
             raise InputError(
-                f"{place} lies behind the {self.gemma.num_layers} blocks of {self.name} that are loaded; load more"
+                f"{place} is after the {self.gemma.num_layers} loaded blocks of {self.name}; load more blocks"
             )
         ids = self.tokens(text) if isinstance(text, str) else list(text)
         if len(ids) < 2 or not all(isinstance(token, numbers.Integral) for token in ids):
             raise InputError(
-                "activations are of one text, or of token ids with BOS first and at least one behind it"
+                "the text must be one string, or token ids with BOS first and at least one token after it"
             )
-        # Of a length that others have too, so that few programs are compiled.
+        # Padded to a multiple of 16, so that few programs are compiled.
         padded = ids + [masking.PAD] * (-len(ids) % 16)
         values = _read(self.gemma, jnp.asarray([padded]), place)
         return values[0, 1 : len(ids)].astype(jnp.float32)
@@ -80,7 +80,7 @@ class LanguageModel:
         chat: bool = False,
         write: Mapping[Site, Intervention] | None = None,
     ) -> str:
-        """What the model writes behind a prompt, or answers to it as a user's turn; see `generation.generate`."""
+        """The model's continuation of a prompt or, with `chat`, its answer to it; see `generation.generate`."""
         ids = (generation.chat_prompt if chat else generation.text_prompt)(self.tokenizer, prompt)
         stop = generation.stop_tokens(self.tokenizer)
         (reply,) = generation.generate(self.gemma, [ids], num_tokens, temperature, seed, write, stop)

@@ -1,4 +1,4 @@
-"""Compiled passes of a model over rows: activations, losses, likelihoods, gradients; clean, or with sites written."""
+"""Compiled passes of a model over rows, clean or with sites written: activations, losses, likelihoods, gradients."""
 
 import functools
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def clean(
     tokens_SxL: jax.Array,
     sites: tuple[Site, ...],
 ) -> tuple[dict[int, jax.Array], dict[Site, jax.Array], jax.Array]:
-    """One forward pass: the streams before each site's block, the sites' activations, the stream behind the last."""
+    """One forward pass: the residual streams before each site's block, the sites' activations, the final stream."""
     gemma = gemma.gathered()
     x_SxLxD = sharding.constrain(gemma.mesh, forward.embed(gemma, tokens_SxL), sharding.TOKENS)
     before = {site.layer: Site("resid_post", site.layer - 1) for site in sites if site.layer}
@@ -39,18 +39,18 @@ def written(
     first: int = 0,
     before_SxLxD: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[Site, jax.Array]]:
-    """One pass over packed rows, all of it prompt, with sites written.
+    """One pass over packed rows, all of them prompt tokens, with sites written.
 
     Args:
       gemma: the model.
       tokens_SxL: the rows.
-      write: interventions, by site; what is compiled with a function is found again by the same function.
-      read: sites whose activations are returned, as they are before they are written.
+      write: interventions, by site; the same function object reuses the compiled pass.
+      read: sites whose activations are returned, as they are before any write.
       first: the block to begin with.
-      before_SxLxD: the residual stream before that block; None: the embeddings.
+      before_SxLxD: the residual stream before that block; None for the embeddings.
 
     Returns:
-      The residual stream [S, L, D] behind the last block, and the activations of the sites read.
+      The residual stream [S, L, D] after the last block, and the activations of the sites in `read`.
     """
     gemma = gemma.gathered()
     if before_SxLxD is None:
@@ -68,12 +68,12 @@ def spliced(
     site: Site,
     replacement_SxLxD: jax.Array,
 ) -> jax.Array:
-    """The residual stream behind the last block, with something else at a site; see `interventions.splice`."""
+    """The residual stream after the last block, with a site's activations replaced; see `interventions.splice`."""
     write = {site: interventions.splice(is_kept_SxL, replacement_SxLxD)}
     return written(gemma, tokens_SxL, write, first=site.layer, before_SxLxD=before_SxLxD)[0]
 
 
-# Apart from the blocks: XLA's CPU backend makes the two together slower than they are one after the other.
+# Compiled separately from the blocks: in one program, the two are slower on XLA's CPU backend.
 @jax.jit
 def loss(
     gemma: Gemma,
@@ -81,7 +81,7 @@ def loss(
     tokens_SxL: jax.Array,
     is_kept_SxL: jax.Array,
 ) -> dict[str, jax.Array]:
-    """The loss of each prediction, 0 where it is not scored, and where it is."""
+    """The loss of each prediction, 0 where it is not scored, and the mask of scored predictions."""
     gemma = gemma.whole()
     loss_SxL, scored_SxL = predictions.next_token_loss(
         gemma, final_SxLxD, tokens_SxL, is_kept_SxL, 64 * gemma.mesh.size
@@ -97,7 +97,7 @@ def likelihoods(
     is_kept_SxL: jax.Array,
     chosen_T: jax.Array,
 ) -> dict[str, jax.Array]:
-    """`loss`, and the mean log-probability that each prediction gives to some tokens, from the same logits."""
+    """`loss`, and the mean log-probability of the tokens `chosen_T` at each prediction, from the same logits."""
     next_SxLx1 = masking.next_tokens(tokens_SxL)[..., None]
     chosen_SxLxT = jnp.broadcast_to(chosen_T[None, None], (*tokens_SxL.shape, chosen_T.size))
     asked_SxLxT = jnp.concatenate([next_SxLx1, chosen_SxLxT], axis=-1)
@@ -120,7 +120,7 @@ def divergence(
     tokens_SxL: jax.Array,
     is_kept_SxL: jax.Array,
 ) -> dict[str, jax.Array]:
-    """The loss of each prediction and its divergence from the clean one, 0 where it is not scored."""
+    """The loss of each prediction and its KL divergence from the clean prediction, 0 where it is not scored."""
     gemma = gemma.whole()
     found = predictions.next_token_divergence(
         gemma, final_SxLxD, clean_SxLxD, tokens_SxL, 64 * gemma.mesh.size
@@ -139,12 +139,12 @@ def importance(
     is_kept_SxL: jax.Array,
     site: Site,
 ) -> jax.Array:
-    """The gradient [S, L, O], at the site's activations, of the sum of all scored centred logits of next tokens."""
+    """The gradient [S, L, O], at the site's activations, of the sum of all scored centred next-token logits."""
     scored_SxL = masking.is_scored(tokens_SxL, is_kept_SxL)
     layers = gemma.layers[site.layer :]
 
-    # Block by block, each computed again on the way back: what one needs inside, and its weights where they are split
-    # and gathered, lies on the chip for one block at a time.
+    # Each block is recomputed in the backward pass, so that the chip holds the intermediate values and the gathered
+    # weights of one block at a time.
     @functools.partial(jax.checkpoint, static_argnums=0)
     def block(layer: int, x_SxLxD: jax.Array, value_SxLxO: jax.Array) -> jax.Array:
         write = {site: lambda _: value_SxLxO} if layer == site.layer else {}

@@ -1,4 +1,4 @@
-"""Where Gemma's parameters lie on a mesh, and Gemma loaded there."""
+"""The placement of Gemma's parameters on a mesh, and loading Gemma onto it."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ from gemma_scope_jax.runtime import devices, sharding
 
 
 def gemma_placement(mesh: Mesh, split: bool) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Where Gemma's parameters lie, by name and shape: whole on every device, or `split` over all of them.
+    """The placement of Gemma's parameters, by name and shape: whole on every device, or `split` over all of them.
 
-    Split is the largest dimension that the number of devices divides; a parameter that has none is small. Of the
-    embedding it is the width: each device then looks up its part of every token's vector.
+    The largest dimension that the number of devices divides is split. A parameter without one is small and stays
+    whole. The embedding is split along its width: each device then looks up its part of every token's vector.
     """
 
     def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -35,13 +35,13 @@ def gemma_placement(mesh: Mesh, split: bool) -> Callable[[str, tuple[int, ...]],
 def placement_of(
     config: config_lib.Config, mesh: jax.sharding.Mesh, model: gm.nn.Transformer, num_layers: int
 ) -> weights.Placement:
-    """Where Gemma's parameters lie; left open, split where whole they would take over a quarter of a device."""
+    """The placement of Gemma's parameters; "auto" splits them if they would fill over a quarter of a device."""
     is_split = config.mesh.gemma == "split"
     if config.mesh.gemma == "auto":
         shapes = weights.parameter_shapes(model, num_layers)
         itemsize = jnp.dtype(registry.dtype(config)).itemsize
         whole = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * itemsize
-        # That of a slice which is only planned cannot be asked.
+        # The devices of a planned slice cannot report their memory.
         chip = devices.chip_of(mesh.devices.flat[0])
         is_split = whole > (chip.memory if chip else devices.memory_of(jax.local_devices()[0])) / 4
     return gemma_placement(mesh, is_split)
@@ -58,12 +58,12 @@ def load(
     """Loads a model, all of it or only its first `num_layers` blocks.
 
     Args:
-      name: of the model.
-      path: of its weights; empty: see `registry.weights_path`.
-      dtype: of the parameters, and with them of everything the model computes.
-      num_layers: blocks to load; None: all.
-      mesh: of the devices that it shall lie on; None: the default device.
-      placement: where each parameter shall lie; None: whole on every device of the mesh.
+      name: the name of the model.
+      path: the path of its weights; if empty, see `registry.weights_path`.
+      dtype: the dtype of the parameters, and so of everything the model computes.
+      num_layers: the number of blocks to load; None for all.
+      mesh: the mesh of devices that will hold it; None for the default device.
+      placement: the placement of each parameter; None for whole on every device of the mesh.
     """
     module = registry.build_model(name)
     num_layers = module.config.num_layers if num_layers is None else num_layers
@@ -74,11 +74,11 @@ def load(
 
 
 def load_gemma(config: config_lib.Config, layers: int | None = None) -> Gemma:
-    """The model, split over all devices if it is run in parallel; rows then lie over all of them.
+    """Loads the model of a config onto all devices, or onto one CPU device if this is a single CPU process.
 
     Args:
-      config: names it.
-      layers: how many of its blocks, the first ones; None: all.
+      config: the config that names the model.
+      layers: the number of blocks to load, from the first; None for all.
     """
     is_one = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
     mesh = sharding.one_device() if is_one else sharding.make_mesh(1, 0)

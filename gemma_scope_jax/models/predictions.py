@@ -1,4 +1,4 @@
-"""What a model predicts: logits, losses and divergences of the next token, without whole logits in memory.
+"""Next-token predictions: logits, losses and divergences, without all logits in memory at once.
 
 Shapes: S sequences, L context length, D width of the stream, V vocabulary.
 """
@@ -14,7 +14,7 @@ from gemma_scope_jax.models.gemma_package import gm
 
 
 def logits(gemma: Gemma, x: jax.Array) -> jax.Array:
-    """Logits [..., V] in float32, from the residual stream [..., D] behind the last block."""
+    """Logits [..., V] in float32, from the residual stream [..., D] after the last block."""
 
     def decode(model: gm.nn.Transformer) -> jax.Array:
         return model.embedder.decode(forward.float32_norm(x, model.final_norm))
@@ -26,9 +26,10 @@ def logits(gemma: Gemma, x: jax.Array) -> jax.Array:
 
 
 def _by_positions(compute: Callable, arrays: tuple[jax.Array, ...], chunk: int) -> object:
-    """`compute` of arrays [S, L, …] for some positions of all rows at a time, put together again.
+    """Applies `compute` to arrays [S, L, …] a few positions at a time, and joins the results.
 
-    Of all rows, so that where rows lie on many chips each computes its own. `chunk` is how many predictions at once.
+    Each step takes these positions of all rows, so that every chip computes its own rows. `chunk` is the number of
+    predictions in a step.
     """
     rows, length = arrays[0].shape[:2]
     width = min(max(chunk // rows, 1), length)
@@ -51,18 +52,18 @@ def next_token_loss(
     is_kept_SxL: jax.Array | None = None,
     chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy in nats of each next token, from the residual stream behind the last block.
+    """Cross-entropy in nats of each next token, from the residual stream after the last block.
 
     Args:
       gemma: the model.
-      x_SxLxD: the residual stream behind the last block.
+      x_SxLxD: the residual stream after the last block.
       tokens_SxL: the packed rows.
-      is_kept_SxL: positions that count; None: see `is_kept`.
-      chunk: predictions whose logits [chunk, V] exist at a time; all of them would be [S, L, V].
+      is_kept_SxL: the mask of positions that count; None for `masking.is_kept` without a prefix.
+      chunk: the number of predictions whose logits [chunk, V] are in memory at a time; all would be [S, L, V].
 
     Returns:
       loss_SxL and weight_SxL in float32: the loss of predicting position t + 1 from position t, and 1 where
-      that is scored; see `is_scored`.
+      it is scored; see `masking.is_scored`.
     """
     is_kept_SxL = masking.is_kept(tokens_SxL, 0) if is_kept_SxL is None else is_kept_SxL
     log_p_SxLx1 = log_probabilities(gemma, x_SxLxD, masking.next_tokens(tokens_SxL)[..., None], chunk)
@@ -75,7 +76,7 @@ def log_probabilities(
     tokens_SxLxT: jax.Array,
     chunk: int = 512,
 ) -> jax.Array:
-    """Log-probabilities [S, L, T] of some tokens as the next of each position; see `next_token_loss`."""
+    """Log-probabilities [S, L, T] of given tokens as the next token of each position; see `next_token_loss`."""
 
     def compute(x_SxCxD: jax.Array, tokens_SxCxT: jax.Array) -> jax.Array:
         logits_SxCxV = logits(gemma, x_SxCxD)
@@ -92,9 +93,9 @@ def next_token_divergence(
     tokens_SxL: jax.Array,
     chunk: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each next token, and KL(clean ‖ x) of the two predictions of it, both [S, L] in nats.
+    """Cross-entropy of each next token, and KL(clean ‖ x) of the two predictions, both [S, L] in nats.
 
-    See `next_token_loss`; there are twice as many logits at a time.
+    See `next_token_loss`; twice as many logits are in memory at a time.
     """
 
     def compute(x_SxCxD: jax.Array, clean_SxCxD: jax.Array, target_SxC: jax.Array) -> tuple:
@@ -112,7 +113,7 @@ def centred_logits(
     tokens_SxL: jax.Array,
     chunk: int = 512,
 ) -> jax.Array:
-    """The logit of each next token less the mean of all logits, [S, L] (Gemma Scope, appendix C)."""
+    """The logit of each next token minus the mean of all logits, [S, L] (Gemma Scope, appendix C)."""
 
     @jax.checkpoint
     def compute(x_SxCxD: jax.Array, target_SxC: jax.Array) -> jax.Array:

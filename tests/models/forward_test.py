@@ -150,7 +150,7 @@ def test_the_compilers_flops_of_a_harvest_are_the_formulas(name, layer):
 
 def test_a_site_that_is_not_passed_is_refused(tiny_gemma, tokens):
     x = forward.embed(tiny_gemma, tokens)
-    with pytest.raises(ValueError, match="blocks 1 to 2 do not pass layer_3_mlp_out"):
+    with pytest.raises(ValueError, match="blocks 1 to 2 do not contain layer_3_mlp_out"):
         forward.run_blocks(tiny_gemma, x, tokens, range(1, 3), read=[Site("mlp_out", 3)])
 
 
@@ -211,7 +211,7 @@ def test_norms_are_computed_in_float32(tiny_gemma, tokens):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown model 'gemma9'"):
         registry.build_model("gemma9")
-    with pytest.raises(ValueError, match="the site embed is that of layer 0, not of layer 2"):
+    with pytest.raises(ValueError, match="the site embed is in layer 0, not in layer 2"):
         check_site(tiny.TinyGemma(), Site("embed", 2))
     with pytest.raises(ValueError, match="unknown site 'resid_mid'"):
         check_site(tiny.TinyGemma(), Site("resid_mid", 0))

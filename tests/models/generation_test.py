@@ -272,7 +272,7 @@ def test_a_chat_prompt_is_a_users_turn_and_a_reply_is_read_without_its_end():
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([5, 6], {}, r"prompt 0 is \[5, 6\]…; a prompt begins with its only BOS"),
+        ([5, 6], {}, r"prompt 0 is \[5, 6\]…; a prompt must begin with its only BOS"),
         ([2, 5, 2], {}, "only BOS"),
         ([2, 0, 5], {}, r"no PAD \(0\)"),
         ([], {}, "only BOS"),

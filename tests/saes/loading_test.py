@@ -35,7 +35,7 @@ def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
     for site, message in (
         ("layer_7_resid_post", "layer 7 is out of range"),
         ("layer_2_attn_out", "takes activations of width 32, but layer_2_attn_out of tiny has width 64"),
-        ("resid", "no site is known by the name 'resid'; sites are called as in layer_9_resid_post"),
+        ("resid", "unknown site 'resid'; give a name such as layer_9_resid_post"),
     ):
         with pytest.raises(ValueError, match=message):
             list(loading.read(tmp_path / "params.npz", "tiny", site))
