@@ -136,15 +136,15 @@ def test_mistakes_say_how_they_are_mended(run, model, tmp_path):
 def test_arguments_of_the_wrong_kind_are_said(run, model):
     one = next(iter(run.saes.values()))
     for x in (np.zeros((3, 5)), np.float32(0)):
-        with pytest.raises(ValueError, match=r"reads activations of 32 numbers each; these are of shape \("):
+        with pytest.raises(ValueError, match=r"reads activations of width 32; these have shape \("):
             one.encode(x)
-    with pytest.raises(ValueError, match=r"has 64 latents; these are of shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"has 64 latents; these have shape \(2, 3\)"):
         one.decode(np.zeros((2, 3)))
     assert one.encode(np.zeros((0, 32))).shape == (0, 64)
     for text in ([], ["one", "two"], [2]):
         with pytest.raises(ValueError, match="the text must be one string, or token ids"):
             model.activations(text, one.site)
-    with pytest.raises(ValueError, match="turns are 'everyone'; choose all, user or model"):
+    with pytest.raises(ValueError, match="unknown turns 'everyone'; choose all, user or model"):
         gs.evaluate(run, model, turns="everyone")
     with pytest.raises(ValueError, match="have no split 'test'; choose held_out or train"):
         gs.evaluate(run, model, split="test")

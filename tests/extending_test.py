@@ -142,7 +142,7 @@ def test_what_is_taken_is_refused():
         metrics.register("nothing", metrics.Metric("x", "y"))
     with pytest.raises(ValueError, match="another format is called 'saelens'"):
         formats.register("saelens", formats.FORMATS["gemma_scope"])
-    with pytest.raises(ValueError, match=r"params.npz is a mark of the format 'gemma_scope' too"):
+    with pytest.raises(ValueError, match=r"params.npz is also a mark of the format 'gemma_scope'"):
         formats.register("other", formats.Format(("params.npz",), list))
     with pytest.raises(ValueError, match="another model is called 'gemma2_2b'"):
         registry.register("gemma2_2b", registry.spec("gemma2_9b"))

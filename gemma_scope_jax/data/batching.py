@@ -1,4 +1,4 @@
-"""Batches of rows on a mesh, in an order that is the same for every run, and which of their positions count."""
+"""Batches of rows on a mesh, in an order that is the same for every run, with masks of the positions that count."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,25 +14,25 @@ from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
-# The rows of a split that are evaluated are the first of this order, whatever the run's seed.
+# Seeds the order of a split's rows. Evaluations use the first rows of that order, whatever the run's seed.
 ORDER_SEED = 0
 
-# Which positions [S, L] of rows of tokens count.
+# Maps rows of tokens [S, L] to a mask [S, L] of the positions that count.
 Counts = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class PlacedRows:
-    """Rows of tokens on the devices; the last of them may be padding."""
+    """Rows of tokens on the devices; the last rows can be padding."""
 
     tokens_SxL: jax.Array
     is_kept_SxL: jax.Array
-    count: int  # that are no padding
-    position_SxL: np.ndarray  # of the `count`, behind a document's BOS
+    count: int  # the number of rows that are not padding
+    position_SxL: np.ndarray  # of the first `count` rows: tokens since the segment's BOS
 
 
 def all_but_special(tokens_SxL: np.ndarray) -> np.ndarray:
-    """All positions but BOS, EOS and PAD."""
+    """A mask of all positions except BOS, EOS and PAD."""
     return masking.is_kept(tokens_SxL, 0)
 
 
@@ -44,15 +44,15 @@ def batches(
     counts: Counts = all_but_special,
     start: int = 0,
 ) -> Iterator[PlacedRows]:
-    """Rows in the order of `ORDER_SEED`, so many at a time, padded to as many as the devices divide.
+    """Yields batches of rows in the order of `ORDER_SEED`, padded to a multiple of the number of devices.
 
     Args:
-      mesh: that they are put on.
-      rows: to read from.
-      count: the place in that order behind the last of them.
-      per_batch: how many at a time.
-      counts: which positions count.
-      start: the place of the first of them.
+      mesh: the devices to put the rows on.
+      rows: the rows of a split.
+      count: the index in that order after the last row.
+      per_batch: the number of rows in a batch; see `padded_rows`.
+      counts: makes the mask of positions that count.
+      start: the index in that order of the first row.
     """
     chosen = token_rows.order(len(rows), ORDER_SEED, 0, count)
     per_batch = padded_rows(mesh, count, per_batch)
@@ -69,18 +69,18 @@ def batches(
 
 
 def padded_rows(mesh: jax.sharding.Mesh, count: int, per_batch: int) -> int:
-    """Rows in a batch: as many as asked for, no more than there are, and a multiple of the devices."""
+    """The rows in a batch: at most `count` of `per_batch`, rounded up to a multiple of the number of devices."""
     return -(-min(per_batch, count) // mesh.size) * mesh.size
 
 
 def counts_of(config: config_lib.Config, turns: str | None = None) -> Counts:
-    """Which positions count: all, or those of one side's turns.
+    """The function that masks the positions that count: all, or one side's turns.
 
     Raises:
-      ValueError: `turns` are nobody's.
+      ValueError: if `turns` is not all, user or model.
     """
     if turns not in (None, "all", "user", "model"):
-        raise InputError(f"turns are {quoted(turns)}; choose all, user or model")
+        raise InputError(f"unknown turns {quoted(turns)}; choose all, user or model")
     prefix = masking.masked_prefix(config.data)
 
     def counts(tokens_SxL: np.ndarray) -> np.ndarray:

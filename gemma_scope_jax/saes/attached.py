@@ -1,4 +1,4 @@
-"""SAEs as they are used: a `Subject` is an SAE at the sites of a model, and is placed on its mesh."""
+"""SAEs in use: a `Subject` is an SAE at the sites of a model, and `place` puts an SAE on a mesh."""
 
 import dataclasses
 import itertools
@@ -15,13 +15,13 @@ from gemma_scope_jax.saes import jumprelu
 
 
 def latent_specs(mesh: jax.sharding.Mesh, width: int) -> dict[str, P]:
-    """Where an SAE's arrays that have latents lie: over all devices where these divide."""
+    """Partition specs of the arrays with a latent axis: split over all devices if their number divides `width`."""
     axes = ("data", "latent") if width % mesh.size == 0 else None
     return {"W_enc": P(None, axes), "b_enc": P(axes), "threshold": P(axes), "W_dec": P(axes, None)}
 
 
 def place(mesh: jax.sharding.Mesh, subject: jumprelu.SAE) -> jumprelu.SAE:
-    """An SAE on the devices; see `latent_specs`."""
+    """Puts an SAE on the devices of a mesh, sharded as in `latent_specs`."""
     specs = latent_specs(mesh, subject.b_enc.size)
 
     def place(name: str, value: np.ndarray) -> jax.Array:
@@ -33,29 +33,29 @@ def place(mesh: jax.sharding.Mesh, subject: jumprelu.SAE) -> jumprelu.SAE:
 
 
 def encoder(mesh: jax.sharding.Mesh, subject: jumprelu.SAE) -> jumprelu.SAE:
-    """What encodes, whole on every device of a mesh; a decoder is not there."""
+    """The encoder of an SAE, replicated on every device of a mesh; the decoder's arrays are None."""
     encodes = subject.replace(W_dec=None, b_dec=None, W_skip=None)
     return jax.device_put(encodes, jax.NamedSharding(mesh, sharding.REPLICATED))
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """An SAE to evaluate, on the site of its model; or a transcoder, which takes the place of its target site."""
+    """An SAE to evaluate at a site of its model, or a transcoder, whose output replaces its target site."""
 
     sae: jumprelu.SAE
     site: Site
     mean_O: np.ndarray | None  # The target's mean for mean ablation; None: measured on training rows.
-    target_site: Site | None = None  # Of a transcoder: what it predicts, at the same layer.
-    top_k: int | None = None  # Only so many latents of an activation fire, the strongest.
+    target_site: Site | None = None  # For a transcoder: the site it predicts, at the same layer.
+    top_k: int | None = None  # Only the top_k strongest latents of an activation are kept; None: all.
 
     @property
     def spliced(self) -> Site:
-        """The site whose place is taken."""
+        """The site whose activations the output replaces."""
         return self.target_site or self.site
 
 
 def identity(subject: Subject) -> list:
-    """What changes whenever an SAE does."""
+    """Values that change whenever the SAE, its sites or `top_k` change."""
     arrays = (value for value in vars(subject.sae).values() if value is not None)
     digest = 0
     for value in itertools.chain(arrays, [] if subject.mean_O is None else [subject.mean_O]):
@@ -64,7 +64,7 @@ def identity(subject: Subject) -> list:
 
 
 def alone(subject: Subject, latents: Sequence[int]) -> Subject:
-    """A subject whose SAE has these latents alone, in this order."""
+    """A subject whose SAE has only these latents, in this order."""
     of, latents = subject.sae, np.asarray(latents)
     few = {
         "W_enc": np.asarray(of.W_enc)[:, latents],

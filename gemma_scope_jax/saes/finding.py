@@ -1,4 +1,4 @@
-"""Where SAEs lie: at a path, at several by `*`, or in a repository on the hub, fetched whole and checked."""
+"""Finds SAEs at a path, at several paths with `*`, or in a Hugging Face Hub repository, and checks downloads."""
 
 import contextlib
 import fnmatch
@@ -13,15 +13,15 @@ from gemma_scope_jax.saes import formats
 
 
 def is_pattern(location: str) -> bool:
-    """Whether a location names several places, by `*`, and is not the name of one that is there."""
+    """Whether `*` in a location is a wildcard, and not part of the name of an existing path."""
     return "*" in location and not files.expanded(location).exists()
 
 
 def paths(location: str) -> list[pathlib.Path]:
-    """The places of a location as they can be opened: one, or with `*` in its folder all that hold an SAE.
+    """The local paths of a location: one, or with `*` every match that holds an SAE.
 
     Raises:
-      ValueError: there are none; else as `local`.
+      ValueError: if there is no match, or as in `local`.
     """
     if not is_pattern(location):
         return [local(location)]
@@ -42,19 +42,19 @@ def paths(location: str) -> list[pathlib.Path]:
 
 
 def local(location: str) -> pathlib.Path:
-    """A location as it can be opened: `hf://OWNER/NAME/FOLDER` becomes where Hugging Face's cache keeps that folder.
+    """The local path of a location; `hf://OWNER/NAME/FOLDER` is downloaded to Hugging Face's cache.
 
-    An interrupted download goes on where it stopped. Only files that are SAEs' are fetched, no examples.
+    An interrupted download resumes where it stopped. Only the files of SAEs are downloaded, not examples.
 
     Raises:
-      ValueError: there is no such path or repository, or a file is not what the repository says it is.
+      ValueError: if the path or repository does not exist, or if a file does not match the hub's digest.
     """
     if not location.startswith("hf://"):
         hub.refuse_address(location)
         path = files.expanded(location)
         if not path.exists():
             is_like = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", location)
-            hint = f"; one on Hugging Face's hub is given as hf://{location}" if is_like else ""
+            hint = f"; for a folder on the Hugging Face Hub, give hf://{location}" if is_like else ""
             raise NotFoundError(f"{path} does not exist{hint}")
         return path
     root, inside = _fetch(location)
@@ -66,10 +66,10 @@ def local(location: str) -> pathlib.Path:
 
 
 def _fetch(location: str) -> tuple[pathlib.Path, str]:
-    """Where the cache has a repository with the SAEs of a location, and the location's folder in it."""
+    """Downloads the SAEs of a location; returns the repository's folder in the cache, and the path within it."""
     place = hub.place_of(location)
     inside = place.folder
-    # Of a file, what lies beside it comes too: it says what the SAE is of.
+    # For a file, also fetch the config beside it, which names the model and site.
     is_file = any(fnmatch.fnmatch(pathlib.PurePosixPath(inside).name, name) for name in formats.files())
     folder = str(pathlib.PurePosixPath(inside).parent) if is_file else inside
     patterns = [name if folder in ("", ".") else f"{folder}/{name}" for name in formats.files()]
@@ -77,7 +77,7 @@ def _fetch(location: str) -> tuple[pathlib.Path, str]:
 
 
 def _nothing(location: str) -> str:
-    """Why there is no SAE at a location, and where in its repository there are some."""
+    """The error message for a location without an SAE; it lists folders of the repository that have one."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -88,7 +88,7 @@ def _nothing(location: str) -> str:
         names = huggingface_hub.HfApi().list_repo_files(place.repository, revision=place.revision)
     except Exception as error:
         reason = printable(" ".join(str(error).split()))
-        return f"{location} is not in the cache, and the hub cannot be asked ({reason})"
+        return f"{location} is not in the cache, and its repository cannot be listed ({reason})"
     weights = formats.weight_files()
     paths_in_it = [pathlib.PurePosixPath(name) for name in names]
     folders = sorted({str(p.parent) for p in paths_in_it if any(fnmatch.fnmatch(p.name, w) for w in weights)})
@@ -103,15 +103,15 @@ def _check_whole(location: str, path: pathlib.Path) -> None:
     beside = sorted((path if path.is_dir() else path.parent).iterdir())
     if damaged := [file.name for file in beside if file.is_file() and not _is_whole(file)]:
         raise NotFoundError(
-            f"{', '.join(damaged)} of {location} arrived damaged, not of the digest that the hub gives; what was "
-            "fetched is removed, fetch it again"
+            f"{location}: the download of {', '.join(damaged)} is damaged (its digest is not the hub's); the files "
+            "have been removed, download them again"
         )
 
 
 def _is_whole(file: pathlib.Path) -> bool:
-    """Compares a large file with the digest by which the cache calls it; removes it if it is another's.
+    """Whether a large file matches the digest that is its name in the cache; a file that does not is removed.
 
-    Once, since the cache never changes a file.
+    Each file is checked only once, since the cache never changes it.
     """
     blob = file.resolve()
     mark = blob.with_name(f"{blob.name}.checked")
@@ -120,7 +120,7 @@ def _is_whole(file: pathlib.Path) -> bool:
     with blob.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found == blob.name:
-        with contextlib.suppress(OSError):  # Of a cache that may only be read.
+        with contextlib.suppress(OSError):  # The cache may be read-only.
             mark.touch()
         return True
     file.unlink()

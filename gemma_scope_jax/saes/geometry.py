@@ -1,4 +1,4 @@
-"""Decoder directions beside each other."""
+"""Cosines between decoder directions."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from gemma_scope_jax.runtime import distributed
 
 
 def nearest_cosine(W_dec_MxO: np.ndarray, block: int = 1024) -> np.ndarray:
-    """The cosine [M] of each decoder direction with that of another latent next to it."""
+    """The cosine [M] of each decoder direction with the nearest direction of another latent."""
     unit_MxO = jnp.asarray(W_dec_MxO / np.maximum(np.linalg.norm(W_dec_MxO, axis=1, keepdims=True), 1e-30))
     count = len(unit_MxO)
 
@@ -23,7 +23,7 @@ def nearest_cosine(W_dec_MxO: np.ndarray, block: int = 1024) -> np.ndarray:
 
 
 def nearest(W_dec_MxO: np.ndarray, top: int = 5, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """The latents [M, top] whose decoder directions have the largest cosine with each one's, and those cosines."""
+    """For each latent, the `top` latents with the nearest decoder directions [M, top], and their cosines."""
     unit_MxO = jnp.asarray(W_dec_MxO / np.maximum(np.linalg.norm(W_dec_MxO, axis=1, keepdims=True), 1e-30))
     count = len(unit_MxO)
     top = min(top, count - 1)

@@ -1,13 +1,13 @@
-"""The JumpReLU sparse autoencoder and transcoder: their arrays, and what they compute.
+"""The JumpReLU sparse autoencoder and transcoder: their arrays and forward computation.
 
-A transcoder reads one site and predicts another (Gemma Scope, appendix B). It differs from an autoencoder in
-three things: a target beside x, no pre-encoder bias, and W_enc not initialised from W_dec. It may have a skip
-connection, which is affine and bypasses the latents (Gemma Scope 2).
+A transcoder reads one site and predicts another (Gemma Scope, appendix B). It differs from an autoencoder in three
+ways: it has a target other than x, it has no pre-encoder bias, and W_enc is not initialised from W_dec. It may have
+an affine skip connection, which bypasses the latents (Gemma Scope 2).
 
 Shapes: B activations in a batch, D width of the site read, O width of the site predicted (D for an autoencoder),
-M latents. Nothing here knows of models, banks or files. Equations are those of Rajamanoharan et al., "Jumping
-Ahead" (arXiv 2407.14435), and of Gemma Scope (arXiv 2408.05147), with row vectors: activations are rows and
-`W_dec_MxO[i]` is latent i's direction.
+M latents. This module does not depend on models, banks or files. Equations are those of Rajamanoharan et al.,
+"Jumping Ahead" (arXiv 2407.14435), and of Gemma Scope (arXiv 2408.05147), with row vectors: activations are rows,
+and `W_dec_MxO[i]` is the direction of latent i.
 """
 
 import flax.struct
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from gemma_scope_jax.runtime.errors import FormatError
 
-# Full float32 unless told otherwise: a TPU would round inputs to bfloat16, and latents near their thresholds flip.
+# The default is full float32: a TPU would round inputs to bfloat16, which flips latents near their thresholds.
 EXACT = jax.lax.Precision.HIGHEST
 
 DENSE = 0.1  # A latent that fires on more than this share of activations counts as dense.
@@ -24,9 +24,9 @@ DENSE = 0.1  # A latent that fires on more than this share of activations counts
 
 @flax.struct.dataclass
 class Params:
-    """A training SAE or transcoder. A bank of E of them carries a leading axis E on every array.
+    """The parameters of an SAE or transcoder in training; in a bank of E members, arrays have a leading axis E.
 
-    The threshold is trained as its logarithm, so that it stays positive.
+    The logarithm of the threshold is trained, so that the threshold stays positive.
     """
 
     W_enc: jax.Array  # [D, M]
@@ -34,12 +34,12 @@ class Params:
     log_threshold: jax.Array  # [M]
     W_dec: jax.Array  # [M, O]
     b_dec: jax.Array  # [O]
-    W_skip: jax.Array | None = None  # [D, O], of a transcoder with a skip connection
+    W_skip: jax.Array | None = None  # [D, O], for a transcoder with a skip connection
 
 
 @flax.struct.dataclass
 class SAE:
-    """A folded SAE or transcoder on raw activations, as it is published: no normalisation, no pre-encoder bias."""
+    """A folded SAE or transcoder for raw activations, as published: no normalisation, no pre-encoder bias."""
 
     W_enc: jax.Array  # [D, M]
     b_enc: jax.Array  # [M]
@@ -58,9 +58,9 @@ def init(
     skip: bool = False,
     dtype: jnp.dtype = jnp.float32,
 ) -> Params:
-    """Gemma Scope's initialisation (section 3.2): He-uniform decoder with unit rows, W_enc = W_decᵀ, no biases.
+    """Gemma Scope's initialisation (section 3.2): He-uniform decoder with unit rows, W_enc = W_decᵀ, zero biases.
 
-    With a `target_width` it is a transcoder's (appendix B): W_enc is drawn by itself, with columns of unit norm too.
+    With a `target_width`, initialises a transcoder (appendix B): W_enc is sampled separately, with unit columns.
     """
 
     def unit_rows(key: jax.Array, width: int) -> jax.Array:
@@ -85,7 +85,7 @@ def encode(sae: SAE, x_BxD: jax.Array, precision: jax.lax.Precision = EXACT) -> 
 
 
 def keep_top(f_BxM: jax.Array, k: int) -> jax.Array:
-    """The k strongest latents of each activation, zero in all others' place."""
+    """Keeps the k strongest latents of each activation and sets the others to zero."""
     _, top_BxK = jax.lax.top_k(f_BxM, k)
     rows_Bx1 = jnp.arange(len(f_BxM))[:, None]
     return jnp.zeros_like(f_BxM).at[rows_Bx1, top_BxK].set(f_BxM[rows_Bx1, top_BxK])
@@ -97,23 +97,23 @@ def decode(
     x_BxD: jax.Array | None = None,
     precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
-    """Raw activations [B, O] as reconstructed or predicted from latent activations.
+    """The reconstruction, or a transcoder's prediction, of raw activations [B, O] from latent activations.
 
     Args:
       sae: the SAE or transcoder.
-      f_BxM: what `encode` gave.
-      x_BxD: what was encoded; only a skip connection reads it.
-      precision: of the matmuls.
+      f_BxM: the latent activations from `encode`.
+      x_BxD: the activations that were encoded; used only by a skip connection.
+      precision: the precision of the matmuls.
 
     Raises:
-      ValueError: there is a skip connection and no x.
+      ValueError: if there is a skip connection and no `x_BxD`.
     """
     out_BxO = jnp.matmul(f_BxM, sae.W_dec, precision=precision) + sae.b_dec[None]
     if sae.W_skip is None:
         return out_BxO
     if x_BxD is None:
         raise FormatError(
-            "this transcoder has a skip connection: decoding needs the activations that were encoded"
+            "this transcoder has a skip connection; to decode, also give the activations that were encoded"
         )
     return out_BxO + jnp.matmul(x_BxD, sae.W_skip, precision=precision)
 
@@ -121,9 +121,8 @@ def decode(
 def fold(params: Params, mean_D: jax.Array, scale: jax.Array) -> SAE:
     """The SAE on raw activations that equals `params` on (x - mean) / scale (Gemma Scope, appendix A).
 
-    So mean and scale of the normaliser end up in its thresholds and biases, and users need neither.
-
-    Decoder rows keep their unit norm, so latent activations come out in units of raw activations.
+    The normaliser's mean and scale are folded into thresholds and biases, so users need neither. Decoder rows keep
+    their unit norm, so latent activations are in units of raw activations.
     """
     return SAE(
         W_enc=params.W_enc,
@@ -139,8 +138,8 @@ def fold_transcoder(
 ) -> SAE:
     """The transcoder on raw activations that equals `params` on normalised ones.
 
-    Those are (x - mean) / scale and, of what it predicts, (y - target mean) / target scale. Decoder rows keep their
-    unit norm, so latent activations come out in units of the raw target.
+    The normalised input is (x - mean) / scale, the normalised target (y - target mean) / target scale. Decoder rows
+    keep their unit norm, so latent activations are in units of the raw target.
     """
     W_enc_DxM = target_scale / scale * params.W_enc
     b_dec_O = target_scale * params.b_dec + target_mean_O
@@ -159,9 +158,9 @@ def fold_transcoder(
 
 
 def read_scaled(sae: SAE, gain_D: jax.Array) -> SAE:
-    """The transcoder that makes of gain · x what `sae` makes of x.
+    """The transcoder whose output on gain · x is that of `sae` on x.
 
-    Gemma Scope's read what the MLP reads before its norm's gain, Gemma Scope 2's behind it.
+    Gemma Scope's transcoders read the MLP's input before its norm's gain, Gemma Scope 2's after it.
     """
     return sae.replace(
         W_enc=sae.W_enc / gain_D[:, None],

@@ -1,4 +1,4 @@
-"""What SAEs and their folders are called: `Member` says all that tells an SAE of a bank from the others."""
+"""Names of SAEs and their folders; a `Member` has all that distinguishes an SAE from the others of a bank."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from gemma_scope_jax.models.sites import Site
 
 
 def width_name(width: int) -> str:
-    """A number of latents as Gemma Scope writes it: 16,384 is 16k, 1,048,576 is 1m."""
+    """A number of latents in Gemma Scope's notation: 16,384 is 16k, 1,048,576 is 1m."""
     if width < 1024 or width & (width - 1):
         return str(width)
     return f"{width >> 20}m" if width >= 2**20 else f"{width // 1000}k"
@@ -18,17 +18,17 @@ def width_name(width: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One SAE of a bank, or one transcoder."""
+    """One SAE or transcoder of a bank."""
 
-    site: Site  # What it reads.
-    target_site: Site  # What it predicts; an autoencoder's is the site that it reads.
+    site: Site  # The site it reads.
+    target_site: Site  # The site it predicts; the same as `site` for an autoencoder.
     width: int
     sparsity_coefficient: float
     seed: int = 0
     objective: str = "linear"
-    target_l0: float = 0.0  # 0: none.
+    target_l0: float = 0.0  # 0: no target.
     skip: bool = False
-    options: tuple[tuple[str, float], ...] = ()  # Of the objective, those that are not its defaults.
+    options: tuple[tuple[str, float], ...] = ()  # Options of the objective that differ from its defaults.
 
     @property
     def is_transcoder(self) -> bool:
@@ -36,12 +36,12 @@ class Member:
 
     @property
     def place(self) -> str:
-        """What it reads and predicts."""
+        """The site it reads and, for a transcoder, the kind of site it predicts."""
         return f"{self.site}_to_{self.target_site.kind}" if self.is_transcoder else str(self.site)
 
     @property
     def name(self) -> str:
-        """Differs from every other member's."""
+        """The member's name, which differs from every other member's."""
         skip = "_skip" if self.skip else ""
         objective = "" if self.objective == "linear" else f"_{self.objective}"
         objective += f"_{str(self.target_l0).removesuffix('.0')}" if self.target_l0 else ""
@@ -52,7 +52,7 @@ class Member:
 
 
 def members(bank: config_lib.BankConfig) -> tuple[Member, ...]:
-    """The SAEs that a bank's config names, in the order of layers, sites, coefficients, targets, seeds."""
+    """The members of a bank, ordered by layer, site, sparsity coefficient, target L0 and seed."""
     return tuple(
         Member(
             Site(site, layer),
@@ -76,7 +76,7 @@ def members(bank: config_lib.BankConfig) -> tuple[Member, ...]:
 
 
 def place(name: str, member: Member, l0: float) -> str:
-    """An SAE's place below an export's folder in Gemma Scope's way: `resid_post/layer_9/width_16k/average_l0_71`."""
+    """An SAE's folder within an export, in Gemma Scope's layout: `resid_post/layer_9/width_16k/average_l0_71`."""
     del name
     kind = "transcoder" if member.is_transcoder else member.site.kind
     affine = "_skip" if member.skip else ""
@@ -87,12 +87,15 @@ def place(name: str, member: Member, l0: float) -> str:
 
 
 def layer_name(member: Member) -> str:
-    """As in Google's repositories, which have embedding SAEs beside their layers."""
+    """The layer as Google's repositories name it: `layer_9`, or `embedding` for an SAE of the embeddings."""
     return "embedding" if member.site.kind == "embed" else f"layer_{member.site.layer}"
 
 
 def apart(places: Mapping[str, str], members: Mapping[str, Member]) -> dict[str, pathlib.Path]:
-    """Places by name, no two the same: the later of those that would be has its λ in it, and if need be its name."""
+    """Makes the places of SAEs unique, by name.
+
+    Where places are equal, the later ones get their λ appended and, if they are still equal, their name.
+    """
     found: dict[str, pathlib.Path] = {}
     for name, place in places.items():
         wanted = (place, f"{place}_lambda_{members[name].sparsity_coefficient}")

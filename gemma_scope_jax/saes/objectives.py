@@ -1,8 +1,7 @@
-"""What an SAE is trained on: squared error and a penalty on how often latents fire, and their gradients.
+"""Training objectives: squared error plus a penalty on how often latents fire, and their gradients.
 
-`OBJECTIVES` has them by name, and `register` adds one (docs/extending.md). `loss` is the definition; `loss_gradient`
-is what trains, and costs two thirds of its gradient. Shapes and equations are those of
-`jumprelu`.
+`OBJECTIVES` holds them by name, and `register` adds one (docs/extending.md). `loss` is the definition. Training uses
+`loss_gradient`, which costs two thirds of `jax.grad` of `loss`. Shapes and equations are those of `jumprelu`.
 """
 
 import dataclasses
@@ -21,38 +20,38 @@ from gemma_scope_jax.saes import jumprelu
 
 
 class Sparsity(NamedTuple):
-    """How sparse the latents are on a batch, its rows by their weights."""
+    """How sparse the latents are on a batch of weighted rows."""
 
-    l0: jax.Array  # [], mean number of latents that fire: the sum of the frequencies
-    frequency_M: jax.Array  # on which share of the rows each latent fires
+    l0: jax.Array  # [], mean number of latents that fire: the sum of `frequency_M`
+    frequency_M: jax.Array  # [M], the share of rows on which each latent fires
 
 
-# From how sparse a batch's latents are to what that costs, [].
+# Maps the sparsity of a batch to its cost, [].
 Penalty = Callable[[Sparsity], jax.Array]
 
 
 class Examples(NamedTuple):
-    """What one SAE is trained on in one update."""
+    """The examples that one SAE is trained on in one update."""
 
-    x_BxD: jax.Array  # what it reads, normalised
+    x_BxD: jax.Array  # the input, normalised
     weight_B: jax.Array
-    target_BxO: jax.Array | None  # what a transcoder predicts; None: an autoencoder
+    target_BxO: jax.Array | None  # a transcoder's target, normalised; None for an autoencoder
 
 
 @flax.struct.dataclass
 class BatchSums:
-    """What one batch adds to the running metrics; sums over rows are by their weights."""
+    """The contribution of one batch to the running metrics; sums over rows are weighted."""
 
     weight: jax.Array  # []
     squared_error: jax.Array  # []
     l0: jax.Array  # []
-    target_O: jax.Array  # [O], of x for an autoencoder
-    target_variance: jax.Array  # [], of ‖y − mean‖², the mean being the batch's own
-    penalty: jax.Array  # [], of the batch's mean L0
-    rows: jax.Array  # [], int32, of a weight above 0
-    fired_M: jax.Array  # [M], int32: of those rows, on how many each latent fired
-    # What drives the thresholds: means over latents of the two parts of ∂/∂log θ without their signs, and the
-    # share of latents that had any pre-activation within the kernel.
+    target_O: jax.Array  # [O], the sum of targets; x is the target of an autoencoder
+    target_variance: jax.Array  # [], the sum of ‖y − mean‖², with the batch's own mean
+    penalty: jax.Array  # [], at the batch's sparsity
+    rows: jax.Array  # [], int32: the number of rows with a weight above 0
+    fired_M: jax.Array  # [M], int32: on how many of those rows each latent fired
+    # What drives the thresholds: the mean absolute value, over latents, of each of the two parts of ∂/∂log θ, and
+    # the share of latents with any pre-activation within the kernel.
     theta_from_error: jax.Array  # []
     theta_from_sparsity: jax.Array  # []
     theta_reached: jax.Array  # []
@@ -64,23 +63,24 @@ def linear_penalty(coefficient: jax.Array) -> Penalty:
 
 
 def quadratic_penalty(coefficient: jax.Array, target_l0: jax.Array) -> Penalty:
-    """(λ / 2L0*)(‖f‖₀ − L0*)², as hard as λ‖f‖₀ where L0 is twice its target (Gemma Scope 2, equation 5).
+    """(λ / 2L0*)(‖f‖₀ − L0*)², as steep as λ‖f‖₀ where L0 is twice its target (Gemma Scope 2, equation 5).
 
-    Of the batch's mean L0, so that tokens may differ in theirs. The equation is printed with 2 in place of ½, which
-    is four times as hard as its text says: to use such a λ, multiply it by four.
+    It applies to the batch's mean L0, so single tokens can differ from the target. The paper prints the equation with
+    2 instead of ½, which is four times as steep as its text says. To use a λ for the printed form, multiply it by
+    four.
     """
     return lambda sparsity: coefficient / (2 * target_l0) * jnp.square(sparsity.l0 - target_l0)
 
 
 def off_target(l0: jax.Array, target_l0: jax.Array) -> jax.Array:
-    """How far L0 is above its target, in e-folds, from -1 to 1."""
+    """How far L0 is above its target, in e-folds, clipped to [-1, 1]."""
     return jnp.clip(jnp.log(l0 / target_l0), -1, 1)
 
 
 def controlled_penalty(coefficient: jax.Array, target_l0: jax.Array) -> Penalty:
-    """λ‖f‖₀, λ being stronger above the target and weaker below it, by the square of L0 over its target.
+    """λ‖f‖₀ times the square of L0 over its target: stronger above the target, weaker below it.
 
-    The part of a controller that acts at once; the other moves λ itself, until nothing is left for this one.
+    This part of the controller acts at once. The other, `controlled_coefficient`, moves λ until L0 is on target.
     """
 
     def penalty(sparsity: Sparsity) -> jax.Array:
@@ -90,20 +90,20 @@ def controlled_penalty(coefficient: jax.Array, target_l0: jax.Array) -> Penalty:
     return penalty
 
 
-# How fast a controller's λ moves, in learning rates an update for each e-fold that L0 is off its target: faster than
-# the thresholds that L0 follows with, which move by about one. `controlled_penalty` acts at once and damps it.
+# How fast a controller moves log λ, in learning rates per update for each e-fold that L0 is off its target. The
+# thresholds, through which L0 follows, move slower: by about one. `controlled_penalty` acts at once and damps λ.
 CONTROLLER_SPEED = 5
 
 
 def controlled_coefficient(
     coefficient: jax.Array, l0: jax.Array, target_l0: jax.Array, rate: jax.Array
 ) -> jax.Array:
-    """λ for the next update, by how far L0 is off its target in this one."""
+    """λ for the next update, from how far L0 is off its target in this one."""
     return coefficient * jnp.exp(CONTROLLER_SPEED * rate * off_target(l0, target_l0))
 
 
-# The definition: a loss whose threshold has pseudo-derivatives. Readable, but `jax.grad` of it costs half as
-# much again as `loss_gradient` below, which is what trains; tests hold the two equal.
+# The definition: a loss with pseudo-derivatives for the threshold. It is readable, but `jax.grad` of it costs 1.5
+# times as much as `loss_gradient` below, which training uses. Tests check that the two are equal.
 def _in_kernel(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
     return jnp.abs(pre - threshold) < bandwidth / 2
 
@@ -150,7 +150,7 @@ def loss(
     bandwidth: float,
     target_BxO: jax.Array | None = None,
 ) -> jax.Array:
-    """The weighted mean over rows of ‖x − x̂‖², or of ‖y − ŷ‖² with a target, plus the penalty on the mean of ‖f‖₀."""
+    """The weighted mean over rows of ‖x − x̂‖², or of ‖y − ŷ‖² with a target, plus the penalty on sparsity."""
     threshold_M = jnp.exp(params.log_threshold)
     read_BxD = x_BxD - params.b_dec[None] if target_BxO is None else x_BxD
     pre_BxM = read_BxD @ params.W_enc + params.b_enc[None]
@@ -163,12 +163,12 @@ def loss(
     sparsity = Sparsity(
         jnp.sum(row_weight_B * fires_BxM.sum(1)), jnp.sum(row_weight_B[:, None] * fires_BxM, axis=0)
     )
-    # Nothing to learn from rows without weight, not even that their L0 is off its target.
+    # If all weights are zero the loss is zero, even if the penalty is not.
     return jnp.sum(row_weight_B * error_B) + row_weight_B.sum() * penalty(sparsity)
 
 
 def normalized(weight_B: jax.Array) -> jax.Array:
-    """Weights that add up to 1, or zeros."""
+    """The weights scaled to sum to 1, or zeros if all are zero."""
     total = weight_B.sum()
     return weight_B / jnp.where(total > 0, total, 1)
 
@@ -206,7 +206,7 @@ def loss_gradient(
     l0_B = jnp.sum(active_BxM, axis=1, dtype=x_BxD.dtype)
     sparsity = Sparsity(jnp.sum(row_weight_B * l0_B), jnp.where(active_BxM, row_weight_B[:, None], 0).sum(0))
     penalty_value, slope = jax.value_and_grad(penalty)(sparsity)
-    slope_M = slope.l0 + slope.frequency_M  # By each latent's frequency, of which L0 is the sum.
+    slope_M = slope.l0 + slope.frequency_M  # With respect to each latent's frequency; L0 is their sum.
 
     g_recon_BxO = 2 * row_weight_B[:, None] * error_BxO
     g_f_BxM = matmul(g_recon_BxO, params.W_dec.T)
@@ -214,7 +214,7 @@ def loss_gradient(
     g_b_enc_M = g_pre_BxM.sum(0)
     g_b_dec_O = g_recon_BxO.sum(0)
     kernel_BxM = _in_kernel(pre_BxM, threshold_M[None], bandwidth)
-    # θ's gradient in its two parts: what the error wants, and what sparsity wants.
+    # The two parts of θ's gradient: from the error, and from sparsity.
     g_error_M = -(threshold_M / bandwidth) * jnp.where(kernel_BxM, g_f_BxM, 0).sum(0)
     reached_M = jnp.where(kernel_BxM, row_weight_B[:, None], 0).sum(0)
     g_sparsity_M = -slope_M / bandwidth * reached_M
@@ -228,8 +228,8 @@ def loss_gradient(
         W_skip=None if params.W_skip is None else matmul(x_BxD.T, g_recon_BxO),
     )
     has_weight_B = weight_B > 0
-    # Sums and not matmuls, which on TPU would round their inputs to bfloat16; of what is centred, since a mean square
-    # less a squared mean is nothing but rounding where the mean is large.
+    # Sums and not matmuls, which on TPU would round their inputs to bfloat16. Targets are centred first: where the
+    # mean is large, a mean square minus a squared mean is dominated by rounding.
     target_O = jnp.sum(weight_B[:, None] * y_BxO, axis=0)
     mean_O = target_O / jnp.where(weight_B.sum() > 0, weight_B.sum(), 1)
     sums = BatchSums(
@@ -248,22 +248,23 @@ def loss_gradient(
     return gradient, sums
 
 
-# From λ, warmed up, the target L0 and the objective's own options to the penalty of one SAE in one update.
+# Makes the penalty of one SAE in one update from λ (after warm-up), the target L0 and the objective's options.
 MakePenalty = Callable[[jax.Array, jax.Array, Mapping[str, float]], Penalty]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What an SAE is trained on, and what that takes; `loss_gradient` of its penalty unless it says otherwise.
+    """A training objective; its gradient is `loss_gradient` of its penalty unless `loss` or `gradient` is given.
 
     Args:
-      penalty: what sparsity costs.
-      needs_target: whether each SAE has a target L0.
-      options: its own numbers with their defaults, which `objective_options` of a bank may change.
-      next_coefficient: λ for the next update, of λ, the batch's L0, its target and the learning rate; None: λ stays.
-      loss: in place of the squared error, of parameters, examples, penalty and bandwidth; it is differentiated, so
-        that thresholds learn by `jump_relu` and `heaviside`.
-      gradient: its gradient, of the same and the precision of matmuls, where it is written by hand.
+      penalty: makes the penalty; see `MakePenalty`.
+      needs_target: whether each SAE must have a target L0.
+      options: the objective's options with their defaults, which `objective_options` of a bank can change.
+      next_coefficient: computes λ for the next update from λ, the batch's L0, the target L0 and the learning rate;
+        None: λ stays.
+      loss: replaces this module's `loss`; takes parameters, examples, penalty and bandwidth. JAX differentiates it,
+        so thresholds are trained only through `jump_relu` and `heaviside`.
+      gradient: a hand-written gradient; takes the arguments of `loss` and the precision of matmuls.
     """
 
     penalty: MakePenalty
@@ -292,23 +293,25 @@ _OWN = frozenset(OBJECTIVES)
 
 
 def register(name: str, objective: Objective) -> None:
-    """Makes an objective known by a name, for `objective` of a bank; one that was registered so far is replaced.
+    """Registers an objective under a name, for `objective` of a bank; replaces one registered before.
 
     Raises:
-      ValueError: the name is that of one of the package's own, or could not stand in an SAE's.
+      ValueError: if the name is taken by one of the package's objectives, or cannot be part of an SAE's name.
     """
     if not name.isidentifier():
-        raise ConfigError(f"an objective cannot be called {quoted(name)}; choose letters, digits and _")
+        raise ConfigError(
+            f"an objective cannot be called {quoted(name)}; choose a name of letters, digits and _"
+        )
     if name in _OWN and OBJECTIVES[name] != objective:
         raise ConfigError(f"another objective is called {name!r}; choose another name")
     OBJECTIVES[name] = objective
 
 
 def objective_of(name: str) -> Objective:
-    """The objective of a name.
+    """The objective registered under a name.
 
     Raises:
-      ValueError: none is known by it.
+      ValueError: if there is no such objective.
     """
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, 1)
@@ -325,16 +328,16 @@ def gradient_of(
     bandwidth: float,
     precision: jax.lax.Precision | None = None,
 ) -> tuple[jumprelu.Params, BatchSums]:
-    """An objective's gradient for one SAE, and what the batch adds to its metrics."""
+    """An objective's gradient for one SAE, and the batch's contribution to its metrics."""
     x_BxD, weight_B, target_BxO = examples
     gradient, sums = loss_gradient(params, x_BxD, weight_B, penalty, bandwidth, target_BxO, precision)
     if objective.gradient is None and objective.loss is None:
         return gradient, sums
-    # What is not used of the gradient above the compiler leaves out.
+    # The compiler drops the parts of the gradient above that are not used.
     if objective.gradient is not None:
         gradient = objective.gradient(params, examples, penalty, bandwidth, precision)
     else:
         with jax.default_matmul_precision(None if precision is None else precision.name.lower()):
             gradient = jax.grad(objective.loss)(params, examples, penalty, bandwidth)
-    # Of a batch without weight nothing is learnt, whatever the loss makes of it.
+    # If all weights are zero the gradient is zero, whatever the loss returns.
     return jax.tree.map(lambda leaf: jnp.where(sums.weight > 0, leaf, 0), gradient), sums

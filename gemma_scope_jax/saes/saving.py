@@ -1,4 +1,4 @@
-"""SAEs as files of every format, in the units and on the site that its readers expect."""
+"""Writes SAEs in every format, in the units and at the site that the format's readers expect."""
 
 import dataclasses
 import pathlib
@@ -20,13 +20,13 @@ from gemma_scope_jax.saes.formats import common
 def write(
     place: pathlib.Path, file_format: str, one: loading.LoadedSAE, dtype: str = "float32"
 ) -> pathlib.Path:
-    """Writes an SAE that is `in_convention` to a folder; returns it, or the file that is the SAE.
+    """Writes an SAE, converted by `in_convention`, to a folder; returns the folder, or the file that is the SAE.
 
     Args:
-      place: the folder; of circuit-tracer's transcoders one for all layers.
+      place: the folder; circuit-tracer has one folder for the transcoders of all layers.
       file_format: one of `formats.written()`.
       one: the SAE.
-      dtype: of the matrices, one of `common.DTYPES`; thresholds and biases are always float32.
+      dtype: the dtype of the matrices, one of `common.DTYPES`; thresholds and biases are always float32.
     """
     to = formats.format_to_write(file_format)
 
@@ -43,12 +43,12 @@ def write(
 
 
 def obstacle(file_format: str, kind: common.Kind) -> str | None:
-    """Why a format has no place for an SAE, if it has none."""
+    """Why a format cannot hold an SAE; None if it can."""
     to = formats.format_to_write(file_format)
     if why := to.obstacle(kind):
         return why
     if kind.is_transcoder and to.transcoders_read and kind.site.kind not in _MLP_INPUTS:
-        return f"reads {kind.site}; --format={file_format} is for transcoders of {to.transcoders_read}"
+        return f"reads {kind.site}; --format={file_format} is for transcoders that read {to.transcoders_read}"
     return None
 
 
@@ -58,13 +58,13 @@ def obstacles(
     weights: str,
     gemma_dtype: jax.typing.DTypeLike,
 ) -> tuple[dict[tuple[str, str], str], dict[int, jax.Array]]:
-    """What keeps SAEs out of formats, by format and name, and the gains that it takes to convert the others.
+    """Why formats cannot hold SAEs, by format and name, and the gains needed to convert the others, by layer.
 
     Args:
-      wanted: format, name, and what kind of SAE it is.
-      model: its name.
-      weights: Gemma's; read only if a transcoder has to be converted.
-      gemma_dtype: that they are read in.
+      wanted: the format, name and kind of each SAE.
+      model: the model's name.
+      weights: Gemma's weights; read only if a transcoder has to be converted.
+      gemma_dtype: the dtype that the weights are read in.
     """
     found = {(f, name): obstacle(f, kind) for f, name, kind in wanted}
     layers = {kind.site.layer for f, name, kind in wanted if _needs_gain(f, kind) and not found[f, name]}
@@ -75,7 +75,7 @@ def obstacles(
 
 
 def without_paths(about: common.About) -> common.About:
-    """What is told of an SAE without what only this machine knows: of a text its file's name, of others nothing."""
+    """An SAE's metadata without local paths: a text keeps its file name, weights and tokenizer only an address."""
 
     def address(path: str) -> str:
         return public_name(path) if "://" in path and not path.startswith("file:") else ""
@@ -89,39 +89,39 @@ def without_paths(about: common.About) -> common.About:
 
 
 def public_name(path: str) -> str:
-    """A text without the folders of this machine, or an address without who opens it."""
+    """A local path's file name, or an address without credentials and user names."""
     if path.startswith("tfds:") or ("://" in path and not path.startswith("file:")):
         return printing.shareable(path)
     return pathlib.PurePath(path).name
 
 
-# The two forms of what the MLP reads: one is had from the other by the gain of the norm before it.
+# The two sites at the MLP's input; they differ in the gain of the norm before it.
 _MLP_INPUTS = ("mlp_in_gain_free", "mlp_in")
 
 
 def _needs_gain(file_format: str, kind: common.Kind) -> bool:
-    """Whether a transcoder reads what the MLP reads, but not in the form that the format's readers feed it with."""
+    """Whether a transcoder must be rescaled by the norm's gain to read the site that the format's readers use."""
     wanted = formats.FORMATS[file_format].transcoders_read
     return kind.is_transcoder and wanted != "" and kind.site.kind != wanted
 
 
 def kind_of(one: loading.LoadedSAE, dtype: str) -> common.Kind:
-    """What a format must have a place for, to hold this SAE."""
+    """The kind of an SAE whose matrices are written in `dtype`."""
     return common.Kind(one.site, one.target_site, one.sae.W_skip is not None, dtype)
 
 
 def in_convention(
     file_format: str, one: loading.LoadedSAE, gains: Mapping[int, jax.Array]
 ) -> loading.LoadedSAE:
-    """An SAE as a format's readers feed it, and on the site that they feed it with.
+    """Converts an SAE to the units and the site that a format's readers use.
 
     Args:
       file_format: one of `formats.written()`.
       one: the SAE.
-      gains: those of `mlp_gains`.
+      gains: the gains by layer from `mlp_gains`.
 
     Raises:
-      ValueError: a gain is zero, so that what was read without it cannot be told from what is read with it.
+      ValueError: if a zero gain makes the conversion impossible.
     """
     to, kind = formats.FORMATS[file_format], kind_of(one, "float32")
     if to.embedding_scale and one.site.kind == "embed":
@@ -131,7 +131,7 @@ def in_convention(
         return one
     gain_D = gains[one.site.layer]
     if to.transcoders_read == "mlp_in_gain_free":
-        # Trained behind the gain, fed before it. Where that is zero nothing got through, and 1 / inf keeps it so.
+        # Trained after the gain, used before it. A zero gain let nothing through, and dividing by inf keeps it so.
         gain_D = 1 / gain_D
     elif why := _lost_gain(file_format, kind, gains):
         raise FormatError(f"{one.name} {why}")
@@ -140,22 +140,22 @@ def in_convention(
 
 
 def _lost_gain(file_format: str, kind: common.Kind, gains: Mapping[int, jax.Array]) -> str | None:
-    """Why a transcoder that reads before the gain cannot be had as one that reads behind it, if it cannot."""
+    """Why a transcoder that reads before the gain cannot be converted to read after it; None if it can."""
     if formats.FORMATS[file_format].transcoders_read != "mlp_in" or not _needs_gain(file_format, kind):
         return None
     lost = int((gains[kind.site.layer] == 0).sum())
     if not lost:
         return None
     return (
-        f"and --format={file_format} differ in the gain of the norm before the MLP, of which {lost} are zero: what "
-        "was read there without it is not known behind it. Train it on mlp_in, or choose another format"
+        f"cannot be converted to --format={file_format}, which reads after the gain of the norm before the MLP: "
+        f"{lost} of the gain's values are zero; train it on mlp_in, or choose another format"
     )
 
 
 def mlp_gains(
     model: str, weights: str, dtype: jax.typing.DTypeLike, layers: list[int]
 ) -> dict[int, jax.Array]:
-    """The gains of the MLPs' norms by layer; no weights are read for none."""
+    """The gains of the norms before the MLPs, by layer; weights are read only if there are layers."""
     if not layers:
         return {}
     gemma = placement.load(model, weights, dtype, num_layers=max(layers) + 1)
@@ -170,18 +170,18 @@ def convert(
     weights: str = "",
     **sites: str,
 ) -> list[pathlib.Path]:
-    """Writes an SAE of a file, or a set of transcoders, in another format; returns the paths.
+    """Converts an SAE, or a set of transcoders, to another format; returns the paths written.
 
     Args:
       location: a path or `hf://OWNER/NAME/FOLDER`, in any format.
       file_format: one of `formats.written()`.
-      out: the folder to write to; of several SAEs each has one in it.
-      dtype: of the matrices.
-      weights: Gemma's, where the formats differ in the gain that a transcoder reads behind.
+      out: the folder to write to; several SAEs each get a folder in it.
+      dtype: the dtype of the matrices.
+      weights: Gemma's weights; needed for a transcoder if only one of the formats reads after the norm's gain.
       **sites: see `loading.read`.
 
     Raises:
-      ValueError: the SAE cannot be read, or the format has no place for it.
+      ValueError: if the SAE cannot be read, or the format cannot hold it.
     """
     formats.format_to_write(file_format)
     files.check_new(out)

@@ -122,7 +122,7 @@ def test_a_tfds_dataset_is_read_by_name_in_the_order_of_its_files(tmp_path, file
     name = f"tfds:words_{file_format}:1.0.0/train"
     assert list(sources.documents(name)) == texts()
     assert list(sources.documents(f"{name}[:3]")) == texts()[:3]
-    with pytest.raises(ValueError, match="TFDS cannot give tfds:words_nowhere/train"):
+    with pytest.raises(ValueError, match="TFDS cannot read tfds:words_nowhere/train"):
         list(sources.documents("tfds:words_nowhere/train"))
 
 
@@ -142,7 +142,7 @@ def test_texts_of_tfds_that_are_none_are_refused_with_their_number(tmp_path):
             text,
             "words",
             ["a"],
-            "TFDS cannot give .*others:1.0.0/train .its examples have no 'text'",
+            "TFDS cannot read .*others:1.0.0/train .its examples have no 'text'",
         ),
     ):
         tfds.dataset_builders.store_as_tfds_dataset(

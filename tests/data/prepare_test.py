@@ -40,7 +40,7 @@ def test_a_row_must_have_room_for_the_chat_template(tmp_path):
     short = config_lib.DataConfig(
         text=str(write_sources(tmp_path)[0]), context_length=9, chat_template=True, folder=str(tmp_path)
     )
-    with pytest.raises(ValueError, match="context_length 9 leaves no room in the chat template"):
+    with pytest.raises(ValueError, match="context_length 9 leaves no room for text beside the chat template"):
         prepare.prepare_rows(short, tiny.load_tokenizer, "bytes")
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_part_is_made_again_and_said(tmp_path, monkeypatch, capsys):
     train[3].write_bytes(train[3].read_bytes()[:-70_000])
     capsys.readouterr()
     assert read_all(prepare.prepare_rows(cut, tiny.load_tokenizer, "bytes", workers=1)) == want
-    assert capsys.readouterr().out.count("damaged; this part is made again.") == 4
+    assert capsys.readouterr().out.count("damaged; rebuilding this part.") == 4
 
 
 def test_only_the_first_documents_are_taken_where_a_number_is_given(tmp_path):
@@ -157,7 +157,7 @@ def test_rows_are_prepared_once_and_again_when_the_text_changes(tmp_path):
         (
             "one.txt",
             "a single document",
-            r"none is left to hold out: .*one.txt is one document; .* give .jsonl",
+            r"no document to hold out: .*one.txt is one document; .* give a .jsonl",
         ),
         ("bad.jsonl", '{"text": "fine"}\n{"txt": 1}\n', 'bad.jsonl:2 is not a JSON object with a "text"'),
         ("null.jsonl", '{"text": null}\n', "null.jsonl:1: the text is None, expected a string"),
@@ -177,7 +177,7 @@ def test_one_txt_is_said_to_be_one_document(tmp_path, capsys):
     for text, is_said in ((tmp_path / "a.txt", True), (tmp_path / "*.txt", False)):
         held_out = config(tmp_path, text, held_out_fraction=1.0)
         prepare.prepare_rows(held_out, tiny.load_tokenizer, "bytes")
-        assert ("a.txt is one document; for several give .jsonl" in capsys.readouterr().out) == is_said
+        assert ("a.txt is one document; for several, give a .jsonl" in capsys.readouterr().out) == is_said
 
 
 def repeated(folder):
@@ -204,7 +204,7 @@ def test_damaged_rows_are_made_again_and_it_is_said(tmp_path, capsys, name, keep
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="remove it, and it is made again") as caught:
+    with pytest.raises(ValueError, match="remove the folder to rebuild them") as caught:
         token_rows.open_rows(folder, token_rows.TRAIN)
     assert str(folder) in str(caught.value) and len(str(caught.value)) < 480
     capsys.readouterr()
@@ -219,7 +219,7 @@ def test_a_damaged_row_is_an_error_that_names_the_folder(tmp_path):
     content = bytearray(path.read_bytes())
     content[200] ^= 255
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read the rows in .*remove it, and it is made again"):
+    with pytest.raises(ValueError, match=r"cannot read the rows in .*remove the folder to rebuild them"):
         read_all(folder)
 
 

@@ -55,10 +55,10 @@ BROKEN = {
     "latin.txt": (b"a\nb\xe9\n", r"latin.txt:2 is not in UTF-8"),
     "utf16.jsonl": (
         TWO.decode().encode("utf-16"),
-        "utf16.jsonl is in UTF-16, or no text; convert it to UTF-8",
+        "utf16.jsonl is in UTF-16, or is not text; convert it to UTF-8",
     ),
-    "utf16.txt": ("a\nb".encode("utf-16-le"), "utf16.txt is in UTF-16, or no text"),
-    "utf32.jsonl": (TWO.decode().encode("utf-32-be"), "utf32.jsonl is in UTF-16, or no text"),
+    "utf16.txt": ("a\nb".encode("utf-16-le"), "utf16.txt is in UTF-16, or is not text"),
+    "utf32.jsonl": (TWO.decode().encode("utf-32-be"), "utf32.jsonl is in UTF-16, or is not text"),
     "other.jsonl": (lines({"txt": 1}), 'other.jsonl:1 is not a JSON object with a "text"; it has txt'),
     "list.jsonl": (b"\n\n[1]\n", r"list.jsonl:3 is not a JSON object: it is \[1\]"),
     "null.jsonl": (lines({"text": None}), "null.jsonl:1: the text is None, expected a string"),
@@ -116,7 +116,7 @@ def test_strings_of_parquet_are_of_any_type_and_a_cut_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*a.parquet as Parquet: "):
         list(sources.read(path))
     pyarrow.parquet.write_table(pyarrow.table({"words": plain}), path)
-    with pytest.raises(ValueError, match=r"a.parquet as Parquet: it has no column 'text' but words"):
+    with pytest.raises(ValueError, match=r"a.parquet as Parquet: it has no column 'text'; it has words"):
         list(sources.read(path))
 
 

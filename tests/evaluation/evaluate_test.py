@@ -259,7 +259,7 @@ def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, c
     for content in damaged:
         files[0].write_bytes(content)
         assert parts().read(0) is None
-    assert capsys.readouterr().out == f"{files[0]} is damaged; it is measured again.\n" * len(damaged)
+    assert capsys.readouterr().out == f"{files[0]} is damaged; measuring this batch again.\n" * len(damaged)
     assert evaluated() == want and files[0].read_bytes() == whole
     assert parts().read(0) is not None
 
@@ -390,14 +390,14 @@ def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
     assert about["text_trained_on"] == about["text"] and not about["is_other_text"]
     verdict = about["sae"][name]["verdict"]
     assert verdict["line"] in (run / "evaluation.html").read_text().replace("&#39;", "'")
-    assert f"{len(results)} SAEs with nothing amiss." in capsys.readouterr().out
+    assert f"no faults in {len(results)} of {len(results)} SAEs." in capsys.readouterr().out
 
     evaluate_cli.evaluate_path(run, text=str(other), **options)
     found = json.loads((run / "evaluations" / "news" / "evaluation.json").read_text())
     assert found["is_other_text"] and found["text_trained_on"] == about["text"]
     page = (run / "evaluations" / "news" / "evaluation.html").read_text()
     said = "compare delta loss, not FVU"
-    assert "another text than the one trained on" in page and said in page
+    assert "not the training text" in page and said in page
     assert said in capsys.readouterr().out
     evaluate_cli.evaluate_path(run, split="train", has_baselines=True, **options)
     with_baselines = json.loads((run / "evaluations" / "train_baselines" / "evaluation.json").read_text())[
@@ -527,7 +527,7 @@ def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_
         < float(cell["difference_se"])
         < 0.5 * np.hypot(same[name].delta_loss_se, rounded[name].delta_loss_se)
     )
-    shape = "takes activations of width 32, but .* has width 640"
+    shape = "reads activations of width 32, but .* has width 640"
     with pytest.raises(ValueError, match=shape):
         evaluate_cli.evaluate_path(run, model="gemma3_270m")
 

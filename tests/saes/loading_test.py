@@ -24,9 +24,7 @@ def made(site, target_site=None, d=32, o=32):
 def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
     one = made(Site("resid_post", 2))
     gemma_scope.write(tmp_path, one.sae, common.About())
-    with pytest.raises(
-        ValueError, match="does not say of which model and site it is; give them, for example"
-    ):
+    with pytest.raises(ValueError, match="does not name its model and site; give them, for example"):
         list(loading.read(tmp_path / "params.npz"))
     (found,) = loading.read(tmp_path / "params.npz", "tiny", "layer_2_resid_post")
     assert (found.site, found.target_site) == (Site("resid_post", 2),) * 2
@@ -34,7 +32,7 @@ def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
     assert found.target_site == Site("mlp_out", 2)
     for site, message in (
         ("layer_7_resid_post", "layer 7 is out of range"),
-        ("layer_2_attn_out", "takes activations of width 32, but layer_2_attn_out of tiny has width 64"),
+        ("layer_2_attn_out", "reads activations of width 32, but layer_2_attn_out of tiny has width 64"),
         ("resid", "unknown site 'resid'; give a name such as layer_9_resid_post"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -164,7 +162,7 @@ def test_what_comes_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
     named(run / "sae", "x", inputs / "text.jsonl", str(inputs / "weights"), "")
     monkeypatch.setattr(finding, "local", lambda location: tmp_path / location.removeprefix("hf://a/b/"))
     assert places(opening.open_path("hf://a/b/run/sae/x")) == (config_lib.DEFAULT_TEXT, "", "")
-    with pytest.raises(ValueError, match="run is a run: export writes its SAEs"):
+    with pytest.raises(ValueError, match="run is a run directory, not an SAE; export writes its SAEs"):
         opening.open_path("hf://a/b/run")
 
 
@@ -189,8 +187,8 @@ def test_converting_goes_by_way_of_files(tmp_path, capsys):
     again, about = saelens.read(path)
     np.testing.assert_array_equal(again.W_dec, one.sae.W_dec)
     assert (about.model_name, about.hook_name) == ("test/tiny", "blocks.1.hook_resid_post")
-    with pytest.raises(ValueError, match="is no transcoder, and circuit-tracer reads nothing else"):
+    with pytest.raises(ValueError, match="is not a transcoder, and circuit-tracer reads only transcoders"):
         saving.convert(str(tmp_path / "b"), "circuit_tracer", tmp_path / "c")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         saving.convert(str(tmp_path / "a"), "saelens", tmp_path / "b", **site)
     assert not (tmp_path / "c").exists()

@@ -209,7 +209,7 @@ def test_a_full_disk_is_said_in_one_line():
 def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
     with pytest.raises(ValueError) as ours:
         loading.run_config(pathlib.Path("nowhere"))
-    assert "nowhere is no run directory" in common.explain(ours.value)
+    assert "nowhere is not a run directory" in common.explain(ours.value)
     with pytest.raises(ValueError) as librarys:
         json.loads("{")
     assert common.explain(librarys.value) is None

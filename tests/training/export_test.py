@@ -100,7 +100,7 @@ def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
         for member, (_, folded) in zip(run.plan.members, export.folded_saes(run.plan, state), strict=True)
     )
     gains = {2: jnp.ones(32).at[3].set(0)}
-    with pytest.raises(ValueError, match="the norm before the MLP, of which 1 are zero"):
+    with pytest.raises(ValueError, match="the norm before the MLP: 1 of the gain's values are zero"):
         saving.in_convention("gemma_scope_2", plain, gains)
     converted = saving.in_convention("gemma_scope", skip, gains).sae
     assert not converted.W_enc[3].any() and np.isfinite(converted.W_enc).all()
@@ -108,7 +108,7 @@ def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
 
 def test_an_export_that_must_fail_fails_before_it_writes(workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(forward, "mlp_in_gain", lambda params, layer: jnp.zeros(32))
-    with pytest.raises(ValueError, match="of which 32 are zero"):
+    with pytest.raises(ValueError, match="32 of the gain's values are zero"):
         export.export_run(workdir, ("gemma_scope_2",), tmp_path / "a")
     assert not (tmp_path / "a").exists()
     # Of several formats, it is left out of the one.
@@ -126,11 +126,11 @@ def test_what_a_format_has_no_place_for():
     for file_format, site, target, skip, dtype, message in (
         ("gemma_scope", mlp_in, mlp_out, True, "float32", "skip connection"),
         ("gemma_scope", residual, residual, False, "bfloat16", "NumPy's files have no type"),
-        ("gemma_scope", residual, mlp_out, False, "float32", "is for transcoders of mlp_in_gain_free"),
+        ("gemma_scope", residual, mlp_out, False, "float32", "is for transcoders that read mlp_in_gain_free"),
         ("gemma_scope_2", gain_free, gain_free, False, "float32", "Hugging Face has no name"),
         ("gemma_scope_2", mlp_in, gain_free, False, "float32", "Hugging Face has no name"),
         ("dictionary_learning", mlp_in, mlp_out, False, "float32", "is a transcoder"),
-        ("circuit_tracer", residual, residual, False, "float32", "is no transcoder"),
+        ("circuit_tracer", residual, residual, False, "float32", "is not a transcoder"),
         (
             "circuit_tracer",
             mlp_in,
@@ -160,9 +160,7 @@ def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
     assert about.hook_name == "model.layers.2.pre_feedforward_layernorm.output"
     assert about.hook_name_out == "model.layers.2.post_feedforward_layernorm.output"
     np.testing.assert_allclose(about.l0, next(iter(l0.values())), atol=0.01)
-    with pytest.raises(
-        ValueError, match=r"_skip_width_64_.* has a skip connection, for which .* has no place"
-    ):
+    with pytest.raises(ValueError, match=r"_skip_width_64_.* has a skip connection, which .* cannot hold"):
         export.export_run(workdir, ("gemma_scope",), tmp_path / "1")
     assert not (tmp_path / "1").exists()
     (path,) = export.export_run(workdir, ("gemma_scope",), tmp_path / "1", "plain")
@@ -171,7 +169,7 @@ def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
     )
     with pytest.raises(ValueError, match="has no bank 'none'; choose one of plain, skip"):
         export.export_run(workdir, ("gemma_scope",), tmp_path / "1", "none")
-    with pytest.raises(ValueError, match=f"l0_{plain} is there already; remove it, or give another --out"):
+    with pytest.raises(ValueError, match=f"l0_{plain} already exists; remove it, or give another --out"):
         export.export_run(workdir, ("gemma_scope_2",), tmp_path / "2")
 
 
@@ -282,7 +280,7 @@ def test_an_export_that_is_cut_off_leaves_nothing_and_can_be_made_again(workdir,
             (out / "notes.txt").touch()
         places = export.export_run(workdir, ("saelens",), out)
         assert [len(list(loading.read(place))) for place in places] == [1, 1]
-        with pytest.raises(ValueError, match="is there already; remove it, or give another --out"):
+        with pytest.raises(ValueError, match="already exists; remove it, or give another --out"):
             export.export_run(workdir, ("saelens",), out)
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "transcoder", "transcoder_skip"]
     assert not [path for path in tmp_path.rglob(".*")]

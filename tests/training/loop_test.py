@@ -183,7 +183,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     [
         (dict(seed=3, train__tokens=128 * 12), r"the old run had config\.seed = 0, this run has 3"),
         (dict(train__tokens=128 * 10), r"had 1280 tokens and train\.tokens is 1280; raise train"),
-        (dict(start_from="nowhere"), "nowhere is no run directory"),
+        (dict(start_from="nowhere"), "nowhere is not a run directory"),
         (
             dict(train__tokens=128 * 12, banks__main__bandwidth=0.2),
             r"the old run had config\.banks\.main\.bandwidth = 0\.1, this run has 0\.2; restore the old value",
@@ -548,7 +548,7 @@ def test_a_signal_before_the_first_step_is_answered_at_once(inputs, tmp_path):
     started = time.monotonic()
     assert process.send(signal.SIGTERM) == 143
     assert time.monotonic() - started < 5
-    assert "SIGTERM: leaving at once; nothing has been trained yet." in process.text()
+    assert "SIGTERM: exiting at once; nothing has been trained yet." in process.text()
 
 
 # Gemma is loaded again and again, so that the signal comes in the midst of it.
@@ -577,7 +577,7 @@ def test_a_signal_while_gemma_is_loaded_is_answered_at_once_and_in_one_line(inpu
     assert time.monotonic() - started < 5
     told = process.text().split("Loading.")[1].split("\n")
     of_us = [line for line in told if line and "absl" not in line]
-    assert of_us == [f"{number.name}: leaving at once; nothing has been trained yet."]
+    assert of_us == [f"{number.name}: exiting at once; nothing has been trained yet."]
 
 
 @pytest.fixture

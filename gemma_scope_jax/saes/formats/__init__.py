@@ -1,4 +1,4 @@
-"""The formats that SAEs are read and written in, by name: a module for each, and `register` for one more."""
+"""The file formats of SAEs, by name: one module per format, and `register` to add one."""
 
 import itertools
 import pathlib
@@ -20,7 +20,7 @@ from gemma_scope_jax.saes.formats.common import Format, Found
 
 def _refuse_sparsify(path: pathlib.Path) -> list[Found]:
     raise FormatError(
-        f"{path} is one of sparsify's TopK SAEs, which has no thresholds: it cannot be had as a JumpReLU SAE"
+        f"{path} is a TopK SAE of sparsify; it has no thresholds, so it cannot be read as a JumpReLU SAE"
     )
 
 
@@ -37,33 +37,33 @@ _OWN = frozenset(FORMATS)
 
 
 def register(name: str, one: Format) -> None:
-    """Makes a format known by a name, for reading at once and, if it writes, for `export` and `convert`.
+    """Registers a format under a name, for reading and, if it has `write`, for `export` and `convert`.
 
-    One that was registered by this name so far is replaced.
+    A format registered before under this name is replaced.
 
     Raises:
-      ValueError: the name is that of one of the package's own, or a mark of the format is another's.
+      ValueError: if the name is taken by one of the package's formats, or a mark of the format is another's.
     """
     if name in _OWN and FORMATS[name] != one:
         raise FormatError(f"another format is called {name!r}; choose another name")
     for other, of in FORMATS.items():
         if other != name and (both := set(of.marks) & set(one.marks)):
             raise FormatError(
-                f"{sorted(both)[0]} is a mark of the format {other!r} too; choose another file's name"
+                f"{sorted(both)[0]} is also a mark of the format {other!r}; choose another file name"
             )
     FORMATS[name] = one
 
 
 def written() -> tuple[str, ...]:
-    """The names of the formats that are written."""
+    """The names of the formats that can be written."""
     return tuple(name for name, one in FORMATS.items() if one.write is not None)
 
 
 def format_to_write(name: str) -> Format:
-    """The format of a name.
+    """The format of a name, if it can be written.
 
     Raises:
-      ValueError: there is none that is written.
+      ValueError: if no such format can be written.
     """
     if name not in written():
         raise FormatError(f"unknown format {quoted(name)}; choose one of {', '.join(written())}")
@@ -71,18 +71,18 @@ def format_to_write(name: str) -> Format:
 
 
 def files() -> tuple[str, ...]:
-    """What SAEs' files are called, or patterns of them, in all formats."""
+    """The names of SAE files in all formats, or patterns of names."""
     return tuple(dict.fromkeys(file for one in FORMATS.values() for file in one.files))
 
 
 def weight_files() -> tuple[str, ...]:
-    """Those of `files` without which a folder holds no SAE."""
+    """The part of `files` that holds weights; a folder without any of them holds no SAE."""
     return tuple(n for n in files() if not n.endswith((".json", ".yaml", "site_mean.safetensors")))
 
 
 def format_of(path: pathlib.Path) -> str | None:
-    """The name of the format of a file or folder; None if it looks like none."""
-    # What is surest of every format before what is less so of any.
+    """The name of the format of a file or folder; None if no format matches."""
+    # The surest mark of every format is tried before the second of any.
     for marks in itertools.zip_longest(*(one.marks for one in FORMATS.values())):
         for name, mark in zip(FORMATS, marks, strict=True):
             if mark and (path.name == mark or (path / mark).exists()):
@@ -94,10 +94,10 @@ def format_of(path: pathlib.Path) -> str | None:
 
 
 def read(path: pathlib.Path) -> Iterator[Found]:
-    """The SAE of a file or folder in any format, or one after the other those of a set.
+    """Yields the SAE of a file or folder in any format, or the SAEs of a set one at a time.
 
     Raises:
-      ValueError: there is none, it is broken, or of a kind that is none of a JumpReLU SAE or transcoder.
+      ValueError: if there is no SAE, if it is broken, or if it is not a JumpReLU SAE or transcoder.
     """
     name = format_of(path)
     if name is not None:
@@ -105,9 +105,11 @@ def read(path: pathlib.Path) -> Iterator[Found]:
             yield found._replace(format=name)
         return
     if (path / "checkpoints").exists() and (path / "config.json").exists():
-        raise FormatError(f"{path} is a run: export writes its SAEs, evaluate evaluates them")
+        raise FormatError(
+            f"{path} is a run directory, not an SAE; export writes its SAEs, evaluate evaluates them"
+        )
     below = sorted(found.name for found in path.iterdir() if format_of(found)) if path.is_dir() else []
-    hint = f"; {printable(below[0], 100)} in it is one" if below else ""
+    hint = f"; {printable(below[0], 100)} in it is an SAE" if below else ""
     raise FormatError(
         f"{path} is neither a run directory nor an SAE: it has none of {', '.join(files())}{hint}"
     )

@@ -1,4 +1,4 @@
-"""circuit-tracer's folder: `config.yaml`, and `layer_0.safetensors` and so on, a transcoder for each layer."""
+"""circuit-tracer's folder format: `config.yaml`, and one transcoder per layer in `layer_N.safetensors`."""
 
 import pathlib
 import re
@@ -14,7 +14,7 @@ from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
-# Its names of our arrays. W_enc is [M, D], and the skip connection is applied as x @ W_skip.T.
+# circuit-tracer's names of the arrays. Its W_enc is [M, D], and it applies the skip connection as x @ W_skip.T.
 _NAMES = {
     "W_enc": "W_enc",
     "W_dec": "W_dec",
@@ -24,11 +24,11 @@ _NAMES = {
     "W_skip": "W_skip",
 }
 _TURNED = ("W_enc", "W_skip")
-_MAX_CONFIG = 2**14  # A megabyte of YAML takes 20 seconds to read.
+_MAX_CONFIG = 2**14  # In bytes: a megabyte of YAML takes 20 seconds to read.
 
 
 def _write_config(folder: pathlib.Path, about: common.About) -> None:
-    """Writes what all layers share, hooks being named as TransformerLens does in any of them."""
+    """Writes the config that all layers share; its hooks are TransformerLens names without the layer."""
     hooks = {
         "feature_input_hook": re.sub(r"^blocks\.\d+\.", "", about.hook_name),
         "feature_output_hook": re.sub(r"^blocks\.\d+\.", "", about.hook_name_out or about.hook_name),
@@ -39,7 +39,7 @@ def _write_config(folder: pathlib.Path, about: common.About) -> None:
 
 
 def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
-    """Writes one layer's folded transcoder; returns the file. circuit-tracer wants all layers, of one width."""
+    """Writes one layer's folded transcoder; returns the file. circuit-tracer needs all layers, in one width."""
     _write_config(folder, about)
     layer = site_from_hook(about.hook_name).layer
     tensors = {
@@ -53,17 +53,17 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
 
 
 def read(folder: pathlib.Path, only: int | None = None) -> Iterator[common.Found]:
-    """Each layer's transcoder by name, one at a time; or `only` one layer's.
+    """Yields the transcoder of each layer, or of the layer `only`, one at a time.
 
     Raises:
-      ValueError: a file is not whole, or the folder is of cross-layer transcoders.
+      ValueError: if a file is incomplete, or the folder is not a set of per-layer transcoders.
     """
     path = folder / "config.yaml"
     content = files.read_regular(path, _MAX_CONFIG)
     try:
-        if content.count(b"[") + content.count(b"{") > 100:  # Each level within another slows the next.
+        if content.count(b"[") + content.count(b"{") > 100:  # Nested brackets are slow to parse.
             raise FormatError("it has more than 100 brackets")
-        # Nothing but strings: that is all that is asked for, and other types have ways to fail of their own.
+        # Only strings are needed, and parsing other types can fail in more ways.
         config = yaml.load(content.decode(), Loader=yaml.BaseLoader)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise FormatError(f"{path} is not readable YAML: {printable(error)}") from error
@@ -75,19 +75,19 @@ def read(folder: pathlib.Path, only: int | None = None) -> Iterator[common.Found
             f"{path} has model_kind {printable(repr(config['model_kind']))}; only 'transcoder_set' is read"
         )
     if "transcoders" in config:
-        raise FormatError(f"{path} names transcoders elsewhere; read those one by one")
+        raise FormatError(f"{path} refers to transcoders in other places; read each of them by itself")
     by_layer = {
         int(match[1]): found
         for found in folder.glob("layer_*.safetensors")
         if (match := re.fullmatch(r"layer_(\d+)\.safetensors", found.name)) and only in (None, int(match[1]))
     }
     if not by_layer:
-        raise FormatError(f"{folder} has a config.yaml and no layer_{only or 0}.safetensors")
+        raise FormatError(f"{folder} has a config.yaml but no layer_{only or 0}.safetensors")
     ours = {theirs: name for name, theirs in _NAMES.items()}
     for layer, found in sorted(by_layer.items()):
         tensors = {ours.get(name, name): value for name, value in common.read_safetensors(found).items()}
         tensors |= {name: tensors[name].T for name in _TURNED if name in tensors}
-        if "W_enc" in tensors and "threshold" not in tensors:  # A plain ReLU's.
+        if "W_enc" in tensors and "threshold" not in tensors:  # A plain ReLU transcoder.
             tensors["threshold"] = np.zeros(tensors["W_enc"].shape[-1], np.float32)
         about = common.About(
             config["model_name"],
@@ -104,10 +104,11 @@ def _found(path: pathlib.Path) -> Iterator[common.Found]:
 
 def _obstacle(kind: common.Kind) -> str | None:
     if not kind.is_transcoder:
-        return "is no transcoder, and circuit-tracer reads nothing else"
+        return "is not a transcoder, and circuit-tracer reads only transcoders"
     if kind.site.layer != kind.target_site.layer:
         return (
-            f"reads layer {kind.site.layer} and predicts layer {kind.target_site.layer}; it knows one alone"
+            f"reads layer {kind.site.layer} and predicts layer {kind.target_site.layer}; circuit-tracer needs one "
+            "layer"
         )
     return None
 
@@ -119,7 +120,7 @@ FORMAT = common.Format(
     read=_found,
     write=write,
     obstacle=_obstacle,
-    # A folder for all layers that are otherwise the same.
+    # One folder for transcoders that differ only in the layer.
     place=lambda name, member, l0: re.sub(r"layer_\d+_", "", name, count=1),
     holds_many=True,
 )

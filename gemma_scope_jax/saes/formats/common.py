@@ -1,4 +1,4 @@
-"""What a format is, and what they share: the arrays by name, what is told of them, checks of what is read."""
+"""The parts that formats share: `Format` itself, array names, metadata, and checks of files that are read."""
 
 import dataclasses
 import pathlib
@@ -22,16 +22,16 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a file says of its SAE beside the arrays; empty where it says nothing."""
+    """A file's metadata of its SAE; fields that the file does not have keep their defaults."""
 
-    model_name: str = ""  # as Hugging Face or TransformerLens names it
-    hook_name: str = ""  # what it reads, as either of them names it
+    model_name: str = ""  # the name on Hugging Face or in TransformerLens
+    hook_name: str = ""  # the name of the site it reads, in either of them
     context_length: int = 1024
-    text: str = ""  # that it was trained on
-    hook_name_out: str | None = None  # what a transcoder predicts
+    text: str = ""  # the text it was trained on
+    hook_name_out: str | None = None  # the name of the site a transcoder predicts
     l0: float | None = None  # as measured in training
-    # What it takes to evaluate it as it was trained, which only our own files say; see `config.DataConfig` and
-    # `config.Config`.
+    # What is needed to evaluate it on the same data and model; only this package's files have it. See
+    # `config.DataConfig` and `config.Config`.
     held_out_fraction: float = 0.1
     data_seed: int = 0
     chat_template: bool = False
@@ -39,7 +39,7 @@ class About:
     weights: str = ""
     tokenizer: str = ""
     gemma_dtype: str = "float32"
-    # What it was trained for, and how far; see `config.BankConfig`.
+    # How and how far it was trained; see `config.BankConfig`.
     sparsity_coefficient: float | None = None
     objective: str = "linear"
     target_l0: float = 0.0
@@ -49,19 +49,19 @@ class About:
 
 
 class Found(NamedTuple):
-    """An SAE of a file, with what the file tells of it."""
+    """An SAE read from a file, with the file's metadata."""
 
     name: str
     sae: SAE
     about: About
-    format: str = ""  # its name, which `formats.read` fills in
+    format: str = ""  # the format's name, set by `formats.read`
 
 
 class Kind(NamedTuple):
-    """What a format must have a place for, to hold an SAE."""
+    """The properties of an SAE that decide whether a format can hold it."""
 
     site: Site
-    target_site: Site  # an autoencoder's is the site that it reads
+    target_site: Site  # the same as `site` for an autoencoder
     skip: bool
     dtype: str  # of the matrices
 
@@ -72,22 +72,22 @@ class Kind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format that SAEs are read in and, perhaps, written in.
+    """A file format that SAEs can be read from and, if it has `write`, written in.
 
     Args:
-      marks: files by which a folder is known to hold an SAE in it, the surest first.
-      read: the SAEs of a file or folder, one after the other.
-      write: writes an SAE with what is told of it to a folder, matrices in a dtype of `DTYPES`; returns the folder,
-        or the file that is the SAE. None: the format is only read.
-      files: all files that it reads, or patterns of them: of a repository on the hub nothing else is fetched.
-      file_pattern: of the names of files that are an SAE in it by themselves.
-      obstacle: why it has no place for a kind of SAE; None: it has one.
-      place: where a run's SAE goes below an export's folder, by its name, what it is, and its mean L0.
-      holds_many: whether one folder holds several SAEs, so that they share a place.
-      hooks: whose names of sites the files have.
-      transcoders_read: the kind of site that its readers feed transcoders with; empty: any.
-      embedding_scale: whether its readers feed SAEs of `embed` with embeddings that are not multiplied by √D.
-      is_published: whether a repository of SAEs may be in it.
+      marks: names of files that identify a folder as an SAE in this format, the surest first.
+      read: yields the SAEs of a file or folder, one at a time.
+      write: writes an SAE and its metadata to a folder, with matrices in a dtype of `DTYPES`; returns the folder, or
+        the file that is the SAE. None: the format can only be read.
+      files: the names of all files that it reads, or patterns; only these are downloaded from a repository.
+      file_pattern: a regular expression for the names of files that are a complete SAE.
+      obstacle: says why the format cannot hold a kind of SAE; None if it can.
+      place: an SAE's path within an export's folder, from its name, member and mean L0.
+      holds_many: whether one folder can hold several SAEs, so that they can have the same `place`.
+      hooks: the library whose names of sites the files use.
+      transcoders_read: the kind of site that transcoders in this format read; empty: any.
+      embedding_scale: whether SAEs of `embed` read embeddings that are not multiplied by √D.
+      is_published: whether a repository of SAEs can be published in this format.
     """
 
     marks: tuple[str, ...]
@@ -105,9 +105,9 @@ class Format:
 
 
 def arrays(sae: SAE, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """The arrays by their names; in bfloat16 the matrices alone.
+    """The arrays by name; `dtype` applies only to matrices.
 
-    A threshold that is rounded lets latents through that training stopped, so thresholds and biases stay float32.
+    A rounded threshold would let latents fire that training stopped, so thresholds and biases stay float32.
     """
     named = {field.name: getattr(sae, field.name) for field in dataclasses.fields(sae)}
     return {
@@ -118,16 +118,16 @@ def arrays(sae: SAE, dtype: str = "float32") -> dict[str, np.ndarray]:
 
 
 def sae_from_arrays(tensors: Mapping[str, np.ndarray], source: pathlib.Path) -> SAE:
-    """An SAE or transcoder from its arrays; those in float32 are not copied.
+    """An SAE or transcoder from its arrays; float32 arrays are not copied.
 
     Raises:
-      ValueError: an array is missing, too many, of the wrong shape, or not finite; or a threshold is negative.
+      ValueError: if an array is missing, unknown, of the wrong shape or not finite, or if a threshold is negative.
     """
     names = {field.name for field in dataclasses.fields(SAE)}
     missing, extra = sorted(names - _OPTIONAL - tensors.keys()), sorted(tensors.keys() - names)
     if missing or extra:
         raise FormatError(
-            f"{source} is no JumpReLU SAE: arrays missing {missing}, not known {printable(extra)}"
+            f"{source} is not a JumpReLU SAE: missing arrays {missing}, unknown arrays {printable(extra)}"
         )
     for name in ("W_enc", "W_dec"):
         if tensors[name].ndim != 2 or not tensors[name].size:
@@ -147,15 +147,15 @@ def sae_from_arrays(tensors: Mapping[str, np.ndarray], source: pathlib.Path) -> 
 
 
 def _is_finite(value: np.ndarray) -> bool:
-    with np.errstate(over="ignore"):  # Of float64, what float32 has no room for becomes infinite.
+    with np.errstate(over="ignore"):  # A float64 beyond the range of float32 becomes infinite.
         return all(np.isfinite(part.astype(np.float32, copy=False)).all() for part in files.parts(value))
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, as views of it.
+    """The tensors of a file, as views of the file.
 
     Raises:
-      ValueError: the file is not whole, or has more tensors than an SAE.
+      ValueError: if the file is incomplete, or has too many tensors for an SAE.
     """
     tensors = safetensors_io.map_safetensors(path)
     if len(tensors) > 16:
@@ -164,7 +164,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def without_pre_encoder_bias(sae: SAE) -> SAE:
-    """The SAE that does to x what `sae` does where b_dec is subtracted from x first."""
+    """The SAE whose output on x is that of `sae` on x − b_dec, with the subtraction folded into b_enc."""
     shift_M, row = np.zeros(sae.b_enc.shape), 0
     for part in files.parts(sae.W_enc):
         shift_M += sae.b_dec[row : row + len(part)].astype(np.float64) @ part.astype(np.float64)
@@ -173,22 +173,22 @@ def without_pre_encoder_bias(sae: SAE) -> SAE:
 
 
 def in_other_units(sae: SAE, factor: float) -> SAE:
-    """The SAE that does to factor · x what `sae` does to x, latents and reconstructions in the same units."""
+    """The SAE for activations scaled by `factor`: latents and reconstructions are scaled by it too."""
     scaled = {name: factor * getattr(sae, name) for name in ("b_enc", "threshold", "b_dec")}
     return jax.device_get(sae.replace(**scaled))
 
 
 def folder_of(path: pathlib.Path) -> pathlib.Path:
-    """The folder of an SAE, of which a file may be given."""
+    """The folder of an SAE, from the folder or a file in it."""
     return path.parent if path.is_file() else path
 
 
 def name_of(path: pathlib.Path) -> str:
-    """What an SAE is called that has a folder of its own."""
+    """The name of an SAE that has its own folder: the name of that folder."""
     return folder_of(path).resolve().name
 
 
 def check_own(folder: pathlib.Path, name: str) -> None:
-    """Raises ValueError if a folder to be written to holds things and no file `name` of an older export."""
+    """Raises ValueError if a folder is not empty and has no file `name` from an earlier export."""
     if folder.exists() and any(folder.iterdir()) and not (folder / name).exists():
         raise FormatError(f"{folder} exists and holds something else; give another folder")

@@ -1,6 +1,6 @@
-"""dictionary_learning's folder: `ae.pt`, tensors as torch saves them, and `config.json`.
+"""dictionary_learning's folder format: `ae.pt`, tensors saved by torch, and `config.json`.
 
-Written and read without torch, and without unpickling anything but tensors.
+The files are written and read without torch, and nothing but tensors is unpickled.
 """
 
 import io
@@ -21,7 +21,7 @@ from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
-_NO_TRANSCODER = "is a transcoder, for which dictionary_learning has no place"
+_NO_TRANSCODER = "is a transcoder, which dictionary_learning cannot hold"
 _STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -32,10 +32,10 @@ _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
 def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
-    """Writes a folded SAE, its hook named as TransformerLens does; returns the folder.
+    """Writes a folded SAE, with TransformerLens's name of its hook; returns the folder.
 
     Raises:
-      ValueError: the folder holds something else, or the SAE is a transcoder.
+      ValueError: if the folder holds something else, or the SAE is a transcoder.
     """
     if about.hook_name_out:
         raise FormatError(f"{folder} {_NO_TRANSCODER}")
@@ -47,7 +47,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
         "dict_class": "JumpReluAutoEncoder",
         "activation_dim": d,
         "dict_size": m,
-        # Other readers take any for one of the residual stream.
+        # Other readers assume the residual stream of this layer, whatever the site.
         "layer": int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", about.hook_name)) else 0,
         "lm_name": about.model_name,
         "submodule_name": f"resid_post_layer_{residual[1]}" if residual else about.hook_name,
@@ -64,17 +64,17 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     """Reads a JumpReLU SAE.
 
     Raises:
-      ValueError: the folder is not whole, holds another kind of SAE, or a pickle of more than tensors.
+      ValueError: if the folder is incomplete, holds another kind of SAE, or its pickle has more than tensors.
     """
     path = folder / "config.json"
     config = files.read_json(path)
     trainer, buffer = config.get("trainer"), config.get("buffer")
     if not isinstance(trainer, dict) or trainer.get("dict_class") != "JumpReluAutoEncoder":
         kind = trainer.get("dict_class") if isinstance(trainer, dict) else trainer
-        raise FormatError(f"{path} is of {printable(repr(kind))}; only 'JumpReluAutoEncoder' is read")
+        raise FormatError(f"{path} describes {printable(repr(kind))}; only 'JumpReluAutoEncoder' is read")
     length = buffer.get("ctx_len") if isinstance(buffer, dict) else None
     name, layer = trainer.get("submodule_name"), trainer.get("layer")
-    # Its own names begin with the kind of place; only that of the residual stream is known.
+    # dictionary_learning's own names begin with the kind of site; only the residual stream's is known here.
     is_residual = type(layer) is int and (not isinstance(name, str) or name.startswith("resid_post"))
     about = common.About(
         model_name=str(trainer.get("lm_name") or ""),
@@ -84,8 +84,8 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     return common.sae_from_arrays(read_torch(folder / "ae.pt"), folder / "ae.pt"), about
 
 
-# Those that torch writes a dict of tensors with. The others do more than it takes: allocate what a file states, or
-# set attributes of what is known here.
+# The opcodes with which torch writes a dict of tensors. Others do more than is needed: they allocate sizes that a
+# file states, or set attributes of known objects.
 _OPCODES = (
     pickle.PROTO, pickle.MARK, pickle.STOP, pickle.GLOBAL, pickle.REDUCE, pickle.BINPERSID, pickle.NONE,
     pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1,
@@ -95,10 +95,10 @@ _OPCODES = (
 
 
 class _TensorUnpickler(pickle._Unpickler):
-    """Makes arrays of what torch pickles tensors as, and nothing else."""
+    """Unpickles torch's tensors as NumPy arrays, and nothing else."""
 
     dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}  # noqa: RUF012
-    # A state dict's metadata, which would be set as an attribute.
+    # Drops a state dict's metadata, which would be set as an attribute.
     dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()
 
     def __init__(self, file: io.BytesIO, storages: dict[str, np.ndarray]):
@@ -113,7 +113,7 @@ class _TensorUnpickler(pickle._Unpickler):
                 return _rebuild
             case "torch", _ if name in _STORAGES:
                 return name
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and may hold nothing but tensors")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, but only tensors are allowed")
 
     def persistent_load(self, pid: object) -> np.ndarray:
         kind, storage, key, _, count = pid
@@ -128,34 +128,38 @@ class _TensorUnpickler(pickle._Unpickler):
 def _rebuild(
     storage: np.ndarray, offset: int, shape: tuple, strides: tuple, requires_grad: bool, hooks: object
 ) -> np.ndarray:
-    """A tensor of its storage, laid out as rows or as columns."""
+    """A tensor from its storage, in row-major or column-major order."""
     del requires_grad, hooks
     if len(shape) > 2 or len(strides) != len(shape) or any(not 0 <= n <= storage.size for n in shape):
         raise pickle.UnpicklingError(
-            f"a tensor of {len(shape)} dimensions in a storage of {storage.size} values"
+            f"cannot read a tensor of {len(shape)} dimensions in a storage of {storage.size} values"
         )
     count = int(np.prod([int(n) for n in shape], dtype=object))
     if min(shape, default=0) < 0 or offset < 0 or offset + count > storage.size:
-        raise pickle.UnpicklingError(f"a tensor of shape {shape} in a storage of {storage.size} values")
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {shape} does not fit a storage of {storage.size} values"
+        )
     flat = storage[offset : offset + count]
     rows = tuple(int(np.prod(shape[i + 1 :], dtype=object)) for i in range(len(shape)))
     if tuple(strides) == rows:
         return flat.reshape(shape)
     if len(shape) == 2 and tuple(strides) == (1, shape[0]):
         return flat.reshape(shape[::-1]).T
-    raise pickle.UnpicklingError(f"a tensor of shape {shape} and strides {strides}")
+    raise pickle.UnpicklingError(f"cannot read a tensor of shape {shape} and strides {strides}")
 
 
 def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict that `torch.save` wrote; no torch is needed, and no code in the file is run.
+    """The tensors of a state dict written by `torch.save`; does not need torch or run code in the file.
 
     Raises:
-      ValueError: the file is not whole, or holds something else.
+      ValueError: if the file is damaged, or holds something else.
     """
     try:
         with files.open_archive(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > 2 * os.path.getsize(path):
-                raise FormatError("it would grow when unpacked, which torch's files do not")
+                raise FormatError(
+                    "it would more than double in size when unpacked, which torch's files do not"
+                )
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             root = pickled.removesuffix("data.pkl")
             if archive.getinfo(pickled).file_size > 2**20:
@@ -166,20 +170,20 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
                 if name.startswith(f"{root}data/")
             }
             found = _TensorUnpickler(io.BytesIO(archive.read(pickled)), storages).load()
-    except Exception as error:  # Of as many kinds as there are ways to break a pickle.
+    except Exception as error:  # A broken pickle can raise errors of any kind.
         raise FormatError(
-            f"{path} is not a whole file of tensors as torch saves them: {printable(repr(error))}"
+            f"{path} is not a valid file of tensors saved by torch: {printable(repr(error))}"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
-        raise FormatError(f"{path} holds something else than tensors by name")
+        raise FormatError(f"{path} holds something other than tensors by name")
     return found
 
 
 def _write_torch(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """A state dict as `torch.save` writes it: a pickle that refers to storages, and each storage as it is."""
+    """Writes a state dict in the layout of `torch.save`: a pickle that refers to storages, and their raw bytes."""
     storages = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}
     out = io.BytesIO()
-    # The opcodes of protocol 2, since pickling torch's own functions needs torch.
+    # The opcodes of protocol 2 are written directly: pickling torch's own functions needs torch.
     out.write(b"\x80\x02ccollections\nOrderedDict\n)R(")
     for key, (name, value) in enumerate(tensors.items()):
         rows = [int(np.prod(value.shape[i + 1 :])) for i in range(value.ndim)]
@@ -188,7 +192,7 @@ def _write_torch(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
         out.write(_text(str(key)) + _text("cpu") + _int(value.size) + b"tQ" + _int(0))
         for numbers in (value.shape, rows):
             out.write(b"(" + b"".join(map(_int, numbers)) + b"t")
-        out.write(b"\x89ccollections\nOrderedDict\n)RtR")  # No gradient is required, there are no hooks.
+        out.write(b"\x89ccollections\nOrderedDict\n)RtR")  # requires_grad is False, and there are no hooks.
     out.write(b"u.")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", out.getvalue())

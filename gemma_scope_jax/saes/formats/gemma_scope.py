@@ -1,6 +1,6 @@
-"""Gemma Scope's own format: one `params.npz` of five float32 arrays, of an SAE or of a transcoder.
+"""Gemma Scope's format: one `params.npz` with the five float32 arrays of an SAE or a transcoder.
 
-The file says nothing of itself; the names of the folders around it do.
+The file has no metadata; only the names of the folders around it show its model and site.
 """
 
 import os
@@ -16,10 +16,8 @@ from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
-_NO_SKIP = (
-    "has a skip connection, for which params.npz has no place; --format=gemma_scope_2 and saelens have one"
-)
-_NO_BFLOAT16 = "would be in bfloat16, which NumPy's files have no type for"
+_NO_SKIP = "has a skip connection, which params.npz cannot hold; use --format=gemma_scope_2 or saelens"
+_NO_BFLOAT16 = "cannot be in bfloat16, for which NumPy's files have no type"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _HOOKS = {
     "res": "blocks.{}.hook_resid_post",
@@ -33,7 +31,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
     """Writes a folded SAE or transcoder as `params.npz`; returns the file.
 
     Raises:
-      ValueError: a skip connection or another dtype than float32, for which the format has no place.
+      ValueError: if there is a skip connection, or another dtype than float32; the format cannot hold either.
     """
     del about
     path = folder / "params.npz"
@@ -47,18 +45,18 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
 
 
 def read(path: pathlib.Path) -> tuple[SAE, common.About]:
-    """Reads an npz file, and what its path tells if that is one of Google's.
+    """Reads an npz file, and the metadata in its path if that is as in one of Google's repositories.
 
     Raises:
-      ValueError: the file is not whole, holds other arrays, or pickled objects, or grows out of proportion.
+      ValueError: if the file is damaged, has other arrays or pickled objects, or is too large when unpacked.
     """
     try:
         with files.open_archive(path) as archive:
-            # SAELens takes small letters too.
+            # SAELens also accepts lower-case names.
             names = {re.sub("^w_", "W_", name.removesuffix(".npy")): name for name in archive.namelist()}
             missing, extra = sorted(set(_NAMES) - names.keys()), sorted(names.keys() - set(_NAMES))
             if missing or extra:
-                raise FormatError(f"arrays missing {missing}, not known {extra}")
+                raise FormatError(f"missing arrays {missing}, unknown arrays {extra}")
             if sum(info.file_size for info in archive.infolist()) > 100 * os.path.getsize(path):
                 raise FormatError("it would grow a hundredfold when unpacked")
             tensors = {}
@@ -66,13 +64,13 @@ def read(path: pathlib.Path) -> tuple[SAE, common.About]:
                 info = archive.getinfo(names[name])
                 with archive.open(info) as file:
                     tensors[name] = files.read_array(file, info.file_size)
-    except Exception as error:  # Of as many kinds as there are ways to break an archive.
-        raise FormatError(f"{path} is not a whole npz file: {printable(error)}") from error
+    except Exception as error:  # A broken archive can raise errors of any kind.
+        raise FormatError(f"{path} is not a valid npz file: {printable(error)}") from error
     return common.sae_from_arrays(tensors, path), about_from_path(path)
 
 
 def about_from_path(path: pathlib.Path) -> common.About:
-    """What the names around a file in one of Google's repositories say; nothing where they are others."""
+    """The metadata in the folder names of one of Google's repositories; empty for any other path."""
     # .../gemma-scope-2b-pt-res/.../layer_20/width_16k/average_l0_71/params.npz
     text = str(path)
     repository = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)", text)
@@ -91,7 +89,7 @@ def about_from_path(path: pathlib.Path) -> common.About:
 
 def _found(path: pathlib.Path) -> Iterator[common.Found]:
     file = path if path.suffix == ".npz" else path / "params.npz"
-    # `average_l0_71` alone would say little.
+    # `average_l0_71` alone would not identify the SAE.
     name = "_".join(file.resolve().parts[-4:-1]) if file.name == "params.npz" else file.stem
     yield common.Found(name, *read(file))
 

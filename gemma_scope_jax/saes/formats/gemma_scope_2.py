@@ -1,4 +1,4 @@
-"""Gemma Scope 2's folders: `config.json` and `params.safetensors` of an SAE or a transcoder; and multi-layer ones."""
+"""Gemma Scope 2's folder formats: SAEs and transcoders in `params.safetensors`, and multi-layer files."""
 
 import dataclasses
 import pathlib
@@ -13,7 +13,7 @@ from gemma_scope_jax.saes import naming
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
-# Its names of our arrays. The skip connection is applied as x @ W_skip.
+# Gemma Scope 2's names of the arrays. The skip connection is applied as x @ W_skip.
 _NAMES = {
     "W_enc": "w_enc",
     "W_dec": "w_dec",
@@ -22,7 +22,7 @@ _NAMES = {
     "threshold": "threshold",
     "W_skip": "affine_skip_connection",
 }
-# By the folders of Google's repositories.
+# The hooks read and predicted, by the names of folders in Google's repositories.
 _HOOKS = {
     "resid_post": ("model.layers.{}.output", None),
     "attn_out": ("model.layers.{}.self_attn.o_proj.input", None),
@@ -35,10 +35,10 @@ _HOOKS = {
 
 
 def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
-    """Writes a folded SAE or transcoder, hooks named as Hugging Face does; returns the folder.
+    """Writes a folded SAE or transcoder, with Hugging Face's names of hooks; returns the folder.
 
     Raises:
-      ValueError: the folder holds something else.
+      ValueError: if the folder holds something else.
     """
     common.check_own(folder, "params.safetensors")
     config = {
@@ -62,7 +62,7 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     """Reads an SAE or a transcoder.
 
     Raises:
-      ValueError: the folder is not whole, or holds another architecture.
+      ValueError: if the folder is incomplete, or has another architecture.
     """
     path = folder / "config.json"
     about = _about(files.read_json(path), path) if path.exists() else about_from_path(folder)
@@ -78,7 +78,10 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         config.get(key) for key in ("architecture", "model_name", "hf_hook_point_in", "hf_hook_point_out")
     ]
     if not all(isinstance(value, str) for value in found):
-        raise FormatError(f"{path} is not a Gemma Scope 2 config: it has {printable(found)}")
+        raise FormatError(
+            f"{path} is not a Gemma Scope 2 config: architecture, model_name, hf_hook_point_in and "
+            f"hf_hook_point_out must be strings, not {printable(found)}"
+        )
     architecture, model_name, hook, hook_out = found
     if architecture != "jump_relu":
         raise FormatError(
@@ -94,12 +97,12 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
 
 
 def _model_name(text: str) -> str:
-    """As Hugging Face has it; the files call 3 v3, and the base model of 270M -pt."""
+    """A model's name on Hugging Face; the files write gemma-v3 for gemma-3, and 270m-pt for the base model 270m."""
     return re.sub("-270m-pt$", "-270m", text.replace("gemma-v3", "gemma-3"))
 
 
 def about_from_path(folder: pathlib.Path) -> common.About:
-    """What the names of folders say; some of Google's have no config.json. Nothing where they are others."""
+    """The metadata in the folder names of Google's repositories, where a config.json can be missing; else empty."""
     # .../gemma-scope-2-1b-pt/.../resid_post_all/layer_12_width_16k_l0_small
     text = str(folder)
     repository = re.search(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)", text)
@@ -116,10 +119,10 @@ def about_from_path(folder: pathlib.Path) -> common.About:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A crosscoder's or cross-layer transcoder's latents that read one of its K layers, and what that layer's gets.
+    """The part of a crosscoder or cross-layer transcoder that reads one of its K layers.
 
-    Latents f = JumpReLU(x_k W_enc + b_enc) of layer k add f · W_dec[:, j] to what is predicted at layer j; b_dec and
-    the skip connection are those of what is predicted at layer k.
+    The latents f = JumpReLU(x_k W_enc + b_enc) of layer k add f · W_dec[:, j] to the prediction at layer j. b_dec and
+    the skip connection belong to the prediction at layer k.
     """
 
     W_enc: np.ndarray  # [D, M]
@@ -131,7 +134,7 @@ class Layer:
 
 
 def predict(layers: list[Layer], x_KxBxD: np.ndarray) -> np.ndarray:
-    """What a multi-layer SAE or transcoder makes of its K layers' activations, for each layer [K, B, D]."""
+    """The predictions [K, B, D] of a multi-layer SAE or transcoder from the activations of its K layers."""
     out_KxBxD = np.zeros_like(x_KxBxD) + np.stack([layer.b_dec for layer in layers])[:, None]
     for k, layer in enumerate(layers):
         pre_BxM = x_KxBxD[k] @ layer.W_enc + layer.b_enc
@@ -146,7 +149,7 @@ def write_layers(folder: pathlib.Path, layers: list[Layer]) -> None:
     """Writes `params_layer_0.safetensors` and so on; other files in the folder stay.
 
     Raises:
-      ValueError: the folder holds something else.
+      ValueError: if the folder holds something else.
     """
     common.check_own(folder, "params_layer_0.safetensors")
     for i, layer in enumerate(layers):
@@ -163,7 +166,7 @@ def read_layers(folder: pathlib.Path) -> list[Layer]:
     """Reads a crosscoder or cross-layer transcoder; arrays are views of the files.
 
     Raises:
-      ValueError: a file is missing or not whole, or they do not fit each other.
+      ValueError: if a file is missing or incomplete, or the files do not fit each other.
     """
     count = len(list(folder.glob("params_layer_*.safetensors")))
     ours = {theirs: name for name, theirs in _NAMES.items()}
@@ -175,7 +178,7 @@ def read_layers(folder: pathlib.Path) -> list[Layer]:
         if W_dec is None or W_dec.ndim != 3 or W_dec.shape[1] != count:
             shape = None if W_dec is None else W_dec.shape
             raise FormatError(f"{path}: w_dec has shape {shape}, expected [latents, {count}, width]")
-        # As a transcoder to all layers at once, it is checked like any other.
+        # Checked as an ordinary transcoder that predicts all layers at once.
         flat = {**tensors, "W_dec": W_dec.reshape(W_dec.shape[0], -1)}
         flat |= {
             name: np.tile(flat[name], count)
@@ -199,7 +202,7 @@ def _place(name: str, member: naming.Member, l0: float) -> str:
 
 def _obstacle(kind: common.Kind) -> str | None:
     if kind.target_site.kind == "mlp_in_gain_free":
-        return "is of mlp_in_gain_free, for which Hugging Face has no name"
+        return "outputs activations of mlp_in_gain_free, for which Hugging Face has no name"
     return None
 
 
@@ -217,8 +220,8 @@ FORMAT = common.Format(
 
 def _refuse(path: pathlib.Path) -> list[common.Found]:
     raise FormatError(
-        f"{path} reads and predicts several layers at once; saes.formats.gemma_scope_2.read_layers reads it, and "
-        "nothing here evaluates or converts it"
+        f"{path} reads and predicts several layers at once, so it cannot be evaluated or converted; load it with "
+        "saes.formats.gemma_scope_2.read_layers"
     )
 
 

@@ -1,4 +1,4 @@
-"""SAELens' folder: `cfg.json` and `sae_weights.safetensors`."""
+"""SAELens's folder format: `cfg.json` and `sae_weights.safetensors`."""
 
 import dataclasses
 import pathlib
@@ -11,8 +11,8 @@ from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.saes.jumprelu import SAE
 
-# The version of SAELens whose layout this is. Without a version in the file, SAELens takes it for one of before
-# 6.0 and subtracts b_dec from the input.
+# The version of SAELens whose layout is written. SAELens assumes that a file without a version is from before 6.0,
+# and subtracts b_dec from the input.
 _VERSION = "6.54.12"
 _ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _OWN_KEY = "gemma_scope_jax"
@@ -34,12 +34,12 @@ _OWN_FIELDS = {
 
 
 def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "float32") -> pathlib.Path:
-    """Writes a folded SAE, hooks named as TransformerLens does; returns the folder, whose other files stay.
+    """Writes a folded SAE or transcoder, with TransformerLens's names of hooks; returns the folder.
 
-    The site's mean, for mean ablation, lies beside it.
+    The site's mean, for mean ablation, is written beside it. Other files in the folder stay.
 
     Raises:
-      ValueError: the folder is no SAELens folder and holds something else.
+      ValueError: if the folder is not empty and is not a SAELens folder.
     """
     common.check_own(folder, "cfg.json")
     d, m = sae.W_enc.shape
@@ -48,7 +48,7 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
         "d_in": d,
         "d_sae": m,
         **({"d_out": sae.W_dec.shape[1]} if about.hook_name_out else {}),
-        "dtype": "float32",  # That it computes in; matrices stored in bfloat16 are read into it, and so is θ.
+        "dtype": "float32",  # SAELens computes in it, and casts bfloat16 matrices and θ to it.
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
@@ -69,11 +69,11 @@ def write(folder: pathlib.Path, sae: SAE, about: common.About, dtype: str = "flo
             "seqpos_slice": [None],
             "exclude_special_tokens": True,
             "neuronpedia_id": None,
-            # SAELens leaves alone what it does not know.
+            # SAELens ignores keys that it does not know.
             _OWN_KEY: {name: getattr(about, name) for name in _OWN_FIELDS},
         },
     }
-    # The config first: a folder that holds other files and no config is none of ours.
+    # The config is written first: it marks a folder as one that can be written to again.
     files.write_json(folder / "cfg.json", config)
     if about.site_mean_O is not None:
         with files.replacing_file(folder / _SITE_MEAN) as partial:
@@ -95,11 +95,11 @@ def _architecture(sae: SAE, about: common.About) -> str:
 
 
 def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
-    """Reads a JumpReLU SAE or transcoder, by whomever and by whatever version it was written.
+    """Reads a JumpReLU SAE or transcoder, written by any program and for any version of SAELens.
 
     Raises:
-      ValueError: the folder is not whole, holds another architecture, does not say what its arrays mean, or what
-        SAELens would do to the input cannot be folded into the arrays.
+      ValueError: if the folder is incomplete, has another architecture, or leaves the meaning of its arrays open; or
+        if SAELens would change the input in a way that cannot be folded into the arrays.
     """
     path = folder / "cfg.json"
     config = files.read_json(path)
@@ -108,7 +108,7 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     if (config["architecture"] == "jumprelu") != (about.hook_name_out is None):
         raise FormatError(
             f"{path} has architecture {config['architecture']!r} and hook_name_out "
-            f"{printable(repr(about.hook_name_out))}; a transcoder has one, an SAE has none"
+            f"{printable(repr(about.hook_name_out))}; a transcoder must have a hook_name_out, an SAE must not"
         )
     weights = folder / "sae_weights.safetensors"
     tensors = common.read_safetensors(weights)
@@ -116,38 +116,40 @@ def read(folder: pathlib.Path) -> tuple[SAE, common.About]:
     if "W_skip" in tensors:
         tensors["W_skip"] = tensors["W_skip"].T
     sae = common.sae_from_arrays(tensors, weights)
-    # Left from a kind of finetuning; SAELens once wrote it into every file, and takes ones for nothing.
+    # A leftover of a finetuning method. SAELens once wrote it into every file; it has no effect if all are 1.
     if factor is not None and (factor.shape != sae.b_enc.shape or not np.allclose(factor.astype(float), 1)):
         raise FormatError(
-            f"{weights} has a scaling_factor that is not 1, which is not read; multiply each row of W_dec by its "
-            "latent's and save the SAE again without it"
+            f"{weights} has a scaling_factor other than 1, which is not supported; multiply each row of W_dec by the "
+            "factor of its latent, and save the SAE again without scaling_factor"
         )
     if (sae.W_skip is not None) != (config["architecture"] == "jumprelu_skip_transcoder"):
-        raise FormatError(f"{path} has architecture {config['architecture']!r}, which its tensors are not of")
+        raise FormatError(
+            f"{path} has architecture {config['architecture']!r}, which does not match its tensors"
+        )
     if config["apply_b_dec_to_input"]:
         sae = common.without_pre_encoder_bias(sae)
     if (mean_path := folder / _SITE_MEAN).exists():
         mean_O = common.read_safetensors(mean_path).get("site_mean")
         if mean_O is None or mean_O.shape != sae.b_dec.shape or not np.isfinite(mean_O).all():
-            raise FormatError(f"{mean_path} does not hold a finite site_mean of shape {sae.b_dec.shape}")
+            raise FormatError(f"{mean_path} has no finite site_mean of shape {sae.b_dec.shape}")
         about = dataclasses.replace(about, site_mean_O=mean_O)
     return sae, about
 
 
 def read_about(folder: pathlib.Path) -> common.About:
-    """What a folder's config says of its SAE, without the arrays.
+    """Reads the metadata in a folder's config, without the arrays.
 
     Raises:
-      ValueError: it is damaged, or no SAELens config.
+      ValueError: if the config is damaged, or is not a SAELens config.
     """
     path = folder / "cfg.json"
     return _about(files.read_json(path), path)
 
 
 def _check_meaning(config: dict, path: pathlib.Path) -> None:
-    """Raises ValueError where a config is of another kind of SAE, or does not say enough of this one.
+    """Raises ValueError if a config is for another kind of SAE, or leaves the meaning of the arrays open.
 
-    Absent keys mean what they mean to SAELens 6, which reads older files, too.
+    Missing keys have the meaning that they have in SAELens 6, which also reads older files.
     """
     architecture = config.get("architecture", "standard")
     if architecture not in _ARCHITECTURES:
@@ -157,21 +159,21 @@ def _check_meaning(config: dict, path: pathlib.Path) -> None:
             f"{', '.join(map(repr, _ARCHITECTURES))} are read"
         )
     if config.get("apply_b_dec_to_input") not in (False, True):
-        # Each version that knew JumpReLU wrote it. SAELens takes true, whoever left it out may have meant false.
+        # Every version with JumpReLU writes it. SAELens assumes true, but a file without it may have meant false.
         raise FormatError(
             f"{path} has apply_b_dec_to_input = {printable(repr(config.get('apply_b_dec_to_input')))}; add "
-            '"apply_b_dec_to_input": true if b_dec is subtracted from the input, else false'
+            '"apply_b_dec_to_input": true if b_dec is subtracted from the input, false otherwise'
         )
     norm = config.get("normalize_activations")
     if norm not in (None, False, "none"):
-        # Before version 2 it was true or false.
+        # Before version 2 the value was true or false.
         is_scaled = norm is True or norm == "expected_average_only_in"
         raise FormatError(
             f"{path} has normalize_activations = {printable(repr(norm))}; only 'none' is read: "
             + (
                 "its factor is not in the file, so fold it in with SAELens and save again"
                 if is_scaled
-                else "what it does to each activation cannot be folded into the arrays"
+                else "its effect on each activation cannot be folded into the arrays"
             )
         )
     activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
@@ -183,7 +185,7 @@ def _check_meaning(config: dict, path: pathlib.Path) -> None:
 
 
 def _about(config: dict, path: pathlib.Path) -> common.About:
-    # Before version 6, what is now in `metadata` stood beside the rest.
+    # Before version 6, the keys of `metadata` were at the top level.
     metadata = config.get("metadata", config)
     own = metadata.get(_OWN_KEY, {}) if isinstance(metadata, dict) else None
     if not isinstance(own, dict):
@@ -198,7 +200,7 @@ def _about(config: dict, path: pathlib.Path) -> common.About:
         **{name: (own[name], kind) for name, kind in _OWN_FIELDS.items() if name in own},
     }
     if not own:
-        # Others name a dataset of Hugging Face's, which is not read here.
+        # Files of other programs name a dataset on Hugging Face, which is not read here.
         fields["text"] = ("", str)
     ranges = {
         "context_length": (2, 2**20),
