@@ -1,4 +1,4 @@
-"""An evaluation as one page that needs no network: tables, plots, definitions, and how to make it again."""
+"""An evaluation as files: JSON, CSV, arrays, and one self-contained page with tables, plots and definitions."""
 
 import json
 import pathlib
@@ -14,13 +14,13 @@ from gemma_scope_jax.saes.evaluation_file import Evaluation
 
 
 def shown(result: Evaluation, name: str) -> str:
-    """A number with its standard error, if it has one; a dash where it was not measured."""
+    """A metric as text, with its standard error if it has one; a dash if it was not measured or is undefined."""
     value, error = (evaluation_file.number(result, of) for of in (name, f"{name}_se"))
     return with_error(value, error, metrics.METRICS[name].form)
 
 
 def with_error(value: float | None, error: float | None, form: str) -> str:
-    """A value and its standard error, where there are any, in a format."""
+    """A value and its standard error as text, in a Python format; a dash without a value."""
     if value is None or not np.isfinite(value):
         return "–"
     return (
@@ -36,7 +36,7 @@ def write_json(
     about: Mapping,
     judgements: Mapping[str, verdicts.Verdict],
 ) -> None:
-    """Writes the numbers of every SAE and the verdicts on those that have one, with what they were measured on."""
+    """Writes the metrics of every SAE, the verdicts, and the model and rows that they were measured on."""
     saes = {}
     for name, result in results.items():
         saes[name] = evaluation_file.numbers(result)
@@ -47,7 +47,7 @@ def write_json(
 
 
 def write_arrays(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
-    """Writes what is no single number: `SAE/frequency` and so on, `SAE/by_position/…`, `SAE/by_row/…`."""
+    """Writes the arrays of every SAE: `SAE/frequency` and others, `SAE/by_position/…`, `SAE/by_row/…`."""
     arrays = {}
     for name, result in results.items():
         for key, value in vars(result).items():
@@ -60,7 +60,7 @@ def write_arrays(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
 
 
 def write_csv(path: pathlib.Path, results: Mapping[str, Evaluation]) -> None:
-    """Writes a row of numbers for each SAE, with standard errors in columns of their own."""
+    """Writes a row of metrics for each SAE, with standard errors in separate columns."""
     rows = [{"name": name, **evaluation_file.numbers(result)} for name, result in results.items()]
     for row in rows:
         row["l0_quantiles"] = " ".join(map(str, row["l0_quantiles"]))
@@ -77,21 +77,23 @@ def write_html(
     judgements: Mapping[str, verdicts.Verdict] | None = None,
     remarks: Sequence[str] = (),
 ) -> None:
-    """Writes the page.
+    """Writes the page of an evaluation.
 
     Args:
-      path: of the page.
-      results: by SAE.
-      about: what they were measured on, by name.
-      command: that makes it again.
-      layers: of each SAE.
-      images: plots that are there already, by title.
-      judgements: verdicts, by SAE.
-      remarks: on all of it, a sentence each.
+      path: the file to write.
+      results: the evaluations by SAE.
+      about: the model and rows that they were measured on; see `report.about`.
+      command: the command that makes the page again.
+      layers: the layer of each SAE.
+      images: the files of further plots, by title.
+      judgements: the verdicts by SAE.
+      remarks: remarks on the whole evaluation, a sentence each.
     """
     pictures_of = {title: html.data_url(image.read_bytes()) for title, image in (images or {}).items()}
     if len(set(layers.values())) > 1:
-        pictures_of["By layer"] = html.data_url(plotting.png(plots.by_layer(results, layers)))
+        pictures_of["L0, FVU and delta loss by layer"] = html.data_url(
+            plotting.png(plots.by_layer(results, layers))
+        )
     columns = metrics.shown_in("page")
     html.render(
         path,

@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Plots of evaluations."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from gemma_scope_jax.saes.evaluation_file import Evaluation
 
 
 def frequencies(results: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
-    """Each SAE's histogram of firing frequencies."""
+    """A histogram of firing frequencies for each SAE, without latents that never fired."""
     columns = 1 if len(results) < 4 else 3
     figure, axes = plotting.new_figure(-(-len(results) // columns), columns, 7 if columns == 1 else 5, 3.2)
     for axis in axes.flat[len(results) :]:
@@ -19,11 +19,11 @@ def frequencies(results: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
     for (name, result), axis in zip(results.items(), axes.flat, strict=False):
         alive = result.frequency[result.frequency > 0]
         axis.hist(np.log10(alive), bins=60, color="#1a73e8")
-        axis.set_xlabel("log₁₀ of the share of tokens a latent fires on")
-        axis.set_ylabel("latents")
+        axis.set_xlabel("log₁₀ firing frequency (share of activations)")
+        axis.set_ylabel("number of latents")
         axis.set_title(
             f"{plottable(name)}\nL0 {result.l0:.1f}, FVU {result.fvu:.3f}, delta loss {result.delta_loss:.3f} ± "
-            f"{result.delta_loss_se:.3f} nats, {result.dead_fraction:.1%} dead",
+            f"{result.delta_loss_se:.3f} nats, {result.dead_fraction:.1%} never fired",
             fontsize=10 if columns == 1 else 8,
         )
     return figure
@@ -32,11 +32,11 @@ def frequencies(results: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
 def pareto(
     results: Mapping[str, Evaluation], sweeps: Mapping[str, Mapping[str, str]]
 ) -> matplotlib.figure.Figure:
-    """L0 against delta loss, FVU and r_L0, with a line through each sweep in the order given.
+    """Delta loss, FVU and r_L0 against L0, with a line through each sweep in the order given.
 
     Args:
-      results: by SAE.
-      sweeps: by the label of a line, its SAEs in order, each with the label of its point.
+      results: the evaluations by SAE.
+      sweeps: for each line, by its label, the labels of its points by SAE.
     """
     lines = {
         label: [(results[name], text) for name, text in points.items()] for label, points in sweeps.items()
@@ -45,7 +45,7 @@ def pareto(
 
 
 def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> matplotlib.figure.Figure:
-    """L0 against delta loss, FVU and r_L0 of several evaluations, a colour each."""
+    """Delta loss, FVU and r_L0 against L0, with a colour for each evaluation."""
     lines = {
         label: [(result, "") for result in sorted(results.values(), key=lambda r: r.l0)]
         for label, results in columns.items()
@@ -56,11 +56,11 @@ def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> matplotlib.
 def _against_l0(
     lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool = True
 ) -> matplotlib.figure.Figure:
-    """A panel for each number that was measured; each point is a result with its label."""
+    """A panel for each metric that was measured; each point is an SAE with its label."""
     from matplotlib import ticker
 
     everything = [result for points in lines.values() for result, _ in points]
-    numbers = {"delta_loss": "delta loss, nats", "fvu": "FVU", "r_l0": "r_L0"}
+    numbers = {"delta_loss": "delta loss (nats)", "fvu": "FVU", "r_l0": "r_L0"}
     if any(result.r_l0 is None for result in everything):
         del numbers["r_l0"]
     figure, (axes,) = plotting.new_figure(1, len(numbers), 5.5, 4.2)
@@ -72,18 +72,18 @@ def _against_l0(
             axis.errorbar(l0, y, error, label=plottable(label), **style)
             for x, value, (_, text) in zip(l0, y, points, strict=True):
                 axis.annotate(plottable(text), (x, value), (6, 6), textcoords="offset points", fontsize=7)
-        # A splice may lower the loss, and an SAE may be silent.
+        # A delta loss can be negative and an L0 zero; then the scale stays linear.
         for scale, of, name in ((axis.set_xscale, axis.xaxis, "l0"), (axis.set_yscale, axis.yaxis, number)):
             values = [getattr(result, name) for result in everything]
             if min(values) > 0:
                 scale("log")
-                # Of less than a decade few numbers would have a tick, of several decades too many.
+                # A log scale has too few ticks within a decade, and too many over several decades.
                 is_wide = max(values) > 4 * min(values)
                 of.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if is_wide else ticker.MaxNLocator(5))
                 of.set_minor_locator(ticker.NullLocator())
             of.set_major_formatter("{x:g}")
         axis.margins(x=0.15)  # Room for the points' labels.
-        axis.set_xlabel("L0")
+        axis.set_xlabel("L0 (latents per activation)")
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
     if len(lines) > 1:
@@ -96,29 +96,32 @@ def _finite(value: float | None) -> float:
 
 
 def details(result: Evaluation) -> matplotlib.figure.Figure:
-    """Distributions of one SAE, and what changes with a token's position."""
+    """The distributions of one SAE's latents, its L0, and its errors by position."""
     figure, axes = plotting.new_figure(2, 4, 3.75, 2.8)
     (frequency, l0, error, delta), (threshold, decoder, encoder, cosine) = axes
     alive = result.frequency[result.frequency > 0]
     frequency.hist(np.log10(alive), bins=60)
-    frequency.set_title("log₁₀ of a latent's firing frequency")
+    frequency.set_xlabel("log₁₀ firing frequency (share of activations)")
+    frequency.set_ylabel("latents")
     l0.bar(np.arange(result.l0_counts.size), result.l0_counts, width=1)
-    l0.set_title("L0 of an activation")
+    l0.set_xlabel("L0 (latents per activation)")
+    l0.set_ylabel("activations")
     position = np.arange(len(result.by_position["error"]))
-    for axis, name, title in (
-        (error, "error", "squared error / variance, by position"),
-        (delta, "delta_loss", "delta loss by position, nats"),
+    for axis, name, label in (
+        (error, "error", "squared error / variance"),
+        (delta, "delta_loss", "delta loss (nats)"),
     ):
         values = result.by_position[name]
         axis.plot(position[1:], values[1:], lw=0.8)
-        axis.set_title(title)
-    for axis, values, title in (
-        (threshold, result.threshold, "thresholds"),
-        (decoder, result.decoder_norm, "decoder norms"),
-        (encoder, result.encoder_norm, "encoder norms"),
+        axis.set_xlabel("position after BOS (tokens)")
+        axis.set_ylabel(label)
+    for axis, values, label in (
+        (threshold, result.threshold, "threshold"),
+        (decoder, result.decoder_norm, "decoder norm"),
+        (encoder, result.encoder_norm, "encoder norm"),
         (cosine, result.nearest_cosine, "cosine with the nearest decoder"),
     ):
-        # All alike but for rounding, as decoder norms are: one bar, not the shape of rounding.
+        # Values that are equal up to rounding, such as decoder norms, get a single bar.
         low, high = float(values.min()), float(values.max())
         near = high - low < 1e-4 * max(abs(high), 1e-30)
         axis.hist(
@@ -126,17 +129,19 @@ def details(result: Evaluation) -> matplotlib.figure.Figure:
             bins=60,
             range=(low - 0.5 * abs(low) - 1e-3, high + 0.5 * abs(high) + 1e-3) if near else None,
         )
-        axis.set_title(title)
+        axis.set_xlabel(label)
+        axis.set_ylabel("latents")
     for axis in axes.flat:
-        axis.title.set_fontsize(9)
+        axis.xaxis.label.set_fontsize(9)
+        axis.yaxis.label.set_fontsize(9)
         axis.tick_params(labelsize=8)
     return figure
 
 
 def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> matplotlib.figure.Figure:
-    """L0, FVU and delta loss against the layer."""
+    """L0, FVU and delta loss against the layer, with a line for each kind of SAE."""
     figure, ((l0, fvu, delta),) = plotting.new_figure(1, 3, 4.3, 3.6)
-    # A line for what is otherwise the same, by its name without the layer.
+    # SAEs with the same name except for the layer share a line.
     lines: dict[str, list[str]] = {}
     for name in sorted(results, key=lambda name: layers[name]):
         lines.setdefault(name.replace(f"layer_{layers[name]}_", "", 1), []).append(name)
@@ -146,7 +151,7 @@ def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> ma
         fvu.plot(x, [results[name].fvu for name in names], marker="o")
         of = [results[name] for name in names]
         delta.errorbar(x, [r.delta_loss for r in of], [r.delta_loss_se for r in of], marker="o", capsize=3)
-    for axis, title in ((l0, "L0"), (fvu, "FVU"), (delta, "delta loss, nats")):
+    for axis, title in ((l0, "L0 (latents per activation)"), (fvu, "FVU"), (delta, "delta loss (nats)")):
         axis.set_title(title)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The evaluation of SAEs as a value: their numbers, the verdicts on them, and what they were measured on."""
+"""The results of evaluating SAEs: metrics, verdicts, and the model and rows that they were measured on."""
 
 import contextlib
 import dataclasses
@@ -32,42 +32,42 @@ from gemma_scope_jax.saes.evaluation_file import Evaluation
 if typing.TYPE_CHECKING:
     import pandas
 
-# Of the training rows so many activations are what baselines are fitted to.
+# The number of activations of training rows that baselines are fitted to.
 BASELINE_ACTIVATIONS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How SAEs are evaluated."""
+    """The options of an evaluation."""
 
-    rows: int = 512  # at most all of the split
-    rows_per_batch: int = 8  # in one pass
-    split: str = token_rows.HELD_OUT  # of the rows, or `token_rows.TRAIN`
-    turns: str | None = None  # in the chat template, whose turns count
-    is_fast: bool = False  # without what costs most; see `evaluate.evaluate`
-    has_baselines: bool = False  # with the `baselines` of each SAE
+    rows: int = 512  # rows to evaluate on; all rows of the split if it has fewer
+    rows_per_batch: int = 8  # rows in one pass of the model
+    split: str = token_rows.HELD_OUT  # the split of the rows: `token_rows.HELD_OUT` or `token_rows.TRAIN`
+    turns: str | None = None  # the chat turns that count: all, user or model; None: as in the config
+    is_fast: bool = False  # leaves out KL and r_L0, the slowest metrics; see `evaluate.evaluate`
+    has_baselines: bool = False  # also evaluates the `baselines` of each SAE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results(side_by_side.Suite):
-    """The evaluation of some SAEs on one text."""
+    """The evaluations of SAEs on one text."""
 
     results: Mapping[str, Evaluation]
     verdicts: Mapping[str, verdicts_lib.Verdict] = dataclasses.field(
         default_factory=dict
-    )  # by SAE; of no baseline
-    remarks: tuple[str, ...] = ()  # on all of it, a sentence each
-    layers: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of each SAE
-    # What is joined by a line where it is drawn: by label, SAEs with the labels of their points.
+    )  # by SAE, without baselines
+    remarks: tuple[str, ...] = ()  # remarks on the whole evaluation, a sentence each
+    layers: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by SAE
+    # The lines of the Pareto plot, by label: for each SAE on the line the label of its point.
     sweeps: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
-    rows_of: str = ""  # what the rows are, in words
-    command: str = ""  # that makes it again
+    rows_of: str = ""  # the rows in words, such as held-out
+    command: str = ""  # the command that makes the results again
 
     def __repr__(self) -> str:
         return f"Results of {len(self.results)} SAEs on {self.about['text']}: {', '.join(self.results)}"
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """A row of numbers for each SAE, with standard errors in columns of their own."""
+        """A table with a row of metrics for each SAE, and standard errors in separate columns."""
         with extras.needed():
             import pandas
 
@@ -75,17 +75,21 @@ class Results(side_by_side.Suite):
         return pandas.DataFrame.from_dict(rows, orient="index")
 
     def show(self) -> None:
-        """Prints the numbers of every SAE, and the verdicts."""
+        """Prints the metrics of every SAE, and the verdicts."""
         print_table(dict(self.results), f"{self.about['text']}, {self.rows_of}")
         for line in [*verdicts_lib.lines(self.verdicts), *self.remarks]:
             print(printable(line, 2000), flush=True)
 
     def figure(self) -> matplotlib.figure.Figure:
-        """Each SAE's histogram of firing frequencies."""
+        """A histogram of firing frequencies for each SAE."""
         return plots.frequencies(self.results)
 
     def save(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
-        """Writes evaluation.json, .csv, .npz, .html and .png to a folder, of a sweep pareto.png too; returns them."""
+        """Writes evaluation.json, .csv, .npz, .html and .png to a folder, and pareto.png for a sweep.
+
+        Returns:
+          The paths of the files.
+        """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         page.write_json(folder / "evaluation.json", self.results, self.about, self.verdicts)
@@ -97,7 +101,7 @@ class Results(side_by_side.Suite):
         if self.sweeps:
             written.append(folder / "pareto.png")
             plotting.write_png(written[-1], plots.pareto(self.results, self.sweeps), 120)
-            pictures["Sweeps"] = written[-1]
+            pictures["Delta loss and FVU against L0"] = written[-1]
         written.append(folder / "evaluation.html")
         page.write_html(
             written[-1],
@@ -118,14 +122,14 @@ def evaluate_opened(
     """Evaluates SAEs on the rows that they were opened with.
 
     Args:
-      opened: the SAEs, and with baselines those too; see `with_baselines`.
-      gemma: their whole model.
-      options: how.
-      parts: where what is measured of each batch is kept, to go on from; None: nowhere.
+      opened: the SAEs, with any baselines; see `with_baselines`.
+      gemma: the whole model.
+      options: the options of the evaluation.
+      parts: stores the measurements of each batch, to resume from; None: they are not stored.
 
     Raises:
-      ValueError: a number is out of range, or no prediction counts.
-      FloatingPointError: what is measured is not finite.
+      ValueError: if an option is out of range, or no prediction counts.
+      FloatingPointError: if an activation, a reconstruction or a loss is not finite.
     """
     for name in ("rows", "rows_per_batch"):
         ranges.check(name, getattr(options, name), ranges.COUNT)
@@ -158,10 +162,10 @@ def evaluate_opened(
     remarks += [f"{sentence}." for sentence in metrics.undefined(results)]
     rows_of = {token_rows.HELD_OUT: "held-out", token_rows.TRAIN: "training"}[options.split]
     if opened.is_other_text:
-        rows_of = "all of it"
+        rows_of = "not the training text"
     elif not opened.is_text_known:
-        rows_of = f"{options.split}; what was trained on is not known"
-    # Baselines are of no sweep.
+        rows_of = f"{options.split}; training text not known"
+    # Baselines are not part of a sweep.
     is_of_files = not opened.members and not opened.baselines
     return Results(
         about(opened, options) | {"cost": dataclasses.asdict(cost) if cost else None},
@@ -175,7 +179,7 @@ def evaluate_opened(
 
 
 def with_baselines(opened: opening.Opened, gemma: Gemma, per_batch: int) -> opening.Opened:
-    """The same with each SAE followed by its baselines."""
+    """The same SAEs, each followed by its baselines."""
     split = token_rows.TRAIN if opened.config.data.held_out_fraction < 1 else token_rows.HELD_OUT
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
     count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
@@ -193,7 +197,7 @@ def with_baselines(opened: opening.Opened, gemma: Gemma, per_batch: int) -> open
 
 
 def about(opened: opening.Opened, options: Options) -> dict[str, object]:
-    """What was evaluated, and on what."""
+    """The model, text, rows and step of an evaluation, as its files name them."""
     config, trained_on = opened.config, opened.text_trained_on
     return {
         "model": config.model,
@@ -212,7 +216,7 @@ def about(opened: opening.Opened, options: Options) -> dict[str, object]:
 
 
 def identity(opened: opening.Opened, mesh: jax.sharding.Mesh, options: Options) -> dict[str, object]:
-    """What changes whenever what would be measured of a batch does."""
+    """A value that changes whenever the measurements of a batch would, so that old ones are not resumed."""
     config = opened.config
     return about(opened, options) | {
         "weights": weights.fingerprint(registry.weights_path(config.model, config.weights)),
@@ -225,12 +229,12 @@ def identity(opened: opening.Opened, mesh: jax.sharding.Mesh, options: Options) 
 
 
 def _remarks(opened: opening.Opened, results: Mapping[str, Evaluation]) -> list[str]:
-    """What to know of an evaluation on another text than the one trained on."""
+    """Remarks on an evaluation on a text other than the training text."""
     texts = [shareable(text) for text in (opened.config.data.text, opened.text_trained_on)]
     remarks = [f"Evaluated on {texts[0]}, trained on {texts[1]}. {side_by_side.FVU_OF_TEXTS}"]
     own: dict | None = None
     others: dict[str, object] = {}
-    with contextlib.suppress(ValueError):  # A damaged one is no reason to lose this one.
+    with contextlib.suppress(ValueError):  # A damaged own evaluation must not stop this one.
         own, others = evaluation_file.own_evaluation(
             output.own_folder(opened.location), opened.own, opened.step
         )
@@ -241,7 +245,7 @@ def _remarks(opened: opening.Opened, results: Mapping[str, Evaluation]) -> list[
 
 
 def sweeps(members: Mapping[str, naming.Member]) -> dict[str, dict[str, str]]:
-    """Members that differ only in λ or in their target L0, in that order: by label, names and differences."""
+    """The sweeps among members, which differ only in λ or target L0: by label, the settings by member, in order."""
     found: dict[str, dict[str, str]] = {}
     by_setting = sorted(members.items(), key=lambda item: (item[1].target_l0, item[1].sparsity_coefficient))
     for name, member in by_setting:
@@ -257,7 +261,7 @@ def sweeps(members: Mapping[str, naming.Member]) -> dict[str, dict[str, str]]:
 def _lines(
     subjects: Mapping[str, attached.Subject], results: Mapping[str, Evaluation]
 ) -> dict[str, dict[str, str]]:
-    """The same of files, which do not say their λ: those of one place and width, by their L0."""
+    """The lines of SAEs in files, whose λ is not known: SAEs of one site and width, in the order of their L0."""
     found: dict[str, dict[str, str]] = {}
     for name in sorted(subjects, key=lambda name: results[name].l0):
         subject = subjects[name]
@@ -270,7 +274,7 @@ def _lines(
 
 
 def print_table(results: dict[str, Evaluation], of: str) -> None:
-    """The numbers of every SAE: a column each, or of more than three a row each with those that matter most."""
+    """Prints the metrics: a column for each SAE, or for more than three a row each with the main metrics."""
     first = next(iter(results.values()))
     counts = f"{first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"
     table = tables.Table(title=f"{printable(of)}: {counts}")
@@ -286,5 +290,5 @@ def print_table(results: dict[str, Evaluation], of: str) -> None:
             table.add_column(name, justify="right", overflow="fold")
         for number, metric in metrics.METRICS.items():
             table.add_row(metric.label, *(page.shown(result, number) for result in results.values()))
-    # Wider than a narrow terminal, where a row then takes two lines, rather than without the names.
+    # In a narrow terminal, rows wrap onto two lines rather than losing the names.
     tables.show(table, least_width=tables.width(results) + 115 if is_long else 0)

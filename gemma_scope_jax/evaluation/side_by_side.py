@@ -1,4 +1,4 @@
-"""Evaluations side by side: of two suites of SAEs, or of one on several texts."""
+"""Evaluations side by side: of several suites of SAEs, or of one suite on several texts."""
 
 import dataclasses
 import pathlib
@@ -20,15 +20,15 @@ from gemma_scope_jax.saes.evaluation_file import Evaluation
 if typing.TYPE_CHECKING:
     import pandas
 
-FVU_OF_TEXTS = "FVU is against each text's own variance: of different texts compare delta loss, not FVU."
+FVU_OF_TEXTS = "FVU is relative to each text's own variance: between texts, compare delta loss, not FVU."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Suite:
-    """An evaluation of some SAEs, as `report` wrote it."""
+    """An evaluation of SAEs, as written by `report`."""
 
-    about: Mapping[str, object]  # what it was made of
-    # By SAE: objects with the numbers of `evaluation_file.Evaluation`, and its `by_row`.
+    about: Mapping[str, object]  # the model, text and rows; see `report.about`
+    # By SAE: objects with the metrics of `evaluation_file.Evaluation`, and its `by_row`.
     results: Mapping[str, Evaluation | types.SimpleNamespace]
 
 
@@ -36,26 +36,26 @@ _MAX_ROWS = 2**24
 
 
 def by_row() -> set[str]:
-    """The sums of each row that `metrics.difference` takes."""
+    """The names of the sums of each row that `metrics.difference` needs."""
     return {"activations", *(name for of in metrics.paired().values() for name in of if name)}
 
 
 def read(folder: pathlib.Path) -> Suite:
-    """The evaluation in a folder.
+    """Reads the evaluation in a folder.
 
     Raises:
-      ValueError: there is none, or it is damaged.
+      ValueError: if there is no evaluation, or it is damaged.
     """
     path, arrays = folder / "evaluation.json", folder / "evaluation.npz"
     if not path.exists():
-        raise FormatError(
-            f"{folder} has no evaluation.json; run gemma-scope evaluate on what is to be compared"
-        )
+        raise FormatError(f"{folder} has no evaluation.json; run gemma-scope evaluate on the SAEs to compare")
     about = evaluation_file.read_numbers(path)
     saes = about.pop("sae")
     for name, numbers in saes.items():
         if not isinstance(numbers["rows"], int) or not 0 < numbers["rows"] <= _MAX_ROWS:
-            raise FormatError(f"{path} is no evaluation: {printable(name)} has {numbers['rows']} rows")
+            raise FormatError(
+                f"{path} is not a valid evaluation: {printable(name)} has {numbers['rows']} rows"
+            )
     shapes = {
         f"{name}/by_row/{quantity}": (numbers["rows"],)
         for name, numbers in saes.items()
@@ -65,7 +65,7 @@ def read(folder: pathlib.Path) -> Suite:
     results = {}
     for name, numbers in saes.items():
         of = {quantity: found[key] for quantity in by_row() if (key := f"{name}/by_row/{quantity}") in found}
-        # Plots take these for numbers.
+        # Plots need numbers here.
         drawn = {key: np.nan for key in ("l0", "fvu", "delta_loss") if numbers[key] is None}
         of = of if of.keys() == by_row() else {}
         results[name] = types.SimpleNamespace(**numbers | drawn, by_row=of)
@@ -73,16 +73,16 @@ def read(folder: pathlib.Path) -> Suite:
 
 
 def labels(folders: list[pathlib.Path]) -> list[str]:
-    """The last parts of the paths that tell them apart."""
+    """A label for each folder: as many last parts of its path as make the labels distinct."""
     for depth in range(1, 20):
         labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(labels)) == len(labels):
             return labels
-    raise FormatError("an evaluation is given twice; give different ones")
+    raise FormatError("the same evaluation is given twice; give different folders")
 
 
 def rows_of(columns: Mapping[str, Suite]) -> list[dict[str, str]]:
-    """Which SAEs stand side by side: by column, their names."""
+    """The SAEs to compare: for each row, the SAE's name in each column."""
     names = [list(suite.results) for suite in columns.values()]
     common = set(names[0]).intersection(*names[1:])
     if not common and len({len(each) for each in names}) == 1:
@@ -92,7 +92,10 @@ def rows_of(columns: Mapping[str, Suite]) -> list[dict[str, str]]:
 
 
 def difference(number: str, a: object, b: object, is_same_text: bool) -> tuple[float, float] | None:
-    """What a number is of `b` less what it is of `a`; nan for the error where they are not of the same rows."""
+    """A metric of `b` minus that of `a`, and its standard error, NaN unless both were evaluated on the same rows.
+
+    None if one of them lacks the metric.
+    """
     first, second = (evaluation_file.number(one, number) for one in (a, b))
     if first is None or second is None:
         return None
@@ -102,7 +105,7 @@ def difference(number: str, a: object, b: object, is_same_text: bool) -> tuple[f
 
 
 def _same_text(a: Suite, b: Suite) -> bool:
-    """Whether both took their rows from one split of one text; then they begin with the same ones."""
+    """Whether both used the same split of the same text, so that they begin with the same rows."""
     return all(
         name in a.about and a.about[name] == b.about.get(name)
         for name in ("rows_of", "split", "turns", "context_length")
@@ -120,25 +123,25 @@ class Comparison:
     """Evaluations side by side."""
 
     columns: Mapping[str, Suite]  # by label
-    # By number: rows of the first SAE's name and what is shown of it in each column.
+    # By metric: the rows of its table, each the first SAE's name and the text of each column.
     tables: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]]
     headings: tuple[str, ...]
     cells: Sequence[
         Mapping[str, object]
-    ]  # every number, with its error and its difference to the first column
+    ]  # every value, with its standard error and its difference from the first column
     remark: str = ""
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """A row for each number of each SAE in each column."""
+        """A table with a row for each metric, SAE and column."""
         with extras.needed():
             import pandas
 
         return pandas.DataFrame(self.cells)
 
     def show(self) -> None:
-        """Prints a table for each number."""
+        """Prints a table for each metric."""
         names = tables.width(name for rows in self.tables.values() for name, _ in rows)
-        # Wider than a narrow terminal, where a row then takes two lines, rather than a digit on each.
+        # In a narrow terminal, rows wrap onto two lines rather than one digit a line.
         width = names + sum(max(tables.width([heading]), 20) + 3 for heading in self.headings) + 5
         for number, rows in self.tables.items():
             table = tables.Table(title=metrics.METRICS[number].label)
@@ -152,11 +155,16 @@ class Comparison:
             print(printable(self.remark), flush=True)
 
     def figure(self) -> matplotlib.figure.Figure:
-        """L0 against delta loss, FVU and r_L0, a colour for each column."""
+        """Delta loss, FVU and r_L0 against L0, with a colour for each column."""
         return plots.side_by_side({label: suite.results for label, suite in self.columns.items()})
 
     def save(self, out: pathlib.Path, command: str = "") -> list[pathlib.Path]:
-        """Writes side_by_side.html and .csv, with the command that makes them again; returns them."""
+        """Writes side_by_side.html and .csv to a folder and returns their paths.
+
+        Args:
+          out: the folder.
+          command: the command that makes them again, shown on the page.
+        """
         written = [out / "side_by_side.html", out / "side_by_side.csv"]
         html.render(
             written[0],
@@ -174,14 +182,14 @@ class Comparison:
 
 
 def comparison(columns: Mapping[str, Suite], is_compared: bool = False) -> Comparison:
-    """Evaluations side by side.
+    """Puts evaluations side by side.
 
-    SAEs are compared where they have one name in both; where no name is in both and there are as many in each, in
-    their order. Differences have a standard error where both were evaluated on the same rows.
+    SAEs are matched by name. If no name is in all evaluations and each has the same number of SAEs, they are matched
+    by order. A difference has a standard error if both SAEs were evaluated on the same rows.
 
     Args:
-      columns: by label.
-      is_compared: with the difference of each to the first.
+      columns: the evaluations by label.
+      is_compared: also computes the difference of each column from the first.
     """
     first = next(iter(columns))
     shown_of: dict[str, list[tuple[str, dict[str, str]]]] = {}

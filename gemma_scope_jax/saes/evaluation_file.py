@@ -1,4 +1,4 @@
-"""The numbers of an SAE's evaluation, and the file beside it that has them."""
+"""The metrics of an SAE's evaluation, and the file evaluation.json that stores them."""
 
 import dataclasses
 import pathlib
@@ -16,30 +16,25 @@ QUANTILES = (5, 25, 50, 75, 95)
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The numbers of one SAE. Losses are in nats per prediction; `_se` is a standard error over rows.
+    """The evaluation of one SAE; docs/metrics.md and `evaluation.metrics.METRICS` define the metrics.
 
-    What was not measured is None.
+    Losses are in nats per prediction. `_se` is a standard error over rows. A metric that was not measured is None.
     """
 
     l0: float
     l0_se: float
-    l0_quantiles: tuple[int, ...]  # over activations, at `QUANTILES` per cent
-    # ‖y − ŷ‖² over ‖y − mean‖², y being what is spliced and the mean that of the evaluated activations.
+    l0_quantiles: tuple[int, ...]  # of L0 over activations, at the percentages `QUANTILES`
     fvu: float
     fvu_se: float
-    fvu_per_dimension: float  # the mean over dimensions of the same ratio in each
+    fvu_per_dimension: float
     fvu_per_dimension_se: float
-    explained_variance_elements: (
-        float  # 1 − mean squared error over the variance of all elements, as in tutorials
-    )
+    explained_variance_elements: float
     explained_variance_elements_se: float
-    explained_variance_tokens: (
-        float  # the mean over tokens of 1 − ‖y − ŷ‖² / ‖y − site's mean‖², as SAELens had it
-    )
+    explained_variance_tokens: float
     explained_variance_tokens_se: float
-    cosine: float  # of y and ŷ, the mean over tokens
+    cosine: float
     cosine_se: float
-    norm_ratio: float  # ‖ŷ‖ / ‖y‖, likewise
+    norm_ratio: float
     norm_ratio_se: float
     delta_loss: float
     delta_loss_se: float
@@ -52,32 +47,34 @@ class Evaluation:
     loss_recovered_zero_se: float
     loss_recovered_mean: float
     loss_recovered_mean_se: float
-    kl: float | None  # KL(clean ‖ spliced) of the predictions of the next token
+    kl: float | None
     kl_se: float | None
-    r_l0: float | None  # uniformity of active latent importance
+    r_l0: float | None
     r_l0_se: float | None
-    dead_fraction: float  # of latents that never fire on the evaluated tokens
-    dense_fraction: float  # of latents that fire on more than a tenth of them
-    decoder_cosine: float  # of a latent's decoder direction with that next to it, the median over latents
+    dead_fraction: float
+    dense_fraction: float
+    decoder_cosine: float  # median of `nearest_cosine`
     rows: int
-    activations: int  # positions that L0, FVU and frequencies are over
-    tokens: int  # predictions scored
-    # Distributions, which are not in the table.
-    frequency: np.ndarray  # [M], of each latent's firing
-    nearest_cosine: np.ndarray  # [M], of each decoder direction with that next to it
+    activations: int  # positions that L0, FVU and firing frequencies are averaged over
+    tokens: int  # scored predictions
+    # Distributions, stored as arrays.
+    frequency: np.ndarray  # [M], share of activations on which each latent fires
+    nearest_cosine: np.ndarray  # [M], largest cosine of each decoder direction with another latent's
     threshold: np.ndarray  # [M]
     decoder_norm: np.ndarray  # [M]
     encoder_norm: np.ndarray  # [M]
-    l0_counts: np.ndarray  # [highest L0 + 1], activations on which so many latents fire
+    l0_counts: np.ndarray  # [highest L0 + 1], the number of activations with each L0
     by_position: Mapping[
         str, np.ndarray
-    ]  # [L]: behind a document's BOS; see `evaluation.metrics.at_positions`
-    by_row: Mapping[str, np.ndarray]  # [S]: sums of each row; see `evaluation.metrics.difference`
-    more: Mapping[str, float | None] = dataclasses.field(default_factory=dict)  # numbers that were registered
+    ]  # [L], by position after a document's BOS; see `evaluation.metrics.at_positions`
+    by_row: Mapping[str, np.ndarray]  # [S], sums of each row; see `evaluation.metrics.difference`
+    more: Mapping[str, float | None] = dataclasses.field(
+        default_factory=dict
+    )  # metrics added with `evaluation.metrics.register`
 
 
 def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
-    """All but the distributions; what is not finite is None."""
+    """All metrics and counts, without the distributions; a value that is not finite becomes None."""
     found = {
         key: value for key, value in vars(result).items() if not isinstance(value, (np.ndarray, Mapping))
     }
@@ -85,7 +82,7 @@ def numbers(result: Evaluation) -> dict[str, float | int | tuple | None]:
     return {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in found.items()}
 
 
-# All of an evaluation that is a single number, or a few.
+# The fields of an evaluation that are one number, or a few.
 SCALARS = [
     field.name
     for field in dataclasses.fields(Evaluation)
@@ -94,22 +91,22 @@ SCALARS = [
 
 
 def number(result: object, name: str) -> float | None:
-    """A number of an evaluation by name, its own or a registered one; None: it was not measured."""
+    """A metric of an evaluation by name, built in or registered; None if it was not measured."""
     return getattr(result, name, None) if hasattr(result, name) else getattr(result, "more", {}).get(name)
 
 
 def read_numbers(path: pathlib.Path) -> dict:
-    """What an evaluation.json says, checked: `SCALARS` of each SAE under "sae", and what they were measured on.
+    """Reads and checks an evaluation.json: the `SCALARS` of each SAE under "sae", and the model and rows.
 
-    What was not measured, or not by the version that wrote it, is None.
+    A metric that was not measured, or that an older version did not have, is None.
 
     Raises:
-      ValueError: it is no evaluation.
+      ValueError: if the file is not a valid evaluation.
     """
     found = files.read_json(path)
     saes = found.pop("sae", None)
     if not isinstance(saes, dict) or not saes or not all(isinstance(of, dict) for of in saes.values()):
-        raise FormatError(f"{path} has no numbers of SAEs; remove it, and run gemma-scope evaluate again")
+        raise FormatError(f"{path} has no metrics of SAEs; remove it, and run gemma-scope evaluate again")
     checked = {
         name: {key: of.get(key) for key in SCALARS}
         | {key: value for key, value in of.items() if _is_registered(key) and _is_number(value)}
@@ -119,9 +116,11 @@ def read_numbers(path: pathlib.Path) -> dict:
         for key, value in of.items():
             values = value if key == "l0_quantiles" and isinstance(value, list) else [value]
             if not all(map(_is_number, values)):
-                raise FormatError(f"{path} is no evaluation: {key} of {printable(name)} is {quoted(value)}")
+                raise FormatError(
+                    f"{path} is not a valid evaluation: {key} of {printable(name)} is {quoted(value)}"
+                )
             if key.endswith("_se") and value is not None and value < 0:
-                raise FormatError(f"{path} is no evaluation: {key} of {printable(name)} is below zero")
+                raise FormatError(f"{path} is not a valid evaluation: {key} of {printable(name)} is negative")
     about = {
         key: value for key, value in found.items() if value is None or isinstance(value, (str, int, float))
     }
@@ -129,7 +128,7 @@ def read_numbers(path: pathlib.Path) -> dict:
 
 
 def _is_registered(key: str) -> bool:
-    """Whether a key may be a number that somebody has added to the metrics."""
+    """Whether a key can be the name of a registered metric."""
     return key.isidentifier() and not key.startswith("_") and key not in Evaluation.__dataclass_fields__
 
 
@@ -141,20 +140,21 @@ def _is_number(value: object) -> bool:
 def own_evaluation(
     folder: pathlib.Path, config: config_lib.Config, step: int | None
 ) -> tuple[dict | None, dict[str, object]]:
-    """The evaluation in a folder, and what it was made of that is not the SAEs' own, by name.
+    """Reads the evaluation in a folder, and compares its settings with the SAEs' own.
 
-    Their own are the model, the text and its held-out rows, all positions, and their newest step.
+    The SAEs' own settings are their model, the held-out rows of their training text, all positions, and their newest
+    step.
 
     Args:
-      folder: the run's, or that of an SAE in files.
-      config: as the run or the file says.
-      step: at which the run is; None: of an SAE in files.
+      folder: the folder of the run, or of an SAE in files.
+      config: the config of the run or file.
+      step: the run's training step; None: an SAE in files.
 
     Returns:
-      What evaluation.json holds, None if there is none; and the differences, of an own one none.
+      The content of evaluation.json, None if it does not exist; and the settings in it that differ, by name.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: if evaluation.json is damaged.
     """
     path = folder / "evaluation.json"
     if not path.exists():
@@ -167,7 +167,7 @@ def own_evaluation(
     }  # fmt: skip
 
     def is_same(name: str) -> bool:
-        # Evaluations have their paths without the user's name, older ones with it.
+        # Only older evaluations have paths with the user's name.
         return shareable(found.get(name)) == shareable(own[name])
 
     return found, {name: found.get(name) for name in own if not is_same(name)}

@@ -45,9 +45,9 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
     check(html, results)
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert html.count("data:image/png;base64,") == 3  # Of each SAE, and by layer.
-    assert "another text than the one trained on, <code>&lt;i&gt;</code>" in html and "&lt;u&gt;" in html
+    assert "not the training text, <code>&lt;i&gt;</code>" in html and "&lt;u&gt;" in html
     verdict = re.search('<ul id="verdict">(.*?)</ul>', html, re.DOTALL)[1]
-    assert "1 of 2 SAEs with nothing amiss" in verdict and "layer_0" not in verdict
+    assert "No faults in 1 of 2 SAEs" in verdict and "layer_0" not in verdict
     assert "&lt;b&gt;bad&lt;/b&gt;. Next: wait." in verdict
     assert "&lt;sotu &amp; co&gt;" in html and "gemma-scope evaluate X --rows=4" in html
     shown = set(map(unescape, re.findall(r"<d[td]>(.*?)</d[td]>", html, re.DOTALL)))

@@ -22,27 +22,27 @@ def judge(width=4096, target_l0=0.0, **changes):
 def test_a_good_one_is_said_to_be_in_few_words():
     good = judge()
     assert not good.faults
-    assert good.line == "nothing amiss: it costs 0.193 of the 4.28 nats that mean ablation costs, at L0 57.1"
+    assert good.line == "no faults: delta loss is 0.193 nats and mean ablation costs 4.28 nats, at L0 57.1"
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         # Loss recovered against the mean −6.95 beside a cosine of 0.98.
-        ({"delta_loss": 34.0}, r"worse than mean ablation \(4.280\) and zero ablation \(20.900\): it costs 34.000"),
-        ({"delta_loss": 5.0}, r"worse than mean ablation \(4.280\): it costs 5.000 nats. Next: .*normalizer.center"),
-        ({"delta_loss": 2.6}, "recovers under half: it costs 2.600 of the 4.28 nats .* Next: train on more tokens"),
-        ({"fvu": 1.3}, "FVU 1.3: further from the activations than their mean is"),
-        ({"l0": 0.0, "dead_fraction": 1.0}, "nothing fires.* Next: if it was trained here, lower sparsity_coeff"),
+        ({"delta_loss": 34.0}, r"worse than mean ablation \(4.280\) and zero ablation \(20.900\): delta loss is 34"),
+        ({"delta_loss": 5.0}, r"worse than mean ablation \(4.280\): delta loss is 5.000 nats. Next: .*zer.center"),
+        ({"delta_loss": 2.6}, "recovers less than half: delta loss is 2.600 nats .* Next: train on more tokens"),
+        ({"fvu": 1.3}, "FVU 1.3 is above 1: the mean of the activations is a better"),
+        ({"l0": 0.0, "dead_fraction": 1.0}, "no latent fires.* Next: if you trained it, lower sparsity_coeff"),
         ({"l0": 2000.0, "dead_fraction": 0.1}, "hardly sparse: 49% of latents fire on an activation. Next: raise"),
         ({"dead_fraction": 0.3, "activations": 130_016}, "dead: 30% of latents never fired on 130,016 activations"),
         ({"dead_fraction": 0.6}, "silent: 60% of latents never fired on 16,253 activations. Next: give more --rows"),
         ({"dense_fraction": 0.05}, "dense: 5.0% of latents fire on over 10% of activations"),
         ({"target_l0": 100.0}, "L0 57.1 is 43% below its target of 100. Next: lower sparsity_coefficients"),
         ({"target_l0": 40.0}, "L0 57.1 is 43% above its target of 40. Next: raise sparsity_coefficients"),
-        ({"fvu": None}, "FVU nan means nothing: the activations do not vary"),
-        ({"fvu": -128_415.0}, "FVU -1.28e[+]05 means nothing"),
-        ({"fvu": "<b>"}, "FVU nan means nothing"),
+        ({"fvu": None}, "FVU nan is meaningless: the activations do not vary"),
+        ({"fvu": -128_415.0}, "FVU -1.28e[+]05 is meaningless"),
+        ({"fvu": "<b>"}, "FVU nan is meaningless"),
         ({"delta_loss": None}, "delta loss is not a number"),
     ],
 )  # fmt: skip
@@ -86,7 +86,7 @@ def test_what_may_be_chance_is_not_said():
 def test_training_tells_nothing_of_losses():
     training = {name: GOOD[name] for name in ("l0", "fvu")}
     assert verdicts.verdict(training, 4096).line == (
-        "nothing amiss at L0 57.1 and FVU 0.032; delta loss, by gemma-scope evaluate, decides"
+        "no faults at L0 57.1 and FVU 0.032; run gemma-scope evaluate for delta loss, which decides"
     )
     assert verdicts.verdict(training | {"fvu": 1.5}, 4096).faults
 
@@ -96,7 +96,7 @@ def test_a_text_that_costs_more_is_said_though_fvu_is_lower():
     own = {"delta_loss": 0.19, "delta_loss_se": 0.012, "fvu": 0.032}
     news = {"delta_loss": 0.93, "delta_loss_se": 0.03, "fvu": 0.021}
     assert verdicts.beside_own(news, own) == (
-        "delta loss 0.930 against 0.190 on the text it was trained on, although FVU is lower (0.021 against 0.032)"
+        "delta loss is 0.930, and 0.190 on the training text, although FVU is lower here (0.021 and 0.032)"
     )
     assert "although" not in verdicts.beside_own(news | {"fvu": 0.05}, own)
     assert verdicts.beside_own(own | {"delta_loss": 0.2}, own) == ""
@@ -106,8 +106,8 @@ def test_a_text_that_costs_more_is_said_though_fvu_is_lower():
 def test_of_many_only_those_amiss_are_listed():
     one, bad = judge(), judge(fvu=2.0)
     assert verdicts.lines({"a": one}) == [f"Verdict: {one.line}."]
-    assert verdicts.lines({"a": one, "b": one}) == ["Verdict: 2 of 2 SAEs with nothing amiss."]
+    assert verdicts.lines({"a": one, "b": one}) == ["Verdict: no faults in 2 of 2 SAEs."]
     many = verdicts.lines({"a": one} | {f"b{i}": bad for i in range(8)})
-    assert many[0] == "Verdict: 1 of 9 SAEs with nothing amiss." and many[1] == f"b0: {bad.line}."
-    assert len(many) == 7 and many[-1] == "And 3 more."
+    assert many[0] == "Verdict: no faults in 1 of 9 SAEs." and many[1] == f"b0: {bad.line}."
+    assert len(many) == 7 and many[-1] == "And 3 more with faults."
     assert verdicts.lines({}) == []
