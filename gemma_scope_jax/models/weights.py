@@ -425,7 +425,7 @@ def read_gguf(path: str) -> gguf.GGUFReader:
         return _GgufReader(path)
     except Exception as error:  # The reader maps the file unchecked: truncation can raise any error.
         reason = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{path} is not a whole GGUF file ({reason}); fetch it again") from error
+        raise WeightsError(f"{path} is not a valid GGUF file ({reason}); fetch it again") from error
 
 
 def gguf_field(path: str, name: str) -> object:

@@ -1,4 +1,4 @@
-"""What chips can do: FLOPs, memory and bandwidth by kind, and the memory of the devices at hand."""
+"""FLOPs, memory and bandwidth of chips by kind, and the memory of the attached devices."""
 
 import dataclasses
 import os
@@ -9,12 +9,12 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one JAX device of a kind has, by Google's documentation."""
+    """The figures of one JAX device of a kind, from Google's documentation."""
 
-    flops: float  # of bfloat16, in a second
+    flops: float  # per second, in bfloat16
     memory: float  # bytes
-    memory_bandwidth: float  # bytes in a second
-    link_bandwidth: float  # bytes in a second, of one link to a neighbour, one way
+    memory_bandwidth: float  # bytes per second
+    link_bandwidth: float  # bytes per second, over one link to a neighbour, in one direction
 
 
 CHIPS = {
@@ -26,10 +26,10 @@ CHIPS = {
     "tpu7x": Chip(2307e12 / 2, 192e9 / 2, 7.37e12 / 2, 100e9 / 2),
 }
 
-# Multiplications in bfloat16 that one in float32 takes.
+# The bfloat16 multiplications for one float32 multiplication, by matmul precision.
 PASSES = {"default": 1, "high": 3, "highest": 6}
 
-# What JAX calls their devices.
+# Chips by the `device_kind` of their JAX devices.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -43,18 +43,18 @@ _KINDS = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """What a device has; None if it is not among `CHIPS`."""
+    """The figures of a device; None if its kind is not in `CHIPS`."""
     return CHIPS.get(_KINDS.get(device.device_kind, ""))
 
 
-# Of control groups, version 2 and 1.
+# The memory limits of control groups, versions 2 and 1.
 _CONTAINER_LIMITS = tuple(
     map(pathlib.Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 )
 
 
 def memory_of(device: jax.Device) -> int:
-    """Bytes that a device has; a CPU's share of the machine's, or of the container's."""
+    """The memory of a device in bytes; for a CPU device, its share of the machine's or the container's memory."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]

@@ -1,6 +1,7 @@
-"""Many hosts as one program: all compute, the first one writes and speaks.
+"""Many hosts as one program: all of them compute, and the first one writes and prints.
 
-All but `is_preempted` may be called by a program of one process, for which they do nothing or the obvious.
+All functions except `is_preempted` can also be called in a program of one process, where they do nothing or the
+obvious.
 """
 
 import dataclasses
@@ -22,17 +23,17 @@ from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.printing import printable
 from gemma_scope_jax.runtime.reporting import say
 
-_SAY_AFTER, _SAY_EVERY = 5, 30  # Seconds of waiting for others.
+_SAY_AFTER, _SAY_EVERY = 5, 30  # Seconds of waiting for other processes.
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Which of how many processes this one is, and where the first one listens (HOST:PORT)."""
+    """This process's index, the number of processes, and the address (HOST:PORT) of the first process."""
 
     address: str | None
     count: int
     index: int
-    devices: list[int] | None  # Of this host's GPUs those it uses; empty: all; None: as JAX does.
+    devices: list[int] | None  # The GPUs of this host that it uses; empty: all; None: JAX's default.
 
 
 ALONE = Place(None, 1, 0, None)
@@ -41,18 +42,18 @@ ALONE = Place(None, 1, 0, None)
 def initialize(
     *, heartbeat_timeout_seconds: int = 30, join_timeout_seconds: int = 300, saves_together: bool = False
 ) -> None:
-    """Joins the processes of the other hosts, if there are any; to be called before anything looks at a device.
+    """Joins the processes of the other hosts, if there are any. Must be called before anything uses a device.
 
-    Cloud TPU, GKE and Slurm tell who they are. Elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID do; JAX_NUM_PROCESSES=1 runs alone wherever it is.
+    Cloud TPU, GKE and Slurm identify the processes. Elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT of the first
+    process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do. With JAX_NUM_PROCESSES=1 the process always runs alone.
 
     Args:
-      heartbeat_timeout_seconds: when another has not been heard of for so long, this process ends.
-      join_timeout_seconds: how long it waits for the others at the start.
-      saves_together: whether SIGTERM is JAX's, for `is_preempted`; else it ends this process at once.
+      heartbeat_timeout_seconds: this process ends after so many seconds without a sign of another process.
+      join_timeout_seconds: the number of seconds to wait for the other processes at the start.
+      saves_together: whether JAX handles SIGTERM, for `is_preempted`; otherwise SIGTERM ends this process at once.
 
     Raises:
-      ValueError: it is not told who the others are, or they do not come in time.
+      ValueError: if the other processes cannot be identified, or do not join in time.
     """
     place = ALONE
     failed: list[Exception] = []
@@ -63,10 +64,10 @@ def initialize(
             place = place_in(os.environ)
             if place.count > 1:
                 _connect(place, heartbeat_timeout_seconds, join_timeout_seconds)
-        except Exception as error:  # Of any kind: none may go on as if it were alone.
+        except Exception as error:  # Of any kind: no process may go on as if it were alone.
             failed.append(error)
 
-    # On a thread: JAX waits in C++, deaf to all, and then ends the process with a trace of its stack.
+    # On a thread: JAX waits in C++, where it ignores signals, and then ends the process with a stack trace.
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     started, wait = time.monotonic(), _SAY_AFTER
@@ -75,7 +76,7 @@ def initialize(
         if left <= 0:
             raise ConfigError(
                 f"waited {join_timeout_seconds} s (hosts.join_timeout_seconds) {_waited_for(place)}; start "
-                "the same command for all of them, or set JAX_NUM_PROCESSES=1 to run alone"
+                "the same command in every process, or set JAX_NUM_PROCESSES=1 to run alone"
             )
         thread.join(min(wait, left))
         if thread.is_alive() and left > wait:
@@ -92,17 +93,19 @@ def initialize(
 
 
 def place_in(environment: Mapping[str, str]) -> Place:
-    """What the environment, or the cluster it is of, says of this process.
+    """The place of this process, from the environment or the cluster.
 
     Raises:
-      ValueError: some of the three variables are missing, or say what cannot be; or the cluster does not answer.
+      ValueError: if only some of the three variables are set, one is invalid, or the cluster does not answer.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     if environment.get("JAX_NUM_PROCESSES") == "1":
         return ALONE
     given = [name for name in names if name in environment]
     if given and len(given) < len(names):
-        raise ConfigError(f"of {', '.join(names)} only {', '.join(given)} is set; set all three, or none")
+        raise ConfigError(
+            f"{', '.join(names)} belong together, but only {', '.join(given)} is set; set all three, or none"
+        )
     address = count = index = None
     if given:
         address, count, index = environment[names[0]], *(_number(environment, name) for name in names[1:])
@@ -112,16 +115,16 @@ def place_in(environment: Mapping[str, str]) -> Place:
             )
         if not 0 <= index < count:
             raise ConfigError(
-                f"{names[2]} is {index}; of {names[1]} {count} it must be from 0 to {count - 1}"
+                f"{names[2]} is {index}; with {names[1]}={count} it must be from 0 to {count - 1}"
             )
     try:
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             address, count, index, gpus_of(environment), None, 60
         )
-    except Exception as error:  # A cluster's own variables, its network, or a package it needs.
+    except Exception as error:  # From the cluster's variables, its network, or a package it needs.
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise ConfigError(
-            f"this cluster does not say who the other processes are ({reason}); set {', '.join(names)}, or "
+            f"this cluster does not identify the other processes ({reason}); set {', '.join(names)}, or "
             "JAX_NUM_PROCESSES=1 to run alone"
         ) from error
     return ALONE if found[0] is None or found[1] == 1 else Place(*found)
@@ -135,10 +138,10 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def gpus_of(environment: Mapping[str, str]) -> list[int] | None:
-    """Which of a host's GPUs are this process's: an equal share each; empty for all; None to leave it to JAX.
+    """The GPUs of this host that this process uses: an equal share each; empty for all; None to leave it to JAX.
 
-    JAX gives each task of Slurm and Open MPI the one GPU of its local number, so a task alone on its host would use
-    one and leave the others idle.
+    JAX gives each task of Slurm and Open MPI only the GPU of its local number, so a task alone on its host would use
+    one GPU and leave the others idle.
     """
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
@@ -149,7 +152,7 @@ def gpus_of(environment: Mapping[str, str]) -> list[int] | None:
         or not environment.get("SLURM_GPU_BIND", "none").endswith("none")
     )
     if tasks == 1 or is_bound:
-        return []  # Alone, or Slurm lets each task see its own only.
+        return []  # Alone, or Slurm shows each task only its own GPUs.
     local = environment.get("SLURM_LOCALID", environment.get("OMPI_COMM_WORLD_LOCAL_RANK", ""))
     visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
     count = len(visible.split(",")) if visible else int(environment.get("SLURM_GPUS_ON_NODE", 0))
@@ -180,17 +183,16 @@ def _tasks_on_this_host(environment: Mapping[str, str]) -> int | None:
 def _connect(place: Place, heartbeat_timeout_seconds: int, join_timeout_seconds: int) -> None:
     port = int(place.address.rsplit(":", 1)[1])
     if place.index == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
-        with (
-            socket.socket() as trial
-        ):  # gRPC shares a port with another job's and waits for those who ask there.
+        # gRPC would share a port with another job, and then wait for processes that connect to that job.
+        with socket.socket() as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 trial.bind(("", port))
             except (OSError, OverflowError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise ConfigError(
-                    f"cannot listen on port {port} for the other processes: {reason}; name another in "
-                    "JAX_COORDINATOR_ADDRESS, or on a cluster in JAX_COORDINATOR_PORT, for all of them"
+                    f"cannot listen on port {port} for the other processes: {reason}; set another port in "
+                    "JAX_COORDINATOR_ADDRESS, or on a cluster in JAX_COORDINATOR_PORT, for all processes"
                 ) from error
     try:
         jax.distributed.initialize(
@@ -198,18 +200,18 @@ def _connect(place: Place, heartbeat_timeout_seconds: int, join_timeout_seconds:
             place.count,
             place.index,
             place.devices,
-            initialization_timeout=join_timeout_seconds + 60,  # `initialize` says it first.
+            initialization_timeout=join_timeout_seconds + 60,  # `initialize` times out first.
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
-    except Exception as error:  # Of JAX, gRPC or a variable that JAX reads itself.
+    except Exception as error:  # From JAX, gRPC or a variable that JAX reads.
         reason = printable(" ".join(str(error).split()))
         raise ConfigError(f"cannot join the other processes at {place.address}: {reason}") from error
 
 
 def _waited_for(place: Place) -> str:
-    """Whom this process waits for, and what is seen of them."""
+    """The processes that this one waits for, and what it can see of them."""
     if place.count == 1:
-        return "for this cluster to say who the other processes are"
+        return "for this cluster to identify the other processes"
     this = f"as process {place.index} of {place.count} (from 0)"
     if place.index == 0:
         others = ", ".join(map(str, range(1, min(place.count, 8)))) + ("…" if place.count > 8 else "")
@@ -219,29 +221,29 @@ def _waited_for(place: Place) -> str:
     host, port = place.address.rsplit(":", 1)
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
-            seen = "it answers, so another one is missing"
+            seen = "it answers, so another process is missing"
     except socket.gaierror:
-        seen = f"the name {host} is not known here"
+        seen = f"the host name {host} is unknown here"
     except (OSError, OverflowError, UnicodeError) as error:
         seen = f"it does not answer: {getattr(error, 'strerror', None) or error}"
     return f"{this} for process 0 at {place.address} ({seen})"
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Goes on when every process has come to this place."""
+    """Waits until every process has reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def fetch(tree: object) -> object:
-    """Arrays whole and on the host, of every process; to be called by all of them.
+    """The arrays, whole and on the host, in every process. All processes must call it.
 
-    Those that lie on a process' own devices, as what each opens for itself does, are its own.
+    An array that is only on this process's devices is returned as this process has it.
     """
 
     def whole(leaf: object) -> object:
@@ -253,15 +255,15 @@ def fetch(tree: object) -> object:
 
 
 def all_agree(value: bool) -> bool:
-    """Whether it is true on every host; to be called by all of them."""
+    """Whether `value` is true on every host. All processes must call it."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).all())
 
 
 def is_preempted(step: int) -> bool:
-    """Whether a host has had a SIGTERM and all are to save after this step: the same step on every host.
+    """Whether all hosts must save after this step, because one received SIGTERM; the same step on every host.
 
-    Of JAX's preemption service, which there is with more than one process. To be called after every step.
+    Uses JAX's preemption service, which exists only with more than one process. Must be called after every step.
     """
     return multihost_utils.reached_preemption_sync_point(step)

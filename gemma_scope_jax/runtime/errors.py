@@ -1,43 +1,43 @@
-"""What goes wrong in ways that a user can mend: every message says in one line what, with names and values, and how.
+"""Errors that a user can fix. Each message says in one line what is wrong, with names and values, and what to do.
 
-All are `ValueError`s. Any other exception is a defect, or a library's own.
+All of them are `ValueError`s. Any other exception is a defect, or comes from a library.
 """
 
 
 class UserError(ValueError):
-    """The base of all."""
+    """The base class of these errors."""
 
 
 class InputError(UserError):
-    """An argument, a prompt or a number that does not fit."""
+    """An invalid argument, prompt or number."""
 
 
 class ConfigError(InputError):
-    """A field of a config, or fields that do not fit each other, the model or the devices."""
+    """An invalid config field, or fields that do not fit each other, the model or the devices."""
 
 
 class DataError(UserError):
-    """A text, or the rows made of it."""
+    """An invalid text, or invalid rows made from it."""
 
 
 class WeightsError(UserError):
-    """Gemma's weights or tokenizer: not there, damaged, or another model's."""
+    """Gemma's weights or tokenizer: missing, damaged, or another model's."""
 
 
 class FormatError(UserError):
-    """A file that is damaged or not what it should be; of SAEs, of a format or kind that is not read or written."""
+    """A file that is damaged or not of the expected kind, or SAEs of an unsupported format or kind."""
 
 
 class NotFoundError(UserError):
-    """Nothing lies where a path or an address points, or it cannot be reached."""
+    """Nothing is at a path or an address, or it cannot be reached."""
 
 
 class RunError(UserError):
-    """A run directory: no run, none that can go on so, or without a whole checkpoint."""
+    """A run directory: it has no run, the run cannot be resumed like this, or no checkpoint is whole."""
 
 
 class OutputError(UserError):
-    """A place that cannot be written to: taken, in use, or not the user's."""
+    """An output path that cannot be written to: taken, in use, or not the user's."""
 
 
 class NonFiniteError(UserError, FloatingPointError):

@@ -1,4 +1,4 @@
-"""Packages that only some calls need, and the extras of this one that bring them."""
+"""Packages that only some calls need, and the extras of this package that install them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ EXTRAS = {
 
 
 class MissingPackageError(UserError, ImportError):
-    """A package that is not installed, with the extra that brings it."""
+    """A package that is not installed; the message names the extra that installs it."""
 
 
 @contextlib.contextmanager
 def needed() -> Iterator[None]:
-    """Within it a missing package is said with the extra that brings it.
+    """Turns the import error of a package in `EXTRAS` into a message that names the extra.
 
     Raises:
-      ValueError: one of `EXTRAS` is missing.
+      ValueError: if one of these packages is missing.
     """
     try:
         yield
@@ -32,5 +32,5 @@ def needed() -> Iterator[None]:
         if extra is None:
             raise
         raise MissingPackageError(
-            f"the package {error.name} is not installed; pip install 'gemma_scope_jax[{extra}]' brings it"
+            f"the package {error.name} is not installed; install it with pip install 'gemma_scope_jax[{extra}]'"
         ) from error

@@ -1,4 +1,4 @@
-"""Hugging Face's hub: what a location there means, files fetched from it, and folders uploaded to it."""
+"""Hugging Face's hub: parsing locations, fetching files and uploading folders."""
 
 import pathlib
 import re
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from gemma_scope_jax.runtime.errors import NotFoundError
 from gemma_scope_jax.runtime.printing import printable
 
-# As elsewhere of the hub's: a slash in a revision is %2F, but in those that it names itself, as refs/pr/3.
+# As elsewhere on the hub, a slash in a revision is %2F, except in the hub's own names, such as refs/pr/3.
 _LOCATION = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@(refs/[\w.-]+/[\w.-]+|[\w.%-]+))?(?:/([^@]*))?")
 _ADDRESS = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
@@ -26,17 +26,17 @@ class Place(NamedTuple):
 
 
 def refuse_address(location: str) -> None:
-    """Raises ValueError if a location is a web address of the hub; the message says how it is given."""
+    """Raises ValueError if a location is a web address of the hub; the message says what to give instead."""
     if match := _ADDRESS.fullmatch(location):
         repository, revision, inside = match[1], f"@{match[2]}" if match[2] else "", match[3] or ""
-        raise NotFoundError(f"{location} is an address; give hf://{repository}{revision}{inside}")
+        raise NotFoundError(f"{location} is a web address; give hf://{repository}{revision}{inside}")
 
 
 def place_of(location: str) -> Place:
-    """What `hf://OWNER/NAME@REVISION/FOLDER` means.
+    """Parses a location of the form `hf://OWNER/NAME@REVISION/FOLDER`.
 
     Raises:
-      ValueError: it is not of that form.
+      ValueError: if the location does not have this form.
     """
     match = _LOCATION.fullmatch(location)
     revision = urllib.parse.unquote(match[2]) if match and match[2] else None
@@ -46,10 +46,10 @@ def place_of(location: str) -> Place:
 
 
 def snapshot(location: str, place: Place, patterns: Sequence[str]) -> pathlib.Path:
-    """Where the cache has those files of a repository whose names match a pattern; they are fetched if need be.
+    """The cached folder of a repository, with the files that match a pattern; missing files are fetched.
 
     Raises:
-      ValueError: they are neither in the cache nor to be had.
+      ValueError: if the files are not in the cache and cannot be fetched.
     """
     import huggingface_hub  # Slow to import.
     from huggingface_hub import constants
@@ -63,26 +63,26 @@ def snapshot(location: str, place: Place, patterns: Sequence[str]) -> pathlib.Pa
             raise NotFoundError(not_cached(location)) from error
         reason = printable(" ".join(str(error).split()), 300)
         raise NotFoundError(
-            f"cannot fetch {location} ({reason}); if it has terms, accept them and `hf auth login`"
+            f"cannot fetch {location} ({reason}); if it has terms, accept them and run `hf auth login`"
         ) from error
     return pathlib.Path(found)
 
 
 def not_cached(location: str) -> str:
-    """What to say of a location that is not in the cache where the hub may not be asked."""
+    """The message for a location that is not in the cache while HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return (
-        f"{location} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to ask the hub; "
+        f"{location} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids asking the hub; "
         "fetch it once without that variable"
     )
 
 
 def push(folder: pathlib.Path, repository: str) -> str:
-    """Uploads a folder to a repository, which is made if there is none; returns its address.
+    """Uploads a folder to a repository, which is created if it does not exist, and returns its address.
 
     Raises:
-      ValueError: it cannot be made or written to.
+      ValueError: if the repository cannot be created or written to.
     """
     import huggingface_hub
 
@@ -90,10 +90,10 @@ def push(folder: pathlib.Path, repository: str) -> str:
         api = huggingface_hub.HfApi()
         url = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # Many kinds: no network, not logged in, no right to.
+    except Exception as error:  # Many kinds: no network, not logged in, no permission.
         reason = " ".join(str(error).split())[:300]
         raise NotFoundError(
-            f"cannot push to {repository} ({reason}); log in with `hf auth login`, then `hf upload "
+            f"cannot push to {repository} ({reason}); log in with `hf auth login`, then run `hf upload "
             f"{repository} {folder}`"
         ) from error
     return str(url)

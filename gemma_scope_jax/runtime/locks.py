@@ -1,4 +1,4 @@
-"""A file that one process holds at a time."""
+"""A lock file that one process holds at a time."""
 
 import contextlib
 import fcntl
@@ -12,24 +12,24 @@ from gemma_scope_jax.runtime.reporting import say, warn
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, busy: str, waits: bool = False) -> Iterator[None]:
-    """Holds a file that no other process holds; it is removed afterwards, and free when its holder is killed.
+    """Holds a lock file, which is removed afterwards. The lock is free if its holder is killed.
 
-    Where the file system knows no locks, as some network ones do not, this says so and goes on.
+    If the file system has no locks, as on some network file systems, this warns and goes on.
 
     Args:
-      path: of the file, made with its folder.
-      busy: what to say where another process holds it.
-      waits: whether to wait for it then, after that was printed.
+      path: the path of the lock file, which is created with its folder.
+      busy: the message if another process holds the lock.
+      waits: whether to print this message and wait for the lock, instead of raising an error.
 
     Raises:
-      ValueError: another process holds it, and this one is not to wait.
+      ValueError: if another process holds the lock and `waits` is False.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = path.open("a")
         except FileNotFoundError:  # Another process has just removed the folder.
-            if path.is_symlink():  # To nowhere, and for ever.
+            if path.is_symlink():  # A broken link stays broken.
                 raise
             continue
         with file:
@@ -41,9 +41,9 @@ def locked(path: pathlib.Path, busy: str, waits: bool = False) -> Iterator[None]
                 say(busy)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                said = f"{path.parent} cannot be locked ({error.strerror}); see that no second process works in it"
+                said = f"{path.parent} cannot be locked ({error.strerror}); make sure that no other process uses it"
                 warn(f"{said}.")
-            if not _is_at(file.fileno(), path):  # Its last holder has removed it: what is held is no file's.
+            if not _is_at(file.fileno(), path):  # The last holder has removed the locked file.
                 continue
             try:
                 yield

@@ -1,7 +1,7 @@
-"""Text that somebody else wrote, made safe to print, to plot and to put on a page.
+"""Untrusted text, made safe to print, to plot and to put on a page.
 
-A name in a file may hold escape sequences that a terminal obeys, line breaks that forge a second message, letters
-that turn the rest of a line around, or a million characters. What HTML itself reads, `html.render` escapes.
+A name in a file may hold escape sequences that a terminal obeys, line breaks that forge a second message, characters
+that reverse the rest of a line, or a million characters. For HTML, `html.render` escapes the text as well.
 """
 
 import functools
@@ -10,16 +10,16 @@ import re
 import unicodedata
 from typing import TextIO
 
-LONGEST = 200  # Characters of a name or a value that a message quotes.
+LONGEST = 200  # The most characters of a name or value that a message quotes.
 
 # Control, format (bidirectional marks among them) and surrogate characters, and separators of lines and paragraphs.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: object, limit: int = LONGEST) -> str:
-    """The text in one line of at most `limit` characters, with what a terminal would obey written as an escape."""
+    """The text in one line of at most `limit` characters, with unsafe characters escaped."""
     whole = str(text)
-    # Cut first, since what is cut off may be long; an escape makes ten characters of one at most.
+    # Cut first, because the rest may be very long; an escape has at most ten characters.
     escaped = "".join(_escaped(letter) for letter in whole[:limit])
     if len(whole) <= limit and len(escaped) <= limit:
         return escaped
@@ -28,12 +28,12 @@ def printable(text: object, limit: int = LONGEST) -> str:
 
 
 def quoted(value: object, limit: int = LONGEST) -> str:
-    """A value as Python writes it, a string in quotes; `printable`."""
+    """The `repr` of a value, made `printable`; a string is in quotes."""
     return printable(repr(value), limit)
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which JSON and names of files may hold."""
+    """The text with U+FFFD for each unpaired surrogate, which JSON and file names may hold."""
     try:
         if not text.isascii():
             text.encode()
@@ -43,32 +43,32 @@ def well_formed(text: str) -> str:
 
 
 def lines(text: str) -> str:
-    """A text in the lines that it has, of any length, each otherwise `printable`."""
-    if text.isascii() and text.isprintable():  # As pictures are, of many megabytes.
+    """The text with its line breaks and of any length, otherwise `printable`."""
+    if text.isascii() and text.isprintable():  # Fast for encoded pictures of many megabytes.
         return text
     return "".join(letter if letter == "\n" else _escaped(letter) for letter in text)
 
 
 def plottable(text: object, limit: int = 60) -> str:
-    """`printable` in a figure: no formula after a dollar sign, a box for what the font lacks, and in legends, too."""
+    """`printable` for a figure: no formulas, a box for each missing glyph, and never left out of a legend."""
     shown = "".join(letter if has_glyph(letter) else "□" for letter in printable(text, limit))
-    # Matplotlib leaves out of a legend what begins with _.
+    # Matplotlib leaves labels that begin with _ out of a legend.
     return f"{' ' * shown.startswith('_')}{shown}".replace("$", r"\$")
 
 
 def has_glyph(letter: str) -> bool:
-    """Whether the font has it that Matplotlib brings along and falls back to."""
+    """Whether Matplotlib's own fallback font has a glyph for the character."""
     return bool(_font().get_char_index(ord(letter)))
 
 
 @functools.cache
 def _font() -> object:
-    import matplotlib.font_manager  # Not for the sake of a message.
+    import matplotlib.font_manager  # Slow to import, and only figures need it.
 
     return matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans"))
 
 
-# What stands before a host, a query, which may sign, and a token of Hugging Face's.
+# User and password before a host, the query of an address, which may hold a signature, and Hugging Face's tokens.
 _CREDENTIALS = (
     (re.compile(r"(?<=://)[^/\s]*@"), ""),
     (re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*"), r"\1"),
@@ -85,14 +85,14 @@ def without_credentials(text: object) -> str:
 
 
 def shareable(text: object) -> str:
-    """The same without user names too: a home, of whomever it is, becomes `~`."""
+    """`without_credentials`, and with `~` for the home folder of any user."""
     own = pathlib.Path.home()
     homes = [r"/(?:home|Users)/[^/\s'\"]+", *([re.escape(str(own))] if own.name else [])]
     return re.sub(rf"(?<![\w.])(?:{'|'.join(homes)})(?![\w.-])", "~", without_credentials(text))
 
 
 class Unfailing:
-    """A stream on which no word fails: what a gone reader, a full disk or a closed file does not take is lost."""
+    """A stream whose writes never fail: text is lost if the reader is gone, the disk full or the file closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -100,7 +100,7 @@ class Unfailing:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except (OSError, ValueError):  # A closed file and what cannot be encoded are ValueErrors.
+        except (OSError, ValueError):  # ValueError: the file is closed, or the text cannot be encoded.
             return len(text)
 
     def flush(self) -> None:
@@ -114,7 +114,7 @@ class Unfailing:
 
 
 def unfailing(stream: TextIO) -> Unfailing:
-    """The stream, `Unfailing` if it is not yet."""
+    """The stream, wrapped in `Unfailing` if it is not yet."""
     return stream if isinstance(stream, Unfailing) else Unfailing(stream)
 
 

@@ -1,4 +1,4 @@
-"""Long work in parts that are kept, so that it goes on where it was cut off."""
+"""Long work in parts that are kept, so that it resumes after an interruption."""
 
 import contextlib
 import hashlib
@@ -17,10 +17,10 @@ from gemma_scope_jax.runtime.reporting import say
 
 @contextlib.contextmanager
 def holding_parts(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process away from a folder of parts; one that is left empty goes away.
+    """Keeps other processes out of a folder of parts; removes the folder if it is empty at the end.
 
     Raises:
-      ValueError: another process is at work there.
+      ValueError: if another process is using the folder.
     """
     if not distributed.is_first():
         yield
@@ -30,15 +30,15 @@ def holding_parts(folder: pathlib.Path) -> Iterator[None]:
         with locks.locked(folder / ".lock", busy):
             yield
     finally:
-        with contextlib.suppress(OSError):  # Something was cut off there before, or is under way.
+        with contextlib.suppress(OSError):  # It still has the parts of other work, interrupted or running.
             folder.rmdir()
 
 
 class Parts:
-    """What was measured of each batch, kept in a folder so that a long evaluation goes on where it was cut off."""
+    """The measurements of each batch, kept in a folder so that a long evaluation resumes after an interruption."""
 
     def __init__(self, folder: pathlib.Path, identity: Mapping[str, object]) -> None:
-        """Opens what lies in the folder of this `identity`, beside that of others, which were cut off, too."""
+        """Opens the parts of this `identity`; parts of other interrupted evaluations stay beside them."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = folder / digest[:16]
         if distributed.is_first():
@@ -46,26 +46,26 @@ class Parts:
         distributed.wait_for_all("the parts of an evaluation are opened")
 
     def read(self, index: int) -> dict[str, dict[str, np.ndarray]] | None:
-        """What `write` was given; None if it was not, or if the file is damaged, which is said."""
+        """The measurements that `write` kept; None if there are none, or if the file is damaged, which is logged."""
         path = self._path(index)
         found = None
         if path.exists():
             try:
                 found = _read_part(path)
             except (OSError, ValueError):
-                say(f"{printable(path)} is damaged; it is measured again.")
+                say(f"{printable(path)} is damaged; measuring this batch again.")
         return found if distributed.all_agree(found is not None) else None
 
     def write(self, index: int, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        """Keeps what was found, by SAE or site and quantity."""
+        """Keeps the measurements of a batch, by SAE or site and by quantity."""
         if distributed.is_first():
-            # Where there are no locks, another process may have ended and taken the folder with it.
+            # Without file locks, another process may have finished and removed the folder.
             with contextlib.suppress(FileNotFoundError):
                 _write_part(self._path(index), found)
         distributed.wait_for_all(f"part {index} of an evaluation is written")
 
     def remove(self) -> None:
-        """To be called when nothing can be lost any more."""
+        """Removes the parts. Call it once the result of all parts is saved."""
         if distributed.is_first():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -73,7 +73,7 @@ class Parts:
         return self.folder / f"batch_{index:06}.npz"
 
 
-_DIGEST = hashlib.sha256  # Before an archive of arrays: nothing of a damaged file is ever parsed.
+_DIGEST = hashlib.sha256  # In a file it precedes the arrays, so that a damaged file is never parsed.
 
 
 def _write_part(path: pathlib.Path, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -89,7 +89,7 @@ def _write_part(path: pathlib.Path, found: Mapping[str, Mapping[str, np.ndarray]
 
 
 def _read_part(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-    """What `_write_part` was given; ValueError if the file has changed since."""
+    """The measurements that `_write_part` wrote. Raises ValueError if the file has changed since."""
     found: dict[str, dict[str, np.ndarray]] = {}
     size = _DIGEST().digest_size
     with files.open_regular(path) as file:

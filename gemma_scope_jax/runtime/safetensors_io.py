@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, without copies of them."""
+"""Tensors in safetensors files, read and written without copies."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _MAX_HEADER = 2**20  # Gemma 27B's longest takes 100 kB.
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file. `read` may be slow, and what it returns may be a view of the file."""
+    """A tensor in a file. `read` may be slow, and may return a view of the file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -26,15 +26,15 @@ class Tensor(NamedTuple):
 
 
 def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of a file as views of it; safetensors itself gives NumPy no bfloat16, nor parts of a tensor.
+    """The tensors of a file as views of it. safetensors itself has no bfloat16 and no parts of a tensor for NumPy.
 
     Raises:
-      ValueError: the file is not whole.
+      ValueError: if the file is incomplete.
     """
     with files.open_regular(path) as file, files.reading(path, "safetensors"):
         size = int.from_bytes(file.read(8), "little")
         if size > _MAX_HEADER:
-            raise FormatError(f"its header has {size:,} bytes, at most {_MAX_HEADER:,} are read")
+            raise FormatError(f"its header has {size:,} bytes, but at most {_MAX_HEADER:,} are read")
         header = json.loads(file.read(size))
         try:
             with safetensors.safe_open(path, framework="numpy"):  # Checks that header and length agree.
@@ -42,7 +42,7 @@ def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise FormatError(f"{error}; fetch it again") from error
     header.pop("__metadata__", None)
-    is_empty = os.path.getsize(path) == 8 + size  # NumPy maps no file of no bytes.
+    is_empty = os.path.getsize(path) == 8 + size  # NumPy cannot map an empty file.
     data = np.zeros(0, np.uint8) if is_empty else np.memmap(path, np.uint8, mode="r", offset=8 + size)
 
     def tensor(name: str, entry: dict) -> Tensor:
@@ -51,7 +51,7 @@ def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
 
         def read() -> np.ndarray:
             if dtype not in DTYPES:
-                raise FormatError(f"{path}: {name} is in {dtype}; only {', '.join(DTYPES)} are read")
+                raise FormatError(f"{path}: {name} has dtype {dtype}; only {', '.join(DTYPES)} are supported")
             with files.reading(path, "safetensors"):
                 return data[begin:end].view(DTYPES[dtype]).reshape(shape)
 
@@ -61,7 +61,7 @@ def map_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a file from arrays that are not copied whole; transposed ones are, a part at a time."""
+    """Writes arrays to a file without copying them whole; a transposed array is copied a part at a time."""
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     header, end = {}, 0
     for name, value in tensors.items():

@@ -1,7 +1,7 @@
-"""The mesh, and how tokens lie on it.
+"""The mesh of devices, and the layout of tokens on it.
 
-Two axes. Tokens, and with them Gemma's activations and the shuffle buffer, are split over both; only the SAEs tell
-the axes apart: a bank's members over `data`, their latents over `latent` (`training.shardings`).
+The mesh has two axes. Tokens, Gemma's activations and the shuffle buffer are split over both. Only the SAEs use the
+axes separately: a bank's members are split over `data`, their latents over `latent` (`training.shardings`).
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ REPLICATED = P()
 
 
 def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, or those given; `latent` = 0 means as many as `data` leaves.
+    """A mesh over all devices, or over the given ones; `latent` = 0 means all that `data` leaves.
 
-    Gemma's modules need an Auto mesh, JAX's default is Explicit.
+    Gemma's modules need an Auto mesh; JAX's default is Explicit.
     """
     devices = jax.devices() if devices is None else devices
     if data < 1:
@@ -33,10 +33,10 @@ def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = Non
 
 
 def constrain[T](mesh: Mesh, value: T, spec: P) -> T:
-    """Inside a compiled function, a tree of arrays laid out by a spec."""
+    """A tree of arrays with the layout of a spec, inside a compiled function."""
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
 
 
 def one_device() -> jax.sharding.Mesh:
-    """A mesh of this process' first device alone."""
+    """A mesh of only this process's first device."""
     return make_mesh(1, 1, jax.local_devices()[:1])

@@ -286,7 +286,7 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
         (("--answer=x",), "--answer and --against must be given together"),
         (("--top=3",), "--top says how many"),
         ((f"--out={tmp_path / 'a.txt'}",), "is a file; give a folder"),
-        ((f"--out={out}",), "is there already"),
+        ((f"--out={out}",), "already exists"),
         (("--answer=xx", "--against=y"), "'xx' is 2 tokens"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -274,5 +274,5 @@ def test_mistakes_are_said_before_anything_is_loaded(opened, tmp_path):
     with pytest.raises(ValueError, match="--rows is 0"):
         build.build("a run", rows=0, out=tmp_path / "out")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         build.build("a run", out=tmp_path)

