@@ -1,4 +1,4 @@
-"""What a run says of itself: `metrics.jsonl`, TensorBoard, the progress line, and warnings of what goes wrong."""
+"""The log of a run: `metrics.jsonl`, TensorBoard, the progress line, and warnings."""
 
 import dataclasses
 import itertools
@@ -21,23 +21,24 @@ from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import verdicts
 from gemma_scope_jax.training import bank, shuffle_buffer, step
 
-# By then a threshold that can move has moved.
+# By then every threshold that can move has moved.
 WATCHED_UPDATES = 1000
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-    """The entries of `metrics.jsonl` by their steps; lines that are damaged are passed over.
+    """The entries of `metrics.jsonl` in the order of their steps; damaged lines are skipped.
 
     Raises:
-      ValueError: it cannot be read.
+      ValueError: if the file cannot be read.
     """
     return _read(workdir / "metrics.jsonl")[0]
 
 
 def _read(path: pathlib.Path) -> tuple[list[dict], int]:
-    """The entries, of a step that is there twice the last, and how many lines are passed over.
+    """The entries in the order of their steps, and the number of skipped lines.
 
-    A last line that a killed process left unfinished is not counted.
+    If a step is there twice, its last entry counts. An unfinished last line, which a killed process leaves, is not
+    counted as skipped.
     """
     if not path.exists():
         return [], 0
@@ -61,9 +62,9 @@ def _read(path: pathlib.Path) -> tuple[list[dict], int]:
 
 
 def last_values(workdir: pathlib.Path, step: int) -> dict[str, dict]:
-    """The last values of each SAE that were logged up to a step, L0 and FVU as means over the last fiftieth of all.
+    """The last logged values of each SAE up to a step; L0 and FVU are means over the last fiftieth of the entries.
 
-    At a run's end the learning rate is near zero there; a window may hold all of its fall.
+    In these entries at the end of a run the learning rate is near zero, unlike in a whole window of updates.
     """
     trained = [entry["sae"] for entry in read_metrics(workdir) if entry["sae"] and entry["step"] <= step]
     last = trained[-max(len(trained) // 50, 1) :]
@@ -83,7 +84,7 @@ def _event(step: int, **content: object) -> event_pb2.Event:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard. Steps after `last_step` are dropped, they will be done again."""
+    """Writes `metrics.jsonl` and TensorBoard. Entries after `last_step` are dropped; their steps will run again."""
 
     def __init__(self, workdir: pathlib.Path, last_step: int) -> None:
         path = workdir / "metrics.jsonl"
@@ -93,8 +94,8 @@ class MetricsLog:
             aside = next(place for place in places if not place.exists())
             shutil.copyfile(path, aside)
             say(
-                f"{path}: {damaged} lines are damaged, or of a step that is there twice, and are left out; the file "
-                f"as it was is kept in {aside}."
+                f"{path}: {damaged} lines are damaged or repeat a step, and are left out; the original file is kept "
+                f"as {aside}."
             )
         kept = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= last_step]
         self.is_new = not kept
@@ -102,7 +103,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
-        # Not its SummaryWriter, whose thread dies on a full disk and then leaves this one waiting for ever.
+        # The thread of SummaryWriter dies if the disk is full, and then this thread would wait forever.
         self._board = event_file_writer.EventsWriter(str(folder / "events"))
         self._board.write_event(_event(last_step + 1, session_log=event_pb2.SessionLog(status="START")))
 
@@ -119,7 +120,7 @@ class MetricsLog:
         self._board.flush()
 
     def sync(self) -> None:
-        """Has the disk keep what was written, which a mounted bucket else does at the end."""
+        """Flushes the log to the disk; a mounted bucket would otherwise keep it only when the file is closed."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -129,10 +130,10 @@ class MetricsLog:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """How fast a step was. A FLOP utilisation is of the chips' peak in bfloat16; None where that is not known."""
+    """The speed of a step. Utilisations are shares of the chips' peak FLOPs in bfloat16; None if it is not known."""
 
     tokens_per_second: float
-    data_wait_s: float  # That the host spent reading the next rows.
+    data_wait_s: float  # Seconds that the host spent reading the next rows.
     gemma_utilisation: float | None
     saes_utilisation: float | None
 
@@ -153,24 +154,24 @@ def measure_speed(
 def entry(
     plan: step.Plan, number: int, metrics: step.Metrics, speed: Speed, held_out: Mapping | None = None
 ) -> dict:
-    """One line of `metrics.jsonl`. While the ring fills there is nothing to say of the SAEs.
+    """One line of `metrics.jsonl`. It has no metrics of SAEs while the ring fills.
 
-    `held_out` has L0 and FVU of each by name, at steps at which they were measured.
+    `held_out` has the L0 and FVU of each SAE by name, for the steps at which they were measured.
 
     Raises:
-      FloatingPointError: a loss is not finite.
+      FloatingPointError: if a loss is not finite.
     """
     saes = {}
     for bank_plan in plan.banks if metrics.trained else ():
         of_bank = metrics.banks[bank_plan.name]
         for i, member in enumerate(bank_plan.members):
             saes[member.name] = _member_entry(bank_plan, of_bank, i)
-            # Without activations there is no loss.
+            # The loss is not defined if no activation counts.
             if of_bank.activations_E[i] and not math.isfinite(of_bank.loss_E[i]):
                 raise NonFiniteError(
-                    f"the loss of {member.name} is {of_bank.loss_E[i]} at step {number}; the last good state is "
-                    "in the newest checkpoint. In another folder, lower optimizer.learning_rate or set "
-                    "normalizer.outlier_medians"
+                    f"the loss of {member.name} is {of_bank.loss_E[i]} at step {number}; the newest checkpoint has "
+                    "the last good state. Start a new run in another folder, with a lower optimizer.learning_rate "
+                    "or with normalizer.outlier_medians"
                 )
     return {
         "step": number,
@@ -189,22 +190,22 @@ def entry(
 
 
 def finite(value: float) -> float | None:
-    """A number for JSON, which knows no NaN."""
+    """A number for JSON, which has no NaN or infinity: None if the value is not finite."""
     return float(value) if math.isfinite(value) else None
 
 
 def undefined(of_step: Mapping) -> dict[str, str]:
-    """Which numbers of an entry's SAEs are not defined, and why, by SAE."""
+    """The reason why numbers of an SAE are not defined in an entry, by SAE."""
     found = {}
     for name, values in of_step["sae"].items():
         if not values["activations"]:
             found[name] = (
-                f"in step {of_step['step']} no activation counts for {name}: all are of BOS, EOS, PAD or the chat "
-                "template, or not finite"
+                f"in step {of_step['step']} no activation counts for {name}: all are at BOS, EOS, PAD or the chat "
+                "template, or are not finite"
             )
         elif values["fvu"] is None:
             found[name] = (
-                f"in step {of_step['step']} all activations of {name} are the same, so that its FVU is not defined"
+                f"in step {of_step['step']} all activations of {name} are the same, so its FVU is not defined"
             )
     return found
 
@@ -213,7 +214,7 @@ def _member_entry(plan: bank.Plan, metrics: bank.Metrics, place: int) -> dict:
     def of(values_E: np.ndarray) -> float | None:
         return finite(values_E[place])
 
-    # Shares of the last whole window, and so unknown until the first has ended.
+    # They are counted over the last whole window, so they are unknown until the first window ends.
     counted = metrics.dead_E[place] >= 0
     return {
         "loss": of(metrics.loss_E),
@@ -232,7 +233,7 @@ def _member_entry(plan: bank.Plan, metrics: bank.Metrics, place: int) -> dict:
 
 
 def progress(of_step: Mapping) -> str:
-    """An entry in so few words that it stands behind a progress bar; of several SAEs, the lowest to the highest."""
+    """An entry as a short text after a progress bar; for several SAEs, it shows the lowest and highest values."""
     speed = of_step["speed"]
     text = f"{speed['tokens_per_second']:,.0f} tok/s"
     if speed["gemma_utilisation"] is not None:
@@ -259,16 +260,17 @@ def progress(of_step: Mapping) -> str:
 
 
 def check_plan(plan: step.Plan, updates: int, learning_rates: float) -> list[str]:
-    """Warnings before training: of thresholds that could not move far enough, and of windows that never end.
+    """Warnings before training, about thresholds that cannot move far enough and windows or warm-ups that never end.
 
     Args:
-      plan: of the run.
-      updates: how many the SAE will have had at the end that has had fewest.
-      learning_rates: the sum of its own to come; Adam moves a threshold's logarithm by about one an update.
+      plan: the run's plan.
+      updates: the number of updates, at the end of the run, of the SAE with the fewest updates.
+      learning_rates: the sum of the remaining learning rates of this SAE. Adam moves the logarithm of a threshold by
+        about one learning rate per update.
     """
     warnings = [
         f"banks.{b.name}.window_updates is {b.window_updates} and there will be {updates} updates: dead and "
-        "dense latents will not be known, and the L0 measured is that of all of training"
+        "dense latents will be unknown, and L0 is measured over the whole training"
         for b in plan.banks
         if b.window_updates > updates
     ]
@@ -276,24 +278,24 @@ def check_plan(plan: step.Plan, updates: int, learning_rates: float) -> list[str
         if (warmup := getattr(plan.optimizer, field)) > updates:
             warnings.append(
                 f"optimizer.{field} is {warmup:,} and there will be {updates:,} updates: {what} does not rise to "
-                "what it is set to"
+                "its configured value"
             )
     if learning_rates < 0.5:
         warnings.append(
-            "thresholds are trained as logarithms, which move by about optimizer.learning_rate an update: in this "
-            f"run by a factor of {math.exp(learning_rates):.2f} at most, so L0 will not get far. Gemma Scope's rate "
-            "of 7e-5 is for a million updates; raise optimizer.learning_rate, or train.tokens"
+            f"thresholds can change by a factor of {math.exp(learning_rates):.2f} at most in this run, so L0 will "
+            "hardly change: their logarithms move by about optimizer.learning_rate per update. Gemma Scope's 7e-5 is "
+            "for a million updates; raise optimizer.learning_rate or train.tokens"
         )
     return warnings
 
 
 def watched_steps(plan: step.Plan) -> int:
-    """How many of a run's first training steps `stuck_thresholds` is to see."""
+    """The number of a run's first training steps that `stuck_thresholds` looks at."""
     return max(min(WATCHED_UPDATES, plan.total_updates // 2) // plan.updates_per_step, 1)
 
 
 def stuck_thresholds(plan: step.Plan, entries: list[Mapping]) -> list[str]:
-    """Warnings from a run's first updates, of SAEs whose thresholds nothing or only one side moves."""
+    """Warnings after a run's first updates, about SAEs whose thresholds hardly move or only one loss term moves."""
     warnings = []
     for bank_plan in plan.banks:
         for member in bank_plan.members:
@@ -309,32 +311,31 @@ def stuck_thresholds(plan: step.Plan, entries: list[Mapping]) -> list[str]:
             at = f"banks.{bank_plan.name}"
             if (reached := mean("theta_reached")) < 0.1:
                 warnings.append(
-                    f"{member.name}: in a batch only {reached:.1%} of thresholds have a pre-activation within "
-                    f"{at}.bandwidth ({bank_plan.bandwidth:g}) of them, the others stand still at L0 "
-                    f"{recent[-1]['l0']:.0f}; raise {at}.bandwidth, and {at}.initial_threshold with it"
+                    f"{member.name}: in a batch, only {reached:.1%} of thresholds have a pre-activation within the "
+                    f"kernel ({at}.bandwidth {bank_plan.bandwidth:g}); the others stand still, at L0 "
+                    f"{recent[-1]['l0']:.0f}; raise {at}.bandwidth together with {at}.initial_threshold"
                 )
                 continue
             error, sparsity = mean("theta_from_error"), mean("theta_from_sparsity")
             if bank_plan.objective.next_coefficient is not None:
-                continue  # Its λ moves by itself.
+                continue  # The objective adjusts λ.
             if now := mean("sparsity_coefficient"):
-                sparsity *= member.sparsity_coefficient / now  # While λ warms up: as it will be.
+                sparsity *= member.sparsity_coefficient / now  # Its value after the warm-up of λ.
             if member.sparsity_coefficient and sparsity < 0.01 * error:
                 warnings.append(
-                    f"{member.name}: sparsity makes up {sparsity / (error + sparsity):.1%} of what moves the "
-                    f"thresholds, L0 is {recent[-1]['l0']:.0f}; raise {at}.sparsity_coefficients"
+                    f"{member.name}: sparsity makes up {sparsity / (error + sparsity):.1%} of the thresholds' "
+                    f"gradient, and L0 is {recent[-1]['l0']:.0f}; raise {at}.sparsity_coefficients"
                 )
             elif sparsity > 100 * error:
                 warnings.append(
-                    f"{member.name}: the error makes up {error / (error + sparsity):.1%} of what moves the "
-                    f"thresholds, which another λ would hardly change: L0 is {recent[-1]['l0']:.0f}; lower "
-                    f"{at}.sparsity_coefficients"
+                    f"{member.name}: the error makes up {error / (error + sparsity):.1%} of the thresholds' "
+                    f"gradient, and L0 is {recent[-1]['l0']:.0f}; lower {at}.sparsity_coefficients"
                 )
     return warnings
 
 
 def judge(plan: step.Plan, workdir: pathlib.Path, number: int) -> dict[str, verdicts.Verdict]:
-    """What the log up to a step says of each SAE, without losses of Gemma's; of no log nothing."""
+    """A verdict on each SAE from the log up to a step, without Gemma's losses; empty if there is no log."""
     last, found = last_values(workdir, number), {}
     for of_bank in plan.banks:
         for member in of_bank.members:
@@ -353,14 +354,14 @@ def judge(plan: step.Plan, workdir: pathlib.Path, number: int) -> dict[str, verd
 
 
 def same_document_share(source_Bx3: np.ndarray, weight_B: np.ndarray) -> float:
-    """The share of pairs in a batch that come from one document."""
+    """The share of pairs of activations in a batch that come from the same document."""
     _, counts = np.unique(source_Bx3[weight_B > 0, shuffle_buffer.DOCUMENT], return_counts=True)
     total = counts.sum()
     return float((counts * (counts - 1)).sum() / max(total * (total - 1), 1))
 
 
 def shuffle_quality(workdir: pathlib.Path, rows: token_rows.Rows, sample: int = 4096) -> tuple[float, float]:
-    """The share of same-document pairs in a batch, in the run's log and (estimated) under a perfect shuffle."""
+    """The share of same-document pairs in a batch, as logged and as estimated for a perfect shuffle."""
     logged = [
         e["same_document_pairs"] for e in read_metrics(workdir) if e.get("same_document_pairs") is not None
     ]
