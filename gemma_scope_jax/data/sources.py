@@ -189,7 +189,7 @@ def _tfds_texts(text: str) -> Iterator[object]:
             source = tfds.as_numpy(builder.as_dataset(split, shuffle_files=False, read_config=in_order))
         for example in source:
             yield example["text"]
-    except Exception as error:  # TFDS raises many kinds: unknown, not prepared, damaged.
+    except Exception as error:  # TFDS raises errors of many kinds.
         reason = printable(" ".join(str(error).split()), 300)
         raise DataError(f"TFDS cannot read {text} ({reason}); prepare it first, or give files") from error
 

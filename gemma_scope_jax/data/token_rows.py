@@ -48,9 +48,7 @@ class Rows:
         """
         try:
             examples = [self.source[int(i)] for i in indices]
-        except (
-            Exception
-        ) as error:  # ArrayRecord raises many kinds, for damaged records or an unreadable disk.
+        except Exception as error:  # ArrayRecord raises errors of many kinds.
             reason = printable(" ".join(str(error).split()), 200)
             raise DataError(
                 f"cannot read the rows in {self.folder} ({reason}); if they are damaged, remove the folder to "
@@ -102,7 +100,7 @@ def damage(folder: pathlib.Path) -> str | None:
                 found = array_record_module.ArrayRecordReader(str(path)).num_records()
                 if found != count:
                     return f"{path.name} has {found} rows, expected {count}"
-    except Exception as error:  # TFDS and ArrayRecord raise many kinds.
+    except Exception as error:  # TFDS and ArrayRecord raise errors of many kinds.
         return printable(" ".join(str(error).split()), 200)
     return None
 

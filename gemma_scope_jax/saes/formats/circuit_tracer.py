@@ -75,7 +75,7 @@ def read(folder: pathlib.Path, only: int | None = None) -> Iterator[common.Found
             f"{path} has model_kind {printable(repr(config['model_kind']))}; only 'transcoder_set' is read"
         )
     if "transcoders" in config:
-        raise FormatError(f"{path} refers to transcoders in other places; read each of them by itself")
+        raise FormatError(f"{path} refers to transcoders in other places; read each of them separately")
     by_layer = {
         int(match[1]): found
         for found in folder.glob("layer_*.safetensors")
