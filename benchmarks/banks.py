@@ -2,9 +2,9 @@
 
     python -m benchmarks.banks [--json=PATH]
 
-Times the quickstart's step with banks of 1, 2, 4, 8 and 16 SAEs of 1,024 latents on the residual stream of layer 9, in
-one process on an otherwise idle machine. Each is compared with the same number of separate runs of one SAE, and the
-time of each additional SAE with five dense matmuls of its sizes. Each time is the least of several repetitions.
+Times the quickstart's step with banks of 1, 2, 4, 8 and 16 SAEs of 1,024 latents on the residual stream of layer 9,
+in one process on an otherwise idle machine. Each is compared with the same number of separate runs of one SAE, and
+the time of each additional SAE with five dense matmuls of its sizes. Each time is the least of several repetitions.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What docs/explore.md shows of looking inside: on the quickstart's SAE, and on the 54 of the suite `sites`."""
+"""The analyses that docs/explore.md shows: of the quickstart's SAE, and of the 54 SAEs of the suite `sites`."""
 
 import dataclasses
 import html
@@ -20,10 +20,10 @@ from gemma_scope_jax.saes import attached
 
 RUN, SITES = "runs/quickstart", "runs/sites"
 NOTEBOOKS = pathlib.Path("docs/notebooks")
-ROWS = 256  # To pick a latent on, and as many to measure it on.
-RANDOM = 20  # Latents that it is held against.
+ROWS = 256  # To choose a latent on, and the same number to measure it on.
+RANDOM = 20  # Latents that it is compared with.
 PROMPT, ANSWER = "Fellow citizens of the Senate and of the House of", " Representatives"
-# Professions that are thought of as women's, and as men's.
+# Professions that are stereotypically women's, and men's.
 PROFESSIONS = (
     "nurse secretary librarian receptionist nanny maid hairdresser dancer teacher typist housekeeper seamstress "
     "midwife babysitter cleaner cashier florist nutritionist therapist counselor stylist caregiver",
@@ -34,7 +34,7 @@ PROFESSIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some rows of others, in their order."""
+    """A range of other rows, in the same order."""
 
     whole: token_rows.Rows
     first: int
@@ -44,18 +44,18 @@ class Part:
         return self.count
 
     def read(self, indices: np.ndarray) -> token_rows.Batch:
-        """Those rows."""
+        """Returns the rows at some indices."""
         return self.whole.read(self.first + np.asarray(indices))
 
 
 def latent() -> tuple[list[str], dict]:
-    """A latent that is picked by how well its passages describe it, on other text, beside latents drawn at random."""
+    """A latent chosen by how well its passages describe it, compared on other text with random latents."""
     scope = analysis.open_scope(RUN)
     ((name, subject),) = scope.subjects.items()
     held_out = scope.held_out()
     ends = [Part(held_out, first, ROWS) for first in (0, len(held_out) - ROWS)]
     batches = [end.read(np.arange(ROWS)) for end in ends]
-    # Rows follow each other in the order of documents: none is in both.
+    # Rows are in the order of documents, so no document is in both parts.
     assert batches[0].first_document.max() + 1 < batches[1].first_document.min()
 
     def detect(subject: object, rows: token_rows.Batch, latents: int) -> detection.Detection:
@@ -75,7 +75,7 @@ def latent() -> tuple[list[str], dict]:
         latents[one.latent]: one
         for one in detect(attached.alone(subject, latents), batches[1], len(latents)).latents
     }
-    # Of those that fire often enough on both to be scored; how well they are there has no part in the choice.
+    # Only latents that are scored on both parts. The choice does not depend on the scores on the second part.
     best = max(other, key=lambda latent: first[latent].auroc)
     drawn = np.random.default_rng(0).permutation([latent for latent in other if latent != best])[:RANDOM]
     picked, random = other[best], [other[latent] for latent in drawn.tolist()]
@@ -104,13 +104,13 @@ def latent() -> tuple[list[str], dict]:
 
 
 def prompts(scope: analysis.Scope) -> list[str]:
-    """Ten of 24 tokens each, of held-out addresses."""
+    """Ten prompts of 24 tokens each from held-out addresses."""
     rows = scope.held_out().read(np.arange(0, 800, 80))
     return [scope.tokenizer.decode(row[100:124].tolist()) for row in rows.tokens]
 
 
 def attribution() -> tuple[list[str], dict]:
-    """How attributions agree with ablations, and what integrated gradients leave."""
+    """Correlations of attributions with ablations, and the gap of integrated gradients."""
     numbers = {}
     for path, latents in ((RUN, 32), (SITES, 48)):
         scope = analysis.open_scope(path)
@@ -128,7 +128,7 @@ def attribution() -> tuple[list[str], dict]:
     integrals = []
     for text in prompts(scope):
         whole, plain = analysis.integrate(scope, text, name), analysis.attribute(scope, text)
-        # The same latents for both: those that the plain gradient chooses.
+        # Both are compared on the same latents, chosen by the plain gradient.
         ablated = analysis.ablations(scope, plain, 32)
         parts_N = whole.parts[name].latents_M[ablated.latent_N]
         integrals.append(
@@ -144,13 +144,13 @@ def attribution() -> tuple[list[str], dict]:
 
 
 def _off(parts: gradients.Parts) -> float:
-    """How far the parts of gradient × activation are from y · g, of the largest of that."""
+    """The largest error of the sum of the parts of gradient × activation, relative to the largest y · g."""
     summed_L = parts.latents_L + parts.error_L + parts.bias_L + parts.skip_L
     return float(np.abs(summed_L - parts.total_L).max() / np.abs(parts.total_L).max())
 
 
 def steering() -> tuple[list[str], dict]:
-    """The latent that `latent` picked added to what Gemma writes, and effect against damage."""
+    """Replies with the latent chosen by `latent` added, and the effect and damage at several strengths."""
     latent = json.loads((RESULTS / "latent.json").read_text())["numbers"]["latent"]
     scope = analysis.open_scope(RUN)
     (name,) = scope.subjects
@@ -175,7 +175,7 @@ def steering() -> tuple[list[str], dict]:
 
 
 def bias() -> tuple[list[str], dict]:
-    """What is left of a gap without the latents that tell two sets of prompts apart, as the notebook has it."""
+    """How much of a gap is left without the latents that distinguish two sets of prompts, as in the notebook."""
     script = NOTEBOOKS / "correct_a_bias.py"
     names = runpy.run_path(str(script))
     scope, women, men, asked = (names[name] for name in ("scope", "women", "men", "asked"))
@@ -221,7 +221,7 @@ def _corrected(found: analysis.Contrast, corrected: analysis.Correction) -> dict
 
 
 def links() -> tuple[list[str], dict]:
-    """How well attributions and weights tell what ablation does to later latents."""
+    """Correlations of attributions and of weights with the effects of ablation on later latents."""
     scope = analysis.open_scope(SITES)
     names = {s.site.layer: name for name, s in scope.subjects.items() if s.site.kind == "resid_post"}
     of = analysis.activity(scope, 8, [names[6]])[names[6]]
@@ -253,29 +253,28 @@ def links() -> tuple[list[str], dict]:
 
 
 def latent_table(numbers: dict) -> str:
-    """How the picked latent is described, beside others."""
+    """How well the chosen latent is described, compared with random latents."""
     latent, rows, random, control = (numbers[key] for key in ("latent", "rows", "random", "random_control"))
     better = sum(value >= numbers["auroc"] for value in random)
     on, before = (" ".join(f"`{word}`" for word in numbers["words"][part]) for part in ("on", "before"))
     return "\n".join(
         [
-            f"Of {numbers['scored']} latents of the quickstart's SAE that fire often enough to be scored on both of "
-            f"two parts of the held-out text, `detect` describes latent {latent} best on the first, {rows} rows: "
-            f"AUROC {numbers['auroc_picked_on']:.3f}. The picture and what follows are of the second, as many rows "
-            "of other documents:",
+            f"{numbers['scored']} latents of the quickstart's SAE fire often enough to be scored on two parts of the "
+            f"held-out text. On the first part, {rows} rows, `detect` describes latent {latent} best: AUROC "
+            f"{numbers['auroc_picked_on']:.3f}. The picture and the following numbers are of the second part, {rows} "
+            "rows of other documents:",
             "",
-            "| | AUROC | by another latent's description |",
+            "| | AUROC | AUROC with another latent's description |",
             "|---|---|---|",
             f"| latent {latent} | {numbers['auroc']:.3f} | {numbers['control']:.3f} |",
-            f"| {len(random)} latents drawn at random from the others, mean | {np.mean(random):.3f} "
-            f"| {np.mean(control):.3f} |",
-            f"| their lowest and highest | {min(random):.3f}, {max(random):.3f} "
+            f"| {len(random)} random other latents, mean | {np.mean(random):.3f} | {np.mean(control):.3f} |",
+            f"| {len(random)} random other latents, lowest and highest | {min(random):.3f}, {max(random):.3f} "
             f"| {min(control):.3f}, {max(control):.3f} |",
             "",
-            f"Of the {len(random)}, {better or 'none'} reach{'es' if better == 1 else ''} as much. On the firing "
-            f"token its description has {on}; before it {before}. Dashboards of all {numbers['latents']:,} latents "
-            f"on 512 rows take {numbers['dashboards_s'] / 60:.1f} minutes on two cores, and "
-            f"{numbers['dashboards_peak_bytes'] / 1e9:.1f} GB.",
+            f"Of the {len(random)} random latents, {better or 'none'} reach{'es' if better == 1 else ''} the AUROC "
+            f"of latent {latent}. Its description contains {on} on the firing token, and {before} before it. "
+            f"Dashboards of all {numbers['latents']:,} latents on 512 rows take {numbers['dashboards_s'] / 60:.1f} "
+            f"minutes on two cores, and {numbers['dashboards_peak_bytes'] / 1e9:.1f} GB of memory.",
         ]
     )
 
@@ -286,14 +285,14 @@ def _shown(correlation: list) -> str:
 
 
 def attribution_table(numbers: dict) -> str:
-    """Correlations of attributions with ablations, and what integrated gradients leave."""
+    """Correlations of attributions with ablations, and the gap of integrated gradients."""
     one, many = numbers[RUN], numbers[SITES]
-    lines = ["| SAEs | latents | taken out | Pearson | Spearman |", "|---|---|---|---|---|"]
+    lines = ["| SAEs | latents | number ablated | Pearson | Spearman |", "|---|---|---|---|---|"]
     label = f"`configs/quickstart.py`: layer 9, `resid_post`, {one['width']:,} latents"
     for of, what in (
         ("all", "all"),
-        ("strongest", "strongest attributed"),
-        ("random", "drawn of the others"),
+        ("strongest", "strongest by attribution"),
+        ("random", "random others"),
     ):
         lines.append(f"| {label} | {what} | {_shown(one[of])} |")
         label = ""
@@ -303,24 +302,24 @@ def attribution_table(numbers: dict) -> str:
         fewest, most = min(one[0] for one in found), max(one[0] for one in found)
         return f"{fewest}{f' to {most}' if most > fewest else ''} each | {' | '.join(ends)}"
 
-    lines.append(f"| | all, {len(one['prompts'])} prompts one by one | {spread(one['prompts'])} |")
+    lines.append(f"| | all, for each of {len(one['prompts'])} prompts | {spread(one['prompts'])} |")
     label = f"{many['saes']} SAEs of {many['width']} latents, 18 layers × `resid_post`, `mlp_out`, `attn_out`"
     lines.append(f"| {label} | all | {_shown(many['all'])} |")
     for first, last in ((0, 1), (2, 9), (10, 17)):
         found = [
             many["layers"][str(layer)] for layer in range(first, last + 1) if str(layer) in many["layers"]
         ]
-        lines.append(f"| | of layers {first} to {last}, one by one | {spread(found)} |")
+        lines.append(f"| | all, for each of layers {first} to {last} | {spread(found)} |")
     integrals = numbers["integrals"]
     off, gap = (max(abs(one[key]) for one in integrals) for key in ("sum_off_total", "gap_of_gain"))
     nodes = [one["nodes"] for one in integrals]
     r, plain = (np.mean([one[key] for one in integrals]) for key in ("pearson", "pearson_of_plain"))
     lines += [
         "",
-        f"The parts of gradient times activation are off y · g by {off:.1e} of its largest at most. Integrated "
-        f"gradients leave a gap of {gap:.1e} of the gain at most, with {min(nodes)} to {max(nodes)} nodes. Of the "
-        f"same latents, Pearson with ablation is {r:.3f} for integrated gradients and {plain:.3f} for the plain "
-        "gradient, in the mean over the prompts.",
+        f"The parts of gradient times activation sum to y · g with an error of at most {off:.1e} of its largest "
+        f"value. Integrated gradients leave a gap of at most {gap:.1e} of the gain, with {min(nodes)} to "
+        f"{max(nodes)} nodes. For the same latents, the Pearson correlation with ablation is {r:.3f} for integrated gradients and "
+        f"{plain:.3f} for the plain gradient, as means over the prompts.",
     ]
     return "\n".join(lines)
 
@@ -328,18 +327,22 @@ def attribution_table(numbers: dict) -> str:
 def steering_table(numbers: dict) -> str:
     """Replies side by side, and the sweep."""
     sweep, latent = numbers["sweep"], numbers["latent"]
-    lines = [f"| behind | as it is | with {3 * numbers['typical']:.0f} of latent {latent} |", "|---|---|---|"]
+    lines = [
+        f"| prompt | original | with {3 * numbers['typical']:.0f} added to latent {latent} |",
+        "|---|---|---|",
+    ]
     for of in numbers["replies"]:
-        # Text of the model, which is no Markdown.
+        # The model's text must not be read as Markdown.
         cells = [html.escape(of[key]).replace("\n", "↵").replace("|", "&#124;") for key in of]
         lines.append("| " + " | ".join(f"<code>{cell}</code>" for cell in cells) + " |")
     tokens = ", ".join(f"`{token}`" for token in sweep["tokens"])
     lines += [
         "",
-        f"On {tokens}, which its decoder raises most, and on {sweep['predictions']:,} predictions of "
-        f"{sweep['rows']} rows, whose loss is {sweep['clean_loss']:.3f}:",
+        f"The effect is on the tokens {tokens}, which the latent's decoder raises most. Both columns are means over "
+        f"{sweep['predictions']:,} predictions of {sweep['rows']} rows, whose loss is {sweep['clean_loss']:.3f} "
+        "without a change:",
         "",
-        f"| times {sweep['unit']:.4g} added | effect, nats | damage, nats |",
+        f"| multiples of {sweep['unit']:.4g} added | effect, nats | damage, nats |",
         "|---|---|---|",
     ]
     columns = ("strengths_N", "effect_N", "effect_se_N", "damage_N", "damage_se_N")
@@ -351,39 +354,42 @@ def steering_table(numbers: dict) -> str:
 
 
 def bias_table(numbers: dict) -> str:
-    """The gap as it is, without the latents found, and without others; and by seed what is left."""
+    """The gap without a change, without the latents found and without random latents; the gap left by seed."""
     of = numbers["seed 0"]
     found = ", ".join(f"{one['latent']} (AUROC {one['auroc']:.2f}, q {one['q']:.2g})" for one in of["found"])
     random = of["random"]
     lines = [
-        f"On {of['prompts'][0]} and {of['prompts'][1]} of the prompts {of['tested']} latents fire. Found are "
-        f"{found}. On the others:",
+        f"{of['tested']} latents fire on one half of the prompts, {of['prompts'][0]} and {of['prompts'][1]}. The "
+        f"latents found are {found}. On the other half:",
         "",
-        "| ablated | women | men | gap | change of the gap | delta loss, nats |",
+        "| ablated | women | men | gap | change in the gap | delta loss, nats |",
         "|---|---|---|---|---|---|",
         f"| nothing | {of['first'][0]:.3f} | {of['second'][0]:.3f} | {of['gap'][0]:.3f} ± {of['gap_se']:.3f} | | |",
         f"| {len(of['found'])} latents found | {of['first'][1]:.3f} | {of['second'][1]:.3f} | {of['gap'][1]:.3f} "
         f"| {of['change']:.3f} ± {of['change_se']:.3f} | {of['delta_loss']:.4f} ± {of['delta_loss_se']:.4f} |",
-        f"| {len(random)} random sets | | | {of['gap'][0] + np.mean(random):.3f} | {np.mean(random):.3f} in the "
-        f"mean, {min(random):.3f} to {max(random):.3f} | {np.mean(of['random_delta_loss']):.4f}, mean of "
-        f"{len(of['random_delta_loss'])} |",
+        f"| {len(random)} random sets, mean | | | {of['gap'][0] + np.mean(random):.3f} | {np.mean(random):.3f} "
+        f"({min(random):.3f} to {max(random):.3f}) | {np.mean(of['random_delta_loss']):.4f} (of "
+        f"{len(of['random_delta_loss'])} sets) |",
         "",
     ]
     for label, one in numbers.items():
         if one is None:
-            lines.append(f"- {label}: none found.")
+            lines.append(f"- {label}: no latents found.")
             continue
         count, share = len(one["found"]), one["gap"][1] / one["gap"][0]
         lines.append(
-            f"- {label}: {count} found; {share:.0%} of a gap of {one['gap'][0]:.3f} is left, and "
-            f"{one['as_good'] or 'none'} of {len(one['random'])} random sets narrow it by as much."
+            f"- {label}: {count} latent{'' if count == 1 else 's'} found; {share:.0%} of a gap of "
+            f"{one['gap'][0]:.3f} is left. {one['as_good']} of {len(one['random'])} random sets narrow the gap as much."
         )
     return "\n".join(lines)
 
 
 def flow_table(numbers: dict) -> str:
-    """Where the answer appears."""
-    lines = ["| layer | p by the stream | rank | p by its reconstruction | rank |", "|---|---|---|---|---|"]
+    """The probability and rank of the answer at each layer."""
+    lines = [
+        "| layer | p from the stream | rank | p from the reconstruction | rank |",
+        "|---|---|---|---|---|",
+    ]
     of = numbers["flow"]
     for layer, pair in enumerate(zip(of["stream"], of["reconstruction"], strict=True)):
         lines.append(f"| {layer} | " + " | ".join(f"{p:.2g} | {rank:,}" for p, rank in pair) + " |")
@@ -392,8 +398,8 @@ def flow_table(numbers: dict) -> str:
 
 
 def links_table(numbers: dict) -> str:
-    """Correlations with ablation's effects, by layer."""
-    lines = ["| at layer | attributions | weights |", "|---|---|---|"]
+    """Correlations with the effects of ablation, by layer."""
+    lines = ["| layer | attributions | weights |", "|---|---|---|"]
     for layer, of in numbers["layers"].items():
         shown = [
             f"{np.nanmedian(of[key]):.2f} ({np.nanmin(of[key]):.2f} to {np.nanmax(of[key]):.2f})"
@@ -402,15 +408,15 @@ def links_table(numbers: dict) -> str:
         lines.append(f"| {layer} | {' | '.join(shown)} |")
     return "\n".join(
         [
-            f"Correlations with what ablation does, median (lowest to highest) over {len(numbers['latents'])} "
-            f"latents of the residual stream behind layer 6 drawn of those that fire, on {numbers['rows']} rows:",
+            f"Correlations with the effects of ablation: median (lowest to highest) over {len(numbers['latents'])} "
+            f"random latents that fire in the residual stream after layer 6, on {numbers['rows']} rows:",
             "",
             *lines,
         ]
     )
 
 
-# By the name of its file in results/: what measures it, and what shows it.
+# By the name of the file in results/: the function that measures it, and the function that makes its table.
 LOOKS = {
     "latent": (latent, latent_table),
     "attribution": (attribution, attribution_table),

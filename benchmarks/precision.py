@@ -2,7 +2,7 @@
 
     make test-peers && python -m benchmarks.precision .peers [--json=PATH]
 
-Three implementations in bfloat16: gemma's own modules, the same with norms in float32 (this package), and transformers.
+Three implementations in bfloat16: gemma's own modules, this package (norms in float32), and transformers.
 """
 
 import argparse

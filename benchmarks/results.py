@@ -1,13 +1,16 @@
-"""Makes the numbers of the README and of docs/ again, into results/*.json, and the tables that show them.
+"""Measures the numbers of the README and of docs/ into results/*.json, and writes the tables that show them.
 
     python -m benchmarks.results [NAME ...]
 
-Names: quickstart, baselines, step, tpu, tpu_evaluations, banks (what one more SAE costs), packing (long documents);
-the suites of configs/quickstart_banks.py (sweep, layers, sites, targets, transcoders); what is seen inside (latent,
-attribution, steering, bias, links), of runs/quickstart as `make quickstart` makes it and runs/sites as `sites` does;
-and peers and precision, which need Python 3.11 and are left out when none is given. `tables` makes only the tables.
+Names:
+  quickstart, baselines, step, tpu, tpu_evaluations, banks (cost of an additional SAE), packing (long documents)
+  sweep, layers, sites, targets, transcoders: the suites of configs/quickstart_banks.py
+  latent, attribution, steering, bias, links: analyses of runs/quickstart (by `make quickstart`) and runs/sites (by
+    `sites`)
+  peers, precision: need Python 3.11, and are left out when no name is given
+  tables: only writes the tables
 
-Each file holds the commands, the commit, the time and the numbers. A test compares the documents with them.
+Each file contains the commands, the commit, the time and the numbers. A test compares the documents with the files.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from gemma_scope_jax.models.sites import SITES, Site
 from gemma_scope_jax.saes import formats, jumprelu, loading
 from gemma_scope_jax.training import export, metrics_log, runs
 
-# Of configs/quickstart_banks.py, and on how many rows each is evaluated.
+# The suites of configs/quickstart_banks.py, and the number of rows that each is evaluated on.
 SUITES = {"sweep": 64, "layers": 16, "sites": 4, "targets": 32, "transcoders": 64}
 DOCUMENTS = [
     pathlib.Path(name) for name in ("README.md", "docs/models.md", "docs/metrics.md", "docs/explore.md")
@@ -40,14 +43,14 @@ DOCUMENTS = [
 
 
 def commit() -> str:
-    """The one that is checked out."""
+    """The hash of the current commit."""
     return subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
 def quickstart() -> tuple[list[str], dict]:
-    """The quickstart's SAE on 512 held-out rows, and on the 64 that the quickstart itself evaluates."""
+    """The quickstart's SAE on 512 held-out rows, and on the 64 rows that the quickstart evaluates itself."""
     with tempfile.TemporaryDirectory() as scratch:
         workdir = pathlib.Path(scratch) / "run"
         quickstart_s = run(f"make quickstart RUN={workdir}")
@@ -69,7 +72,7 @@ def quickstart() -> tuple[list[str], dict]:
 
 
 def step() -> tuple[list[str], dict]:
-    """The speed of the step."""
+    """The speed of the training step."""
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "step.json"
         run(f"python -m benchmarks.step --json={path}")
@@ -77,7 +80,7 @@ def step() -> tuple[list[str], dict]:
 
 
 def banks() -> tuple[list[str], dict]:
-    """What one more SAE in a bank costs."""
+    """The cost of each additional SAE in a bank."""
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "banks.json"
         run(f"python -m benchmarks.banks --json={path}")
@@ -85,7 +88,7 @@ def banks() -> tuple[list[str], dict]:
 
 
 def packing() -> tuple[list[str], dict]:
-    """What a long document takes to become rows."""
+    """The time to tokenise and pack a long document."""
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "packing.json"
         run(f"python -m benchmarks.packing --json={path}")
@@ -93,9 +96,9 @@ def packing() -> tuple[list[str], dict]:
 
 
 def suite(name: str, rows: int) -> tuple[list[str], dict]:
-    """One of configs/quickstart_banks.py, trained and evaluated; an unfinished run of it is gone on with."""
+    """Trains and evaluates a suite of configs/quickstart_banks.py; an unfinished run is continued."""
     workdir = pathlib.Path("runs") / name
-    # Of the code that began to train it, which may be older than this.
+    # The commit at which training began; it can be older than the current commit.
     began = workdir / "commit"
     if not workdir.exists():
         workdir.mkdir(parents=True)
@@ -107,7 +110,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
     _, evaluate_s = (run(command) for command in commands)
     config, entries = loading.run_config(workdir), metrics_log.read_metrics(workdir)
     tokens = config.train.sequences_per_step * config.data.context_length
-    # By its own log, since the run may have been there, in part or whole; without compiling and saving.
+    # From the log, because a part of the run may be older. Compilation and checkpoints are not counted.
     train_s = sum(tokens / entry["speed"]["tokens_per_second"] for entry in entries)
     if (workdir / "pareto.png").exists():
         (RESULTS / f"{name}.png").write_bytes((workdir / "pareto.png").read_bytes())
@@ -129,7 +132,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
 
 
 def baselines() -> tuple[list[str], dict]:
-    """The quickstart's SAE beside what learnt less or nothing."""
+    """The quickstart's SAE compared with its baselines."""
     workdir = pathlib.Path("runs/quickstart")
     commands = ["make quickstart", f"gemma-scope evaluate {workdir} --baselines --out={workdir}/baselines"]
     for command in commands:
@@ -138,10 +141,11 @@ def baselines() -> tuple[list[str], dict]:
 
 
 def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
-    """How far transcoders, written and read again, are from the training form in float64.
+    """Relative errors of transcoders that are exported and read again, compared with the training form in float64.
 
-    Each in the format that feeds it as it was trained, and the one with a skip connection in SAELens' too. On real
-    activations, and apart from where a pre-activation lies so near its threshold that float32 decides.
+    Each transcoder is exported in the format whose input it was trained on; the one with a skip connection also in
+    SAELens' format. Tokens are counted separately if float32 may decide whether a pre-activation is above its
+    threshold.
     """
     run, state = runs.open_run(workdir)
     rows = token_rows.open_rows(prepare.rows_of_run(run.config, workdir), token_rows.HELD_OUT)
@@ -186,7 +190,7 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
 
 
 def peers() -> tuple[list[str], dict]:
-    """The speed of the same update elsewhere."""
+    """The speed of the same update in other libraries."""
     run("make --silent .venv-peers/installed")
     command = ["make", "--silent", "benchmark-peers"]
     return ["make benchmark-peers"], json.loads(
@@ -195,7 +199,7 @@ def peers() -> tuple[list[str], dict]:
 
 
 def tpu_evaluations() -> tuple[list[str], dict]:
-    """Memory of evaluations on TPU slices."""
+    """The memory of evaluations on TPU slices."""
     run("make --silent .venv/libtpu")
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "tpu.json"
@@ -205,7 +209,7 @@ def tpu_evaluations() -> tuple[list[str], dict]:
 
 
 def tpu() -> tuple[list[str], dict]:
-    """What harvests and steps need of real chips."""
+    """The memory of harvests and training steps on TPU slices."""
     run("make --silent .venv/libtpu")
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "tpu.json"
@@ -216,7 +220,7 @@ def tpu() -> tuple[list[str], dict]:
 
 
 def precision() -> tuple[list[str], dict]:
-    """What bfloat16 does to activations."""
+    """The errors of activations in bfloat16."""
     run("make test-peers")
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "precision.json"
@@ -225,7 +229,7 @@ def precision() -> tuple[list[str], dict]:
 
 
 def models_table() -> str:
-    """Every model that is known by name."""
+    """A table of all registered models."""
     lines = ["| name | Hugging Face | layers | D | N·H | parameters, billions |", "|---|---|---|---|---|---|"]
     for name, known in registry.MODELS.items():
         config = known.module.config
@@ -238,20 +242,20 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
-# What each site is, for the table.
+# Descriptions and widths of the sites, for the table.
 _SITES = {
     "embed": ("the token embeddings times √D", "D"),
     "attn_out": ("the heads' outputs, concatenated, before the output projection", "N·H"),
-    "mlp_in_gain_free": ("what the MLP reads, before its norm's gain", "D"),
-    "mlp_in": ("what the MLP reads, behind its norm", "D"),
-    "mlp_out": ("what the MLP adds to the residual stream, behind its post-norm", "D"),
-    "resid_post": ("the residual stream behind the block", "D"),
+    "mlp_in_gain_free": ("the MLP's input, before the gain of its norm", "D"),
+    "mlp_in": ("the MLP's input, after its norm", "D"),
+    "mlp_out": ("the MLP's output, after its post-norm, as added to the residual stream", "D"),
+    "resid_post": ("the residual stream after the block", "D"),
 }
 
 
 def sites_table() -> str:
-    """Every kind of site."""
-    lines = ["| site | what it is | width | TransformerLens | Hugging Face |", "|---|---|---|---|---|"]
+    """A table of all kinds of sites."""
+    lines = ["| site | activation | width | TransformerLens | Hugging Face |", "|---|---|---|---|---|"]
     for kind, names in SITES.items():
         lens, module = (name.format("L") for name in names)
         what, width = _SITES[kind]
@@ -260,12 +264,12 @@ def sites_table() -> str:
 
 
 def precision_table(numbers: dict) -> str:
-    """Relative errors in per cent and losses, by way of computing."""
+    """Relative errors in per cent, and losses, of each implementation."""
     ways = {
         "bfloat16, gemma's norms": "gemma",
-        "bfloat16": "here",
+        "bfloat16": "this package",
         "bfloat16, transformers": "transformers",
-        "float32": "here, float32",
+        "float32": "this package, float32",
     }
     lines = [f"| | {' | '.join(ways.values())} |", "|---|---|---|---|---|"]
     for site in next(iter(numbers["ways"].values()))["relative_error"]:
@@ -278,8 +282,8 @@ def precision_table(numbers: dict) -> str:
 
 
 def tpu_table(numbers: dict) -> str:
-    """Gigabytes on each chip."""
-    lines = ["| compiled for | slice | GB at rest on a chip | GB at most |", "|---|---|---|---|"]
+    """Gigabytes on each chip, and times at peak rates."""
+    lines = ["| compiled program | slice | weights, GB per chip | peak, GB per chip |", "|---|---|---|---|"]
     for case in numbers["harvests"]:
         split = ", split" if case["split"] else ""
         lines.append(
@@ -289,7 +293,8 @@ def tpu_table(numbers: dict) -> str:
         )
     lines += [
         "",
-        "| run | slice | mesh | GB at most, of | PFLOP a step | tokens/s at peak rates | hours at peak rates |",
+        "| run | slice | mesh | peak / available, GB per chip | PFLOP per step | tokens/s at peak rates "
+        "| hours at peak rates |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in numbers["steps"]:
@@ -303,7 +308,7 @@ def tpu_table(numbers: dict) -> str:
         saes = f", {case['saes']} SAEs" if case["saes"] > 1 else ""
         lines.append(
             f"| configs/{case['config']}.py:{case['suite']}{layers}{saes} | {case['topology']} "
-            f"| {case['data']} × {case['latent']} | {case['peak_bytes'] / 1e9:.1f}, {case['memory'] / 1e9:.0f} "
+            f"| {case['data']} × {case['latent']} | {case['peak_bytes'] / 1e9:.1f} / {case['memory'] / 1e9:.0f} "
             f"| {(case['gemma_flops'] + case['banks_flops']) / 1e15:.2f} | {case['tokens_per_second']:,.0f} "
             f"| {case['hours']:.1f} |"
         )
@@ -311,30 +316,30 @@ def tpu_table(numbers: dict) -> str:
 
 
 def tpu_evaluations_table(numbers: dict) -> str:
-    """What an evaluation needs of a chip, and how long it would take."""
+    """The memory of evaluations on each chip, and their time at peak rates."""
     lines = [
-        "| one SAE on 2,048 rows | slice | GB at most, of | PFLOP | minutes at peak rates |",
+        "| one SAE on 2,048 rows | slice | peak / available, GB per chip | PFLOP | minutes at peak rates |",
         "|---|---|---|---|---|",
     ]
     for case in numbers["evaluations"]:
         lines.append(
             f"| {case['model']}, layer {case['layer']}, {case['width']:,} latents | {case['topology']} "
-            f"| {case['peak_bytes'] / 1e9:.1f}, {case['memory'] / 1e9:.0f} "
+            f"| {case['peak_bytes'] / 1e9:.1f} / {case['memory'] / 1e9:.0f} "
             f"| {(case['gemma_flops'] + case['sae_flops']) / 1e15:,.0f} | {case['minutes']:.1f} |"
         )
     return "\n".join(lines)
 
 
 def numbers_table() -> str:
-    """What the numbers of an evaluation are."""
-    lines = ["| number | in the files | definition |", "|---|---|---|"]
+    """The definitions of all metrics of an evaluation."""
+    lines = ["| metric | name in files | definition |", "|---|---|---|"]
     for name, metric in metrics.METRICS.items():
         lines.append(f"| {metric.label} | `{name}` | {metric.definition.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
 
 
 def baselines_table(numbers: dict) -> str:
-    """An SAE, and what it is held against."""
+    """An SAE and its baselines."""
     keys = ("l0", "fvu", "delta_loss", "kl", "r_l0", "loss_recovered_mean")
     lines = [
         f"| | {' | '.join(metrics.METRICS[key].label for key in keys)} |",
@@ -346,14 +351,14 @@ def baselines_table(numbers: dict) -> str:
     cost = numbers["cost"]
     lines += [
         "",
-        f"On {of['rows']} held-out rows. A batch took {cost['seconds']:.1f} s; its clean pass, two ablations and one "
-        f"splice an SAE, at the speed of the clean pass, would take {cost['bound_seconds']:.1f} s.",
+        f"Measured on {of['rows']} held-out rows. A batch took {cost['seconds']:.1f} s. At the speed of its clean "
+        f"pass, that pass with two ablations and one splice per SAE would take {cost['bound_seconds']:.1f} s.",
     ]
     return "\n".join(lines)
 
 
 def sites_suite_table(numbers: dict) -> str:
-    """L0, FVU and delta loss of each layer at each site, and what is different on training text."""
+    """L0, FVU and delta loss at each site of each layer, and their means on held-out and training text."""
     kinds = ("resid_post", "mlp_out", "attn_out")
     keys = ("l0", "fvu", "delta_loss")
     lines = [
@@ -387,8 +392,8 @@ def sites_suite_table(numbers: dict) -> str:
     minutes = [f"{numbers[key] / 60:.0f}" for key in ("train_s", "evaluate_s")]
     lines += [
         "",
-        f"On {first['rows']} rows, {first['tokens']:,} predictions. Training took {minutes[0]} minutes, the "
-        f"evaluation on held-out rows {minutes[1]}.",
+        f"Measured on {first['rows']} rows with {first['tokens']:,} predictions. Training took {minutes[0]} minutes, "
+        f"the evaluation on held-out rows {minutes[1]} minutes.",
     ]
     return "\n".join(lines)
 
@@ -410,12 +415,13 @@ def suite_table(numbers: dict) -> str:
         [
             *lines,
             "",
-            f"On {first['rows']} held-out rows, {first['tokens']:,} predictions; recovered is against mean ablation. "
-            f"Training took {minutes[0]} minutes, the evaluation {minutes[1]}.",
+            f"Measured on {first['rows']} held-out rows with {first['tokens']:,} predictions. Loss recovered is "
+            f"relative to mean ablation. Training took {minutes[0]} minutes, the evaluation {minutes[1]} minutes.",
             *(
-                f"Written and read again, {how}: {of['median_relative_error']:.1e} from the training form in float64 "
-                f"in the median of {of['tokens']:,} tokens, {of['largest_elsewhere']:.1e} at most but for "
-                f"{of['near_a_threshold']} with a pre-activation within 1e-5 of the norm of a threshold."
+                f"Exported and read again ({how}), the outputs have a median relative error of "
+                f"{of['median_relative_error']:.1e} over {of['tokens']:,} tokens, compared with the training form in "
+                f"float64. The largest error is {of['largest_elsewhere']:.1e}, except for {of['near_a_threshold']} "
+                "tokens with a pre-activation within 1e-5 ‖x‖ of its threshold."
                 for how, of in numbers.get("read_back", {}).items()
             ),
         ]
@@ -423,9 +429,9 @@ def suite_table(numbers: dict) -> str:
 
 
 def banks_table(numbers: dict) -> str:
-    """A step's time by the size of the bank."""
+    """The time of a step for each size of the bank."""
     lines = [
-        "| SAEs | a step, s | separate runs, s | each more SAE ÷ its five matmuls |",
+        "| SAEs | one step, s | separate runs, s | each additional SAE ÷ its five matmuls |",
         "|---|---|---|---|",
     ]
     for row in numbers["sizes"]:
@@ -436,15 +442,15 @@ def banks_table(numbers: dict) -> str:
 
 
 def packing_table(numbers: dict) -> str:
-    """Seconds by the length of one document."""
+    """Seconds for each length of the document."""
     lines = ["| one document | seconds |", "|---|---|"]
     for kind, unit in (("tokenising", "characters"), ("packing", "tokens")):
         lines += [f"| {kind} {row[unit]:,} {unit} | {row['seconds']:.2g} |" for row in numbers[kind]]
-    return "\n".join([*lines, "", f"On {numbers['processor']}."])
+    return "\n".join([*lines, "", f"Measured on {numbers['processor']}."])
 
 
 def tables() -> dict[str, str]:
-    """The tables of the documents, by the name in their markers."""
+    """The tables of the documents, by the name in the marker before each table."""
     made = {path.name: json.loads(path.read_text())["numbers"] for path in sorted(RESULTS.glob("*.json"))}
     shown = {"models": models_table(), "sites": sites_table(), "numbers": numbers_table()}
     by_file = {
@@ -476,17 +482,16 @@ def tables() -> dict[str, str]:
                 line("predictions scored", "{tokens:,}"),
                 line("L0", "{l0:.1f}"),
                 line("**delta loss**, nats", "**{delta_loss:.3f} ± {delta_loss_se:.3f}**"),
-                line("FVU, outliers in full", "{fvu:.3f}"),
+                line("FVU, with outliers at full weight", "{fvu:.3f}"),
                 line("clean loss", "{clean_loss:.3f}"),
-                line("mean ablation", "{mean_ablation_loss:.3f}"),
+                line("loss with mean ablation", "{mean_ablation_loss:.3f}"),
                 line("loss recovered (mean ablation)", "{loss_recovered_mean:.3f}"),
                 line("loss recovered (zero ablation)", "{loss_recovered_zero:.3f}"),
                 line("latents that never fire", "{dead_fraction:.1%}"),
                 "",
                 f"`make quickstart` took {numbers['quickstart_s'] / 60:.1f} minutes after the installation. "
-                "Of the pairs of activations in a batch, "
-                f"{numbers['same_document_pairs']:.2%} come from one document; in a perfect shuffle "
-                f"{numbers['same_document_pairs_in_a_perfect_shuffle']:.2%} would.",
+                f"In a batch, {numbers['same_document_pairs']:.2%} of the pairs of activations come from the same "
+                f"document; in a perfect shuffle, {numbers['same_document_pairs_in_a_perfect_shuffle']:.2%} would.",
             ]
         )
     if numbers := made.get("step.json"):
@@ -505,9 +510,9 @@ def tables() -> dict[str, str]:
         ours, theirs = made["step.json"], made["peers.json"]
         shown["results/peers.json"] = "\n".join(
             [
-                "| the same update | ms | ÷ five matmuls of its own framework |",
+                "| implementation | ms per update | ÷ five matmuls in the same framework |",
                 "|---|---|---|",
-                f"| here | {ours['update_ms']:.0f} | {ours['update_over_five_matmuls']:.2f} |",
+                f"| this package | {ours['update_ms']:.0f} | {ours['update_over_five_matmuls']:.2f} |",
                 *(
                     f"| {label} | {theirs[f'{name}_ms']:.0f} | {theirs[f'{name}_over_five_matmuls']:.2f} |"
                     for name, label in (
@@ -524,7 +529,7 @@ def tables() -> dict[str, str]:
 
 
 def update_documents() -> None:
-    """Puts the tables between their markers."""
+    """Writes the tables between their markers in the documents."""
     made = tables()
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
@@ -538,7 +543,7 @@ def update_documents() -> None:
 
 
 def main() -> None:
-    """Measures what is named, or everything."""
+    """Measures the named results, or all of them, and updates the tables."""
     known = {
         "quickstart": quickstart,
         "baselines": baselines,
@@ -570,7 +575,7 @@ def main() -> None:
             *SUITES,
             *looks.LOOKS,
         ],
-        help="results to make",
+        help="results to measure",
     )
     RESULTS.mkdir(exist_ok=True)
     for name in parser.parse_args().names:

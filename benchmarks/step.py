@@ -44,7 +44,7 @@ def least_time(fn: Callable, *args: object, repeat: int = 10) -> float:
 
 
 def contract(a_axis: int, b_axis: int) -> Callable:
-    """A jitted matmul that contracts the given axes; its result can be transposed by the order of the arguments."""
+    """A jitted matmul that contracts the given axes."""
     return jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ()))))
 
 
