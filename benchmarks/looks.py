@@ -318,8 +318,8 @@ def attribution_table(numbers: dict) -> str:
         "",
         f"The parts of gradient times activation sum to y · g with an error of at most {off:.1e} of its largest "
         f"value. Integrated gradients leave a gap of at most {gap:.1e} of the gain, with {min(nodes)} to "
-        f"{max(nodes)} nodes. For the same latents, the Pearson correlation with ablation is {r:.3f} for integrated gradients and "
-        f"{plain:.3f} for the plain gradient, as means over the prompts.",
+        f"{max(nodes)} nodes. For the same latents, the Pearson correlation with ablation is {r:.3f} for integrated "
+        f"gradients and {plain:.3f} for the plain gradient, as means over the prompts.",
     ]
     return "\n".join(lines)
 
@@ -379,7 +379,8 @@ def bias_table(numbers: dict) -> str:
         count, share = len(one["found"]), one["gap"][1] / one["gap"][0]
         lines.append(
             f"- {label}: {count} latent{'' if count == 1 else 's'} found; {share:.0%} of a gap of "
-            f"{one['gap'][0]:.3f} is left. {one['as_good']} of {len(one['random'])} random sets narrow the gap as much."
+            f"{one['gap'][0]:.3f} is left. {one['as_good']} of {len(one['random'])} random sets narrow the gap "
+            "as much."
         )
     return "\n".join(lines)
 
