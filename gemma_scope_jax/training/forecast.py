@@ -65,7 +65,41 @@ class Forecast:
 
     @property
     def hours(self) -> float:
+        """The time of the run at peak rates."""
         return self.tokens / self.tokens_per_second / 3600
+
+    @property
+    def chips(self) -> int:
+        """The chips of the slice; a tpu7x chip is two devices."""
+        return math.prod(map(int, self.topology.split(":")[1].split("x")))
+
+
+# Chips in each direction, by the number of chips, of the slices that Google Cloud sells.
+_TWO_DIMENSIONS = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_THREE_DIMENSIONS = {
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
+    1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
+}  # fmt: skip
+
+
+def topology_of(name: str) -> str:
+    """The topology of a slice by Google Cloud's name for it, such as v5p:2x2x2 of v5p-16; other names are returned.
+
+    Cloud counts cores in the names of v4 and v5p, two per chip, and chips in those of v5e and v6e.
+
+    Raises:
+      ValueError: if Cloud has no slice of that size.
+    """
+    match = re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e)-(\d+)", name)
+    if not match:
+        return name
+    kind, count = match[1].replace("v5litepod", "v5e"), int(match[2])
+    shapes = _THREE_DIMENSIONS if kind in ("v4", "v5p") else _TWO_DIMENSIONS
+    chips = count // 2 if kind in ("v4", "v5p") else count
+    if chips not in shapes:
+        sizes = ", ".join(str(n * (2 if kind in ("v4", "v5p") else 1)) for n in shapes)
+        raise ConfigError(f"there is no slice {name}; sizes of {match[1]} are {sizes}")
+    return f"{kind}:{shapes[chips]}"
 
 
 def slice_devices(topology: str) -> list[jax.Device]:
@@ -80,7 +114,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     ):
         raise ConfigError(
             f"topology {topology!r} is not KIND:AxB or KIND:AxBxC with KIND one of {', '.join(devices_lib.CHIPS)}; "
-            "give for example v5e:2x4 (v5e-8) or v5p:2x2x4 (v5p-32)"
+            "give for example v5e:2x4 or v5p:2x2x4, or Cloud's names for these, v5e-8 and v5p-32"
         )
     # In a slice of one chip, the host has only that chip.
     bounds = (1, 1, 1) if math.prod(map(int, re.findall(r"\d+", topology.split(":")[1]))) == 1 else (2, 2, 1)
@@ -117,9 +151,14 @@ def parse_collectives(hlo: str, updates_per_step: int) -> list[Collective]:
 def forecast(config: config_lib.Config, topology: str) -> Forecast:
     """Compiles the step of a config for a slice and returns the forecast.
 
+    Args:
+      config: the run.
+      topology: the slice, as `topology_of` or `slice_devices` takes it.
+
     Raises:
       ValueError: if the config does not fit the slice. The message says what to change.
     """
+    topology = topology_of(topology)
     devices = slice_devices(topology)
     chip = devices_lib.CHIPS[topology.split(":")[0]]
     run = runs.build(config, devices=devices)
@@ -172,7 +211,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     )
 
 
-def show(found: Forecast) -> bool:
+def show(found: Forecast, dollars_per_chip_hour: float | None = None) -> bool:
     """Prints a forecast as tables and returns whether the run fits."""
     title = (
         f"{found.topology}: {found.devices} devices, mesh {found.data} × {found.latent}, SAEs: {found.saes}"
@@ -204,6 +243,13 @@ def show(found: Forecast) -> bool:
         f"{found.tokens:,} tokens take {factor * found.hours:.1f} {unit}. At half of the peak rates they take "
         f"{2 * factor * found.hours:.1f} {unit}."
     )
+    chip_hours = found.chips * found.hours
+    cost = f"That is {chip_hours:,.1f} to {2 * chip_hours:,.1f} chip-hours"
+    if dollars_per_chip_hour is None:
+        print(f"{cost}. With --dollars-per-chip-hour the price is printed too.")
+    else:
+        low = dollars_per_chip_hour * chip_hours
+        print(f"{cost}, ${low:,.2f} to ${2 * low:,.2f} at ${dollars_per_chip_hour:g} per chip-hour.")
     if found.peak_bytes > found.memory:
         largest = max(found.needs, key=lambda need: need.bytes)
         print(f"The run does not fit in memory. The largest part is {largest.what}: {largest.remedy}.")

@@ -64,8 +64,10 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
     assert before.step_s == total
     # By hand: four updates, five products in six passes on eight chips.
     assert before.banks_s == 4 * 6 * 5 * 2 * 32 * 32 * 1024 / (8 * 197e12)
-    forecast.show(before)
-    assert "v5e:2x4: 8 devices, mesh 1 × 8, SAEs: 1" in " ".join(capsys.readouterr().out.split())
+    forecast.show(before, 1.5)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "v5e:2x4: 8 devices, mesh 1 × 8, SAEs: 1" in shown
+    assert f"${1.5 * 8 * before.hours:,.2f} to ${1.5 * 16 * before.hours:,.2f} at $1.5 per chip-hour" in shown
 
     make_step = step.make_step
 
@@ -83,6 +85,28 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
     after = forecast.forecast(c, "v5e:2x4")
     sums = [sum(x.times for x in f.collectives if x.kind == "all-reduce") for f in (before, after)]
     assert sums[1] > sums[0]
+
+
+# From Cloud's pages on each version: v4 and v5p are named by cores, two a chip, v5e and v6e by chips.
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-8", "v5e:2x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-32", "v5p:2x2x4"),
+        ("v4-512", "v4:4x8x8"),
+        ("v5p:2x4x4", "v5p:2x4x4"),
+    ],
+)
+def test_slices_have_clouds_names(name, topology):
+    assert forecast.topology_of(name) == topology
+
+
+def test_a_size_that_cloud_does_not_have_is_refused_with_those_it_has():
+    with pytest.raises(ValueError, match="there is no slice v5p-12; sizes of v5p are 8, 16, 32"):
+        forecast.topology_of("v5p-12")
 
 
 @needs_compiler

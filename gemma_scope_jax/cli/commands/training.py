@@ -12,7 +12,7 @@ import tyro
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.cli import common
-from gemma_scope_jax.cli.options import MaybeFew, Place, Positional
+from gemma_scope_jax.cli.options import MaybeFew, MaybePrice, Place, Positional
 
 Fields = Annotated[config_lib.Config, tyro.conf.arg(name="")]
 
@@ -47,21 +47,27 @@ def train_of(default: config_lib.Config) -> Callable[..., None]:
 def plan_of(default: config_lib.Config) -> Callable[..., None]:
     """Returns the command `plan` with the defaults of a config."""
 
-    def plan(config: Positional[str], topology: Positional[str], fields: Fields = default) -> None:
-        """Predict a run's memory on a TPU slice, and its time at peak rates; no TPU is needed.
+    def plan(
+        config: Positional[str],
+        topology: Positional[str],
+        dollars_per_chip_hour: MaybePrice = None,
+        fields: Fields = default,
+    ) -> None:
+        """Predict a run's memory on a TPU slice, its time at peak rates and its price; no TPU is needed.
 
-        gemma-scope plan gemma2_2b:resid_post_16k v5e:2x4 --banks.main.layers 12
+        gemma-scope plan gemma2_2b:resid_post_16k v5e-8 --banks.main.layers 12
 
         Args:
           config: name of a config or path of a config file, as for train.
-          topology: TPU slice, such as v5e:2x4 or v5p:2x2x4.
+          topology: TPU slice by Cloud's name, such as v5e-8 or v5p-32, or its shape, such as v5e:2x4 or v5p:2x2x4.
+          dollars_per_chip_hour: price of one chip for an hour, in dollars, to print what the run costs.
           fields: fields of the config to change.
         """
         del config
         common.find_tpu_compiler()
         from gemma_scope_jax.training import forecast
 
-        if not forecast.show(forecast.forecast(fields, topology)):
+        if not forecast.show(forecast.forecast(fields, topology), dollars_per_chip_hour):
             sys.exit(1)
 
     return plan
