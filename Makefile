@@ -5,7 +5,7 @@ VENV := .venv/bin
 RUN := runs/quickstart
 PEERS := .peers
 
-.PHONY: quickstart test test-peers test-pages soak benchmark benchmark-peers lint lock wheel results
+.PHONY: quickstart test test-peers test-pages soak benchmark benchmark-peers lint lock wheel results docs tutorials
 
 quickstart: .venv/installed
 	$(VENV)/gemma-scope train quickstart $(RUN)
@@ -63,6 +63,14 @@ results: .venv/installed
 	touch $@
 
 # mypy checks the modules without type errors; pyproject.toml lists those that still have some.
+# The documentation site, in build/docs; it opens from disk. Warnings, such as broken links, are errors.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --quiet
+
+# The tutorials' notebooks, executed again; they use what `make quickstart` trained.
+tutorials: .venv/installed
+	$(VENV)/python -m benchmarks.notebooks
+
 lint: .venv/installed
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .

@@ -4,11 +4,11 @@ import dataclasses
 import html
 import json
 import pathlib
-import runpy
 import tempfile
 
 import numpy as np
 
+from benchmarks import notebooks
 from benchmarks.commands import RESULTS, measure
 from gemma_scope_jax import analysis
 from gemma_scope_jax.analysis.attribution import gradients
@@ -19,7 +19,6 @@ from gemma_scope_jax.models import masking
 from gemma_scope_jax.saes import attached
 
 RUN, SITES = "runs/quickstart", "runs/sites"
-NOTEBOOKS = pathlib.Path("docs/notebooks")
 ROWS = 256  # To choose a latent on, and the same number to measure it on.
 RANDOM = 20  # Latents that it is compared with.
 PROMPT, ANSWER = "Fellow citizens of the Senate and of the House of", " Representatives"
@@ -81,7 +80,7 @@ def latent() -> tuple[list[str], dict]:
     picked, random = other[best], [other[latent] for latent in drawn.tolist()]
     unseen = dataclasses.replace(scope, held_out=lambda: ends[1])
     look = analysis.look_at(unseen, name, best, rows=ROWS)
-    plotting.write_png(RESULTS / "latent.png", look.figure(), dpi=120)
+    plotting.write_png(RESULTS.parent / "docs" / "images" / "latent.png", look.figure(), dpi=120)
     with tempfile.TemporaryDirectory() as scratch:
         command = f"gemma-scope dashboards {RUN}"
         seconds, memory = measure(f"{command} --out={pathlib.Path(scratch) / 'dashboards'}")
@@ -176,8 +175,7 @@ def steering() -> tuple[list[str], dict]:
 
 def bias() -> tuple[list[str], dict]:
     """How much of a gap is left without the latents that distinguish two sets of prompts, as in the notebook."""
-    script = NOTEBOOKS / "correct_a_bias.py"
-    names = runpy.run_path(str(script))
+    names = notebooks.names_of("correct_a_bias")
     scope, women, men, asked = (names[name] for name in ("scope", "women", "men", "asked"))
     made = {"seed 0": _corrected(names["found"], names["corrected"])}
 
@@ -193,7 +191,7 @@ def bias() -> tuple[list[str], dict]:
     professions = [[f"The {word} said that" for word in words.split()] for words in PROFESSIONS]
     add("latents of all the words, on professions", (women, men), professions)
     add("latents of professions, on others", *analysis.halves(*professions))
-    return [f"python {script}", "python -m benchmarks.results bias"], made
+    return ["python -m benchmarks.results bias"], made
 
 
 def _corrected(found: analysis.Contrast, corrected: analysis.Correction) -> dict:

@@ -22,11 +22,13 @@ import re
 import subprocess
 import tempfile
 import types
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from benchmarks import looks
+from benchmarks import packing as packing_lib
 from benchmarks.commands import RESULTS, run
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.evaluation import metrics, page
@@ -37,9 +39,16 @@ from gemma_scope_jax.training import export, metrics_log, runs
 
 # The suites of configs/quickstart_banks.py, and the number of rows that each is evaluated on.
 SUITES = {"sweep": 64, "layers": 16, "sites": 4, "targets": 32, "transcoders": 64}
-DOCUMENTS = [
-    pathlib.Path(name) for name in ("README.md", "docs/models.md", "docs/metrics.md", "docs/explore.md")
-]
+_NAMES = (
+    "README.md",
+    "docs/results.md",
+    "docs/comparison.md",
+    "docs/models.md",
+    "docs/metrics.md",
+    "docs/explore.md",
+)
+DOCUMENTS = [pathlib.Path(name) for name in _NAMES]
+IMAGES = pathlib.Path("docs/images")
 
 
 def commit() -> str:
@@ -59,7 +68,7 @@ def quickstart() -> tuple[list[str], dict]:
         many = json.loads((workdir / "evaluation.json").read_text())
         rows = token_rows.open_rows(prepare.rows_of(loading.run_config(workdir)), token_rows.TRAIN)
         ours, perfect = metrics_log.shuffle_quality(workdir, rows)
-        (RESULTS / "quickstart.png").write_bytes((workdir / "evaluation.png").read_bytes())
+        (IMAGES / "quickstart.png").write_bytes((workdir / "evaluation.png").read_bytes())
     numbers = {
         "quickstart_s": quickstart_s,
         "same_document_pairs": ours,
@@ -113,7 +122,7 @@ def suite(name: str, rows: int) -> tuple[list[str], dict]:
     # From the log, because a part of the run may be older. Compilation and checkpoints are not counted.
     train_s = sum(tokens / entry["speed"]["tokens_per_second"] for entry in entries)
     if (workdir / "pareto.png").exists():
-        (RESULTS / f"{name}.png").write_bytes((workdir / "pareto.png").read_bytes())
+        (IMAGES / f"{name}.png").write_bytes((workdir / "pareto.png").read_bytes())
     evaluated = json.loads((workdir / "evaluation.json").read_text())
     if name == "transcoders":
         evaluated["read_back"] = read_back(workdir)
@@ -450,8 +459,9 @@ def packing_table(numbers: dict) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The tables of the documents, by the name in the marker before each table."""
-    made = {path.name: json.loads(path.read_text())["numbers"] for path in sorted(RESULTS.glob("*.json"))}
+    """The tables of the documents, by the name in the marker before each table; measured ones with their source."""
+    stored = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    made = {name: of["numbers"] for name, of in stored.items()}
     shown = {"models": models_table(), "sites": sites_table(), "numbers": numbers_table()}
     by_file = {
         "tpu.json": tpu_table,
@@ -477,21 +487,16 @@ def tables() -> dict[str, str]:
 
         shown["results/quickstart.json"] = "\n".join(
             [
-                f"| held-out rows | {few['rows']} (`make quickstart`) | {many['rows']} |",
+                f"| on held-out rows | {few['rows']} (`make quickstart`) | {many['rows']} |",
                 "|---|---|---|",
-                line("predictions scored", "{tokens:,}"),
-                line("L0", "{l0:.1f}"),
-                line("**delta loss**, nats", "**{delta_loss:.3f} ± {delta_loss_se:.3f}**"),
-                line("FVU, with outliers at full weight", "{fvu:.3f}"),
-                line("clean loss", "{clean_loss:.3f}"),
-                line("loss with mean ablation", "{mean_ablation_loss:.3f}"),
-                line("loss recovered (mean ablation)", "{loss_recovered_mean:.3f}"),
-                line("loss recovered (zero ablation)", "{loss_recovered_zero:.3f}"),
+                line("L0, latents that fire on a token", "{l0:.1f}"),
+                line(
+                    "delta loss, nats (clean loss {clean_loss:.2f})".format(**few),
+                    "{delta_loss:.3f} ± {delta_loss_se:.3f}",
+                ),
+                line("loss recovered, against mean ablation", "{loss_recovered_mean:.3f}"),
+                line("FVU", "{fvu:.3f}"),
                 line("latents that never fire", "{dead_fraction:.1%}"),
-                "",
-                f"`make quickstart` took {numbers['quickstart_s'] / 60:.1f} minutes after the installation. "
-                f"In a batch, {numbers['same_document_pairs']:.2%} of the pairs of activations come from the same "
-                f"document; in a perfect shuffle, {numbers['same_document_pairs_in_a_perfect_shuffle']:.2%} would.",
             ]
         )
     if numbers := made.get("step.json"):
@@ -525,7 +530,18 @@ def tables() -> dict[str, str]:
                 f"{theirs['five_matmuls_ms']:.0f} ms in torch (`make benchmark-peers`).",
             ]
         )
-    return shown
+    return {name: f"{table}{_source(name, stored)}" for name, table in shown.items()}
+
+
+def _source(name: str, stored: Mapping[str, dict]) -> str:
+    """The command, commit, date and machine of a measured table, as a line below it; nothing for other tables."""
+    file = name.removeprefix("results/")
+    if file not in stored:
+        return ""
+    of = stored[file]
+    hardware = f", {of['hardware']}" if "hardware" in of else ""
+    command = f"python -m benchmarks.results {file.removesuffix('.json')}"
+    return f"\n\nMeasured by `{command}`, commit {of['commit'][:7]}, {of['date'][:10]}{hardware}."
 
 
 def update_documents() -> None:
@@ -586,6 +602,7 @@ def main() -> None:
             "commands": commands,
             "commit": commit(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "hardware": packing_lib.processor(),
             "numbers": numbers,
         }
         (RESULTS / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n")

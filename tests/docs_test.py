@@ -4,6 +4,8 @@ import functools
 import json
 import pathlib
 import re
+import shlex
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +14,18 @@ import scopes
 import tiny
 import toys
 
+import configs
 import gemma_scope_jax as gs
 from benchmarks import results
 from gemma_scope_jax import analysis, config
+from gemma_scope_jax.cli import main
+from gemma_scope_jax.data import sources
 from gemma_scope_jax.evaluation import probing
 from gemma_scope_jax.models import forward, interventions, predictions, registry
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import devices
-from gemma_scope_jax.saes import attached, naming
+from gemma_scope_jax.saes import attached, loading, naming
+from gemma_scope_jax.saes.formats import common
 from gemma_scope_jax.training import config_files
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -118,19 +124,25 @@ def test_the_labelled_texts_in_the_documents_can_be_probed_with(tmp_path, monkey
     probing.split(found, 0)
 
 
-def test_the_readme_names_every_room_and_only_files_that_exist():
-    layout = README.split("## Layout")[1]
+def test_the_layout_names_every_room_and_the_documents_only_files_that_exist():
+    layout = (ROOT / "docs" / "design.md").read_text().split("## Layout")[1].split("```")[1]
     package = ROOT / "gemma_scope_jax"
     rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     assert rooms | {"config.py", "api.py"} == set(re.findall(r"^  ([\w.]+/?) ", layout, re.MULTILINE))
-    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
-        assert (ROOT / target).exists(), target
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#]*)[^)]*\)", document.read_text()):
+            assert not target or target.startswith("http") or (document.parent / target).exists(), (
+                document,
+                target,
+            )
 
 
 def test_every_python_file_that_the_documents_name_exists():
     there = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for document in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for named in re.findall(r"(?<![\w*])[\w/]+\.py\b", document.read_text()):
+            if named in ("my_config.py", "suite.py"):  # The reader writes these.
+                continue
             ending = "/" + named.lstrip("/")
             assert any(f"/{path}".endswith(ending) for path in there), (document.name, named)
 
@@ -141,19 +153,71 @@ def test_the_readmes_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def python_of(document):
+    return re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
 @pytest.mark.silent
-def test_the_python_of_the_readme_runs(inputs, tmp_path, monkeypatch, capsys):
-    """On the small model, whose weights are where the tests have them."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
+def test_the_python_of_the_first_pages_runs(document, inputs, tmp_path, monkeypatch, capsys):
+    """On the small model, whose weights are where the tests have them, and with one of its SAEs for Google's."""
     monkeypatch.chdir(tmp_path)
     load_model = functools.partial(gs.load_model, weights=str(inputs / "weights"))
     monkeypatch.setattr(config_files, "load", lambda name: config.to_dict(tiny.run_config(inputs)))
-    monkeypatch.setattr(
-        gs, "load_model", functools.partial(load_model, weights=str(inputs / "weights")), raising=False
+    monkeypatch.setattr(gs, "load_model", load_model, raising=False)
+    published = loading.LoadedSAE(
+        "published", toys.random_sae(), common.About(), "tiny", Site("resid_post", 1), Site("resid_post", 1)
     )
+    monkeypatch.setattr(gs, "load_sae", lambda location: published, raising=False)
     names = {}
-    exec(code.replace("width=2048", "width=128"), names)
-    assert names["latents"].shape == (len("The state of the Union is strong"), 128)
-    assert names["scope"].subjects.keys() == names["run"].saes.keys()
+    exec("\n".join(python_of(ROOT / document)).replace("width=2048", "width=128"), names)
+    assert names["results"].results.keys() == names["run"].saes.keys()
+    if document == "README.md":
+        assert names["latents"].shape == (len("The capital of France is Paris"), 64)
+        assert names["scope"].subjects.keys() == names["run"].saes.keys()
     out, err = capsys.readouterr()
-    assert "delta_loss" in out and err == ""
+    assert "delta" in out and err == ""
+
+
+@pytest.mark.parametrize(("document", "members"), [("training.md", 3), ("tutorials/publish_a_suite.md", 6)])
+def test_the_configs_of_the_guides_are_ones(document, members, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gemma_scope_jax.configs", configs)
+    names = {}
+    exec("\n".join(python_of(ROOT / "docs" / document)), names)
+    made = config.from_dict(names["get_config"]().to_dict())
+    assert sum(len(naming.members(b)) for b in made.banks.values()) == members
+    if made.data.text == "speeches.jsonl":
+        assert len(list(sources.documents(made.data.text))) > 200
+
+
+def commands_of(document):
+    """The `gemma-scope` commands of a document's blocks, each as one line."""
+    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip().startswith("gemma-scope "):
+                yield line.strip()
+
+
+# What stands in the documents for numbers of the reader's, and the ends of lines that say that there is more.
+PLACEHOLDERS = {"N": "7", "LATENT+3t": "7+3t", "LATENT+t": "7+t", "…": None, "CONFIG": "quickstart"}
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+DOCUMENTED = sorted({(document.name, line) for document in DOCUMENTS for line in commands_of(document)})
+
+
+@pytest.mark.parametrize(("document", "line"), DOCUMENTED)
+def test_every_command_in_the_documents_is_one(document, line, monkeypatch):
+    """As it stands, options in brackets taken as given: its arguments are read and nothing is run."""
+    words = shlex.split(line.replace("[", "").replace("]", "").replace(" ...", ""), comments=True)[1:]
+    words = [re.sub(r"(?<==)N$", "7", PLACEHOLDERS.get(word, word) or "") for word in words]
+    words = [word for word in words if word and word != "--FIELD" and word != "VALUE"]
+    called = []
+
+    def recorded(function):
+        return functools.wraps(function)(lambda *args, **kwargs: called.append(function.__name__))
+
+    name, *arguments = words
+    command = main.COMMANDS[name]
+    call = (lambda default: recorded(command.call(default))) if command.has_fields else recorded(command.call)
+    main.call(name, command._replace(call=call), arguments)
+    assert called == [name]
