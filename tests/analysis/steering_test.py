@@ -21,6 +21,7 @@ from gemma_scope_jax.cli.commands import analysis as analysis_lib
 from gemma_scope_jax.models import forward, generation, masking, predictions
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
+from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached
 
 RESID, READ, MLP = Site("resid_post", 1), Site("mlp_in", 2), Site("mlp_out", 2)
@@ -337,7 +338,7 @@ def test_edits_are_read_as_they_are_written(text, edit, is_typical):
     ],
 )
 def test_what_is_no_edit_is_said(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         edit_syntax.parse(text)
 
 

@@ -250,6 +250,7 @@ def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, c
         return evaluation_file.numbers(found["a"])
 
     want = evaluated()
+    capsys.readouterr()
     files = sorted(parts().folder.iterdir())
     whole = files[0].read_bytes()
     rng = np.random.default_rng(0)
