@@ -284,7 +284,7 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     assert "There are no latents to ablate" in shown and "a gap of" in shown
     for flags, message in (
         (("--answer=x",), "--answer and --against must be given together"),
-        (("--top=3",), "--top says how many"),
+        (("--top=3",), "--top, the number of latents"),
         ((f"--out={tmp_path / 'a.txt'}",), "is a file; give a folder"),
         ((f"--out={out}",), "already exists"),
         (("--answer=xx", "--against=y"), "'xx' is 2 tokens"),
