@@ -1,6 +1,7 @@
 """Pages as a browser shows them: Debian's package chromium, without a window."""
 
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -40,6 +41,32 @@ def dump(page: pathlib.Path, address: str = "", then: str = "") -> str:
     found = _run(page, address, *logged)
     assert "Uncaught" not in found.stderr and "CONSOLE" not in found.stderr, found.stderr
     return found.stdout
+
+
+def measure(page: pathlib.Path, expression: str, width: int, address: str = "") -> float:
+    """The value of a JavaScript expression on the page in a frame of some pixels, narrower than a window can be.
+
+    Args:
+      page: its file.
+      expression: a number.
+      width: the width of the frame, and with it of the page.
+      address: what follows the file's name in its address.
+    """
+    tell = f"setTimeout(() => parent.postMessage({expression}, '*'), 999)"
+    told = f"<script>addEventListener('load', () => {tell})</script>"
+    page.with_name("measured.html").write_text(page.read_text() + told)
+    frame = page.with_name("frame.html")
+    frame.write_text(
+        "<title></title><script>onmessage = message => document.title = message.data</script>"
+        f'<iframe src="measured.html{address}" style="border: 0; width: {width}px; height: 900px"></iframe>'
+    )
+    return float(re.search(r"<title>(.+?)</title>", dump(frame))[1])
+
+
+def beyond(page: pathlib.Path, width: int = 400, address: str = "") -> float:
+    """How many pixels a page is wider than a frame of a width: more than 0 if it scrolls sideways."""
+    root = "document.documentElement"
+    return measure(page, f"{root}.scrollWidth - {root}.clientWidth", width, address)
 
 
 def click(selector: str) -> str:

@@ -1,11 +1,11 @@
 """One latent in detail: what it fires on and which tokens it raises. Dashboards show the same for all latents."""
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import matplotlib.figure
 import matplotlib.patches
-import matplotlib.ticker
 import numpy as np
 import rich.color
 import rich.console
@@ -112,9 +112,11 @@ class Look(Result):
         shown = self.strongest[:top]
         inches = _CHARACTER * width
         height = _LINE * (len(shown) + 1)
-        figure = matplotlib.figure.Figure(figsize=(inches + 0.7, height + 2), layout="constrained")
+        figure = plotting.Figure(inches + 0.7, height + 2)
         above, below = figure.subplots(2, 1, height_ratios=(height, 0.8))
-        figure.suptitle("\n".join(plottable(line, 200) for line in self.title.split("\n")), fontsize=9)
+        columns = plotting.columns_in(inches + 0.7, 9)
+        title = "\n".join(plottable(line, 200, columns) for line in self.title.split("\n"))
+        figure.suptitle(title, fontsize=9)
         above.set_xlim(0, width)
         above.set_ylim(len(shown), 0)
         above.set_axis_off()
@@ -122,15 +124,16 @@ class Look(Result):
             self._draw(above, line, excerpt, width)
         if self.raises:
             raised = " ".join(plotting.label(token, 20) for token, _ in self.raises)
-            below.set_title(f"raises the logits of {raised}", fontsize=8, loc="left", parse_math=False)
+            raised = textwrap.wrap(f"raises the logits of {raised}", plotting.columns_in(inches, 8))
+            below.set_title("\n".join(raised), fontsize=8, loc="left", parse_math=False)
         edges = collect.EDGES
         below.stairs(self.histogram_H, edges, fill=True, color=np.array(_GREEN) / 255)
         fires = np.flatnonzero(self.histogram_H)
         below.set_xscale("log")
-        below.set_xlim(edges[fires[0]], edges[fires[-1] + 1])
-        for set_formatter in (below.xaxis.set_major_formatter, below.xaxis.set_minor_formatter):
-            set_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        below.tick_params(labelsize=7, which="both")
+        ends = edges[fires[0]], edges[fires[-1] + 1]
+        below.set_xlim(ends)
+        plotting.log_ticks(below.xaxis, *ends)
+        below.tick_params(labelsize=7)
         below.set_xlabel("activation", fontsize=8)
         below.set_ylabel("firings", fontsize=8)
         return figure
@@ -139,20 +142,22 @@ class Look(Result):
         """Draws a passage on one line, with peaks aligned in a column; tokens that do not fit are left out."""
         texts = [plotting.label(token, 40, " ") for token in excerpt.tokens]
         peak_at = int(0.62 * width)
-        ends = np.cumsum([len(text) for text in texts])
-        starts = ends - [len(text) for text in texts]
+        widths = np.array([plotting.text_width(text) for text in texts])
+        starts = np.cumsum(widths) - widths
         shift = peak_at - starts[excerpt.peak]
         style = {"fontsize": _POINTS, "family": "DejaVu Sans Mono", "va": "center", "ha": "center"}
         style |= {"parse_math": False, "in_layout": False}
-        for text, start, value in zip(texts, starts + shift, excerpt.values, strict=True):
-            if start < 6 or start + len(text) > width:
+        for text, columns, start, value in zip(texts, widths, starts + shift, excerpt.values, strict=True):
+            if start < 6 or start + columns > width:
                 continue
             if value > 0:
                 colour = (*(np.array(_GREEN) / 255), 0.1 + 0.7 * min(value / self.largest, 1))
                 corner = (start, line + 0.08)
-                axis.add_patch(matplotlib.patches.Rectangle(corner, len(text), 0.84, color=colour, lw=0))
-            for place, character in enumerate(text):  # Drawn one by one so that each is in its own column.
-                axis.text(start + place + 0.5, line + 0.5, character, **style)
+                axis.add_patch(matplotlib.patches.Rectangle(corner, columns, 0.84, color=colour, lw=0))
+            for character in text:  # Drawn one by one so that each is in its own column.
+                room = plotting.text_width(character)
+                axis.text(start + room / 2, line + 0.5, character, **style)
+                start += room
         value = f"{excerpt.values[excerpt.peak]:.4g}"
         axis.text(5, line + 0.5, value, fontsize=7, va="center", ha="right", color="#5f6368")
 

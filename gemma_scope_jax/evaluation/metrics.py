@@ -121,6 +121,7 @@ class Metric:
         the term subtracted from it (or None), and of the denominator. Empty: no paired comparison.
       shown_in: the tables it appears in: "page", the page's; "terminal", the one printed for more than three SAEs;
         "comparison", evaluations side by side.
+      reading: how to read the value, in one plain line. The page shows metrics that have one first, with this line.
     """
 
     label: str
@@ -130,6 +131,7 @@ class Metric:
     measure: OfTokens | None = None
     paired: tuple[str, str | None, str] | tuple[()] = ()
     shown_in: tuple[str, ...] = ("page",)
+    reading: str = ""
 
 
 def _recovered(delta_S: np.ndarray, ablated_S: np.ndarray, clean_S: np.ndarray) -> tuple[float, float]:
@@ -170,6 +172,7 @@ METRICS: dict[str, Metric] = {
         ".1f",
         paired=("l0", None, "activations"),
         shown_in=("page", "terminal", "comparison"),
+        reading="How many latents fire on an activation, on average: the lower, the sparser.",
     ),
     "fvu": Metric(
         "FVU",
@@ -186,6 +189,7 @@ METRICS: dict[str, Metric] = {
         lambda s: ratio(s.delta_S, s.scored_S),
         paired=("spliced_loss", "clean_loss", "tokens"),
         shown_in=("page", "terminal", "comparison"),
+        reading="How much worse the model predicts with the reconstruction in place. 0: no worse.",
     ),
     "kl": Metric(
         "KL, nats",
@@ -209,6 +213,7 @@ METRICS: dict[str, Metric] = {
         "loss − clean loss). 1: it costs nothing; 0: as much as mean ablation.",
         lambda s: _recovered(s.delta_S, s.loss["mean"], s.loss["clean"]),
         shown_in=("page", "terminal", "comparison"),
+        reading="1: predictions are as good as with the activations themselves; 0: as bad as with their mean.",
     ),
     "loss_recovered_zero": Metric(
         "loss recovered, zero",
@@ -283,6 +288,7 @@ METRICS: dict[str, Metric] = {
         lambda s: (float((s.frequency_M == 0).mean()), None),
         ".2%",
         shown_in=("page", "terminal"),
+        reading="The share of latents that never fire on these rows; on few rows, rare latents are among them.",
     ),
     "dense_fraction": Metric(
         "fired on over 10%",
@@ -290,6 +296,7 @@ METRICS: dict[str, Metric] = {
         lambda s: (float((s.frequency_M > jumprelu.DENSE).mean()), None),
         ".2%",
         shown_in=("page", "terminal"),
+        reading="The share of latents that fire on over a tenth of the activations; they seldom stand for one thing.",
     ),
     "decoder_cosine": Metric(
         "nearest decoder cosine",

@@ -105,7 +105,8 @@ def write_html(
         table={
             name: {column: shown(result, column) for column in columns} for name, result in results.items()
         },
-        columns=columns,
+        summary=[column for column in columns if metrics.METRICS[column].reading],
+        further=[column for column in columns if not metrics.METRICS[column].reading],
         details={
             name: {number: shown(result, number) for number in metrics.METRICS}
             for name, result in results.items()

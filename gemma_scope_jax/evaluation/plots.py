@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 
@@ -18,7 +19,7 @@ def frequencies(results: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
         axis.set_axis_off()
     for (name, result), axis in zip(results.items(), axes.flat, strict=False):
         alive = result.frequency[result.frequency > 0]
-        axis.hist(np.log10(alive), bins=60, color="#1a73e8")
+        _histogram(axis, np.log10(alive), color="#1a73e8")
         axis.set_xlabel("log₁₀ firing frequency (share of activations)")
         axis.set_ylabel("number of latents")
         axis.set_title(
@@ -27,6 +28,13 @@ def frequencies(results: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
             fontsize=10 if columns == 1 else 8,
         )
     return figure
+
+
+def _histogram(
+    axis: matplotlib.axes.Axes, values: np.ndarray, within: tuple[float, float] | None = None, **style: object
+) -> None:
+    """A histogram of 60 bins as one outline, which is drawn much faster than a bar for each bin."""
+    axis.stairs(*np.histogram(values, 60, within), fill=True, **style)
 
 
 def pareto(
@@ -56,39 +64,45 @@ def side_by_side(columns: Mapping[str, Mapping[str, Evaluation]]) -> matplotlib.
 def _against_l0(
     lines: Mapping[str, list[tuple[Evaluation, str]]], joined: bool = True
 ) -> matplotlib.figure.Figure:
-    """A panel for each metric that was measured; each point is an SAE with its label."""
-    from matplotlib import ticker
-
+    """A panel for each metric, with the SAEs for which it was measured; each point is an SAE with its label."""
     everything = [result for points in lines.values() for result, _ in points]
-    numbers = {"delta_loss": "delta loss (nats)", "fvu": "FVU", "r_l0": "r_L0"}
-    if any(result.r_l0 is None for result in everything):
-        del numbers["r_l0"]
+    titles = {"delta_loss": "delta loss (nats)", "fvu": "FVU", "r_l0": "r_L0"}
+    with_number = {name: [result for result in everything if _is_known(result, name)] for name in titles}
+    numbers = [name for name, results in with_number.items() if results] or ["delta_loss"]
     figure, (axes,) = plotting.new_figure(1, len(numbers), 5.5, 4.2)
-    for axis, (number, title) in zip(axes, numbers.items(), strict=True):
-        for label, points in lines.items():
-            l0, y = ([getattr(result, name) for result, _ in points] for name in ("l0", number))
-            error = [_finite(getattr(result, f"{number}_se")) for result, _ in points]
+    for axis, number in zip(axes, numbers, strict=True):
+        of_panel = with_number[number]
+        for place, (label, points) in enumerate(lines.items()):
+            known = [(result, text) for result, text in points if _is_known(result, number)]
+            l0, y = ([getattr(result, name) for result, _ in known] for name in ("l0", number))
+            error = [_finite(getattr(result, f"{number}_se")) for result, _ in known]
             style = {"marker": "o", "capsize": 3, "linestyle": "-" if joined else "none"}
-            axis.errorbar(l0, y, error, label=plottable(label), **style)
-            for x, value, (_, text) in zip(l0, y, points, strict=True):
+            axis.errorbar(l0, y, error, label=plottable(label), color=f"C{place}", **style)
+            for x, value, (_, text) in zip(l0, y, known, strict=True):
                 axis.annotate(plottable(text), (x, value), (6, 6), textcoords="offset points", fontsize=7)
         # A delta loss can be negative and an L0 zero; then the scale stays linear.
         for scale, of, name in ((axis.set_xscale, axis.xaxis, "l0"), (axis.set_yscale, axis.yaxis, number)):
-            values = [getattr(result, name) for result in everything]
-            if min(values) > 0:
+            values = [getattr(result, name) for result in of_panel]
+            if values and min(values) > 0:
                 scale("log")
-                # A log scale has too few ticks within a decade, and too many over several decades.
-                is_wide = max(values) > 4 * min(values)
-                of.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if is_wide else ticker.MaxNLocator(5))
-                of.set_minor_locator(ticker.NullLocator())
+                plotting.log_ticks(of, min(values), max(values))
             of.set_major_formatter("{x:g}")
-        axis.margins(x=0.15)  # Room for the points' labels.
+        # Room for the points' labels, which begin at their points; a letter takes about a hundredth of the width.
+        longest = max((len(plottable(text)) for points in lines.values() for _, text in points), default=0)
+        axis.margins(x=0.05 + 0.02 * min(longest, 30), y=0.12)
+        if missing := len(everything) - len(of_panel):
+            name = titles[number].removesuffix(" (nats)")
+            axis.set_title(f"without {missing} of {len(everything)} SAEs, which have no {name}", fontsize=8)
         axis.set_xlabel("L0 (latents per activation)")
-        axis.set_ylabel(title)
+        axis.set_ylabel(titles[number])
         axis.grid(alpha=0.3)
     if len(lines) > 1:
         axes[0].legend(fontsize=7)
     return figure
+
+
+def _is_known(result: Evaluation, number: str) -> bool:
+    return all(value is not None and np.isfinite(value) for value in (result.l0, getattr(result, number)))
 
 
 def _finite(value: float | None) -> float:
@@ -100,10 +114,10 @@ def details(result: Evaluation) -> matplotlib.figure.Figure:
     figure, axes = plotting.new_figure(2, 4, 3.75, 2.8)
     (frequency, l0, error, delta), (threshold, decoder, encoder, cosine) = axes
     alive = result.frequency[result.frequency > 0]
-    frequency.hist(np.log10(alive), bins=60)
+    _histogram(frequency, np.log10(alive))
     frequency.set_xlabel("log₁₀ firing frequency (share of activations)")
     frequency.set_ylabel("latents")
-    l0.bar(np.arange(result.l0_counts.size), result.l0_counts, width=1)
+    l0.stairs(result.l0_counts, np.arange(result.l0_counts.size + 1) - 0.5, fill=True)
     l0.set_xlabel("L0 (latents per activation)")
     l0.set_ylabel("activations")
     position = np.arange(len(result.by_position["error"]))
@@ -124,10 +138,8 @@ def details(result: Evaluation) -> matplotlib.figure.Figure:
         # Values that are equal up to rounding, such as decoder norms, get a single bar.
         low, high = float(values.min()), float(values.max())
         near = high - low < 1e-4 * max(abs(high), 1e-30)
-        axis.hist(
-            values,
-            bins=60,
-            range=(low - 0.5 * abs(low) - 1e-3, high + 0.5 * abs(high) + 1e-3) if near else None,
+        _histogram(
+            axis, values, (low - 0.5 * abs(low) - 1e-3, high + 0.5 * abs(high) + 1e-3) if near else None
         )
         axis.set_xlabel(label)
         axis.set_ylabel("latents")
@@ -135,6 +147,9 @@ def details(result: Evaluation) -> matplotlib.figure.Figure:
         axis.xaxis.label.set_fontsize(9)
         axis.yaxis.label.set_fontsize(9)
         axis.tick_params(labelsize=8)
+    # Fixed margins: to find them from the labels takes as long as the drawing, and there is a figure for each SAE.
+    figure.set_layout_engine(None)
+    figure.subplots_adjust(left=0.055, right=0.99, bottom=0.09, top=0.98, wspace=0.3, hspace=0.28)
     return figure
 
 
@@ -152,9 +167,9 @@ def by_layer(results: Mapping[str, Evaluation], layers: Mapping[str, int]) -> ma
         of = [results[name] for name in names]
         delta.errorbar(x, [r.delta_loss for r in of], [r.delta_loss_se for r in of], marker="o", capsize=3)
     for axis, title in ((l0, "L0 (latents per activation)"), (fvu, "FVU"), (delta, "delta loss (nats)")):
-        axis.set_title(title)
         axis.set_xlabel("layer")
+        axis.set_ylabel(title)
         axis.grid(alpha=0.3)
     if 1 < len(lines) <= 8:
-        l0.legend(fontsize=7)
+        figure.legend(*l0.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
     return figure

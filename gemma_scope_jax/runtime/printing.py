@@ -7,10 +7,20 @@ that reverse the rest of a line, or a million characters. For HTML, `html.render
 import functools
 import pathlib
 import re
+import textwrap
 import unicodedata
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 LONGEST = 200  # The most characters of a name or value that a message quotes.
+
+# Fonts with Chinese, Japanese and Korean characters, which figures use where DejaVu Sans has no glyph: first those of
+# Linux, then of macOS, then of Windows.
+CJK_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Hiragino Sans GB", "Microsoft YaHei", "Yu Gothic",
+    "MS Gothic", "Arial Unicode MS",
+)  # fmt: skip
 
 # Control, format (bidirectional marks among them) and surrogate characters, and separators of lines and paragraphs.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -18,9 +28,12 @@ _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 def printable(text: object, limit: int = LONGEST) -> str:
     """The text in one line of at most `limit` characters, with unsafe characters escaped."""
-    whole = str(text)
+    return _in_a_line(str(text), limit, _escaped)
+
+
+def _in_a_line(whole: str, limit: int, shown: Callable[[str], str]) -> str:
     # Cut first, because the rest may be very long; an escape has at most ten characters.
-    escaped = "".join(_escaped(letter) for letter in whole[:limit])
+    escaped = "".join(shown(letter) for letter in whole[:limit])
     if len(whole) <= limit and len(escaped) <= limit:
         return escaped
     rest = f"… ({len(whole):,} characters)"
@@ -30,6 +43,22 @@ def printable(text: object, limit: int = LONGEST) -> str:
 def quoted(value: object, limit: int = LONGEST) -> str:
     """The `repr` of a value, made `printable`; a string is in quotes."""
     return printable(repr(value), limit)
+
+
+def ending(tokens: Sequence[str], most: int = 40) -> str:
+    """The end of a text of tokens, of at most `most` characters; if it is cut, "…" and whole words.
+
+    A word without a space in its last `most` characters, as in Chinese, is cut between two tokens.
+    """
+    text = "".join(tokens)
+    if len(text) <= most:
+        return text
+    if space := re.search(r"\s+(?=\S)", text[-most - 1 :]):
+        return "…" + text[-most - 1 :][space.end() :]
+    first = len(tokens) - 1
+    while first and len("".join(tokens[first - 1 :])) <= most:
+        first -= 1
+    return "…" + "".join(tokens[first:])
 
 
 def well_formed(text: str) -> str:
@@ -49,23 +78,43 @@ def lines(text: str) -> str:
     return "".join(letter if letter == "\n" else _escaped(letter) for letter in text)
 
 
-def plottable(text: object, limit: int = 60) -> str:
-    """`printable` for a figure: no formulas, a box for each missing glyph, and never left out of a legend."""
-    shown = "".join(letter if has_glyph(letter) else "□" for letter in printable(text, limit))
+def plottable(text: object, limit: int = 60, columns: int | None = None) -> str:
+    """`printable` for a figure: no formulas, characters without a glyph escaped, and never left out of a legend.
+
+    With `columns`, it is broken into lines of at most so many characters.
+    """
+    shown = _in_a_line(str(text), limit, drawable)
+    if columns:
+        shown = "\n".join(textwrap.wrap(shown, columns))
     # Matplotlib leaves labels that begin with _ out of a legend.
     return f"{' ' * shown.startswith('_')}{shown}".replace("$", r"\$")
 
 
+def drawable(letter: str) -> str:
+    """The character for a figure; escaped, such as `\\u6cd5`, if it is unsafe or no font of figures has it."""
+    return _escaped(letter) if has_glyph(letter) else letter.encode("unicode_escape").decode()
+
+
 def has_glyph(letter: str) -> bool:
-    """Whether Matplotlib's own fallback font has a glyph for the character."""
-    return bool(_font().get_char_index(ord(letter)))
+    """Whether DejaVu Sans, which comes with Matplotlib, or the `fallback_fonts` have a glyph for the character."""
+    return any(font.get_char_index(ord(letter)) for font in _fonts())
 
 
 @functools.cache
-def _font() -> object:
+def fallback_fonts() -> tuple[str, ...]:
+    """The installed ones of `CJK_FONTS`."""
     import matplotlib.font_manager  # Slow to import, and only figures need it.
 
-    return matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans"))
+    installed = set(matplotlib.font_manager.get_font_names())
+    return tuple(name for name in CJK_FONTS if name in installed)
+
+
+@functools.cache
+def _fonts() -> tuple[object, ...]:
+    from matplotlib import font_manager
+
+    names = ("DejaVu Sans", *fallback_fonts())
+    return tuple(font_manager.get_font(font_manager.findfont(name)) for name in names)
 
 
 # User and password before a host, the query of an address, which may hold a signature, and Hugging Face's tokens.

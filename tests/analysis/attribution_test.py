@@ -425,6 +425,14 @@ def test_a_browser_lists_the_latents_of_a_clicked_token(found, tmp_path):
     ] == expected
 
 
+@browser.needs_chromium
+def test_the_page_does_not_scroll_sideways(found, ablated, tmp_path):
+    named = {f"{name}_{'long_name_' * 9}": parts for name, parts in found.parts.items()}
+    pictures = {"ablated": plotting.png(ablated.figure())}
+    dataclasses.replace(found, parts=named).write_html(tmp_path / "a.html", 3, pictures)
+    assert browser.beyond(tmp_path / "a.html") == 0
+
+
 def command(**options):
     analysis_lib.attribute(**{"path": "run", "top": 3} | options)
 

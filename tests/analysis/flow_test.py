@@ -1,5 +1,6 @@
 """A prompt through the layers, against slow NumPy and Gemma with a site replaced."""
 
+import dataclasses
 import re
 
 import browser
@@ -184,9 +185,37 @@ def test_pictures_have_tokens_layers_and_the_likeliest_tokens(flow):
     assert plotting.png(figure)[:4] == b"\x89PNG"
 
 
+def test_with_many_tokens_panels_stand_below_each_other(flow):
+    values = {
+        field: np.tile(getattr(flow, field), 5)
+        for field in ("norm_ExL", "l0_ExL", "error_ExL", "delta_loss_ExL")
+    }
+    long = dataclasses.replace(flow, tokens=5 * flow.tokens, **values).figure()
+    assert long.get_figwidth() <= 16 and long.axes[0].get_gridspec().ncols == 1
+    maps = [axis for axis in long.axes if axis.get_title()]
+    assert [bool(axis.get_xlabel()) for axis in maps] == 4 * [False, False, False, True]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 18])
+def test_the_title_of_a_lens_is_not_cut(flow, tokens):
+    def cut(seen):
+        return type(seen)(*(values[:, :tokens] for values in seen))
+
+    lens = flow.lens
+    parts = {field: cut(getattr(lens, field)) for field in ("stream", "reconstruction", "output")}
+    parts |= {"tokens": lens.tokens[:tokens], "answer_L": lens.answer_L[:tokens], "is_given": False}
+    figure = dataclasses.replace(lens, **parts).figure()
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert "number: its rank" in figure.get_suptitle().replace("\n", " ")
+
+
 def test_labels_can_be_drawn():
     assert plotting.label(" a\nb") == "·a↵b" and plotting.label("x" * 20) == "x" * 11 + "…"
-    assert plotting.label("語\x00$") == "□□$"
+    assert plotting.label("語\x00$") == r"\u8a9e\x00$"
+    # An escape is whole or absent.
+    assert plotting.label("語" * 3) == r"\u8a9e…" and plotting.label("語" * 3, 3) == r"\u8a9e…"
 
 
 def test_a_page_holds_text_as_text(flow, tmp_path):
@@ -215,6 +244,14 @@ def test_a_browser_shows_the_picture_and_a_cells_probabilities(flow, tmp_path):
     likeliest = flow.lens.output.probability[0, 0]
     assert f"{likeliest:.3g}; " in title and int(title.split("; picture ")[1]) > 500
     assert "<i>bread" not in html and "<b>shallow" not in html
+
+
+@browser.needs_chromium
+def test_the_page_does_not_scroll_sideways(flow, tmp_path):
+    names = tuple(f"{i}_{'long_name_' * 9}" for i in range(len(flow.names)))
+    lens = dataclasses.replace(flow.lens, layers=names[:3])
+    dataclasses.replace(flow, names=names, lens=lens).write_html(tmp_path / "a.html")
+    assert browser.beyond(tmp_path / "a.html") == 0
 
 
 def test_the_terminal_shows_means_and_the_last_token(flow, capsys, monkeypatch):

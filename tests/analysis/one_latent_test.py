@@ -1,6 +1,7 @@
 """One latent from near: the same as its dashboard, and as slow NumPy."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import tiny
 from toys import random_sae
 
 from gemma_scope_jax import analysis
+from gemma_scope_jax.analysis.dashboards import collect
 from gemma_scope_jax.models import forward, masking
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.saes import attached
@@ -84,6 +86,20 @@ def test_text_is_shown_as_text(scope, f_SxLxM, capsys):
     figure.savefig("/dev/null", format="png")
     values = [text.get_text() for text in figure.axes[0].texts if text.get_ha() == "right"]
     assert values == [f"{one.values[one.peak]:.4g}" for one in look.strongest[:3]]
+
+
+@pytest.mark.parametrize("bins", [1, 3, 9, 40, collect.BINS])
+def test_ticks_of_the_histogram_are_few_and_apart(scope, f_SxLxM, bins):
+    look = analysis.look_at(scope, "stream", int((f_SxLxM > 0).sum((0, 1)).argmax()))
+    histogram_H = np.where(np.arange(collect.BINS) < bins, 3, 0)
+    figure = dataclasses.replace(look, histogram_H=histogram_H).figure()
+    figure.draw_without_rendering()
+    axis = figure.axes[1]
+    low, high = axis.get_xlim()
+    shown = [tick for tick in axis.get_xticklabels(which="both") if low <= tick.get_position()[0] <= high]
+    boxes = [tick.get_window_extent() for tick in shown if tick.get_text()]
+    assert 2 <= len(boxes) <= 12
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A prompt as SAEs read it, against slow NumPy, in the terminal and in a browser."""
 
+import dataclasses
 import json
 import re
 
@@ -109,6 +110,16 @@ def test_a_browser_lists_the_latents_of_the_first_token_and_of_one_that_is_click
     shown = browser.dump(tmp_path / "a.html", then=browser.click('[data-sae="1"][data-token="2"]'))
     assert re.search(r'<h2 id="chosen">&lt;b&gt;second&lt;/b&gt; on "', shown) and "<b>second" not in shown
     assert listed(shown) == [latent for latent, _ in reading.strongest(name, 2, 3)]
+
+
+@browser.needs_chromium
+def test_the_page_does_not_scroll_sideways(reading, tmp_path):
+    renamed = {
+        field: {f"{name}_{'long_name_' * 9}": value for name, value in getattr(reading, field).items()}
+        for field in ("latents", "error")
+    }
+    dataclasses.replace(reading, **renamed).write_html(tmp_path / "a.html")
+    assert browser.beyond(tmp_path / "a.html") == 0
 
 
 def test_an_empty_text_is_refused(scope):

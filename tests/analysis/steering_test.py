@@ -274,6 +274,9 @@ def test_a_browser_shows_replies_beside_each_other(tmp_path):
     html = browser.dump(tmp_path / "a.html", then=measured)
     left, right = re.search(r"<title>(\d+),(\d+)</title>", html).groups()
     assert left == right and "so </span>&lt;i&gt;" in html and "<i>" not in html
+    long = dataclasses.replace(STEERED, model="long_name_" * 9, prompts=("word" * 99, "[red]"))
+    long.write_html(tmp_path / "b.html")
+    assert browser.beyond(tmp_path / "b.html") == 0
 
 
 @pytest.mark.parametrize(

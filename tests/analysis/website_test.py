@@ -157,13 +157,46 @@ def test_a_browser_finds_text_tokens_and_numbers(shown, folder):
     assert 0 < len(holding) < 64 and set(listed(html)) == holding
     assert "64 of 64 latents searched" in html and "&lt;/script&gt;&lt;b&gt;x" in html
     about = read(folder / "data" / "index.js")
-    words = [{about["tokens"][t].strip().lower() for t in peaks} for peaks in about["peaks"]]
-    letter = next(word for word in words[int(np.flatnonzero(g.count_M)[-1])] if word)
+    peaks = [[about["tokens"][t].strip().lower() for t in tokens] for tokens in about["peaks"]]
+    # Latents come first in which the token is the most frequent peak.
+    for letter in sorted({token for tokens in peaks for token in tokens if token}):
+        fires = [i for i in range(64) if letter in peaks[i]]
+        expected = sorted(fires, key=lambda i: (peaks[i].index(letter), i))
+        if expected != fires:
+            break
     html = dump(folder / "index.html", f"?q={urllib.parse.quote(letter)}")
-    fires = [i for i in range(64) if letter in words[i]]
-    assert 0 < len(fires) < 64 and listed(html)[: len(fires)] == fires
+    assert len(fires) < 64 and listed(html)[: len(fires)] == expected != fires
     assert html.count(">fires on ") == len(fires)
+    assert f"Latent {expected[0]}" in html
+    by_number = listed(dump(folder / "index.html", f"?q={urllib.parse.quote(letter)}&sort=number"))
+    assert by_number == sorted(by_number) and set(by_number) >= set(fires)
     assert listed(dump(folder / "index.html", "?q=7"))[0] == 7
+
+
+@browser.needs_chromium
+def test_a_search_lists_those_first_that_fire_most_on_the_text(shown, folder):
+    g, share = shown.gathered, {}
+    for latent in range(64):
+        tops = [(g.top, int(k)) for k in np.flatnonzero(g.top.row_MxK[latent] >= 0)]
+        for firings, k in [*tops, *((g.sample, int(band[0])) for band in collect.bands(g, latent))]:
+            cut = shown.passages(g.options, firings, latent, k)
+            text = decode(cut.tokens)  # A letter a token.
+            for at in (match.start() for match in re.finditer("(?=bread)", text)):
+                value = cut.values[at : at + 5].max() / g.max_M[latent]
+                share[latent] = max(share.get(latent, 0), value)
+    found = listed(dump(folder / "index.html", "?q=Bread"))
+    assert set(found) == set(share) and found != sorted(found)
+    shares = np.array([share[latent] for latent in found])
+    assert (np.diff(shares) <= 0.02).all()  # The files have three digits.
+
+
+@browser.needs_chromium
+def test_the_pages_do_not_scroll_sideways(shown, folder, tmp_path):
+    for address in ("", "?q=bread", "?show=dense"):
+        assert browser.beyond(folder / "index.html", address=address) == 0
+    named = dict.fromkeys([f"{i}_{'long_name_' * 9}" for i in range(2)], shown)
+    website.write_links(tmp_path / "a.html", dict.fromkeys(named, "a"), named)
+    assert browser.beyond(tmp_path / "a.html") == 0
 
 
 @browser.needs_chromium

@@ -26,8 +26,10 @@ def written(tmp_path):
 
 def cells(html):
     """What stands in the table, by SAE and number."""
-    rows = re.findall(r'<tr data-name="([^"]+)">(.*?)</tr>', html, re.DOTALL)
-    return {name: dict(re.findall(r'data-number="(\w+)">([^<]+)<', row)) for name, row in rows}
+    found = {}
+    for name, row in re.findall(r'<tr data-name="([^"]+)">(.*?)</tr>', html, re.DOTALL):
+        found.setdefault(name, {}).update(re.findall(r'data-number="(\w+)">([^<]+)<', row))
+    return found
 
 
 def check(html, results):
@@ -53,6 +55,31 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
     shown = set(map(unescape, re.findall(r"<d[td]>(.*?)</d[td]>", html, re.DOTALL)))
     for metric in metrics.METRICS.values():
         assert {metric.label, metric.definition} <= shown
+
+
+def test_what_matters_most_comes_first_each_with_a_line(written):
+    html = written[0].read_text()
+    first = re.search('<table class="numbers">(.*?)</table>', html, re.DOTALL)[1]
+    main = ["l0", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction"]
+    assert re.findall(r'data-number="(\w+)"', first) == 2 * main
+    lines = re.findall(
+        "<li><b>(.*?)</b>: (.*?)</li>", re.search('<ul id="readings">(.*?)</ul>', html, re.S)[1]
+    )
+    assert lines == [(metrics.METRICS[name].label, metrics.METRICS[name].reading) for name in main]
+
+
+LONG = "layer_12_resid_post_width_16k_average_l0_" + 3 * "0123456789"
+
+
+@browser.needs_chromium
+def test_the_page_does_not_scroll_sideways_and_its_summary_fits(tmp_path):
+    results = {f"{LONG}{i}": evaluation(i) for i in range(2)}
+    about = ABOUT | {"text": 20 * "/long_folder"}
+    page.write_html(tmp_path / "a.html", results, about, 40 * "--option=", dict.fromkeys(results, 1))
+    assert browser.beyond(tmp_path / "a.html") == 0
+    beyond = "(box => box.scrollWidth - box.clientWidth)(document.querySelector('.wide'))"
+    assert browser.measure(tmp_path / "a.html", beyond, 1280) == 0
+    assert browser.measure(tmp_path / "a.html", beyond, 400) > 0  # The table scrolls in its box instead.
 
 
 @browser.needs_chromium

@@ -5,8 +5,10 @@ import os
 import tracemalloc
 import types
 
+import browser
 import numpy as np
 import pytest
+from random_evaluations import evaluation
 
 from gemma_scope_jax.analysis import session
 from gemma_scope_jax.cli import compare as compare_cli
@@ -99,6 +101,18 @@ def test_folders_are_told_apart(tmp_path):
         compare_cli.compare(folders, tmp_path / "file")
     with pytest.raises(ValueError, match="has no evaluation"):
         compare_cli.compare(folders, tmp_path / "out")
+
+
+@browser.needs_chromium
+def test_the_page_does_not_scroll_sideways(tmp_path):
+    columns = {
+        f"{i}_{'long_name_' * 9}": side_by_side.Suite(
+            {"text": 20 * "/long_folder"}, {f"{j}_{'long_name_' * 9}": evaluation(i + j) for j in range(2)}
+        )
+        for i in range(3)
+    }
+    page, _ = side_by_side.comparison(columns, True).save(tmp_path, 40 * "--option=")
+    assert browser.beyond(page) == 0
 
 
 ROWS = 40

@@ -21,6 +21,24 @@ def test_a_dollar_is_no_formula():
     assert printing.plottable("$x_1$") == r"\$x_1\$"
 
 
+def test_lines_for_a_figure_are_broken_before_dollars_are_escaped():
+    assert printing.plottable("ab $$$$$ cd", columns=5) == "ab\n" + 5 * r"\$" + "\ncd"
+    assert max(map(len, printing.plottable("name_" * 30, 200, 40).split("\n"))) == 40
+
+
+def test_a_character_that_no_font_of_figures_has_is_escaped_unless_one_is_installed(monkeypatch):
+    letter = "\U0001d4d0"  # In STIXGeneral, which comes with Matplotlib, but not in DejaVu Sans.
+    fonts = (printing.fallback_fonts, printing._fonts)
+    for installed, shown in (("no such font", r"\U0001d4d0 a"), ("STIXGeneral", f"{letter} a")):
+        monkeypatch.setattr(printing, "CJK_FONTS", (installed,))
+        for of in fonts:
+            of.cache_clear()
+        assert printing.plottable(f"{letter} a") == shown
+    monkeypatch.undo()
+    for of in fonts:
+        of.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
@@ -39,3 +57,18 @@ def test_what_is_shared_tells_neither_names_nor_credentials(given, shown, monkey
     monkeypatch.setenv("HOME", "/srv/me")
     assert printing.shareable(given) == shown
     assert printing.shareable(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [
+        (("The", " year", " ", "1", "9", "8", "7"), "The year 1987"),
+        (("a" * 30, " ", "1", "2", "3", "4", "5", " bread", " and rivers of", " the states"),
+         "…12345 bread and rivers of the states"),
+        (("a" * 30, "  ", "123", "45", " bread", " and rivers of", " the", " states of it"),
+         "…bread and rivers of the states of it"),
+        (tuple("日本語" * 20), "…語" + "日本語" * 13),
+    ],
+)  # fmt: skip
+def test_the_end_of_a_text_begins_with_a_whole_word(tokens, shown):
+    assert printing.ending(tokens) == shown

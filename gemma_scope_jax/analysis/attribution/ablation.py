@@ -17,7 +17,7 @@ from gemma_scope_jax.analysis.attribution import gradients as attribution_lib
 from gemma_scope_jax.analysis.attribution.gradients import Attribution, Metric
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edits
-from gemma_scope_jax.display import tables
+from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.models.gemma import Gemma
@@ -125,7 +125,7 @@ class Ablations(Result):
 
     def figure(self) -> matplotlib.figure.Figure:
         """A scatter plot with one point per latent: effect of ablation against attribution."""
-        figure = matplotlib.figure.Figure(figsize=(5.2, 4.4), layout="constrained")
+        figure = plotting.Figure(5.2, 4.4)
         axis = figure.subplots()
         values = np.concatenate([self.attributed_N, self.effect_N])
         ends = (values.min(), values.max())

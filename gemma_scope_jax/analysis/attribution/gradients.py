@@ -225,23 +225,27 @@ class Attribution(Result):
         """Two maps of attributions, of all latents together and of the error: SAEs down, tokens across."""
         names, length = list(self.parts), len(self.tokens)
         width = min(max(0.32 * length, 3), 14) + 0.05 * min(max(map(len, names)), plotting.LABEL) + 0.6
-        figure, axes = plotting.new_figure(1, 2, width, 0.24 * len(names) + 1.8, sharey=True)
+        across = 2 if width <= 8 else 1
+        figure, axes = plotting.new_figure(2 // across, across, width, 0.24 * len(names) + 1.8, sharey=True)
         maps = [
             np.stack([getattr(parts, column) for parts in self.parts.values()])
             for column in ("latents_L", "error_L")
         ]
         largest = max(max(np.abs(values).max() for values in maps), 1e-30)
         for axis, title, values in zip(
-            axes[0], ("all latents together", "reconstruction error"), maps, strict=True
+            axes.flat, ("all latents together", "reconstruction error"), maps, strict=True
         ):
             image = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
             axis.set_title(title, fontsize=10)
             plotting.label_tokens(axis, self.tokens)
-        plotting.label_rows(axes[0, 0], names)
-        figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01).set_label(
-            "attribution, logits", fontsize=8
-        )
-        figure.suptitle(plottable(f"{self.question}: {self.metric:.3f}", 200), fontsize=10)
+        for axis in axes[:, 0]:
+            plotting.label_rows(axis, names)
+            axis.set_ylabel("SAE", fontsize=8)
+        bar = figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.01)
+        bar.set_label("attribution, logits", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+        columns = plotting.columns_in(across * width, 10)
+        figure.suptitle(plottable(f"{self.question}: {self.metric:.3f}", 200, columns), fontsize=10)
         return figure
 
 

@@ -21,7 +21,7 @@ from scipy import stats
 
 from gemma_scope_jax.analysis.contrasts import rank_tests
 from gemma_scope_jax.analysis.session import Scope, padded
-from gemma_scope_jax.display import tables
+from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import activations, generation, masking
 from gemma_scope_jax.runtime import distributed, files, sharding
@@ -148,7 +148,7 @@ class Contrast(Result):
 
     def figure(self, label: int = 10) -> matplotlib.figure.Figure:
         """q against AUROC of every tested latent; the strongest found latents are labelled."""
-        figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+        figure = plotting.Figure(7, 4.5)
         axis = figure.subplots()
         for one in self.of.values():
             is_found_M = one.is_tested_M & (one.q_M <= self.rate)

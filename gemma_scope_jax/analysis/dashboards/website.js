@@ -34,8 +34,11 @@ function load(file) {
 const WHICH = {
   all: () => true, alive: i => about.count[i] > 0, dead: i => about.count[i] === 0, dense: i => dense.has(i),
 };
+// How well a latent matches the search, by latent; see `search`.
+const relevance = new Map();
 const ORDERS = {
-  number: (a, b) => a - b, frequency: (a, b) => about.count[b] - about.count[a] || a - b,
+  relevance: (a, b) => relevance.get(b) - relevance.get(a) || a - b, number: (a, b) => a - b,
+  frequency: (a, b) => about.count[b] - about.count[a] || a - b,
   rare: (a, b) => about.count[a] - about.count[b] || a - b, max: (a, b) => about.max[b] - about.max[a] || a - b,
 };
 const chosen = (name, of) => Object.hasOwn(of, query.get(name)) ? query.get(name) : Object.keys(of)[0];
@@ -71,44 +74,74 @@ function list() {
   return found[at * PER_PAGE];
 }
 
-// Searches latents by number, then by token in the index, then by the text of passages, for which it reads every file.
+// The passage of a latent on whose text in lower case it fires most: [share of its maximum, the passage's text, the
+// place of the wanted text in it]; undefined if no passage has the text.
+function bestPassage(latent, number, tokens, wanted) {
+  let best;
+  for (const [, , passage, values] of [...latent.top, ...latent.bands]) {
+    const texts = passage.map(t => tokens[t]), text = texts.join("");
+    for (let at = text.toLowerCase().indexOf(wanted); at >= 0; at = text.toLowerCase().indexOf(wanted, at + 1)) {
+      let start = 0, largest = 0;
+      texts.forEach((token, i) => {
+        if (start < at + wanted.length && start + token.length > at) largest = Math.max(largest, values[i]);
+        start += token.length;
+      });
+      const share = largest / about.max[number];
+      if (!best || share > best[0]) best = [share, text, at];
+    }
+  }
+  return best;
+}
+
+// Searches latents by number, by token in the index, and by the text of passages, for which it reads every file.
+// The relevance is 3 for the number; 2 to 3 for a token at the peaks of the strongest passages, more if more of them
+// have it; 1 to 2 for a token that is raised, more if it is raised more; and 0 to 1 for a passage, more if the latent
+// fires more on the text itself.
 async function search() {
-  const wanted = asked.toLowerCase(), found = new Set();
-  const add = (latent, reason) => {
-    if (found.has(latent) || found.size >= MOST_FOUND || !WHICH[show](latent)) return;
-    found.add(latent);
-    place("rows").append(row(latent, reason));
+  const wanted = asked.toLowerCase(), reasons = new Map();
+  const add = (latent, value, reason) => {
+    if (!WHICH[show](latent) || relevance.get(latent) >= value) return;
+    relevance.set(latent, value);
+    reasons.set(latent, reason);
   };
-  if (/^\d+$/.test(asked) && +asked < width) add(+asked, "latent number");
+  const listFound = () => {
+    const found = [...reasons.keys()].sort(ORDERS.relevance).slice(0, MOST_FOUND).sort(ORDERS[sort]);
+    document.querySelectorAll("#rows tr[data-latent]").forEach(old => old.remove());
+    place("rows").append(...found.map(i => row(i, reasons.get(i))));
+    return found[0];
+  };
+  if (/^\d+$/.test(asked) && +asked < width) add(+asked, 3, "latent number");
   const same = new Set(about.tokens.flatMap((text, t) => text.trim().toLowerCase() === wanted ? [t] : []));
-  const order = [...Array(width).keys()].sort(ORDERS[sort]);
-  const byToken = (tokens, reason) => {
-    for (const i of same.size ? order : []) {
-      const t = tokens[i].find(t => same.has(t));
-      if (t !== undefined) add(i, `${reason} ${JSON.stringify(about.tokens[t])}`);
+  const byToken = (tokens, least, reason) => {
+    for (let i = 0; i < width && same.size; i++) {
+      const at = tokens[i].findIndex(t => same.has(t));
+      if (at >= 0) add(i, least + 1 / (at + 2), `${reason} ${JSON.stringify(about.tokens[tokens[i][at]])}`);
     }
   };
-  byToken(about.peaks, "fires on");
-  if (about.raises) byToken(about.raises, "raises");
-  const first = found.values().next().value;
-  if (first !== undefined) openFirst(first);
-  for (let file = 0; file * about.per_file < width && found.size < MOST_FOUND; file++) {
+  byToken(about.peaks, 2, "fires on");
+  if (about.raises) byToken(about.raises, 1, "raises");
+  openFirst(listFound());
+  // No passage is more relevant than a token.
+  const files = reasons.size < MOST_FOUND ? Math.ceil(width / about.per_file) : 0;
+  for (let file = 0, listed = performance.now(); file < files; file++) {
     const {tokens, latents} = await load(file);
     latents.forEach((latent, i) => {
-      for (const [, , passage] of [...latent.top, ...latent.bands]) {
-        const text = passage.map(t => tokens[t]).join(""), at = text.toLowerCase().indexOf(wanted);
-        if (at < 0) continue;
-        add(file * about.per_file + i, "…" + text.slice(Math.max(at - 10, 0), at + wanted.length + 10) + "…");
-        break;
-      }
+      const number = file * about.per_file + i, best = bestPassage(latent, number, tokens, wanted);
+      if (!best) return;
+      const [share, text, at] = best;
+      add(number, share, "…" + text.slice(Math.max(at - 10, 0), at + wanted.length + 10) + "…");
     });
     if (file !== Math.floor(shownLatent / about.per_file)) delete window.latents[file];
+    if (performance.now() > listed + 500) {
+      listFound();
+      listed = performance.now();
+    }
     const read = Math.min((file + 1) * about.per_file, width).toLocaleString("en");
     place("status").textContent =
-      `${found.size} found; passages of ${read} of ${width.toLocaleString("en")} latents searched`;
-    if (found.size) openFirst(found.values().next().value);
+      `${reasons.size} found; passages of ${read} of ${width.toLocaleString("en")} latents searched`;
   }
-  if (found.size >= MOST_FOUND) place("status").textContent = `the first ${MOST_FOUND} matches`;
+  openFirst(listFound());
+  if (reasons.size > MOST_FOUND) place("status").textContent = `the ${MOST_FOUND} best of ${reasons.size} matches`;
 }
 
 function histogram([first, ...counts]) {
@@ -148,8 +181,8 @@ function passage([row, peak, tokens, values], texts, largest) {
 }
 
 function table(title, rows) {
-  return element("div", [element("h2", title), element("table", rows.map(
-    cells => element("tr", cells.map(cell => element("td", cell)))))]);
+  const made = element("table", rows.map(cells => element("tr", cells.map(cell => element("td", cell)))));
+  return element("div", [element("h2", title), element("div", made, "wide")]);
 }
 
 async function showLatent(latent) {
@@ -167,7 +200,7 @@ async function showLatent(latent) {
     const size = `mean ${number(data.mean)}, maximum ${number(largest)}`;
     target.append(element("p",
       `Fires on ${share}. Activation where it fires: ${size}. The histogram counts its firings by activation.`),
-      histogram(data.histogram));
+      element("div", histogram(data.histogram), "wide"));
   }
   const columns = element("div", [], "columns");
   const words = pairs => pairs.map(([t, value]) => [element("span", visible(tokens[t]), "token"), number(value)]);

@@ -91,23 +91,25 @@ class Flow(Result):
             self.lens.show()
 
     def figure(self) -> matplotlib.figure.Figure:
-        """Heat maps of layers × tokens: a column for each quantity and a row for each kind of site."""
+        """Heat maps of layers × tokens, one for each quantity and kind of site; with many tokens, in one column."""
         kinds = list(dict.fromkeys(self.kinds))
         tallest = max(map(self.kinds.count, kinds))
         width = min(max(0.14 * len(self.tokens) + 1.3, 3.4), 14)
-        figure, axes = plotting.new_figure(
-            len(kinds), len(_MEASURED), width, 0.17 * tallest + 1.4, sharex=True
-        )
-        for row, kind in zip(axes, kinds, strict=True):
+        across = next(number for number in (4, 2, 1) if number * width <= 16)
+        rows = len(_MEASURED) // across
+        figure, axes = plotting.new_figure(len(kinds) * rows, across, width, 0.17 * tallest + 1.4)
+        for number, kind in enumerate(kinds):
             numbers = self.of_kind(kind)
-            labels = self._labels(numbers)
-            for axis, (title, (field, scale)) in zip(row, _MEASURED.items(), strict=True):
+            of_kind = axes[number * rows : (number + 1) * rows]
+            for axis, (title, (field, scale)) in zip(of_kind.flat, _MEASURED.items(), strict=True):
                 plotting.heat_map(figure, axis, getattr(self, field)[numbers], scale, f"{kind}: {title}")
                 axis.set_yticks([])
-            plotting.label_rows(row[0], labels)
-            row[0].set_ylabel("layer", fontsize=8)
-        for axis in axes[-1]:
-            plotting.label_tokens(axis, self.tokens)
+                axis.set_xticks([])
+            for axis in of_kind[:, 0]:
+                plotting.label_rows(axis, self._labels(numbers))
+                axis.set_ylabel("layer", fontsize=8)
+            for axis in of_kind[-1]:
+                plotting.label_tokens(axis, self.tokens)
         return figure
 
     def _labels(self, numbers: Sequence[int]) -> list[str]:

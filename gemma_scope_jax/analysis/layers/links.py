@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 
 from gemma_scope_jax.analysis import decoder_directions
@@ -150,7 +151,8 @@ class Links(Result):
         low, high = left.get_xlim()
         left.plot([low, high], [low, high], color="#d93025", lw=0.8, zorder=0)
         if image is not None and len(set(layers)) > 1:
-            figure.colorbar(image, ax=right).set_label("layer of the later SAE", fontsize=8)
+            bar = figure.colorbar(image, ax=right, ticks=matplotlib.ticker.MaxNLocator(integer=True))
+            bar.set_label("layer of the later SAE", fontsize=8)
         return figure
 
 

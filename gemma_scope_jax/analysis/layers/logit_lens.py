@@ -112,12 +112,11 @@ class Lens(Result):
         cells a small number is the answer's rank.
         """
         height = 0.34 * len(self.rows) + 1.2
-        figure, axes = plotting.new_figure(2, 1, max(0.62 * len(self.tokens) + 1.2, 5), height)
+        width = max(0.62 * len(self.tokens) + 1.2, 5)
+        figure, axes = plotting.new_figure(2, 1, width, height)
         answer = f"{self.texts[int(self.answer_L[0])]!r}" if self.is_given else "the model's prediction"
-        figure.suptitle(
-            plottable(f"likeliest next token, framed if it is {answer}; number: its rank", 200),
-            fontsize=10,
-        )
+        title = f"likeliest next token, framed if it is {answer}; number: its rank"
+        figure.suptitle(plottable(title, 200, plotting.columns_in(width, 10)), fontsize=10)
         sides = (("from the stream", self.stream), ("from the SAEs' reconstructions", self.reconstruction))
         for axis, (title, of) in zip(axes[:, 0], sides, strict=True):
             self._draw(axis, of)

@@ -5,7 +5,6 @@ Shapes: N strengths, S rows, L tokens, T chosen tokens.
 
 import dataclasses
 import functools
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -18,7 +17,7 @@ from gemma_scope_jax.analysis.session import Scope, one_token
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.data import batching
-from gemma_scope_jax.display import tables
+from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.evaluation import metrics, page
 from gemma_scope_jax.models import interventions, masking, passes
@@ -87,7 +86,7 @@ class Sweep(Result):
 
     def figure(self) -> matplotlib.figure.Figure:
         """Effect against damage, with one point per strength."""
-        figure = matplotlib.figure.Figure(figsize=(6.5, 4.6), layout="constrained")
+        figure = plotting.Figure(6.5, 4.6)
         axis = figure.subplots()
         errors = (np.nan_to_num(self.effect_se_N), np.nan_to_num(self.damage_se_N))
         axis.errorbar(self.damage_N, self.effect_N, *errors, marker="o", capsize=3, lw=1, color="#1a73e8")
@@ -97,10 +96,8 @@ class Sweep(Result):
         axis.axvline(0, color="#9aa0a6", lw=0.8)
         axis.set_xlabel("damage: change of the next-token loss, nats")
         axis.set_ylabel("effect: mean change of the\nlog-probability of the tokens, nats")
-        # Not `wrap=True`, which would read a dollar sign as the start of a formula.
         lines = (self.title, " ".join(map(repr, self.tokens)))
-        lines = (part for line in lines for part in textwrap.wrap(printable(line, 500), 90))
-        axis.set_title("\n".join(plottable(line, 100) for line in lines), fontsize=8)
+        axis.set_title("\n".join(plottable(line, 500, 90) for line in lines), fontsize=8)
         axis.grid(alpha=0.3)
         axis.margins(0.1)
         return figure
