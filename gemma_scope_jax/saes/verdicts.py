@@ -9,7 +9,7 @@ from gemma_scope_jax.saes import jumprelu
 
 # A difference of losses counts if it is over this many standard errors.
 SURE = 2
-# A useful SAE recovers 0.9 of the cost of mean ablation; the poorest of docs/results.md, from a short run, recovers 0.65.
+# A useful SAE recovers 0.9 of the cost of mean ablation; the poorest in docs/results.md recovers 0.65.
 LEAST_RECOVERED = 0.5
 # The controller's SAEs in docs/results.md are within 22% of their targets.
 OFF_TARGET = 0.25
