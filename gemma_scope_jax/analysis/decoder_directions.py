@@ -9,7 +9,7 @@ import numpy as np
 from gemma_scope_jax.models import predictions, weights
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
-from gemma_scope_jax.runtime import distributed, sharding
+from gemma_scope_jax.runtime import distributed, reporting, sharding
 
 # The maximum number of logits in memory at a time.
 _LOGITS = 2**26
@@ -63,10 +63,13 @@ def logits(gemma: Gemma, directions_MxD: np.ndarray, top: int = 10) -> Logits:
     chunk = -(-min(max(_LOGITS // vocabulary, 1), len(directions_MxD)) // gemma.mesh.size) * gemma.mesh.size
     placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)
     parts = []
-    for start in range(0, len(directions_MxD), chunk):
-        # All chunks have the same shape, so the function compiles once.
-        x_CxD = directions_MxD[np.minimum(start + np.arange(chunk), len(directions_MxD) - 1)]
-        x_CxD = np.asarray(x_CxD, gemma.dtype)
-        put = jax.make_array_from_callback(x_CxD.shape, placed, lambda index, x=x_CxD: x[index])
-        parts.append(distributed.fetch(_extremes(gemma, put, top)))
+    count = len(directions_MxD)
+    with reporting.bar("Computing logits", "latent", count, speaks=count > chunk, compiles=1) as bar:
+        for start in range(0, count, chunk):
+            # All chunks have the same shape, so the function compiles once.
+            x_CxD = directions_MxD[np.minimum(start + np.arange(chunk), count - 1)]
+            x_CxD = np.asarray(x_CxD, gemma.dtype)
+            put = jax.make_array_from_callback(x_CxD.shape, placed, lambda index, x=x_CxD: x[index])
+            parts.append(distributed.fetch(_extremes(gemma, put, top)))
+            bar.update(min(chunk, count - start))
     return Logits(*(np.concatenate(part)[: len(directions_MxD)] for part in zip(*parts, strict=True)))

@@ -89,8 +89,8 @@ class Look(Result):
             ("strongest firings", self.strongest[:top]),
             ("one firing from each fifth of a sample", self.sampled),
         ):
-            table = tables.Table(title=heading, title_justify="left", show_header=False, box=None)
-            table.add_column(justify="right", style="dim")
+            table = rich.table.Table(title=heading, title_justify="left", show_header=False, box=None)
+            table.add_column(justify="right", style="dim", no_wrap=True)
             table.add_column(overflow="fold")
             for excerpt in excerpts:
                 line = rich.text.Text()

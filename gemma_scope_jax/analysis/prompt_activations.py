@@ -16,6 +16,7 @@ from gemma_scope_jax.display.results import Result
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import RUNNING, say
 from gemma_scope_jax.saes import jumprelu
 
 
@@ -56,20 +57,22 @@ class Reading(Result):
                 }
 
     def show(self, top: int = 5) -> None:
-        """Prints a table for each SAE; a brighter latent fires more strongly, relative to the whole prompt."""
+        """Prints a table for each SAE, with the strongest latents of each token as latent:activation.
+
+        A brighter latent fires more strongly, relative to the whole prompt.
+        """
         for name, f_LxM in self.latents.items():
-            table = tables.Table(title=name)
-            table.add_column("token")
+            table = tables.Table("token", title=name)
             for heading in ("L0", "dense", "error"):
                 table.add_column(heading, justify="right")
-            table.add_column(f"strongest {top}")
+            table.add_column(f"strongest {top}, as latent:activation")
             dense_M, largest = self.is_dense(name), self._largest(name)
             for t, token in enumerate(self.tokens):
                 line = rich.text.Text()
                 for latent, value in self.strongest(name, t, top):
                     green = round(90 + 165 * min(value / largest, 1))
                     line.append(f"{latent}", style=f"bold rgb(40,{green},90)")
-                    line.append(f" {value:.3g}  ", style="dim")
+                    line.append(f":{value:.0f} " if value >= 100 else f":{value:.3g} ", style="dim")
                 counts = (f_LxM[t] > 0).sum(), ((f_LxM[t] > 0) & dense_M).sum()
                 shown = (repr(token), *map(str, counts), f"{self.error[name][t]:.0%}")
                 table.add_row(*shown, line)
@@ -130,6 +133,7 @@ def read(scope: Scope, text: str) -> Reading:
     """
     row = prompt(scope, text)
     placed = place_copies(scope, row, 1)
+    say(RUNNING)
     _, values, _ = passes.clean(scope.gemma, placed, scope.sites)
     latents, error = {}, {}
     for name, subject in scope.subjects.items():

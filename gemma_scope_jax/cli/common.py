@@ -4,11 +4,12 @@ import errno
 import logging
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gemma_scope_jax.runtime import extras, reporting, signals
 from gemma_scope_jax.runtime.errors import UserError
@@ -27,12 +28,19 @@ def say(text: str) -> None:
     print(printable(text, 2000), flush=True)
 
 
+def suggest(*commands: Sequence[str | pathlib.Path], program: str = "gemma-scope") -> None:
+    """Prints in one line the commands that are likely to be wanted next, each given by its words."""
+    say(f"Next: {', or '.join(f'{program} {shlex.join(map(str, words))}' for words in commands)}")
+
+
 def find_tpu_compiler() -> None:
     """Makes JAX find the TPU compiler on a machine without a TPU; call it before JAX is imported."""
     # The library only compiles here, so several processes can load it at once.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+    # Otherwise libtpu prints that it cannot find these bounds. The topology that is compiled for does not use them.
+    os.environ.setdefault("TPU_HOST_BOUNDS", "1,1,1")
     if _TPU_COMPILER.exists():
         os.environ.setdefault("TPU_LIBRARY_PATH", str(_TPU_COMPILER))
 
@@ -127,15 +135,21 @@ def check_outputs(file: pathlib.Path | None = None, **places: pathlib.Path | Non
                 files.check_output(place, is_folder=name not in ("file", "html", "png"))
 
 
-def refresh(path: str | pathlib.Path) -> None:
-    """Exports the SAEs of a run's newest checkpoint into the run directory, if the path is a run."""
+def is_run(path: str | pathlib.Path) -> bool:
+    """Whether a path is a run directory on this machine."""
     from gemma_scope_jax.runtime import files
     from gemma_scope_jax.saes import loading
 
-    if not str(path).startswith("hf://") and loading.is_run(place := files.expanded(path)):
+    return not str(path).startswith("hf://") and loading.is_run(files.expanded(path))
+
+
+def refresh(path: str | pathlib.Path) -> None:
+    """Exports the SAEs of a run's newest checkpoint into the run directory, if the path is a run."""
+    if is_run(path):
+        from gemma_scope_jax.runtime import files
         from gemma_scope_jax.training import export
 
-        export.refresh(place)
+        export.refresh(files.expanded(path))
 
 
 def _is_full_disk(error: object) -> bool:

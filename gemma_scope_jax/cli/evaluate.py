@@ -128,6 +128,7 @@ def evaluate_path(
 
 def _save(results: report.Results, place: pathlib.Path) -> None:
     """Writes and prints the results."""
+    say("Writing the results …")
     written = results.save(place)
     results.show()
     if cost := results.about["cost"]:

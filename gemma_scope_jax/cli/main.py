@@ -125,6 +125,7 @@ def read(name: str, function: Callable[..., object], arguments: Sequence[str], w
         tyro.cli(bind, prog=prog, args=[part for one in arguments for part in _flag_and_value(one)])
     if left:
         bound.arguments[words] = (*bound.arguments.get(words, ()), *left)
+    common.say("Importing JAX and Gemma's code …")
     function(*bound.args, **bound.kwargs)
 
 

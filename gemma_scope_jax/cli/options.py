@@ -47,18 +47,41 @@ def place(text: str) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(text))
 
 
+# Of an option that is not set, the help says what happens then; the default itself, None or (), says nothing.
+_UNSET = tyro.conf.arg(help_behavior_hint="")
+
+# What a command reads: a config, SAEs, the name of an SAE, a run directory.
+ConfigName = Annotated[str, option(str, "CONFIG")]
+SAEs = Annotated[str, option(str, "RUN")]
+SAEName = Annotated[str, option(str, "NAME")]
+Run = Annotated[pathlib.Path, option(place, "RUN")]
+EditText = Annotated[str, option(str, "EDIT")]
+Topology = Annotated[str, option(str, "TOPOLOGY")]
 Place = Annotated[pathlib.Path, option(place, "PATH")]
-MaybePlace = Annotated[pathlib.Path | None, option(place, "PATH")]
+MaybePlace = Annotated[pathlib.Path | None, option(place, "PATH"), _UNSET]
 Text = Annotated[str, option(well_formed, "TEXT")]
-MaybeText = Annotated[str | None, option(well_formed, "TEXT")]
+MaybeText = Annotated[str | None, option(well_formed, "TEXT"), _UNSET]
+
+
+def _prompt(text: str) -> str:
+    """A prompt, which is refused if it is empty: before Gemma is loaded, which takes long."""
+    if not text:
+        raise ValueError("it is empty; give a text of at least one token")
+    return well_formed(text)
+
+
+Prompt = Annotated[str, option(_prompt, "PROMPT")]
+# The command refuses an empty one itself: of a tuple's values tyro does not say what is wrong.
+Prompts = Annotated[tuple[Annotated[str, option(well_formed, "PROMPT")], ...], _UNSET]
+MaybePrompt = Annotated[str | None, option(_prompt, "PROMPT"), _UNSET]
 Count = Annotated[int, number(ranges.COUNT)]
-MaybeCount = Annotated[int | None, number(ranges.COUNT)]
+MaybeCount = Annotated[int | None, number(ranges.COUNT), _UNSET]
 CountOrNone = Annotated[int, number(ranges.COUNT_OR_NONE)]
 Few = Annotated[int, number(ranges.FEW)]
-MaybeFew = Annotated[int | None, number(ranges.FEW)]
-MaybePrice = Annotated[float | None, number(ranges.POSITIVE_OR_ZERO, float)]
+MaybeFew = Annotated[int | None, number(ranges.FEW), _UNSET]
+MaybePrice = Annotated[float | None, number(ranges.POSITIVE_OR_ZERO, float), _UNSET]
 NewTokens = Annotated[int, number(ranges.NEW_TOKENS)]
-MaybeNewTokens = Annotated[int | None, number(ranges.NEW_TOKENS)]
+MaybeNewTokens = Annotated[int | None, number(ranges.NEW_TOKENS), _UNSET]
 Whole = Annotated[int, number(ranges.WHOLE)]
 Seed = Annotated[int, number(ranges.SEED)]
 Share = Annotated[float, number(ranges.SHARE, float)]
@@ -71,8 +94,9 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(read([one]) for one in text.split(","))
 
 
-Numbers = Annotated[tuple[float, ...], option(_numbers, "N,N,...")]
+Numbers = Annotated[tuple[float, ...], option(_numbers, "N,N,..."), _UNSET]
 Dtype = Literal["float32", "bfloat16"]
+MaybeDtype = Annotated[Dtype | None, _UNSET]
 # The option is given once for each value.
 Repeated = tyro.conf.UseAppendAction[tuple[T, ...]]
 Positional = tyro.conf.Positional
@@ -96,7 +120,7 @@ class Overrides:
     model: MaybeText = None
     weights: MaybeText = None
     tokenizer: MaybeText = None
-    dtype: Dtype | None = None
+    dtype: MaybeDtype = None
     site: MaybeText = None
     target_site: MaybeText = None
     trust: Flag = False

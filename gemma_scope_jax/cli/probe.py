@@ -51,6 +51,7 @@ def probe_path(
     tokens_TxL, cut = probing.rows_of(given.texts, encode, config.data.context_length)
     gemma = placement.load_gemma(config)
     latents, values = probing.pool(gemma, opened.subjects, tokens_TxL, per_batch)
+    say("Fitting the probes …")
     results = {
         name: probing.tasks(latents[name], values[subject.site], given.labels, is_test_T)
         for name, subject in opened.subjects.items()

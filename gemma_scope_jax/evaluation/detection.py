@@ -22,6 +22,7 @@ from gemma_scope_jax.models import activations, masking
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.runtime.printing import printable
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import attached, jumprelu
 
 EXAMPLES = 50  # Passages that a description is made from, at most.
@@ -253,6 +254,7 @@ def detect(
                 gemma.mesh, encoders[name], x_SxLxD, batch.tokens_SxL, candidates[name], prefix
             )
             found[name].add(batch.first, np.asarray(f_SxLxC)[: batch.count])
+    say("Scoring the descriptions …")
     elsewhere = token_descriptions.count(
         token_descriptions.passages(text, background_N), len(text.vocabulary_V)
     )
@@ -269,21 +271,23 @@ def numbers(result: Detection | Latent) -> dict:
 
 def print_tables(results: Mapping[str, Detection], rows: int, most: int = 5) -> None:
     """Prints the mean scores of every SAE and, for at most three SAEs, the best and worst described latents."""
-    width = tables.width(results) + 70
-    table = tables.Table(title=f"Detection AUROC of latents' descriptions, {rows:,} held-out rows")
-    table.add_column("", no_wrap=True)
+    table = tables.Table("", title=f"Detection AUROC of latents' descriptions, {rows:,} held-out rows")
     for column in ("latents", "all firings", "strongest quarter", "another latent's description"):
         table.add_column(column, justify="right")
     for name, result in results.items():
         pairs = ("auroc", "auroc_strongest", "control")
         shown = [f"{getattr(result, key):.3f} ± {getattr(result, f'{key}_se'):.3f}" for key in pairs]
         table.add_row(name, str(len(result.latents)), *shown)
-    tables.show(table, least_width=width)
+    tables.show(table)
     for name, result in results.items() if len(results) <= 3 else ():
         title = f"Best and worst described latents of {printable(name)}"
-        table = tables.Table("latent", "fires on", "AUROC", "last token", "tokens before", title=title)
+        table = tables.Table(title=title)
+        for column in ("latent", "fires on", "AUROC"):
+            table.add_column(column, justify="right")
+        for column in ("last token", "tokens before"):
+            table.add_column(column)
         ordered = sorted(result.latents, key=lambda latent: -latent.auroc)
         for latent in ordered if len(ordered) <= 2 * most else ordered[:most] + ordered[-most:]:
             said = (" ".join(map(repr, latent.words[part])) for part in ("on", "before"))
             table.add_row(str(latent.latent), f"{latent.frequency:.2%}", f"{latent.auroc:.3f}", *said)
-        tables.show(table, least_width=width)
+        tables.show(table)

@@ -50,6 +50,8 @@ def site_means(
         return sharding.constrain(gemma.mesh, (means, is_kept_SxL.sum()), P())
 
     count = min(CALIBRATION_ROWS, len(rows))
+    if sites:
+        reporting.say(f"Measuring the mean activations on {count} training rows, sites: {len(sites)} …")
     for batch in batching.batches(gemma.mesh, rows, count, per_batch, counts) if sites else ():
         _, values, _ = passes.clean(gemma, batch.tokens_SxL, sites)
         found, kept = distributed.fetch(sums(values, batch.is_kept_SxL))
@@ -146,7 +148,7 @@ def evaluate(
     passes_of_batch = 1 + (2 if is_fast else 3) * len(spliced) + len(subjects)
     total = -(-count // per_batch) * passes_of_batch
     speaks = distributed.is_first()
-    with reporting.bar("Evaluating", "pass", total, speaks=speaks) as bar:
+    with reporting.bar("Evaluating", "pass", total, speaks=speaks, compiles=passes_of_batch) as bar:
         for index, rows in enumerate(batching.batches(gemma.mesh, held_out_rows, count, per_batch, counts)):
             found = parts.read(index) if parts else None
             if found is None:
@@ -161,6 +163,8 @@ def evaluate(
                 totals[name].add(sums, rows.position_SxL)
     if not totals[_reference(spliced[0])].of_rows("scored_S").sum():
         raise InputError(f"no prediction counts in these rows: {_NONE_COUNTS}")
+    if speaks:
+        reporting.say("Computing the metrics …")
     results = {
         name: metrics.summarize(subject.sae, totals[name], totals[_reference(subject.spliced)])
         for name, subject in subjects.items()

@@ -86,6 +86,7 @@ def _open_run(path: pathlib.Path, given: dict[str, str]) -> Opened:
             f"{path} has no {missing[0]} in its folder sae yet; finish training, or call training.export.refresh to "
             "export its newest checkpoint"
         )
+    say(f"Reading the SAEs of {path} …")
     found = {name: one for name, place in places.items() for one in loading.read(place)}
     config = _changed(own, given)
     for name, one in found.items():
@@ -150,6 +151,7 @@ def on_text(opened: Opened, text: str) -> Opened:
 
 
 def _open_stored(location: str, given: dict[str, str], trust: bool) -> Opened:
+    say(f"Reading the SAEs at {location} …")
     found = list(loading.read(location, *(given.get(name, "") for name in ("model", "site", "target_site"))))
     return of_saes(found, given, trust, location)
 

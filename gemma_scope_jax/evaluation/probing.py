@@ -292,14 +292,16 @@ def print_table(results: Mapping[str, Sequence[Task]], texts: int) -> None:
     """Prints the accuracies of every task by number of features; for more than three SAEs, the means over tasks."""
     first = next(iter(results.values()))
     tested = first[0].majority.correct_U.size
-    table = tables.Table(title=f"Accuracy on {tested:,} test texts of {texts:,}, by number of features")
-    for column in ("", "class", "features"):
-        table.add_column(column, overflow="fold")
-    for column in (*map(str, FEATURES), "all", "majority"):
-        table.add_column(column, justify="right", no_wrap=True)
+    about = f"Accuracy on {tested:,} test texts of {texts:,}, by number of features"
+    title = f"{about}; guess: always the more frequent side"
+    table = tables.Table("", "class", "features", title=title, keys=3)
+    for column in (*map(str, FEATURES), "all", "guess"):
+        table.add_column(column, justify="right")
+    errors = []
 
     def shown(probe: Probe) -> str:
-        return f"{probe.accuracy:.3f} ± {probe.accuracy_se:.3f}"
+        errors.append(probe.accuracy_se)
+        return f"{probe.accuracy:.3f}"
 
     for name, of in results.items():
         told = [mean(of)] if len(results) > 3 else [*of, *([mean(of)] if len(of) > 1 else [])]
@@ -308,4 +310,5 @@ def print_table(results: Mapping[str, Sequence[Task]], texts: int) -> None:
             table.add_row(name, task.label, "latents", *map(shown, task.latents.values()), "", guess)
             dimensions = (*task.dimensions.values(), task.all_dimensions)
             table.add_row("", "", "dimensions", *map(shown, dimensions), "")
-    tables.show(table, least_width=tables.width(results) + 120)
+    tables.show(table)
+    print(f"Standard errors are at most {max(errors):.3f}.", flush=True)

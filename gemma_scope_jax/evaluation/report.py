@@ -23,7 +23,7 @@ from gemma_scope_jax.evaluation import (
 )
 from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.models.gemma import Gemma
-from gemma_scope_jax.runtime import extras, ranges, resumable
+from gemma_scope_jax.runtime import extras, ranges, reporting, resumable
 from gemma_scope_jax.runtime.printing import printable, shareable
 from gemma_scope_jax.saes import attached, evaluation_file, naming
 from gemma_scope_jax.saes import verdicts as verdicts_lib
@@ -184,6 +184,7 @@ def with_baselines(opened: opening.Opened, gemma: Gemma, per_batch: int) -> open
     sites = {s for subject in opened.subjects.values() for s in (subject.site, subject.spliced)}
     count = -(-BASELINE_ACTIVATIONS // opened.config.data.context_length)
     rows = token_rows.open_rows(opened.rows, split)
+    reporting.say(f"Fitting the baselines to activations of {min(count, len(rows))} rows …")
     found = evaluate.activations(
         gemma, tuple(sorted(sites, key=str)), rows, count, per_batch, batching.counts_of(opened.config)
     )
@@ -277,18 +278,26 @@ def print_table(results: dict[str, Evaluation], of: str) -> None:
     """Prints the metrics: a column for each SAE, or for more than three a row each with the main metrics."""
     first = next(iter(results.values()))
     counts = f"{first.rows:,} rows, {first.activations:,} activations, {first.tokens:,} predictions"
-    table = tables.Table(title=f"{printable(of)}: {counts}")
-    if is_long := len(results) > 3:
-        table.add_column("", no_wrap=True)
-        for number in metrics.shown_in("terminal"):
+    table = tables.Table("", title=f"{printable(of)}: {counts}")
+    # The metrics that have a `reading` come first.
+    ordered = sorted(metrics.METRICS, key=lambda number: not metrics.METRICS[number].reading)
+    if len(results) > 3:
+        chosen = [number for number in ordered if number in metrics.shown_in("terminal")]
+        for number in chosen:
             table.add_column(metrics.METRICS[number].label, justify="right")
         for name, result in results.items():
-            table.add_row(name, *(page.shown(result, number) for number in metrics.shown_in("terminal")))
+            table.add_row(name, *(_short(result, number) for number in chosen))
     else:
-        table.add_column("")
         for name in results:
-            table.add_column(name, justify="right", overflow="fold")
-        for number, metric in metrics.METRICS.items():
-            table.add_row(metric.label, *(page.shown(result, number) for result in results.values()))
-    # In a narrow terminal, rows wrap onto two lines rather than losing the names.
-    tables.show(table, least_width=tables.width(results) + 115 if is_long else 0)
+            table.add_column(name, justify="right")
+        for number in ordered:
+            shown = (page.shown(result, number) for result in results.values())
+            table.add_row(metrics.METRICS[number].label, *shown)
+    tables.show(table)
+
+
+def _short(result: Evaluation, number: str) -> str:
+    """A metric as text for a narrow column: of the standard errors, only that of delta loss."""
+    if number == "delta_loss":
+        return page.shown(result, number)
+    return page.with_error(evaluation_file.number(result, number), None, metrics.METRICS[number].form)

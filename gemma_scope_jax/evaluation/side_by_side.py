@@ -140,17 +140,13 @@ class Comparison:
 
     def show(self) -> None:
         """Prints a table for each metric."""
-        names = tables.width(name for rows in self.tables.values() for name, _ in rows)
-        # In a narrow terminal, rows wrap onto two lines rather than one digit a line.
-        width = names + sum(max(tables.width([heading]), 20) + 3 for heading in self.headings) + 5
         for number, rows in self.tables.items():
-            table = tables.Table(title=metrics.METRICS[number].label)
-            table.add_column("", no_wrap=True)
+            table = tables.Table("", title=metrics.METRICS[number].label)
             for heading in self.headings:
-                table.add_column(heading, justify="right", overflow="fold")
+                table.add_column(heading, justify="right")
             for name, row in rows:
                 table.add_row(name, *(row.get(heading, "") for heading in self.headings))
-            tables.show(table, least_width=width)
+            tables.show(table)
         if self.remark:
             print(printable(self.remark), flush=True)
 

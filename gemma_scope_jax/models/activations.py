@@ -51,7 +51,7 @@ def batches(
     """
     per_batch = -(-min(per_batch, len(tokens_RxL)) // gemma.mesh.size) * gemma.mesh.size
     placed = jax.NamedSharding(gemma.mesh, sharding.TOKENS)
-    with reporting.bar(what, "row", len(tokens_RxL)) as bar:
+    with reporting.bar(what, "row", len(tokens_RxL), compiles=1) as bar:
         for first in range(0, len(tokens_RxL), per_batch):
             rows = tokens_RxL[first : first + per_batch]
             padded = np.pad(rows, ((0, per_batch - len(rows)), (0, 0)), constant_values=masking.PAD)

@@ -184,7 +184,7 @@ def generate(
     length = 1 << (max(map(len, prompts)) - 1).bit_length()
     replies = []
     starts = range(0, len(prompts), rows)
-    bar = reporting.bar("Generating", "batch", len(starts), speaks=len(starts) > 1)
+    bar = reporting.bar("Generating", "batch", len(starts), compiles=1)
     for start in starts:
         batch = prompts[start : start + rows]
         tokens_SxL, start_S = _padded(batch, rows, length)

@@ -12,6 +12,7 @@ from gemma_scope_jax.models import registry, weights
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.runtime import devices, sharding
+from gemma_scope_jax.runtime.reporting import say
 
 
 def gemma_placement(mesh: Mesh, split: bool) -> Callable[[str, tuple[int, ...]], NamedSharding]:
@@ -69,6 +70,7 @@ def load(
     num_layers = module.config.num_layers if num_layers is None else num_layers
     mesh = mesh or sharding.one_device()
     placement = placement or gemma_placement(mesh, split=False)
+    say("Loading Gemma's weights …")
     params = weights.load_params(registry.weights_path(name, path), module, num_layers, dtype, placement)
     return Gemma(name, module, mesh, num_layers, params)
 

@@ -14,6 +14,7 @@ from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import WeightsError
 from gemma_scope_jax.runtime.printing import printable, well_formed
+from gemma_scope_jax.runtime.reporting import say
 
 # Names of the tokenizer beside a checkpoint, by preference: Hugging Face's and Google's SentencePiece files first.
 _FILES = ("tokenizer.model", "tokenizer_{}.model", "tokenizer.json")
@@ -52,6 +53,7 @@ def load(name: str, path: str, weights_path: str) -> Tokenizer:
       ValueError: if there is no tokenizer, or it is damaged or another model's.
     """
     own, found = registry.spec(name).tokenizer, None
+    say("Loading Gemma's tokenizer …")
     if path or weights_path or own is None:
         place = weights.local(path or registry.weights_path(name, weights_path))
         found = _find(place, name.split("_")[0])

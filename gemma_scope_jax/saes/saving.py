@@ -185,6 +185,7 @@ def convert(
     """
     formats.format_to_write(file_format)
     files.check_new(out)
+    say(f"Reading the SAEs at {location} …")
     found = list(loading.read(location, **sites))
     wanted = [(file_format, one.name, kind_of(one, dtype)) for one in found]
     first = found[0]
@@ -201,6 +202,7 @@ def convert(
     is_one = len(found) == 1 or formats.FORMATS[file_format].holds_many
     folders = {} if is_one else files.folder_names(one.name for one in found)
     paths = []
+    say(f"Writing to {out} …")
     with files.filling_folder(out) as partial:
         for one in found:
             folder = partial / folders.get(one.name, "")

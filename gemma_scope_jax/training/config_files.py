@@ -43,12 +43,20 @@ def find(name: str) -> tuple[pathlib.Path, str]:
     shipped = names()
     if path.stem in shipped and path.suffix in ("", ".py") and str(path.parent) in (".", "configs"):
         return folder() / f"{path.stem}.py", suite
-    near = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = [*difflib.get_close_matches(path.stem, shipped, n=1), *_near(path)]
+    hint = f"did you mean {' or '.join(map(quoted, near))}? " if near else ""
     raise NotFoundError(
         f"there is no config file {quoted(given)}; {hint}give a path or one of the package's configs: "
         f"{', '.join(shipped)}"
     )
+
+
+def _near(path: pathlib.Path) -> list[str]:
+    """The user's Python file, if any, whose path is nearest to a mistyped one, in the name or the last folder."""
+    inside = path.parent
+    found = inside.glob("*.py") if inside.is_dir() else inside.parent.glob("*/*.py")
+    own = [str(one) for one in found if one.parent.resolve() != folder().resolve()]
+    return difflib.get_close_matches(str(path), own, n=1, cutoff=0.8)
 
 
 def load(name: str) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma_scope_jax.data import token_rows
 from gemma_scope_jax.models import registry
-from gemma_scope_jax.runtime import distributed, files, printing
+from gemma_scope_jax.runtime import distributed, files, printing, reporting
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import evaluation_file, jumprelu, loading, naming, saving
@@ -26,6 +26,13 @@ def folded_saes(plan: step.Plan, state: step.State) -> Iterator[tuple[str, jumpr
                 member.name,
                 distributed.fetch(bank.fold(b, state.banks[b.name].params, state.normalizers, i)),
             )
+
+
+def _with_bar[T](saes: Iterator[T], count: int) -> Iterator[T]:
+    with reporting.bar("Writing", "SAE", count, speaks=distributed.is_first()) as bar:
+        for one in saes:
+            yield one
+            bar.update()
 
 
 def measured_l0(run: runs.Run, state: step.State, workdir: pathlib.Path) -> dict[str, float]:
@@ -57,7 +64,7 @@ def write_own(run: runs.Run, state: step.State, folder: pathlib.Path, rows: str)
     l0 = measured_l0(run, state, folder.parent)
     members = {member.name: member for member in run.plan.members}
     with files.filling_folder(folder) if distributed.is_first() else contextlib.nullcontext() as partial:
-        for name, folded in folded_saes(run.plan, state):
+        for name, folded in _with_bar(folded_saes(run.plan, state), len(members)):
             if partial is not None:
                 one = as_stored(run, state, members[name], folded, l0[name], rows)
                 saving.write(partial / name, "saelens", one)
@@ -216,7 +223,7 @@ def export_state(
         places[file_format][name] = place
     paths = []
     with files.filling_folder(out) as partial:
-        for name, folded in folded_saes(run.plan, state):
+        for name, folded in _with_bar(folded_saes(run.plan, state), len(members)):
             one = as_stored(run, state, members[name], folded, l0[name], rows)
             if is_public:
                 one = dataclasses.replace(one, about=saving.without_paths(one.about))

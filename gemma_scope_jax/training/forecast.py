@@ -16,6 +16,7 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.runtime import devices as devices_lib
 from gemma_scope_jax.runtime.errors import ConfigError
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.training import flops as flops_lib
 from gemma_scope_jax.training import loop, runs
 from gemma_scope_jax.training import memory as memory_lib
@@ -26,7 +27,7 @@ class Collective:
     """The collective operations of one kind in one part of a step."""
 
     kind: str
-    where: str  # The part of the step: "gemma", "banks" or "else".
+    where: str  # The part of the step: "gemma", "banks" or "other".
     times: int  # Executions in a step.
     bytes: int  # Size of the results on each chip, summed over all executions.
 
@@ -140,7 +141,7 @@ def parse_collectives(hlo: str, updates_per_step: int) -> list[Collective]:
         if start and kind in ("all-gather", "collective-permute"):
             arrays = arrays[1:2]  # The tuple holds the operand, the result and sometimes contexts.
         count = sum(sizes.get(t, 4) * math.prod(int(n) for n in shape.split(",") if n) for t, shape in arrays)
-        where = next((part for part in ("banks", "gemma") if f"/{part}/" in name), "else")
+        where = next((part for part in ("banks", "gemma") if f"/{part}/" in name), "other")
         times = updates_per_step if "/banks/while/body" in name else 1
         entry = found.setdefault((kind, where), [0, 0])
         entry[0] += times
@@ -164,6 +165,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     run = runs.build(config, devices=devices)
     inputs = runs.abstract_inputs(run)
     state, _, gemma = inputs
+    say(f"Compiling the training step for {topology} …")
     try:
         compiled = loop.lower_step(run, *inputs).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -216,17 +218,22 @@ def show(found: Forecast, dollars_per_chip_hour: float | None = None) -> bool:
     title = (
         f"{found.topology}: {found.devices} devices, mesh {found.data} × {found.latent}, SAEs: {found.saes}"
     )
-    table = tables.Table("memory on each device", "GB", title=title)
+    table = tables.Table("memory on each device", title=title)
+    table.add_column("GB", justify="right")
     for need in found.needs:
         table.add_row(need.what, f"{need.bytes / 1e9:.2f}")
     table.add_row("peak, from the compiler", f"{found.peak_bytes / 1e9:.2f}")
     table.add_row("available", f"{found.memory / 1e9:.0f}")
     tables.show(table)
-    table = tables.Table("collectives in a step", "part", "times", "GB on each device")
+    table = tables.Table("collectives in a step", "part")
+    for heading in ("times", "GB on each device"):
+        table.add_column(heading, justify="right")
     for c in found.collectives:
         table.add_row(c.kind, c.where, str(c.times), f"{c.bytes / 1e9:.3f}")
     tables.show(table)
-    table = tables.Table("time of a step at peak rates", "TFLOP", "ms")
+    table = tables.Table("time of a step at peak rates")
+    for heading in ("TFLOP", "ms"):
+        table.add_column(heading, justify="right")
     rows = (
         ("Gemma", f"{found.gemma_flops / 1e12:.1f}", found.gemma_s),
         ("SAEs' matrix products", f"{found.banks_flops / 1e12:.1f}", found.banks_s),
@@ -237,7 +244,8 @@ def show(found: Forecast, dollars_per_chip_hour: float | None = None) -> bool:
     for what, flops, seconds in rows:
         table.add_row(what, flops, f"{1000 * seconds:.1f}")
     tables.show(table)
-    unit, factor = ("hours", 1) if found.hours >= 1 else ("minutes", 60)
+    units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
+    unit, factor = next((one for one in units if one[1] * found.hours >= 1), units[-1])
     print(
         f"At {found.tokens_per_step:,} tokens per step and {found.tokens_per_second:,.0f} tokens per second, "
         f"{found.tokens:,} tokens take {factor * found.hours:.1f} {unit}. At half of the peak rates they take "

@@ -54,6 +54,7 @@ def calibrate(
         weight_T = masking.is_kept(tokens_SxL, run.plan.masked_prefix).reshape(-1).astype(jnp.float32)
         return {str(site): v.reshape(weight_T.size, -1) for site, v in values.items()}, weight_T
 
+    say(f"Calibrating on {max(config.normalizer.rows, 1):,} rows of the text, sites: {len(sites)} …")
     parts = [
         read(gemma, runs.read_batch(run, rows, start, count).tokens_SxL)
         for start in range(0, max(config.normalizer.rows, 1), count)
@@ -207,6 +208,7 @@ def _start_or_continue(
     state, request = None, signals.Request()
     if manager.all_steps():
         config_lib.check_resumable(loading.run_config(workdir), config)
+        say("Restoring the newest checkpoint …")
         state = runs.restore(run, manager, set_aside=True)
         say(f"Continuing from step {int(state.step)}.")
         signals.leaving(f"checkpoint {int(state.step)} is the newest saved state")
@@ -288,6 +290,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
             # The end of this block waits for a save in progress, even after an error.
             with checkpoint.open_manager(workdir / "checkpoints", config.log.keep_checkpoints) as manager:
                 state, rows, request = _start_or_continue(run, workdir, manager, held)
+                say("Finishing the checkpoint …")
                 checkpoint.check_saved(manager)
             signals.leaving("the trained state is saved")
         if request.number is not None:
@@ -432,6 +435,7 @@ def _held_out(
         new = step.harvest(gemma, batch, normalizers, plan.sites, plan.ring_groups, plan.masked_prefix)
         return step.leave_out(new)[0]
 
+    say("Computing the held-out activations for log.evaluate_every …")
     slots = harvest(gemma, batch, normalizers)
     whole = jax.NamedSharding(mesh, sharding.REPLICATED)
     measure = jax.jit(functools.partial(step.measure, plan, mesh), out_shardings=whole)

@@ -1,5 +1,7 @@
 """Checks a config and turns it into the plan for which the step is compiled."""
 
+import math
+
 from gemma_scope_jax.config import BankConfig, Config, check_ranges
 from gemma_scope_jax.models import masking
 from gemma_scope_jax.models.gemma_package import gm
@@ -119,26 +121,36 @@ def _check_banks(config: Config, model: gm.nn.Transformer, latent_axis: int) -> 
 GEMMA_PLACEMENTS = ("auto", "whole", "split")
 
 
+def _up(value: int, step: int) -> int:
+    """The next multiple of a step."""
+    return -(-value // step) * step
+
+
 def _check_sizes(config: Config, devices: int) -> None:
     train, ring, length = config.train, config.ring, config.data.context_length
     activations = train.sequences_per_step * length
+    # The fewest sequences that are whole batches and are divisible by the number of devices.
+    whole = math.lcm(train.batch // math.gcd(train.batch, length), devices)
     ranges.check("train.sequences_per_step × data.context_length", activations, Range(1, ranges.LARGEST))
     _require(
         train.sequences_per_step % devices == 0,
-        f"train.sequences_per_step {train.sequences_per_step} is not a multiple of the {devices} devices",
+        f"train.sequences_per_step {train.sequences_per_step} is not a multiple of the {devices} devices; "
+        f"choose for example {_up(train.sequences_per_step, devices)}",
     )
     _require(
         activations % train.batch == 0,
         f"train.sequences_per_step × data.context_length = {activations} is not a multiple of train.batch "
-        f"{train.batch}",
+        f"{train.batch}; choose for example train.sequences_per_step = {_up(train.sequences_per_step, whole)}",
     )
     _require(
         ring.groups % devices == 0,
-        f"ring.groups {ring.groups} is not a multiple of the {devices} devices",
+        f"ring.groups {ring.groups} is not a multiple of the {devices} devices; choose for example "
+        f"{_up(ring.groups, devices)}",
     )
     _require(
         train.batch % ring.groups == 0,
-        f"train.batch {train.batch} is not a multiple of ring.groups {ring.groups}",
+        f"train.batch {train.batch} is not a multiple of ring.groups {ring.groups}; choose for example "
+        f"train.batch = {_up(train.batch, ring.groups)}",
     )
     _require(
         ring.capacity >= activations,

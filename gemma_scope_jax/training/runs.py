@@ -64,6 +64,7 @@ def gemma_placement(run: Run) -> weights.Placement:
 
 def check_weights(run: Run) -> None:
     """Raises ValueError if the weights are missing or not the model's, before the text is tokenised."""
+    say("Checking Gemma's weights …")
     path = registry.weights_path(run.config.model, run.config.weights)
     weights.find(path, run.module, blocks_needed(run.plan.sites))
 
@@ -97,6 +98,8 @@ def read_batch(run: Run, rows: token_rows.Rows, start: int, count: int) -> step.
 
 def init_state(run: Run, normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
     """The initial state of a run; every array is created on the devices that hold it."""
+
+    say("Initialising the SAEs …")
 
     def init(normalizers: dict[str, normalizer_lib.Normalizer]) -> step.State:
         return step.init_state(run.plan, normalizers, registry.dtype(run.config))
@@ -226,6 +229,7 @@ def open_run(
     run = Run(config, mesh, module, plans.plan_of(config, mesh.shape["data"]))
     for site in run.plan.sites:
         check_site(module, site)
+    say(f"Reading the newest checkpoint of {workdir} …")
     with checkpoint.open_reader(workdir / "checkpoints") as manager:
         state = restore(run, manager, set_aside=False, what=what)
     if state is None:

@@ -386,7 +386,7 @@ def test_the_strongest_and_the_sums_are_shown(found, ablated, capsys, tmp_path):
     ablated.show(3)
     shown = capsys.readouterr().out
     assert f"{ablated.correlation().pearson:.3f}" in shown
-    assert re.search(rf"layer 0 .* {ablated.correlation(layer=0).spearman:.3f} ", shown)
+    assert re.search(rf"layer 0 .* {ablated.correlation(layer=0).spearman:.3f}\n", shown)
     maps = found.figure().axes[:2]
     for axis, column in zip(maps, ("latents_L", "error_L"), strict=True):
         values = np.asarray(axis.images[0].get_array())
@@ -452,7 +452,7 @@ def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_
     pooled = analysis.ablations_of_prompts(scope, [TEXT, "bread and law"], 24)
     assert f"{pooled.correlation().pearson:.3f}" in shown
     apart = sorted(pooled.correlation(prompt=number).spearman for number in range(2))
-    assert re.search(rf"range over 2 prompts .* {apart[0]:.3f} to {apart[1]:.3f} ", shown)
+    assert re.search(rf"range over 2 prompts .* {apart[0]:.3f} to {apart[1]:.3f}\n", shown)
     assert (tmp_path / "b.png").exists()
     command(prompt=TEXT, sae="beside")
     shown = capsys.readouterr().out
@@ -490,7 +490,7 @@ def test_names_are_drawn_as_text(found, capsys):
     ("options", "message"),
     [
         ({}, "give either a prompt or --prompts=FILE"),
-        ({"prompts": "x", "prompt": "x"}, "and not both"),
+        ({"prompts": "x", "prompt": "x"}, "give either a prompt or --prompts=FILE"),
         ({"prompts": "x"}, "--prompts needs --ablate=N"),
         (
             {"prompt": "x", "integrated": True},

@@ -163,7 +163,7 @@ def test_it_shows_draws_and_writes_what_was_found(monkeypatch, scope, tmp_path, 
     result = contrast_of(monkeypatch, scope, features, 10)
     result.show()
     shown = capsys.readouterr().out
-    assert re.search(r"7 │ 1\.000 │ ", shown) and "a: 1 latent found" in shown
+    assert re.search(r" 7 +1\.000 ", shown) and "a: 1 latent found" in shown
     assert "1 of 30 latents separate the sets (10 and 10 prompts) at a false discovery rate of 0.05" in shown
     figure = result.figure()
     assert isinstance(figure, matplotlib.figure.Figure)

@@ -66,7 +66,7 @@ def test_the_terminal_shows_each_token(reading, capsys):
     reading.show(top=2)
     shown = capsys.readouterr().out
     best, value = reading.strongest("first", 0, 1)[0]
-    assert re.search(rf"'l' .* {best} {value:.3g}", shown), shown
+    assert re.search(rf"'l' .* {best}:{value:.3g} ", shown), shown
     assert shown.count("'b'") >= 2
 
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_measured_is_refused(scope):
         analysis.activity(scope, 0)
     with pytest.raises(ValueError, match="there is no SAE 'other'"):
         analysis.activity(scope, names=["other"])
-    with pytest.raises(ValueError, match="has no held-out text"):
+    with pytest.raises(ValueError, match="this scope has no held-out text"):
         analysis.activity(dataclasses.replace(scope, held_out=analysis.Scope.held_out))
 
 

@@ -108,3 +108,13 @@ def test_every_suite_of_the_quickstart_is_a_config_from_any_folder(tmp_path, mon
 def test_every_config_is_a_config():
     for name in config_files.names():
         config.from_dict(config_files.load(name))
+
+
+def test_a_mistyped_path_is_answered_with_the_nearest_file(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "my_own.py").write_text("")
+    for wrong in ("confgs/my_own.py", "configs/my_onw.py", "configs/my_own"):
+        with pytest.raises(NotFoundError, match=r"no config file '.*did you mean '.*/configs/my_own\.py'\?"):
+            config_files.find(str(tmp_path / wrong))
+    with pytest.raises(NotFoundError, match=r"did you mean 'quickstart'\? give a path or one of"):
+        config_files.find("confgs/quickstart.py")

@@ -47,7 +47,7 @@ def test_collectives_are_counted_with_the_updates_that_repeat_them():
         ("all-gather", "banks", 16, 16 * 4 * 4096),
         ("all-gather", "gemma", 1, 2 * 2304 * 512),
         ("all-reduce", "banks", 16, 16 * (32 + 16)),
-        ("all-reduce", "else", 1, 4),
+        ("all-reduce", "other", 1, 4),
     ]
 
 

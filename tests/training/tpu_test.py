@@ -30,3 +30,14 @@ def test_a_harvest_of_2b_fits_a_small_chip_and_needs_its_weights_and_little_more
         2 * case["sequences_per_chip"] * case["length"] * registry.build_model("gemma2_2b").config.embed_dim
     )
     assert case["argument_bytes"] + activations_bytes <= case["peak_bytes"] < 16e9 / 4
+
+
+@pytest.mark.skipif(not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu")
+def test_the_compiler_prints_nothing_of_its_own():
+    program = (
+        "from gemma_scope_jax.cli import common; common.find_tpu_compiler()\n"
+        "from gemma_scope_jax.training import forecast\n"
+        "print(len(forecast.slice_devices('v5e:2x4')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert done.stdout == "8\n" and done.stderr == "", done.stderr

@@ -21,7 +21,7 @@ from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.models.gemma import Gemma
-from gemma_scope_jax.runtime import distributed, ranges, sharding
+from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
@@ -111,7 +111,7 @@ class Ablations(Result):
             one for one in ("SAE", "latent", "prompt", "attribution", "effect") if several.get(one, True)
         ]
         for heading in columns:
-            table.add_column(heading, justify="left" if heading == "SAE" else "right", overflow="fold")
+            table.add_column(heading, justify="left" if heading == "SAE" else "right")
         for n in np.argsort(-np.abs(self.effect_N), kind="stable")[:top]:
             cells = {
                 "SAE": self.sae[n],
@@ -193,10 +193,11 @@ def ablations_of_prompts(
     """
     if not prompts:
         raise InputError("there are no prompts; give at least one")
-    made = [
-        ablations(scope, attribution_lib.attribute(scope, prompt, **options), latents, seed + number)
-        for number, prompt in enumerate(prompts)
-    ]
+    made = []
+    for number, prompt in enumerate(prompts):
+        reporting.say(f"Prompt {number + 1} of {len(prompts)}:")
+        attribution = attribution_lib.attribute(scope, prompt, **options)
+        made.append(ablations(scope, attribution, latents, seed + number))
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(of, name) for of in made])
@@ -248,6 +249,7 @@ def _without(
     # Row 0 ablates nothing. Every pass has edits for all SAEs, so that all passes share one compiled program.
     names, latent_N = (None, *names), np.append(0, latent_N)
     found = []
+    bar = reporting.bar("Ablating", "latent", len(latent_N) - 1, compiles=1)
     for start in range(0, len(names), rows):
         latent_K, of_K = np.zeros(rows, int), np.full(rows, None)
         here = slice(start, start + rows)
@@ -264,4 +266,6 @@ def _without(
         write = edits.writes_of_saes(scope, made)
         final_SxLxD, _ = passes.written(scope.gemma, placed, write)
         found.append(distributed.fetch(_measured(scope.gemma, final_SxLxD, metric)))
+        bar.update(min(start + rows, len(names)) - max(start, 1))
+    bar.close()
     return np.concatenate(found)[: len(names)]

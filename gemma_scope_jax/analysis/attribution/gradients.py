@@ -28,7 +28,8 @@ from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import plottable, quoted
+from gemma_scope_jax.runtime.printing import ending, plottable, quoted
+from gemma_scope_jax.runtime.reporting import RUNNING, say
 from gemma_scope_jax.saes import jumprelu
 
 # Special values of a token id in `Metric`.
@@ -101,7 +102,7 @@ class Attribution(Result):
     def question(self) -> str:
         """A description of the logit difference."""
         against = "the mean logit" if self.against is None else f"that of {self.against[1]!r}"
-        return f"logit of {self.answer[1]!r} minus {against}, after {''.join(self.tokens[-8:])!r}"
+        return f"logit of {self.answer[1]!r} minus {against}, after {ending(self.tokens)!r}"
 
     def strongest(self, top: int = 20) -> list[tuple[str, int, int, float, float]]:
         """The largest attributions of either sign, as (SAE, latent, token, activation, attribution)."""
@@ -171,9 +172,7 @@ class Attribution(Result):
         )
         table = tables.Table(title=title)
         for heading in (*["SAE"] * are_several, "latent", "token", "activation", "attribution"):
-            table.add_column(
-                heading, justify="left" if heading in ("SAE", "token") else "right", overflow="fold"
-            )
+            table.add_column(heading, justify="left" if heading in ("SAE", "token") else "right")
         for name, latent, token, activation, part in self.strongest(top):
             shown = (
                 *[name] * are_several,
@@ -185,7 +184,7 @@ class Attribution(Result):
             table.add_row(*shown)
         tables.show(table)
         table = tables.Table(title="sum over tokens, in logits")
-        table.add_column("SAE", overflow="fold")
+        table.add_column("SAE")
         sums_of = self.sums()
         for heading in next(iter(sums_of.values())):
             table.add_column(heading, justify="right")
@@ -391,6 +390,7 @@ def attribute(
     ids, chosen = ask(scope, prompt, answer, against, token)
     placed = scope_lib.place_copies(scope, ids, 1)
     sites = tuple(dict.fromkeys(subject.spliced for subject in scope.subjects.values()))
+    say(RUNNING)
     passed = differentiate(scope, placed, metric_behind(ids, *chosen), zeros(scope, placed, sites))
     parts = {
         name: parts_of(scope, name, passed.values, passed.gradients[subject.spliced], len(ids) - 1)

@@ -16,6 +16,7 @@ from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
+from gemma_scope_jax.runtime.reporting import RUNNING, say
 from gemma_scope_jax.saes import jumprelu
 
 
@@ -56,6 +57,7 @@ def integrate(
     site = scope.subjects[name].spliced
     placed = scope_lib.place_copies(scope, ids, rows_per_batch)
     rows = len(placed)
+    say(RUNNING)
     whole = gradients.differentiate(
         scope,
         placed,
@@ -81,6 +83,7 @@ def integrate(
     nodes = 2
     while True:
         nodes *= 2
+        say(f"Integrating the gradient over {nodes} points …")
         x, weight = np.polynomial.legendre.leggauss(nodes)
         # The start of the path runs with the nodes, at weight 0.
         metrics, g_LxO = mean(np.append(0, (x + 1) / 2), np.append(0, weight / 2))

@@ -130,29 +130,32 @@ class Correction(Result):
     def show(self) -> None:
         """Prints the behaviour of both sets without ablation, with the found latents and with random sets ablated."""
         changes = [one.gap - self.clean.gap for one in self.random]
-        random = f"{np.mean(changes):+.3f}, {min(changes):+.3f} to {max(changes):+.3f}"
-        title = f"logit of {self.answer!r} minus that of {self.against!r}, mean over prompts"
-        table = tables.Table(title=title)
-        table.add_column("ablated")
-        for heading in ("first", "second", "gap", "change of the gap", "activation", "delta loss, nats"):
+        table = tables.Table("", title=f"logit of {self.answer!r} minus that of {self.against!r}")
+        columns = {
+            "nothing ablated": [self.clean],
+            f"{counted(len(self.latents))} found": [self.ablated],
+            f"mean of {len(self.random)} random sets": self.random,
+        }
+        for heading in columns:
             table.add_column(heading, justify="right")
-        for label, some, error, change in (
-            ("nothing", [self.clean], f" ± {self.gap_se:.3f}", ""),
-            (
-                f"{counted(len(self.latents))} found",
-                [self.ablated],
-                "",
-                f"{self.change:+.3f} ± {self.change_se:.3f}",
-            ),
-            (f"random sets, mean of {len(self.random)}", self.random, "", random),
-        ):
-            first, second = (np.mean([value.mean() for value in of]) for of in _behaviours(some))
-            activation = np.mean([one.activation for one in some])
-            table.add_row(
-                label, f"{first:.3f}", f"{second:.3f}", f"{first - second:.3f}{error}", change,
-                f"{activation:.4g}", _shown_loss(some),
-            )  # fmt: skip
-        tables.show(table, least_width=130)
+        for label, which in (("mean over the first prompts", 0), ("mean over the second prompts", 1)):
+            shown = (
+                np.mean([value.mean() for value in _behaviours(some)[which]]) for some in columns.values()
+            )
+            table.add_row(label, *(f"{value:.3f}" for value in shown))
+        table.add_row(
+            "gap",
+            f"{self.clean.gap:.3f} ± {self.gap_se:.3f}",
+            f"{self.ablated.gap:.3f}",
+            f"{np.mean([one.gap for one in self.random]):.3f}",
+        )
+        change = f"{self.change:+.3f} ± {self.change_se:.3f}"
+        table.add_row("change of the gap", "", change, f"{np.mean(changes):+.3f}")
+        table.add_row("its range over the sets", "", "", f"{min(changes):+.3f} to {max(changes):+.3f}")
+        activations = (np.mean([one.activation for one in some]) for some in columns.values())
+        table.add_row("activation", *(f"{value:.4g}" for value in activations))
+        table.add_row("delta loss, nats", *map(_shown_loss, columns.values()))
+        tables.show(table)
         print(self.about(), flush=True)
 
     def figure(self) -> matplotlib.figure.Figure:
@@ -217,7 +220,7 @@ def _shown_loss(some: Sequence[Outcome]) -> str:
     measured = [one.delta_loss for one in some if one.delta_loss is not None]
     if not measured:
         return ""
-    error = f" ± {some[0].delta_loss_se:.4f}" if len(some) == 1 else f", mean of {len(measured)}"
+    error = f" ± {some[0].delta_loss_se:.4f}" if len(some) == 1 else f" (of {len(measured)})"
     return f"{np.mean(measured):.4f}{error}"
 
 
@@ -317,10 +320,11 @@ def correct(
 
     # Held-out text is not edited at a chat template's tokens, as no SAE is trained on them. Prompts have no template.
     prefix = masking.masked_prefix(scope.config.data)
+    bar = reporting.bar("Ablating", "set", len(sets) + 1, compiles=1)
     clean_loss = None if text is None else _losses(scope, text, _write(scope, chosen, 1, prefix))
     clean_N = _behaviour(scope, tokens_NxL, tokens, _write(scope, chosen, 1))
     outcomes = [Outcome(clean_N[: len(first)], clean_N[len(first) :], 0.0)]
-    bar = reporting.bar("Ablating", "set", len(sets))
+    bar.update()
     for number, some in enumerate(sets):
         write = _write(scope, some, 0)
         value_N = _behaviour(scope, tokens_NxL, tokens, write)

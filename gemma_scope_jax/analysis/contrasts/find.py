@@ -24,7 +24,7 @@ from gemma_scope_jax.analysis.session import Scope, padded
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import activations, generation, masking
-from gemma_scope_jax.runtime import distributed, files, sharding
+from gemma_scope_jax.runtime import distributed, files, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import plottable, printable, quoted
 from gemma_scope_jax.saes import jumprelu
@@ -236,6 +236,7 @@ def contrast(
     tested = sum(int(of.sum()) for of in fires.values())
     # Ten times the number that a latent found alone needs.
     shuffles = min(math.ceil(10 * tested / rate), MOST_SHUFFLES)
+    reporting.say(f"Testing {counted(tested)} …")
     p, auroc = {}, {}
     for name, f_NxM in features.items():
         sets = (f_NxM[: len(first), fires[name]], f_NxM[len(first) :, fires[name]])

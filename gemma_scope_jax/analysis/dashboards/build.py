@@ -77,18 +77,19 @@ def build(
     if distributed.is_first():
         files.write_json(out / _MARK, about)
     with resumable.holding_parts(out / "partial"):
+        words = tokenizer.load(config.model, config.tokenizer, config.weights)  # First, as in `open_session`.
         gemma = placement.load_gemma(config)
         parts = resumable.Parts(out / "partial", about)
         counts = batching.counts_of(config)
         gathered = collect.gather(gemma, subjects, held_out, rows, rows_per_batch, counts, options, parts)
         passages = collect.Passages(collect.read_tokens(held_out, rows))
-        words = tokenizer.load(config.model, config.tokenizer, config.weights)
         text_of = tokenizer.token_texts(words.decode)
         # No SAE's folder can take the name of another file in `out`.
         names = files.folder_names([_MARK, "partial", "index.html", *subjects])
         folders = {name: names[name] for name in subjects} if len(subjects) > 1 else {}
         all_shown = {}
         for name, subject in subjects.items():
+            say(f"{name}: comparing the decoder directions of its latents …")
             in_stream = decoder_directions.in_stream(gemma.params, subject.spliced, subject.sae.W_dec)
             logits = None if in_stream is None else decoder_directions.logits(gemma, in_stream)
             nearest = geometry.nearest(subject.sae.W_dec)
@@ -100,6 +101,7 @@ def build(
                 with files.filling_folder(out / folders.get(name, "")) as folder:
                     website.write(folder, shown, text_of)
                     if is_for_neuronpedia:
+                        say(f"{name}: writing Neuronpedia's files …")
                         neuronpedia.write(folder / "neuronpedia", shown, config.data.context_length, text_of)
         if distributed.is_first() and folders:
             website.write_links(out / "index.html", folders, all_shown)

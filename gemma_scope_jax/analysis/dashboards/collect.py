@@ -156,7 +156,7 @@ def gather(
     done, counted = int(progress["rows"]), int(progress["activations"])
     kept = found or {name: _empty(one.sae.b_enc.size, options) for name, one in subjects.items()}
     states = {name: _place(gemma.mesh, state) for name, state in kept.items()}
-    with reporting.bar("Reading", "row", count, done) as bar:
+    with reporting.bar("Reading", "row", count, done, compiles=1) as bar:
         batches = batching.batches(gemma.mesh, rows, count, per_batch, counts, done)
         for index, batch in enumerate(batches, 1):
             values = activations.read(gemma, batch.tokens_SxL, sites)

@@ -18,7 +18,7 @@ from gemma_scope_jax.analysis.dashboards import collect
 from gemma_scope_jax.analysis.dashboards.collect import Gathered, Passages
 from gemma_scope_jax.analysis.decoder_directions import Logits
 from gemma_scope_jax.display import html
-from gemma_scope_jax.runtime import files
+from gemma_scope_jax.runtime import files, reporting
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.saes import attached
 
@@ -71,14 +71,15 @@ def write(folder: pathlib.Path, shown: Dashboards, text_of: Callable[[int], str]
       shown: the contents of the pages.
       text_of: returns the text of a token id.
     """
-    for start in range(0, shown.width, PER_FILE):
-        vocabulary = _Vocabulary(text_of)
-        latents = [
-            _latent(shown, latent, vocabulary) for latent in range(start, min(start + PER_FILE, shown.width))
-        ]
-        value = {"tokens": vocabulary.texts, "latents": latents}
-        number = start // PER_FILE
-        _write_script(folder / "data" / f"latents_{number}.js", f"window.latents[{number}]", value)
+    with reporting.bar("Writing", "latent", shown.width) as bar:
+        for start in range(0, shown.width, PER_FILE):
+            vocabulary = _Vocabulary(text_of)
+            end = min(start + PER_FILE, shown.width)
+            latents = [_latent(shown, latent, vocabulary) for latent in range(start, end)]
+            value = {"tokens": vocabulary.texts, "latents": latents}
+            number = start // PER_FILE
+            _write_script(folder / "data" / f"latents_{number}.js", f"window.latents[{number}]", value)
+            bar.update(end - start)
     _write_script(folder / "data" / "index.js", "window.about", _index(shown, text_of))
     html.render(
         folder / "index.html", "analysis/dashboards/website.html.jinja", name=shown.name, model=shown.model

@@ -76,8 +76,9 @@ class Flow(Result):
         """Prints means over the tokens, and the logit lens of the last token."""
         table = tables.Table(title=f"{printable(self.model)}, means over {len(self.tokens)} tokens")
         table.add_column("SAE")
-        for heading in (*_MEASURED, "max delta loss", "at token"):
+        for heading in (*_MEASURED, "max delta loss"):
             table.add_column(heading, justify="right")
+        table.add_column("at token")
         for number, name in enumerate(self.names):
             means = [_mean(getattr(self, field)[number]) for field, _ in _MEASURED.values()]
             shown = [f"{means[0]:,.0f}", f"{means[1]:.1f}", f"{means[2]:.1%}", f"{means[3]:+.3f}"]
@@ -85,6 +86,8 @@ class Flow(Result):
             if np.isfinite(delta_L).any():
                 worst = int(np.nanargmax(delta_L))
                 shown += [f"{delta_L[worst]:+.2f}", repr(self.tokens[worst])]
+            else:
+                shown += ["", ""]
             table.add_row(name, *shown)
         tables.show(table)
         if self.lens:
@@ -165,6 +168,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     row = prompt(scope, text)
     answer_token = None if answer is None else one_token(scope, answer)
     placed = place_copies(scope, row, 1)
+    reporting.say(reporting.RUNNING)
     _, values, final_SxLxD = passes.clean(scope.gemma, placed, scope.sites)
     names = sorted(scope.subjects, key=lambda name: _order(scope.subjects[name]))
     found, streams = {}, {}
@@ -180,6 +184,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     delta = _delta_losses(scope, row, {name: found[name]["recon_LxO"] for name in names})
     followed = None
     if streams:
+        reporting.say("Computing the logit lens …")
         recon = {name: found[name]["recon_LxO"] for name in streams}
         final_LxD = distributed.fetch(_first(scope.gemma.mesh, final_SxLxD))
         streams, recon = ({name: x[here] for name, x in of.items()} for of in (streams, recon))
@@ -221,7 +226,7 @@ def _delta_losses(
     for name in recon:
         by_kind.setdefault(scope.subjects[name].spliced.kind, []).append(name)
     made = {}
-    with reporting.bar("Splicing", "SAE", len(recon)) as bar:
+    with reporting.bar("Splicing", "SAE", len(recon), compiles=1) as bar:
         for names in by_kind.values():
             sites = tuple(dict.fromkeys(scope.subjects[name].spliced for name in names))
             # As many tokens in a pass as in an evaluation. One row of each pass stays without changes.

@@ -96,8 +96,7 @@ class Links(Result):
             f"it fires on {self.firings:,} of {self.activations:,} "
             f"activations, mean {self.activation:.3g}"
         )
-        table = tables.Table(title=title)
-        table.add_column("SAE")
+        table = tables.Table("SAE", title=title, keys=2)
         for heading in ("latent", "effect", "attribution", "effect / mean", "weight", "cosine", "fires on"):
             table.add_column(heading, justify="right")
         for name, latent in self.strongest(top):
@@ -242,13 +241,14 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
     """Yields rows of tokens on the devices and a mask of counted positions, with one row for each device."""
     if text is not None:
         tokens_SxL = place_prompts(scope, [prompt(scope, text)])
+        reporting.say(reporting.RUNNING)
         yield tokens_SxL, is_kept(scope.gemma.mesh, tokens_SxL)
         return
     ranges.check("rows", rows, ranges.COUNT)
     held_out = scope.held_out()
     counts = batching.counts_of(scope.config)
     count = min(rows, len(held_out))
-    with reporting.bar("Measuring links", "row", count) as bar:
+    with reporting.bar("Measuring links", "row", count, compiles=1) as bar:
         for batch in batching.batches(scope.gemma.mesh, held_out, count, 1, counts):
             yield batch.tokens_SxL, batch.is_kept_SxL
             bar.update(batch.count)

@@ -73,8 +73,8 @@ def _tokens(text: str, where: str) -> edits.Tokens:
     raise _error(text, f"{'@' + where!r} does not name tokens; use @prompt, @reply or a range such as @3:7")
 
 
-def _error(text: str, what: str) -> ValueError:
-    return ValueError(f"the edit {printable(text, 80)!r}: {what}; write it like NAME:12+3t@reply")
+def _error(text: str, what: str) -> InputError:
+    return InputError(f"the edit {printable(text, 80)!r}: {what}; write it like NAME:12+3t@reply")
 
 
 def written(edit: Edit) -> str:

@@ -60,7 +60,7 @@ class Steered(Result):
         tables.show(self.how, "dim")
         for prompt, pairs in self.pairs:
             title = rich.text.Text(lines(prompt))
-            table = tables.Table(
+            table = rich.table.Table(
                 title=title, title_justify="left", expand=True, show_lines=True, title_style="italic"
             )
             for heading in ("original", "edited"):

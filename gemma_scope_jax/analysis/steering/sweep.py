@@ -194,7 +194,7 @@ def _measure(
     parts: dict[str, list[np.ndarray]] = {"clean_S": [], "scored_S": [], "effect_NxS": [], "damage_NxS": []}
     batches = batching.batches(mesh, held_out, rows, per_batch, batching.counts_of(scope.config))
     total, speaks = rows * (1 + len(changes)), distributed.is_first()
-    with reporting.bar("Sweeping", "row", total, speaks=speaks) as progress:
+    with reporting.bar("Sweeping", "row", total, speaks=speaks, compiles=1) as progress:
         for batch in batches:
             streams, values, _ = passes.clean(scope.gemma, batch.tokens_SxL, sites)
             scores = functools.partial(_scores, scope.gemma, batch, streams[site.layer], site, chosen_T)

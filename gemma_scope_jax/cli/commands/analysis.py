@@ -14,11 +14,13 @@ from gemma_scope_jax.cli.options import (
     Count,
     CountOrNone,
     Dtype,
+    EditText,
     Few,
     Flag,
     MaybeCount,
     MaybeNewTokens,
     MaybePlace,
+    MaybePrompt,
     MaybeText,
     NewTokens,
     Numbers,
@@ -26,7 +28,11 @@ from gemma_scope_jax.cli.options import (
     Place,
     Positional,
     PositiveOrZero,
+    Prompt,
+    Prompts,
     Repeated,
+    SAEName,
+    SAEs,
     Seed,
     Share,
     Text,
@@ -39,8 +45,8 @@ if typing.TYPE_CHECKING:
 
 
 def explore(
-    path: Positional[str],
-    prompt: Positional[Text],
+    path: Positional[SAEs],
+    prompt: Positional[Prompt],
     top: Count = 5,
     html: MaybePlace = None,
     others: Others = AS_SAID,
@@ -67,8 +73,8 @@ def explore(
 
 
 def flow(
-    path: Positional[str],
-    prompt: Positional[Text],
+    path: Positional[SAEs],
+    prompt: Positional[Prompt],
     answer: MaybeText = None,
     png: MaybePlace = None,
     html: MaybePlace = None,
@@ -101,13 +107,13 @@ def flow(
 
 
 def links(
-    path: Positional[str],
-    sae: str,
+    path: Positional[SAEs],
+    sae: SAEName,
     latent: CountOrNone,
     to: MaybeText = None,
     text: MaybeText = None,
     rows: Count = 8,
-    prompt: MaybeText = None,
+    prompt: MaybePrompt = None,
     top: Count = 20,
     png: MaybePlace = None,
     others: Others = AS_SAID,
@@ -137,8 +143,8 @@ def links(
 
 
 def attribute(
-    path: Positional[str],
-    prompt: Positional[MaybeText] = None,
+    path: Positional[SAEs],
+    prompt: Positional[MaybePrompt] = None,
     prompts: MaybePlace = None,
     answer: MaybeText = None,
     against: MaybeText = None,
@@ -234,9 +240,9 @@ def _tell(written: pathlib.Path) -> None:
 
 
 def steer(
-    path: Positional[str],
-    prompts: Positional[tuple[Text, ...]] = (),
-    edit: Repeated[str] = (),
+    path: Positional[SAEs],
+    prompts: Positional[Prompts] = (),
+    edit: Repeated[EditText] = (),
     num_tokens: MaybeNewTokens = None,
     temperature: PositiveOrZero = 0.0,
     samples: Few = 1,
@@ -298,6 +304,8 @@ def steer(
         _check_swept(edit, made)
     elif not prompts:
         raise InputError("no prompt is given; give a text to continue, or --sweep")
+    elif not all(prompts):
+        raise InputError("a prompt is empty; give a text of at least one token")
     scope = _open_scope(path, text=text, **others.given())
     if not sweep:
         changes = edit_syntax.resolve(scope, made)
@@ -332,7 +340,7 @@ def _check_swept(written: Sequence[str], made: Sequence[object]) -> None:
 
 
 def contrast(
-    path: Positional[str],
+    path: Positional[SAEs],
     first: Place,
     second: Place,
     at: Literal["mean", "max", "last"] = "mean",
@@ -374,11 +382,11 @@ def contrast(
 
 
 def dashboards(
-    path: Positional[str],
+    path: Positional[SAEs],
     text: MaybeText = None,
     rows: Count = 512,
     rows_per_batch: MaybeCount = None,
-    sae: Repeated[str] = (),
+    sae: Repeated[SAEName] = (),
     top: Few = 20,
     neuronpedia: Flag = False,
     out: MaybePlace = None,

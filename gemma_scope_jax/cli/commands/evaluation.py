@@ -17,18 +17,20 @@ from gemma_scope_jax.cli.options import (
     Place,
     Positional,
     Repeated,
+    SAEs,
     Seed,
+    Text,
 )
 
 
 def evaluate(
-    path: Positional[str],
+    path: Positional[SAEs],
     rows: MaybeCount = None,
     rows_per_batch: MaybeCount = None,
     split: Literal["held_out", "train"] = "held_out",
     fast: Flag = False,
     baselines: Flag = False,
-    text: Repeated[str] = (),
+    text: Repeated[Text] = (),
     turns: Literal["all", "user", "model"] | None = None,
     out: MaybePlace = None,
     others: Others = AS_SAID,
@@ -71,6 +73,8 @@ def evaluate(
         turns=turns,
         **others.given(),
     )
+    if distributed.is_first() and common.is_run(path):
+        common.suggest(["dashboards", path], ["explore", path, "a prompt"])
 
 
 def compare(folders: Positional[tuple[Place, ...]], out: Place) -> None:
@@ -89,7 +93,7 @@ def compare(folders: Positional[tuple[Place, ...]], out: Place) -> None:
 
 
 def detect(
-    path: Positional[str],
+    path: Positional[SAEs],
     text: MaybeText = None,
     rows: MaybeCount = None,
     latents: Count = 100,
@@ -119,7 +123,7 @@ def detect(
 
 
 def probe(
-    path: Positional[str],
+    path: Positional[SAEs],
     labelled: Place,
     seed: Seed = 0,
     rows_per_batch: MaybeCount = None,

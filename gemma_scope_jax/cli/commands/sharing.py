@@ -4,11 +4,11 @@ Each imports its libraries when it runs, so that --help is fast.
 """
 
 from gemma_scope_jax.cli import common
-from gemma_scope_jax.cli.options import Dtype, Flag, MaybeText, Place, Positional
+from gemma_scope_jax.cli.options import Dtype, Flag, MaybeText, Place, Positional, Run, SAEs
 
 
 def export(
-    run: Positional[Place],
+    run: Positional[Run],
     out: Place,
     format: str = "saelens",
     bank: MaybeText = None,
@@ -38,7 +38,7 @@ def export(
 
 
 def convert(
-    sae: Positional[str],
+    sae: Positional[SAEs],
     format: str,
     out: Place,
     model: str = "",
@@ -72,7 +72,7 @@ def convert(
 
 
 def publish(
-    run: Positional[Place],
+    run: Positional[Run],
     out: Place,
     repo: str,
     license: str = "",
@@ -96,4 +96,9 @@ def publish(
     common.check_outputs(out=out)
     from gemma_scope_jax.training import publish as publish_lib
 
-    publish_lib.publish(run, out, repo, license, format, dtype, push)
+    paths = publish_lib.publish(run, out, repo, license, format, dtype, push)
+    if push:
+        place = (paths[0] if paths[0].is_dir() else paths[0].parent).relative_to(out)
+        common.suggest(["explore", f"hf://{repo}/{place.as_posix()}", "a prompt"])
+    else:
+        common.suggest([repo, out], program="hf upload")

@@ -12,7 +12,7 @@ import tyro
 
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.cli import common
-from gemma_scope_jax.cli.options import MaybeFew, MaybePrice, Place, Positional
+from gemma_scope_jax.cli.options import ConfigName, MaybeFew, MaybePrice, Positional, Run, Topology
 
 Fields = Annotated[config_lib.Config, tyro.conf.arg(name="")]
 
@@ -20,7 +20,7 @@ Fields = Annotated[config_lib.Config, tyro.conf.arg(name="")]
 def train_of(default: config_lib.Config) -> Callable[..., None]:
     """Returns the command `train` with the defaults of a config."""
 
-    def train(config: Positional[str], workdir: Positional[Place], fields: Fields = default) -> None:
+    def train(config: Positional[ConfigName], workdir: Positional[Run], fields: Fields = default) -> None:
         """Train the SAEs of a config, or continue an interrupted run.
 
         gemma-scope train quickstart runs/quickstart
@@ -40,6 +40,8 @@ def train_of(default: config_lib.Config) -> Callable[..., None]:
 
         distributed.initialize(**dataclasses.asdict(fields.hosts), saves_together=True)
         loop.train(fields, workdir)
+        if distributed.is_first():
+            common.suggest(["evaluate", workdir])
 
     return train
 
@@ -48,8 +50,8 @@ def plan_of(default: config_lib.Config) -> Callable[..., None]:
     """Returns the command `plan` with the defaults of a config."""
 
     def plan(
-        config: Positional[str],
-        topology: Positional[str],
+        config: Positional[ConfigName],
+        topology: Positional[Topology],
         dollars_per_chip_hour: MaybePrice = None,
         fields: Fields = default,
     ) -> None:
@@ -76,7 +78,7 @@ def plan_of(default: config_lib.Config) -> Callable[..., None]:
 def prepare_of(default: config_lib.Config) -> Callable[..., None]:
     """Returns the command `prepare` with the defaults of a config."""
 
-    def prepare(config: Positional[str], workers: MaybeFew = None, fields: Fields = default) -> None:
+    def prepare(config: Positional[ConfigName], workers: MaybeFew = None, fields: Fields = default) -> None:
         """Tokenise and pack a run's text in parallel, or continue where this was interrupted.
 
         gemma-scope prepare gemma2_2b --workers 32
