@@ -2,7 +2,7 @@
 
     gemma-scope train quickstart runs/quickstart
 
-Hardware: two CPU cores; about five minutes, and two more for the evaluation on 64 rows.
+Hardware: two CPU cores; 13 minutes, the evaluation on 64 rows included.
 Expected: L0 57, FVU 0.03, delta loss 0.20 nats (results/quickstart.json has the measured numbers).
 
 Gemma Scope's recipe is for billions of tokens; this run has half a million. It therefore has a higher learning rate

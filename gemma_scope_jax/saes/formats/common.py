@@ -107,7 +107,7 @@ class Format:
 def arrays(sae: SAE, dtype: str = "float32") -> dict[str, np.ndarray]:
     """The arrays by name; `dtype` applies only to matrices.
 
-    A rounded threshold would let latents fire that training stopped, so thresholds and biases stay float32.
+    A rounded threshold could change which latents fire, so thresholds and biases stay float32.
     """
     named = {field.name: getattr(sae, field.name) for field in dataclasses.fields(sae)}
     return {
