@@ -101,8 +101,7 @@ def load_model(
         "gemma_dtype": dtype or "bfloat16",
     }
     config = config_lib.from_dict(fields)
-    words = tokenizer.load(name, tokenizer_path, weights)  # First, as in `session.open_session`.
-    return LanguageModel(placement.load_gemma(config, layers), words)
+    return LanguageModel(placement.load_gemma(config, layers), tokenizer.load(name, tokenizer_path, weights))
 
 
 def train(

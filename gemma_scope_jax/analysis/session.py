@@ -75,13 +75,11 @@ def open_scope(path: str | pathlib.Path, **overrides: str | None) -> Scope:
 def open_session(opened: opening.Opened, model: LanguageModel | None = None) -> Scope:
     """A scope of opened SAEs, with the loaded model; if `model` is None, loads the model."""
     config = opened.config
-    # The tokenizer first: a GGUF file's header, which takes long to read, then serves for both.
-    words = model.tokenizer if model else tokenizer.load(config.model, config.tokenizer, config.weights)
     gemma = model.gemma if model else placement.load_gemma(config)
     return Scope(
         config,
         gemma,
-        words,
+        model.tokenizer if model else tokenizer.load(config.model, config.tokenizer, config.weights),
         opened.subjects,
         {name: attached.place(gemma.mesh, subject.sae) for name, subject in opened.subjects.items()},
         _frequencies(files.expanded(opened.location), opened.subjects),

@@ -77,12 +77,12 @@ def build(
     if distributed.is_first():
         files.write_json(out / _MARK, about)
     with resumable.holding_parts(out / "partial"):
-        words = tokenizer.load(config.model, config.tokenizer, config.weights)  # First, as in `open_session`.
         gemma = placement.load_gemma(config)
         parts = resumable.Parts(out / "partial", about)
         counts = batching.counts_of(config)
         gathered = collect.gather(gemma, subjects, held_out, rows, rows_per_batch, counts, options, parts)
         passages = collect.Passages(collect.read_tokens(held_out, rows))
+        words = tokenizer.load(config.model, config.tokenizer, config.weights)
         text_of = tokenizer.token_texts(words.decode)
         # No SAE's folder can take the name of another file in `out`.
         names = files.folder_names([_MARK, "partial", "index.html", *subjects])
