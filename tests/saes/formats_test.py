@@ -213,7 +213,7 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
             tensors["b_dec"][3] = np.nan
             message = "b_dec holds non-finite values"
         case _:
-            message = "as safetensors: " if change == "truncated" else "there is no"
+            message = "as safetensors: " if change == "truncated" else "does not exist"
     config_path.write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors, weights_path)
     if change == "truncated":
@@ -352,7 +352,7 @@ def test_what_a_config_leaves_out_is_asked_for_by_its_flag(folded, tmp_path):
         (
             "c",
             {"hook_name": "blocks.9.hook_resid_pre"},
-            "by the name 'blocks.9.hook_resid_pre'; .*give --model, --site",
+            "unknown site 'blocks.9.hook_resid_pre'; .*give --model, --site",
         ),
     ):
         folder = of_others(tmp_path / place, folded, SIX | {"metadata": SIX["metadata"] | changes})
@@ -499,7 +499,7 @@ def test_pickles_that_state_too_much_are_refused_at_once(folded, tmp_path):
         dictionary_learning.read(tmp_path)
     # Attributes of what is known here.
     write_pickle(tmp_path, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds something other than tensors"):
         dictionary_learning.read(tmp_path)
     assert not vars(dictionary_learning._rebuild)
     assert tracemalloc.get_traced_memory()[1] < 2**23
