@@ -213,7 +213,7 @@ def test_broken_saelens_folders_are_refused(folded, tmp_path, change):
             tensors["b_dec"][3] = np.nan
             message = "b_dec holds non-finite values"
         case _:
-            message = "as safetensors: " if change == "truncated" else "cfg.json does not exist"
+            message = "as safetensors: " if change == "truncated" else "does not exist"
     config_path.write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors, weights_path)
     if change == "truncated":
