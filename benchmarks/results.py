@@ -171,8 +171,8 @@ def read_back(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
         member = plan.members[0]
         with tempfile.TemporaryDirectory() as scratch:
             (path,) = export.export_run(workdir, (file_format,), pathlib.Path(scratch), bank_name)
-            (found,) = formats.read(path)
-            again = found.sae
+            (stored,) = formats.read(path)
+            again = stored.sae
         values = forward.read_sites(loaded, tokens, [Site(kind, member.site.layer)])
         x = np.asarray(next(iter(values.values())))[kept]
         got = np.asarray(jumprelu.decode(again, jumprelu.encode(again, x), x))

@@ -33,6 +33,10 @@ class Figure(matplotlib.figure.Figure):
             text.set_fontfamily([*family, *fallback])
         super().draw(renderer)
 
+    def _repr_png_(self) -> bytes:
+        """The picture that a notebook shows for a cell that ends with the figure."""
+        return png(self)
+
 
 def new_figure(
     rows: int, columns: int, width: float, height: float, **options: object

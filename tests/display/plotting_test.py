@@ -5,6 +5,7 @@ import warnings
 import matplotlib.figure
 import numpy as np
 import pytest
+from IPython.core import formatters
 
 from gemma_scope_jax.display import plotting
 from gemma_scope_jax.runtime import printing
@@ -68,3 +69,9 @@ def test_long_labels_of_rows_lose_their_middle():
     short, long = (label.get_text() for label in axis.get_yticklabels())
     assert short == "short" and len(long) == plotting.LABEL
     assert long.startswith("layer_12") and long.endswith("seed_1")
+
+
+def test_a_notebook_shows_a_figure_as_a_picture():
+    figure, _ = plotting.new_figure(1, 1, 2, 2)
+    formatted, _ = formatters.DisplayFormatter().format(figure)
+    assert formatted["image/png"].startswith(b"\x89PNG")
