@@ -10,13 +10,13 @@ import rich.console
 import rich.table
 import rich.text
 
-from gemma_scope_jax.analysis.session import Scope, place_copies, prompt, reconstruct
+from gemma_scope_jax.analysis.session import RUNNING, Scope, place_copies, prompt, reconstruct
 from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.display.results import Result
 from gemma_scope_jax.models import passes
 from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.runtime.printing import printable
-from gemma_scope_jax.runtime.reporting import RUNNING, say
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import jumprelu
 
 

@@ -22,6 +22,9 @@ from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import attached, jumprelu
 
 
+RUNNING = "Compiling and running Gemma on the prompt …"  # What analyses say before their first pass.
+
+
 def _no_text() -> token_rows.Rows:
     raise InputError("this scope has no held-out text; open the SAEs with open_scope")
 

@@ -16,7 +16,6 @@ from gemma_scope_jax.runtime import printing
 
 LOGGER = logging.getLogger("gemma_scope_jax")
 LOGGER.addHandler(logging.NullHandler())
-RUNNING = "Compiling and running Gemma on the prompt …"
 _COMPILING = "compiling"
 _LONGEST = 2000  # The most characters of a message, which may contain untrusted names and paths.
 

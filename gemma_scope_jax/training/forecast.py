@@ -75,32 +75,29 @@ class Forecast:
         return math.prod(map(int, self.topology.split(":")[1].split("x")))
 
 
-# Chips in each direction, by the number of chips, of the slices that Google Cloud sells.
-_TWO_DIMENSIONS = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_THREE_DIMENSIONS = {
-    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
-    1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
+# Chips in each direction of the slices that Google Cloud sells, by the number in their names: of chips for v5e and
+# v6e, and of cores, two per chip, for v4 and v5p.
+_BY_CHIPS = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_BY_CORES = {
+    8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8",
+    2048: "8x8x16", 4096: "8x16x16", 8192: "16x16x16",
 }  # fmt: skip
+_SLICES = {"v4": _BY_CORES, "v5p": _BY_CORES, "v5e": _BY_CHIPS, "v5litepod": _BY_CHIPS, "v6e": _BY_CHIPS}
 
 
 def topology_of(name: str) -> str:
-    """The topology of a slice by Google Cloud's name for it, such as v5p:2x2x2 of v5p-16; other names are returned.
-
-    Cloud counts cores in the names of v4 and v5p, two per chip, and chips in those of v5e and v6e.
+    """The topology of a slice by Google Cloud's name, such as v5p:2x2x2 for v5p-16. Other names stay as they are.
 
     Raises:
       ValueError: if Cloud has no slice of that size.
     """
-    match = re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e)-(\d+)", name)
-    if not match:
+    kind, dash, size = name.partition("-")
+    if kind not in _SLICES or not dash:
         return name
-    kind, count = match[1].replace("v5litepod", "v5e"), int(match[2])
-    shapes = _THREE_DIMENSIONS if kind in ("v4", "v5p") else _TWO_DIMENSIONS
-    chips = count // 2 if kind in ("v4", "v5p") else count
-    if chips not in shapes:
-        sizes = ", ".join(str(n * (2 if kind in ("v4", "v5p") else 1)) for n in shapes)
-        raise ConfigError(f"there is no slice {name}; sizes of {match[1]} are {sizes}")
-    return f"{kind}:{shapes[chips]}"
+    shapes = {str(count): shape for count, shape in _SLICES[kind].items()}
+    if size not in shapes:
+        raise ConfigError(f"there is no slice {name}; sizes of {kind} are {', '.join(shapes)}")
+    return f"{kind.replace('v5litepod', 'v5e')}:{shapes[size]}"
 
 
 def slice_devices(topology: str) -> list[jax.Device]:

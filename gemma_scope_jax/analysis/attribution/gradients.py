@@ -29,7 +29,7 @@ from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import ending, plottable, quoted
-from gemma_scope_jax.runtime.reporting import RUNNING, say
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import jumprelu
 
 # Special values of a token id in `Metric`.
@@ -390,7 +390,7 @@ def attribute(
     ids, chosen = ask(scope, prompt, answer, against, token)
     placed = scope_lib.place_copies(scope, ids, 1)
     sites = tuple(dict.fromkeys(subject.spliced for subject in scope.subjects.values()))
-    say(RUNNING)
+    say(scope_lib.RUNNING)
     passed = differentiate(scope, placed, metric_behind(ids, *chosen), zeros(scope, placed, sites))
     parts = {
         name: parts_of(scope, name, passed.values, passed.gradients[subject.spliced], len(ids) - 1)

@@ -16,7 +16,7 @@ from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
-from gemma_scope_jax.runtime.reporting import RUNNING, say
+from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import jumprelu
 
 
@@ -57,7 +57,7 @@ def integrate(
     site = scope.subjects[name].spliced
     placed = scope_lib.place_copies(scope, ids, rows_per_batch)
     rows = len(placed)
-    say(RUNNING)
+    say(scope_lib.RUNNING)
     whole = gradients.differentiate(
         scope,
         placed,

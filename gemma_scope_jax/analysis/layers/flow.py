@@ -16,7 +16,15 @@ import matplotlib.figure
 import numpy as np
 
 from gemma_scope_jax.analysis.layers import logit_lens as lens_lib
-from gemma_scope_jax.analysis.session import Scope, is_kept, one_token, place_copies, prompt, reconstruct
+from gemma_scope_jax.analysis.session import (
+    RUNNING,
+    Scope,
+    is_kept,
+    one_token,
+    place_copies,
+    prompt,
+    reconstruct,
+)
 from gemma_scope_jax.display import html, plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import interventions, passes, tokenizer
@@ -168,7 +176,7 @@ def flow(scope: Scope, text: str, answer: str | None = None) -> Flow:
     row = prompt(scope, text)
     answer_token = None if answer is None else one_token(scope, answer)
     placed = place_copies(scope, row, 1)
-    reporting.say(reporting.RUNNING)
+    reporting.say(RUNNING)
     _, values, final_SxLxD = passes.clean(scope.gemma, placed, scope.sites)
     names = sorted(scope.subjects, key=lambda name: _order(scope.subjects[name]))
     found, streams = {}, {}

@@ -17,7 +17,7 @@ import matplotlib.ticker
 import numpy as np
 
 from gemma_scope_jax.analysis import decoder_directions
-from gemma_scope_jax.analysis.session import Scope, is_kept, place_prompts, prompt
+from gemma_scope_jax.analysis.session import RUNNING, Scope, is_kept, place_prompts, prompt
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
 from gemma_scope_jax.display.results import Result, records_of
@@ -241,7 +241,7 @@ def _batches(scope: Scope, rows: int, text: str | None) -> Iterator[tuple[jax.Ar
     """Yields rows of tokens on the devices and a mask of counted positions, with one row for each device."""
     if text is not None:
         tokens_SxL = place_prompts(scope, [prompt(scope, text)])
-        reporting.say(reporting.RUNNING)
+        reporting.say(RUNNING)
         yield tokens_SxL, is_kept(scope.gemma.mesh, tokens_SxL)
         return
     ranges.check("rows", rows, ranges.COUNT)
