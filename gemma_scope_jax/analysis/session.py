@@ -21,7 +21,6 @@ from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 from gemma_scope_jax.saes import attached, jumprelu
 
-
 RUNNING = "Compiling and running Gemma on the prompt …"  # What analyses say before their first pass.
 
 
