@@ -18,11 +18,12 @@ from gemma_scope_jax.analysis.dashboards import collect
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import tokenizer
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import lines, plottable, printable
+from gemma_scope_jax.runtime.printing import lines, printable
 from gemma_scope_jax.saes.attached import alone
 
 _GREEN = (30, 142, 62)

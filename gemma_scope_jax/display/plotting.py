@@ -13,8 +13,8 @@ import matplotlib.text
 import matplotlib.ticker
 import numpy as np
 
+from gemma_scope_jax.display.glyphs import drawable, fallback_fonts, plottable
 from gemma_scope_jax.runtime import files
-from gemma_scope_jax.runtime.printing import drawable, fallback_fonts, plottable
 
 LABEL = 40  # Maximum number of characters of a row label.
 

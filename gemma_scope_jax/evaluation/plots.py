@@ -7,7 +7,7 @@ import matplotlib.figure
 import numpy as np
 
 from gemma_scope_jax.display import plotting
-from gemma_scope_jax.runtime.printing import plottable
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.saes.evaluation_file import Evaluation
 
 

@@ -1,26 +1,16 @@
-"""Untrusted text, made safe to print, to plot and to put on a page.
+"""Untrusted text, made safe to print and to put on a page; for figures see `display.glyphs`.
 
 A name in a file may hold escape sequences that a terminal obeys, line breaks that forge a second message, characters
 that reverse the rest of a line, or a million characters. For HTML, `html.render` escapes the text as well.
 """
 
-import functools
 import pathlib
 import re
-import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
 LONGEST = 200  # The most characters of a name or value that a message quotes.
-
-# Fonts with Chinese, Japanese and Korean characters, which figures use where DejaVu Sans has no glyph: first those of
-# Linux, then of macOS, then of Windows.
-CJK_FONTS = (
-    "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
-    "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Hiragino Sans GB", "Microsoft YaHei", "Yu Gothic",
-    "MS Gothic", "Arial Unicode MS",
-)  # fmt: skip
 
 # Control, format (bidirectional marks among them) and surrogate characters, and separators of lines and paragraphs.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -28,16 +18,17 @@ _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 def printable(text: object, limit: int = LONGEST) -> str:
     """The text in one line of at most `limit` characters, with unsafe characters escaped."""
-    return _in_a_line(str(text), limit, _escaped)
+    return in_a_line(str(text), limit, escaped)
 
 
-def _in_a_line(whole: str, limit: int, shown: Callable[[str], str]) -> str:
+def in_a_line(whole: str, limit: int, shown: Callable[[str], str]) -> str:
+    """A text of at most `limit` characters, each as `shown` gives it; if it is cut, it ends with its length."""
     # Cut first, because the rest may be very long; an escape has at most ten characters.
-    escaped = "".join(shown(letter) for letter in whole[:limit])
-    if len(whole) <= limit and len(escaped) <= limit:
-        return escaped
+    line = "".join(shown(letter) for letter in whole[:limit])
+    if len(whole) <= limit and len(line) <= limit:
+        return line
     rest = f"… ({len(whole):,} characters)"
-    return escaped[: max(limit - len(rest), 0)] + rest
+    return line[: max(limit - len(rest), 0)] + rest
 
 
 def quoted(value: object, limit: int = LONGEST) -> str:
@@ -75,46 +66,7 @@ def lines(text: str) -> str:
     """The text with its line breaks and of any length, otherwise `printable`."""
     if text.isascii() and text.isprintable():  # Fast for encoded pictures of many megabytes.
         return text
-    return "".join(letter if letter == "\n" else _escaped(letter) for letter in text)
-
-
-def plottable(text: object, limit: int = 60, columns: int | None = None) -> str:
-    """`printable` for a figure: no formulas, characters without a glyph escaped, and never left out of a legend.
-
-    With `columns`, it is broken into lines of at most so many characters.
-    """
-    shown = _in_a_line(str(text), limit, drawable)
-    if columns:
-        shown = "\n".join(textwrap.wrap(shown, columns))
-    # Matplotlib leaves labels that begin with _ out of a legend.
-    return f"{' ' * shown.startswith('_')}{shown}".replace("$", r"\$")
-
-
-def drawable(letter: str) -> str:
-    """The character for a figure; escaped, such as `\\u6cd5`, if it is unsafe or no font of figures has it."""
-    return _escaped(letter) if has_glyph(letter) else letter.encode("unicode_escape").decode()
-
-
-def has_glyph(letter: str) -> bool:
-    """Whether DejaVu Sans, which comes with Matplotlib, or the `fallback_fonts` have a glyph for the character."""
-    return any(font.get_char_index(ord(letter)) for font in _fonts())
-
-
-@functools.cache
-def fallback_fonts() -> tuple[str, ...]:
-    """The installed ones of `CJK_FONTS`."""
-    import matplotlib.font_manager  # Slow to import, and only figures need it.
-
-    installed = set(matplotlib.font_manager.get_font_names())
-    return tuple(name for name in CJK_FONTS if name in installed)
-
-
-@functools.cache
-def _fonts() -> tuple[object, ...]:
-    from matplotlib import font_manager
-
-    names = ("DejaVu Sans", *fallback_fonts())
-    return tuple(font_manager.get_font(font_manager.findfont(name)) for name in names)
+    return "".join(letter if letter == "\n" else escaped(letter) for letter in text)
 
 
 # User and password before a host, the query of an address, which may hold a signature, and Hugging Face's tokens.
@@ -167,7 +119,8 @@ def unfailing(stream: TextIO) -> Unfailing:
     return stream if isinstance(stream, Unfailing) else Unfailing(stream)
 
 
-def _escaped(letter: str) -> str:
+def escaped(letter: str) -> str:
+    """The character, or its escape, such as `\\x1b`, if it is unsafe."""
     if unicodedata.category(letter) in _UNSAFE:
         return letter.encode("unicode_escape").decode()
     return letter

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from IPython.core import formatters
 
-from gemma_scope_jax.display import plotting
-from gemma_scope_jax.runtime import printing
+from gemma_scope_jax.display import glyphs, plotting
 
 
 @pytest.fixture
 def with_stix(monkeypatch):
     """STIXGeneral, which comes with Matplotlib, in the place of a font of Chinese characters."""
-    fonts = (printing.fallback_fonts, printing._fonts)
-    monkeypatch.setattr(printing, "CJK_FONTS", ("STIXGeneral",))
+    fonts = (glyphs.fallback_fonts, glyphs._fonts)
+    monkeypatch.setattr(glyphs, "CJK_FONTS", ("STIXGeneral",))
     for of in fonts:
         of.cache_clear()
     yield

@@ -19,8 +19,9 @@ from gemma_scope_jax.analysis.layers import links, logit_lens
 from gemma_scope_jax.analysis.steering import edits, steer
 from gemma_scope_jax.analysis.steering import sweep as sweep_lib
 from gemma_scope_jax.display import plotting
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.evaluation import detection, page, plots, probing, report, side_by_side
-from gemma_scope_jax.runtime.printing import plottable, well_formed
+from gemma_scope_jax.runtime.printing import well_formed
 
 NAMES = (
     "a$b_$", "$x", "[bold]x", "[/]", ":smile:", "_hidden", "a\x1b[2J\x1b]0;title\x07b", "two\nlines\r", "🙂🏽",

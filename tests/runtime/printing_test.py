@@ -17,28 +17,6 @@ def test_long_text_is_cut_and_its_length_told(letter):
     assert len(shown) <= printing.LONGEST and shown.endswith("… (1,000,000 characters)")
 
 
-def test_a_dollar_is_no_formula():
-    assert printing.plottable("$x_1$") == r"\$x_1\$"
-
-
-def test_lines_for_a_figure_are_broken_before_dollars_are_escaped():
-    assert printing.plottable("ab $$$$$ cd", columns=5) == "ab\n" + 5 * r"\$" + "\ncd"
-    assert max(map(len, printing.plottable("name_" * 30, 200, 40).split("\n"))) == 40
-
-
-def test_a_character_that_no_font_of_figures_has_is_escaped_unless_one_is_installed(monkeypatch):
-    letter = "\U0001d4d0"  # In STIXGeneral, which comes with Matplotlib, but not in DejaVu Sans.
-    fonts = (printing.fallback_fonts, printing._fonts)
-    for installed, shown in (("no such font", r"\U0001d4d0 a"), ("STIXGeneral", f"{letter} a")):
-        monkeypatch.setattr(printing, "CJK_FONTS", (installed,))
-        for of in fonts:
-            of.cache_clear()
-        assert printing.plottable(f"{letter} a") == shown
-    monkeypatch.undo()
-    for of in fonts:
-        of.cache_clear()
-
-
 @pytest.mark.parametrize(
     ("given", "shown"),
     [

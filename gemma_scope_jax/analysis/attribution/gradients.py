@@ -22,13 +22,14 @@ import numpy as np
 from gemma_scope_jax.analysis import session as scope_lib
 from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.display import html, plotting, tables
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import forward, masking, predictions
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site, site_width
 from gemma_scope_jax.runtime import distributed, sharding
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import ending, plottable, quoted
+from gemma_scope_jax.runtime.printing import ending, quoted
 from gemma_scope_jax.runtime.reporting import say
 from gemma_scope_jax.saes import jumprelu
 

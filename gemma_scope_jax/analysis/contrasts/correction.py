@@ -21,6 +21,7 @@ from gemma_scope_jax.analysis.session import Scope
 from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.display.results import Result
 from gemma_scope_jax.evaluation import metrics
 from gemma_scope_jax.models import masking, passes, predictions
@@ -28,7 +29,6 @@ from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, files, ranges, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import plottable
 
 NEAREST = 10  # A random latent is sampled from this many latents nearest in strength to a found one.
 DAMAGE_SETS = 5  # How many random sets have their delta loss measured.

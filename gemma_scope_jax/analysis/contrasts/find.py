@@ -22,11 +22,12 @@ from scipy import stats
 from gemma_scope_jax.analysis.contrasts import rank_tests
 from gemma_scope_jax.analysis.session import Scope, padded
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import activations, generation, masking
 from gemma_scope_jax.runtime import distributed, files, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import plottable, printable, quoted
+from gemma_scope_jax.runtime.printing import printable, quoted
 from gemma_scope_jax.saes import jumprelu
 
 # The value of a latent for a prompt: its mean or largest activation over the tokens, or that at the last token.

@@ -20,13 +20,14 @@ from gemma_scope_jax.analysis import decoder_directions
 from gemma_scope_jax.analysis.session import RUNNING, Scope, is_kept, place_prompts, prompt
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import forward
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site, blocks_needed
 from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import plottable, printable, quoted
+from gemma_scope_jax.runtime.printing import printable, quoted
 from gemma_scope_jax.saes import attached, jumprelu
 
 _BLOCK = 2**14  # Latents whose weights are in float64 at a time.

@@ -14,11 +14,11 @@ import matplotlib.patches
 import numpy as np
 
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.models import predictions as predictions_lib
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.runtime import distributed, sharding
-from gemma_scope_jax.runtime.printing import plottable
 
 
 class Predictions(NamedTuple):

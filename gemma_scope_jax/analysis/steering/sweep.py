@@ -18,6 +18,7 @@ from gemma_scope_jax.analysis.steering import edits
 from gemma_scope_jax.analysis.steering.edits import Edit
 from gemma_scope_jax.data import batching
 from gemma_scope_jax.display import plotting, tables
+from gemma_scope_jax.display.glyphs import plottable
 from gemma_scope_jax.display.results import Result, records_of
 from gemma_scope_jax.evaluation import metrics, page
 from gemma_scope_jax.models import interventions, masking, passes
@@ -25,7 +26,7 @@ from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import distributed, ranges, reporting, sharding
 from gemma_scope_jax.runtime.errors import InputError
-from gemma_scope_jax.runtime.printing import plottable, printable
+from gemma_scope_jax.runtime.printing import printable
 
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 # By kind of edit, the scale of the activation; strength times unit is added.
