@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from gemma_scope_jax.cli import common
+from gemma_scope_jax.cli import common, plan
 from gemma_scope_jax.runtime import devices
 from gemma_scope_jax.training import flops, forecast, plans, step
 
@@ -64,7 +64,7 @@ def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys
     assert before.step_s == total
     # By hand: four updates, five products in six passes on eight chips.
     assert before.banks_s == 4 * 6 * 5 * 2 * 32 * 32 * 1024 / (8 * 197e12)
-    forecast.show(before, 1.5)
+    plan.show(before, 1.5)
     shown = " ".join(capsys.readouterr().out.split())
     assert "v5e:2x4: 8 devices, mesh 1 × 8, SAEs: 1" in shown
     assert f"${1.5 * 8 * before.hours:,.2f} to ${1.5 * 16 * before.hours:,.2f} at $1.5 per chip-hour" in shown

@@ -67,9 +67,10 @@ def plan_of(default: config_lib.Config) -> Callable[..., None]:
         """
         del config
         common.find_tpu_compiler()
+        from gemma_scope_jax.cli import plan as plan_lib
         from gemma_scope_jax.training import forecast
 
-        if not forecast.show(forecast.forecast(fields, topology), dollars_per_chip_hour):
+        if not plan_lib.show(forecast.forecast(fields, topology), dollars_per_chip_hour):
             sys.exit(1)
 
     return plan
