@@ -9,7 +9,7 @@ import tokenizers
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from gemma_scope_jax.models import masking, registry, weights
+from gemma_scope_jax.models import gguf_file, masking, registry, weights
 from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.runtime import files
 from gemma_scope_jax.runtime.errors import WeightsError
@@ -168,7 +168,7 @@ def _proto_from_gguf(path: str) -> bytes:
     """
     proto = sentencepiece_model_pb2.ModelProto()
     pieces, scores, kinds = (
-        weights.gguf_field(path, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
+        gguf_file.field(path, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
     )
     user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
     for piece, score, kind in zip(pieces, scores, kinds, strict=True):
@@ -180,7 +180,7 @@ def _proto_from_gguf(path: str) -> bytes:
     spec.byte_fallback = True
     spec.vocab_size = len(pieces)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        token = int(weights.gguf_field(path, f"tokenizer.ggml.{key}_token_id"))
+        token = int(gguf_file.field(path, f"tokenizer.ggml.{key}_token_id"))
         setattr(spec, f"{name}_id", token)
         setattr(spec, f"{name}_piece", pieces[token])
     # llama.cpp marks <unk> as a control piece; SentencePiece requires the kind UNKNOWN.

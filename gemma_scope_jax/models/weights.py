@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from gemma_scope_jax.models import gguf_file
 from gemma_scope_jax.models.gemma_package import gm, transformer_config, transformer_modules
 from gemma_scope_jax.runtime import extras, files, safetensors_io
 from gemma_scope_jax.runtime import hub as hub_lib
@@ -37,8 +37,6 @@ Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 # A checkpoint's embedding may have rows after the vocabulary: 128 in Google's Gemma 2, 64 in Hugging Face's Gemma 3.
 _SPARE_ROWS = 128
-
-_MAX_READS = 2**22  # Values read from a GGUF file's header; Gemma 3's vocabulary takes a million.
 
 
 def from_pypi(package_name: str) -> str:
@@ -133,7 +131,7 @@ def load_params(
     stored_dtypes, params = (
         _restore(found, want) if isinstance(found, _OrbaxCheckpoint) else _place(found, want)
     )
-    read_gguf.cache_clear()  # A header of 262k tokens must not stay in memory.
+    gguf_file.read.cache_clear()  # A header of 262k tokens must not stay in memory.
     for name, leaf in jax.tree.leaves_with_path(params):
         # One parameter at a time: on a CPU the check takes a byte for each number.
         if not _is_finite(leaf):
@@ -400,79 +398,15 @@ def _check_hugging_face_config(found: dict, path: str, model: gm.nn.Transformer)
             )
 
 
-class _GgufReader(gguf.GGUFReader):
-    """The reader of gguf, which here checks lengths in the header against the size of the file."""
-
-    _reads = 0
-
-    def _get(
-        self, offset: int, dtype: np.typing.DTypeLike, count: int = 1, override_order: str | None = None
-    ) -> np.ndarray:
-        # After the end, reads would return empty arrays, as many as the header claims.
-        self._reads += 1
-        if int(offset) + int(count) * np.dtype(dtype).itemsize > self.data.size or self._reads > _MAX_READS:
-            raise WeightsError("its header claims more data than the file has")
-        return super()._get(offset, dtype, count, override_order)
-
-    def _get_field_parts(
-        self, orig_offs: int, raw_type: int
-    ) -> tuple[int, list[np.ndarray], list[int], list[gguf.GGUFValueType]]:
-        # The vocabulary is three arrays of 262k items, which gguf reads with several calls for each item.
-        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I" or sys.byteorder != "little":
-            return super()._get_field_parts(orig_offs, raw_type)
-        kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-        start = offset = orig_offs + 12
-        types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(int(kind[0]))]
-        if dtype := self.gguf_scalar_to_np.get(types[1]):
-            values = self._get(start, dtype, int(count[0]))
-            return 12 + values.nbytes, [kind, count, values], [2], types
-        if types[1] != gguf.GGUFValueType.STRING:
-            return super()._get_field_parts(orig_offs, raw_type)
-        bytes_of, texts = np.asarray(self.data), []
-        if int(count[0]) > _MAX_READS:
-            raise WeightsError("its header claims more data than the file has")
-        for _ in range(int(count[0])):
-            begin = offset + 8
-            length = int.from_bytes(bytes_of[offset:begin].tobytes(), "little")
-            offset = begin + length
-            if begin > bytes_of.size or offset > bytes_of.size:
-                raise WeightsError("its header claims more data than the file has")
-            texts.append(bytes_of[begin:offset])
-        return offset - orig_offs, [kind, count, *texts], list(range(2, 2 + len(texts))), types
-
-
-@functools.lru_cache(maxsize=1)  # Both the weights and the tokenizer are read from it.
-def read_gguf(path: str) -> gguf.GGUFReader:
-    """The parsed header of a GGUF file.
-
-    Raises:
-      ValueError: if the file is truncated or not a GGUF file.
-    """
-    try:
-        files.open_regular(path).close()
-        return _GgufReader(path)
-    except Exception as error:  # The reader maps the file unchecked: truncation can raise any error.
-        reason = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{path} is not a valid GGUF file ({reason}); fetch it again") from error
-
-
-def gguf_field(path: str, name: str) -> object:
-    """A field of a GGUF file's header."""
-    fields = read_gguf(path).fields
-    if name not in fields:
-        raise WeightsError(f"{path} is not a Gemma GGUF file: it has no field {quoted(name)}")
-    return fields[name].contents()
-
-
 def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
-    architecture = gguf_field(path, "general.architecture")
+    architecture = gguf_file.field(path, "general.architecture")
     expected = "gemma3" if model.config.use_qk_norm else "gemma2"
     if architecture != expected:
         raise WeightsError(
             f"{path} does not hold {type(model).__name__}: its architecture is {quoted(architecture)}, "
             f"expected {expected!r}"
         )
-    blocks = int(gguf_field(path, f"{architecture}.block_count"))
+    blocks = int(gguf_file.field(path, f"{architecture}.block_count"))
     if blocks != model.config.num_layers:
         raise WeightsError(
             f"{path} does not hold {type(model).__name__}: it has {blocks} blocks, expected {model.config.num_layers}"
@@ -485,7 +419,7 @@ def _from_gguf(path: str, model: gm.nn.Transformer, num_layers: int) -> Params:
             lambda: gguf.quants.dequantize(found.data, found.tensor_type),
         )
 
-    tensors = {found.name: tensor(found) for found in read_gguf(path).tensors}
+    tensors = {found.name: tensor(found) for found in gguf_file.read(path).tensors}
     return _from_matrices(path, tensors, _LLAMA_CPP, model, num_layers)
 
 

@@ -27,7 +27,7 @@ from gemma import gm
 from gemma.gm.ckpts import _checkpoint
 from weight_files import GEMMA3, PARAMS, params_of, write_gguf, write_hugging_face, write_orbax
 
-from gemma_scope_jax.models import forward, masking, predictions, registry, tokenizer, weights
+from gemma_scope_jax.models import forward, gguf_file, masking, predictions, registry, tokenizer, weights
 from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.runtime import sharding
 
@@ -379,8 +379,8 @@ def test_a_gguf_header_is_read_as_gguf_reads_it(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    weights.read_gguf.cache_clear()
-    ours, theirs = weights.read_gguf(str(tmp_path / "a.gguf")), gguf.GGUFReader(tmp_path / "a.gguf")
+    gguf_file.read.cache_clear()
+    ours, theirs = gguf_file.read(str(tmp_path / "a.gguf")), gguf.GGUFReader(tmp_path / "a.gguf")
     assert ours.fields.keys() == theirs.fields.keys() >= {"texts", "floats", "flags", "number"}
     for name, field in theirs.fields.items():
         assert (ours.fields[name].contents(), ours.fields[name].types) == (field.contents(), field.types), (
@@ -410,10 +410,10 @@ def test_what_a_gguf_header_claims_is_believed_only_as_far_as_the_file_goes(tmp_
         file("deep.gguf", 9, array(9, 1) * 2000),
     ):
         with pytest.raises(ValueError, match=f"{path} is not a valid GGUF file"):
-            weights.read_gguf(path)
+            gguf_file.read(path)
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
-    assert list(weights.read_gguf(file("good.gguf", 9, array(0, 50))).fields)[-1] == "a.b"
+    assert list(gguf_file.read(file("good.gguf", 9, array(0, 50))).fields)[-1] == "a.b"
 
 
 def test_a_pipe_in_an_orbax_checkpoint_is_refused(ways, tmp_path):
