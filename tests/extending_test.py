@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -127,6 +130,25 @@ def test_an_evaluation_does_not_go_on_with_what_another_metric_of_the_same_name_
     metrics.register("strongest_share", dataclasses.replace(kept, measure=lambda f_M: f_M.max()))
     assert metrics.definitions() != before
     metrics.register("strongest_share", kept)
+
+
+def test_a_metrics_code_has_one_digest_in_every_process():
+    """Also with a set of strings, whose order differs from process to process."""
+    code = (
+        "from gemma_scope_jax.evaluation import metrics\n"
+        "print(metrics._digest((lambda name: name in {'a', 'b', 'c', 'd', 'e'}).__code__))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("name", ["count", "error", "explained", "loss", "variance", "activations"])

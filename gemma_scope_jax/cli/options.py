@@ -47,7 +47,7 @@ def place(text: str) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(text))
 
 
-# Of an option that is not set, the help says what happens then; the default itself, None or (), says nothing.
+# The help text says what happens if such an option is not set. Its default, None or (), would say nothing.
 _UNSET = tyro.conf.arg(help_behavior_hint="")
 
 # What a command reads: a config, SAEs, the name of an SAE, a run directory.

@@ -19,7 +19,7 @@ CJK_FONTS = (
 def plottable(text: object, limit: int = 60, columns: int | None = None) -> str:
     """`printable` for a figure: no formulas, and characters without a glyph escaped. No legend leaves it out.
 
-    With `columns`, it is broken into lines of at most so many characters.
+    With `columns`, the text is broken into lines of at most that many characters.
     """
     shown = printing.in_a_line(str(text), limit, drawable)
     if columns:

@@ -344,10 +344,17 @@ def definitions() -> list[list[str]]:
 
 
 def _digest(code: types.CodeType | None) -> str:
-    """A digest of a function's code, the same in every process; the functions that it calls are not part of it."""
+    """A digest of a function's code, the same in every process, without what the function calls or captures."""
     if code is None:
         return ""
-    constants = [_digest(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+
+    def constant(value: object) -> str:
+        if isinstance(value, types.CodeType):
+            return _digest(value)
+        # The order of a set of strings differs between processes.
+        return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
+
+    constants = [constant(value) for value in code.co_consts]
     return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()
 
 

@@ -48,7 +48,7 @@ def initialize(
     process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do. With JAX_NUM_PROCESSES=1 the process always runs alone.
 
     Args:
-      heartbeat_timeout_seconds: this process ends after so many seconds without a sign of another process.
+      heartbeat_timeout_seconds: this process ends after this many seconds without a sign of another process.
       join_timeout_seconds: the number of seconds to wait for the other processes at the start.
       saves_together: whether JAX handles SIGTERM, for `is_preempted`; otherwise SIGTERM ends this process at once.
 
