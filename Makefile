@@ -62,7 +62,6 @@ results: .venv/installed
 	$(VENV)/uv pip install --quiet --no-deps --target $@ libtpu==0.0.52
 	touch $@
 
-# mypy checks the modules without type errors; pyproject.toml lists those that still have some.
 # The documentation site, in build/docs; it opens from disk. Warnings, such as broken links, are errors.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --quiet
@@ -71,6 +70,7 @@ docs: .venv/installed
 tutorials: .venv/installed
 	$(VENV)/python -m benchmarks.notebooks
 
+# mypy checks the modules without type errors; pyproject.toml lists those that still have some.
 lint: .venv/installed
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .

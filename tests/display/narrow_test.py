@@ -12,6 +12,7 @@ from gemma_scope_jax.analysis.attribution import ablation, gradients
 from gemma_scope_jax.analysis.contrasts import correction, find
 from gemma_scope_jax.analysis.layers import flow, links, logit_lens
 from gemma_scope_jax.analysis.steering import sweep
+from gemma_scope_jax.cli import plan
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.evaluation import detection, probing, report, side_by_side
 from gemma_scope_jax.training import forecast, memory
@@ -155,7 +156,7 @@ def test_plans(capsys):
         "v5e:16x16", 256, 16, 16, 100, 10**9, 4096, 16e9, needs, 10**10, 10**15, 10**15,
         [forecast.Collective("collective-permute", "other", 1024, 10**11)], *[0.001] * 4, 1,
     )  # fmt: skip
-    assert forecast.show(of, 1.2)
+    assert plan.show(of, 1.2)
     text = capsys.readouterr().out.partition("At 4,096 tokens")[0]  # Sentences follow.
     assert max(map(len, text.split("\n"))) <= 80 and "other" in text
 
