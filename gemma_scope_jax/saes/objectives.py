@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.printing import quoted
-from gemma_scope_jax.saes import jumprelu
+from gemma_scope_jax.saes import jumprelu, products
 
 
 class Sparsity(NamedTuple):
@@ -180,36 +180,33 @@ def loss_gradient(
     penalty: Penalty,
     bandwidth: float,
     target_BxO: jax.Array | None = None,
-    precision: jax.lax.Precision | None = None,
+    precision: products.Precision = products.HIGHEST,
 ) -> tuple[jumprelu.Params, BatchSums]:
     """The gradient of `loss`, written out: five matmuls and no gradient for x.
 
     Only θ has a pseudo-derivative; the pre-activation has its true derivative H(z − θ). An autoencoder's
     pre-encoder bias makes b_dec act twice: ∂b_dec = Σr − W_enc·Σdz. A skip connection takes two more matmuls.
     """
-
-    def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b, precision=precision)
-
+    matmul = products.matmul
     row_weight_B = normalized(weight_B)
     threshold_M = jnp.exp(params.log_threshold)
     y_BxO = x_BxD if target_BxO is None else target_BxO
 
     centred_BxO = y_BxO - params.b_dec[None]
     read_BxD = centred_BxO if target_BxO is None else x_BxD
-    pre_BxM = matmul(read_BxD, params.W_enc) + params.b_enc[None]
+    pre_BxM = matmul(read_BxD, params.W_enc, precision.encode) + params.b_enc[None]
     active_BxM = pre_BxM > threshold_M[None]
     f_BxM = jnp.where(active_BxM, pre_BxM, 0)
-    error_BxO = matmul(f_BxM, params.W_dec) - centred_BxO
+    error_BxO = matmul(f_BxM, params.W_dec, precision.decode) - centred_BxO
     if params.W_skip is not None:
-        error_BxO += matmul(x_BxD, params.W_skip)
+        error_BxO += matmul(x_BxD, params.W_skip, precision.decode)
     l0_B = jnp.sum(active_BxM, axis=1, dtype=x_BxD.dtype)
     sparsity = Sparsity(jnp.sum(row_weight_B * l0_B), jnp.where(active_BxM, row_weight_B[:, None], 0).sum(0))
     penalty_value, slope = jax.value_and_grad(penalty)(sparsity)
     slope_M = slope.l0 + slope.frequency_M  # With respect to each latent's frequency; L0 is their sum.
 
     g_recon_BxO = 2 * row_weight_B[:, None] * error_BxO
-    g_f_BxM = matmul(g_recon_BxO, params.W_dec.T)
+    g_f_BxM = matmul(g_recon_BxO, params.W_dec.T, precision.latent_gradient)
     g_pre_BxM = jnp.where(active_BxM, g_f_BxM, 0)
     g_b_enc_M = g_pre_BxM.sum(0)
     g_b_dec_O = g_recon_BxO.sum(0)
@@ -220,12 +217,12 @@ def loss_gradient(
     g_sparsity_M = -slope_M / bandwidth * reached_M
 
     gradient = jumprelu.Params(
-        W_enc=matmul(read_BxD.T, g_pre_BxM),
+        W_enc=matmul(read_BxD.T, g_pre_BxM, precision.encoder_gradient),
         b_enc=g_b_enc_M,
         log_threshold=threshold_M * (g_error_M + g_sparsity_M),
-        W_dec=matmul(f_BxM.T, g_recon_BxO),
-        b_dec=g_b_dec_O - matmul(params.W_enc, g_b_enc_M) if target_BxO is None else g_b_dec_O,
-        W_skip=None if params.W_skip is None else matmul(x_BxD.T, g_recon_BxO),
+        W_dec=matmul(f_BxM.T, g_recon_BxO, precision.decoder_gradient),
+        b_dec=g_b_dec_O - matmul(params.W_enc, g_b_enc_M, "highest") if target_BxO is None else g_b_dec_O,
+        W_skip=None if params.W_skip is None else matmul(x_BxD.T, g_recon_BxO, precision.decoder_gradient),
     )
     has_weight_B = weight_B > 0
     # Sums and not matmuls, which on TPU would round their inputs to bfloat16. Targets are centred first: where the
@@ -273,8 +270,7 @@ class Objective:
     next_coefficient: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     loss: Callable[[jumprelu.Params, Examples, Penalty, float], jax.Array] | None = None
     gradient: (
-        Callable[[jumprelu.Params, Examples, Penalty, float, jax.lax.Precision | None], jumprelu.Params]
-        | None
+        Callable[[jumprelu.Params, Examples, Penalty, float, products.Precision], jumprelu.Params] | None
     ) = None
 
 
@@ -326,7 +322,7 @@ def gradient_of(
     examples: Examples,
     penalty: Penalty,
     bandwidth: float,
-    precision: jax.lax.Precision | None = None,
+    precision: products.Precision = products.HIGHEST,
 ) -> tuple[jumprelu.Params, BatchSums]:
     """An objective's gradient for one SAE, and the batch's contribution to its metrics."""
     x_BxD, weight_B, target_BxO = examples
@@ -337,7 +333,7 @@ def gradient_of(
     if objective.gradient is not None:
         gradient = objective.gradient(params, examples, penalty, bandwidth, precision)
     else:
-        with jax.default_matmul_precision(None if precision is None else precision.name.lower()):
+        with jax.default_matmul_precision(precision.encode):
             gradient = jax.grad(objective.loss)(params, examples, penalty, bandwidth)
     # If all weights are zero the gradient is zero, whatever the loss returns.
     return jax.tree.map(lambda leaf: jnp.where(sums.weight > 0, leaf, 0), gradient), sums

@@ -14,7 +14,7 @@ import optax
 from gemma_scope_jax import config
 from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import ranges, sharding
-from gemma_scope_jax.saes import jumprelu, naming, objectives
+from gemma_scope_jax.saes import jumprelu, naming, objectives, products
 from gemma_scope_jax.training import optimizer as optimizer_lib
 from gemma_scope_jax.training import shardings, shuffle_buffer
 from gemma_scope_jax.training.normalizer import Normalizer
@@ -33,7 +33,7 @@ class Plan:
     bandwidth: float
     initial_threshold: float
     window_updates: int
-    precision: str
+    precision: products.Precision
 
     @property
     def width(self) -> int:
@@ -219,7 +219,7 @@ def update(
             objectives.Examples(x_BxD, weight_B, y_BxO),
             plan.objective.penalty(coefficient, target_l0, options),
             plan.bandwidth,
-            jax.lax.Precision(plan.precision),
+            plan.precision,
         )
         return *optimizer_lib.apply_gradient(optimizer, gradient, opt_state, params, rate), sums
 
@@ -328,8 +328,10 @@ def measure(
         params: jumprelu.Params, x_BxD: jax.Array, weight_B: jax.Array, y_BxO: jax.Array | None
     ) -> objectives.BatchSums:
         # The gradient is not used, so the compiler removes it.
-        penalty, precision = objectives.linear_penalty(jnp.zeros(())), jax.lax.Precision(plan.precision)
-        return objectives.loss_gradient(params, x_BxD, weight_B, penalty, plan.bandwidth, y_BxO, precision)[1]
+        penalty = objectives.linear_penalty(jnp.zeros(()))
+        return objectives.loss_gradient(
+            params, x_BxD, weight_B, penalty, plan.bandwidth, y_BxO, plan.precision
+        )[1]
 
     return jax.vmap(of_one)(params, x_ExBxD, weight_ExB, y_ExBxO).replace(fired_M=None)
 

@@ -8,6 +8,7 @@ reaches less than the peak, often half.
 import dataclasses
 import math
 import re
+import statistics
 
 import jax
 from jax.experimental import topologies
@@ -16,8 +17,8 @@ from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.runtime import devices as devices_lib
 from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.reporting import say
+from gemma_scope_jax.training import bank, loop, runs
 from gemma_scope_jax.training import flops as flops_lib
-from gemma_scope_jax.training import loop, runs
 from gemma_scope_jax.training import memory as memory_lib
 
 
@@ -145,6 +146,11 @@ def parse_collectives(hlo: str, updates_per_step: int) -> list[Collective]:
     return [Collective(*key, *value) for key, value in sorted(found.items())]
 
 
+def _passes(plan: bank.Plan) -> list[int]:
+    """The bfloat16 passes of each of a bank's products."""
+    return [devices_lib.PASSES[precision] for precision in dataclasses.astuple(plan.precision)]
+
+
 def forecast(config: config_lib.Config, topology: str) -> Forecast:
     """Compiles the step of a config for a slice and returns the forecast.
 
@@ -177,7 +183,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     gemma_passes = devices_lib.PASSES["highest"] if config.gemma_dtype == "float32" else 1
     rate = count * chip.flops
     banks_s = sum(
-        devices_lib.PASSES[b.precision] * flops / rate for b, flops in zip(plan.banks, per_bank, strict=True)
+        statistics.mean(_passes(b)) * flops / rate for b, flops in zip(plan.banks, per_bank, strict=True)
     )
     # In each update, Adam without a first moment reads weights, gradient and second moment, and writes weights and
     # second moment. Before that, the gradient is written. So an update moves six times four bytes for each weight.
@@ -205,5 +211,5 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
         banks_s=banks_s,
         optimizer_s=6 * weights_bytes * plan.updates_per_step / chip.memory_bandwidth,
         collectives_s=moved / chip.link_bandwidth,
-        passes=max(devices_lib.PASSES[b.precision] for b in plan.banks),
+        passes=max(max(_passes(b)) for b in plan.banks),
     )

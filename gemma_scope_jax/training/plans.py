@@ -9,7 +9,7 @@ from gemma_scope_jax.models.sites import check_site, site_width
 from gemma_scope_jax.runtime import ranges
 from gemma_scope_jax.runtime.errors import ConfigError
 from gemma_scope_jax.runtime.ranges import Range
-from gemma_scope_jax.saes import naming, objectives
+from gemma_scope_jax.saes import naming, objectives, products
 from gemma_scope_jax.training import bank, step
 
 
@@ -248,5 +248,5 @@ def _bank_plan(name: str, config: BankConfig, data_axis: int) -> bank.Plan:
         bandwidth=config.bandwidth,
         initial_threshold=config.initial_threshold,
         window_updates=config.window_updates,
-        precision=config.precision,
+        precision=products.Precision.of(config.precision),
     )

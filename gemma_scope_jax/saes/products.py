@@ -1,0 +1,49 @@
+"""The precision of an update's matrix products.
+
+A TPU multiplies in bfloat16 and sums in float32. A float32 product therefore takes one pass at `default`, which
+rounds both operands to bfloat16; three passes at `high`; and six at `highest`, which equals float32. A CPU always
+multiplies in float32. There, `emulated_default` and `emulated_high` compute what one and three passes give.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+EMULATED_PASSES = {"emulated_default": 1, "emulated_high": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The precision of each of the five products of an update, by name; see the module."""
+
+    encode: str = "highest"  # x W_enc
+    decode: str = "highest"  # f W_dec
+    latent_gradient: str = "highest"  # ∂L/∂f, from the reconstruction's gradient and W_dec
+    encoder_gradient: str = "highest"  # ∂L/∂W_enc
+    decoder_gradient: str = "highest"  # ∂L/∂W_dec
+
+    @classmethod
+    def of(cls, name: str) -> "Precision":
+        """The same precision for all products."""
+        return cls(name, name, name, name, name)
+
+
+HIGHEST = Precision()
+
+
+def matmul(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
+    """The product of two float32 matrices at a precision of JAX, or at an emulated one."""
+    if precision not in EMULATED_PASSES:
+        return jnp.matmul(a, b, precision=jax.lax.Precision(precision))
+    (a1, a2), (b1, b2) = _halves(a), _halves(b)
+    if EMULATED_PASSES[precision] == 1:
+        return jnp.matmul(a1, b1)
+    return jnp.matmul(a1, b1) + (jnp.matmul(a1, b2) + jnp.matmul(a2, b1))
+
+
+def _halves(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A float32 array as the sum of two arrays whose values bfloat16 represents, up to the rounding of the second."""
+    # Not a cast to bfloat16 and back, which the compiler may remove.
+    first = jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=7)
+    return first, jax.lax.reduce_precision(value - first, exponent_bits=8, mantissa_bits=7)

@@ -1,0 +1,56 @@
+"""Tests for the precisions of an update's products, against float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma_scope_jax.saes import products
+
+
+@pytest.fixture(scope="module")
+def operands():
+    """Two matrices with entries of very different sizes."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(64, 256)), rng.normal(size=(256, 32))
+    return tuple(np.float32(x * np.exp(rng.normal(size=x.shape))) for x in (a, b))
+
+
+def rounded(x):
+    return x.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def relative_error(found, exact, a, b):
+    """The largest error, relative to the product of the operands' norms."""
+    scale = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=0)[None]
+    return np.abs(found - exact).max() / scale.min(), (np.abs(found - exact) / scale).max()
+
+
+def test_one_pass_multiplies_operands_rounded_to_bfloat16(operands):
+    a, b = operands
+    found = jax.jit(products.matmul, static_argnums=2)(a, b, "emulated_default")
+    np.testing.assert_allclose(found, rounded(a) @ rounded(b), rtol=1e-4, atol=1e-4)
+    exact = np.float64(a) @ np.float64(b)
+    _, error = relative_error(np.float64(found), exact, a, b)
+    assert 1e-5 < error < 2**-8
+
+
+def test_three_passes_multiply_the_first_two_bfloat16_parts(operands):
+    a, b = map(np.float64, operands)
+    found = np.float64(jax.jit(products.matmul, static_argnums=2)(*operands, "emulated_high"))
+    a1, b1 = rounded(a), rounded(b)
+    a2, b2 = rounded(a - a1), rounded(b - b1)
+    np.testing.assert_allclose(found, a1 @ b1 + a1 @ b2 + a2 @ b1, rtol=1e-5, atol=1e-4)
+    _, error = relative_error(found, a @ b, a, b)
+    assert error < 2**-16
+
+
+def test_each_product_has_its_own_precision(operands):
+    a, b = operands
+    precision = dataclasses.replace(products.Precision.of("emulated_default"), encode="highest")
+    np.testing.assert_allclose(products.matmul(a, b, precision.encode), a @ b, rtol=1e-5, atol=1e-4)
+    assert precision.decode == "emulated_default"
+    assert not jnp.allclose(products.matmul(a, b, precision.decode), a @ b, rtol=1e-4)
