@@ -34,7 +34,7 @@ from gemma_scope_jax.saes.products import Precision, matmul
 from gemma_scope_jax.training import bank, loop, normalizer, runs, shuffle_buffer, step
 
 LAMBDAS = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-HELD_OUT_ROWS = 64
+HELD_OUT_ROWS = 32
 
 FLOAT32 = "float32"
 ARMS = {
@@ -155,12 +155,14 @@ def held_out(run: runs.Run) -> HeldOut:
     return HeldOut(gemma, training, rows, found[run.plan.sites[0]])
 
 
-def measure(run: runs.Run, state: bank.State, of: normalizer.Normalizer, arm: str, on: HeldOut) -> list[dict]:
+def measure(
+    run: runs.Run, params: jumprelu.Params, of: normalizer.Normalizer, arm: str, on: HeldOut
+) -> list[dict]:
     """Numbers of each SAE: folded and at full precision; and in its training form at its own precision."""
     (plan,), (site,) = run.plan.banks, run.plan.sites
     mean_O = np.asarray(of.ablation_mean_D)
     subjects = {
-        member.name: attached.Subject(bank.fold(plan, state.params, {str(site): of}, place), site, mean_O)
+        member.name: attached.Subject(bank.fold(plan, params, {str(site): of}, place), site, mean_O)
         for place, member in enumerate(plan.members)
     }
     evaluated, _ = evaluate.evaluate(
@@ -169,14 +171,14 @@ def measure(run: runs.Run, state: bank.State, of: normalizer.Normalizer, arm: st
     keys = ("l0", "fvu", "delta_loss", "delta_loss_se", "dead_fraction", "dense_fraction")
     made = []
     for place, member in enumerate(plan.members):
-        params = jax.tree.map(lambda leaf, place=place: leaf[place], state.params)
+        own = jax.tree.map(lambda leaf, place=place: jnp.asarray(leaf[place]), params)
         made.append(
             {
                 "lambda": member.sparsity_coefficient,
                 "folded": {key: getattr(evaluated[member.name], key) for key in keys},
-                "as_trained": as_trained(params, of, ARMS[arm], on.x_BxD),
-                "at_full_precision": as_trained(params, of, Precision(), on.x_BxD),
-                "threshold": float(jnp.exp(params.log_threshold).mean()),
+                "as_trained": as_trained(own, of, ARMS[arm], on.x_BxD),
+                "at_full_precision": as_trained(own, of, Precision(), on.x_BxD),
+                "threshold": float(jnp.exp(own.log_threshold).mean()),
             }
         )
     return made
@@ -225,28 +227,27 @@ def matches(a_MxO: np.ndarray, b_MxO: np.ndarray) -> float:
     return float(((a_MxO @ b_MxO.T).max(1) > 0.9).mean())
 
 
-def train_part(name: str, folder: pathlib.Path) -> None:
-    """Trains and measures what is not there yet of a part."""
-    part, on = PARTS[name], None
+def run_part(name: str, folder: pathlib.Path) -> None:
+    """Trains and measures what is not there yet of a part, seed by seed."""
+    part, on, of = PARTS[name], None, read_normalizer(folder)
     for seed in range(part.seeds):
+        run = run_of(part, seed)
+        for arm in part.arms:
+            params_path = folder / name / f"{arm}_{seed}.npz"
+            if not params_path.exists():
+                start = time.monotonic()
+                params = train(run, folder, arm, seed).params
+                with files.replacing_file(params_path) as partial, partial.open("wb") as file:
+                    np.savez(file, **{k: v for k, v in vars(params).items() if v is not None})
+                print(f"{params_path}: trained in {time.monotonic() - start:.0f} s", flush=True)
         for arm in part.arms:
             path = folder / name / f"{arm}_{seed}.json"
-            if path.exists():
-                continue
-            run, of = run_of(part, seed), read_normalizer(folder)
-            start = time.monotonic()
-            state = train(run, folder, arm, seed)
-            trained = time.monotonic()
-            on = on or held_out(run)
-            made = measure(run, state, of, arm, on)
-            path.parent.mkdir(exist_ok=True)
-            np.savez(
-                path.with_suffix(".npz"), **{k: v for k, v in vars(state.params).items() if v is not None}
-            )
-            files.write_text(path, json.dumps(made, indent=1))
-            print(
-                f"{path}: trained in {trained - start:.0f} s, measured in {time.monotonic() - trained:.0f} s"
-            )
+            if not path.exists():
+                start = time.monotonic()
+                on = on or held_out(run)
+                params = jumprelu.Params(**np.load(path.with_suffix(".npz")))
+                files.write_text(path, json.dumps(measure(run, params, of, arm, on), indent=1))
+                print(f"{path}: measured in {time.monotonic() - start:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -260,7 +261,7 @@ def main() -> None:
     if not (args.folder / "x_NxD.npy").exists():
         harvest(args.folder)
     if args.part != "harvest":
-        train_part(args.part, args.folder)
+        run_part(args.part, args.folder)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,10 @@ def run(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(placement, "load_gemma", lambda config: loaded)
         patch.setattr(analysis, "open_scope", open_scope)
-        # Of the quickstart's 20 random sets and 8 rows a few, which show as well that all of it runs.
-        patch.setattr(analysis, "correct", functools.partial(analysis.correct, random_sets=6, rows=2))
+        # A few of the 20 random sets, 8 rows and 30 new tokens show as well that all of it runs.
+        patch.setattr(analysis, "correct", functools.partial(analysis.correct, random_sets=4, rows=2))
+        steer = analysis.steer
+        patch.setattr(analysis, "steer", lambda *args, num_tokens: steer(*args, num_tokens=num_tokens // 4))
         yield notebooks.names_of
 
 
