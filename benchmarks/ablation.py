@@ -222,9 +222,56 @@ def as_trained(
 
 
 def matches(a_MxO: np.ndarray, b_MxO: np.ndarray) -> float:
-    """The share of decoder rows of `a` that have a row of `b` with a cosine above 0.9."""
-    # Decoder rows have unit norm.
+    """The share of decoder rows of `a`, of unit norm, that have a row of `b` with a cosine above 0.9."""
     return float(((a_MxO @ b_MxO.T).max(1) > 0.9).mean())
+
+
+def summarise(name: str, folder: pathlib.Path) -> dict:
+    """Differences from float32 of each arm of a part, with the same seed and λ, over the seeds that are measured.
+
+    Returns:
+      By arm and number: the mean over seeds of the difference, itself a mean over λ, and its standard error. SAEs of
+      one seed share their batches, so only seeds count as independent.
+    """
+    part = PARTS[name]
+
+    def read(arm: str, seed: int) -> list[dict]:
+        return json.loads((folder / name / f"{arm}_{seed}.json").read_text())
+
+    def decoders(arm: str, seed: int) -> np.ndarray:
+        return np.load(folder / name / f"{arm}_{seed}.npz")["W_dec"]
+
+    arms = [arm for arm in part.arms if arm != FLOAT32]
+    seeds = [
+        seed
+        for seed in range(part.seeds)
+        if all((folder / name / f"{arm}_{seed}.json").exists() for arm in part.arms)
+    ]
+    found: dict = {"seeds": seeds, "lambdas": part.lambdas, "float32": [read(FLOAT32, s) for s in seeds]}
+    for arm in arms:
+        pairs = [(read(arm, seed), read(FLOAT32, seed)) for seed in seeds]
+        of_arm = {}
+        for form in ("folded", "as_trained"):
+            for key in pairs[0][0][0][form]:
+                change_SxN = np.array(
+                    [[a[form][key] - b[form][key] for a, b in zip(*pair, strict=True)] for pair in pairs]
+                )
+                change_S = change_SxN.mean(1)
+                of_arm[f"{form}.{key}"] = {
+                    "mean": float(change_S.mean()),
+                    "se": float(change_S.std(ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else None,
+                    "by_lambda": change_SxN.mean(0).tolist(),
+                }
+        of_arm["matches"] = [
+            [matches(a, b) for a, b in zip(decoders(arm, s), decoders(FLOAT32, s), strict=True)]
+            for s in seeds
+        ]
+        found[arm] = of_arm
+    found["matches_between_seeds"] = [
+        [matches(a, b) for a, b in zip(decoders(FLOAT32, s), decoders(FLOAT32, seeds[0]), strict=True)]
+        for s in seeds[1:]
+    ]
+    return found
 
 
 def run_part(name: str, folder: pathlib.Path) -> None:
@@ -262,6 +309,8 @@ def main() -> None:
         harvest(args.folder)
     if args.part != "harvest":
         run_part(args.part, args.folder)
+        summary = json.dumps(summarise(args.part, args.folder), indent=1)
+        files.write_text(args.folder / f"{args.part}.json", summary)
 
 
 if __name__ == "__main__":

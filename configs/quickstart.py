@@ -17,7 +17,6 @@ from gemma_scope_jax import config
 
 def get_config() -> ml_collections.ConfigDict:
     c = config.defaults()
-    c.gemma_dtype = "float32"
     c.data.context_length = 256
 
     c.banks.main.layers = (9,)

@@ -87,10 +87,10 @@ class BankConfig:
       sites: sites that the SAEs read in each layer: resid_post (the residual stream after the layer), mlp_out (the
         MLP's output), attn_out (the outputs of the attention heads), mlp_in (the MLP's input), mlp_in_gain_free (the
         MLP's input before the norm's gain) or embed (the token embeddings, for layer 0 only).
-      sparsity_coefficients: sparsity coefficients λ, with an SAE for each.
-      target_l0s: target L0s, in active latents per token, with an SAE for each; only for objectives with a target
-        ("quadratic", "controlled").
-      seeds: seeds of the initial weights, with an SAE for each.
+      sparsity_coefficients: sparsity coefficients λ; one SAE is trained for each.
+      target_l0s: target L0s, in active latents per token; one SAE is trained for each. Only for objectives with a
+        target ("quadratic", "controlled").
+      seeds: seeds of the initial weights; one SAE is trained for each.
       width: number of latents of each SAE.
       objective: sparsity penalty. "linear": λ‖f‖₀; "quadratic": (λ / 2L0*)(‖f‖₀ − L0*)², which ends near the target
         L0*; "controlled": λ‖f‖₀ with a λ that starts at the sparsity coefficient and moves until L0 is at its
@@ -208,8 +208,8 @@ class LogConfig:
     Args:
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: number of newest checkpoints to keep.
-      evaluate_every: steps between measurements of L0 and FVU on held-out activations; 0: never. The activations, of
-        as many rows as a step has, stay in device memory.
+      evaluate_every: steps between measurements of L0 and FVU on held-out activations; 0: never. These
+        activations, as many as those of one step, stay in device memory.
       profile_from: first step that JAX's profiler traces, into WORKDIR/profile; 0: no profiling.
       profile_steps: number of steps that JAX's profiler traces.
     """
@@ -245,14 +245,15 @@ class Config:
         package for gemma3_270m and are read from gs://gemma-data for all other models.
       tokenizer: tokenizer of the Gemma model: a SentencePiece file, a tokenizer.json or a GGUF file. Empty: the one
         beside the weights or, if there is none, the model's own.
-      gemma_dtype: dtype of the Gemma model's weights and arithmetic, bfloat16 or float32.
+      gemma_dtype: dtype of the Gemma model's weights and arithmetic, bfloat16 or float32. auto: bfloat16, except on a
+        CPU without instructions for it; a run keeps the dtype that it starts with.
       seed: seed of the initial weights, the order of the rows and the shuffle.
-      data: the text.
+      data: the text, and how it is packed into rows of tokens.
       banks: the SAEs, as banks by name.
       start_from: folder of a finished run whose SAEs continue training in this run if this config names them too
         (see docs/banks.md). Empty: all SAEs are new.
       train: tokens, steps and batches.
-      ring: the shuffle in device memory.
+      ring: the shuffle buffer in device memory.
       normalizer: normalisation of activations.
       optimizer: Adam and its schedules.
       mesh: the mesh of devices.
@@ -264,7 +265,7 @@ class Config:
     model: str = "gemma3_270m"
     weights: str = ""
     tokenizer: str = ""
-    gemma_dtype: str = "bfloat16"
+    gemma_dtype: str = "auto"
     seed: int = 0
     data: DataConfig = DataConfig()
     banks: Mapping[str, BankConfig] = dataclasses.field(default_factory=lambda: {"main": BankConfig()})

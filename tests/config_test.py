@@ -124,7 +124,7 @@ def test_unknown_fields_and_wrong_types_are_refused(values, message):
 def test_a_dtype_must_be_known():
     with pytest.raises(ValueError, match="gemma_dtype is 'int8'"):
         registry.dtype(tiny.run_config(pathlib.Path("nowhere"), gemma_dtype="int8"))
-    assert registry.dtype(config.Config()) == jax.numpy.bfloat16
+    assert registry.dtype(config.Config(gemma_dtype="bfloat16")) == jax.numpy.bfloat16
 
 
 def test_a_run_is_continued_only_with_what_it_was_started_with():

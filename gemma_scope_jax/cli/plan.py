@@ -1,6 +1,7 @@
 """`plan`: the tables of a forecast."""
 
 from gemma_scope_jax.display import tables
+from gemma_scope_jax.runtime import devices
 from gemma_scope_jax.training.forecast import Forecast
 
 
@@ -35,6 +36,14 @@ def show(found: Forecast, dollars_per_chip_hour: float | None = None) -> bool:
     for what, flops, seconds in rows:
         table.add_row(what, flops, f"{1000 * seconds:.1f}")
     tables.show(table)
+    table = tables.Table("precision of the SAEs' products")
+    for heading in ("passes", "ms", "hours"):
+        table.add_column(heading, justify="right")
+    for precision, passes in devices.PASSES.items():
+        one = found.at(precision)
+        name = f"{precision} (this run)" if one.banks_s == found.banks_s else precision
+        table.add_row(name, str(passes), f"{1000 * one.step_s:.1f}", f"{one.hours:.2f}")
+    tables.show(table)
     units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
     unit, factor = next((one for one in units if one[1] * found.hours >= 1), units[-1])
     print(
@@ -52,9 +61,4 @@ def show(found: Forecast, dollars_per_chip_hour: float | None = None) -> bool:
     if found.peak_bytes > found.memory:
         largest = max(found.needs, key=lambda need: need.bytes)
         print(f"The run does not fit in memory. The largest part is {largest.what}: {largest.remedy}.")
-    elif found.passes > 1:
-        print(
-            f"The SAEs' matrix products take up to {found.passes} passes. "
-            "With banks.NAME.precision = default they take one pass."
-        )
     return found.peak_bytes <= found.memory

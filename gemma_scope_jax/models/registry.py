@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from gemma_scope_jax import config
 from gemma_scope_jax.models import weights
 from gemma_scope_jax.models.gemma_package import CheckpointPath, gm
+from gemma_scope_jax.runtime import devices
 from gemma_scope_jax.runtime.errors import InputError
 from gemma_scope_jax.runtime.printing import quoted
 
@@ -119,8 +120,11 @@ def weights_path(name: str, path: str) -> str:
 
 
 def dtype(config: config.Config) -> jax.typing.DTypeLike:
-    """The dtype of Gemma in a config."""
+    """The dtype of Gemma in a config; "auto" is the faster one on the first device."""
     kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if config.gemma_dtype not in kinds:
-        raise InputError(f"gemma_dtype is {quoted(config.gemma_dtype)}; choose one of {', '.join(kinds)}")
-    return kinds[config.gemma_dtype]
+    name = config.gemma_dtype
+    if name == "auto":
+        name = devices.faster_dtype(jax.devices()[0])
+    if name not in kinds:
+        raise InputError(f"gemma_dtype is {quoted(name)}; choose one of {', '.join(kinds)}, auto")
+    return kinds[name]

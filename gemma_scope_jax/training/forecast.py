@@ -53,7 +53,7 @@ class Forecast:
     banks_s: float
     optimizer_s: float
     collectives_s: float
-    passes: int  # passes of the SAEs' matrix products, at most
+    one_pass_s: float  # the SAEs' matrix products if each took one pass
 
     @property
     def step_s(self) -> float:
@@ -68,6 +68,10 @@ class Forecast:
     def hours(self) -> float:
         """The time of the run at peak rates."""
         return self.tokens / self.tokens_per_second / 3600
+
+    def at(self, precision: str) -> "Forecast":
+        """The forecast with all of the SAEs' matrix products at one precision."""
+        return dataclasses.replace(self, banks_s=devices_lib.PASSES[precision] * self.one_pass_s)
 
     @property
     def chips(self) -> int:
@@ -146,9 +150,9 @@ def parse_collectives(hlo: str, updates_per_step: int) -> list[Collective]:
     return [Collective(*key, *value) for key, value in sorted(found.items())]
 
 
-def _passes(plan: bank.Plan) -> list[int]:
-    """The bfloat16 passes of each of a bank's products."""
-    return [devices_lib.PASSES[precision] for precision in dataclasses.astuple(plan.precision)]
+def _mean_passes(plan: bank.Plan) -> float:
+    """The bfloat16 passes of a bank's five products, on average."""
+    return statistics.mean(devices_lib.PASSES[precision] for precision in dataclasses.astuple(plan.precision))
 
 
 def forecast(config: config_lib.Config, topology: str) -> Forecast:
@@ -180,11 +184,9 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     collectives = parse_collectives(compiled.as_text(), plan.updates_per_step)
 
     gemma_flops, per_bank = flops_lib.step_flops(plan, model, config.data.context_length)
-    gemma_passes = devices_lib.PASSES["highest"] if config.gemma_dtype == "float32" else 1
+    gemma_passes = devices_lib.PASSES["highest"] if run.config.gemma_dtype == "float32" else 1
     rate = count * chip.flops
-    banks_s = sum(
-        statistics.mean(_passes(b)) * flops / rate for b, flops in zip(plan.banks, per_bank, strict=True)
-    )
+    banks_s = sum(_mean_passes(b) * flops / rate for b, flops in zip(plan.banks, per_bank, strict=True))
     # In each update, Adam without a first moment reads weights, gradient and second moment, and writes weights and
     # second moment. Before that, the gradient is written. So an update moves six times four bytes for each weight.
     weights_bytes = sum(memory_lib.bytes_per_device(b.params) for b in state.banks.values())
@@ -211,5 +213,5 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
         banks_s=banks_s,
         optimizer_s=6 * weights_bytes * plan.updates_per_step / chip.memory_bandwidth,
         collectives_s=moved / chip.link_bandwidth,
-        passes=max(max(_passes(b)) for b in plan.banks),
+        one_pass_s=sum(per_bank) / rate,
     )

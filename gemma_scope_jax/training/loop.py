@@ -285,6 +285,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> runs.Run:
       FloatingPointError: if a loss is not finite.
     """
     run = runs.build(config, started=_started(config, workdir))
+    config = run.config
     with _locked(workdir):
         with contextlib.ExitStack() as held:
             # The end of this block waits for a save in progress, even after an error.

@@ -15,6 +15,7 @@ from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
+from gemma_scope_jax.runtime import devices as devices_lib
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.runtime.errors import RunError
 from gemma_scope_jax.runtime.reporting import say
@@ -27,7 +28,7 @@ from gemma_scope_jax.training import normalizer as normalizer_lib
 class Run:
     """A run's config, mesh, model and plan; also the form in which evaluation and export open a finished run."""
 
-    config: config_lib.Config
+    config: config_lib.Config  # gemma_dtype is a dtype, never "auto".
     mesh: jax.sharding.Mesh
     module: gm.nn.Transformer
     plan: step.Plan
@@ -51,9 +52,12 @@ def build(
         devices = jax.devices() if devices is None else devices
         data = config.mesh.data or plans.choose_data_axis(config, len(devices))
         mesh = sharding.make_mesh(data, config.mesh.latent, devices)
+    if config.gemma_dtype == "auto":
+        faster = devices_lib.faster_dtype(mesh.devices.flat[0])
+        config = dataclasses.replace(config, gemma_dtype=started.gemma_dtype if started else faster)
+    registry.dtype(config)
     module = registry.build_model(config.model)
     plan = plans.make_plan(config, module, mesh.shape["data"], mesh.shape["latent"], started)
-    registry.dtype(config)
     return Run(config, mesh, module, plan)
 
 

@@ -135,7 +135,7 @@ def latents(name, values):
 def gradients(scope, found, answer=None, against=None):
     placed = scope_lib.place_prompts(scope, [found.ids])
     chosen = (answer or found.answer[0], against or found.against[0])
-    metric = gradients_lib.metric_behind(found.ids, *chosen)
+    metric = gradients_lib.metric_after(found.ids, *chosen)
     return gradients_lib.differentiate(scope, placed, metric, gradients_lib.zeros(scope, placed, SPLICED))
 
 

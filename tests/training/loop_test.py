@@ -119,7 +119,7 @@ def test_the_step_is_traced_once_in_a_run(inputs, tmp_path, monkeypatch):
     loop.train(tiny.run_config(inputs), tmp_path / "run")
 
 
-def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, capsys):
+def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, capsys, monkeypatch):
     c = tiny.run_config(inputs)
     loop.train(c, tmp_path / "run")
     before = final_state(c, tmp_path / "run")
@@ -129,8 +129,12 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, c
     assert (export / "evaluation.json").read_text() == "an hour's work"
     jax.tree.map(np.testing.assert_array_equal, final_state(c, tmp_path / "run"), before)
 
-    longer = tiny.run_config(inputs, train__tokens=128 * 30)
-    loop.train(longer, tmp_path / "run")
+    # "auto" keeps the dtype that the run was started with, on whatever machine.
+    monkeypatch.setattr(devices, "faster_dtype", lambda device: "bfloat16")
+    longer = tiny.run_config(inputs, train__tokens=128 * 30, gemma_dtype="auto")
+    longer = loop.train(longer, tmp_path / "run").config
+    assert longer.gemma_dtype == loading.run_config(tmp_path / "run").gemma_dtype == "float32"
+    assert runs.build(dataclasses.replace(longer, gemma_dtype="auto")).config.gemma_dtype == "bfloat16"
     after = final_state(longer, tmp_path / "run")
     assert int(after.harvests) == int(after.draws) == 30
     assert logged_steps(tmp_path / "run") == list(range(1, int(after.step) + 1))

@@ -245,7 +245,7 @@ def _without(
     placed = scope_lib.place_copies(scope, attribution.ids, _ROWS)
     rows = len(placed)
     against = attribution_lib.MEAN if attribution.against is None else attribution.against[0]
-    metric = attribution_lib.metric_behind(attribution.ids, attribution.answer[0], against)
+    metric = attribution_lib.metric_after(attribution.ids, attribution.answer[0], against)
     # Row 0 ablates nothing. Every pass has edits for all SAEs, so that all passes share one compiled program.
     names, latent_N = (None, *names), np.append(0, latent_N)
     found = []

@@ -392,7 +392,7 @@ def attribute(
     placed = scope_lib.place_copies(scope, ids, 1)
     sites = tuple(dict.fromkeys(subject.spliced for subject in scope.subjects.values()))
     say(scope_lib.RUNNING)
-    passed = differentiate(scope, placed, metric_behind(ids, *chosen), zeros(scope, placed, sites))
+    passed = differentiate(scope, placed, metric_after(ids, *chosen), zeros(scope, placed, sites))
     parts = {
         name: parts_of(scope, name, passed.values, passed.gradients[subject.spliced], len(ids) - 1)
         for name, subject in scope.subjects.items()
@@ -437,7 +437,7 @@ def ask(
     return [masking.BOS, *ids[: token % len(ids) + 1]], (chosen_answer, chosen_against)
 
 
-def metric_behind(ids: Sequence[int], answer: int, against: int) -> Metric:
+def metric_after(ids: Sequence[int], answer: int, against: int) -> Metric:
     """The logit difference after the last of these tokens."""
     return Metric(*map(np.int32, (len(ids) - 1, answer, against)))
 

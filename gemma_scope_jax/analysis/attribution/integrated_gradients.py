@@ -61,10 +61,10 @@ def integrate(
     whole = gradients.differentiate(
         scope,
         placed,
-        gradients.metric_behind(ids, *chosen),
+        gradients.metric_after(ids, *chosen),
         gradients.zeros(scope, placed, [site]),
     )
-    fixed = gradients.metric_behind(ids, int(whole.answer_S[0]), int(whole.against_S[0]))
+    fixed = gradients.metric_after(ids, int(whole.answer_S[0]), int(whole.against_S[0]))
 
     def mean(alphas: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, jax.Array]:
         """The metric [N] at points of the path, and their weighted sum of gradients [L, O]."""

@@ -229,12 +229,12 @@ def _later(scope: Scope, name: str, to: str | None) -> list[str]:
     given = scope.subjects[name].spliced
     if to is not None and to not in scope.subjects:
         raise InputError(f"there is no SAE {quoted(to)}; choose from {', '.join(scope.subjects)}")
-    behind = [o for o, subject in scope.subjects.items() if _position(subject.site) > _position(given)]
-    if to is not None and to not in behind:
+    later = [o for o, subject in scope.subjects.items() if _position(subject.site) > _position(given)]
+    if to is not None and to not in later:
         raise InputError(f"{to} reads {scope.subjects[to].site}, which is not after {given} of {name}")
-    if not behind:
+    if not later:
         raise InputError(f"no SAE reads a site after {given} of {name}; open SAEs at several layers")
-    chosen = behind if to is None else [to]
+    chosen = later if to is None else [to]
     return sorted(chosen, key=lambda other: _position(scope.subjects[other].site))
 
 

