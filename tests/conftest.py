@@ -5,7 +5,7 @@ import os
 
 # LLVM's optimisations take longer than they save in programs as small as the tests'. Processes that tests start
 # inherit the setting.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
 import pytest
