@@ -37,7 +37,7 @@ def show(found: Forecast, dollars_per_chip_hour: float | None = None) -> bool:
         table.add_row(what, flops, f"{1000 * seconds:.1f}")
     tables.show(table)
     table = tables.Table("precision of the SAEs' products")
-    for heading in ("passes", "ms", "hours"):
+    for heading in ("passes", "ms per step", "hours"):
         table.add_column(heading, justify="right")
     for precision, passes in devices.PASSES.items():
         one = found.at(precision)
