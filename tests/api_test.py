@@ -153,7 +153,7 @@ def test_arguments_of_the_wrong_kind_are_said(run, model):
         gs.evaluate(3, model)
 
 
-def test_what_stands_at_the_end_of_a_notebooks_cell_is_short(run, model):
+def test_reprs_in_a_notebook_are_short(run, model):
     one = next(iter(run.saes.values()))
     results = gs.evaluate(run, model, rows=4, rows_per_batch=4, fast=True)
     assert repr(one) == f"LoadedSAE({one.name!r}, tiny, layer_1_resid_post, 64 latents)"
@@ -187,7 +187,7 @@ def test_saes_of_a_run_under_way_are_those_of_its_newest_checkpoint(run, tmp_pat
 
 
 def test_calls_leave_output_folder_and_signals_as_they_were(inputs, tmp_path, monkeypatch, capfd):
-    """And what they have to say goes to the logger."""
+    """Their messages go to the logger."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     logger, records = logging.getLogger("gemma_scope_jax"), []

@@ -54,7 +54,7 @@ SCRIPTS = ("train.py", "evaluate.py")
 
 
 class Broken(Exception):
-    """What must not happen has."""
+    """An attack found a fault."""
 
 
 # Commands in processes of their own.
@@ -116,7 +116,7 @@ class Process:
 
 
 def check_line(line: str) -> None:
-    """Raises Broken unless a message is one short line that a terminal takes for nothing else."""
+    """Raises Broken unless a message is one short line without control characters."""
     bad = [c for c in line if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
     if not line.strip() or len(line) > LONGEST_LINE or bad:
         raise Broken(f"a message of {len(line)} characters, {bad[:5]} among them: {line[:600]!r}")
@@ -207,7 +207,7 @@ def must(command: Sequence[str], folder: pathlib.Path, **how: object) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A folder with inputs, and what uninterrupted commands made of them."""
+    """A folder with inputs, and the results of uninterrupted commands."""
 
     folder: pathlib.Path
 
@@ -216,7 +216,7 @@ class Base:
         return json.loads((self.folder / "seconds.json").read_text())[kind]
 
     def config(self, workplace: pathlib.Path, **changes: object) -> str:
-        """A config file of a small run, for train.py's --config; each workplace has a cache of rows of its own."""
+        """The config file of a small run; each workplace has its own cache of rows."""
         workplace.mkdir(parents=True, exist_ok=True)
         values = config.to_dict(
             tiny.run_config(self.folder, **{"data__folder": str(workplace / "rows"), **changes})
@@ -309,12 +309,12 @@ COMMANDS: dict[str, Callable[[Base, pathlib.Path], list[str]]] = {
 
 
 def records(path: pathlib.Path) -> list[list[int]]:
-    """The records of a file, in a process of its own: forks of one that has read some crash."""
+    """The records of a file, read in a separate process: forks of a process that has read records crash."""
     return [sorted(record) for record in array_record_module.ArrayRecordReader(str(path)).read_all()]
 
 
 def tree(folder: pathlib.Path) -> dict[str, object]:
-    """What lies in a folder, but for what is different each time."""
+    """The files of a folder, without those that differ each time."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -345,7 +345,7 @@ def tree(folder: pathlib.Path) -> dict[str, object]:
 
 
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
-    """The names of what differs."""
+    """The names of the files that differ."""
     return sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
 
 
@@ -375,13 +375,13 @@ def killed_at_event(number: int) -> None:
 
 
 def prepared(base: Base, kind: str, place: pathlib.Path) -> None:
-    """Lays into a workplace what a command needs: a finished run."""
+    """Puts a finished run, which a command needs, into a workplace."""
     if kind not in ("prepare", "train", "generate"):
         shutil.copytree(base.folder / "trained", place / "run", symlinks=True)
 
 
 def made(kind: str, place: pathlib.Path) -> dict[str, object]:
-    """What a command has made in a workplace."""
+    """The files that a command made in a workplace."""
     parts = {
         "prepare": "rows",
         "train": "run",
@@ -425,7 +425,7 @@ def kills(base: Base, rng: random.Random, place: pathlib.Path) -> str:
 
 
 def whole_or_absent(base: Base, kind: str, place: pathlib.Path) -> None:
-    """Raises Broken if an export that bears its name is not whole."""
+    """Raises Broken if an export under its final name is incomplete."""
     if kind == "export" and (place / "exported").exists():
         expected, found = made("export", base.folder / "whole"), made("export", place)
         for folder in {str(pathlib.PurePath(name).parent) for name in found if not is_partial(name)}:
@@ -435,12 +435,12 @@ def whole_or_absent(base: Base, kind: str, place: pathlib.Path) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a path has a part that is written under another name than its own."""
+    """Whether a part of a path is a temporary name."""
     return any(part.startswith(".") for part in pathlib.PurePath(name).parts)
 
 
 def compare(base: Base, kind: str, place: pathlib.Path) -> None:
-    """Raises Broken if a command has not made what it makes without an interruption."""
+    """Raises Broken if the results differ from those of an uninterrupted command."""
     expected, found = made(kind, base.folder / "whole"), made(kind, place)
     if kind == "evaluate":
         expected, found = ({k: v for k, v in e.items() if "evaluation" in k} for e in (expected, found))
@@ -455,7 +455,7 @@ def compare(base: Base, kind: str, place: pathlib.Path) -> None:
 
 
 def signals(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """The reader of a command's output dies, then come signals: it ends at once, and nothing is lost."""
+    """The reader of a command's output dies, then signals arrive: the command ends at once and loses nothing."""
     kind = rng.choice(["train"] * 4 + list(COMMANDS))
     prepared(base, kind, place)
     words, number = COMMANDS[kind](base, place), rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -495,7 +495,7 @@ def signals(base: Base, rng: random.Random, place: pathlib.Path) -> str:
 
 
 def damage(path: pathlib.Path, rng: random.Random) -> str:
-    """Changes a file, or puts something else in its place; returns what was done."""
+    """Changes or replaces a file; returns a description of the damage."""
     content = bytearray(path.read_bytes())
     size = max(len(content), 1)
     kinds = ["flip", "flip", "flip", "cut", "cut", "empty", "double", "garbage", "zeros", "grow", "delete"]
@@ -565,7 +565,7 @@ def damage(path: pathlib.Path, rng: random.Random) -> str:
 
 
 def in_little_memory(megabytes: int) -> Callable[[], None]:
-    """What lets a fork take only so much more of addresses than it has."""
+    """A function that limits how much more address space a fork can take."""
 
     def before() -> None:
         mapped = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -575,7 +575,7 @@ def in_little_memory(megabytes: int) -> Callable[[], None]:
 
 
 def damaged(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """A file of one kind is damaged; what reads it refuses in a line, or makes what it makes of the whole one."""
+    """One file is damaged: the command refuses it in one line, or its results are those of the undamaged file."""
     what = rng.choice(list(DAMAGED))
     folder, words, kind = DAMAGED[what](base, rng, place)
     files = [
@@ -824,7 +824,7 @@ def names(base: Base, rng: random.Random, place: pathlib.Path) -> str:
 
 
 def without_rights() -> None:
-    """Takes from this process what root may do that others may not: it obeys the bits of the files that it owns."""
+    """Takes root's privileges from this process, so that file permissions hold for it."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if libc.capset(header, none):
@@ -832,7 +832,7 @@ def without_rights() -> None:
 
 
 def rights(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """Folders that are read-only and files without a right to read: what needs none works, the rest is refused."""
+    """Read-only folders and unreadable files: commands that do not need them work, the others refuse in one line."""
     _copy(base, "trained", place)
     rows, text = _copy(base, "whole/rows", place, "rows"), place / "text.jsonl"
     shutil.copy(base.folder / "text.jsonl", text)
@@ -932,7 +932,7 @@ NONSENSE = [
 
 
 def numbers(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """A field of the config or a flag has a nonsense value: refused in a line, or what it gives is sane."""
+    """A config field or a flag has a nonsense value: the command refuses it in one line, or its results are sane."""
     _copy(base, "whole/rows", place, "rows")
     plain = config.flatten(tiny.run_config(base.folder))
     field, value = rng.choice(list(plain)), rng.choice(NONSENSE)
@@ -997,7 +997,7 @@ FLAGS = [
 
 
 def twins(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """One command twice at a time: both are done, or one waits or is refused, and what is made is right."""
+    """The same command runs twice at once: both finish, or one waits or is refused; the results are right."""
     kind = rng.choice(["evaluate", "evaluate", *COMMANDS])
     prepared(base, kind, place)
     words = COMMANDS[kind](base, place)
@@ -1014,7 +1014,7 @@ def twins(base: Base, rng: random.Random, place: pathlib.Path) -> str:
 
 
 def writers(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """Several processes write one file again and again, and some are killed: it is always whole, and none fails."""
+    """Several processes write one file repeatedly, and some are killed: it is always complete; no writer fails."""
     place.mkdir()
     path = place / "a.txt"
 
@@ -1054,7 +1054,7 @@ ATTACKS: dict[str, Callable[[Base, random.Random, pathlib.Path], str]] = {
 
 
 def main() -> int:
-    """Attacks, and tells what came of it."""
+    """Runs the attacks and prints their outcomes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1098,7 +1098,7 @@ def main() -> int:
 
 
 def imports() -> None:
-    """Imports what commands import late, so that forks need not."""
+    """Imports the modules that commands import late, so that forks need not."""
     import tensorflow_datasets  # noqa: F401
 
     from gemma_scope_jax.analysis.dashboards import build  # noqa: F401

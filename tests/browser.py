@@ -70,7 +70,7 @@ def beyond(page: pathlib.Path, width: int = 400, address: str = "") -> float:
 
 
 def click(selector: str) -> str:
-    """A script that clicks what a reader sees in the middle of the first element of a CSS selector."""
+    """A script that clicks the middle of the first element of a CSS selector."""
     return f"""
       const wanted = document.querySelector({selector!r});
       wanted.scrollIntoView();
@@ -80,5 +80,5 @@ def click(selector: str) -> str:
 
 
 def screenshot(page: pathlib.Path, picture: pathlib.Path, address: str = "", size: str = "1400,1000") -> None:
-    """Writes a PNG of what a window of a size shows."""
+    """Writes a PNG of the page in a window of a given size."""
     _run(page, address, f"--window-size={size}", f"--screenshot={picture}", "--virtual-time-budget=5000")

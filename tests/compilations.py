@@ -17,5 +17,5 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def so_far(*names: str) -> int:
-    """Compilations since this module was first imported, of functions of these names; of none, all."""
+    """The number of compilations since the first import of this module: of the named functions, or of all."""
     return sum(_compiled[name] for name in names) if names else _compiled.total()

@@ -1,4 +1,4 @@
-"""Configs say what is wrong with names and values, and remember which fields a run may change."""
+"""Configs: errors have names and values, and only some fields of a run can change."""
 
 import dataclasses
 import importlib
@@ -71,7 +71,7 @@ def test_all_sites_of_2b_are_78_saes_of_one_run():
     assert {b.name: len(b.members) for b in plan.banks} == {"stream": 52, "heads": 26}
 
 
-def test_gemma_scopes_transcoders_read_before_the_gain_and_are_scaled_by_what_they_read():
+def test_gemma_scopes_transcoders_read_before_the_gain_and_use_their_inputs_scale():
     c = importlib.import_module("configs.gemma2_2b").get_config("transcoder_16k").banks.main
     assert (c.sites, c.target_site, c.scale_target_by, c.skip) == (
         ("mlp_in_gain_free",),
@@ -127,7 +127,7 @@ def test_a_dtype_must_be_known():
     assert registry.dtype(config.Config(gemma_dtype="bfloat16")) == jax.numpy.bfloat16
 
 
-def test_a_run_is_continued_only_with_what_it_was_started_with():
+def test_a_run_continues_only_with_its_own_config():
     old = tiny.run_config(pathlib.Path("nowhere"))
     free = tiny.run_config(
         pathlib.Path("nowhere"), train__tokens=9999, log__checkpoint_every=7, mesh__data=2, evaluation__rows=3
@@ -157,7 +157,7 @@ def test_every_number_of_a_config_has_a_range():
 
 
 def _with(name, value):
-    """A whole config of which one field has another value."""
+    """A whole config with one field changed."""
     values = config.to_dict(tiny.run_config(pathlib.Path("nowhere")))
     *sections, field = name.replace("*", "main").split(".")
     section = values

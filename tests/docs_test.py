@@ -1,4 +1,4 @@
-"""The README says what was measured, and names what is there."""
+"""The documents: numbers equal the measured results, and named files, commands and functions exist."""
 
 import functools
 import json
@@ -94,7 +94,7 @@ def test_the_python_in_the_documents_runs(capsys):
 
 
 def test_the_python_of_looking_inside_runs(tiny_gemma, tmp_path, monkeypatch, capsys):
-    """On the small model, of which a letter is a token."""
+    """On the small model, whose tokens are letters."""
     subjects = {"layer_1": attached.Subject(toys.random_sae(), Site("resid_post", 1), None)}
     scope = scopes.make(tiny_gemma, subjects, held_out=tiny.tokens(4, 24, seed=4))
     monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
@@ -160,7 +160,7 @@ def python_of(document):
 @pytest.mark.silent
 @pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
 def test_the_python_of_the_first_pages_runs(document, inputs, tmp_path, monkeypatch, capsys):
-    """On the small model, whose weights are where the tests have them, and with one of its SAEs for Google's."""
+    """On the small model, with one of its SAEs instead of Google's."""
     monkeypatch.chdir(tmp_path)
     load_model = functools.partial(gs.load_model, weights=str(inputs / "weights"))
     monkeypatch.setattr(config_files, "load", lambda name: config.to_dict(tiny.run_config(inputs)))
@@ -207,7 +207,7 @@ DOCUMENTED = sorted({(document.name, line) for document in DOCUMENTS for line in
 
 @pytest.mark.parametrize(("document", "line"), DOCUMENTED)
 def test_every_command_in_the_documents_is_one(document, line, monkeypatch):
-    """As it stands, options in brackets taken as given: its arguments are read and nothing is run."""
+    """Each command is parsed as it is written, with options in brackets included; nothing is run."""
     words = shlex.split(line.replace("[", "").replace("]", "").replace(" ...", ""), comments=True)[1:]
     words = [re.sub(r"(?<==)N$", "7", PLACEHOLDERS.get(word, word) or "") for word in words]
     words = [word for word in words if word and word != "--FIELD" and word != "VALUE"]

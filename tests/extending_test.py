@@ -1,4 +1,4 @@
-"""The page about adding one's own, run as it stands, and what it adds used from training to export."""
+"""The page on extending, run as it is written; its additions are used from training to export."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
 
 @pytest.fixture(scope="module")
 def page():
-    """What the page defines; the tables are as they were afterwards."""
+    """The names that the page defines; the tables are restored afterwards."""
     tables = (objectives.OBJECTIVES, metrics.METRICS, formats.FORMATS, registry.MODELS)
     before = [dict(table) for table in tables]
     names = {}
@@ -109,8 +109,8 @@ def test_a_capped_latent_fires_no_stronger_and_no_other_changes(page):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_what_is_registered_again_takes_the_place_of_the_former(page):
-    """As when a config file is read again in one process, or a cell of a notebook is run again."""
+def test_registering_again_replaces(page):
+    """For example, a config file is read again in the same process, or a notebook's cell is run again."""
     again = dataclasses.replace(objectives.OBJECTIVES["frequent"])
     objectives.register("frequent", again)
     assert objectives.OBJECTIVES["frequent"] is again
@@ -121,8 +121,8 @@ def test_what_is_registered_again_takes_the_place_of_the_former(page):
     metrics.register("strongest_share", kept)
 
 
-def test_an_evaluation_does_not_go_on_with_what_another_metric_of_the_same_name_measured(page):
-    """What is kept of a batch is another's wherever these differ; the same code read again is the same."""
+def test_an_evaluation_does_not_resume_with_another_metrics_numbers(page):
+    """Stored batches belong to a metric's code: different code does not reuse them, the same code does."""
     kept, before = metrics.METRICS["strongest_share"], metrics.definitions()
     again = types.FunctionType(kept.measure.__code__.replace(), {})
     metrics.register("strongest_share", dataclasses.replace(kept, measure=again))
@@ -152,12 +152,12 @@ def test_a_metrics_code_has_one_digest_in_every_process():
 
 
 @pytest.mark.parametrize("name", ["count", "error", "explained", "loss", "variance", "activations"])
-def test_a_metric_cannot_take_the_place_of_what_is_summed_anyway(name):
+def test_a_metric_cannot_replace_a_sum_of_the_package(name):
     with pytest.raises(ValueError, match=f"the metric name '{name}' is taken"):
         metrics.register(name, metrics.Metric("x", "y", measure=len))
 
 
-def test_what_is_taken_is_refused():
+def test_taken_names_are_refused():
     with pytest.raises(ValueError, match="the metric name 'fvu' is taken"):
         metrics.register("fvu", metrics.Metric("x", "y", measure=len))
     with pytest.raises(ValueError, match="has neither measure nor reduce"):

@@ -1,4 +1,4 @@
-"""Runs, a checkpoint in mid-run and exports of the first generation of this code open and evaluate as they did.
+"""Runs, a mid-run checkpoint and exports of the first generation of this code still open and evaluate.
 
 `fixtures/first_generation.tar.xz` was made by commit 2174244: the small model and its text (`inputs`), a run of 20
 steps (`finished`) with its evaluation on eight rows, the same run stopped after six (`stopped`), and the finished one
@@ -52,7 +52,7 @@ def test_a_finished_run_has_the_saes_that_it_wrote(first_generation):
         assert_same(sae, written[name], rtol=2e-6, atol=1e-6)  # Folded once more.
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(first_generation):
+def test_a_stopped_run_continues_to_the_same_end(first_generation):
     workdir = first_generation / "stopped"
     loop.train(loading.run_config(workdir), workdir)
     assert int(runs.open_run(workdir)[1].step) == 20

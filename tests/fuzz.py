@@ -1,8 +1,8 @@
-"""Breaks files of every format in many ways and reads them: in little memory and without hanging.
+"""Damages files of every format in many ways and reads them, in little memory and without hanging.
 
     python tests/fuzz.py FOLDER COUNT
 
-Prints how many were read and how many refused; dies of anything else than a ValueError.
+Prints how many were read and how many refused; any exception other than ValueError ends it.
 """
 
 import collections
@@ -135,7 +135,7 @@ def mutate(path: pathlib.Path, rng: random.Random) -> None:
 
 
 def main(folder: pathlib.Path, count: int) -> None:
-    """Mutates and reads so many."""
+    """Damages and reads COUNT files."""
     found = collections.Counter()
     places = originals(folder / "originals")
     for place in places:  # What is read once, is imported.
@@ -165,7 +165,7 @@ def main(folder: pathlib.Path, count: int) -> None:
 
 
 def read(place: pathlib.Path) -> None:
-    """All that lies there."""
+    """Reads all SAEs of the folder."""
     if place.name == "multi_layer":
         gemma_scope_2.read_layers(place)
     elif place.name == "evaluation":

@@ -1,4 +1,4 @@
-"""A program that loads a Gemma of some megabytes a block, and says what memory that took.
+"""A program that loads a Gemma with blocks of some megabytes, and prints the memory that this took.
 
 python tests/loads.py PATH BLOCKS COUNT...
 """
@@ -45,7 +45,7 @@ def resident(key: str) -> int:
 
 
 def bytes_read() -> int:
-    """What this process has read until now, from a disk or from the system's memory of one."""
+    """The bytes that this process has read so far, from a disk or from the system's cache."""
     return int(re.search(r"rchar: (\d+)", pathlib.Path("/proc/self/io").read_text())[1])
 
 

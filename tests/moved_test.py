@@ -1,4 +1,4 @@
-"""What lay flat in the package before it had rooms can still be imported, with a warning that says where it is."""
+"""Modules that moved can still be imported by their old names, with a warning that has the new name."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The notebooks of the tutorials run on Gemma 3 270M, and find what was planted in its SAE."""
+"""The tutorials' notebooks run on Gemma 3 270M and find the latents that were planted in an SAE."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ NAVY, WOMEN = 62, 63  # The last latents; the others are of tokens of the text.
 
 
 def activations(loaded, rows):
-    """Behind BOS, [N, D] of each row."""
+    """The activations [N, D] of each row, without BOS."""
     padded = np.full((len(rows), max(map(len, rows))), masking.PAD, np.int32)
     for row_L, row in zip(padded, rows, strict=True):
         row_L[: len(row)] = row

@@ -1,4 +1,4 @@
-"""pyproject.toml declares what is imported, and requirements.txt has versions in its ranges."""
+"""pyproject.toml declares all imported packages, and requirements.txt has versions in its ranges."""
 
 import ast
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What is said here of a quickstart SAE, for tests/peers/evaluation.py and tests/peers/bench.py to say too.
+"""Our evaluation of a quickstart SAE, which tests/peers/evaluation.py and tests/peers/bench.py repeat.
 
 python tests/peers_evaluation.py FOLDER [RUN]
 
@@ -48,9 +48,9 @@ def exported(folder: pathlib.Path, run: pathlib.Path | None) -> pathlib.Path:
 
 
 def one_document_each(rows: token_rows.Rows, count: int) -> np.ndarray:
-    """The first so many rows, in the order in which they are evaluated, that are of one document without padding.
+    """The first rows, in the order of evaluation, that hold one document without padding.
 
-    Elsewhere a row has no documents: its tokens see all that stand before them.
+    Other tools do not separate documents: a token sees all tokens before it in its row.
     """
     tokens = np.asarray(rows.read(token_rows.order(len(rows), batching.ORDER_SEED, 0, 2 * count)).tokens)
     is_special = np.isin(tokens[:, 1:], (masking.BOS, masking.EOS, masking.PAD)).any(1)

@@ -1,4 +1,4 @@
-"""Evaluations of no SAE: random numbers, for what shows them."""
+"""Evaluations with random numbers, for tests of pages and tables."""
 
 import dataclasses
 

@@ -87,7 +87,7 @@ def rotate(x_LxNxH):
 
 
 def slow_gemma(ids, added=None):
-    """Logits [V] behind the last token, and activations, with something added at sites."""
+    """The logits [V] after the last token, and the activations, with arrays added at sites."""
     values, c = {}, tiny.TinyGemma.config
 
     def tap(kind, layer, value):
@@ -124,7 +124,7 @@ def slow_metric(found, added=None):
 
 
 def latents(name, values):
-    """In float64, nothing at BOS."""
+    """The latents in float64; zeros at BOS."""
     subject = SUBJECTS[name].sae
     pre = values[SUBJECTS[name].site] @ np.float64(subject.W_enc) + subject.b_enc
     f_LxM = np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
@@ -150,7 +150,7 @@ def test_the_two_likeliest_tokens_are_asked_for(found):
 @pytest.mark.parametrize(
     ("answer", "against", "token"), [("a", None, 4), ("z", "mean", -3), (None, "q", 0), ("a", "b", -1)]
 )
-def test_what_is_asked_for_is_measured_behind_its_token(scope, answer, against, token):
+def test_the_logits_are_read_after_the_chosen_token(scope, answer, against, token):
     ids = IDS[: range(1, len(IDS))[token] + 1]
     logits, _ = slow_gemma(ids)
     found = analysis.attribute(scope, TEXT, answer, against, token)
@@ -239,7 +239,7 @@ def test_integrated_parts_equal_an_integral_in_float64_and_add_up(scope, name):
         np.testing.assert_allclose(parts.part_N[n], (weight / 2 * slopes).sum(), rtol=1e-3)
 
 
-def test_what_gap_too_few_nodes_leave_is_said(scope, capsys):
+def test_the_gap_of_too_few_nodes_is_reported(scope, capsys):
     found = analysis.integrate(scope, TEXT, "mlp", tolerance=1e-9, most_nodes=4)
     gain = found.metric - found.integral.baseline
     parts = found.parts["mlp"]
@@ -251,7 +251,7 @@ def test_what_gap_too_few_nodes_leave_is_said(scope, capsys):
     assert f"minus gain: {found.integral.gap:.2g}, with 4 nodes" in " ".join(capsys.readouterr().out.split())
 
 
-def test_ablations_do_what_taking_a_latent_out_does_in_float64(found, ablated):
+def test_ablations_equal_removing_a_latent_in_float64(found, ablated):
     _, values = slow_gemma(IDS)
     clean = slow_metric(found)
     assert len(ablated.sae) == 24 and len(set(ablated.sae)) >= 4
@@ -316,7 +316,7 @@ def test_ablations_of_prompts_are_those_of_each(scope, ablated):
     assert pooled.sae == ablated.sae + alone.sae
 
 
-def test_several_devices_give_what_one_gives(scope, found, ablated, tiny_gemma):
+def test_several_devices_agree_with_one(scope, found, ablated, tiny_gemma):
     # Of three, which do not divide the rows of a pass.
     several = scope_on(sharding.make_mesh(1, 3, jax.devices()[:3]), tiny_gemma)
     placement = placement_lib.gemma_placement(several.gemma.mesh, split=True)
@@ -351,7 +351,7 @@ def test_several_devices_give_what_one_gives(scope, found, ablated, tiny_gemma):
         ({"answer": "a", "against": "a"}, "answer and against are both 'a'"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(scope, options, message):
+def test_invalid_questions_are_refused(scope, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         analysis.attribute(scope, **{"prompt": TEXT} | options)
 
@@ -437,7 +437,7 @@ def command(**options):
     analysis_lib.attribute(**{"path": "run", "top": 3} | options)
 
 
-def test_the_command_writes_what_it_is_asked_for(scope, found, monkeypatch, tmp_path, capsys):
+def test_the_command_writes_the_requested_files(scope, found, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(analysis, "open_scope", lambda path, **_: scope)
     command(prompt=TEXT, ablate=24, html=tmp_path / "a.html", png=tmp_path / "a.png")
     shown = capsys.readouterr().out

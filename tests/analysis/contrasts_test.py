@@ -41,7 +41,7 @@ def scope(tiny_gemma):
 
 @pytest.fixture(scope="module")
 def slow(scope, tiny_gemma):
-    """By SAE, activations [L, M] of each prompt alone, without BOS, in float64."""
+    """The activations [L, M] of each prompt by SAE, in float64: prompts run alone, and BOS is left out."""
     found = {name: [] for name in SITES}
     for prompt in PROMPTS:
         tokens = jnp.array([[masking.BOS, *tiny.encode(prompt)]])
@@ -54,7 +54,7 @@ def slow(scope, tiny_gemma):
 
 
 @pytest.mark.parametrize("at", module.AT)
-def test_what_stands_for_a_prompt_equals_slow_numpy(scope, slow, at):
+def test_a_prompts_features_equal_slow_numpy(scope, slow, at):
     features, means = module.features_of(scope, PROMPTS, at)
     of = {"mean": lambda f: f.mean(0), "max": lambda f: f.max(0), "last": lambda f: f[-1]}
     for name in SITES:
@@ -156,7 +156,7 @@ def test_numbers_are_of_all_saes_together_and_silent_latents_are_left_out(monkey
     assert result.smallest_p == pytest.approx(2 / (10 * 36 / 0.05 + 1))
 
 
-def test_it_shows_draws_and_writes_what_was_found(monkeypatch, scope, tmp_path, capsys):
+def test_results_are_shown_drawn_and_written(monkeypatch, scope, tmp_path, capsys):
     rng = np.random.default_rng(0)
     features = {"a": rng.random((20, 30))}
     features["a"][:10, 7] += 2
@@ -178,7 +178,7 @@ def test_it_shows_draws_and_writes_what_was_found(monkeypatch, scope, tmp_path, 
     assert one["latent"] == 7 and one["auroc"] == 1 and one["q"] == float(result.of["a"].q_M[7])
 
 
-def test_few_prompts_say_what_they_can_show(monkeypatch, scope):
+def test_too_few_prompts_are_reported(monkeypatch, scope):
     # All but those planted are the same in both sets, place by place.
     features = {"a": np.tile(np.random.default_rng(0).random((4, 30)), (2, 1))}
     features["a"][:4, :3] += 2
@@ -214,6 +214,6 @@ def test_few_prompts_say_what_they_can_show(monkeypatch, scope):
         ([], list("efgh"), {}, "0 and 4 prompts"),
     ],
 )
-def test_what_cannot_be_is_refused(scope, first, second, options, message):
+def test_invalid_requests_are_refused(scope, first, second, options, message):
     with pytest.raises(ValueError, match=message):
         analysis.contrast(scope, first, second, **options)

@@ -64,7 +64,7 @@ def corrected(scope, found):
 
 
 def slow_final(scope, tokens_1xL, ablated):
-    """The stream behind the last block; sites without those latents, in float64."""
+    """The residual stream after the last block, in float64, with some latents ablated."""
     write = {}
     for name in {name for name, _ in ablated}:
         subject = scope.subjects[name]
@@ -88,7 +88,7 @@ def slow_behaviour(scope, prompt, ablated=()):
     return float(logits[tiny.encode("x")[0]] - logits[tiny.encode("y")[0]])
 
 
-def test_a_behaviour_is_a_difference_of_logits_behind_each_prompt(scope):
+def test_a_behaviour_is_a_difference_of_logits_after_each_prompt(scope):
     prompts = ["q", *NEW_SECOND, "rivers of sun"]
     expected = [slow_behaviour(scope, prompt) for prompt in prompts]
     np.testing.assert_allclose(analysis.behaviour(scope, prompts, "x", "y"), expected, atol=1e-4)
@@ -202,7 +202,7 @@ def test_gaps_and_their_errors_by_hand(tmp_path):
     np.testing.assert_allclose(pairs.change_se, np.std([-2, -3], ddof=1) / np.sqrt(2))
 
 
-def test_it_shows_and_writes_what_came_out(corrected, tmp_path, capsys):
+def test_results_are_shown_and_written(corrected, tmp_path, capsys):
     corrected.show()
     shown = capsys.readouterr().out
     assert "logit of 'x' minus that of 'y'" in shown and corrected.about() in " ".join(shown.split())
@@ -245,7 +245,7 @@ def test_halves_hold_each_prompt_once_and_keep_pairs():
         ({"rows": -1}, "rows is -1; it must be at least 0"),
     ],
 )
-def test_what_cannot_be_is_refused(scope, found, change, message):
+def test_invalid_requests_are_refused(scope, found, change, message):
     given = {"answer": "x", "against": "y", "first": NEW_FIRST, "second": NEW_SECOND} | change
     with pytest.raises(ValueError, match=message):
         analysis.correct(scope, found, **given)

@@ -1,4 +1,4 @@
-"""What latents fire on, against slow NumPy: places, passages, counts, samples; and what decoder directions say."""
+"""Dashboards against slow NumPy: where latents fire, passages, counts, samples, and logits of decoder directions."""
 
 import dataclasses
 
@@ -164,7 +164,7 @@ def test_batches_change_nothing(tiny_gemma, subjects, rows, gathered, per_batch)
         same(again[name], gathered[name], exact=False)
 
 
-def test_eight_devices_find_what_one_does(tiny_gemma, subjects, rows, gathered):
+def test_eight_devices_agree_with_one(tiny_gemma, subjects, rows, gathered):
     mesh = sharding.make_mesh(4, 2)
     everywhere = jax.device_put(tiny_gemma.params, jax.NamedSharding(mesh, sharding.REPLICATED))
     loaded = tiny_gemma.replace(mesh=mesh, params=everywhere)
@@ -174,10 +174,10 @@ def test_eight_devices_find_what_one_does(tiny_gemma, subjects, rows, gathered):
 
 
 class Stopped(Exception):
-    """Where a pass is cut off."""
+    """Ends a pass early."""
 
 
-def test_a_pass_that_is_cut_off_goes_on(tiny_gemma, subjects, rows, tmp_path, monkeypatch):
+def test_an_interrupted_pass_resumes(tiny_gemma, subjects, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "SAVE_EVERY", 2)
     whole = collect.gather(tiny_gemma, subjects, rows, COUNT, 2, options=OPTIONS)
     read = []
@@ -246,8 +246,8 @@ def test_bands_hold_as_many_firings_each_and_begin_with_the_first_drawn():
     assert [value[band].tolist() for band in collect.bands(few, 0)] == [[5], [1]]
 
 
-def test_what_is_planted_is_found(tiny_gemma):
-    """A latent that reads a token's embedding fires where the token stands, and raises what it is made to raise."""
+def test_a_planted_latent_is_found(tiny_gemma):
+    """A latent that reads a token's embedding fires on that token, and raises the logits it was built for."""
     table = np.asarray(tiny_gemma.params["embedder"]["input_embedding"], np.float32)
     one = random_sae()
     W_enc, W_dec = np.zeros_like(one.W_enc), np.array(one.W_dec)
@@ -298,7 +298,7 @@ def test_logits_of_directions_equal_slow_numpy(tiny_gemma, monkeypatch, devices)
 
 
 def test_directions_of_heads_go_through_the_output_projection(tiny_gemma):
-    """What a head's output adds to the stream, by the model itself: its norm behind the projection only scales it."""
+    """The model itself gives a head's contribution to the stream; the norm after the projection only scales it."""
     site = Site("attn_out", 2)
     W_dec = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     found = decoder_directions.in_stream(tiny_gemma.params, site, W_dec)

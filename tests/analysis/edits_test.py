@@ -35,7 +35,7 @@ def scope(tiny_gemma):
 
 
 def run(scope, made, tokens=PROMPT, read=()):
-    """The stream behind the last block, and sites read, of as many tokens as there are."""
+    """The residual stream after the last block and the activations of sites, for all tokens."""
     loaded = scope.gemma
     placed = scope_lib.place_prompts(scope, [tokens])
     write = edits.writes(scope, made) if isinstance(made, list) else made
@@ -85,7 +85,7 @@ def test_latents_that_keep_their_values_change_no_logit(scope, name):
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_what_edits_make_of_a_site_equals_slow_numpy(scope, name):
+def test_edited_activations_equal_slow_numpy(scope, name):
     f_LxM, latent = firing(scope, name)
     often = (f_LxM > 0).sum(0)
     other = int(np.where(np.arange(64) == latent, -1, often).argmax())
@@ -104,7 +104,7 @@ def test_what_edits_make_of_a_site_equals_slow_numpy(scope, name):
     np.testing.assert_allclose(got, after[0], rtol=1e-4, atol=1e-4 * np.abs(after).max())
 
 
-def test_what_lies_before_the_first_token_that_is_changed_is_as_it_was(scope):
+def test_tokens_before_the_first_edit_do_not_change(scope):
     _, latent = firing(scope, "resid")
     clean, _ = run(scope, {})
     got, _ = run(scope, [analysis.add("resid", latent, 5.0, range(4, 6))])
@@ -125,7 +125,7 @@ def test_edits_at_one_site_add_up(scope):
     np.testing.assert_allclose((changed - clean)[0, 1:], np.tile(added, (len(PROMPT) - 1, 1)), atol=1e-4)
 
 
-def test_a_transcoder_reads_what_an_edit_made_of_its_site(scope):
+def test_a_transcoder_reads_the_edited_site(scope):
     x, y = (value[None] for value in run(scope, {}, read=(READ, MLP))[1].values())
     tokens = jnp.asarray([PROMPT])
     passed = {}
@@ -186,7 +186,7 @@ def test_generation_with_edits_equals_running_everything_again(scope, tokens):
     assert reply != clean
 
 
-def test_nothing_is_compiled_anew_for_other_values(scope):
+def test_other_values_do_not_compile_again(scope):
     run(scope, [analysis.clamp("resid", 1, 2.0), analysis.ablate("transcoder", 2)])
     compiled = compilations.so_far("written")
     run(scope, [analysis.add("resid", 9, 1.0, "prompt"), analysis.scale("transcoder", 4, 3.0, range(2))])
@@ -209,6 +209,6 @@ def test_nothing_is_compiled_anew_for_other_values(scope):
         ([analysis.scale("resid", 1, float("nan"))], "the scale of an edit is nan"),
     ],
 )
-def test_what_cannot_be_is_refused(scope, made, message):
+def test_invalid_requests_are_refused(scope, made, message):
     with pytest.raises(ValueError, match=message):
         edits.writes(scope, made)

@@ -25,14 +25,14 @@ IN, OUT = Site("mlp_in", 2), Site("mlp_out", 2)
 
 
 def identity() -> jumprelu.SAE:
-    """Of twice its width, one latent for each sign: it gives back what it reads, bit for bit."""
+    """An SAE with a latent for each dimension and sign; its reconstruction equals its input bit for bit."""
     both = np.concatenate([np.eye(32), -np.eye(32)]).astype(np.float32)
     zeros = np.zeros(64, np.float32)
     return jumprelu.SAE(both.T, zeros, zeros, both, np.zeros(32, np.float32))
 
 
 def of_heads() -> jumprelu.SAE:
-    """On the 64 values of the heads."""
+    """An SAE on the 64 values of the heads."""
     rng = np.random.default_rng(9)
     w = rng.normal(size=(64, 48)).astype(np.float32)
     return jumprelu.SAE(
@@ -65,7 +65,7 @@ def softmax(logits):
 
 
 def reconstruction(name, values):
-    """In float64: y, latents and what takes y's place."""
+    """The target, the latents and the reconstruction, in float64."""
     subject = SUBJECTS[name]
     x, y = (np.float64(values[site][0]) for site in (subject.site, subject.spliced))
     pre = x @ np.float64(subject.sae.W_enc) + subject.sae.b_enc
@@ -75,7 +75,7 @@ def reconstruction(name, values):
 
 @pytest.fixture(scope="module")
 def walked(tiny_gemma):
-    """All sites' activations, and a function that gives p [L, V] of next tokens with sites written."""
+    """The activations of all sites, and a function: next-token probabilities [L, V] with sites replaced."""
     tokens = jnp.asarray([PROMPT])
     sites = {site for subject in SUBJECTS.values() for site in (subject.site, subject.spliced)}
     x = forward.embed(tiny_gemma, tokens)
@@ -138,7 +138,7 @@ def test_the_lens_equals_slow_numpy(flow, walked, tiny_gemma):
     check(lens.output, 0, predict({})[1:])
 
 
-def test_what_an_sae_gives_back_exactly_costs_nothing_and_looks_the_same(flow):
+def test_an_exact_reconstruction_costs_nothing_and_looks_the_same(flow):
     number = flow.names.index("perfect")
     # The clean row is another of the same pass.
     np.testing.assert_allclose(flow.delta_loss_ExL[number, :-1], 0, atol=1e-5)
@@ -271,7 +271,7 @@ def test_the_terminal_shows_means_and_the_last_token(flow, capsys, monkeypatch):
         ("law", "", "is 0 tokens"),
     ],
 )
-def test_what_cannot_be_is_refused(tiny_gemma, text, answer, message):
+def test_invalid_requests_are_refused(tiny_gemma, text, answer, message):
     scope = open_scope(tiny_gemma, sharding.one_device(), ("deep",))
     with pytest.raises(ValueError, match=message):
         analysis.flow(scope, text, answer)

@@ -1,4 +1,4 @@
-"""What a latent feeds, against finite differences and ablation by hand on Gemma with a site replaced."""
+"""The links between latents against finite differences, and against ablation by hand on Gemma."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ PROMPT = [masking.BOS, *tiny.encode(TEXT)]
 
 
 def of_heads() -> jumprelu.SAE:
-    """On the 64 values of the heads."""
+    """An SAE on the 64 values of the heads."""
     rng = np.random.default_rng(9)
     w = rng.normal(size=(64, 48)).astype(np.float32)
     return jumprelu.SAE(
@@ -32,7 +32,7 @@ def of_heads() -> jumprelu.SAE:
 
 
 def partly_silent(seed: int) -> jumprelu.SAE:
-    """Of whose latents those from 48 on never fire."""
+    """An SAE whose latents from 48 on never fire."""
     made = random_sae(seed)
     return made.replace(threshold=np.where(np.arange(64) < 48, made.threshold, 1e9).astype(np.float32))
 
@@ -62,7 +62,7 @@ def pre_activations(subject, x):
 
 
 def latents(subject, x):
-    """In float64; BOS has none."""
+    """The latents in float64; zeros at BOS."""
     pre = pre_activations(subject, x)
     f = np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
     f[0] = 0
@@ -70,7 +70,7 @@ def latents(subject, x):
 
 
 class Walk:
-    """Gemma on a prompt with a latent's part at its site taken so many times."""
+    """Gemma on a prompt, with a latent's contribution to its site multiplied by a factor."""
 
     def __init__(self, loaded, name, tokens):
         self.loaded, self.subject, self.tokens = loaded, SUBJECTS[name], jnp.asarray([tokens])
@@ -96,7 +96,7 @@ def linked(request, scope):
     return walk, latent, analysis.links(scope, request.param, latent, text=TEXT)
 
 
-def test_later_saes_are_those_that_read_behind_what_is_given(linked):
+def test_later_saes_read_sites_after_the_given_one(linked):
     _, _, found = linked
     behind = {
         "source": ["heads", "transcoder", "reads", "free", "last"],
@@ -120,7 +120,7 @@ def test_effects_are_those_of_ablation_by_hand(linked):
         assert np.abs(effect_M).max() > 0.01
 
 
-def test_attributions_are_finite_differences_of_what_fires(linked):
+def test_attributions_are_finite_differences_of_firing_latents(linked):
     walk, latent, found = linked
     step = 1e-2
     shares = (1 + step / 2, 1 - step / 2, 1 + step, 1 - step)
@@ -153,7 +153,7 @@ def test_weights_meet_in_the_stream(linked, scope):
         np.testing.assert_allclose(found.cosine[name], written @ reads / lengths, rtol=1e-5)
 
 
-def test_what_heads_write_meets_the_stream_behind_their_projection(scope):
+def test_heads_write_to_the_stream_after_their_projection(scope):
     weight_M, cosine_M = virtual_weights(scope, SUBJECTS["heads"], 0, SUBJECTS["last"])
     block = scope.gemma.params["layer_1"]
     w = np.float64(block["attn"]["attn_vec_einsum"]["w"]).reshape(64, 32)
@@ -242,7 +242,7 @@ def test_held_out_rows_on_several_devices(tiny_gemma):
         (("source", 1), "this scope has no held-out text"),
     ],
 )
-def test_what_cannot_be_is_refused(scope, arguments, message):
+def test_invalid_requests_are_refused(scope, arguments, message):
     with pytest.raises(ValueError, match=message):
         analysis.links(scope, *arguments)
 

@@ -68,7 +68,7 @@ def test_latents_of_a_subject_alone_are_in_the_order_asked_for():
     np.testing.assert_array_equal(made.W_dec, np.stack([of.W_dec[5], of.W_dec[2]]))
 
 
-def test_what_is_not_in_the_stream_raises_nothing(scope):
+def test_a_target_outside_the_stream_raises_no_logits(scope):
     frequency_M = analysis.activity(scope, 3, ["read"])["read"].frequency_M
     look = analysis.look_at(scope, "read", int(frequency_M.argmax()))
     assert look.raises is look.lowers is None
@@ -110,7 +110,7 @@ def test_ticks_of_the_histogram_are_few_and_apart(scope, f_SxLxM, bins):
         ("stream", 1, 0, "rows is 0; it must be at least 1"),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused(scope, name, latent, rows, message):
+def test_invalid_latents_are_refused(scope, name, latent, rows, message):
     with pytest.raises(ValueError, match=message):
         analysis.look_at(scope, name, latent, rows)
 

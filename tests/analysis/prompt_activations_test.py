@@ -83,7 +83,7 @@ def test_the_figure_has_the_latents_that_fire_most_in_the_order_of_the_text(read
     assert reading.figure().axes[0].get_title() == f"{next(iter(reading.latents))}: activations by token"
 
 
-def test_a_page_holds_text_as_text_and_what_fires(reading, tmp_path):
+def test_a_page_escapes_text_and_shows_activations(reading, tmp_path):
     reading.write_html(tmp_path / "a.html", top=3)
     html = (tmp_path / "a.html").read_text()
     assert "<b>second" not in html and "&lt;b&gt;second&lt;/b&gt;" in html

@@ -1,4 +1,4 @@
-"""Rank tests of many features at once, against SciPy and scikit-learn column by column."""
+"""Rank tests of many features together, against SciPy and scikit-learn one column at a time."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_auroc_of_pairs_counts_those_alone():
 
 
 def scipys_exact(first, second, is_paired):
-    """By SciPy's own way through all labelings, a column at a time."""
+    """SciPy's exact p-values over all labelings, one column at a time."""
     if is_paired:
 
         def statistic(x, y):
@@ -105,7 +105,7 @@ def test_random_shuffles_come_near_the_exact_p_and_never_below_the_smallest(is_p
 
 
 def test_three_that_fire_among_few_are_no_wonder():
-    """By hand: all three of 110 are among the ten with a chance of 10 · 9 · 8 / (110 · 109 · 108)."""
+    """By hand: all three of 110 are among the ten with probability 10 · 9 · 8 / (110 · 109 · 108)."""
     first, second = np.zeros((10, 1)), np.zeros((100, 1))
     first[:3, 0] = [1, 2, 3]
     assert stats.mannwhitneyu(first, second, method="asymptotic").pvalue < 1e-7

@@ -1,4 +1,4 @@
-"""Latents changed: against slow NumPy, generation by hand, and what is written on a command line."""
+"""Steering against slow NumPy and against generation by hand; and the syntax of edits on the command line."""
 
 import dataclasses
 import io
@@ -91,7 +91,7 @@ def test_a_latent_that_never_fired_has_no_typical_activation(scope):
         analysis.typical(scope, "resid", 5, 3)
 
 
-def test_what_cannot_be_measured_is_refused(scope):
+def test_invalid_measurements_are_refused(scope):
     with pytest.raises(ValueError, match="rows is 0"):
         analysis.activity(scope, 0)
     with pytest.raises(ValueError, match="there is no SAE 'other'"):
@@ -212,7 +212,7 @@ def test_a_sweep_is_shown(scope, values, capsys):
         ({"name": "input"}, "input reconstructs layer_2_mlp_in, which is not added to the residual stream"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(scope, arguments, message):
+def test_invalid_sweeps_are_refused(scope, arguments, message):
     with pytest.raises(ValueError, match=message):
         analysis.sweep(scope, **{"name": "resid", "latent": 1} | arguments)
 
@@ -226,7 +226,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize(("temperature", "samples"), [(0.0, 1), (1.0, 2)])
-def test_what_is_steered_equals_generation_by_hand(scope, values, temperature, samples):
+def test_steering_equals_generation_by_hand(scope, values, temperature, samples):
     prompts = PROMPTS[: 4 // samples]
     changes = [
         analysis.clamp("resid", often("resid", values), 9.0),
@@ -291,7 +291,7 @@ def test_a_browser_shows_replies_beside_each_other(tmp_path):
         ({"num_tokens": 0}, "num_tokens is 0"),
     ],
 )
-def test_what_cannot_be_steered_is_refused(scope, arguments, message):
+def test_invalid_steering_is_refused(scope, arguments, message):
     with pytest.raises(ValueError, match=message):
         analysis.steer(scope, **{"prompts": "a", "changes": [analysis.ablate("resid", 1)]} | arguments)
 
@@ -337,7 +337,7 @@ def test_edits_are_read_as_they_are_written(text, edit, is_typical):
         ("3+1@0:2147483647", "tokens of an edit are 0:2147483647"),
     ],
 )
-def test_what_is_no_edit_is_said(text, message):
+def test_invalid_edits_are_named(text, message):
     with pytest.raises(InputError, match=message):
         edit_syntax.parse(text)
 

@@ -64,7 +64,7 @@ def text_of(tokens, passage):
     return "".join(tokens[t] for t in passage[2])
 
 
-def test_the_files_hold_what_was_gathered(shown, folder):
+def test_the_files_equal_the_gathered_data(shown, folder):
     about, g = read(folder / "data" / "index.js"), shown.gathered
     assert about["count"] == g.count_M.tolist() and about["name"] == NAME
     np.testing.assert_allclose(about["max"], g.max_M, rtol=5e-3)
@@ -231,7 +231,7 @@ def test_a_browser_answers_to_clicks_typing_and_pointing(shown, folder):
     assert f"<title>{float(f'{shown.gathered.max_M[first]:.3g}'):g}</title>" in html
 
 
-def test_neuronpedias_files_hold_what_was_gathered(shown, tmp_path):
+def test_neuronpedias_files_equal_the_gathered_data(shown, tmp_path):
     neuronpedia.write(tmp_path, shown, 48, TEXT_OF)
     g = shown.gathered
     (path,) = tmp_path.glob("batch-*.json")
@@ -271,7 +271,7 @@ def test_neuronpedias_files_hold_what_was_gathered(shown, tmp_path):
 
 @pytest.fixture
 def opened(tiny_gemma, inputs, monkeypatch):
-    """What opening a path gives: two SAEs, one of which predicts what is not added to the stream."""
+    """A scope with two SAEs, one of which predicts a site that is not added to the stream."""
     config = tiny.run_config(inputs)
     places = Site("resid_post", 1), Site("mlp_in", 2)
     subjects = {

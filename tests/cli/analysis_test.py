@@ -1,4 +1,4 @@
-"""The commands that look inside, as they are typed: what each opens, prints and writes."""
+"""The analysis commands as they are typed: the files that they open and write, and their output."""
 
 import sys
 
@@ -20,7 +20,7 @@ SUBJECTS = {
 
 @pytest.fixture
 def command(tiny_gemma, tmp_path, monkeypatch, capsys):
-    """Runs a command in a folder of its own; gives what it prints, and what the path was opened with."""
+    """Runs a command in a new folder; returns its output and the arguments with which the path was opened."""
     scope = scopes.make(tiny_gemma, SUBJECTS, held_out=tiny.tokens(4, 24, seed=4))
     opened = {}
 
@@ -73,7 +73,7 @@ def test_links(command, tmp_path):
         command(*asked, "--to=other")
 
 
-def test_what_is_no_option_is_refused(command, capsys):
+def test_unknown_options_are_refused(command, capsys):
     with pytest.raises(SystemExit):
         command("links", "run", "--sae=shallow", "--latent=5", "--nothing=1")
     assert "Unrecognized options: --nothing" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, words that fail."""
+"""Parts that the commands share: errors in one line, and output streams that fail."""
 
 import os
 import re
@@ -26,7 +26,7 @@ from gemma_scope_jax.runtime import errors
         (KeyError("defect"), None),
     ],
 )
-def test_what_the_system_refuses_is_said_in_one_line_with_the_files_name(error, message):
+def test_errors_of_the_system_are_one_line_with_the_files_name(error, message):
     found = common.explain(error)
     assert found is None if message is None else re.fullmatch(f".*{message}.*", found) and len(found) < 500
 

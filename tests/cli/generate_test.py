@@ -12,7 +12,7 @@ from gemma_scope_jax.models import generation, masking, placement
 
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch, tiny_gemma):
-    """Runs the command on three texts; returns what it wrote."""
+    """Runs the command on three texts; returns the rows that it wrote."""
     monkeypatch.setattr(placement, "load_gemma", lambda config: tiny_gemma)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("stars é", "bread", "a")))

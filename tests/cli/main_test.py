@@ -1,4 +1,4 @@
-"""The command line: what is typed becomes a command's arguments, and what is mistyped is answered at once."""
+"""The command line: arguments are parsed into a command's parameters, and mistakes are answered at once."""
 
 import functools
 import inspect
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 
 def function_of(command):
-    """What a command calls, where the config named is the default one."""
+    """The function that a command calls with the default config."""
     return command.call(config.Config()) if command.has_fields else command.call
 
 
 @pytest.fixture
 def arguments_of(monkeypatch):
-    """What a command is called with where a line is typed."""
+    """The arguments that a command gets from a typed line."""
     called = {}
 
     def recording(function):
@@ -141,7 +141,7 @@ def test_every_option_has_help_a_type_and_a_range_and_every_command_an_example()
         (["evaluate", "run", "--split=other"], "invalid choice 'other' for argument '--split'"),
     ],
 )
-def test_mistakes_are_answered_with_what_was_meant(arguments, message, capsys):
+def test_mistyped_names_get_the_nearest_one(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main.run(arguments)
     said = " ".join(re.sub(r"[│|]", " ", capsys.readouterr().err).split())
@@ -167,7 +167,7 @@ def test_mistakes_are_answered_with_what_was_meant(arguments, message, capsys):
         (["train", "gemma2_2b:resid_mid_16k", "x"], ValueError, "gemma2_2b has no suite 'resid_mid_16k'"),
     ],
 )
-def test_what_there_is_not_is_said(arguments, error, message):
+def test_unknown_names_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         main.run(arguments)
 
@@ -233,7 +233,7 @@ def test_old_forms_are_understood_with_a_warning_that_says_the_new_one(arguments
         ("banks.main.layers=(3,)", "banks.main.layers", [3]),
     ],
 )
-def test_what_the_warning_of_an_old_form_says_can_be_typed(arguments_of, capsys, old, name, value):
+def test_the_new_form_in_a_warning_can_be_typed(arguments_of, capsys, old, name, value):
     was = arguments_of("train", "--config=quickstart", "--workdir=run", f"--config.{old}")
     new = capsys.readouterr().err.partition("type gemma-scope ")[2]
     now = arguments_of(*shlex.split(new))

@@ -1,4 +1,4 @@
-"""What a newcomer reads: the next command, what is refused at once, and options that say what they are."""
+"""Messages for newcomers: the next command, early refusals, and the help of options."""
 
 import re
 import shlex
@@ -82,7 +82,7 @@ def test_an_empty_text_to_continue_is_refused_before_anything_is_loaded(monkeypa
         ("publish", "RUN"),
     ],
 )
-def test_arguments_are_called_by_what_they_are(command, arguments, capsys):
+def test_arguments_have_clear_names(command, arguments, capsys):
     with pytest.raises(SystemExit):
         main.run([command, "--help"])
     assert re.search(

@@ -1,4 +1,4 @@
-"""Text becomes packed rows that keep what they must, in an order that depends on nothing but a seed."""
+"""Packing: rows keep all tokens that they must, and their order depends only on a seed."""
 
 import numpy as np
 import pytest
@@ -126,7 +126,7 @@ def test_a_tfds_dataset_is_read_by_name_in_the_order_of_its_files(tmp_path, file
         list(sources.documents("tfds:words_nowhere/train"))
 
 
-def test_texts_of_tfds_that_are_none_are_refused_with_their_number(tmp_path):
+def test_tfds_entries_that_are_not_text_are_refused_with_their_number(tmp_path):
     text, number = tfds.features.Text(), tfds.features.Scalar(np.int64)
     for name, feature, column, values, message in (
         ("latin", text, "text", ["a", b"\xe9"], "latin:1.0.0/train, example 1 is not in UTF-8"),
@@ -168,7 +168,7 @@ def test_the_held_out_documents_of_the_default_corpus_never_change():
 
 
 def test_rows_are_looked_for_by_names_of_ours_alone(tmp_path, monkeypatch):
-    """Of a file of others, any other name would be a folder whose code TFDS runs."""
+    """In a stranger's file, any other name would be a folder whose code TFDS runs."""
     here = tmp_path / "rows_0123456789abcdef" / "1.0.0"
     here.mkdir(parents=True)
     monkeypatch.setattr(

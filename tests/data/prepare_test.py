@@ -44,7 +44,7 @@ def test_a_row_must_have_room_for_the_chat_template(tmp_path):
         prepare.prepare_rows(short, tiny.load_tokenizer, "bytes")
 
 
-def test_every_source_gives_the_same_rows_and_splits_share_no_document(tmp_path):
+def test_every_source_makes_the_same_rows_and_splits_share_no_document(tmp_path):
     found = []
     for source in write_sources(tmp_path):
         assert list(sources.documents(str(source))) == texts()

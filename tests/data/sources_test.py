@@ -1,4 +1,4 @@
-"""Files of texts as others write them, whole and broken; each reader of JSON Lines takes and refuses the same."""
+"""Text files of other tools, intact and damaged; both readers of JSON Lines accept and refuse the same lines."""
 
 import codecs
 import gzip
@@ -80,7 +80,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name):
+def test_unreadable_text_is_named_with_its_line(tmp_path, name):
     content, message = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Tables in a terminal of 80 columns: none is wider, and no number is broken."""
+"""Tables in a terminal of 80 columns: no line is wider, and no number is broken over lines."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ def narrow(monkeypatch):
 
 @pytest.fixture
 def shown(capsys):
-    """What is printed; its lines are of at most 80 characters, without sentences that are no tables."""
+    """The printed tables, whose lines have at most 80 characters; sentences are left out."""
 
     def read(*sentences):
         text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Every table, figure and page with names as nobody would choose them: each is seen, none is obeyed."""
+"""Tables, figures and pages with hostile names: each is shown, and none is interpreted as markup."""
 
 import csv
 import re

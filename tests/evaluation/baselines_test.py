@@ -1,4 +1,4 @@
-"""Baselines are as sparse as the SAE, and as good as what they are can be."""
+"""Baselines: they have the SAE's L0, and are the best of their kind."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +50,7 @@ def test_they_are_as_sparse_as_the_sae(made, x):
 
 
 def test_principal_components_are_the_best_projection(made, x):
-    """By a singular value decomposition of the centred activations."""
+    """Against a singular value decomposition of the centred activations."""
     subject, found = made
     k, mean = round(l0_of(subject, x)[0]), x.astype(np.float64).mean(0)
     u, s, vt = np.linalg.svd(x - mean, full_matrices=False)

@@ -207,8 +207,8 @@ def summarized(text, f, wanted=100):
     )
 
 
-def test_random_firing_is_not_told_and_what_comes_before_is():
-    """A latent of a token, one of a token behind another, one of what was there five tokens ago, and noise."""
+def test_random_firing_is_not_detected_and_preceding_tokens_are():
+    """Four latents: for a token, for a token after another, for the token five positions earlier, and noise."""
     rows = rows_of(400)
     text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     tokens, kept = rows.tokens, text.half_RxL >= 0

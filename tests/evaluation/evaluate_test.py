@@ -126,7 +126,7 @@ def test_every_number_equals_slow_numpy(tiny_gemma, rows):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_spliced_transcoder_equals_slow_numpy(tiny_gemma, rows, skip):
-    """Its prediction, from what the MLP reads, takes the place of what the MLP gives."""
+    """The prediction from the MLP's input replaces the MLP's output."""
     read, target = Site("mlp_in", 1), Site("mlp_out", 1)
     rng = np.random.default_rng(2)
     W_skip = rng.normal(size=(32, 32)).astype(np.float32) if skip else None
@@ -198,7 +198,7 @@ def test_the_standard_error_shrinks_with_the_root_of_the_rows():
     assert np.isnan(metrics.ratio(numerator[:1], denominator[:1])[1])
 
 
-def test_an_evaluation_that_is_cut_off_goes_on_behind_the_last_whole_batch(
+def test_an_interrupted_evaluation_resumes_after_the_last_whole_batch(
     tiny_gemma, rows, tmp_path, monkeypatch
 ):
     subjects = {
@@ -304,7 +304,7 @@ def run(inputs, tmp_path_factory):
     return workdir
 
 
-def test_a_run_and_its_export_give_the_same_numbers(run, capsys, monkeypatch, inputs):
+def test_a_run_and_its_export_have_the_same_numbers(run, capsys, monkeypatch, inputs):
     results = evaluate_cli.evaluate_path(run, rows=8)
     stored = json.loads((run / "evaluation.json").read_text())
     assert set(stored["sae"]) == set(results) and len(results) == 2
@@ -379,8 +379,8 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
             evaluate_cli.evaluate_path(run, text=texts, out=run)
 
 
-def test_what_is_not_the_runs_own_overwrites_nothing(run, tmp_path, capsys):
-    """Another text, split or dtype, and baselines, have folders of their own; the page says what it is of."""
+def test_other_evaluations_overwrite_nothing(run, tmp_path, capsys):
+    """Another text, split or dtype, and baselines, go to separate folders; the page says what was evaluated."""
     other = tmp_path / "news.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"quite another text {i}"}) for i in range(5)))
     options = {"rows": 2, "is_fast": True}
@@ -462,7 +462,7 @@ def test_the_text_that_was_trained_on_is_known_by_any_name(run, inputs, tmp_path
     assert "also in the training text: 1, such as" in capsys.readouterr().out
 
 
-def test_what_looks_at_no_text_needs_none(run):
+def test_commands_that_read_no_text_need_none(run):
     opened = opening.open_path(run, text="not/here.jsonl")
     assert opened.subjects
     with pytest.raises(ValueError, match="matches no file"):
@@ -484,7 +484,7 @@ def test_saes_that_are_filed_with_other_means_are_held_against_one(tiny_gemma):
 
 
 def test_only_the_models_turns_count(run, tmp_path):
-    """On replies to prompts, in the chat template, as on rollouts of an instruction-tuned model."""
+    """Replies to prompts in the chat template, as in rollouts of an instruction-tuned model."""
     rollouts = tmp_path / "rollouts.jsonl"
     lines = [json.dumps({"prompt": "a", "text": "wxyz"}) for _ in range(3)]
     rollouts.write_text("\n".join(lines))
@@ -503,7 +503,7 @@ def test_only_the_models_turns_count(run, tmp_path):
 
 
 def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_path, monkeypatch):
-    """As a base model's SAEs in the instruction-tuned one, on the same rows."""
+    """For example, a base model's SAEs on the instruction-tuned model, with the same rows."""
     monkeypatch.setitem(registry.MODELS, "tiny-it", registry.MODELS["tiny"])
     same = evaluate_cli.evaluate_path(run, rows=8, out=tmp_path / "a", is_fast=True)
     weights.save_orbax(str(tmp_path / "weights"), tiny.params(0.31))
@@ -552,7 +552,7 @@ def test_paths_that_hold_nothing_are_refused(tmp_path, run):
         ),
     ],
 )
-def test_the_scripts_say_in_one_line_what_is_wrong(command, message, tmp_path):
+def test_the_scripts_report_errors_in_one_line(command, message, tmp_path):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     last_lines = done.stderr.strip().splitlines()[-3:]

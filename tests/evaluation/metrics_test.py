@@ -22,7 +22,7 @@ COUNT = 10
 
 
 def logits_in_float64(tiny_gemma, tokens_L, write):
-    """Of one row alone, and the site's activations, with `write` in their place."""
+    """The logits of one row and the site's activations, with the site replaced by `write`."""
     row = jnp.asarray(tokens_L)[None]
     x = forward.embed(tiny_gemma, row)
     x = forward.run_blocks(tiny_gemma, x, row, range(4), write={SITE: write})[0]
@@ -66,7 +66,7 @@ def slow(measured, tiny_gemma):
         )
 
         def centred(value, row=row, kept=kept):
-            """In float32, by plain differentiation of all logits at once."""
+            """The centred gradient in float32, by differentiating all logits together."""
             out = forward.embed(tiny_gemma, row[None])
             write = {SITE: lambda _: value}
             out = forward.run_blocks(tiny_gemma, out, row[None], range(4), write=write)[0]
@@ -211,7 +211,7 @@ def test_every_standard_error_is_that_of_rows_drawn_again(measured, slow):
 
 
 def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
-    """Of made-up losses, in which ablation costs much, as in a real model."""
+    """On made-up losses in which ablation costs much, as in a real model."""
     rng = np.random.default_rng(0)
     s, length = 60, 5
     scored = rng.integers(0, 2, size=(s, length)).astype(float)
@@ -255,7 +255,7 @@ def test_uniformity_by_hand():
 
 
 def test_divergence_by_hand(tiny_gemma, monkeypatch):
-    """Of (½, ½) from (¼, ¾) it is ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3; of anything from itself 0."""
+    """The divergence of (½, ½) from (¼, ¾) is ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3; of a distribution from itself it is 0."""
     table = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
     monkeypatch.setattr(predictions, "logits", lambda gemma, x: table[x[..., 0].astype(int)])
     clean, other = jnp.zeros((2, 5, 1)), jnp.array([[0.0], [1], [1], [0], [1]])[None].repeat(2, 0)
@@ -277,7 +277,7 @@ def test_logits_are_made_a_few_at_a_time_and_come_out_the_same(tiny_gemma, chunk
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_fast_leaves_out_what_costs_most_and_changes_nothing_else(measured, tiny_gemma):
+def test_fast_leaves_out_the_slow_metrics_and_changes_no_other(measured, tiny_gemma):
     subject, _, mean, result = measured
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     subjects = {"a": attached.Subject(subject, SITE, mean)}
@@ -289,7 +289,7 @@ def test_fast_leaves_out_what_costs_most_and_changes_nothing_else(measured, tiny
             np.testing.assert_allclose(value, full[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_eight_devices_give_what_one_gives(measured, tiny_gemma):
+def test_eight_devices_agree_with_one(measured, tiny_gemma):
     subject, _, mean, result = measured
     mesh = sharding.make_mesh(2, 4)
     placement = placement_lib.gemma_placement(mesh, True)
@@ -313,8 +313,8 @@ def test_a_silent_sae_has_no_uniformity():
     assert found["active_SxL"].sum() == 0 and found["l0_SxL"].sum() == 0
 
 
-def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch):
-    """At the site there is one vector, whatever the token; its mean in its place changes no prediction."""
+def test_constant_activations_have_no_fvu(tiny_gemma, monkeypatch):
+    """The site has the same vector for every token, so mean ablation changes no prediction."""
     constant = jnp.asarray(100 + np.random.default_rng(0).normal(size=32), jnp.float32)
     clean = passes.clean
 
@@ -341,7 +341,7 @@ def test_what_never_changes_has_no_fvu_and_that_is_said(tiny_gemma, monkeypatch)
     assert np.isnan(metrics.difference("fvu", result.by_row, result.by_row)).all()
 
 
-def test_what_is_not_finite_is_named_by_row_and_position(tiny_gemma):
+def test_activations_that_are_not_finite_are_named_by_row_and_position(tiny_gemma):
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     table = np.array(tiny_gemma.params["embedder"]["input_embedding"])
     table[rows.tokens[5, 2]] = np.nan

@@ -25,7 +25,7 @@ def written(tmp_path):
 
 
 def cells(html):
-    """What stands in the table, by SAE and number."""
+    """The cells of the table, by SAE and metric."""
     found = {}
     for name, row in re.findall(r'<tr data-name="([^"]+)">(.*?)</tr>', html, re.DOTALL):
         found.setdefault(name, {}).update(re.findall(r'data-number="(\w+)">([^<]+)<', row))
@@ -57,7 +57,7 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
         assert {metric.label, metric.definition} <= shown
 
 
-def test_what_matters_most_comes_first_each_with_a_line(written):
+def test_the_main_metrics_come_first_each_with_a_line(written):
     html = written[0].read_text()
     first = re.search('<table class="numbers">(.*?)</table>', html, re.DOTALL)[1]
     main = ["l0", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction"]
@@ -83,7 +83,7 @@ def test_the_page_does_not_scroll_sideways_and_its_summary_fits(tmp_path):
 
 
 @browser.needs_chromium
-def test_a_browser_shows_what_was_measured(written):
+def test_a_browser_shows_the_measured_numbers(written):
     path, results = written
     check(browser.dump(path), results)
     picture = path.with_name("shot.png")

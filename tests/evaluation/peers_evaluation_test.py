@@ -36,7 +36,7 @@ def show(capsys, title, columns, lines):
             print(f"{name:28}{theirs:28}" + "".join(f"{value:26.6f}" for value in values))
 
 
-def test_plain_torch_gives_our_numbers_by_our_definitions(capsys):
+def test_plain_torch_reproduces_our_numbers_by_our_definitions(capsys):
     ours, torch = read("ours"), read("saelens")["torch"]
     names = [name for name in torch if "|" not in name]
     show(capsys, "", ("here", "torch"), [(name, "", ours[name], torch[name]) for name in names])
@@ -45,7 +45,7 @@ def test_plain_torch_gives_our_numbers_by_our_definitions(capsys):
         check(torch[name], ours[name], name)
 
 
-def test_saelens_gives_our_numbers_where_it_means_the_same(capsys):
+def test_saelens_reproduces_our_numbers_where_definitions_agree(capsys):
     ours, found = read("ours"), read("saelens")
     here = {theirs: ours[name] for name, theirs in SAME.items()}
     here |= {"explained_variance": 1 - ours["fvu"], "never_fired": ours["dead_fraction"]}
@@ -59,7 +59,7 @@ def test_saelens_gives_our_numbers_where_it_means_the_same(capsys):
         assert delta == pytest.approx(ours["delta_loss"], rel=1e-3)
 
 
-def test_where_saelens_means_something_else_its_definitions_give_its_numbers(capsys):
+def test_where_definitions_differ_saelens_definitions_reproduce_its_numbers(capsys):
     ours, found = read("ours"), read("saelens")
     theirs = {
         name.removesuffix("|SAELens"): value
@@ -112,7 +112,7 @@ def test_saebench_takes_the_exported_sae():
     }
 
 
-def test_saebench_core_gives_our_numbers(capsys):
+def test_saebench_core_reproduces_our_numbers(capsys):
     ours, bench, torch = read("ours"), read("bench"), read("saelens")["torch"]
     spared, default = bench["core, BOS spared"], bench["core"]
     names = {theirs: ours[name] for name, theirs in SAME.items()}

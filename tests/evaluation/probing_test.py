@@ -198,7 +198,7 @@ def test_the_mean_over_tasks_counts_each_text_once():
 
 
 def test_a_latent_of_the_word_that_a_class_has_is_found(tiny_gemma, labelled):
-    """It alone classifies every text rightly, whatever else fires."""
+    """This latent alone classifies every text correctly, whichever other latents fire."""
     found = probing.read_labelled(labelled)
     rows_TxL, _ = probing.rows_of(found.texts, tiny.encode, 64)
     subjects = {"planted": attached.Subject(on_token(tiny.encode("Q")[0]), EMBED, None)}

@@ -1,4 +1,4 @@
-"""Evaluations side by side: what is compared with what, and how sure a difference is."""
+"""Comparing evaluations: the pairs that are compared, and the error of a difference."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def suite(*names):
     return side_by_side.Suite({}, {name: types.SimpleNamespace() for name in names})
 
 
-def test_saes_stand_side_by_side_by_name_or_else_in_order():
+def test_saes_are_paired_by_name_or_otherwise_in_order():
     a, b = suite("x", "y"), suite("y", "z")
     assert side_by_side.rows_of({"a": a, "b": b}) == [{"a": "x"}, {"a": "y", "b": "y"}, {"b": "z"}]
     assert side_by_side.rows_of({"a": a, "b": suite("p", "q")}) == [
@@ -89,7 +89,7 @@ def test_other_rows_leave_a_difference_without_an_error():
     assert not side_by_side._same_text(side_by_side.Suite({}, {}), side_by_side.Suite({}, {}))
 
 
-def test_folders_are_told_apart(tmp_path):
+def test_folders_are_distinguished(tmp_path):
     folders = [tmp_path / "one" / "eval", tmp_path / "two" / "eval"]
     assert side_by_side.labels(folders) == ["one/eval", "two/eval"]
     with pytest.raises(ValueError, match="given twice"):
@@ -176,7 +176,7 @@ def test_an_evaluation_of_a_stranger_is_refused_in_a_line(text, tmp_path):
     ],
     ids=["length", "object", "dimensions", "nan", "text", "bomb"],
 )
-def test_arrays_of_a_stranger_are_what_they_should_be_or_are_refused(arrays, message, tmp_path):
+def test_a_strangers_arrays_are_checked(arrays, message, tmp_path):
     folder = evaluated(tmp_path / "a", arrays={**by_row(1), **arrays})
     tracemalloc.start()
     with pytest.raises(ValueError, match=rf"evaluation\.npz is not a valid npz file: {message}"):

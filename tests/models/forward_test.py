@@ -155,7 +155,7 @@ def test_a_site_that_is_not_passed_is_refused(tiny_gemma, tokens):
 
 
 def test_many_sites_are_read_and_written_in_one_walk(tiny_gemma, tokens):
-    """A site is read before it is written, and sees what was written before it; reading changes nothing."""
+    """A site is read before it is written, after the writes to earlier sites; reading changes nothing."""
     first, second = Site("attn_out", 0), Site("mlp_in_gain_free", 2)
     x = forward.embed(tiny_gemma, tokens)
     clean, values = forward.run_blocks(tiny_gemma, x, tokens, range(4), read=ALL_SITES)

@@ -1,4 +1,4 @@
-"""Google's package is imported without what it imports to train, and nobody else sees what stands in for that."""
+"""Google's package is imported without its training dependencies, and other code does not see the stand-ins."""
 
 import os
 import pathlib
@@ -28,6 +28,6 @@ def test_neither_tensorflow_nor_a_trainer_is_imported_and_both_can_be_had_afterw
     assert shown.splitlines() == ["[]", "load_params", "(1,)"]
 
 
-def test_what_was_imported_before_stays():
+def test_modules_imported_before_stay():
     code = "import tensorflow; from gemma_scope_jax.models import gemma_package; print(tensorflow.__version__[0])"
     assert run(code).strip() == "2"

@@ -36,7 +36,7 @@ def prompts(seed=0):
 
 
 def add_to_replies(vector, x_SxLxD, where):
-    """Steering, behind the prompt alone."""
+    """Steering that acts on replies only."""
     return jnp.where(where.is_prompt_SxL[..., None], x_SxLxD, x_SxLxD + vector[None, None])
 
 
@@ -87,7 +87,7 @@ advance = jax.jit(generation.advance, static_argnames="is_prompt")
 
 
 def stepwise(gemma, rows, prompt_lengths, write):
-    """Logits [S, N, V] of the last N tokens of rows, fed one at a time behind prompts padded on the left."""
+    """The logits [S, N, V] of the last N tokens of rows, fed one at a time after left-padded prompts."""
     run = functools.partial(advance, gemma)
     width, steps = max(prompt_lengths), len(rows[0]) - prompt_lengths[0]
     padded = [
@@ -157,7 +157,7 @@ def softmax(logits, temperature):
 
 
 def p_value(counts, p):
-    """Of Pearson's chi-square, tokens that are expected less than five times together."""
+    """The p-value of Pearson's chi-square test, with tokens expected fewer than five times pooled."""
     expected = p * counts.sum()
     rare = expected < 5
     observed = np.append(counts[~rare], counts[rare].sum())
@@ -167,7 +167,7 @@ def p_value(counts, p):
 
 
 def test_tokens_are_drawn_as_often_as_the_softmax_says(tiny_gemma):
-    """Of the first token of a reply, and of the second behind the same first."""
+    """The frequencies of a reply's first token, and of its second token after the same first."""
     prompt, rows = prompts()[0], 8192
     drawn = functools.partial(
         generation.generate, tiny_gemma, [prompt] * rows, 2, stop=(), rows_per_batch=rows
@@ -196,7 +196,7 @@ def test_draws_follow_from_the_seed_and_the_prompts_number_alone(tiny_gemma):
     assert second == replies[1] and first != second
 
 
-def test_a_reply_ends_behind_its_first_stop_token(tiny_gemma):
+def test_a_reply_ends_after_its_first_stop_token(tiny_gemma):
     run = functools.partial(generation.generate, tiny_gemma, num_tokens=30, seed=2)
     whole = run(prompts(), stop=())
     stop = (whole[0][3], whole[1][12])
@@ -245,7 +245,7 @@ def test_nothing_is_compiled_again_for_other_arrays_prompts_or_temperatures(tiny
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_many_devices_write_what_one_does(tiny_gemma, split):
+def test_many_devices_write_the_same_replies_as_one(tiny_gemma, split):
     mesh = sharding.make_mesh(2, 4)
     place = placement.gemma_placement(mesh, split)
     params = jax.tree.map_with_path(

@@ -1,4 +1,4 @@
-"""Gemma against transformers, on what tests/peers/hugging_face.py made of it: small models and the real 270M."""
+"""Gemma against the reference values of tests/peers/hugging_face.py: small models and the real 270M."""
 
 import functools
 
@@ -85,7 +85,7 @@ def test_packed_and_padded_documents_equal_transformers_alone_and_padded(name, t
 
 @pytest.mark.peers
 def test_the_real_model_equals_transformers_and_comes_the_same_from_everywhere(tmp_path):
-    """`make test-peers` alone: transformers dequantises the same GGUF file into a folder of its own."""
+    """Only in `make test-peers`, where transformers dequantises the same GGUF file into a folder."""
     folder = str(small.FOLDER / "gemma3_270m")
     want = expected("gemma3_270m")
     loaded = placement.load("gemma3_270m", folder, jnp.float32)

@@ -35,7 +35,7 @@ def test_half_of_a_surrogate_pair_is_the_replacement_character(real):
 
 
 def test_the_chat_template_is_gemmas(real):
-    """As Gemma's documentation prints it: <start_of_turn>user, a newline, the text, <end_of_turn>, …"""
+    """Gemma's documentation prints <start_of_turn>user, a newline, the text, <end_of_turn>, …"""
     before, after = chat.chat_template(real)
     assert real.decode([2, *before, *real.encode("Hi"), *after]).endswith("user\nHi\nmodel\n")
     assert before == [105, 2364, 107] and after == [106, 107, 105, 4368, 107]
@@ -126,7 +126,7 @@ def test_a_document_that_names_a_special_token_does_not_contain_one(small_vocabu
         ("others.model", sentencepiece_bytes(120, pad_id=2), "has <pad> at 2, expected 0: it is not Gemma's"),
     ],
 )
-def test_what_is_not_the_models_tokenizer_is_refused(small_vocabulary, tmp_path, name, content, message):
+def test_another_models_tokenizer_is_refused(small_vocabulary, tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -145,8 +145,8 @@ def test_pipes_and_files_without_end_are_no_tokenizers(small_vocabulary, tmp_pat
         (tmp_path / name).unlink()
 
 
-def test_ids_behind_the_vocabulary_are_refused(small_vocabulary, tmp_path):
-    """As Gemma 3's token for images, which has no row in a text model's embedding."""
+def test_ids_beyond_the_vocabulary_are_refused(small_vocabulary, tmp_path):
+    """For example Gemma 3's image token, which has no row in a text model's embedding."""
     (tmp_path / "tokenizer.json").write_text(hugging_face_json(123))
     loaded = tokenizer.load("gemma2_small", str(tmp_path / "tokenizer.json"), "")
     last = json.loads(hugging_face_json(123))["model"]["vocab"]

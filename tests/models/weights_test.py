@@ -1,4 +1,4 @@
-"""Weights from every place: identical parameters, only what is asked for, and damage said by name."""
+"""Weights in every format: identical parameters, only the requested blocks are read, and errors name the damage."""
 
 import dataclasses
 import functools
@@ -92,7 +92,7 @@ def ways(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_gives_identical_parameters(way, ways, capsys):
+def test_every_format_loads_identical_parameters(way, ways, capsys):
     params = load_tiny(str(ways[way]), num_layers=4, placement=small.on_device)
     assert jax.tree.structure(params) == jax.tree.structure(PARAMS)
     jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
@@ -100,7 +100,7 @@ def test_every_way_gives_identical_parameters(way, ways, capsys):
 
 
 @pytest.mark.parametrize("way", ["nested", "stacked", "hugging face", "gguf"])
-def test_every_way_gives_gemma_3_identical_parameters(way, tmp_path):
+def test_every_format_loads_identical_parameters_of_gemma_3(way, tmp_path):
     """Seven blocks in a pattern of six: the stack of the first kind has two, each of the others one."""
     params, path = params_of(GEMMA3), tmp_path / "weights"
     match way:
@@ -135,7 +135,7 @@ def test_parameters_come_in_their_sharding_and_dtype_and_only_as_many_as_asked_f
 
 @pytest.mark.parametrize("way", ["nested", "stacked", "hugging face"])
 def test_blocks_that_are_not_asked_for_are_not_read(way, ways, tmp_path):
-    """What is not a number in them is not noticed; the next two tests count what is read."""
+    """NaN in other blocks is not noticed; the next two tests count the bytes that are read."""
     path = tmp_path / "weights"
     shutil.copytree(ways[way], path)
     if way == "hugging face":
@@ -162,7 +162,7 @@ def test_blocks_that_are_not_asked_for_are_not_read(way, ways, tmp_path):
 
 
 def test_loading_holds_no_more_than_a_block_beside_the_parameters(tmp_path):
-    """However many blocks there are; what Orbax reads in one call it holds once more until all of it is in place."""
+    """The number of blocks does not matter; Orbax holds what one call reads a second time until it is placed."""
     path, blocks = tmp_path / "weights", 20
     params = loads.params(blocks)
     weights.save_orbax(str(path), params)
@@ -199,7 +199,7 @@ def test_of_named_tensors_only_those_of_the_blocks_asked_for_are_read(way, ways,
 
 @pytest.mark.parametrize("way", ["nested", "flat", "kauldron"])
 def test_of_an_orbax_checkpoint_only_the_blocks_asked_for_are_read(way, tmp_path):
-    """By the system's count of what this process read: a block more, a block's bytes more."""
+    """The system counts the bytes that this process reads: one more block adds the bytes of one block."""
     model, path = loads.model(4), tmp_path / "weights"
     params = loads.params(4)
     write_orbax(path, way, params)
@@ -389,7 +389,7 @@ def test_a_gguf_header_is_read_as_gguf_reads_it(tmp_path):
     np.testing.assert_array_equal(ours.tensors[0].data, theirs.tensors[0].data)
 
 
-def test_what_a_gguf_header_claims_is_believed_only_as_far_as_the_file_goes(tmp_path):
+def test_a_gguf_header_is_believed_only_within_the_files_size(tmp_path):
     def file(name, kind, content):
         """A header of one field, of one of GGUF's kinds: 9 is an array, of kind 0, a byte, or 8, text."""
         key = b"a.b"
@@ -444,8 +444,8 @@ def test_weights_of_the_hub_may_be_pinned(monkeypatch, tmp_path):
         weights.local("https://huggingface.co/google/gemma-2-2b/tree/main")
 
 
-def test_gemma_3s_scaled_positions_are_told_from_unscaled_ones(tmp_path):
-    """In the words of transformers 5 and of older versions."""
+def test_gemma_3s_scaled_positions_are_distinguished_from_unscaled_ones(tmp_path):
+    """With the config keys of transformers 5 and of older versions."""
     write_hugging_face(tmp_path / "hf", model=GEMMA3, params=params_of(GEMMA3))
     scaled = gm.nn.Transformer(config=dataclasses.replace(GEMMA3.config, global_scale_factor=8.0))
     rope = {"factor": 8.0, "rope_type": "linear"}
@@ -594,7 +594,7 @@ def test_the_shapes_are_those_of_gemma(name):
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9, 3) == SIZES[name]
 
 
-def test_gemmas_own_loader_reads_what_is_saved(tmp_path):
+def test_gemmas_own_loader_reads_saved_weights(tmp_path):
     weights.save_orbax(str(tmp_path / "ckpt"), PARAMS)
     jax.tree.map(np.testing.assert_array_equal, gm.ckpts.load_params(tmp_path / "ckpt"), PARAMS)
 

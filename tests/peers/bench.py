@@ -1,4 +1,4 @@
-"""What SAEBench makes of our SAE: its interface, its core evaluation and its sparse probing.
+"""SAEBench on our SAE: its interface checks, its core evaluation and its sparse probing.
 
     python tests/peers/bench.py PEERS
 
@@ -25,7 +25,7 @@ CONTEXT = 64  # Of a passage.
 
 
 def interface(sae: torch.nn.Module) -> dict:
-    """What SAEBench asks of an SAE, by its own checks where it has them."""
+    """SAEBench's requirements of an SAE, by its own checks where they exist."""
     from sae_bench.custom_saes import base_sae, custom_sae_config
     from sae_bench.sae_bench_utils import general_utils
 

@@ -1,4 +1,4 @@
-"""What SAELens says of our SAE, and what plain torch says by our definitions, on the rows that we evaluated.
+"""SAELens' evaluation of our SAE, and our definitions in plain torch, on the rows that we evaluated.
 
     python tests/peers/evaluation.py PEERS
 
@@ -37,7 +37,7 @@ def find_models_here() -> None:
 
 
 def by_saelens(sae: torch.nn.Module, model: torch.nn.Module, spares_bos: bool = True) -> dict[str, float]:
-    """All that SAELens' evaluation has, on all rows; without what comes of losses where BOS counts too."""
+    """All metrics of SAELens' evaluation on all rows, except those of losses in which BOS counts."""
     from datasets import Dataset
     from sae_lens import ActivationsStore
     from sae_lens.evals import get_eval_everything_config, run_evals

@@ -1,4 +1,4 @@
-"""Small random Gemmas and the real 270M by transformers, and what it computes: the reference of parity_test.py.
+"""Small random Gemmas and the real 270M in transformers: the reference values of parity_test.py.
 
     python tests/peers/hugging_face.py OUT [GGUF]            in an environment with torch and transformers
 
@@ -89,7 +89,7 @@ def make_models() -> dict[str, transformers.PreTrainedModel]:
 
 
 def randomize(model: transformers.PreTrainedModel) -> None:
-    """Every weight anew, norms included, so that none is at a value that hides a mistake; bfloat16 holds them."""
+    """Sets every weight, norms included, to a random value that bfloat16 represents: initial values hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         with torch.no_grad():

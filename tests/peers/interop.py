@@ -1,4 +1,4 @@
-"""What other tools make of our files, and files of their own: for tests/saes/interop_test.py to compare.
+"""Other tools read our files and write their own, for tests/saes/interop_test.py to compare.
 
     python tests/peers/interop.py FOLDER
 
@@ -44,7 +44,7 @@ def on_our_disk(*modules: object) -> None:
 
 
 def circuit_tracer_module() -> types.ModuleType:
-    """Its transcoders alone; its package imports all of what it draws graphs with."""
+    """Imports only its transcoders, because the package imports its plotting libraries."""
 
     site = pathlib.Path(np.__file__).parents[1] / "circuit_tracer"
     for name, path in (("circuit_tracer", site), ("circuit_tracer.transcoder", site / "transcoder")):

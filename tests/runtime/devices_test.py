@@ -1,4 +1,4 @@
-"""Tests for what is known of devices."""
+"""Tests for the features of devices."""
 
 import pathlib
 import types

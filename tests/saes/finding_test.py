@@ -23,7 +23,7 @@ PLACE = "resid_post/layer_12_width_16k_l0_medium"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What the client asks of the hub: a revision's files, and each of them, also from a byte on."""
+    """A server that answers the hub's client: the files of a revision, each whole or from a byte on."""
 
     root: pathlib.Path
     cut: int | None = None  # Of the next large file only so many bytes are sent.
@@ -111,7 +111,7 @@ def server(tmp_path):
 
 
 def fetch(environment, location):
-    """`finding.local` in a process of its own, for the client reads its environment once."""
+    """`finding.local` in a separate process, because the client reads its environment only once."""
     code = f"from gemma_scope_jax.saes import finding; print(*finding.paths({location!r}))"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
@@ -135,7 +135,7 @@ def test_only_an_saes_own_files_are_fetched_and_only_once(server):
     assert alone.stdout.strip().endswith("layer_1/params.npz"), alone.stderr
 
 
-def test_what_arrives_damaged_is_refused_and_fetched_again(server):
+def test_damaged_downloads_are_refused_and_fetched_again(server):
     Hub.damaged = True
     done = fetch(server, f"hf://test/repo/{PLACE}")
     assert done.returncode != 0
@@ -144,7 +144,7 @@ def test_what_arrives_damaged_is_refused_and_fetched_again(server):
     assert fetch(server, f"hf://test/repo/{PLACE}").returncode == 0
 
 
-def test_a_download_that_was_cut_goes_on_where_it_stopped(server):
+def test_an_interrupted_download_resumes(server):
     Hub.cut = 25_000_000
     done = fetch(server, f"hf://test/repo/{PLACE}")
     if done.returncode:  # Whether the client tries again by itself, or the user does.
@@ -184,9 +184,9 @@ def test_a_revision_may_have_slashes(server):
             hub_lib.place_of(location)
 
 
-def test_without_a_network_what_is_cached_is_opened_and_the_rest_is_said_not_to_be(server):
+def test_without_a_network_cached_files_open_and_others_are_refused(server):
     def offline(*locations):
-        """What is said of each, in one process."""
+        """The message for each location, from one process."""
         tried = f"""
 from gemma_scope_jax import hub
 for location in {locations!r}:

@@ -56,7 +56,7 @@ def test_saelens_round_trip_is_exact(folded, tmp_path):
 
 
 def test_saelens_own_rules_are_kept(folded, tmp_path):
-    """By `SAE.load_from_disk` of SAELens 6: without any of these it refuses the folder or reads it wrongly."""
+    """Rules of `SAE.load_from_disk` in SAELens 6: if one is broken, it refuses the folder or reads it wrongly."""
     saelens.write(tmp_path / "a", folded, ABOUT)
     config = json.loads((tmp_path / "a" / "cfg.json").read_text())
     assert config["architecture"] == "jumprelu" and config["dtype"] == "float32"
@@ -74,7 +74,7 @@ def test_saelens_own_rules_are_kept(folded, tmp_path):
     assert (tensors["threshold"] >= 0).all()
 
 
-def test_heads_are_flattened_by_saelens_only_where_the_hook_gives_heads(folded, tmp_path):
+def test_saelens_flattens_heads_only_for_hooks_with_heads(folded, tmp_path):
     saelens.write(
         tmp_path / "a", folded, common.About("google/gemma-3-270m", "blocks.2.attn.hook_z", 256, "sotu")
     )
@@ -82,7 +82,7 @@ def test_heads_are_flattened_by_saelens_only_where_the_hook_gives_heads(folded, 
 
 
 def transcoder(skip):
-    """From a site of width 16 to one of width 12."""
+    """A transcoder from a site of width 16 to a site of width 12."""
     params = jumprelu.init(jax.random.key(0), 16, 64, 0.1, target_width=12, skip=skip)
     if skip:
         params = params.replace(W_skip=jax.random.normal(jax.random.key(1), (16, 12)))
@@ -161,7 +161,7 @@ def test_gemma_scope_round_trip_is_exact(folded, tmp_path):
         assert sorted(file.files) == ["W_dec", "W_enc", "b_dec", "b_enc", "threshold"]
 
 
-def test_an_older_export_is_replaced_and_nothing_else(folded, tmp_path):
+def test_only_an_older_export_is_replaced(folded, tmp_path):
     saelens.write(tmp_path / "a", folded, ABOUT)
     (tmp_path / "a" / "evaluation.json").write_text("kept")
     saelens.write(tmp_path / "a", folded, dataclasses.replace(ABOUT, site_mean_O=np.arange(16)))
@@ -268,7 +268,7 @@ def without(config, *keys):
 
 
 def of_others(folder, folded, config, **tensors):
-    """A folder as SAELens writes it, with a config and perhaps tensors of its own."""
+    """A folder in SAELens' layout, with a given config and optional tensors."""
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(common.arrays(folded) | tensors, folder / "sae_weights.safetensors")
@@ -296,7 +296,7 @@ def test_configs_of_any_version_are_read_where_their_meaning_is_certain(config, 
     assert site_from_hook(about.hook_name) == Site("resid_post", 9)
 
 
-def test_a_scaling_factor_of_ones_is_none_and_another_is_refused(folded, tmp_path):
+def test_a_scaling_factor_of_ones_is_ignored_and_another_is_refused(folded, tmp_path):
     ones = np.ones(64, np.float32)
     again, _ = saelens.read(of_others(tmp_path / "a", folded, SIX, scaling_factor=ones))
     assert_equal(again, folded)
@@ -341,7 +341,7 @@ def test_configs_of_any_version_are_refused_in_words_where_it_is_not(config, mes
     assert "KeyError" not in str(caught.value) and len(str(caught.value)) < 480
 
 
-def test_what_a_config_leaves_out_is_asked_for_by_its_flag(folded, tmp_path):
+def test_a_missing_config_key_is_asked_for_by_its_flag(folded, tmp_path):
     for place, changes, message in (
         (
             "a",
@@ -362,7 +362,7 @@ def test_what_a_config_leaves_out_is_asked_for_by_its_flag(folded, tmp_path):
 
 @contextlib.contextmanager
 def within_seconds(seconds=10):
-    """What takes longer fails, also where it waits for a pipe's writer."""
+    """Fails if the block takes longer, even if it waits for a pipe's writer."""
 
     def fail(*_):
         raise AssertionError("still waiting")
@@ -597,7 +597,7 @@ def test_every_format_comes_back_bit_for_bit_and_thresholds_are_never_rounded(dt
 
 
 def test_a_stored_sae_is_in_memory_once(tmp_path):
-    """Read and written: a million latents take 19 GB, of which there may not be twice as much."""
+    """When it is read and when it is written: a million latents take 19 GB, and twice that may not exist."""
     d, m = 256, 2**16
     rng = np.random.default_rng(0)
     shapes = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}

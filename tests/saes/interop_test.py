@@ -1,4 +1,4 @@
-"""Our files in other tools, and theirs here, on what tests/peers/interop.py made: `make test-peers`."""
+"""Our files in other tools, and their files here, as tests/peers/interop.py made them (`make test-peers`)."""
 
 import os
 import pathlib
@@ -26,7 +26,7 @@ def in_float64(one, x):
 
 
 def disagreement(got, expected, is_near):
-    """The largest relative error of a token none of whose pre-activations is near its threshold."""
+    """The largest relative error over tokens without a pre-activation near its threshold."""
     assert got.shape == expected.shape
     error = np.linalg.norm(got - expected, axis=1) / np.maximum(np.linalg.norm(expected, axis=1), 1e-9)
     return error[~is_near].max()
@@ -56,7 +56,7 @@ def test_every_format_is_read_by_its_own_tools(capsys):
         assert of_f < 1e-5 and of_y < 1e-5, (kind, loader)
 
 
-def test_what_other_tools_saved_is_read_here(capsys):
+def test_files_of_other_tools_are_read_here(capsys):
     with np.load(FOLDER / "theirs.npz") as arrays:
         made = {name: arrays[name] for name in arrays.files}
     lines = []

@@ -60,7 +60,7 @@ PENALTIES = {
 
 @pytest.fixture(scope="module")
 def transcoder_case(random_case):
-    """A target of another width than what is read."""
+    """A transcoder whose target has another width than its input."""
     params, x, weight = random_case
     rng = np.random.default_rng(1)
     m, o = params.b_enc.size, 7
@@ -94,7 +94,7 @@ def test_a_transcoders_gradient_equals_the_custom_vjp_form(transcoder_case, skip
 
 
 def test_only_the_threshold_has_a_pseudo_derivative(random_case):
-    """Where no pre-activation is near its threshold, finite differences give every other gradient."""
+    """If no pre-activation is near its threshold, finite differences equal all other gradients."""
     with jax.enable_x64(True):
         params, x, weight = jax.tree.map(jnp.asarray, random_case)
         none = objectives.linear_penalty(0.0)
@@ -221,12 +221,12 @@ def test_an_objective_of_a_name_that_is_taken_or_unknown_is_refused():
 
 
 def slope_of(penalty):
-    """By L0."""
+    """The slope of a penalty with respect to L0."""
     return jax.grad(lambda l0: penalty(objectives.Sparsity(l0, jnp.zeros(1))))
 
 
 def test_the_quadratic_penalty_pushes_as_hard_as_the_linear_one_at_twice_the_target():
-    """As Gemma Scope 2 says of its own; not at all at the target, and the other way below it."""
+    """Gemma Scope 2 says the same of its penalty; the slope is zero at the target and negative below it."""
     slope = slope_of(objectives.quadratic_penalty(0.3, 50.0))
     np.testing.assert_allclose([slope(100.0), slope(50.0), slope(25.0)], [0.3, 0.0, -0.15], rtol=1e-6)
 

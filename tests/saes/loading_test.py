@@ -21,7 +21,7 @@ def made(site, target_site=None, d=32, o=32):
     return loading.LoadedSAE("x", folded, common.About(), "tiny", site, target_site or site)
 
 
-def test_what_a_file_does_not_say_is_asked_for_and_checked(tmp_path):
+def test_missing_facts_of_a_file_are_asked_for_and_checked(tmp_path):
     one = made(Site("resid_post", 2))
     gemma_scope.write(tmp_path, one.sae, common.About())
     with pytest.raises(ValueError, match="does not name its model and site; give them, for example"):
@@ -48,7 +48,7 @@ def test_sites_are_known_by_all_their_names():
     assert registry.name_from_hugging_face("gemma-2-9b-it") == "gemma2_9b-it"
 
 
-def test_gemma_scopes_embedding_saes_read_what_the_models_stream_has_times_the_root_of_d(tmp_path):
+def test_gemma_scopes_embedding_saes_read_embeddings_without_the_factor_root_d(tmp_path):
     one = made(Site("embed", 0))
     saving.write(tmp_path / "a", "gemma_scope", saving.in_convention("gemma_scope", one, {}))
     theirs, _ = gemma_scope.read(tmp_path / "a" / "params.npz")
@@ -94,7 +94,7 @@ def named(tmp_path, place, text, weights="gs://nowhere/weights", tokenizer="http
 
 
 def run_folder(folder):
-    """What makes a folder a run directory."""
+    """Writes the files that make a folder a run directory."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     return folder
@@ -105,7 +105,7 @@ def places(opened):
     return config.data.text, config.weights, config.tokenizer
 
 
-def test_what_the_file_of_a_stranger_names_is_shown_and_not_touched(tmp_path, monkeypatch, capsys):
+def test_paths_in_a_strangers_file_are_shown_and_not_opened(tmp_path, monkeypatch, capsys):
     path = named(tmp_path, "a", "/**/*.txt")
     looked_for = []
     monkeypatch.setattr(sources, "files_of", lambda text: looked_for.append(text) or set())
@@ -128,7 +128,7 @@ def test_what_the_file_of_a_stranger_names_is_shown_and_not_touched(tmp_path, mo
     assert looked_for and "/**/*.txt" not in looked_for
 
 
-def test_what_a_file_names_is_used_if_asked_for(inputs, tmp_path, capsys):
+def test_paths_in_a_file_are_used_on_request(inputs, tmp_path, capsys):
     path = named(tmp_path, "a", inputs / "text.jsonl", str(inputs / "weights"), "")
     opened = opening.open_path(path, trust=True)
     assert places(opened) == (str(inputs / "text.jsonl"), str(inputs / "weights"), "")
@@ -158,7 +158,7 @@ def test_an_sae_of_a_run_directory_is_evaluated_as_it_was_trained(inputs, tmp_pa
         assert places(opening.open_path(location)) == (config_lib.DEFAULT_TEXT, "", ""), location
 
 
-def test_what_comes_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
+def test_a_folder_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
     run = run_folder(tmp_path / "run")
     named(run / "sae", "x", inputs / "text.jsonl", str(inputs / "weights"), "")
     monkeypatch.setattr(finding, "local", lambda location: tmp_path / location.removeprefix("hf://a/b/"))

@@ -1,4 +1,4 @@
-"""What is called bad, and what is not."""
+"""Verdicts: the numbers that are called bad, and those that are not."""
 
 import math
 import re
@@ -46,13 +46,13 @@ def test_a_good_one_is_said_to_be_in_few_words():
         ({"delta_loss": None}, "delta loss is not a number"),
     ],
 )  # fmt: skip
-def test_a_bad_one_is_called_bad_with_what_to_do(changes, said):
+def test_a_bad_sae_is_called_bad_with_advice(changes, said):
     bad = judge(**changes)
     assert len(bad.faults) == 1 and "Next: " in bad.line
     assert re.search(said, bad.line), bad.line
 
 
-def test_the_worst_comes_first_and_tells_what_to_do():
+def test_the_worst_fault_comes_first_with_advice():
     bad = judge(delta_loss=5.0, fvu=2.0, dense_fraction=0.2)
     assert [fault.split()[0] for fault in bad.faults] == ["worse", "FVU", "dense:"]
     assert bad.step == judge(delta_loss=5.0).step
@@ -73,7 +73,7 @@ def test_a_narrow_one_is_not_called_dense_for_its_arithmetic(width, l0, dense):
     assert not judge(width, l0=l0, dense_fraction=dense, dead_fraction=0.05).faults
 
 
-def test_what_may_be_chance_is_not_said():
+def test_differences_within_chance_are_not_reported():
     """An ablation that costs as little as the splice does, as of attention's outputs at some layers."""
     little = {"mean_ablation_loss": 3.31, "zero_ablation_loss": 3.31, "delta_loss": 0.017}
     assert not judge(**little, delta_loss_se=0.014).faults
@@ -92,7 +92,7 @@ def test_training_tells_nothing_of_losses():
 
 
 def test_a_text_that_costs_more_is_said_though_fvu_is_lower():
-    """As on news: delta loss 0.93 against 0.19 while FVU improved."""
+    """On news, for example, delta loss was 0.93 instead of 0.19 while FVU improved."""
     own = {"delta_loss": 0.19, "delta_loss_se": 0.012, "fvu": 0.032}
     news = {"delta_loss": 0.93, "delta_loss_se": 0.03, "fvu": 0.021}
     assert verdicts.beside_own(news, own) == (

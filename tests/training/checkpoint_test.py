@@ -59,7 +59,7 @@ def restore(folder, run):
 
 
 def array_files(folder, step):
-    """Where Orbax keeps the arrays' bytes."""
+    """The files in which Orbax keeps the arrays' bytes."""
     return [p for p in (folder / "checkpoints" / str(step) / "state").rglob("d/*") if p.stat().st_size > 2000]
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(run, state, tmp_pa
 
 
 def test_contents_that_changed_unnoticed_by_orbax_are_noticed(run, state, tmp_path, capsys, monkeypatch):
-    """As if a block had changed on its way to the disk: what is stored is not what was digested."""
+    """A block changed on its way to the disk, so the stored bytes do not have the stored digest."""
     save_all(tmp_path, [at_step(state, 1)])
     intended = at_step(state, 2)
     params = intended.banks["main"].params
@@ -216,13 +216,13 @@ def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
 
 
 @pytest.mark.parametrize("name", ["[v1] a", "*?"])
-def test_a_folder_whose_name_is_a_pattern_keeps_what_is_saved(name, run, state, tmp_path):
+def test_a_folder_whose_name_is_a_pattern_keeps_its_checkpoints(name, run, state, tmp_path):
     save_all(tmp_path / name, [at_step(state, 5)])
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / name, run), at_step(state, 5))
 
 
-def test_what_orbax_saves_and_cannot_open_is_not_called_saved(state, tmp_path, monkeypatch):
-    """Orbax looks for the parts that it merges by a pattern, and so finds none here."""
+def test_a_checkpoint_that_orbax_cannot_open_is_not_called_saved(state, tmp_path, monkeypatch):
+    """Orbax finds the parts that it merges by a pattern, which matches nothing here."""
     monkeypatch.setattr(files, "for_orbax", str)
     with checkpoint.open_manager(tmp_path / "[v1]", 5) as manager:
         checkpoint.save(manager, at_step(state, 5), {})

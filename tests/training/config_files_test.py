@@ -70,7 +70,7 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(name, message, tmp_
 
 
 def test_an_installed_packages_configs_lie_in_it(tmp_path, monkeypatch):
-    """Then what lies beside the package is of others."""
+    """Then the folder beside the package belongs to others."""
     for place in ("configs", "package/configs"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "quickstart.py").touch()

@@ -35,7 +35,7 @@ def workdir(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def activations(inputs, tiny_gemma):
-    """What the MLP of layer 2 reads, with and without gain, and gives."""
+    """The input of layer 2's MLP, with and without gain, and its output."""
     tokens = jnp.asarray(tiny.tokens(8, 16))
     sites = {kind: Site(kind, 2) for kind in ("mlp_in", "mlp_in_gain_free", "mlp_out")}
     values = forward.read_sites(tiny_gemma, tokens, list(sites.values()))
@@ -119,7 +119,7 @@ def test_an_export_that_must_fail_fails_before_it_writes(workdir, tmp_path, monk
     assert "Left out of gemma_scope_2: layer_2_mlp_in_gain_free_to_mlp_out" in capsys.readouterr().out
 
 
-def test_what_a_format_has_no_place_for():
+def test_an_sae_that_a_format_cannot_hold_is_refused():
     residual, gain_free, mlp_in, mlp_out = (
         Site(kind, 2) for kind in ("resid_post", "mlp_in_gain_free", "mlp_in", "mlp_out")
     )
@@ -245,7 +245,7 @@ def test_a_transcoder_is_evaluated_from_its_run_and_from_its_export_alike(
             np.testing.assert_allclose(getattr(exported, key), getattr(result, key), rtol=1e-3, atol=1e-4)
 
 
-def test_sweeps_are_in_the_order_of_lambda_and_never_sorted_by_what_came_out():
+def test_sweeps_are_in_the_order_of_lambda_and_not_of_results():
     site = Site("resid_post", 9)
     members = [naming.Member(site, site, 2**14, coefficient) for coefficient in (4e-3, 1e-3, 2e-3)]
     members += [

@@ -1,4 +1,4 @@
-"""What `plan` says of a slice: by hand where there is a formula, by the TPU's own compiler where there is none."""
+"""Forecasts of slices: against formulas by hand, and against the TPU's own compiler."""
 
 import pathlib
 import sys
@@ -52,7 +52,7 @@ def test_collectives_are_counted_with_the_updates_that_repeat_them():
 
 
 @needs_compiler
-def test_what_is_planned_is_the_step_that_is_trained(inputs, monkeypatch, capsys):
+def test_the_planned_step_is_the_trained_one(inputs, monkeypatch, capsys):
     """A step with another sum over all chips in it is planned with it."""
     common.find_tpu_compiler()
     # Large enough to be laid out over chips, and small enough to compile in seconds.
@@ -129,7 +129,7 @@ def test_slices_that_there_are_not_are_refused(topology, message):
         forecast.slice_devices(topology)
 
 
-def test_a_device_is_known_by_what_jax_calls_it():
+def test_a_device_is_known_by_its_kind_in_jax():
     class Device:
         device_kind = "TPU v5 lite"
 

@@ -1,4 +1,4 @@
-"""Whole runs: what is written, exact resume after any kind of end, and answers to signals and bad input."""
+"""Whole runs: their files, exact resume after any kind of end, and answers to signals and bad input."""
 
 import dataclasses
 import errno
@@ -75,8 +75,8 @@ def test_the_loss_falls(finished):
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
 
 
-def test_the_export_gives_the_training_states_outputs(inputs, finished):
-    """On raw activations; positions with a pre-activation near its threshold may flip, and are counted."""
+def test_the_export_has_the_training_states_outputs(inputs, finished):
+    """On raw activations. Positions with a pre-activation near its threshold can flip, and are counted."""
     c = tiny.run_config(inputs, **LONG)
     state = final_state(c, finished)
     (folder,) = (finished / "sae").iterdir()
@@ -148,7 +148,7 @@ BANKS = {
 
 
 def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp_path, capsys):
-    """What stays goes on as if the others had always been there; what is new begins as a new run would."""
+    """Members that stay continue as if the others had always been there; new members start as in a new run."""
     old = tmp_path / "old"
     c = tiny.run_config(inputs, banks=BANKS)
     loop.train(c, old)
@@ -194,7 +194,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
         ),
     ],
 )
-def test_what_cannot_be_started_from_is_refused(inputs, tmp_path_factory, changes, message, request):
+def test_invalid_starting_points_are_refused(inputs, tmp_path_factory, changes, message, request):
     old = request.getfixturevalue("short")
     with pytest.raises(ValueError, match=message):
         loop.train(
@@ -230,7 +230,7 @@ def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
 
 
 def on_devices(patch, count):
-    """Makes the next runs of so many devices."""
+    """Gives the next runs this many devices."""
     build = runs.build
 
     def build_on(run_config, started):
@@ -250,7 +250,7 @@ THREE = dict(
 
 @pytest.fixture(scope="module")
 def on_four(inputs, tmp_path_factory):
-    """A run on four devices; and what was there of it when it had saved its sixth step."""
+    """A run on four devices, and a copy of its folder after it saved its sixth step."""
     workdir = tmp_path_factory.mktemp("runs") / "on_four"
     save = checkpoint.save
 
@@ -268,7 +268,7 @@ def on_four(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("count", "mesh"), [(8, (8, 1)), (2, (1, 2))])
-def test_a_run_goes_on_on_other_devices_as_if_it_had_always_been_there(
+def test_a_run_continues_on_other_devices_as_if_it_had_always_been_there(
     inputs, tmp_path, monkeypatch, on_four, count, mesh
 ):
     whole, at_six = on_four
@@ -326,7 +326,7 @@ def test_wrong_weights_are_said_before_the_text_is_tokenised(inputs, tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
-def test_a_run_of_before_ranges_were_checked_opens_and_goes_on(inputs, finished, tmp_path):
+def test_a_run_from_before_range_checks_opens_and_continues(inputs, finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     old = dataclasses.replace(tiny.run_config(inputs, **LONG), seed=2**32)
@@ -394,7 +394,7 @@ class Deaf(io.StringIO):
 
 
 def test_an_interrupt_in_a_notebook_is_raised_when_the_state_is_saved(inputs, tmp_path, monkeypatch):
-    """With nobody to read its words; and on another thread, where Python hears no signal, it runs to its end."""
+    """Nobody reads its output. On another thread, where Python gets no signals, it runs to its end."""
     c = tiny.run_config(inputs)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     read, calls = runs.read_batch, []
@@ -458,7 +458,7 @@ def test_the_share_of_same_document_pairs():
 
 
 class Process:
-    """A run in a process of its own, on eight fake devices as here."""
+    """A run in a separate process with eight fake devices."""
 
     def __init__(
         self,
@@ -612,7 +612,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_last_checkpoint(inputs, 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(10))
-def test_soak_signals_at_random_moments_behind_a_pipe(inputs, finished, tmp_path, seed):
+def test_soak_signals_at_random_moments_with_a_broken_pipe(inputs, finished, tmp_path, seed):
     """Each is answered within seconds, whoever still reads, and costs nothing that a step was finished for."""
     moments, c, workdir = random.Random(seed), tiny.run_config(inputs, **LONG), tmp_path / "run"
     for _ in range(4):

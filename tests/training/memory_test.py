@@ -1,4 +1,4 @@
-"""What a run is said to need of each device, against what it then holds."""
+"""The predicted memory of a run on each device, against the memory that it holds."""
 
 import jax
 import pytest
@@ -63,7 +63,7 @@ def test_the_compiler_counts_the_same_arguments(inputs):
     assert abs(memory.argument_size_in_bytes / counted - 1) < 0.01
 
 
-def test_what_does_not_fit_names_its_largest_part():
+def test_a_run_that_does_not_fit_names_its_largest_part():
     needs = [memory_lib.Need("ring", 60, "lower ring.capacity"), memory_lib.Need("Gemma", 50, "…")]
     memory_lib.check(needs, 110)
     with pytest.raises(ValueError, match=r"does not fit .* The largest part is ring: lower ring\.capacity"):

@@ -1,4 +1,4 @@
-"""What a run says of itself, and the warnings of thresholds that nothing moves."""
+"""The log of a run, and warnings about thresholds that do not move."""
 
 import dataclasses
 import json
@@ -56,8 +56,8 @@ def test_thresholds_that_both_sides_move_are_not_warned_of():
         ),
     ],
 )
-def test_a_stuck_threshold_is_warned_of_with_what_to_change(changes, said, count):
-    """An SAE without a penalty is not told that it has none."""
+def test_a_stuck_threshold_gets_a_warning_with_advice(changes, said, count):
+    """An SAE without a penalty gets no warning about its penalty."""
     warnings = metrics_log.stuck_thresholds(PLAN, entries(**changes))
     assert len(warnings) == count
     for warning in warnings:
@@ -84,7 +84,7 @@ def test_a_learning_rate_that_moves_nothing_is_warned_of():
     assert metrics_log.check_plan(PLAN, 40, 976_562 * config.OptimizerConfig().learning_rate) == [of_window]
 
 
-def test_the_progress_line_spans_the_saes_and_says_what_is_not_known():
+def test_the_progress_line_spans_the_saes_and_marks_unknown_numbers():
     entry = entries()[0]
     entry["sae"][NAMES[1]] = entry["sae"][NAMES[1]] | {"l0": 20.0, "fvu": 0.25}
     assert (
@@ -159,7 +159,7 @@ def test_warmups_that_do_not_end_are_warned_of():
     assert "optimizer.sparsity_warmup_updates is 100" in of_lambda and "λ does not rise" in of_lambda
 
 
-def test_numbers_that_are_not_defined_are_none_and_said(tmp_path):
+def test_undefined_numbers_are_null_and_reported(tmp_path):
     e = len(NAMES)
     values = {field.name: np.ones(e) for field in dataclasses.fields(bank.Metrics)}
     values |= {"activations_E": np.array([0, 7]), "fvu_E": np.full(e, np.nan)}

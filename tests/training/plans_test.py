@@ -1,4 +1,4 @@
-"""A plan is what its config says, or what does not fit is refused with names and values."""
+"""A plan follows its config; values that do not fit are refused with names and values."""
 
 import pathlib
 
@@ -130,7 +130,7 @@ def test_counts_add_up():
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_names_and_values(changes, mesh, message):
+def test_inconsistent_values_are_refused_with_names_and_values(changes, mesh, message):
     with pytest.raises(ValueError, match=message):
         plan(changes, mesh)
 

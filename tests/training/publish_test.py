@@ -1,4 +1,4 @@
-"""What a run looks like as a repository."""
+"""A run as a repository."""
 
 import dataclasses
 import json
@@ -27,14 +27,14 @@ BANKS = {
 
 @pytest.fixture(scope="module")
 def evaluated(inputs, tmp_path_factory):
-    """A run of four SAEs and what was measured of them."""
+    """A run of four SAEs, and its evaluation."""
     workdir = tmp_path_factory.mktemp("published") / "run"
     loop.train(tiny.run_config(inputs, banks=BANKS), workdir)
     return workdir, evaluate_cli.evaluate_path(workdir, rows=8)
 
 
 @pytest.mark.parametrize("file_format", ("saelens", "gemma_scope"))
-def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, tmp_path, file_format):
+def test_a_repository_has_googles_layout_and_the_measured_numbers(evaluated, tmp_path, file_format):
     workdir, results = evaluated
     out = tmp_path / "out"
     paths = publish.publish(workdir, out, "someone/tiny-saes", "cc-by-4.0", file_format)
@@ -82,7 +82,7 @@ def test_a_repository_has_googles_layout_and_says_what_was_measured(evaluated, t
     assert len(sets) == 2 and sets == {made["name"] for made in asked["sourcesets"]}
 
 
-def test_only_what_was_measured_is_published(evaluated, tmp_path):
+def test_only_measured_numbers_are_published(evaluated, tmp_path):
     workdir, _ = evaluated
     measured = workdir / "evaluation.json"
     whole = measured.read_text()
@@ -115,7 +115,7 @@ def test_only_what_was_measured_is_published(evaluated, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lambda_that_did_not_rise_to_what_it_is_set_to_is_said(evaluated, tmp_path):
+def test_a_lambda_still_warming_up_is_reported(evaluated, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(evaluated[0], workdir)
     publish.publish(workdir, tmp_path / "whole", "someone/tiny-saes", "cc-by-4.0")
@@ -138,7 +138,7 @@ def test_a_licence_is_asked_for(evaluated, tmp_path):
 
 
 def test_neither_names_nor_credentials_are_published(evaluated, tmp_path, monkeypatch):
-    """Of paths and addresses as a config may have them; no file of either needs to be there."""
+    """Paths and addresses that a config can have; the files need not exist."""
     workdir, _ = evaluated
     secrets = ("alice", "hunter2", "hf_" + "a" * 30, "Signature")
     text = f"https://alice:hunter2@host.org/{secrets[2]}/text.jsonl?Signature=alice"

@@ -81,7 +81,7 @@ def test_draws_mix_the_steps_they_came_from():
     assert np.mean([len(set((ids - 1) // (GROUPS * COUNT))) for ids in simulate([(FULL, None)])]) > 3
 
 
-def test_deal_gives_each_batch_an_equal_share_of_each_group():
+def test_each_batch_gets_an_equal_share_of_each_group():
     values = jnp.arange(GROUPS * 6).reshape(GROUPS, 6)
     dealt = shuffle_buffer.deal(values, 3)
     assert dealt.shape == (3, GROUPS * 2)

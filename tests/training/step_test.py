@@ -35,7 +35,7 @@ def member_params(state, place):
 
 
 def run_steps(run, rows, gemma, state, count, compiled=None):
-    """States are donated; what is returned is on the host."""
+    """Runs steps with donated states; the results are on the host."""
     sequences = run.config.train.sequences_per_step
     metrics = []
     for i in range(count):
@@ -134,7 +134,7 @@ def test_fused_steps_equal_unfused_ones(inputs, layer):
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (2, 4)])
-def test_eight_devices_give_what_one_gives(inputs, mesh):
+def test_eight_devices_agree_with_one(inputs, mesh):
     """Four members on two layers and two sites; members are padded to a multiple of the data axis."""
     fields = dict(
         banks__main__layers=(0, 2), banks__main__sites=("resid_post", "mlp_out"),
@@ -175,7 +175,7 @@ def build_banks(inputs, banks, *mesh, **changes):
 
 
 def test_members_of_banks_equal_the_same_saes_alone(inputs):
-    """To 1e-6: their parameters, optimizer and counters, whatever else is trained beside them."""
+    """Parameters, optimizer and counters are equal to 1e-6, whatever else is trained in the same run."""
     everything = build_banks(inputs, BANKS)
     together, _ = run_steps(*everything, 8)
     for plan in everything[0].plan.banks:
@@ -199,7 +199,7 @@ def test_members_of_banks_equal_the_same_saes_alone(inputs):
 
 
 def test_the_order_of_members_does_not_matter(inputs):
-    """So none gets another's site, λ, target or seed."""
+    """So no member gets the site, λ, target or seed of another."""
     turned = {
         name: {field: v[::-1] if isinstance(v, tuple) else v for field, v in fields.items()}
         for name, fields in BANKS.items()
@@ -219,7 +219,7 @@ def test_the_order_of_members_does_not_matter(inputs):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *found)
 
 
-def test_banks_over_eight_devices_give_what_one_gives(inputs):
+def test_banks_over_eight_devices_agree_with_one(inputs):
     finals = []
     for shape in [(1, 1), (2, 4)]:
         built = build_banks(inputs, BANKS, *shape)
@@ -381,7 +381,7 @@ def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
     assert trained == expected and len(expected) < 0.9 * tokens.size
 
 
-def test_gemma_split_over_the_devices_gives_what_whole_copies_give(inputs):
+def test_split_gemma_agrees_with_whole_copies(inputs):
     results = []
     for placement in ("whole", "split"):
         run, rows, gemma, state = build(inputs, 2, 4, mesh__gemma=placement)
@@ -414,7 +414,7 @@ def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
 
 
 def collective_shapes(run, scope=""):
-    """Of every array that a collective of the compiled step gives, asked for within a named scope."""
+    """The shapes of all arrays that collectives of the compiled step return, within a named scope."""
     hlo = loop.lower_step(run, *runs.abstract_inputs(run)).compile().as_text()
     pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\((.*)"
     return [
@@ -446,7 +446,7 @@ def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, m
 
 
 def test_no_collective_moves_weights_whatever_the_banks(inputs):
-    """Of 2,048 latents, and of a skip connection of 32 × 32; a batch of 192 has no part of such a size."""
+    """Weights of 2,048 latents and a skip connection of 32 × 32; no part of a batch of 192 has such a size."""
     c = tiny.run_config(
         inputs,
         banks={name: {**RECIPE, **fields, "width": 2048} for name, fields in BANKS.items()},
@@ -609,13 +609,13 @@ def test_fvu_is_exact_beside_a_large_mean_and_not_defined_for_constants():
         ),
     ],
 )
-def test_what_nothing_can_be_learned_of_is_said(x, weight, message):
+def test_useless_activations_are_reported(x, weight, message):
     sample = jax.jit(normalizer.inspect)(jnp.float32(x), jnp.float32(weight))
     with pytest.raises(ValueError, match=message):
         normalizer.check("embed", jax.device_get(sample))
 
 
-def test_calibration_leaves_out_what_is_not_finite():
+def test_calibration_leaves_out_activations_that_are_not_finite():
     rng = np.random.default_rng(0)
     x = (3 + rng.normal(size=(50, 6))).astype(np.float32)
     weight = np.ones(50, np.float32)

@@ -1,4 +1,4 @@
-"""What benchmarks/tpu.py says of a harvest, compiled here by the TPU's own compiler."""
+"""The numbers of benchmarks/tpu.py for a harvest, compiled by the TPU's own compiler."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ def test_a_harvest_of_2b_fits_a_small_chip_and_needs_its_weights_and_little_more
 
 
 @pytest.mark.skipif(not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu")
-def test_the_compiler_prints_nothing_of_its_own():
+def test_the_compiler_is_silent():
     program = (
         "from gemma_scope_jax.cli import common; common.find_tpu_compiler()\n"
         "from gemma_scope_jax.training import forecast\n"
