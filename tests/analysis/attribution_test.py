@@ -1,4 +1,4 @@
-"""Attributions and ablations, against a slow Gemma in float64 NumPy."""
+"""Attributions and ablations, compared with a slow Gemma in float64 NumPy."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def rotate(x_LxNxH):
 
 
 def slow_gemma(ids, added=None):
-    """The logits [V] after the last token, and the activations, with arrays added at sites."""
+    """The logits [V] after the last token and the activations, with `added` values at its sites."""
     values, c = {}, tiny.TinyGemma.config
 
     def tap(kind, layer, value):
@@ -124,7 +124,7 @@ def slow_metric(found, added=None):
 
 
 def latents(name, values):
-    """The latents in float64; zeros at BOS."""
+    """The latents in float64, with zeros at BOS."""
     subject = SUBJECTS[name].sae
     pre = values[SUBJECTS[name].site] @ np.float64(subject.W_enc) + subject.b_enc
     f_LxM = np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
@@ -139,7 +139,7 @@ def gradients(scope, found, answer=None, against=None):
     return gradients_lib.differentiate(scope, placed, metric, gradients_lib.zeros(scope, placed, SPLICED))
 
 
-def test_the_two_likeliest_tokens_are_asked_for(found):
+def test_the_two_likeliest_tokens_are_compared_by_default(found):
     logits, _ = slow_gemma(IDS)
     first, second = np.argsort(-logits)[:2]
     assert found.ids == tuple(IDS) and "".join(found.tokens) == TEXT
@@ -150,7 +150,7 @@ def test_the_two_likeliest_tokens_are_asked_for(found):
 @pytest.mark.parametrize(
     ("answer", "against", "token"), [("a", None, 4), ("z", "mean", -3), (None, "q", 0), ("a", "b", -1)]
 )
-def test_the_logits_are_read_after_the_chosen_token(scope, answer, against, token):
+def test_the_metric_is_measured_after_the_chosen_token(scope, answer, against, token):
     ids = IDS[: range(1, len(IDS))[token] + 1]
     logits, _ = slow_gemma(ids)
     found = analysis.attribute(scope, TEXT, answer, against, token)
@@ -164,8 +164,8 @@ def test_the_logits_are_read_after_the_chosen_token(scope, answer, against, toke
     assert all(len(parts.total_L) == len(ids) - 1 for parts in found.parts.values())
 
 
-def test_the_likeliest_answer_is_not_the_one_that_it_is_held_against(scope, found):
-    """Else the difference would be nothing."""
+def test_the_likeliest_answer_differs_from_the_token_it_is_compared_with(scope, found):
+    """Otherwise the difference of the logits would be zero."""
     turned = gradients(scope, found, gradients_lib.LIKELIEST, found.answer[0])
     assert (turned.answer_S[0], turned.against_S[0]) == (found.against[0], found.answer[0])
     np.testing.assert_allclose(turned.metric_S[0], -found.metric, atol=1e-5)
@@ -182,7 +182,7 @@ def test_gradients_equal_differences_in_float64(scope, found, site):
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_parts_equal_slow_numpy_and_add_up_to_the_activations_share(scope, found, name):
+def test_parts_equal_slow_numpy_and_add_up_to_the_total(scope, found, name):
     subject, parts = SUBJECTS[name], found.parts[name]
     _, values = slow_gemma(IDS)
     g = np.float64(gradients(scope, found).gradients[subject.spliced][0, : len(IDS)])
@@ -210,7 +210,7 @@ def test_parts_equal_slow_numpy_and_add_up_to_the_activations_share(scope, found
     np.testing.assert_allclose(parts.latents_M.sum(), parts.latents_L.sum(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mlp", "skip"])  # At one site: one program.
+@pytest.mark.parametrize("name", ["mlp", "skip"])  # Both are at one site and share one program.
 def test_integrated_parts_equal_an_integral_in_float64_and_add_up(scope, name):
     found = analysis.integrate(scope, TEXT, name, tolerance=1e-4)
     subject, parts, integral = SUBJECTS[name], found.parts[name], found.integral
@@ -239,7 +239,7 @@ def test_integrated_parts_equal_an_integral_in_float64_and_add_up(scope, name):
         np.testing.assert_allclose(parts.part_N[n], (weight / 2 * slopes).sum(), rtol=1e-3)
 
 
-def test_the_gap_of_too_few_nodes_is_reported(scope, capsys):
+def test_the_gap_left_by_too_few_nodes_is_shown(scope, capsys):
     found = analysis.integrate(scope, TEXT, "mlp", tolerance=1e-9, most_nodes=4)
     gain = found.metric - found.integral.baseline
     parts = found.parts["mlp"]
@@ -265,7 +265,7 @@ def test_ablations_equal_removing_a_latent_in_float64(found, ablated):
     assert np.abs(ablated.effect_N).max() > 1e-2
 
 
-def test_half_are_the_strongest_and_the_others_are_drawn(scope, found, ablated):
+def test_half_are_the_strongest_latents_and_half_are_random(scope, found, ablated):
     every = {
         (name, int(latent)): abs(parts.part_N[parts.latent_N == latent].sum())
         for name, parts in found.parts.items()
@@ -282,14 +282,14 @@ def test_half_are_the_strongest_and_the_others_are_drawn(scope, found, ablated):
     assert pairs[:12] == list(zip(other.sae, other.latent_N.tolist(), strict=True))[:12]
 
 
-def test_no_more_latents_are_taken_out_than_fire(scope, found):
+def test_no_more_latents_are_ablated_than_fire(scope, found):
     few = dataclasses.replace(found, parts={"embed": found.parts["embed"]})
     count = len(np.unique(found.parts["embed"].latent_N))
     chosen, is_strongest_N = ablation._choose(few, 10_000, 0)
     assert len(set(chosen)) == count == len(is_strongest_N) and is_strongest_N.all()
 
 
-def test_correlations_are_those_of_numpy(ablated):
+def test_correlations_equal_numpy(ablated):
     for of, here in (("all", slice(None)), ("strongest", slice(12)), ("random", slice(12, None))):
         x, y = ablated.attributed_N[here], ablated.effect_N[here]
         got = ablated.correlation(of)
@@ -307,7 +307,7 @@ def test_correlations_are_those_of_numpy(ablated):
     assert np.isnan(flat.correlation().pearson)
 
 
-def test_ablations_of_prompts_are_those_of_each(scope, ablated):
+def test_ablations_of_prompts_equal_those_of_each_prompt(scope, ablated):
     pooled = analysis.ablations_of_prompts(scope, [TEXT, "bread and law"], 24)
     assert pooled.prompt_N.tolist() == [0] * 24 + [1] * 24
     np.testing.assert_array_equal(pooled.effect_N[:24], ablated.effect_N)
@@ -317,7 +317,7 @@ def test_ablations_of_prompts_are_those_of_each(scope, ablated):
 
 
 def test_several_devices_agree_with_one(scope, found, ablated, tiny_gemma):
-    # Of three, which do not divide the rows of a pass.
+    # Three devices do not divide the rows of a pass.
     several = scope_on(sharding.make_mesh(1, 3, jax.devices()[:3]), tiny_gemma)
     placement = placement_lib.gemma_placement(several.gemma.mesh, split=True)
     params = jax.tree.map_with_path(
@@ -351,7 +351,7 @@ def test_several_devices_agree_with_one(scope, found, ablated, tiny_gemma):
         ({"answer": "a", "against": "a"}, "answer and against are both 'a'"),
     ],
 )
-def test_invalid_questions_are_refused(scope, options, message):
+def test_invalid_arguments_are_refused(scope, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         analysis.attribute(scope, **{"prompt": TEXT} | options)
 
@@ -397,7 +397,7 @@ def test_the_strongest_and_the_sums_are_shown(found, ablated, capsys, tmp_path):
     np.testing.assert_allclose(points, np.stack([ablated.attributed_N, ablated.effect_N], 1))
 
 
-def test_a_page_holds_text_as_text_and_each_tokens_latents(scope, found, tmp_path):
+def test_a_page_escapes_text_and_lists_each_tokens_latents(scope, found, tmp_path):
     named = dataclasses.replace(found, tokens=("<b>", *found.tokens[1:]))
     named.write_html(tmp_path / "a.html", 3)
     html = (tmp_path / "a.html").read_text()
@@ -461,7 +461,7 @@ def test_the_command_writes_the_requested_files(scope, found, monkeypatch, tmp_p
         command(prompt=TEXT, sae="other")
 
 
-def test_parts_do_not_depend_on_how_many_tokens_are_divided_at_a_time(scope, found, monkeypatch):
+def test_parts_do_not_depend_on_the_number_of_tokens_at_a_time(scope, found, monkeypatch):
     monkeypatch.setattr(gradients_lib, "_DENSE", 64 * 4)
     got = analysis.attribute(scope, TEXT)
     for name, parts in found.parts.items():
@@ -469,7 +469,7 @@ def test_parts_do_not_depend_on_how_many_tokens_are_divided_at_a_time(scope, fou
             np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_where_nothing_fires_there_is_nothing_to_take_out(tiny_gemma):
+def test_ablation_is_refused_where_no_latent_fires(tiny_gemma):
     silent = SUBJECTS["resid"].sae.replace(threshold=np.full(64, 1e9, np.float32))
     scope = scopes.make(tiny_gemma, {"silent": attached.Subject(silent, RESID, None)})
     found = analysis.attribute(scope, TEXT)
@@ -481,7 +481,7 @@ def test_where_nothing_fires_there_is_nothing_to_take_out(tiny_gemma):
 def test_names_are_drawn_as_text(found, capsys):
     parts = {r"$\q$ [/]": next(iter(found.parts.values()))}
     named = dataclasses.replace(found, parts=parts, answer=(1, r"$\q$"))
-    assert plotting.png(named.figure()).startswith(b"\x89PNG")  # As mathematics it would raise.
+    assert plotting.png(named.figure()).startswith(b"\x89PNG")  # As mathematics, the name would raise.
     named.show()
     assert r"$\q$ [/]" in capsys.readouterr().out
 
@@ -498,7 +498,7 @@ def test_names_are_drawn_as_text(found, capsys):
         ),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(scope, monkeypatch, options, message):
+def test_conflicting_options_are_refused(scope, monkeypatch, options, message):
     monkeypatch.setattr(analysis, "open_scope", lambda path, **_: scope)
     with pytest.raises(ValueError, match=message):
         command(**options)

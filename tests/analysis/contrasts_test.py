@@ -1,4 +1,4 @@
-"""Latents that tell two sets of prompts apart: planted ones are found, and few others."""
+"""Latents that separate two sets of prompts: planted latents are found, with few false ones."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ from gemma_scope_jax.models.sites import Site
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.saes import attached
 
-# The package has the function by this name.
+# In the package, this name is a function.
 module = importlib.import_module("gemma_scope_jax.analysis.contrasts.find")
 
 SITES = {"first": Site("resid_post", 0), "second": Site("mlp_out", 2)}
@@ -41,7 +41,7 @@ def scope(tiny_gemma):
 
 @pytest.fixture(scope="module")
 def slow(scope, tiny_gemma):
-    """The activations [L, M] of each prompt by SAE, in float64: prompts run alone, and BOS is left out."""
+    """The activations [L, M] of each prompt on its own, by SAE, without BOS, in float64."""
     found = {name: [] for name in SITES}
     for prompt in PROMPTS:
         tokens = jnp.array([[masking.BOS, *tiny.encode(prompt)]])
@@ -54,7 +54,7 @@ def slow(scope, tiny_gemma):
 
 
 @pytest.mark.parametrize("at", module.AT)
-def test_a_prompts_features_equal_slow_numpy(scope, slow, at):
+def test_features_of_a_prompt_equal_slow_numpy(scope, slow, at):
     features, means = module.features_of(scope, PROMPTS, at)
     of = {"mean": lambda f: f.mean(0), "max": lambda f: f.max(0), "last": lambda f: f[-1]}
     for name in SITES:
@@ -62,7 +62,7 @@ def test_a_prompts_features_equal_slow_numpy(scope, slow, at):
         np.testing.assert_allclose(means[name], [f.mean(0) for f in slow[name]], rtol=1e-3, atol=1e-3)
 
 
-def test_on_many_devices_it_is_the_same(scope, tiny_gemma):
+def test_many_devices_return_the_same_features(scope, tiny_gemma):
     many = make_scope(tiny_gemma, sharding.make_mesh(2, 4))
     for got, expected in zip(
         module.features_of(many, PROMPTS, "max"), module.features_of(scope, PROMPTS, "max"), strict=True
@@ -72,20 +72,20 @@ def test_on_many_devices_it_is_the_same(scope, tiny_gemma):
 
 
 def contrast_of(monkeypatch, scope, features, second, **options):
-    """A contrast of features [N, M] by SAE, the last `second` of them the second set's."""
+    """The contrast of features [N, M] by SAE; the last `second` prompts are the second set."""
     monkeypatch.setattr(module, "features_of", lambda *_: (features, features))
     prompts = [f"prompt {number}" for number in range(len(next(iter(features.values()))))]
     return analysis.contrast(scope, prompts[:-second], prompts[-second:], **options)
 
 
-# Of 120 latents these are planted.
+# The planted latents among 120.
 PLANTED = np.arange(0, 120, 8)
 
 
 def draw(kind, rng):
     """Features [N, 120] of random prompts, and the size of the second set."""
     if kind == "sparse":
-        # Few fire, in few of the prompts, most of which are of one set.
+        # Latents rarely fire, and most prompts are of one set.
         values = rng.exponential(size=(88, 120)) * (rng.random((88, 120)) < 0.06)
         values[:8, PLANTED] = 1 + rng.exponential(size=(8, len(PLANTED)))
         return values, 80
@@ -99,7 +99,7 @@ def draw(kind, rng):
 
 
 @pytest.mark.parametrize("kind", ["independent", "correlated", "sparse", "pairs"])
-def test_planted_latents_are_found_and_false_ones_at_no_more_than_the_rate(monkeypatch, scope, kind):
+def test_planted_latents_are_found_and_false_ones_stay_within_the_rate(monkeypatch, scope, kind):
     rng, rate, draws = np.random.default_rng(0), 0.1, 40
     shares, approximate, planted = [], [], []
     for _ in range(draws):
@@ -114,14 +114,14 @@ def test_planted_latents_are_found_and_false_ones_at_no_more_than_the_rate(monke
         found = np.flatnonzero(stats.false_discovery_control(np.nan_to_num(p, nan=1)) <= rate)
         approximate.append((~np.isin(found, PLANTED)).sum() / max(len(found), 1))
     assert np.mean(planted) > 0.9
-    # A share of so many discoveries is binomial, and no wider where latents are independent.
+    # The standard error is empirical, but at least the binomial one of independent discoveries.
     error = max(np.std(shares) / np.sqrt(draws), np.sqrt(rate / (draws * len(PLANTED))))
     assert np.mean(shares) <= rate + 2 * error
-    if kind == "sparse":  # Where SciPy's approximation alone does not keep to it.
+    if kind == "sparse":  # SciPy's approximation alone exceeds the rate here.
         assert np.mean(approximate) > rate + 2 * error
 
 
-def test_where_nothing_is_planted_something_is_found_in_no_more_than_a_share_of_the_rate(monkeypatch, scope):
+def test_without_planted_latents_false_discoveries_stay_within_the_rate(monkeypatch, scope):
     rng, rate, draws = np.random.default_rng(1), 0.1, 100
     found = 0
     for _ in range(draws):
@@ -130,7 +130,7 @@ def test_where_nothing_is_planted_something_is_found_in_no_more_than_a_share_of_
     assert found / draws <= rate + 2 * np.sqrt(rate * (1 - rate) / draws)
 
 
-def test_numbers_are_of_all_saes_together_and_silent_latents_are_left_out(monkeypatch, scope):
+def test_statistics_pool_all_saes_and_leave_out_silent_latents(monkeypatch, scope):
     rng = np.random.default_rng(0)
     features = {"a": rng.random((20, 30)), "<b>": rng.random((20, 10))}
     features["a"][:, :4] = 0
@@ -146,7 +146,7 @@ def test_numbers_are_of_all_saes_together_and_silent_latents_are_left_out(monkey
     assert np.isnan([one.p_M[:4], one.q_M[:4], one.auroc_M[:4]]).all() and (one.activation_M[:4] == 0).all()
     p = np.concatenate([one.p_M[4:], result.of["<b>"].p_M])
     q = np.concatenate([one.q_M[4:], result.of["<b>"].q_M])
-    # Benjamini and Hochberg's: the smallest of p · n / rank from each rank on.
+    # Benjamini and Hochberg: q is the smallest p · n / rank from each rank on.
     order = np.argsort(p)
     slow = np.minimum.accumulate((p[order] * 36 / np.arange(1, 37))[::-1])[::-1]
     np.testing.assert_allclose(q[order], np.minimum(slow, 1))
@@ -156,7 +156,7 @@ def test_numbers_are_of_all_saes_together_and_silent_latents_are_left_out(monkey
     assert result.smallest_p == pytest.approx(2 / (10 * 36 / 0.05 + 1))
 
 
-def test_results_are_shown_drawn_and_written(monkeypatch, scope, tmp_path, capsys):
+def test_it_shows_draws_and_writes_the_latents_found(monkeypatch, scope, tmp_path, capsys):
     rng = np.random.default_rng(0)
     features = {"a": rng.random((20, 30))}
     features["a"][:10, 7] += 2
@@ -178,12 +178,12 @@ def test_results_are_shown_drawn_and_written(monkeypatch, scope, tmp_path, capsy
     assert one["latent"] == 7 and one["auroc"] == 1 and one["q"] == float(result.of["a"].q_M[7])
 
 
-def test_too_few_prompts_are_reported(monkeypatch, scope):
-    # All but those planted are the same in both sets, place by place.
+def test_few_prompts_report_the_smallest_possible_p(monkeypatch, scope):
+    # Only the planted latents differ between the sets.
     features = {"a": np.tile(np.random.default_rng(0).random((4, 30)), (2, 1))}
     features["a"][:4, :3] += 2
     result = contrast_of(monkeypatch, scope, features, 4)
-    # By hand: the smallest p is 2 / 70, which with 30 latents 18 have to reach; one alone would need 0.05 / 30.
+    # By hand: the smallest p is 2 / 70. Of 30 latents, 18 must reach it; a single latent would need 0.05 / 30.
     assert result.smallest_p == 2 / 70 and not result.found()
     assert "At least 18 latents must reach it for any to be found" in result.about()
     assert result.about().endswith(
@@ -214,6 +214,6 @@ def test_too_few_prompts_are_reported(monkeypatch, scope):
         ([], list("efgh"), {}, "0 and 4 prompts"),
     ],
 )
-def test_invalid_requests_are_refused(scope, first, second, options, message):
+def test_invalid_arguments_are_refused(scope, first, second, options, message):
     with pytest.raises(ValueError, match=message):
         analysis.contrast(scope, first, second, **options)

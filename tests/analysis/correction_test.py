@@ -1,4 +1,4 @@
-"""A behaviour with and without latents, against Gemma run slowly with the site replaced; and the command."""
+"""A behaviour with and without latents, against a slow Gemma with the site replaced; and the command."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ STREAM, MLP = Site("resid_post", 1), Site("mlp_out", 2)
 WORDS = "ash elm oak fir yew bay fig box gum ivy".split()
 FIRST = [f"rivers of {word}" for word in WORDS]
 SECOND = [f"{word} and law!" for word in WORDS]
-# Of one length: Gemma run slowly is compiled for each.
+# All have one length, since the slow Gemma is compiled for each length.
 NEW_FIRST = ["rivers of sun", "rivers of ice"]
 NEW_SECOND = ["wood and law!", "iron and law!", "gold and law!"]
 
@@ -58,13 +58,13 @@ def corrected(scope, found):
     made = analysis.correct(
         scope, found, "x", "y", NEW_FIRST, NEW_SECOND, top=13, random_sets=7, seed=1, rows=5
     )
-    # One program for prompts and one for rows of text, whatever is ablated.
+    # One program for prompts and one for rows of text, whichever latents are ablated.
     assert 0 < compilations.so_far("written") - before <= 2
     return made
 
 
 def slow_final(scope, tokens_1xL, ablated):
-    """The residual stream after the last block, in float64, with some latents ablated."""
+    """The stream after the last block, with the latents removed from their sites in float64."""
     write = {}
     for name in {name for name, _ in ablated}:
         subject = scope.subjects[name]
@@ -130,7 +130,7 @@ def test_the_damage_equals_gemma_with_the_sites_replaced(scope, corrected, rows)
     assert measured == [True] * correction.DAMAGE_SETS + [False] * 2
 
 
-def test_in_text_with_a_chat_template_it_is_left_as_it_is(scope, found, corrected):
+def test_a_chat_template_in_text_is_left_unchanged(scope, found, corrected):
     config = scope.config
     chat = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=True))
     scope = dataclasses.replace(scope, config=chat)
@@ -145,12 +145,12 @@ def test_in_text_with_a_chat_template_it_is_left_as_it_is(scope, found, correcte
         answer="x", against="y", first=NEW_FIRST, second=NEW_SECOND, top=13, random_sets=1, seed=1, rows=5
     )
     made = analysis.correct(scope, found, **given)
-    # Prompts have no template, and text that has one loses less where that is spared.
+    # Prompts have no template, so the gap stays; the loss on text changes, since its template is spared.
     np.testing.assert_allclose(made.ablated.gap, corrected.ablated.gap, atol=1e-5)
     assert made.ablated.delta_loss != corrected.ablated.delta_loss
 
 
-def test_random_sets_are_of_as_many_that_fire_as_strongly_and_were_not_found(scope, found):
+def test_random_sets_match_the_latents_found_in_number_and_strength(scope, found):
     latents = found.latents("stream")[:5]
     strength_M = correction._strength(scope, found, "stream")
     norms = np.linalg.norm(np.float64(scope.subjects["stream"].sae.W_dec), axis=1)
@@ -164,7 +164,8 @@ def test_random_sets_are_of_as_many_that_fire_as_strongly_and_were_not_found(sco
     others = set(np.flatnonzero(strength_M > 0)) - set(found.latents("stream"))
     for one in sets:
         assert len(set(one)) == 5 and set(one) <= others
-    # Each stands for the latent at its place: of the nearest of those left, at worst all drawn before were nearer.
+    # Each latent replaces the one at its place. It is among the nearest of those left;
+    # at worst, all drawn before it were nearer.
     for place, latent in enumerate(latents):
         distance = {i: abs(np.log(strength_M[i] / strength_M[latent])) for i in others}
         nearest = sorted(distance, key=distance.get)[: correction.NEAREST + 4]
@@ -184,16 +185,16 @@ def test_gaps_and_their_errors_by_hand(tmp_path):
     random = (outcome([3, 4], [0, 1, 2]), outcome([0, 0], [1, 1, 1]), outcome([1, 1], [3, 3, 3]))
     made = correction.Correction("x", "y", False, (("a", 1),), clean, ablated, random)
     assert (clean.gap, ablated.gap, made.change) == (3, 1, -2)
-    # Variances 2 and 1 over 2 and 3 prompts; those of the changes −1, −3 and 1, 0, −1 are the same.
+    # The variances are 2 and 1 over 2 and 3 prompts; the changes −1, −3 and 1, 0, −1 have the same variances.
     np.testing.assert_allclose([made.gap_se, made.change_se], np.sqrt(2 / 2 + 1 / 3))
-    # The gap is 2.5, −1 and −2 with random sets: narrower by 0.5, 2 and 1, by the latents found by 2.
+    # With random sets the gap is 2.5, −1 and −2: narrower by 0.5, 2 and 1. The latents found narrow it by 2.
     assert made.as_good == 1
     assert "the gap from 3.000 to 1.000, 33% of it. 1 of 3 random sets" in made.about()
     assert "(p = 0.5)" in made.about()
     few = correction.Correction(
         "[/]", "$\\q$", False, (("a", 1),), outcome([3], [0, 1]), outcome([1], [0, 1]), random
     )
-    few.write_json(tmp_path / "few.json")  # Of one prompt there is no standard error.
+    few.write_json(tmp_path / "few.json")  # One prompt has no standard error.
     assert json.loads((tmp_path / "few.json").read_text())["gap_se"] is None
     few.show()
     plotting.png(few.figure())
@@ -202,7 +203,7 @@ def test_gaps_and_their_errors_by_hand(tmp_path):
     np.testing.assert_allclose(pairs.change_se, np.std([-2, -3], ddof=1) / np.sqrt(2))
 
 
-def test_results_are_shown_and_written(corrected, tmp_path, capsys):
+def test_it_shows_and_writes_the_results(corrected, tmp_path, capsys):
     corrected.show()
     shown = capsys.readouterr().out
     assert "logit of 'x' minus that of 'y'" in shown and corrected.about() in " ".join(shown.split())
@@ -245,7 +246,7 @@ def test_halves_hold_each_prompt_once_and_keep_pairs():
         ({"rows": -1}, "rows is -1; it must be at least 0"),
     ],
 )
-def test_invalid_requests_are_refused(scope, found, change, message):
+def test_invalid_arguments_are_refused(scope, found, change, message):
     given = {"answer": "x", "against": "y", "first": NEW_FIRST, "second": NEW_SECOND} | change
     with pytest.raises(ValueError, match=message):
         analysis.correct(scope, found, **given)
@@ -276,10 +277,10 @@ def test_the_command_audits_a_run(inputs, tmp_path, capsys, monkeypatch):
     assert (stored["first"], stored["second"]) == tuple(map(list, halves[0]))
     assert f"the gap from {after['clean']['gap']:.3f} to {after['ablated']['gap']:.3f}" in shown
     assert after["ablated"]["delta_loss"] is not None and f"Wrote {out}" in shown
-    # Without an answer all prompts are contrasted and nothing is ablated or written.
+    # Without an answer, all prompts are contrasted and nothing is ablated or written.
     shown = main("--at=last", "--paired")
     assert re.search(r"latents separate the sets\s+\(20 pairs\)", shown) and "gap" not in shown
-    # At so low a rate nothing is found: the gap is told all the same.
+    # At this low rate no latent is found; the gap is still shown.
     shown = main("--answer=x", "--against=y", "--rate=0.00005")
     assert "There are no latents to ablate" in shown and "a gap of" in shown
     for flags, message in (

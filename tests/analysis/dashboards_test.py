@@ -1,4 +1,4 @@
-"""Dashboards against slow NumPy: where latents fire, passages, counts, samples, and logits of decoder directions."""
+"""Firings of latents (places, passages, counts, samples) and decoder directions, compared with slow NumPy."""
 
 import dataclasses
 
@@ -29,10 +29,10 @@ def rows():
 
 @pytest.fixture(scope="module")
 def subjects():
-    # Of all frequencies, from a third of all positions to none.
+    # The frequencies range from a third of all positions to none.
     rarer = np.geomspace(1, 100, 64, dtype=np.float32)
     made = [one.replace(threshold=one.threshold * rarer) for one in map(random_sae, range(2))]
-    # Embeddings repeat, and with them activations: places of equal ones have to be those that come first.
+    # Embeddings repeat, so activations do too: of equal activations, the first places must be kept.
     return {
         name: attached.Subject(one, site, None) for one, (name, site) in zip(made, SITES.items(), strict=True)
     }
@@ -45,7 +45,7 @@ def gathered(tiny_gemma, subjects, rows):
 
 @pytest.fixture(scope="module")
 def slow(tiny_gemma, subjects, rows):
-    """Which positions count [S, L], in the order of `batching.batches`, and by SAE activations [S, L, M] there."""
+    """The counted positions [S, L] and the activations [S, L, M] by SAE, in the order of `batching.batches`."""
     tokens = rows.tokens[token_rows.order(len(rows), batching.ORDER_SEED, 0, COUNT)]
     kept = ~np.isin(tokens, [masking.BOS, masking.EOS, masking.PAD])
     values = forward.read_sites(tiny_gemma, jnp.asarray(tokens), list(SITES.values()))
@@ -87,7 +87,7 @@ def test_counts_means_and_histograms_equal_slow_numpy(slow, gathered, name):
         np.testing.assert_array_equal(found.histogram_MxH[latent], expected)
 
 
-def test_activations_beyond_the_bins_are_in_the_first_and_the_last(tiny_gemma, subjects, rows):
+def test_activations_beyond_the_bins_are_in_the_first_or_last_bin(tiny_gemma, subjects, rows):
     for factor, at in ((1e-9, 0), (1e9, collect.BINS - 1)):
         one = subjects["stream"].sae
         scaled = one.replace(
@@ -102,7 +102,7 @@ def test_activations_beyond_the_bins_are_in_the_first_and_the_last(tiny_gemma, s
 def test_the_strongest_firings_equal_slow_numpy(slow, gathered, name):
     f = slow[1][name]
     found, radius = gathered[name].top, OPTIONS.before + OPTIONS.after
-    # Equal embeddings give equal activations in float32, but not in sums of float64 of another order.
+    # Equal embeddings have equal activations in float32, but not in float64 sums of another order.
     f32 = f.astype(np.float32)
     for latent in range(64):
         peaks = []
@@ -125,7 +125,7 @@ def test_the_strongest_firings_equal_slow_numpy(slow, gathered, name):
         for a in range(len(peaks)):
             for b in range(a):
                 assert peaks[a][1] != peaks[b][1] or abs(peaks[a][2] - peaks[b][2]) > radius
-    assert (found.row_MxK[:, -1] >= 0).any()  # Some fired often enough for the list to be full.
+    assert (found.row_MxK[:, -1] >= 0).any()  # Some latents fire often enough to fill the list.
 
 
 def test_the_sample_holds_firings_of_the_highest_priority(slow, gathered):
@@ -141,8 +141,8 @@ def test_the_sample_holds_firings_of_the_highest_priority(slow, gathered):
         assert (found.row_MxK[latent, len(order) :] == -1).all()
 
 
-def test_every_firing_is_drawn_as_often_as_any_other(slow, gathered):
-    """Over seeds, by the χ² of the most frequent latent's places."""
+def test_firings_are_sampled_uniformly(slow, gathered):
+    """A χ² test over seeds, on the places of the most frequent latent."""
     latent = int(gathered["stream"].count_M.argmax())
     fired = np.argwhere(slow[1]["stream"][..., latent] > 0)
     drawn, seeds = np.zeros((COUNT, LENGTH)), 60
@@ -158,7 +158,7 @@ def test_every_firing_is_drawn_as_often_as_any_other(slow, gathered):
 
 
 @pytest.mark.parametrize("per_batch", [1, 13])
-def test_batches_change_nothing(tiny_gemma, subjects, rows, gathered, per_batch):
+def test_the_batch_size_changes_nothing(tiny_gemma, subjects, rows, gathered, per_batch):
     again = collect.gather(tiny_gemma, subjects, rows, COUNT, per_batch, options=OPTIONS)
     for name in subjects:
         same(again[name], gathered[name], exact=False)
@@ -174,7 +174,7 @@ def test_eight_devices_agree_with_one(tiny_gemma, subjects, rows, gathered):
 
 
 class Stopped(Exception):
-    """Ends a pass early."""
+    """Interrupts a pass."""
 
 
 def test_an_interrupted_pass_resumes(tiny_gemma, subjects, rows, tmp_path, monkeypatch):
@@ -201,14 +201,14 @@ def test_an_interrupted_pass_resumes(tiny_gemma, subjects, rows, tmp_path, monke
         same(again[name], whole[name])
 
 
-def test_only_the_k_strongest_fire_where_an_sae_is_cut_to_them(tiny_gemma, subjects, rows, slow):
+def test_a_top_k_sae_fires_only_its_k_strongest_latents(tiny_gemma, subjects, rows, slow):
     subject = {"a": dataclasses.replace(subjects["stream"], top_k=2)}
     found = collect.gather(tiny_gemma, subject, rows, COUNT, 4, options=OPTIONS)["a"]
     fired = (slow[1]["stream"] > 0).sum(2)
     assert found.count_M.sum() == np.minimum(fired, 2).sum() < fired.sum()
 
 
-def test_passages_end_where_documents_do():
+def test_passages_stay_within_a_document():
     tokens = np.array(
         [[2, 11, 12, 13, 2, 21, 22, 23, 24, 0, 0], [31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41]]
     )
@@ -230,7 +230,7 @@ def test_passages_end_where_documents_do():
         np.testing.assert_array_equal(found.values, values)
 
 
-def test_bands_hold_as_many_firings_each_and_begin_with_the_first_drawn():
+def test_bands_have_equal_size_and_begin_with_the_first_sampled_firing():
     value = np.array([5, 1, 9, 2, 7, 3, 8, 4, 6, 10, 0], np.float32)
     row = np.array([[0] * 10 + [-1]])
     window = np.pad(value[None, :, None], ((0, 0), (0, 0), (OPTIONS.before, OPTIONS.after)))
@@ -247,7 +247,7 @@ def test_bands_hold_as_many_firings_each_and_begin_with_the_first_drawn():
 
 
 def test_a_planted_latent_is_found(tiny_gemma):
-    """A latent that reads a token's embedding fires on that token, and raises the logits it was built for."""
+    """A latent that reads one token's embedding fires at that token, and raises the token it is made to raise."""
     table = np.asarray(tiny_gemma.params["embedder"]["input_embedding"], np.float32)
     one = random_sae()
     W_enc, W_dec = np.zeros_like(one.W_enc), np.array(one.W_dec)
@@ -269,7 +269,7 @@ def test_a_planted_latent_is_found(tiny_gemma):
         for r, p in zip(found.top.row_MxK[5], found.top.position_MxK[5], strict=True)
         if r >= 0
     }
-    assert top == {(1, 7), (2, 0), (3, 20)}  # The other is in the second's passage, which shows it.
+    assert top == {(1, 7), (2, 0), (3, 20)}  # (3, 23) overlaps the passage of (3, 20), so it is left out.
     drawn = (found.sample.row_MxK[5] >= 0).sum()
     assert drawn == 4
     said = decoder_directions.logits(tiny_gemma, W_dec, 1)
@@ -279,9 +279,7 @@ def test_a_planted_latent_is_found(tiny_gemma):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_logits_of_directions_equal_slow_numpy(tiny_gemma, monkeypatch, devices):
-    monkeypatch.setattr(
-        decoder_directions, "_LOGITS", 272 * 24
-    )  # In three chunks, of which the last is not full.
+    monkeypatch.setattr(decoder_directions, "_LOGITS", 272 * 24)  # Three chunks; the last is not full.
     mesh = sharding.make_mesh(1, devices, jax.devices()[:devices])
     everywhere = jax.device_put(tiny_gemma.params, jax.NamedSharding(mesh, sharding.REPLICATED))
     W_dec = np.asarray(random_sae().W_dec)
@@ -298,7 +296,7 @@ def test_logits_of_directions_equal_slow_numpy(tiny_gemma, monkeypatch, devices)
 
 
 def test_directions_of_heads_go_through_the_output_projection(tiny_gemma):
-    """The model itself gives a head's contribution to the stream; the norm after the projection only scales it."""
+    """The model itself adds the same direction: its norm after the projection only scales the output."""
     site = Site("attn_out", 2)
     W_dec = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     found = decoder_directions.in_stream(tiny_gemma.params, site, W_dec)

@@ -1,4 +1,4 @@
-"""Latents changed in Gemma, against slow NumPy in the place of the site."""
+"""Edits of latents in Gemma, compared with slow NumPy at the site."""
 
 import compilations
 import jax
@@ -35,7 +35,7 @@ def scope(tiny_gemma):
 
 
 def run(scope, made, tokens=PROMPT, read=()):
-    """The residual stream after the last block and the activations of sites, for all tokens."""
+    """The stream after the last block and the sites read, without padding."""
     loaded = scope.gemma
     placed = scope_lib.place_prompts(scope, [tokens])
     write = edits.writes(scope, made) if isinstance(made, list) else made
@@ -44,14 +44,14 @@ def run(scope, made, tokens=PROMPT, read=()):
 
 
 def latents(name, x_LxD):
-    """In float64."""
+    """The latents in float64."""
     subject = SUBJECTS[name].sae
     pre = np.float64(x_LxD) @ np.float64(subject.W_enc) + subject.b_enc
     return np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
 
 
 def firing(scope, name):
-    """Activations [L, M], and the latent that fires most often on the prompt."""
+    """The activations [L, M], and the latent that fires most often on the prompt."""
     site = SUBJECTS[name].site
     f_LxM = latents(name, run(scope, {}, read=(site,))[1][site])
     f_LxM[0] = 0
@@ -67,7 +67,7 @@ def test_latents_that_keep_their_values_change_no_logit(scope, name):
     def logits(made):
         return predictions.logits(loaded, run(scope, made)[0])
 
-    # Bit for bit at the site; behind it another program's rounding.
+    # Equal bit for bit at the site; later values have another program's rounding.
     tokens = jnp.asarray([PROMPT])
     passed = {site: value[None] for site, value in values.items()}
     where = interventions.Where(
@@ -85,7 +85,7 @@ def test_latents_that_keep_their_values_change_no_logit(scope, name):
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_edited_activations_equal_slow_numpy(scope, name):
+def test_edits_equal_slow_numpy(scope, name):
     f_LxM, latent = firing(scope, name)
     often = (f_LxM > 0).sum(0)
     other = int(np.where(np.arange(64) == latent, -1, often).argmax())
@@ -104,11 +104,11 @@ def test_edited_activations_equal_slow_numpy(scope, name):
     np.testing.assert_allclose(got, after[0], rtol=1e-4, atol=1e-4 * np.abs(after).max())
 
 
-def test_tokens_before_the_first_edit_do_not_change(scope):
+def test_tokens_before_the_first_edit_are_unchanged(scope):
     _, latent = firing(scope, "resid")
     clean, _ = run(scope, {})
     got, _ = run(scope, [analysis.add("resid", latent, 5.0, range(4, 6))])
-    np.testing.assert_allclose(got[:5], clean[:5], atol=1e-5)  # Of another program.
+    np.testing.assert_allclose(got[:5], clean[:5], atol=1e-5)  # Up to another program's rounding.
     assert (np.abs(got[5:] - clean[5:]).max(1) > 1e-3).all()
 
 
@@ -125,7 +125,7 @@ def test_edits_at_one_site_add_up(scope):
     np.testing.assert_allclose((changed - clean)[0, 1:], np.tile(added, (len(PROMPT) - 1, 1)), atol=1e-4)
 
 
-def test_a_transcoder_reads_the_edited_site(scope):
+def test_a_transcoder_reads_its_edited_input(scope):
     x, y = (value[None] for value in run(scope, {}, read=(READ, MLP))[1].values())
     tokens = jnp.asarray([PROMPT])
     passed = {}
@@ -151,7 +151,7 @@ def test_special_tokens_are_never_changed(scope):
     assert np.flatnonzero(np.abs(changed[0]).max(1)).tolist() == [1, 3, 5]
 
 
-def test_rows_may_differ(scope):
+def test_rows_can_have_different_edits(scope):
     _, latent = firing(scope, "resid")
     subject = SUBJECTS["resid"].sae
     per_row = edits.stack_edits(
@@ -173,7 +173,7 @@ def test_generation_with_edits_equals_running_everything_again(scope, tokens):
     write = edits.writes(scope, made)
     (reply,) = generation.generate(scope.gemma, [PROMPT], 6, temperature=0, write=write)
     clean = generation.generate(scope.gemma, [PROMPT], 6, temperature=0)[0]
-    # What is still to come is PAD, which no token before it sees: so all passes have one length.
+    # Tokens still to come are PAD, which no earlier token sees, so all passes have one length.
     tokens_1xL = np.array([[*PROMPT, *[masking.PAD] * len(reply)]], np.int32)
     index = jnp.arange(tokens_1xL.size)[None]
     for place in range(len(PROMPT), tokens_1xL.size):
@@ -186,7 +186,7 @@ def test_generation_with_edits_equals_running_everything_again(scope, tokens):
     assert reply != clean
 
 
-def test_other_values_do_not_compile_again(scope):
+def test_other_values_do_not_recompile(scope):
     run(scope, [analysis.clamp("resid", 1, 2.0), analysis.ablate("transcoder", 2)])
     compiled = compilations.so_far("written")
     run(scope, [analysis.add("resid", 9, 1.0, "prompt"), analysis.scale("transcoder", 4, 3.0, range(2))])
@@ -209,6 +209,6 @@ def test_other_values_do_not_compile_again(scope):
         ([analysis.scale("resid", 1, float("nan"))], "the scale of an edit is nan"),
     ],
 )
-def test_invalid_requests_are_refused(scope, made, message):
+def test_invalid_edits_are_refused(scope, made, message):
     with pytest.raises(ValueError, match=message):
         edits.writes(scope, made)

@@ -1,4 +1,4 @@
-"""A prompt through the layers, against slow NumPy and Gemma with a site replaced."""
+"""A prompt through the layers, compared with slow NumPy and with Gemma with a site replaced."""
 
 import dataclasses
 import re
@@ -25,14 +25,14 @@ IN, OUT = Site("mlp_in", 2), Site("mlp_out", 2)
 
 
 def identity() -> jumprelu.SAE:
-    """An SAE with a latent for each dimension and sign; its reconstruction equals its input bit for bit."""
+    """An SAE with two latents per input value, one for each sign; it reconstructs its input exactly."""
     both = np.concatenate([np.eye(32), -np.eye(32)]).astype(np.float32)
     zeros = np.zeros(64, np.float32)
     return jumprelu.SAE(both.T, zeros, zeros, both, np.zeros(32, np.float32))
 
 
 def of_heads() -> jumprelu.SAE:
-    """An SAE on the 64 values of the heads."""
+    """An SAE of the 64 values of the attention heads."""
     rng = np.random.default_rng(9)
     w = rng.normal(size=(64, 48)).astype(np.float32)
     return jumprelu.SAE(
@@ -65,7 +65,7 @@ def softmax(logits):
 
 
 def reconstruction(name, values):
-    """The target, the latents and the reconstruction, in float64."""
+    """Returns y, the latents and the reconstruction of y, in float64."""
     subject = SUBJECTS[name]
     x, y = (np.float64(values[site][0]) for site in (subject.site, subject.spliced))
     pre = x @ np.float64(subject.sae.W_enc) + subject.sae.b_enc
@@ -75,7 +75,7 @@ def reconstruction(name, values):
 
 @pytest.fixture(scope="module")
 def walked(tiny_gemma):
-    """The activations of all sites, and a function: next-token probabilities [L, V] with sites replaced."""
+    """The activations of all sites, and a function: p [L, V] of the next tokens with sites replaced."""
     tokens = jnp.asarray([PROMPT])
     sites = {site for subject in SUBJECTS.values() for site in (subject.site, subject.spliced)}
     x = forward.embed(tiny_gemma, tokens)
@@ -108,7 +108,7 @@ def test_each_array_equals_slow_numpy(flow, walked, name):
         assert np.abs(loss - clean).max() > 1e-3
 
 
-def test_saes_stand_by_kind_of_site_and_then_by_layer(flow):
+def test_saes_are_sorted_by_kind_of_site_and_then_by_layer(flow):
     assert flow.names == ("heads", "transcoder", "mlp", "<b>shallow</b>", "perfect", "deep")
     assert flow.kinds == ("attn_out", "mlp_in → mlp_out", "mlp_out", *["resid_post"] * 3)
     assert flow.layers == (1, 2, 2, 0, 1, 3) and flow.of_kind("resid_post") == [3, 4, 5]
@@ -138,9 +138,9 @@ def test_the_lens_equals_slow_numpy(flow, walked, tiny_gemma):
     check(lens.output, 0, predict({})[1:])
 
 
-def test_an_exact_reconstruction_costs_nothing_and_looks_the_same(flow):
+def test_an_exact_reconstruction_costs_nothing_and_reads_out_the_same(flow):
     number = flow.names.index("perfect")
-    # The clean row is another of the same pass.
+    # The clean prompt is another row of the same pass, so the losses differ by rounding.
     np.testing.assert_allclose(flow.delta_loss_ExL[number, :-1], 0, atol=1e-5)
     np.testing.assert_array_equal(flow.error_ExL[number], 0)
     for stream, reconstruction in zip(flow.lens.stream, flow.lens.reconstruction, strict=True):
@@ -148,20 +148,20 @@ def test_an_exact_reconstruction_costs_nothing_and_looks_the_same(flow):
         assert (stream[2] != reconstruction[2]).any()
 
 
-def test_without_an_answer_the_lens_follows_the_models_own(flow, tiny_gemma, walked):
+def test_without_an_answer_the_lens_follows_the_models_prediction(flow, tiny_gemma, walked):
     _, predict = walked
     scope = open_scope(tiny_gemma, sharding.make_mesh(2, 2, jax.devices()[:4]), ("deep",))
     found = analysis.flow(scope, TEXT)
     np.testing.assert_array_equal(found.lens.answer_L, predict({})[1:].argmax(1))
     np.testing.assert_array_equal(found.lens.stream.answer_rank[0], 1)
     np.testing.assert_allclose(found.lens.stream.answer_probability, found.lens.stream.probability)
-    # And on four devices it is what it is on one.
+    # Four devices agree with one.
     number = flow.names.index("deep")
     np.testing.assert_allclose(found.delta_loss_ExL[0], flow.delta_loss_ExL[number], atol=1e-5)
     np.testing.assert_allclose(found.error_ExL[0], flow.error_ExL[number], rtol=1e-5)
 
 
-def test_pictures_have_tokens_layers_and_the_likeliest_tokens(flow):
+def test_figures_show_tokens_layers_and_the_likeliest_tokens(flow):
     figure = flow.figure()
     maps = [axis for axis in figure.axes if axis.get_title()]
     assert len(maps) == 4 * 4 and maps[-4].get_title() == "resid_post: ‖y‖"
@@ -169,7 +169,7 @@ def test_pictures_have_tokens_layers_and_the_likeliest_tokens(flow):
     below = [label.get_text() for label in maps[-1].get_xticklabels()]
     assert below == [token.replace(" ", "·") for token in flow.tokens]
     np.testing.assert_array_equal(maps[-1].images[0].get_array(), flow.delta_loss_ExL[3:])
-    # Colours that outliers do not take: the largest value is beyond.
+    # Outliers do not stretch the colour scale: the largest value is beyond it.
     norm = maps[-4].images[0].norm
     np.testing.assert_allclose(norm.vmax, np.percentile(flow.norm_ExL[3:], 98))
     assert norm.vmax < flow.norm_ExL[3:].max()
@@ -185,7 +185,7 @@ def test_pictures_have_tokens_layers_and_the_likeliest_tokens(flow):
     assert plotting.png(figure)[:4] == b"\x89PNG"
 
 
-def test_with_many_tokens_panels_stand_below_each_other(flow):
+def test_panels_are_stacked_for_many_tokens(flow):
     values = {
         field: np.tile(getattr(flow, field), 5)
         for field in ("norm_ExL", "l0_ExL", "error_ExL", "delta_loss_ExL")
@@ -197,7 +197,7 @@ def test_with_many_tokens_panels_stand_below_each_other(flow):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 18])
-def test_the_title_of_a_lens_is_not_cut(flow, tokens):
+def test_the_title_of_a_lens_is_not_cut_off(flow, tokens):
     def cut(seen):
         return type(seen)(*(values[:, :tokens] for values in seen))
 
@@ -214,11 +214,11 @@ def test_the_title_of_a_lens_is_not_cut(flow, tokens):
 def test_labels_can_be_drawn():
     assert plotting.label(" a\nb") == "·a↵b" and plotting.label("x" * 20) == "x" * 11 + "…"
     assert plotting.label("語\x00$") == r"\u8a9e\x00$"
-    # An escape is whole or absent.
+    # An escape sequence is kept whole or dropped.
     assert plotting.label("語" * 3) == r"\u8a9e…" and plotting.label("語" * 3, 3) == r"\u8a9e…"
 
 
-def test_a_page_holds_text_as_text(flow, tmp_path):
+def test_a_page_escapes_text(flow, tmp_path):
     flow.write_html(tmp_path / "a.html")
     html = (tmp_path / "a.html").read_text()
     assert "<i>bread" not in html and "&lt;i&gt;bread" in html
@@ -271,7 +271,7 @@ def test_the_terminal_shows_means_and_the_last_token(flow, capsys, monkeypatch):
         ("law", "", "is 0 tokens"),
     ],
 )
-def test_invalid_requests_are_refused(tiny_gemma, text, answer, message):
+def test_invalid_arguments_are_refused(tiny_gemma, text, answer, message):
     scope = open_scope(tiny_gemma, sharding.one_device(), ("deep",))
     with pytest.raises(ValueError, match=message):
         analysis.flow(scope, text, answer)

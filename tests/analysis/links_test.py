@@ -1,4 +1,4 @@
-"""The links between latents against finite differences, and against ablation by hand on Gemma."""
+"""Effects of a latent on later latents, against finite differences and ablation by hand."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ PROMPT = [masking.BOS, *tiny.encode(TEXT)]
 
 
 def of_heads() -> jumprelu.SAE:
-    """An SAE on the 64 values of the heads."""
+    """An SAE of the 64 values of the attention heads."""
     rng = np.random.default_rng(9)
     w = rng.normal(size=(64, 48)).astype(np.float32)
     return jumprelu.SAE(
@@ -32,7 +32,7 @@ def of_heads() -> jumprelu.SAE:
 
 
 def partly_silent(seed: int) -> jumprelu.SAE:
-    """An SAE whose latents from 48 on never fire."""
+    """A random SAE whose latents from 48 on never fire."""
     made = random_sae(seed)
     return made.replace(threshold=np.where(np.arange(64) < 48, made.threshold, 1e9).astype(np.float32))
 
@@ -62,7 +62,7 @@ def pre_activations(subject, x):
 
 
 def latents(subject, x):
-    """The latents in float64; zeros at BOS."""
+    """The latents in float64, with zeros at BOS."""
     pre = pre_activations(subject, x)
     f = np.where(pre > subject.threshold, np.maximum(pre, 0), 0)
     f[0] = 0
@@ -70,7 +70,7 @@ def latents(subject, x):
 
 
 class Walk:
-    """Gemma on a prompt, with a latent's contribution to its site multiplied by a factor."""
+    """Gemma on a prompt, with a latent's part of its site scaled by a share."""
 
     def __init__(self, loaded, name, tokens):
         self.loaded, self.subject, self.tokens = loaded, SUBJECTS[name], jnp.asarray([tokens])
@@ -96,7 +96,7 @@ def linked(request, scope):
     return walk, latent, analysis.links(scope, request.param, latent, text=TEXT)
 
 
-def test_later_saes_read_sites_after_the_given_one(linked):
+def test_later_saes_are_those_that_read_after_the_latents_site(linked):
     _, _, found = linked
     behind = {
         "source": ["heads", "transcoder", "reads", "free", "last"],
@@ -105,7 +105,7 @@ def test_later_saes_read_sites_after_the_given_one(linked):
     assert list(found.effect) == behind[found.name]
 
 
-def test_effects_are_those_of_ablation_by_hand(linked):
+def test_effects_equal_ablation_by_hand(linked):
     walk, latent, found = linked
     fires = int((walk.f_LxM[:, latent] > 0).sum())
     assert (found.firings, found.activations) == (fires, len(PROMPT) - 1) and 2 < fires < len(PROMPT) - 1
@@ -120,7 +120,7 @@ def test_effects_are_those_of_ablation_by_hand(linked):
         assert np.abs(effect_M).max() > 0.01
 
 
-def test_attributions_are_finite_differences_of_firing_latents(linked):
+def test_attributions_equal_finite_differences_of_firing_latents(linked):
     walk, latent, found = linked
     step = 1e-2
     shares = (1 + step / 2, 1 - step / 2, 1 + step, 1 - step)
@@ -128,7 +128,7 @@ def test_attributions_are_finite_differences_of_firing_latents(linked):
     for name, attribution_M in found.attribution.items():
         later = SUBJECTS[name]
         pre = [pre_activations(later.sae, values[later.site][0]) for values in moved]
-        # To the fourth order: the small model is all curves.
+        # A fourth-order difference, since the small model is strongly nonlinear.
         slope = (8 * (pre[0] - pre[1]) - (pre[2] - pre[3])) / (6 * step)
         fires = latents(later.sae, clean[later.site][0]) > 0
         expected = np.where(fires, slope, 0).sum(0) / found.firings
@@ -136,7 +136,7 @@ def test_attributions_are_finite_differences_of_firing_latents(linked):
         assert np.abs(expected).max() > 0.01
 
 
-def test_weights_meet_in_the_stream(linked, scope):
+def test_virtual_weights_are_products_in_the_stream(linked, scope):
     _, latent, found = linked
     written = np.float64(SUBJECTS[found.name].sae.W_dec[latent])
     gain = 1 + np.float64(scope.gemma.params["layer_2"]["pre_ffw_norm"]["scale"])
@@ -153,7 +153,7 @@ def test_weights_meet_in_the_stream(linked, scope):
         np.testing.assert_allclose(found.cosine[name], written @ reads / lengths, rtol=1e-5)
 
 
-def test_heads_write_to_the_stream_after_their_projection(scope):
+def test_virtual_weights_of_heads_go_through_the_output_projection(scope):
     weight_M, cosine_M = virtual_weights(scope, SUBJECTS["heads"], 0, SUBJECTS["last"])
     block = scope.gemma.params["layer_1"]
     w = np.float64(block["attn"]["attn_vec_einsum"]["w"]).reshape(64, 32)
@@ -168,7 +168,7 @@ def test_heads_write_to_the_stream_after_their_projection(scope):
     np.testing.assert_allclose(cosine_M, written @ reads / lengths, rtol=1e-4, atol=1e-5)
 
 
-def test_the_strongest_and_their_correlations(linked):
+def test_the_strongest_latents_and_the_correlations(linked):
     _, _, found = linked
     strongest = found.strongest(5)
     sizes = [abs(found.effect[name][latent]) / found.unit[name] for name, latent in strongest]
@@ -182,7 +182,7 @@ def test_the_strongest_and_their_correlations(linked):
     assert 0 < reached.sum() <= 48 and np.isnan(found.correlation({"last": None}, "last"))
 
 
-def test_the_terminal_and_a_picture_show_them(linked, capsys, monkeypatch):
+def test_the_terminal_and_a_figure_show_the_links(linked, capsys, monkeypatch):
     _, _, found = linked
     monkeypatch.setenv("COLUMNS", "200")
     found.show(3)
@@ -242,11 +242,11 @@ def test_held_out_rows_on_several_devices(tiny_gemma):
         (("source", 1), "this scope has no held-out text"),
     ],
 )
-def test_invalid_requests_are_refused(scope, arguments, message):
+def test_invalid_arguments_are_refused(scope, arguments, message):
     with pytest.raises(ValueError, match=message):
         analysis.links(scope, *arguments)
 
 
-def test_a_latent_that_is_silent_is_refused(scope):
+def test_a_silent_latent_is_refused(scope):
     with pytest.raises(ValueError, match="latent 60 of source does not fire on these 24 activations"):
         analysis.links(scope, "source", 60, text=TEXT)

@@ -1,4 +1,4 @@
-"""One latent from near: the same as its dashboard, and as slow NumPy."""
+"""A close look at one latent, compared with slow NumPy."""
 
 import dataclasses
 import itertools
@@ -32,14 +32,14 @@ def scope(tiny_gemma):
 
 @pytest.fixture(scope="module")
 def f_SxLxM(tiny_gemma):
-    """All latents in float64, 0 at BOS."""
+    """The activations of all latents in float64, with zeros at BOS."""
     x = forward.read_sites(tiny_gemma, jnp.asarray(TOKENS), [SITE])[SITE]
     of = SUBJECTS["stream"].sae
     pre = np.float64(x) @ np.float64(of.W_enc) + of.b_enc
     return np.where((pre > of.threshold) & (TOKENS != masking.BOS)[..., None], np.maximum(pre, 0), 0)
 
 
-def test_a_latent_is_shown_as_slow_numpy_finds_it(scope, f_SxLxM):
+def test_a_look_at_a_latent_equals_slow_numpy(scope, f_SxLxM):
     latent = int((f_SxLxM > 0).sum((0, 1)).argmax())
     look = analysis.look_at(scope, "stream", latent)
     f_SxL = f_SxLxM[..., latent]
@@ -61,23 +61,23 @@ def test_saes_that_keep_the_strongest_latents_are_refused(tiny_gemma):
         scopes.make(tiny_gemma, {"few": few})
 
 
-def test_latents_of_a_subject_alone_are_in_the_order_asked_for():
+def test_selected_latents_of_a_subject_keep_the_requested_order():
     made = attached.alone(SUBJECTS["stream"], [5, 2]).sae
     of = SUBJECTS["stream"].sae
     np.testing.assert_array_equal(made.W_enc, np.stack([of.W_enc[:, 5], of.W_enc[:, 2]], 1))
     np.testing.assert_array_equal(made.W_dec, np.stack([of.W_dec[5], of.W_dec[2]]))
 
 
-def test_a_target_outside_the_stream_raises_no_logits(scope):
+def test_a_site_outside_the_stream_raises_no_tokens(scope):
     frequency_M = analysis.activity(scope, 3, ["read"])["read"].frequency_M
     look = analysis.look_at(scope, "read", int(frequency_M.argmax()))
     assert look.raises is look.lowers is None
     look.figure()
 
 
-def test_text_is_shown_as_text(scope, f_SxLxM, capsys):
+def test_text_is_shown_literally(scope, f_SxLxM, capsys):
     look = analysis.look_at(scope, "stream", int((f_SxLxM > 0).sum((0, 1)).argmax()))
-    look = dataclasses.replace(look, sae=r"[red]$\q$")  # No mathematics: drawn as such it is an error.
+    look = dataclasses.replace(look, sae=r"[red]$\q$")  # As mathematics, the name would raise.
     look.show()
     shown = capsys.readouterr().out
     assert "latent" in shown and r"[red]$\q$" in shown and "↵" in shown
@@ -89,7 +89,7 @@ def test_text_is_shown_as_text(scope, f_SxLxM, capsys):
 
 
 @pytest.mark.parametrize("bins", [1, 3, 9, 40, collect.BINS])
-def test_ticks_of_the_histogram_are_few_and_apart(scope, f_SxLxM, bins):
+def test_ticks_of_the_histogram_are_few_and_do_not_overlap(scope, f_SxLxM, bins):
     look = analysis.look_at(scope, "stream", int((f_SxLxM > 0).sum((0, 1)).argmax()))
     histogram_H = np.where(np.arange(collect.BINS) < bins, 3, 0)
     figure = dataclasses.replace(look, histogram_H=histogram_H).figure()
@@ -110,12 +110,12 @@ def test_ticks_of_the_histogram_are_few_and_apart(scope, f_SxLxM, bins):
         ("stream", 1, 0, "rows is 0; it must be at least 1"),
     ],
 )
-def test_invalid_latents_are_refused(scope, name, latent, rows, message):
+def test_invalid_arguments_are_refused(scope, name, latent, rows, message):
     with pytest.raises(ValueError, match=message):
         analysis.look_at(scope, name, latent, rows)
 
 
-def test_a_latent_that_is_silent_is_refused(tiny_gemma):
+def test_a_silent_latent_is_refused(tiny_gemma):
     silent = random_sae(0).replace(threshold=np.full(64, 1e9, np.float32))
     scope = scopes.make(tiny_gemma, {"a": attached.Subject(silent, SITE, None)}, held_out=TOKENS)
     with pytest.raises(ValueError, match="latent 3 of a never fires on 3 held-out rows"):

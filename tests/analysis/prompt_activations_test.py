@@ -1,4 +1,4 @@
-"""A prompt as SAEs read it, against slow NumPy, in the terminal and in a browser."""
+"""Activations on a prompt, compared with slow NumPy, in the terminal and in a browser."""
 
 import dataclasses
 import json
@@ -52,12 +52,12 @@ def test_latents_and_errors_equal_slow_numpy(scope, reading, tiny_gemma):
         np.testing.assert_allclose(reading.error[name], error, rtol=1e-4)
 
 
-def test_the_strongest_come_first_and_dense_ones_not_at_all(reading):
+def test_the_strongest_latents_come_first_and_dense_latents_are_left_out(reading):
     f = reading.latents["first"][3]
     rare = [i for i in np.argsort(-f) if i % 4 and f[i] > 0]
     assert [latent for latent, _ in reading.strongest("first", 3, 4)] == rare[:4]
     assert [value for _, value in reading.strongest("first", 3, 4)] == [float(f[i]) for i in rare[:4]]
-    # Where none knows how often latents fire, those that fire on half of the prompt are taken for dense.
+    # Without known frequencies, latents that fire on more than half of the prompt count as dense.
     other = reading.latents["<b>second</b>"]
     np.testing.assert_array_equal(reading.is_dense("<b>second</b>"), (other > 0).mean(0) > 0.5)
 
@@ -70,20 +70,20 @@ def test_the_terminal_shows_each_token(reading, capsys):
     assert shown.count("'b'") >= 2
 
 
-def test_the_figure_has_the_latents_that_fire_most_in_the_order_of_the_text(reading):
+def test_the_figure_sorts_the_strongest_latents_by_the_position_of_their_peak(reading):
     figure = reading.figure("first", top=6)
     axis = figure.axes[0]
     latents = [int(label.get_text()) for label in axis.get_yticklabels()]
     f_LxM = np.where(reading.is_dense("first")[None], 0, reading.latents["first"])
     assert set(latents) == set(np.argsort(-f_LxM.max(0))[:6].tolist())
     np.testing.assert_array_equal(axis.images[0].get_array(), f_LxM[:, latents].T)
-    peaks = f_LxM[:, latents].argmax(0)  # From the bottom up.
+    peaks = f_LxM[:, latents].argmax(0)  # The rows go from the bottom up.
     assert (np.diff(peaks) <= 0).all()
     assert "first" in axis.get_title()
     assert reading.figure().axes[0].get_title() == f"{next(iter(reading.latents))}: activations by token"
 
 
-def test_a_page_escapes_text_and_shows_activations(reading, tmp_path):
+def test_a_page_escapes_text_and_holds_the_firing_latents(reading, tmp_path):
     reading.write_html(tmp_path / "a.html", top=3)
     html = (tmp_path / "a.html").read_text()
     assert "<b>second" not in html and "&lt;b&gt;second&lt;/b&gt;" in html
@@ -101,7 +101,7 @@ def listed(html):
 
 
 @browser.needs_chromium
-def test_a_browser_lists_the_latents_of_the_first_token_and_of_one_that_is_clicked(reading, tmp_path):
+def test_a_browser_lists_the_latents_of_the_first_token_and_of_a_clicked_token(reading, tmp_path):
     reading.write_html(tmp_path / "a.html", top=3)
     shown = browser.dump(tmp_path / "a.html")
     assert '<h2 id="chosen">first on "l"</h2>' in shown

@@ -1,4 +1,4 @@
-"""Rank tests of many features together, against SciPy and scikit-learn one column at a time."""
+"""Rank tests of many features at once, compared with SciPy and scikit-learn column by column."""
 
 import math
 
@@ -11,7 +11,7 @@ from gemma_scope_jax.analysis.contrasts import rank_tests
 
 
 def features(first, second, seed=0):
-    """Dense, dense and shifted, with ties, with many zeros, with one value for most, constant, zeros alone."""
+    """Seven features: dense, shifted, with ties, with many zeros, mostly one value, constant, and zero."""
     rng = np.random.default_rng(seed)
     made = rng.normal(size=(first + second, 7)) + 3
     made[:first, 1] += 1.5
@@ -22,7 +22,7 @@ def features(first, second, seed=0):
     return made[:first], made[first:]
 
 
-def test_auroc_equals_scikit_learns():
+def test_auroc_equals_scikit_learn():
     first, second = features(6, 9)
     labels = np.repeat([1, 0], [6, 9])
     both = np.concatenate([first, second])
@@ -30,13 +30,13 @@ def test_auroc_equals_scikit_learns():
     np.testing.assert_allclose(rank_tests.auroc(first, second, False), expected, rtol=1e-12)
 
 
-def test_auroc_of_pairs_counts_those_alone():
+def test_auroc_of_pairs_counts_only_the_pairs():
     first, second = np.array([[1.0], [2.0], [0.0], [5.0]]), np.array([[0.0], [2.0], [3.0], [4.0]])
     assert rank_tests.auroc(first, second, True).tolist() == [(1 + 0.5 + 0 + 1) / 4]
 
 
 def scipys_exact(first, second, is_paired):
-    """SciPy's exact p-values over all labelings, one column at a time."""
+    """The p of SciPy's permutation test over all labelings, column by column."""
     if is_paired:
 
         def statistic(x, y):
@@ -59,13 +59,13 @@ def scipys_exact(first, second, is_paired):
 
 
 @pytest.mark.parametrize(("first", "second", "is_paired"), [(5, 6, False), (3, 9, False), (7, 7, True)])
-def test_p_is_scipys_exact_one_where_all_labelings_are_gone_through(first, second, is_paired):
+def test_p_equals_scipys_exact_p_over_all_labelings(first, second, is_paired):
     sets = features(first, second)
     expected = scipys_exact(*sets, is_paired)
     found = rank_tests.p_values(*sets, is_paired, 0.99, 10**6, 0)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert 2 / rank_tests.labelings(first, second, is_paired) <= min(found) < max(found) == 1
-    # In many parts as well as in one.
+    # Many parts return the same as one part.
     rank_tests._NUMBERS, whole = 40, rank_tests._NUMBERS
     try:
         np.testing.assert_array_equal(rank_tests.p_values(*sets, is_paired, 0.99, 10**6, 0), found)
@@ -73,7 +73,7 @@ def test_p_is_scipys_exact_one_where_all_labelings_are_gone_through(first, secon
         rank_tests._NUMBERS = whole
 
 
-def test_p_is_scipys_approximation_where_that_is_above_the_rate():
+def test_p_is_scipys_approximation_where_it_exceeds_the_rate():
     first, second = features(12, 15)
     expected = [
         stats.mannwhitneyu(a, b, method="asymptotic").pvalue for a, b in zip(first.T, second.T, strict=True)
@@ -88,7 +88,7 @@ def test_p_is_scipys_approximation_where_that_is_above_the_rate():
 
 
 @pytest.mark.parametrize("is_paired", [False, True])
-def test_random_shuffles_come_near_the_exact_p_and_never_below_the_smallest(is_paired):
+def test_random_shuffles_approximate_the_exact_p_and_reach_the_smallest(is_paired):
     rng = np.random.default_rng(3)
     first, second = rng.normal(size=(2, 18, 4)) + np.array([[[0.9, 0.6, 0.3, 9.0]], [[0, 0, 0, 0.0]]])
     test = stats.wilcoxon if is_paired else stats.mannwhitneyu
@@ -104,8 +104,8 @@ def test_random_shuffles_come_near_the_exact_p_and_never_below_the_smallest(is_p
     assert (found != rank_tests.p_values(first, second, is_paired, 0.9, shuffles, 1))[:3].any()
 
 
-def test_three_that_fire_among_few_are_no_wonder():
-    """By hand: all three of 110 are among the ten with probability 10 · 9 · 8 / (110 · 109 · 108)."""
+def test_three_firings_in_a_small_set_have_the_exact_p():
+    """By hand: three of 110 prompts are all in the set of ten with p = 10 · 9 · 8 / (110 · 109 · 108)."""
     first, second = np.zeros((10, 1)), np.zeros((100, 1))
     first[:3, 0] = [1, 2, 3]
     assert stats.mannwhitneyu(first, second, method="asymptotic").pvalue < 1e-7
@@ -115,9 +115,9 @@ def test_three_that_fire_among_few_are_no_wonder():
     assert abs(p - exact) < 4 * 2 * math.sqrt(exact / 2 / shuffles)
 
 
-def test_how_many_prompts_a_p_takes():
+def test_the_number_of_prompts_needed_for_a_p():
     assert rank_tests.labelings(4, 4, False) == 70 and rank_tests.labelings(4, 4, True) == 16
     assert rank_tests.smallest_p(4, 4, False, 1000) == 2 / 70
     assert rank_tests.smallest_p(4, 4, False, 49) == 2 / 50
-    assert rank_tests.prompts_needed(0.05, False) == 4  # Of three each there are 20 labelings.
+    assert rank_tests.prompts_needed(0.05, False) == 4  # Three prompts each have only 20 labelings.
     assert rank_tests.prompts_needed(0.05, True) == 6

@@ -1,4 +1,4 @@
-"""Steering against slow NumPy and against generation by hand; and the syntax of edits on the command line."""
+"""Steering, compared with slow NumPy and generation by hand; and the edit syntax of the command line."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ SUBJECTS = {
     "transcoder": attached.Subject(random_sae(4), READ, None, MLP),
     "input": attached.Subject(random_sae(5), READ, None),
 }
-TOKENS = tiny.tokens(5, 24, seed=3, special=0.05)  # With batches of 4 the second is padded.
+TOKENS = tiny.tokens(5, 24, seed=3, special=0.05)  # In batches of 4, the second batch is padded.
 COUNTED = np.array(TOKENS > 2)
 
 
@@ -48,13 +48,13 @@ def scope(tiny_gemma):
 
 @pytest.fixture(scope="module")
 def values(tiny_gemma):
-    """Activations of all rows, in float64."""
+    """The activations of all rows, in float64."""
     found = forward.read_sites(tiny_gemma, jnp.asarray(TOKENS), [RESID, READ, MLP])
     return {site: np.float64(value) for site, value in found.items()}
 
 
 def latents(name, values):
-    """[S, L, M], 0 where nothing counts."""
+    """The latents [S, L, M], with zeros at tokens that do not count."""
     subject = SUBJECTS[name]
     pre = values[subject.site] @ np.float64(subject.sae.W_enc) + subject.sae.b_enc
     return np.where((pre > subject.sae.threshold) & COUNTED[..., None], np.maximum(pre, 0), 0)
@@ -91,7 +91,7 @@ def test_a_latent_that_never_fired_has_no_typical_activation(scope):
         analysis.typical(scope, "resid", 5, 3)
 
 
-def test_invalid_measurements_are_refused(scope):
+def test_invalid_arguments_of_activity_are_refused(scope):
     with pytest.raises(ValueError, match="rows is 0"):
         analysis.activity(scope, 0)
     with pytest.raises(ValueError, match="there is no SAE 'other'"):
@@ -101,7 +101,7 @@ def test_invalid_measurements_are_refused(scope):
 
 
 def log_softmax(tiny_gemma, site, value):
-    """[S, L, V] in float64, with a value in a site's place."""
+    """The log-probabilities [S, L, V] in float64, with a site replaced by a value."""
     tokens = jnp.asarray(TOKENS)
     write = {site: lambda _: jnp.asarray(value, jnp.float32)}
     x = forward.run_blocks(tiny_gemma, forward.embed(tiny_gemma, tokens), tokens, range(4), write=write)[0]
@@ -162,7 +162,7 @@ def test_a_sweep_equals_slow_numpy(scope, values, tiny_gemma, name, kind, tokens
         assert (abs(found.damage_N[i]) > 1e-3) == (strength != 0 or kind == "clamp")
 
 
-def test_no_strength_is_no_change_and_all_are_one_program(scope, values):
+def test_zero_strength_changes_nothing_and_all_strengths_share_one_program(scope, values):
     latent = often("resid", values)
     found = analysis.sweep(scope, "resid", latent, (0.0,), rows=4)
     assert found.effect_N == found.damage_N == found.effect_se_N == found.damage_se_N == 0
@@ -185,7 +185,7 @@ def test_a_sweep_is_the_same_on_many_devices(scope, tiny_gemma, values):
 def test_a_sweep_is_shown(scope, values, capsys):
     latent = often("resid", values)
     found = analysis.sweep(scope, "resid", latent, (-1.0, 0.0, 2.0), rows=4, tokens=["$", "<"], unit=2.5)
-    found = dataclasses.replace(found, tokens=(r"$\q$", "<"))  # No mathematics: drawn as such it is an error.
+    found = dataclasses.replace(found, tokens=(r"$\q$", "<"))  # As mathematics, the token would raise.
     found.show()
     shown = capsys.readouterr().out
     assert (
@@ -222,7 +222,7 @@ PROMPTS = [
     "law",
     "a",
     "song",
-]  # As many replies in all tests, for which nothing is compiled anew.
+]  # All tests have four replies, so nothing is recompiled.
 
 
 @pytest.mark.parametrize(("temperature", "samples"), [(0.0, 1), (1.0, 2)])
@@ -267,7 +267,7 @@ def test_replies_are_shown_side_by_side_as_text(capsys, tmp_path):
 
 
 @browser.needs_chromium
-def test_a_browser_shows_replies_beside_each_other(tmp_path):
+def test_a_browser_shows_replies_side_by_side(tmp_path):
     STEERED.write_html(tmp_path / "a.html")
     measured = (
         "document.title = [...document.querySelectorAll('td')].slice(0, 2).map(c => c.offsetTop).join();"
@@ -313,7 +313,7 @@ def test_invalid_steering_is_refused(scope, arguments, message):
         ("a:12=0", analysis.ablate("a", 12), False),
     ],
 )
-def test_edits_are_read_as_they_are_written(text, edit, is_typical):
+def test_edits_are_parsed_and_survive_a_round_trip(text, edit, is_typical):
     assert edit_syntax.parse(text) == (edit, is_typical)
     assert edit_syntax.parse(edit_syntax.written(edit)).edit == edit
 
@@ -337,12 +337,12 @@ def test_edits_are_read_as_they_are_written(text, edit, is_typical):
         ("3+1@0:2147483647", "tokens of an edit are 0:2147483647"),
     ],
 )
-def test_invalid_edits_are_named(text, message):
+def test_invalid_edit_texts_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         edit_syntax.parse(text)
 
 
-def test_typical_activations_are_measured_for_edits_that_ask_for_them(scope, values):
+def test_typical_activations_are_measured_for_edits_that_use_them(scope, values):
     latent = often("resid", values)
     made = edit_syntax.resolve(
         scope, [edit_syntax.parse(f"resid:{latent}+3t"), edit_syntax.parse("transcoder:2+3")]
@@ -393,6 +393,6 @@ def test_the_command_steers_and_sweeps(scope, values, monkeypatch, capsys, tmp_p
         ({"edit": ["1+t@reply"], "sweep": True}, "a sweep takes one latent"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused_before_anything_is_opened(arguments, message):
+def test_conflicting_options_are_refused_before_anything_is_opened(arguments, message):
     with pytest.raises(ValueError, match=message):
         analysis_lib.steer("run", **arguments)

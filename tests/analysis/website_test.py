@@ -1,4 +1,4 @@
-"""The pages of dashboards, in files and in a browser; Neuronpedia's files; and the command."""
+"""Dashboard pages, as files and in a browser; files for Neuronpedia; and the command."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def text_of(tokens, passage):
     return "".join(tokens[t] for t in passage[2])
 
 
-def test_the_files_equal_the_gathered_data(shown, folder):
+def test_the_files_hold_the_gathered_statistics(shown, folder):
     about, g = read(folder / "data" / "index.js"), shown.gathered
     assert about["count"] == g.count_M.tolist() and about["name"] == NAME
     np.testing.assert_allclose(about["max"], g.max_M, rtol=5e-3)
@@ -158,7 +158,7 @@ def test_a_browser_finds_text_tokens_and_numbers(shown, folder):
     assert "64 of 64 latents searched" in html and "&lt;/script&gt;&lt;b&gt;x" in html
     about = read(folder / "data" / "index.js")
     peaks = [[about["tokens"][t].strip().lower() for t in tokens] for tokens in about["peaks"]]
-    # Latents come first in which the token is the most frequent peak.
+    # Latents with the token as their most frequent peak come first.
     for letter in sorted({token for tokens in peaks for token in tokens if token}):
         fires = [i for i in range(64) if letter in peaks[i]]
         expected = sorted(fires, key=lambda i: (peaks[i].index(letter), i))
@@ -174,20 +174,20 @@ def test_a_browser_finds_text_tokens_and_numbers(shown, folder):
 
 
 @browser.needs_chromium
-def test_a_search_lists_those_first_that_fire_most_on_the_text(shown, folder):
+def test_a_search_lists_latents_that_fire_most_on_the_text_first(shown, folder):
     g, share = shown.gathered, {}
     for latent in range(64):
         tops = [(g.top, int(k)) for k in np.flatnonzero(g.top.row_MxK[latent] >= 0)]
         for firings, k in [*tops, *((g.sample, int(band[0])) for band in collect.bands(g, latent))]:
             cut = shown.passages(g.options, firings, latent, k)
-            text = decode(cut.tokens)  # A letter a token.
+            text = decode(cut.tokens)  # One character per token.
             for at in (match.start() for match in re.finditer("(?=bread)", text)):
                 value = cut.values[at : at + 5].max() / g.max_M[latent]
                 share[latent] = max(share.get(latent, 0), value)
     found = listed(dump(folder / "index.html", "?q=Bread"))
     assert set(found) == set(share) and found != sorted(found)
     shares = np.array([share[latent] for latent in found])
-    assert (np.diff(shares) <= 0.02).all()  # The files have three digits.
+    assert (np.diff(shares) <= 0.02).all()  # The files keep three digits.
 
 
 @browser.needs_chromium
@@ -210,7 +210,7 @@ def test_a_browser_lists_dead_and_dense_latents(shown, folder):
 
 
 @browser.needs_chromium
-def test_a_browser_answers_to_clicks_typing_and_pointing(shown, folder):
+def test_a_browser_responds_to_clicks_typing_and_pointing(shown, folder):
     alive = np.flatnonzero(shown.gathered.count_M)
     first, second = alive[:2]
     html = dump(folder / "index.html", f"#{first}", browser.click(f'a[href="#{second}"]'))
@@ -231,7 +231,7 @@ def test_a_browser_answers_to_clicks_typing_and_pointing(shown, folder):
     assert f"<title>{float(f'{shown.gathered.max_M[first]:.3g}'):g}</title>" in html
 
 
-def test_neuronpedias_files_equal_the_gathered_data(shown, tmp_path):
+def test_neuronpedia_files_hold_the_gathered_statistics(shown, tmp_path):
     neuronpedia.write(tmp_path, shown, 48, TEXT_OF)
     g = shown.gathered
     (path,) = tmp_path.glob("batch-*.json")
@@ -257,7 +257,7 @@ def test_neuronpedias_files_equal_the_gathered_data(shown, tmp_path):
         for a in feature["activations"]:
             peak = a["values"][a["qualifying_token_index"]]
             assert a["bin_min"] <= peak <= a["bin_max"] and len(a["tokens"]) == len(a["values"])
-    # The fields that SAEDashboard writes of a feature.
+    # The fields that SAEDashboard writes for a feature.
     assert set(feature) == {
         "feature_index", "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
         "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
@@ -271,7 +271,7 @@ def test_neuronpedias_files_equal_the_gathered_data(shown, tmp_path):
 
 @pytest.fixture
 def opened(tiny_gemma, inputs, monkeypatch):
-    """A scope with two SAEs, one of which predicts a site that is not added to the stream."""
+    """Opening any path returns two SAEs; one reconstructs a site that is not added to the stream."""
     config = tiny.run_config(inputs)
     places = Site("resid_post", 1), Site("mlp_in", 2)
     subjects = {
@@ -285,7 +285,7 @@ def opened(tiny_gemma, inputs, monkeypatch):
     return found
 
 
-def test_the_command_writes_pages_of_each_sae(opened, tmp_path, capsys):
+def test_the_command_writes_pages_for_each_sae(opened, tmp_path, capsys):
     out = tmp_path / "out"
     all_shown = build.build("a run", rows=4, out=out, is_for_neuronpedia=True)
     assert list(all_shown) == ["a/b", "c"]
@@ -297,11 +297,11 @@ def test_the_command_writes_pages_of_each_sae(opened, tmp_path, capsys):
         assert (out / name / "neuronpedia" / "batch-0.json").exists()
     assert not (out / "partial").exists()
     assert "a/b: 64 latents on" in capsys.readouterr().out
-    build.build("a run", rows=4, out=out, saes=["c"])  # Into its own folder again.
+    build.build("a run", rows=4, out=out, saes=["c"])  # Writing again to its own folder is allowed.
     assert "data/index.js" in (out / "index.html").read_text()
 
 
-def test_mistakes_are_said_before_anything_is_loaded(opened, tmp_path):
+def test_mistakes_are_reported_before_anything_is_loaded(opened, tmp_path):
     with pytest.raises(ValueError, match="there is no SAE x; choose from a/b, c"):
         build.build("a run", saes=["x"], out=tmp_path / "out")
     with pytest.raises(ValueError, match="--rows is 0"):

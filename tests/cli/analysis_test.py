@@ -1,4 +1,4 @@
-"""The analysis commands as they are typed: the files that they open and write, and their output."""
+"""The analysis commands, as they are typed: the scope each opens, its output and its files."""
 
 import sys
 
@@ -20,7 +20,7 @@ SUBJECTS = {
 
 @pytest.fixture
 def command(tiny_gemma, tmp_path, monkeypatch, capsys):
-    """Runs a command in a new folder; returns its output and the arguments with which the path was opened."""
+    """Runs a command in a new folder; returns the output, and the arguments the path was opened with."""
     scope = scopes.make(tiny_gemma, SUBJECTS, held_out=tiny.tokens(4, 24, seed=4))
     opened = {}
 
@@ -49,8 +49,8 @@ def test_explore(command, tmp_path):
     assert "shallow" in (tmp_path / "a.html").read_text()
 
 
-def test_bytes_of_a_prompt_that_are_no_text_are_replaced(command):
-    shown, _ = command("explore", "run", "caf\udce9")  # As Python gives what a terminal in Latin-1 sends.
+def test_undecodable_bytes_of_a_prompt_are_replaced(command):
+    shown, _ = command("explore", "run", "caf\udce9")  # Python's form of a byte from a Latin-1 terminal.
     assert "'f'" in shown and len(tiny.encode("caf\ufffd")) == 6
 
 
@@ -73,7 +73,7 @@ def test_links(command, tmp_path):
         command(*asked, "--to=other")
 
 
-def test_unknown_options_are_refused(command, capsys):
+def test_an_unknown_option_is_refused(command, capsys):
     with pytest.raises(SystemExit):
         command("links", "run", "--sae=shallow", "--latent=5", "--nothing=1")
     assert "Unrecognized options: --nothing" in capsys.readouterr().err

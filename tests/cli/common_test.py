@@ -1,4 +1,4 @@
-"""Parts that the commands share: errors in one line, and output streams that fail."""
+"""Code shared by the commands: one-line errors, and output that the terminal cannot show."""
 
 import os
 import re
@@ -26,12 +26,12 @@ from gemma_scope_jax.runtime import errors
         (KeyError("defect"), None),
     ],
 )
-def test_errors_of_the_system_are_one_line_with_the_files_name(error, message):
+def test_system_errors_are_shown_in_one_line_with_the_file_name(error, message):
     found = common.explain(error)
     assert found is None if message is None else re.fullmatch(f".*{message}.*", found) and len(found) < 500
 
 
-def test_a_name_that_the_terminal_cannot_show_ends_nothing():
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_command():
     program = (
         r'from gemma_scope_jax.cli import common; common.run(lambda: print("Wrote \udce9/±", flush=True))'
     )

@@ -1,4 +1,4 @@
-"""The command that writes rollouts: from a file of texts to a file of replies."""
+"""The generate command: from a file of prompts to a file of replies."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from gemma_scope_jax.models import generation, masking, placement
 
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch, tiny_gemma):
-    """Runs the command on three texts; returns the rows that it wrote."""
+    """Runs the command on three prompts and returns the lines it wrote."""
     monkeypatch.setattr(placement, "load_gemma", lambda config: tiny_gemma)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("stars é", "bread", "a")))
@@ -47,7 +47,7 @@ def test_chat_prompts_are_turns(run, tiny_gemma):
     assert [line["text"] for line in found] == [generation.reply_text(words, reply) for reply in replies]
 
 
-def test_nothing_is_overwritten_and_mistakes_are_said_before_gemma_is_loaded(run, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_and_mistakes_are_reported_before_gemma_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(placement, "load_gemma", None)
     (tmp_path / "there.jsonl").write_text("kept")
     with pytest.raises(ValueError, match=r"there\.jsonl already exists; remove it"):

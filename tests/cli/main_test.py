@@ -1,4 +1,4 @@
-"""The command line: arguments are parsed into a command's parameters, and mistakes are answered at once."""
+"""The command line: words become a command's arguments, and mistakes are reported at once."""
 
 import functools
 import inspect
@@ -18,18 +18,18 @@ from gemma_scope_jax.runtime.errors import ConfigError, InputError, NotFoundErro
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# ml_collections loads config files in a way that Python 3.12 deprecates; only the old forms have it do so.
+# ml_collections loads config files in a way that Python 3.12 deprecates; only the old forms need it.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 def function_of(command):
-    """The function that a command calls with the default config."""
+    """The function that a command calls, with the default config."""
     return command.call(config.Config()) if command.has_fields else command.call
 
 
 @pytest.fixture
 def arguments_of(monkeypatch):
-    """The arguments that a command gets from a typed line."""
+    """Runs a command line and returns the arguments its command was called with."""
     called = {}
 
     def recording(function):
@@ -71,7 +71,7 @@ def test_a_tilde_is_the_home_folder_in_every_argument(arguments_of, monkeypatch)
         assert len(paths) == line.count("~") and all(p.is_relative_to("/home/me") for p in paths), line
 
 
-def test_fields_are_typed_as_people_type_them(arguments_of):
+def test_fields_can_be_typed_in_several_forms(arguments_of):
     args = arguments_of(
         "train", "gemma2_2b:mlp_out_65k", "run", "--banks.main.layers", "5", "12", "--train.batch=64"
     )
@@ -83,7 +83,7 @@ def test_fields_are_typed_as_people_type_them(arguments_of):
     assert options["fields"].banks["main"].objective_options == {"extra": 2.0}
 
 
-def test_values_that_are_repeated_and_negative(arguments_of):
+def test_repeated_and_negative_values(arguments_of):
     args = arguments_of("evaluate", "run", "--text", "a=b", "--text=c=d", "--fast", "--dtype", "float32")
     assert args["text"] == ("a=b", "c=d") and args["fast"] and args["others"].given()["dtype"] == "float32"
     args = arguments_of("steer", "run", "--edit=1+t", "--sweep", "--strengths=-4,-2,1e1")
@@ -141,7 +141,7 @@ def test_every_option_has_help_a_type_and_a_range_and_every_command_an_example()
         (["evaluate", "run", "--split=other"], "invalid choice 'other' for argument '--split'"),
     ],
 )
-def test_mistyped_names_get_the_nearest_one(arguments, message, capsys):
+def test_mistakes_in_options_are_explained(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main.run(arguments)
     said = " ".join(re.sub(r"[│|]", " ", capsys.readouterr().err).split())
@@ -167,12 +167,12 @@ def test_mistyped_names_get_the_nearest_one(arguments, message, capsys):
         (["train", "gemma2_2b:resid_mid_16k", "x"], ValueError, "gemma2_2b has no suite 'resid_mid_16k'"),
     ],
 )
-def test_unknown_names_are_refused(arguments, error, message):
+def test_unknown_names_are_reported(arguments, error, message):
     with pytest.raises(error, match=message):
         main.run(arguments)
 
 
-def test_a_mistyped_name_is_answered_in_a_second_of_work_and_help_too():
+def test_mistyped_names_and_help_take_less_than_a_second():
     program = (
         "import sys, time; from gemma_scope_jax.cli import main\n"
         "try: main.run(sys.argv[1:])\n"
@@ -192,7 +192,7 @@ def test_a_mistyped_name_is_answered_in_a_second_of_work_and_help_too():
         assert float(took) < 1 and has_jax == "False", (words, took)
 
 
-def test_the_help_has_every_command_in_its_group():
+def test_the_help_lists_every_command_in_its_group():
     shown = main.help_text()
     for group, commands in main.GROUPS.items():
         assert f"{group}:" in shown
@@ -200,7 +200,7 @@ def test_the_help_has_every_command_in_its_group():
             assert re.search(rf"^  {name} +[A-Z].*\.$", shown, re.MULTILINE), name
 
 
-def test_old_forms_are_understood_with_a_warning_that_says_the_new_one(arguments_of, capsys, monkeypatch):
+def test_old_forms_are_accepted_with_a_warning_that_shows_the_new_form(arguments_of, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["pytest", "--config.seed=9"])
     old = [
@@ -233,7 +233,7 @@ def test_old_forms_are_understood_with_a_warning_that_says_the_new_one(arguments
         ("banks.main.layers=(3,)", "banks.main.layers", [3]),
     ],
 )
-def test_the_new_form_in_a_warning_can_be_typed(arguments_of, capsys, old, name, value):
+def test_the_new_form_in_the_warning_can_be_typed(arguments_of, capsys, old, name, value):
     was = arguments_of("train", "--config=quickstart", "--workdir=run", f"--config.{old}")
     new = capsys.readouterr().err.partition("type gemma-scope ")[2]
     now = arguments_of(*shlex.split(new))
@@ -254,13 +254,13 @@ def test_the_new_form_in_a_warning_can_be_typed(arguments_of, capsys, old, name,
         (["--workdir=x", "--config.seed=3"], "--config is missing"),
     ],
 )
-def test_mistakes_in_old_forms_are_said_in_one_line(arguments, message):
+def test_mistakes_in_old_forms_are_reported_in_one_line(arguments, message):
     with pytest.raises(ConfigError, match=message) as caught:
         old_forms.of_config("train", arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_the_scripts_and_the_module_are_the_commands(tmp_path):
+def test_the_scripts_and_the_module_run_the_commands(tmp_path):
     started = time.monotonic()
     for words, code, said in (
         (["train.py", "quikstart", "x"], 1, "did you mean 'quickstart'?"),

@@ -1,4 +1,4 @@
-"""Messages for newcomers: the next command, early refusals, and the help of options."""
+"""Output for newcomers: the next command, early errors for empty prompts, and the help."""
 
 import re
 import shlex
@@ -35,7 +35,7 @@ def last_line(capsys, tmp_path, monkeypatch):
     return run
 
 
-def test_the_next_command_is_said_and_can_be_typed(last_line):
+def test_the_next_command_is_shown_and_can_be_typed(last_line):
     assert last_line("train", "quickstart", "my run") == "Next: gemma-scope evaluate 'my run'"
     assert last_line("evaluate", "my run") == (
         "Next: gemma-scope dashboards 'my run', or gemma-scope explore 'my run' 'a prompt'"
@@ -82,7 +82,7 @@ def test_an_empty_text_to_continue_is_refused_before_anything_is_loaded(monkeypa
         ("publish", "RUN"),
     ],
 )
-def test_arguments_have_clear_names(command, arguments, capsys):
+def test_the_usage_names_the_arguments(command, arguments, capsys):
     with pytest.raises(SystemExit):
         main.run([command, "--help"])
     assert re.search(
@@ -92,7 +92,7 @@ def test_arguments_have_clear_names(command, arguments, capsys):
     )
 
 
-def test_the_help_shows_no_default_that_says_nothing(capsys):
+def test_the_help_shows_no_empty_default(capsys):
     for command in main.COMMANDS:
         with pytest.raises(SystemExit):
             main.run([command, "--help"])

@@ -1,4 +1,4 @@
-"""Packing: rows keep all tokens that they must, and their order depends only on a seed."""
+"""Text is packed into rows without loss, in an order that depends only on a seed."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ class Counted(list):
             Counted.copied += 1
             return found
         Counted.copied += len(found)
-        return Counted(found)  # What is copied out of a copy counts too.
+        return Counted(found)  # Tokens copied out of a copy count too.
 
 
 def test_each_token_of_a_long_document_is_copied_once():
@@ -53,7 +53,7 @@ def test_each_token_of_a_long_document_is_copied_once():
     assert len(rows) == 794 and Counted.copied <= 50_000
 
 
-def test_in_the_chat_template_every_segment_is_a_whole_turn():
+def test_with_the_chat_template_every_segment_is_a_whole_turn():
     before, after = chat.chat_template(tiny.load_tokenizer())
     documents = [list(range(300, 340)), list(range(400, 405)), list(range(500, 503))]
     rows = [tokens.tolist() for tokens, _ in packing.pack(iter(documents), 32, before, after)]
@@ -84,7 +84,7 @@ def test_turns_are_found_in_rows_of_several_documents():
         np.testing.assert_array_equal(inside, np.isin(rows, tiny.encode(letters)))
     assert (rows == tiny.encode("s")[0]).sum() == 40 - (
         1 + 3 + 1 + 5 + 5
-    )  # What of the long one fits in a row.
+    )  # The part of the long reply that fits in a row.
     with pytest.raises(ValueError, match="has prompts and replies; set data"):
         packing.encode(tokenizer, exchanges[0], [])
 
@@ -97,7 +97,7 @@ def test_order_is_a_permutation_of_each_epoch_and_depends_only_on_seed_and_place
     assert token_rows.order(50, 4, 0, 50).tolist() != first.tolist()
 
 
-def test_a_glob_may_cross_folders_and_a_name_may_hold_brackets(tmp_path):
+def test_a_glob_can_cross_folders_and_a_name_can_contain_brackets(tmp_path):
     for name in ("a/x.txt", "b/c/y.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(name)
@@ -126,7 +126,7 @@ def test_a_tfds_dataset_is_read_by_name_in_the_order_of_its_files(tmp_path, file
         list(sources.documents("tfds:words_nowhere/train"))
 
 
-def test_tfds_entries_that_are_not_text_are_refused_with_their_number(tmp_path):
+def test_invalid_texts_of_tfds_are_refused_with_their_number(tmp_path):
     text, number = tfds.features.Text(), tfds.features.Scalar(np.int64)
     for name, feature, column, values, message in (
         ("latin", text, "text", ["a", b"\xe9"], "latin:1.0.0/train, example 1 is not in UTF-8"),
@@ -160,20 +160,18 @@ def test_tfds_entries_that_are_not_text_are_refused_with_their_number(tmp_path):
 
 
 def test_the_held_out_documents_of_the_default_corpus_never_change():
-    """The README's numbers are measured on them."""
+    """The README's numbers are measured on these documents."""
     config = config_lib.DataConfig()
     assert len(list(sources.documents(config.text))) == 249
     held_out = [i for i in range(249) if packing.is_held_out(config, i)]
     assert len(held_out) == 24 and held_out[:6] == [2, 7, 29, 38, 53, 66]
 
 
-def test_rows_are_looked_for_by_names_of_ours_alone(tmp_path, monkeypatch):
-    """In a stranger's file, any other name would be a folder whose code TFDS runs."""
+def test_only_names_of_prepared_rows_are_opened(tmp_path, monkeypatch):
+    """Any other name, from an untrusted file, could be a folder whose code TFDS runs."""
     here = tmp_path / "rows_0123456789abcdef" / "1.0.0"
     here.mkdir(parents=True)
-    monkeypatch.setattr(
-        token_rows, "damage", lambda folder: None
-    )  # Whole or not, only the name is asked for here.
+    monkeypatch.setattr(token_rows, "damage", lambda folder: None)  # Only the name matters here.
     config = config_lib.DataConfig(folder=str(tmp_path / "inner"))
     (tmp_path / "inner").symlink_to(tmp_path)
     assert token_rows.cached(config, "rows_0123456789abcdef") is not None
@@ -181,9 +179,9 @@ def test_rows_are_looked_for_by_names_of_ours_alone(tmp_path, monkeypatch):
         assert token_rows.cached(config, name) is None
 
 
-def test_files_of_prompts(tmp_path):
+def test_prompts_are_read_from_files(tmp_path):
     path = tmp_path / "a.txt"
-    # What Python takes for the ends of lines may stand within a prompt.
+    # A prompt can contain characters that Python treats as line ends.
     path.write_bytes("one \r\n\n  \ntwo\u2028still\x0ctwo\n".encode())
     assert sources.read_prompts(path) == ["one ", "two\u2028still\x0ctwo"]
     (tmp_path / "a.jsonl").write_text('{"text": "a\\nb"}\n{"text": "c"}\n')

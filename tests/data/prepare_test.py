@@ -1,4 +1,4 @@
-"""Rows hold every document once, whoever works on them and however often they are stopped."""
+"""Rows hold every document once, with any number of workers and interruptions."""
 
 import dataclasses
 import gzip
@@ -44,7 +44,7 @@ def test_a_row_must_have_room_for_the_chat_template(tmp_path):
         prepare.prepare_rows(short, tiny.load_tokenizer, "bytes")
 
 
-def test_every_source_makes_the_same_rows_and_splits_share_no_document(tmp_path):
+def test_every_source_has_the_same_rows_and_splits_share_no_document(tmp_path):
     found = []
     for source in write_sources(tmp_path):
         assert list(sources.documents(str(source))) == texts()
@@ -71,7 +71,7 @@ def read_all(folder):
     return found
 
 
-def test_rows_do_not_depend_on_how_many_work_on_them_nor_on_interruptions(tmp_path, monkeypatch):
+def test_rows_do_not_depend_on_the_number_of_workers_or_on_interruptions(tmp_path, monkeypatch):
     source = write_sources(tmp_path)[1]
     folders = [dataclasses.replace(config(tmp_path, source), folder=str(tmp_path / n)) for n in "abcd"]
     whole = read_all(prepare.prepare_rows(folders[0], tiny.load_tokenizer, "bytes", workers=2))
@@ -79,7 +79,7 @@ def test_rows_do_not_depend_on_how_many_work_on_them_nor_on_interruptions(tmp_pa
     one = read_all(prepare.prepare_rows(folders[1], tiny.load_tokenizer, "bytes", workers=1))
     two = read_all(prepare.prepare_rows(folders[3], tiny.load_tokenizer, "bytes", workers=2))
     assert one == two and one[token_rows.TRAIN][1][-1] >= 15
-    # Parts are packed by themselves, so rows differ from those of one part; documents do not.
+    # Each part is packed on its own, so rows differ from those of one part; documents do not.
     assert {decode(t) for t in unpack(zip(*one[token_rows.TRAIN], strict=True)).values()} == {
         decode(t) for t in unpack(zip(*whole[token_rows.TRAIN], strict=True)).values()
     }
@@ -104,7 +104,7 @@ def test_rows_do_not_depend_on_how_many_work_on_them_nor_on_interruptions(tmp_pa
     assert [path.stat().st_mtime_ns for path in done] == before and len(done) == 3
 
 
-def test_a_damaged_part_is_made_again_and_said(tmp_path, monkeypatch, capsys):
+def test_a_damaged_part_is_rebuilt_with_a_message(tmp_path, monkeypatch, capsys):
     source = write_sources(tmp_path)[1]
     monkeypatch.setattr(prepare, "PART", 3)
     want = read_all(prepare.prepare_rows(config(tmp_path, source), tiny.load_tokenizer, "bytes", workers=1))
@@ -125,7 +125,7 @@ def test_a_damaged_part_is_made_again_and_said(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("damaged; rebuilding this part.") == 4
 
 
-def test_only_the_first_documents_are_taken_where_a_number_is_given(tmp_path):
+def test_a_limit_keeps_only_the_first_documents(tmp_path):
     source = write_sources(tmp_path)[1]
     few = read_all(prepare.prepare_rows(config(tmp_path, source, documents=5), tiny.load_tokenizer, "bytes"))
     kept = [decode(t) for split in few.values() for t in unpack(zip(*split, strict=True)).values()]
@@ -171,7 +171,7 @@ def test_bad_text_is_refused_by_name(tmp_path, name, content, message):
         prepare.prepare_rows(config(tmp_path, tmp_path / name), tiny.load_tokenizer, "bytes")
 
 
-def test_one_txt_is_said_to_be_one_document(tmp_path, capsys):
+def test_a_single_txt_is_reported_as_one_document(tmp_path, capsys):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("a single document")
     for text, is_said in ((tmp_path / "a.txt", True), (tmp_path / "*.txt", False)):
@@ -181,7 +181,7 @@ def test_one_txt_is_said_to_be_one_document(tmp_path, capsys):
 
 
 def repeated(folder):
-    """A text of rows that fill more than a block of a file."""
+    """A text whose rows fill more than one block of a file."""
     text = folder / "a.jsonl"
     text.write_text("".join(json.dumps({"text": t * 30}) + "\n" for t in texts()))
     return text
@@ -195,7 +195,7 @@ def repeated(folder):
         ("*train*array_record*", 2**16), ("*train*array_record*", 2**16 + 9),
     ],
 )  # fmt: skip
-def test_damaged_rows_are_made_again_and_it_is_said(tmp_path, capsys, name, keep):
+def test_damaged_rows_are_rebuilt_with_a_message(tmp_path, capsys, name, keep):
     c = config(tmp_path, repeated(tmp_path))
     folder = prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")
     whole = read_all(folder)
@@ -223,7 +223,7 @@ def test_a_damaged_row_is_an_error_that_names_the_folder(tmp_path):
         read_all(folder)
 
 
-def test_rows_are_read_from_a_cache_that_may_not_be_written_to(tmp_path, as_any_user):
+def test_rows_are_read_from_a_read_only_cache(tmp_path, as_any_user):
     c = config(tmp_path, repeated(tmp_path))
     folder = prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")
     whole = read_all(folder)
@@ -236,7 +236,7 @@ def test_rows_are_read_from_a_cache_that_may_not_be_written_to(tmp_path, as_any_
             prepare.prepare_rows(dataclasses.replace(c, seed=1), tiny.load_tokenizer, "bytes")
         (path,) = folder.glob("*train*array_record*")
         path.chmod(0)
-        # They are not damaged, and so not made again.
+        # The rows are not damaged, so they are not rebuilt.
         with pytest.raises(PermissionError, match=path.name):
             prepare.prepare_rows(c, tiny.load_tokenizer, "bytes")
     finally:

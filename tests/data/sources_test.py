@@ -1,4 +1,4 @@
-"""Text files of other tools, intact and damaged; both readers of JSON Lines accept and refuse the same lines."""
+"""Valid and broken text files of many kinds; every reader of JSON Lines follows the same rules."""
 
 import codecs
 import gzip
@@ -42,7 +42,7 @@ TWO = lines({"text": "é"}, {"text": "b"})
         ("none.jsonl", b"", []),
     ],
 )
-def test_texts_are_read_by_one_rule(tmp_path, name, content, expected):
+def test_valid_files_are_read(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     assert list(sources.read(tmp_path / name)) == expected
 
@@ -80,7 +80,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_unreadable_text_is_named_with_its_line(tmp_path, name):
+def test_unreadable_texts_are_reported_with_their_line(tmp_path, name):
     content, message = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -97,13 +97,13 @@ def test_unreadable_text_is_named_with_its_line(tmp_path, name):
         (pyarrow.array([b"a", b"\xe9"]).view(pyarrow.string()), "a.parquet, row 1 is not in UTF-8"),
     ],
 )
-def test_values_of_parquet_that_are_no_text_are_named_with_their_row(tmp_path, column, message):
+def test_invalid_parquet_values_are_reported_with_their_row(tmp_path, column, message):
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
         list(sources.read(tmp_path / "a.parquet"))
 
 
-def test_strings_of_parquet_are_of_any_type_and_a_cut_file_is_named(tmp_path):
+def test_parquet_strings_can_have_any_type_and_a_truncated_file_is_reported(tmp_path):
     path, plain = tmp_path / "a.parquet", pyarrow.array(["a", "é", "a"])
     for column in (
         plain.cast(pyarrow.large_string()),
@@ -120,7 +120,7 @@ def test_strings_of_parquet_are_of_any_type_and_a_cut_file_is_named(tmp_path):
         list(sources.read(path))
 
 
-def test_a_document_that_cannot_fit_is_refused(tmp_path, monkeypatch):
+def test_a_document_that_is_too_long_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST", 20)
     (tmp_path / "a.jsonl").write_bytes(lines({"text": "a"}, {"text": "x" * 50}))
     (tmp_path / "a.txt").write_bytes(b"x" * 50)
@@ -145,7 +145,7 @@ def documents(path: pathlib.Path) -> list[str]:
 
 
 @pytest.mark.parametrize("read", [documents, prompts, labelled])
-def test_every_reader_of_json_lines_follows_the_rule(tmp_path, read):
+def test_every_reader_of_json_lines_follows_the_same_rules(tmp_path, read):
     whole = [{"text": f"é{i}", "label": "ab"[i % 2]} for i in range(24)]
     content = (
         codecs.BOM_UTF8 + b"\n" + lines(*whole, end="\r\n\r\n") + b'{"text": "a\\ud800", "label": "a"}\n\n'

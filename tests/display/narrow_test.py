@@ -1,4 +1,4 @@
-"""Tables in a terminal of 80 columns: no line is wider, and no number is broken over lines."""
+"""Tables in a terminal of 80 columns: no table is wider, and no number is broken."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ def narrow(monkeypatch):
 
 @pytest.fixture
 def shown(capsys):
-    """The printed tables, whose lines have at most 80 characters; sentences are left out."""
+    """Returns the output without the given sentences; no line of it has more than 80 characters."""
 
     def read(*sentences):
         text = capsys.readouterr().out
@@ -157,11 +157,11 @@ def test_plans(capsys):
         [forecast.Collective("collective-permute", "other", 1024, 10**11)], *[0.001] * 4, 1,
     )  # fmt: skip
     assert plan.show(of, 1.2)
-    text = capsys.readouterr().out.partition("At 4,096 tokens")[0]  # Sentences follow.
+    text = capsys.readouterr().out.partition("At 4,096 tokens")[0]  # Sentences follow the tables.
     assert max(map(len, text.split("\n"))) <= 80 and "other" in text
 
 
-def test_text_is_continued_after_a_space_an_underscore_or_a_slash():
+def test_text_is_wrapped_after_a_space_an_underscore_or_a_slash():
     assert tables.fold("layer_12_resid_post", 10) == ["layer_12_", "resid_post"]
     assert tables.fold("runs/a − runs/b", 8) == ["runs/a −", "runs/b"]
     assert tables.fold("xxxxxxxx 12", 5) == ["xxxxx", "xxx", "12"]

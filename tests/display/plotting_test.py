@@ -12,7 +12,7 @@ from gemma_scope_jax.display import glyphs, plotting
 
 @pytest.fixture
 def with_stix(monkeypatch):
-    """STIXGeneral, which comes with Matplotlib, in the place of a font of Chinese characters."""
+    """Replaces the font of Chinese characters by STIXGeneral, which comes with Matplotlib."""
     fonts = (glyphs.fallback_fonts, glyphs._fonts)
     monkeypatch.setattr(glyphs, "CJK_FONTS", ("STIXGeneral",))
     for of in fonts:
@@ -23,7 +23,7 @@ def with_stix(monkeypatch):
         of.cache_clear()
 
 
-def test_text_that_dejavu_lacks_is_drawn_in_an_installed_font(with_stix):
+def test_text_without_a_glyph_in_dejavu_is_drawn_in_an_installed_font(with_stix):
     figure, ((axis,),) = plotting.new_figure(1, 1, 3, 2)
     plotting.label_tokens(axis, ["\U0001d4d0"])
     axis.set_title("\U0001d4d0", family="DejaVu Sans Mono")

@@ -1,4 +1,4 @@
-"""Results as tables and files: rows equal the fields, and unknown file extensions are refused."""
+"""Results as tables and files: rows hold the fields, and unknown file endings are refused."""
 
 import csv
 
@@ -114,7 +114,7 @@ def test_one_latent():
     assert frame[frame.is_peak].token.unique().tolist() == [" b"]
 
 
-def test_a_files_extension_chooses_its_format(tmp_path, capsys):
+def test_the_ending_chooses_the_file_format(tmp_path, capsys):
     path = READING.save(tmp_path / "a.csv")
     assert [row["latent"] for row in csv.DictReader(path.read_text().splitlines())] == ["1", "0", "2"]
     pandas.testing.assert_frame_equal(pandas.read_csv(path), READING.to_dataframe())
@@ -129,5 +129,5 @@ def test_a_files_extension_chooses_its_format(tmp_path, capsys):
     assert capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 3
 
 
-def test_results_without_rows_have_no_records():
+def test_no_rows_make_no_records():
     assert list(results.records_of({"a": 1, "b": np.zeros(0)})) == []

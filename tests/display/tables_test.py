@@ -1,4 +1,4 @@
-"""Tables, figures and pages with hostile names: each is shown, and none is interpreted as markup."""
+"""Every table, figure and page with hostile names: each name is shown, and none is interpreted."""
 
 import csv
 import re
@@ -27,7 +27,7 @@ NAMES = (
     "a$b_$", "$x", "[bold]x", "[/]", ":smile:", "_hidden", "a\x1b[2J\x1b]0;title\x07b", "two\nlines\r", "🙂🏽",
     "\u202eabc\u2066", "half\ud800", "</script><img src=x onerror=alert(1)>", "x" * 10_000, "日本 עברית",
 )  # fmt: skip
-NASTIEST = (NAMES[0], NAMES[6], "x" * 10_000)  # Of figures, which are slow to draw.
+NASTIEST = (NAMES[0], NAMES[6], "x" * 10_000)  # For figures, which are slow to draw.
 TOKENS = (" a$b", "\x1b[2J", "\n", "_x", "[bold]", "\ud800", "🙂")
 RNG = np.random.default_rng(0)
 
@@ -46,7 +46,7 @@ def line(*shape):
 
 
 def check_printed(capsys, *expected):
-    """Nothing but text in lines, and the names as they are."""
+    """Checks that the output has only text in short lines, and holds the expected texts."""
     shown = capsys.readouterr().out
     assert shown and not any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in shown if c != "\n")
     assert max(map(len, shown.split("\n"))) < 1000
@@ -60,7 +60,7 @@ def draw(figure: matplotlib.figure.Figure) -> matplotlib.figure.Figure:
 
 
 def check_page(path, is_of_names=True):
-    """Markup is the template's own, and no name fills the page."""
+    """Checks that all markup is the template's, and that no name fills the page."""
     html = path.read_text(encoding="utf-8")
     assert "<img src=x" not in html and len(re.sub(r'src="data:[^"]*"', "", html)) < 200_000
     assert not any(unicodedata.category(c) == "Cc" for c in html if c not in "\n\t")
@@ -68,7 +68,7 @@ def check_page(path, is_of_names=True):
 
 
 def test_evaluations(tmp_path, capsys, monkeypatch):
-    # Which has no name, and takes long.
+    # The details show no name, and are slow to draw.
     monkeypatch.setattr(plots, "details", lambda result: plotting.new_figure(1, 1, 1, 1)[0])
     results = by_name(evaluation)
     report.print_table(results, NAMES[6])

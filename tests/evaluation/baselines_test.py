@@ -1,4 +1,4 @@
-"""Baselines: they have the SAE's L0, and are the best of their kind."""
+"""Baselines are as sparse as the SAE, and optimal among their kind."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,14 +33,14 @@ def l0_of(subject, x):
     return float(found["l0_SxL"].mean()), np.asarray(recon[0])
 
 
-def test_they_are_as_sparse_as_the_sae(made, x):
+def test_baselines_are_as_sparse_as_the_sae(made, x):
     subject, found = made
     l0, _ = l0_of(subject, x)
     assert set(found) == {"top_k", "random_decoder", "untrained", "pca"} and l0 > 3
     assert l0_of(found["random_decoder"], x)[0] == l0
     assert l0_of(found["pca"], x)[0] == round(l0)
     np.testing.assert_allclose(l0_of(found["untrained"], x)[0], l0, rtol=0.01)
-    # The k strongest, whatever their thresholds were.
+    # The top_k baseline keeps the k strongest latents, whatever their thresholds.
     top, recon = l0_of(found["top_k"], x)
     f = np.maximum(x.astype(np.float64) @ subject.sae.W_enc + subject.sae.b_enc, 0)
     np.testing.assert_allclose(top, np.minimum((f > 0).sum(1), round(l0)).mean())
@@ -50,7 +50,7 @@ def test_they_are_as_sparse_as_the_sae(made, x):
 
 
 def test_principal_components_are_the_best_projection(made, x):
-    """Against a singular value decomposition of the centred activations."""
+    """Compared with a singular value decomposition of the centred activations."""
     subject, found = made
     k, mean = round(l0_of(subject, x)[0]), x.astype(np.float64).mean(0)
     u, s, vt = np.linalg.svd(x - mean, full_matrices=False)
@@ -58,8 +58,8 @@ def test_principal_components_are_the_best_projection(made, x):
 
 
 @pytest.mark.parametrize("name", ["random_decoder", "untrained"])
-def test_scale_and_bias_fit_best(made, x, name):
-    """The error has no mean, and nothing in common with the reconstruction."""
+def test_scale_and_bias_are_the_least_squares_fit(made, x, name):
+    """The error has zero mean and is uncorrelated with the reconstruction."""
     _, recon = l0_of(made[1][name], x)
     error = x - recon
     np.testing.assert_allclose(error.mean(0), 0, atol=1e-4)
@@ -72,7 +72,7 @@ def test_the_strongest_latents_are_kept():
     np.testing.assert_array_equal(jumprelu.keep_top(f, 2), [[0, 3, 0, 2], [0, 0, 5, 0]])
 
 
-def test_a_transcoder_has_no_components(x):
+def test_a_transcoder_has_fewer_baselines(x):
     y = x[:, ::-1].copy()
     subject = attached.Subject(random_sae(), Site("mlp_in", 1), None, Site("mlp_out", 1))
     assert set(baselines.of(subject, x, y)) == {"top_k", "random_decoder"}

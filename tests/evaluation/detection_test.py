@@ -1,4 +1,4 @@
-"""Descriptions of latents and their scores against slow NumPy, pairs counted by hand, and planted latents."""
+"""Descriptions of latents and their scores, compared with slow NumPy, counted pairs and planted latents."""
 
 import dataclasses
 import json
@@ -24,19 +24,19 @@ EMBED = Site("embed", 0)
 
 
 def rows_of(count, length=32, seed=0, vocabulary=40):
-    """Rows of random words, a document to every other row, some ending in padding."""
+    """Rows of random words; a document begins in each row, and some rows end in padding."""
     tokens = (
         np.random.default_rng(seed).integers(100, 100 + vocabulary, size=(count, length)).astype(np.int32)
     )
     tokens[:, 0] = BOS
     tokens[1::2, length // 2] = BOS
     tokens[::5, -3:] = PAD
-    # A row of one segment goes on in the next, whose second segment is another document.
+    # The document of an even row continues in the next row, whose second segment is another document.
     documents = np.repeat(np.arange(0, count, 2), 2)[:count]
     return token_rows.Batch(tokens, np.arange(count), documents)
 
 
-def test_documents_go_whole_into_halves_of_like_size():
+def test_whole_documents_are_divided_into_halves_of_similar_size():
     rows = rows_of(40)
     text = token_descriptions.divide(rows.tokens, rows.first_document, 1)
     half_of = {}
@@ -47,13 +47,13 @@ def test_documents_go_whole_into_halves_of_like_size():
             segment, position = (segment + 1, 0) if token == BOS else (segment, position + 1)
             assert text.position_RxL[row, column] == position
             half = text.half_RxL[row, column]
-            if token in (BOS, PAD) or position == 1:  # As many positions behind BOS as the prefix says.
+            if token in (BOS, PAD) or position == 1:  # The prefix leaves out one position after BOS.
                 assert half == -1
             else:
                 assert half_of.setdefault(rows.first_document[row] + segment, half) == half in (0, 1)
     assert np.array_equal(text.vocabulary_V[text.tokens_RxL], rows.tokens)
     sizes = [(text.half_RxL == half).sum() for half in (0, 1)]
-    assert abs(sizes[0] - sizes[1]) <= 48  # The longest document.
+    assert abs(sizes[0] - sizes[1]) <= 48  # The length of the longest document.
 
 
 def test_one_document_cannot_be_divided():
@@ -62,7 +62,7 @@ def test_one_document_cannot_be_divided():
         token_descriptions.divide(rows.tokens, rows.first_document, 0)
 
 
-def test_passages_end_where_they_are_asked_for_and_begin_with_their_segment():
+def test_passages_end_at_the_given_positions_and_stay_in_their_segment():
     tokens = np.array([[BOS, *range(10, 20), BOS, 20, 21, PAD], [BOS, *range(30, 44)]], np.int32)
     text = token_descriptions.divide(tokens, np.array([0, 2]), 0)
     found = token_descriptions.passages(text, np.array([1, 10, 13, 15 + 14]))
@@ -95,7 +95,7 @@ def auroc_slowly(positive, negative):
 
 
 def random_passages(rng, count, favoured=None):
-    """Some begin with their segment; most have a favoured token among those before the last, if there is one."""
+    """Random passages; a quarter are short, and most have the favoured token, if any, before the last token."""
     made = rng.integers(12, size=(count, 9))
     if favoured is not None:
         made[np.arange(count), rng.integers(8, size=count)] = np.where(rng.random(count) < 0.7, favoured, 3)
@@ -130,7 +130,7 @@ def test_descriptions_equal_slow_numpy(favoured):
     assert favoured is None or found.weight > 0
 
 
-def test_the_score_is_the_share_of_pairs_in_the_right_order_and_scikit_learns():
+def test_the_score_is_the_share_of_ordered_pairs_and_equals_scikit_learn():
     rng = np.random.default_rng(0)
     description = token_descriptions.Description(rng.integers(-2, 3, size=6).astype(float), np.zeros(6), 1.0)
     firing, silent = rng.integers(6, size=(20, 9)), rng.integers(6, size=(70, 9))
@@ -155,7 +155,7 @@ def collected(text, pool, f, per_batch):
     return found
 
 
-def test_firings_are_remembered_as_they_are_found_by_looking_at_all_of_them(monkeypatch):
+def test_kept_firings_equal_a_slow_search_of_all_firings(monkeypatch):
     rows = rows_of(60, length=40)
     text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     half = text.half_RxL.reshape(-1)
@@ -178,13 +178,13 @@ def test_firings_are_remembered_as_they_are_found_by_looking_at_all_of_them(monk
         assert len(tested.position) == len(set(tested.position)) == min(len(firing), detection.FIRINGS)
         assert set(tested.position) <= set(firing)
         assert np.array_equal(tested.value, flat[tested.position, latent])
-    # However rows are cut into batches, the same is remembered, and no more than that.
+    # The kept firings do not depend on the batch size.
     for name in ("examples", "tested"):
         for one, other in zip(getattr(found, name), getattr(collected(text, pool, f, 60), name), strict=True):
             assert np.array_equal(one, other)
 
 
-def test_the_sample_of_firings_is_even_over_rows_and_strengths():
+def test_the_sample_of_firings_is_uniform_over_rows_and_strengths():
     rows = rows_of(400)
     text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     f = random_latents(text, 200, 0.3)
@@ -192,7 +192,7 @@ def test_the_sample_of_firings_is_even_over_rows_and_strengths():
     firing = np.flatnonzero(text.half_RxL.reshape(-1) == 1)
     n = len(found.tested.position)
     assert n == 200 * detection.FIRINGS
-    # Means of n draws without weights: within four standard errors.
+    # The means of n uniform samples are within four standard errors.
     for drawn, everyone in ((found.tested.position, firing), (found.tested.value, np.linspace(0, 1, 1000))):
         assert abs(drawn.mean() - everyone.mean()) < 4 * everyone.std() / np.sqrt(n)
 
@@ -207,8 +207,8 @@ def summarized(text, f, wanted=100):
     )
 
 
-def test_random_firing_is_not_detected_and_preceding_tokens_are():
-    """Four latents: for a token, for a token after another, for the token five positions earlier, and noise."""
+def test_random_firing_scores_a_half_and_earlier_tokens_are_described():
+    """Latents of a token, of tokens after another token, of the token five places earlier, and noise."""
     rows = rows_of(400)
     text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     tokens, kept = rows.tokens, text.half_RxL >= 0
@@ -225,7 +225,7 @@ def test_random_firing_is_not_detected_and_preceding_tokens_are():
     assert [latent.latent for latent in result.latents] == list(range(1000, 1043)) and result.scorable == 1
     on, behind, ago5, *rest = result.latents
     assert on.auroc == on.auroc_strongest == 1 and on.words["on"][0] == "[105]"
-    # The token says half of it, and what comes before, in any of eight places, nearly all of the rest.
+    # The token explains half, and the tokens in the eight places before it nearly all of the rest.
     assert behind.auroc > 0.9 and behind.words["before"][0] == "[106]"
     assert ago5.auroc > 0.85 and ago5.words["before"][0] == "[107]"
     for latent in result.latents:
@@ -240,7 +240,7 @@ def test_random_firing_is_not_detected_and_preceding_tokens_are():
     assert [latent.latent for latent in few.latents] == list(range(1000, 1005))
 
 
-def test_latents_that_fire_too_seldom_or_everywhere_are_not_scored():
+def test_latents_that_fire_too_rarely_or_everywhere_are_not_scored():
     rows = rows_of(100)
     text = token_descriptions.divide(rows.tokens, rows.first_document, 0)
     f = random_latents(text, 4, 0.3)
@@ -256,7 +256,7 @@ def test_latents_that_fire_too_seldom_or_everywhere_are_not_scored():
 
 
 def on_tokens(chosen, d=32):
-    """A random SAE on the token embeddings, of whose latents the first ones fire on one token each."""
+    """A random SAE of the token embeddings, whose first latents fire on one token each."""
     embedding_VxD = np.asarray(tiny.params()["embedder"]["input_embedding"], np.float64) * np.sqrt(d)
     made = random_sae()
     arrays = {name: np.array(getattr(made, name)) for name in ("W_enc", "b_enc", "threshold")}
@@ -271,7 +271,7 @@ def on_tokens(chosen, d=32):
     return made.replace(**arrays)
 
 
-def test_latents_of_single_tokens_are_described_by_them_through_gemma(tiny_gemma):
+def test_latents_of_single_tokens_are_described_by_their_token(tiny_gemma):
     rows = rows_of(120, vocabulary=20)
     subjects = {"planted": attached.Subject(on_tokens(range(100, 110)), EMBED, None)}
     arguments = (tiny_gemma, subjects, rows, 64, 0)

@@ -1,4 +1,4 @@
-"""Evaluation against slow float64 NumPy, known cases, and the command line."""
+"""Evaluation, compared with slow float64 NumPy and known cases; and the command line."""
 
 import csv
 import errno
@@ -51,7 +51,7 @@ def evaluate(tiny_gemma, subject, rows, count=10, site=SITE, mean=None, per_batc
 
 
 def loss_in_float64(tiny_gemma, tokens, replace):
-    """Summed loss and count of each row, with the site's activations replaced one row at a time."""
+    """The summed loss and the count of each row, with the site's activations replaced one row at a time."""
     sums, counts = [], []
     for row in tokens:
         row = jnp.asarray(row)[None]
@@ -118,7 +118,7 @@ def test_every_number_equals_slow_numpy(tiny_gemma, rows):
     np.testing.assert_allclose(result.delta_loss, delta, rtol=1e-3)
     np.testing.assert_allclose(result.loss_recovered_zero, 1 - delta / ((zero - clean).sum() / n), rtol=1e-3)
     np.testing.assert_allclose(result.loss_recovered_mean, 1 - delta / ((mean - clean).sum() / n), rtol=1e-3)
-    # The standard error against a bootstrap over rows.
+    # The standard error is close to a bootstrap over rows.
     rng = np.random.default_rng(0)
     resampled = [(spliced - clean)[i].sum() / count[i].sum() for i in rng.integers(10, size=(4000, 10))]
     np.testing.assert_allclose(result.delta_loss_se, np.std(resampled) * np.sqrt(10 / 9), rtol=0.1)
@@ -189,7 +189,7 @@ def test_predicting_the_mean_has_an_fvu_of_one(tiny_gemma, rows):
     assert result.dead_fraction == 1 and result.l0 == 0
 
 
-def test_the_standard_error_shrinks_with_the_root_of_the_rows():
+def test_the_standard_error_shrinks_with_the_square_root_of_the_rows():
     rng = np.random.default_rng(0)
     numerator, denominator = rng.normal(1, 2, size=6400), rng.integers(5, 10, size=6400)
     _, few = metrics.ratio(numerator[:400], denominator[:400])
@@ -227,19 +227,19 @@ def test_an_interrupted_evaluation_resumes_after_the_last_whole_batch(
         evaluated(resumable.Parts(tmp_path / "parts", {"of": "a"}))
     assert len(list((tmp_path / "parts").rglob("*.npz"))) == 2
     found, _ = evaluated(resumable.Parts(tmp_path / "parts", {"of": "a"}))
-    assert len(asked) == 4  # One pass more, of the third batch.
+    assert len(asked) == 4  # One more pass, for the third batch.
     for name in want:
         assert evaluation_file.numbers(found[name]) == evaluation_file.numbers(want[name])
         np.testing.assert_array_equal(found[name].l0_counts, want[name].l0_counts)
     another = resumable.Parts(tmp_path / "parts", {"of": "another"})
     evaluated(another)
-    assert len(asked) == 7  # Nothing of the first was taken for the other's,
+    assert len(asked) == 7  # Another evaluation does not use the first one's parts.
     another.remove()
     evaluated(resumable.Parts(tmp_path / "parts", {"of": "a"}))
-    assert len(asked) == 7  # which is there still.
+    assert len(asked) == 7  # The first one's parts are still there.
 
 
-def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, capsys):
+def test_a_damaged_part_is_measured_again_with_a_message(tiny_gemma, rows, tmp_path, capsys):
     subjects = {"a": attached.Subject(random_sae(), SITE, np.zeros(32, np.float32))}
 
     def parts():
@@ -255,7 +255,7 @@ def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, c
     whole = files[0].read_bytes()
     rng = np.random.default_rng(0)
     damaged = [b"", whole[:100], whole[:-1], whole[32:], pickle.dumps("something else")]
-    for place in rng.integers(len(whole), size=200):  # One byte each.
+    for place in rng.integers(len(whole), size=200):  # One flipped bit each.
         damaged.append(whole[:place] + bytes([whole[place] ^ 1 << int(rng.integers(8))]) + whole[place + 1 :])
     for content in damaged:
         files[0].write_bytes(content)
@@ -265,7 +265,7 @@ def test_a_damaged_part_is_measured_again_and_said(tiny_gemma, rows, tmp_path, c
     assert parts().read(0) is not None
 
 
-def test_a_second_evaluation_is_refused_while_one_is_under_way(run, tmp_path, monkeypatch):
+def test_a_second_evaluation_is_refused_while_one_is_running(run, tmp_path, monkeypatch):
     with resumable.holding_parts(run / "evaluation.parts"):
         with pytest.raises(ValueError, match=f"another process is writing to {run}; wait for it or stop it"):
             evaluate_cli.evaluate_path(run, rows=8, is_fast=True)
@@ -273,7 +273,7 @@ def test_a_second_evaluation_is_refused_while_one_is_under_way(run, tmp_path, mo
     assert not (run / "evaluation.parts").exists()
 
 
-def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp_path, monkeypatch, capsys):
+def test_two_evaluations_at_once_succeed_on_a_disk_without_locks(run, tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -283,7 +283,7 @@ def test_two_evaluations_at_once_end_well_where_the_disk_knows_no_locks(run, tmp
     evaluate, found = evaluate_lib.evaluate, []
 
     def meanwhile(*args):
-        """The first waits for a second one, from its start to its end."""
+        """Runs a whole second evaluation during the first."""
         if not found:
             found.append(None)
             found.append(evaluate_cli.evaluate_path(run, rows=8, is_fast=True, out=tmp_path / "out"))
@@ -317,7 +317,7 @@ def test_a_run_and_its_export_have_the_same_numbers(run, capsys, monkeypatch, in
     shown = capsys.readouterr().out
     assert f"{result.tokens:,} predictions" in " ".join(shown.split()) and f"{result.l0:.1f}" in shown
 
-    monkeypatch.setenv("HOME", str(inputs / "home"))  # Where an export, unlike the run here, has its rows.
+    monkeypatch.setenv("HOME", str(inputs / "home"))  # Unlike this run, an export has its rows there.
     exported = evaluate_cli.evaluate_path(run / "sae" / name, rows=8)[name]
     for key in (
         "l0",
@@ -340,7 +340,7 @@ def test_a_run_and_its_export_have_the_same_numbers(run, capsys, monkeypatch, in
         evaluate_cli.evaluate_path(f"{run}/checkpoints/*")
 
 
-def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsys, monkeypatch):
+def test_several_texts_have_a_page_each_and_one_table(run, inputs, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"quite another text {i}"}) for i in range(5)))
     texts = [f"speeches={inputs / 'text.jsonl'}", str(other)]
@@ -350,7 +350,7 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
         for label in ("speeches", "other")
     }
     assert next(iter(last.values())).l0 == next(iter(found["other"]["sae"].values()))["l0"]
-    # The text that was trained on keeps its held-out rows; of the other every document is one.
+    # The training text keeps its held-out rows; all documents of another text are held out.
     alone = evaluate_cli.evaluate_path(run, rows=8, out=tmp_path / "alone", is_fast=True)
     assert {n: v["fvu"] for n, v in found["speeches"]["sae"].items()} == {n: v.fvu for n, v in alone.items()}
     assert found["other"]["sae"].popitem()[1]["rows"] == len(
@@ -366,7 +366,9 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
     assert f"--text=other={other}" in html and f"--out={tmp_path / 'out' / 'other'}" in html
     with pytest.raises(ValueError, match="two texts have the name 'other'"):
         evaluate_cli.evaluate_path(run, text=[str(other), f"other={inputs / 'text.jsonl'}"])
-    monkeypatch.setattr(placement, "load_gemma", lambda _: pytest.fail("loaded"))  # All is said before.
+    monkeypatch.setattr(
+        placement, "load_gemma", lambda _: pytest.fail("loaded")
+    )  # All errors come before loading.
     for texts, message in (
         (["..=sotu"], "cannot have the name '..'"),
         (
@@ -379,8 +381,8 @@ def test_several_texts_have_a_page_each_and_a_table(run, inputs, tmp_path, capsy
             evaluate_cli.evaluate_path(run, text=texts, out=run)
 
 
-def test_other_evaluations_overwrite_nothing(run, tmp_path, capsys):
-    """Another text, split or dtype, and baselines, go to separate folders; the page says what was evaluated."""
+def test_evaluations_with_other_options_overwrite_nothing(run, tmp_path, capsys):
+    """Another text, split or dtype, and baselines, have their own folders; the page says which text it is of."""
     other = tmp_path / "news.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"quite another text {i}"}) for i in range(5)))
     options = {"rows": 2, "is_fast": True}
@@ -409,7 +411,7 @@ def test_other_evaluations_overwrite_nothing(run, tmp_path, capsys):
     subjects = opening.open_path(run).subjects
     assert session._frequencies(run, subjects).keys() == results.keys()
 
-    # Two texts of one name are told apart before the first is overwritten.
+    # A second text of the same name is refused before the first is overwritten.
     second = tmp_path / "second" / "news.jsonl"
     second.parent.mkdir()
     second.write_bytes(other.read_bytes())
@@ -426,7 +428,7 @@ def test_other_evaluations_overwrite_nothing(run, tmp_path, capsys):
     assert opening.results_folder(opened, run, tmp_path / "out") == tmp_path / "out"
 
 
-def test_texts_that_are_done_are_not_evaluated_again(run, inputs, tmp_path, monkeypatch):
+def test_finished_texts_are_not_evaluated_again(run, inputs, tmp_path, monkeypatch):
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"other words {i}"}) for i in range(12)))
     options = {"text": [f"a={inputs / 'text.jsonl'}", f"b={other}"], "rows": 8, "out": tmp_path / "out"}
@@ -449,7 +451,7 @@ def test_texts_that_are_done_are_not_evaluated_again(run, inputs, tmp_path, monk
     assert not list((tmp_path / "out").rglob("evaluation.parts"))
 
 
-def test_the_text_that_was_trained_on_is_known_by_any_name(run, inputs, tmp_path, capsys, monkeypatch):
+def test_the_training_text_is_recognised_by_any_name(run, inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(inputs)
     rows = opening.open_path(run).rows
     assert len(
@@ -462,14 +464,14 @@ def test_the_text_that_was_trained_on_is_known_by_any_name(run, inputs, tmp_path
     assert "also in the training text: 1, such as" in capsys.readouterr().out
 
 
-def test_commands_that_read_no_text_need_none(run):
+def test_a_missing_text_is_refused_only_when_rows_are_needed(run):
     opened = opening.open_path(run, text="not/here.jsonl")
     assert opened.subjects
     with pytest.raises(ValueError, match="matches no file"):
         _ = opened.rows
 
 
-def test_saes_that_are_filed_with_other_means_are_held_against_one(tiny_gemma):
+def test_saes_with_different_stored_means_are_compared_with_one_mean(tiny_gemma):
     rows = Rows(tiny.tokens(8, 16))
     means = {"first": np.zeros(32, np.float32), "second": np.ones(32, np.float32), "none": None}
 
@@ -483,7 +485,7 @@ def test_saes_that_are_filed_with_other_means_are_held_against_one(tiny_gemma):
     assert ablated("first") != [measured]
 
 
-def test_only_the_models_turns_count(run, tmp_path):
+def test_only_the_chosen_turns_count(run, tmp_path):
     """Replies to prompts in the chat template, as in rollouts of an instruction-tuned model."""
     rollouts = tmp_path / "rollouts.jsonl"
     lines = [json.dumps({"prompt": "a", "text": "wxyz"}) for _ in range(3)]
@@ -493,7 +495,7 @@ def test_only_the_models_turns_count(run, tmp_path):
         turns: next(iter(evaluate_cli.evaluate_path(run, turns=turns, **options).values()))
         for turns in ("user", "model")
     }
-    # Of a row's sixteen the template takes fourteen.
+    # The template takes fourteen of a row's sixteen tokens.
     assert (counted["user"].activations, counted["model"].activations) == (3, 3)
     rollouts.write_text(lines[0].replace("a", "abc"))
     with pytest.raises(ValueError, match="no prediction counts in these rows"):
@@ -503,7 +505,7 @@ def test_only_the_models_turns_count(run, tmp_path):
 
 
 def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_path, monkeypatch):
-    """For example, a base model's SAEs on the instruction-tuned model, with the same rows."""
+    """As with a base model's SAEs in the instruction-tuned model, on the same rows."""
     monkeypatch.setitem(registry.MODELS, "tiny-it", registry.MODELS["tiny"])
     same = evaluate_cli.evaluate_path(run, rows=8, out=tmp_path / "a", is_fast=True)
     weights.save_orbax(str(tmp_path / "weights"), tiny.params(0.31))
@@ -522,7 +524,7 @@ def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_
     np.testing.assert_allclose(
         float(cell["difference"]), rounded[name].delta_loss - same[name].delta_loss, rtol=1e-6
     )
-    # Of the same rows: far below what two that know nothing of each other would have.
+    # On the same rows, the error is far below that of two independent evaluations.
     assert (
         0
         < float(cell["difference_se"])
@@ -533,7 +535,7 @@ def test_a_run_is_evaluated_on_another_model_of_the_same_shape(run, inputs, tmp_
         evaluate_cli.evaluate_path(run, model="gemma3_270m")
 
 
-def test_paths_that_hold_nothing_are_refused(tmp_path, run):
+def test_invalid_paths_and_options_are_refused(tmp_path, run):
     with pytest.raises(ValueError, match="neither a run directory"):
         evaluate_cli.evaluate_path(tmp_path)
     with pytest.raises(ValueError, match="--rows is -1; it must be at least 1"):

@@ -1,4 +1,4 @@
-"""Every number against slow float64 NumPy, one token at a time, and cases known by hand."""
+"""Every metric compared with slow float64 NumPy, one token at a time, and with cases known by hand."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ COUNT = 10
 
 
 def logits_in_float64(tiny_gemma, tokens_L, write):
-    """The logits of one row and the site's activations, with the site replaced by `write`."""
+    """The logits of one row, with the site's activations changed by `write`."""
     row = jnp.asarray(tokens_L)[None]
     x = forward.embed(tiny_gemma, row)
     x = forward.run_blocks(tiny_gemma, x, row, range(4), write={SITE: write})[0]
@@ -48,7 +48,7 @@ def measured(tiny_gemma):
 
 @pytest.fixture(scope="module")
 def slow(measured, tiny_gemma):
-    """The same, of each row a dict of lists with a value for each token that counts."""
+    """The same in slow NumPy: for each row, a dict of arrays with one value per counted token."""
     subject, tokens, _, _ = measured
     p = {name: np.asarray(v, np.float64) for name, v in vars(subject).items() if v is not None}
     special = (masking.BOS, masking.EOS, masking.PAD)
@@ -66,7 +66,7 @@ def slow(measured, tiny_gemma):
         )
 
         def centred(value, row=row, kept=kept):
-            """The centred gradient in float32, by differentiating all logits together."""
+            """The sum of the centred logits in float32, for plain differentiation of all logits at once."""
             out = forward.embed(tiny_gemma, row[None])
             write = {SITE: lambda _: value}
             out = forward.run_blocks(tiny_gemma, out, row[None], range(4), write=write)[0]
@@ -89,7 +89,7 @@ def slow(measured, tiny_gemma):
             of_row["f"].append(f[t])
             of_row["position"].append(t - start)
             importance = [abs(f[t, i] * float(gradient[t] @ p["W_dec"][i])) for i in range(64) if f[t, i] > 0]
-            if sum(importance) > 0:  # Behind the last prediction nothing matters.
+            if sum(importance) > 0:  # After the last prediction, no latent matters.
                 share = np.array(importance) / sum(importance)
                 of_row["r_l0"].append(np.exp(-sum(s * np.log(s) for s in share)) / len(share))
             if t + 1 < len(row) and row[t + 1] not in (masking.BOS, masking.PAD):
@@ -150,7 +150,7 @@ def test_predictions(measured, slow):
         result.delta_loss, over(slow, lambda row: row["loss"] - row["clean"]), rtol=1e-3
     )
     np.testing.assert_allclose(result.kl, over(slow, lambda row: row["kl"]), rtol=1e-3)
-    assert result.kl > 0.01  # Or nothing was compared.
+    assert result.kl > 0.01  # Otherwise nothing was compared.
     np.testing.assert_allclose(result.r_l0, over(slow, lambda row: row["r_l0"]), rtol=1e-3)
     assert 0.1 < result.r_l0 < 0.99
 
@@ -178,8 +178,8 @@ def test_by_position(measured, slow):
     assert at.max() > 10 and (at == 1).sum() > 3
 
 
-def test_every_standard_error_is_that_of_rows_drawn_again(measured, slow):
-    """Against a bootstrap of the slow numbers."""
+def test_every_standard_error_equals_a_bootstrap_over_rows(measured, slow):
+    """Compared with a bootstrap of the slow numbers."""
     _, _, mean, result = measured
     rng = np.random.default_rng(0)
 
@@ -206,16 +206,16 @@ def test_every_standard_error_is_that_of_rows_drawn_again(measured, slow):
     drawn = [statistics([slow[i] for i in rng.integers(COUNT, size=COUNT)]) for _ in range(2000)]
     for name in drawn[0]:
         spread = np.std([one[name] for one in drawn]) * np.sqrt(COUNT / (COUNT - 1))
-        # Ten rows are few for a variance's own variance: both are estimates.
+        # Ten rows are few for the variance of a variance, and both values are estimates.
         np.testing.assert_allclose(getattr(result, f"{name}_se"), spread, rtol=0.3, err_msg=name)
 
 
-def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
-    """On made-up losses in which ablation costs much, as in a real model."""
+def test_the_standard_error_of_loss_recovered_equals_a_bootstrap_over_rows():
+    """The losses are made up; ablation costs much, as in a real model."""
     rng = np.random.default_rng(0)
     s, length = 60, 5
     scored = rng.integers(0, 2, size=(s, length)).astype(float)
-    hard = rng.gamma(2, size=(s, 1))  # Of some rows everything costs more.
+    hard = rng.gamma(2, size=(s, 1))  # Some rows have higher losses throughout.
     losses = {name: scored * hard * mean * rng.gamma(4, 0.25, size=(s, length)) for name, mean in
               (("clean", 2), ("loss", 2.4), ("zero", 9), ("mean", 5))}  # fmt: skip
     of_sae, references = measuring.Totals(), metrics.Totals()
@@ -246,7 +246,7 @@ def test_the_standard_error_of_loss_recovered_is_that_of_rows_drawn_again():
 
 
 def test_uniformity_by_hand():
-    """Four that matter equally: 1. One of four alone, but for a whisper: ¼. Two of two by 3 to 1: exp(H) / 2."""
+    """Four equal latents: 1. One of four that dominates: ¼. Two with importances 3 to 1: exp(H) / 2."""
     importance = jnp.array([[2.0, 2, 2, 2], [1, 1e-12, 1e-12, 1e-12], [3, 1, 0, 0], [0, 0, 0, 0]])
     found, is_active = measuring.uniformity(importance)
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
@@ -255,7 +255,7 @@ def test_uniformity_by_hand():
 
 
 def test_divergence_by_hand(tiny_gemma, monkeypatch):
-    """The divergence of (½, ½) from (¼, ¾) is ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3; of a distribution from itself it is 0."""
+    """The KL of (½, ½) from (¼, ¾) is ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3; that of a distribution from itself is 0."""
     table = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
     monkeypatch.setattr(predictions, "logits", lambda gemma, x: table[x[..., 0].astype(int)])
     clean, other = jnp.zeros((2, 5, 1)), jnp.array([[0.0], [1], [1], [0], [1]])[None].repeat(2, 0)
@@ -267,7 +267,7 @@ def test_divergence_by_hand(tiny_gemma, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
-def test_logits_are_made_a_few_at_a_time_and_come_out_the_same(tiny_gemma, chunk):
+def test_logits_in_chunks_equal_all_logits_at_once(tiny_gemma, chunk):
     tokens = jnp.asarray(tiny.tokens(3, 11))
     x = jax.random.normal(jax.random.key(0), (3, 11, 32))
     logits = predictions.logits(tiny_gemma, x)
@@ -277,7 +277,7 @@ def test_logits_are_made_a_few_at_a_time_and_come_out_the_same(tiny_gemma, chunk
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_fast_leaves_out_the_slow_metrics_and_changes_no_other(measured, tiny_gemma):
+def test_fast_leaves_out_the_slowest_metrics_and_changes_no_other(measured, tiny_gemma):
     subject, _, mean, result = measured
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     subjects = {"a": attached.Subject(subject, SITE, mean)}
@@ -313,8 +313,8 @@ def test_a_silent_sae_has_no_uniformity():
     assert found["active_SxL"].sum() == 0 and found["l0_SxL"].sum() == 0
 
 
-def test_constant_activations_have_no_fvu(tiny_gemma, monkeypatch):
-    """The site has the same vector for every token, so mean ablation changes no prediction."""
+def test_the_fvu_of_constant_activations_is_undefined_and_reported(tiny_gemma, monkeypatch):
+    """The site has the same vector at every token; replacing it by its mean changes no prediction."""
     constant = jnp.asarray(100 + np.random.default_rng(0).normal(size=32), jnp.float32)
     clean = passes.clean
 
@@ -341,7 +341,7 @@ def test_constant_activations_have_no_fvu(tiny_gemma, monkeypatch):
     assert np.isnan(metrics.difference("fvu", result.by_row, result.by_row)).all()
 
 
-def test_activations_that_are_not_finite_are_named_by_row_and_position(tiny_gemma):
+def test_non_finite_values_are_reported_with_row_and_position(tiny_gemma):
     rows = Rows(tiny.tokens(12, 24, special=0.1))
     table = np.array(tiny_gemma.params["embedder"]["input_embedding"])
     table[rows.tokens[5, 2]] = np.nan

@@ -1,4 +1,4 @@
-"""The page of an evaluation, as a reader of its text and as a browser sees it; and its table for spreadsheets."""
+"""The page of an evaluation, as text and in a browser, and its table for spreadsheets."""
 
 import csv
 import pathlib
@@ -46,7 +46,7 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
     html = path.read_text()
     check(html, results)
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
-    assert html.count("data:image/png;base64,") == 3  # Of each SAE, and by layer.
+    assert html.count("data:image/png;base64,") == 3  # One picture for each SAE, and one by layer.
     assert "not the training text, <code>&lt;i&gt;</code>" in html and "&lt;u&gt;" in html
     verdict = re.search('<ul id="verdict">(.*?)</ul>', html, re.DOTALL)[1]
     assert "No faults in 1 of 2 SAEs" in verdict and "layer_0" not in verdict
@@ -57,7 +57,7 @@ def test_the_page_holds_every_number_and_needs_no_network(written):
         assert {metric.label, metric.definition} <= shown
 
 
-def test_the_main_metrics_come_first_each_with_a_line(written):
+def test_the_main_metrics_come_first_each_with_its_reading(written):
     html = written[0].read_text()
     first = re.search('<table class="numbers">(.*?)</table>', html, re.DOTALL)[1]
     main = ["l0", "delta_loss", "loss_recovered_mean", "dead_fraction", "dense_fraction"]
@@ -83,7 +83,7 @@ def test_the_page_does_not_scroll_sideways_and_its_summary_fits(tmp_path):
 
 
 @browser.needs_chromium
-def test_a_browser_shows_the_measured_numbers(written):
+def test_a_browser_shows_the_measurements(written):
     path, results = written
     check(browser.dump(path), results)
     picture = path.with_name("shot.png")
@@ -104,7 +104,7 @@ def test_the_table_for_spreadsheets_has_a_column_for_each_number(tmp_path):
     assert "frequency" not in rows[0]
 
 
-def test_every_number_is_defined_in_the_documents():
+def test_every_metric_is_defined_in_the_documentation():
     text = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for metric in metrics.METRICS.values():
         first = metric.label.split(",")[0]

@@ -1,4 +1,4 @@
-"""Our numbers beside those of SAELens, of plain torch by our definitions, and of SAEBench: `make test-peers`."""
+"""Our numbers compared with SAELens, SAEBench and our definitions in plain torch: `make test-peers`."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 FOLDER = pathlib.Path(os.environ.get("PEERS_FOLDER", "nowhere")) / "evaluation"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs make test-peers")
 
-# Of each of our numbers, what SAELens and SAEBench call it where they mean the same.
+# Our name for each number that SAELens and SAEBench define in the same way, and their name.
 SAME = {
     "l0": "l0",
     "cosine": "cossim",
@@ -36,7 +36,7 @@ def show(capsys, title, columns, lines):
             print(f"{name:28}{theirs:28}" + "".join(f"{value:26.6f}" for value in values))
 
 
-def test_plain_torch_reproduces_our_numbers_by_our_definitions(capsys):
+def test_our_definitions_in_plain_torch_have_the_same_numbers(capsys):
     ours, torch = read("ours"), read("saelens")["torch"]
     names = [name for name in torch if "|" not in name]
     show(capsys, "", ("here", "torch"), [(name, "", ours[name], torch[name]) for name in names])
@@ -45,7 +45,7 @@ def test_plain_torch_reproduces_our_numbers_by_our_definitions(capsys):
         check(torch[name], ours[name], name)
 
 
-def test_saelens_reproduces_our_numbers_where_definitions_agree(capsys):
+def test_saelens_has_our_numbers_where_the_definitions_agree(capsys):
     ours, found = read("ours"), read("saelens")
     here = {theirs: ours[name] for name, theirs in SAME.items()}
     here |= {"explained_variance": 1 - ours["fvu"], "never_fired": ours["dead_fraction"]}
@@ -59,7 +59,7 @@ def test_saelens_reproduces_our_numbers_where_definitions_agree(capsys):
         assert delta == pytest.approx(ours["delta_loss"], rel=1e-3)
 
 
-def test_where_definitions_differ_saelens_definitions_reproduce_its_numbers(capsys):
+def test_saelens_definitions_that_differ_reproduce_its_numbers(capsys):
     ours, found = read("ours"), read("saelens")
     theirs = {
         name.removesuffix("|SAELens"): value
@@ -79,7 +79,7 @@ def test_where_definitions_differ_saelens_definitions_reproduce_its_numbers(caps
     assert set(theirs) == {"mse", *shown.values()}
     lines = [(name, other, ours[name], found["TransformerLens"][other]) for name, other in shown.items()]
     show(capsys, "other definitions", ("here", "SAELens"), lines)
-    # What it makes of BOS, which it leaves out unless told otherwise.
+    # The effect of BOS, which SAELens leaves out by default.
     with_bos = found["TransformerLens, BOS too"]
     lines = [
         ("", name, found["TransformerLens"][name], with_bos[name])
@@ -88,7 +88,7 @@ def test_where_definitions_differ_saelens_definitions_reproduce_its_numbers(caps
     show(capsys, "with BOS", ("without", "with"), lines)
 
 
-def test_saebench_takes_the_exported_sae():
+def test_saebench_accepts_the_exported_sae():
     told = read("bench")["interface"]
     cfg = told["cfg"]
     assert (cfg["hook_layer"], cfg["hook_name"]) == (9, "blocks.9.hook_resid_post")
@@ -102,7 +102,7 @@ def test_saebench_takes_the_exported_sae():
     }
     assert told["unit_rows"] and told["furthest_row"] < 1e-5
     assert max(told["differences"].values()) < 1e-6
-    # Which none of its evaluations reads of a SAELens object.
+    # No evaluation of SAEBench reads these fields of a SAELens object.
     assert set(told["cfg_lacks"]) <= {
         "activation_fn_str",
         "activation_fn_kwargs",
@@ -112,7 +112,7 @@ def test_saebench_takes_the_exported_sae():
     }
 
 
-def test_saebench_core_reproduces_our_numbers(capsys):
+def test_saebench_core_has_our_numbers(capsys):
     ours, bench, torch = read("ours"), read("bench"), read("saelens")["torch"]
     spared, default = bench["core, BOS spared"], bench["core"]
     names = {theirs: ours[name] for name, theirs in SAME.items()}
@@ -125,18 +125,18 @@ def test_saebench_core_reproduces_our_numbers(capsys):
             "explained_variance|SAEBench",
         )
     }
-    # Its mean over a row's activations has been divided by their number once more.
+    # SAEBench divides its mean over a row's activations by their number once more.
     names["mse"] = torch["mse|SAELens"] / (ours["activations"] / ours["rows"])
     lines = [("", name, value, spared[name], default[name]) for name, value in names.items()]
     show(capsys, "SAEBench", ("here", "BOS spared", "by default"), lines)
     for _, name, value, theirs, of_default in lines:
         check(theirs, value, name)
-        if name not in ("ce_loss_with_sae", "kl_div_with_sae"):  # Where BOS is spliced.
+        if name not in ("ce_loss_with_sae", "kl_div_with_sae"):  # By default, BOS is spliced too.
             check(of_default, value, name)
 
 
 def test_saebench_probes_the_exported_sae(capsys):
     found = read("bench")["probing"]
     show(capsys, "sparse probing", ("accuracy",), [("", name, value) for name, value in found.items()])
-    # Three times, asked of one at a time against as many of the others.
+    # Three periods, each probed against as many speeches of the others.
     assert found["sae_test_accuracy"] > 0.7 and found["sae_top_5_test_accuracy"] > 0.6

@@ -35,7 +35,7 @@ def test_an_sae_without_a_metric_is_left_out_of_its_panel_only(name, value, pane
     assert len(plots.pareto(fast, {"a": LABELS}).axes) == 2
 
 
-def test_lines_keep_their_colours_where_one_has_no_points():
+def test_lines_keep_their_colours_when_one_has_no_points():
     of = results()
     sweeps = {"a": {"sae2": "x"}, "b": {"sae3": "y"}}
     both, without = (plots.pareto(one, sweeps).axes[2].lines for one in (of, results(r_l0=None)))

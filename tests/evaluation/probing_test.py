@@ -1,4 +1,4 @@
-"""Sparse probing against slow float64 NumPy, planted latents, and broken files."""
+"""Sparse probing, compared with slow float64 NumPy and with planted latents; and broken files."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def write(path, examples):
 
 
 def examples(count=30):
-    """Texts of three classes, of which the third has a word that the others lack."""
+    """Texts of three classes; only the third class has the word QQ."""
     rng = np.random.default_rng(0)
     words = ["stars", "rivers", "laws", "bread", "song"]
     made = []
@@ -45,7 +45,7 @@ def labelled(tmp_path):
 
 
 def on_token(token, d=32):
-    """A random SAE on the token embeddings, of whose latents number 7 fires on one token alone."""
+    """A random SAE of the token embeddings, whose latent 7 fires on one token only."""
     embedding_VxD = np.asarray(tiny.params()["embedder"]["input_embedding"], np.float64) * np.sqrt(d)
     made = random_sae()
     direction_D = embedding_VxD[token] / np.square(embedding_VxD[token]).sum()
@@ -68,7 +68,7 @@ def on_token(token, d=32):
         ([{"text": "x", "label": "d"}], "too few texts of 'd' 1; give at least 10 of each class"),
     ],
 )
-def test_files_that_cannot_be_probed_with_are_refused(tmp_path, broken, message):
+def test_invalid_labelled_files_are_refused(tmp_path, broken, message):
     path = write(tmp_path / "labelled.jsonl", [*examples(), *broken])
     with pytest.raises(ValueError, match=message):
         probing.read_labelled(path)
@@ -91,7 +91,7 @@ def test_labels_are_strings_or_whole_numbers(tmp_path):
     assert list(np.unique(found.labels)) == ["0", "1"] and found.texts[3] == "x\u20283"
 
 
-def test_a_third_is_for_testing_with_the_shares_of_the_classes_and_whole_groups(tmp_path):
+def test_the_test_part_is_a_third_of_each_class_and_keeps_groups_whole(tmp_path):
     labels = np.repeat(["a", "b", "c"], [120, 60, 30])
     single = probing.Labelled(list(map(str, range(210))), labels, np.arange(210))
     is_test_T = probing.split(single, 0)
@@ -103,18 +103,18 @@ def test_a_third_is_for_testing_with_the_shares_of_the_classes_and_whole_groups(
     is_test_T = probing.split(grouped, 0)
     assert 55 < is_test_T.sum() < 85
     assert set(is_test_T.reshape(-1, 5).sum(1)) == {0, 5}
-    # A class that is one group cannot be on both sides.
+    # A class that is one group cannot be in both parts.
     with pytest.raises(ValueError, match=r"no text of class '[abc]' is in the (test|training) part"):
         probing.split(single._replace(groups=np.unique(labels, return_inverse=True)[1]), 0)
     with pytest.raises(ValueError, match="the texts are of 2 groups, which cannot be split"):
         probing.split(single._replace(groups=np.arange(210) % 2), 0)
-    # Groups that have a text in common are as one.
+    # Groups that share a text count as one group.
     tied = grouped._replace(
         texts=["both" if i in (0, 7, 14) else text for i, text in enumerate(single.texts)]
     )
     for seed in range(20):
         assert probing.split(tied, seed)[:15].sum() in (0, 15)
-    # The same text twice, once for training and once for testing, would be known by heart.
+    # A text in both parts would be known from training.
     path = write(tmp_path / "twice.jsonl", [{"text": f"{i % 30}", "label": i % 2} for i in range(60)])
     found = probing.read_labelled(path)
     is_test_T = probing.split(found, 0)
@@ -131,7 +131,7 @@ def test_pooled_means_equal_slow_numpy(tiny_gemma, devices):
     mesh = sharding.make_mesh(1, devices, jax.devices()[:devices])
     latents, values = probing.pool(tiny_gemma.replace(mesh=mesh), subjects, rows_TxL, 3)
     for row_L, f_M, x_D in zip(rows_TxL, latents["one"], values[site], strict=True):
-        alone = jnp.asarray(row_L[row_L != masking.PAD])[None]  # Without padding, which has no part in it.
+        alone = jnp.asarray(row_L[row_L != masking.PAD])[None]  # Without padding, which is not pooled.
         x = forward.read_sites(tiny_gemma, alone, [site])[site]
         x = np.asarray(x[0, 1:], np.float64)
         pre = x @ np.float64(subject.W_enc) + subject.b_enc
@@ -142,7 +142,7 @@ def test_pooled_means_equal_slow_numpy(tiny_gemma, devices):
 
 
 def logistic_in_float64(x, y):
-    """Weights and bias of least ½‖w‖² + Σ log(1 + exp(-(±1)(w·x + b))), by Newton's method."""
+    """The weights and bias that minimise ½‖w‖² + Σ log(1 + exp(-(±1)(w·x + b))), by Newton's method."""
     z, sign = np.column_stack([x, np.ones(len(x))]), np.where(y, 1.0, -1.0)
     w, ridge = np.zeros(z.shape[1]), np.diag([*[1.0] * x.shape[1], 0])
     for _ in range(50):
@@ -155,10 +155,10 @@ def logistic_in_float64(x, y):
 def test_features_accuracies_and_errors_equal_slow_numpy():
     rng = np.random.default_rng(0)
     y, is_test = rng.random(200) < 0.4, rng.random(200) < 0.3
-    # Scales that differ by a thousand: what counts is the difference in standard deviations.
+    # The scales differ by a thousand; features are chosen by differences in standard deviations.
     x = (rng.normal(size=(200, 12)) + y[:, None] * rng.normal(size=12)) * 10.0 ** rng.integers(-2, 2, size=12)
     x[:, 4] = 3.0
-    x[is_test & ~y, 7] += 100 * x[:, 7].std()  # Texts for testing have no part in the choice.
+    x[is_test & ~y, 7] += 100 * x[:, 7].std()  # Texts for testing do not affect the choice.
     centre, scale = x[~is_test].mean(0), x[~is_test].std(0)
     standard = (x - centre) / np.where(scale > 0, scale, 1)
     differences = [
@@ -197,8 +197,8 @@ def test_the_mean_over_tasks_counts_each_text_once():
     np.testing.assert_allclose(mean.latents[5].accuracy_se, np.std(resampled), rtol=0.05)
 
 
-def test_a_latent_of_the_word_that_a_class_has_is_found(tiny_gemma, labelled):
-    """This latent alone classifies every text correctly, whichever other latents fire."""
+def test_a_planted_latent_of_one_class_is_found(tiny_gemma, labelled):
+    """This latent alone classifies every text correctly."""
     found = probing.read_labelled(labelled)
     rows_TxL, _ = probing.rows_of(found.texts, tiny.encode, 64)
     subjects = {"planted": attached.Subject(on_token(tiny.encode("Q")[0]), EMBED, None)}
@@ -235,7 +235,7 @@ def test_a_run_is_probed(run, labelled, tmp_path, capsys):
         probe_cli.probe_path(run, labelled, rows_per_batch=0)
 
 
-def test_the_command_line_is_passed_on(run, labelled, tmp_path, monkeypatch):
+def test_the_command_passes_its_options_on(run, labelled, tmp_path, monkeypatch):
     asked = [
         "probe",
         str(run),

@@ -1,4 +1,4 @@
-"""Comparing evaluations: the pairs that are compared, and the error of a difference."""
+"""Evaluations side by side: the pairs that are compared, and the error of a difference."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from gemma_scope_jax.saes import evaluation_file
 
 
 def by_row(seed, shift=0.0):
-    """Forty rows that are hard or easy for every SAE alike."""
+    """Forty rows of different difficulty, each equally hard for every SAE."""
     hard = np.random.default_rng(0).normal(size=40)
     rng = np.random.default_rng(seed)
     tokens = np.random.default_rng(1).integers(5, 30, size=40).astype(float)
@@ -30,7 +30,7 @@ def by_row(seed, shift=0.0):
 
 
 @pytest.mark.parametrize("number", list(metrics.paired()))
-def test_a_difference_has_the_error_of_rows_drawn_again(number):
+def test_the_error_of_a_difference_equals_a_bootstrap_over_rows(number):
     a, b = by_row(1), by_row(2, 0.2)
 
     def value(rows, chosen):
@@ -60,7 +60,7 @@ def test_saes_are_paired_by_name_or_otherwise_in_order():
     assert side_by_side.rows_of({"a": a, "b": suite("p")}) == [{"a": "x"}, {"a": "y"}, {"b": "p"}]
 
 
-def test_other_rows_leave_a_difference_without_an_error():
+def test_a_difference_over_other_rows_has_no_error():
     a = types.SimpleNamespace(l0=4.0, by_row=by_row(1))
     b = types.SimpleNamespace(l0=6.0, by_row=by_row(2))
     fewer = types.SimpleNamespace(l0=6.0, by_row={**by_row(2), "tokens": np.ones(40)})
@@ -89,7 +89,7 @@ def test_other_rows_leave_a_difference_without_an_error():
     assert not side_by_side._same_text(side_by_side.Suite({}, {}), side_by_side.Suite({}, {}))
 
 
-def test_folders_are_distinguished(tmp_path):
+def test_folders_have_distinct_labels(tmp_path):
     folders = [tmp_path / "one" / "eval", tmp_path / "two" / "eval"]
     assert side_by_side.labels(folders) == ["one/eval", "two/eval"]
     with pytest.raises(ValueError, match="given twice"):
@@ -120,7 +120,7 @@ NUMBERS = {key: 0.5 for key in evaluation_file.SCALARS} | {"rows": ROWS, "l0_qua
 
 
 def evaluated(folder, numbers=NUMBERS, arrays=None, **about):
-    """A folder with an evaluation, as gemma-scope evaluate leaves it."""
+    """Writes an evaluation to a new folder, as gemma-scope evaluate does."""
     folder.mkdir()
     written = {"model": "tiny", "text": "a", "cost": {"seconds": 1.0}, **about, "sae": {"x": numbers}}
     (folder / "evaluation.json").write_text(json.dumps(written))
@@ -131,13 +131,13 @@ def evaluated(folder, numbers=NUMBERS, arrays=None, **about):
     return folder
 
 
-def test_an_evaluation_comes_back_as_it_was_written(tmp_path):
+def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     found = side_by_side.read(evaluated(tmp_path / "a"))
     assert found.about == {"model": "tiny", "text": "a"}
     assert vars(found.results["x"]) == NUMBERS | {"by_row": found.results["x"].by_row}
     for key, value in by_row(1).items():
         np.testing.assert_array_equal(found.results["x"].by_row[key], value)
-    # Of an older version, which knew fewer numbers, and of one that will know more.
+    # An older version writes fewer numbers, and a later version can write more.
     fewer = {"rows": ROWS, "l0": 3.0, "r_l0": None, "of_later": [1]}
     other = side_by_side.read(evaluated(tmp_path / "b", fewer, {"tokens": np.ones(ROWS)})).results["x"]
     assert (other.l0, other.r_l0, other.by_row) == (3.0, None, {}) and np.isnan(other.fvu)
@@ -157,7 +157,7 @@ def test_an_evaluation_comes_back_as_it_was_written(tmp_path):
     ],
     ids=range(19),
 )  # fmt: skip
-def test_an_evaluation_of_a_stranger_is_refused_in_a_line(text, tmp_path):
+def test_an_invalid_evaluation_is_refused_in_one_line(text, tmp_path):
     (evaluated(tmp_path / "a") / "evaluation.json").write_text(text)
     with pytest.raises(ValueError, match=r"a/evaluation\.json") as caught:
         compare_cli.compare([evaluated(tmp_path / "b"), tmp_path / "a"], tmp_path / "out")
@@ -176,7 +176,7 @@ def test_an_evaluation_of_a_stranger_is_refused_in_a_line(text, tmp_path):
     ],
     ids=["length", "object", "dimensions", "nan", "text", "bomb"],
 )
-def test_a_strangers_arrays_are_checked(arrays, message, tmp_path):
+def test_invalid_arrays_are_refused(arrays, message, tmp_path):
     folder = evaluated(tmp_path / "a", arrays={**by_row(1), **arrays})
     tracemalloc.start()
     with pytest.raises(ValueError, match=rf"evaluation\.npz is not a valid npz file: {message}"):
@@ -185,7 +185,7 @@ def test_a_strangers_arrays_are_checked(arrays, message, tmp_path):
     tracemalloc.stop()
 
 
-def test_pipes_and_cut_files_beside_an_sae_are_refused_by_all_that_read_them(tmp_path):
+def test_pipes_and_truncated_files_are_refused_by_every_reader(tmp_path):
     beside = evaluated(tmp_path / "a") / "evaluation.npz"
     content = beside.read_bytes()
     subject = types.SimpleNamespace(sae=types.SimpleNamespace(b_enc=np.zeros(8)))
@@ -197,7 +197,7 @@ def test_pipes_and_cut_files_beside_an_sae_are_refused_by_all_that_read_them(tmp
                 read(tmp_path / "a")
 
 
-def test_frequencies_beside_an_sae_are_as_many_as_its_latents(tmp_path):
+def test_frequencies_must_have_one_value_per_latent(tmp_path):
     subject = types.SimpleNamespace(sae=types.SimpleNamespace(b_enc=np.zeros(8)))
     np.savez(tmp_path / "evaluation.npz", **{"x/frequency": np.arange(8) / 8, "y/frequency": np.ones(3)})
     found = session._frequencies(tmp_path, {"x": subject, "z": subject})
