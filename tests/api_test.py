@@ -1,4 +1,4 @@
-"""The library as its users call it: `import gemma_scope_jax as gs`, silent unless asked, values for results."""
+"""The public API, `import gemma_scope_jax as gs`: its calls are silent by default and return values."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ TEXT = "bread and song"
 
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
-    """A run of two SAEs."""
+    """A finished run of two SAEs."""
     config = tiny.run_config(inputs, banks__main__sparsity_coefficients=(1e-3, 1e-1))
     return gs.train(config, tmp_path_factory.mktemp("api") / "run")
 
@@ -46,7 +46,7 @@ def test_a_trained_run_has_its_saes_its_log_and_its_config(run):
         np.testing.assert_array_equal(one.sae.W_enc, run.saes[name].sae.W_enc)
 
 
-def test_fields_are_given_by_their_names(inputs, tmp_path):
+def test_config_fields_are_set_by_name(inputs, tmp_path):
     config = tiny.run_config(inputs)
     run = gs.train(config, tmp_path / "a", width=128, banks__main__bandwidth=0.2)
     assert run.sae.sae.b_enc.size == 128 and run.config.banks["main"].bandwidth == 0.2
@@ -71,12 +71,12 @@ def test_an_sae_encodes_and_decodes_activations_of_any_shape(run, model):
     np.testing.assert_allclose(
         one(x_LxD), want @ np.float64(one.sae.W_dec) + one.sae.b_dec, rtol=1e-3, atol=1e-3
     )
-    # A product with one row may be summed in another order than that with many.
+    # A matrix product with one row may add its terms in another order than a product with many rows.
     np.testing.assert_allclose(one.encode(x_LxD[2]), f_LxM[2], rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(one.encode(x_LxD.reshape(2, -1, 32)).reshape(f_LxM.shape), f_LxM)
 
 
-def test_activations_are_those_of_the_walk_without_bos(model):
+def test_activations_equal_those_of_read_sites_without_bos(model):
     site = Site("mlp_out", 2)
     tokens = jnp.asarray([[masking.BOS, *tiny.encode(TEXT)]])
     want = forward.read_sites(model.gemma, tokens, [site])[site][0, 1:]
@@ -86,7 +86,7 @@ def test_activations_are_those_of_the_walk_without_bos(model):
         model.activations("", site)
 
 
-def test_a_model_is_as_deep_as_an_sae_needs(run, inputs):
+def test_a_model_loads_only_the_blocks_that_an_sae_needs(run, inputs):
     one = next(iter(run.saes.values()))
     part = gs.load_model(one, weights=str(inputs / "weights"), dtype="float32")
     assert part.gemma.num_layers == 2
@@ -97,7 +97,7 @@ def test_a_model_is_as_deep_as_an_sae_needs(run, inputs):
         gs.evaluate(run, part)
 
 
-def test_an_evaluation_is_a_value_the_same_from_a_run_a_path_and_loaded_saes(run, model, tmp_path, capsys):
+def test_an_evaluation_is_the_same_from_a_run_a_path_and_loaded_saes(run, model, tmp_path, capsys):
     options = {"rows": 4, "rows_per_batch": 4, "fast": True}
     results = gs.evaluate(run, **options)
     table = results.to_dataframe()
@@ -119,13 +119,13 @@ def test_an_evaluation_is_a_value_the_same_from_a_run_a_path_and_loaded_saes(run
     assert results.figure().axes
 
 
-def test_a_session_looks_inside(run, model):
+def test_a_session_reads_the_latents_of_a_text(run, model):
     scope = gs.session(run, model)
     found = analysis.read(scope, TEXT)
     assert found.tokens == tuple(TEXT) and set(found.latents) == set(run.saes)
 
 
-def test_mistakes_say_how_they_are_mended(run, model, tmp_path):
+def test_error_messages_say_how_to_fix_the_call(run, model, tmp_path):
     with pytest.raises(ValueError, match=r"has 2 SAEs, .*; load them with load_saes"):
         gs.load_sae(run.path)
     with pytest.raises(ValueError, match="no SAEs are given; give SAEs"):
@@ -134,7 +134,7 @@ def test_mistakes_say_how_they_are_mended(run, model, tmp_path):
         gs.load_model("tinny")
 
 
-def test_arguments_of_the_wrong_kind_are_said(run, model):
+def test_invalid_arguments_are_refused(run, model):
     one = next(iter(run.saes.values()))
     for x in (np.zeros((3, 5)), np.float32(0)):
         with pytest.raises(ValueError, match=r"reads activations of width 32; these have shape \("):
@@ -153,7 +153,7 @@ def test_arguments_of_the_wrong_kind_are_said(run, model):
         gs.evaluate(3, model)
 
 
-def test_reprs_in_a_notebook_are_short(run, model):
+def test_reprs_are_short(run, model):
     one = next(iter(run.saes.values()))
     results = gs.evaluate(run, model, rows=4, rows_per_batch=4, fast=True)
     assert repr(one) == f"LoadedSAE({one.name!r}, tiny, layer_1_resid_post, 64 latents)"
@@ -162,7 +162,7 @@ def test_reprs_in_a_notebook_are_short(run, model):
     assert one == one and one != next(reversed(run.saes.values())) and len({one, results}) == 2
 
 
-def test_saes_have_the_names_that_they_are_given(run, model):
+def test_a_session_keeps_the_names_of_a_dict_of_saes(run, model):
     one = next(iter(run.saes.values()))
     assert set(gs.session({"x": one, "y": one}, model).subjects) == {"x", "y"}
     with pytest.raises(
@@ -171,12 +171,12 @@ def test_saes_have_the_names_that_they_are_given(run, model):
         gs.session([one, one], model)
 
 
-def test_a_model_is_loaded_as_in_the_run_of_its_sae(run, inputs):
-    part = gs.load_model(next(iter(run.saes.values())))  # No weights are known of the name alone.
+def test_an_sae_loads_the_model_of_its_run(run, inputs):
+    part = gs.load_model(next(iter(run.saes.values())))  # The name alone has no default weights.
     assert (part.gemma.num_layers, part.gemma.dtype) == (2, jnp.float32)
 
 
-def test_saes_of_a_run_under_way_are_those_of_its_newest_checkpoint(run, tmp_path):
+def test_an_unfinished_run_has_the_saes_of_its_newest_checkpoint(run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(run.path, workdir)
     shutil.rmtree(workdir / "sae")
@@ -186,8 +186,8 @@ def test_saes_of_a_run_under_way_are_those_of_its_newest_checkpoint(run, tmp_pat
         np.testing.assert_array_equal(one.sae.W_enc, run.saes[name].sae.W_enc)
 
 
-def test_calls_leave_output_folder_and_signals_as_they_were(inputs, tmp_path, monkeypatch, capfd):
-    """Their messages go to the logger."""
+def test_calls_print_nothing_write_nothing_and_keep_signal_handlers(inputs, tmp_path, monkeypatch, capfd):
+    """The messages go to the logger instead."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     logger, records = logging.getLogger("gemma_scope_jax"), []
@@ -212,13 +212,13 @@ def test_calls_leave_output_folder_and_signals_as_they_were(inputs, tmp_path, mo
     assert any(text.startswith("Exported") for text in records) and "Compiling the training step …" in records
 
 
-def test_bars_are_shown_where_they_are_asked_for(run, capfd):
+def test_progress_bars_are_shown_on_request(run, capfd):
     gs.evaluate(run, rows=4, rows_per_batch=4, fast=True, progress=True)
     out, err = capfd.readouterr()
     assert out == "" and "Evaluating" in err
 
 
-def test_the_package_is_imported_in_half_a_second_and_nothing_heavy_with_it():
+def test_importing_the_package_takes_under_half_a_second_and_imports_nothing_heavy():
     code = (
         "import time; start = time.process_time(); import gemma_scope_jax as gs; dir(gs);"
         "took = time.process_time() - start; import sys;"

@@ -1,12 +1,12 @@
-"""Attacks on whole commands: kills, signals behind dead pipes, damaged files, odd names, missing rights, nonsense.
+"""Attacks on whole commands: kills, signals, damaged files, odd names, missing permissions, nonsense values.
 
     python tests/attacks.py NAME... [--seed=N] [--count=N] [--only=I]
 
-Each attempt is a function of the seed and its number, so that one that breaks something can be made again; without a
-seed a fresh one is drawn and printed. At the end the outcomes are counted; the exit code is 1 if anything broke.
+Each attempt depends only on the seed and its number, so a failing attempt can be repeated. Without --seed, a random
+seed is chosen and printed. The program counts the outcomes at the end; its exit code is 1 if any attempt broke.
 
-Commands run as forks of this process, which has imported everything and never touches a device: a fresh start costs
-milliseconds instead of ten seconds.
+Commands run in forks of this process, which has imported everything and never touches a device. So a command starts
+in milliseconds instead of ten seconds.
 """
 
 import argparse
@@ -48,21 +48,21 @@ from gemma_scope_jax.runtime import files
 
 warnings.filterwarnings("ignore", ".*fork", Warning)
 
-LIMIT_S = 240  # Of a command; one that takes longer hangs.
+LIMIT_S = 240  # A command that takes longer counts as hanging.
 LONGEST_LINE = 500
 SCRIPTS = ("train.py", "evaluate.py")
 
 
 class Broken(Exception):
-    """An attack found a fault."""
+    """Raised when a command does something that it must never do."""
 
 
-# Commands in processes of their own.
+# Running commands in their own processes.
 
 
 @dataclasses.dataclass
 class Process:
-    """A command that runs."""
+    """A running command."""
 
     pid: int
     command: list[str]
@@ -71,7 +71,7 @@ class Process:
     code: int | None = None
 
     def ends_within(self, seconds: float) -> bool:
-        """Waits; whether it has ended."""
+        """Waits at most `seconds`; returns whether the command has ended."""
         deadline = time.monotonic() + seconds
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -88,13 +88,13 @@ class Process:
             os.kill(self.pid, number)
 
     def outcome(self, seconds: float = LIMIT_S) -> str:
-        """How it ended: done, refused (in one line), or by which signal.
+        """How the command ended: done, refused with one line, or by which signal.
 
         Raises:
-          Broken: it hangs, dies otherwise, or says more than a line.
+          Broken: if the command hangs, crashes, or prints more than one line of error.
         """
         if not self.ends_within(seconds):
-            os.kill(self.pid, signal.SIGABRT)  # Says where it hangs.
+            os.kill(self.pid, signal.SIGABRT)  # faulthandler then prints where it hangs.
             self.ends_within(10) or os.kill(self.pid, signal.SIGKILL)
             raise Broken(f"{self.command} hangs: {self.tail()}")
         said = self.err.read_bytes().decode(errors="replace")
@@ -129,14 +129,14 @@ def start(
     before: Callable | None = None,
     is_joined: bool = False,
 ) -> Process:
-    """Runs `SCRIPT ARGUMENTS` or a command of the package in a fork, its output in files of `folder`.
+    """Runs `SCRIPT ARGUMENTS` or a command of the package in a fork, with its output in files of `folder`.
 
     Args:
-      command: its words.
-      folder: for the output, also its working directory.
-      stdout: a descriptor in the place of the file.
-      before: called in the fork before the command.
-      is_joined: whether errors go where the output goes.
+      command: the words of the command line.
+      folder: the folder of the output files, also the working directory.
+      stdout: a file descriptor that replaces the output file.
+      before: a function that is called in the fork before the command.
+      is_joined: whether stderr goes to the same place as stdout.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("*.err")))
@@ -164,16 +164,16 @@ def start(
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Does some work in a fork of this process, which then ends as an interpreter does."""
+    """Calls `work` in a fork of this process, which then exits as an interpreter does; returns the fork's id."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # A Ctrl-C in the fork must not unwind what this process has yet to clean up.
+    # A Ctrl-C in the fork must not run the cleanup that belongs to this process.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     if pid := os.fork():
         signal.signal(signal.SIGINT, handler)
         return pid
     code = 120
-    try:  # Whatever comes, no exception leaves this function here.
+    try:  # In the fork, no exception may leave this function.
         try:
             faulthandler.enable()
             work()
@@ -191,32 +191,32 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def run(command: Sequence[str], folder: pathlib.Path, **how: object) -> str:
-    """The outcome of a command."""
+    """Runs a command and returns its outcome."""
     return start(command, folder, **how).outcome()
 
 
 def must(command: Sequence[str], folder: pathlib.Path, **how: object) -> None:
-    """Runs a command that has no reason to refuse."""
+    """Runs a command that must succeed."""
     process = start(command, folder, **how)
     if process.outcome() != "done":
         raise Broken(f"{process.command} ends with {process.code}: {process.tail()}")
 
 
-# What is attacked.
+# The inputs and commands under attack.
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A folder with inputs, and the results of uninterrupted commands."""
+    """A folder with inputs and the results of uninterrupted commands."""
 
     folder: pathlib.Path
 
     def seconds(self, kind: str) -> float:
-        """How long a command takes."""
+        """The time that an uninterrupted command takes."""
         return json.loads((self.folder / "seconds.json").read_text())[kind]
 
     def config(self, workplace: pathlib.Path, **changes: object) -> str:
-        """The config file of a small run; each workplace has its own cache of rows."""
+        """Writes the config of a small run, with its own cache of rows in `workplace`; returns the --config flag."""
         workplace.mkdir(parents=True, exist_ok=True)
         values = config.to_dict(
             tiny.run_config(self.folder, **{"data__folder": str(workplace / "rows"), **changes})
@@ -230,7 +230,7 @@ class Base:
 
 
 def make_inputs(folder: pathlib.Path) -> None:
-    """The small model's weights in several formats, and a text."""
+    """Writes the small model's weights in several formats, and a text."""
     import pyarrow
     import pyarrow.parquet
     import weight_files
@@ -244,7 +244,7 @@ def make_inputs(folder: pathlib.Path) -> None:
 
 
 def keep_parts() -> None:
-    """Has evaluations keep their parts."""
+    """Makes evaluations keep the results of each batch."""
     from gemma_scope_jax.runtime import resumable
 
     resumable.Parts.remove = lambda self: None
@@ -261,7 +261,7 @@ def lay_out(folder: pathlib.Path) -> Base:
     (folder / "prompts.txt").write_text("stars and\nlaws of bread\nsong\n")
     place = folder / "whole"
     seconds = {}
-    for workplace in (folder / "compiling", place):  # The second time XLA has compiled all programs.
+    for workplace in (folder / "compiling", place):  # In the second pass all programs are already compiled.
         for kind, words in COMMANDS.items():
             started = time.monotonic()
             must(words(base, workplace), workplace / "output" / kind)
@@ -290,11 +290,11 @@ def _train(base: Base, place: pathlib.Path) -> list[str]:
     return ["train.py", base.config(place, **flags), f"--workdir={place / 'run'}"]
 
 
-# By kind: the words, in a workplace; all read a finished run but the first two.
+# The command line of each kind in a workplace; all except prepare, train and generate read a finished run.
 COMMANDS: dict[str, Callable[[Base, pathlib.Path], list[str]]] = {
     "prepare": lambda base, place: ["prepare", base.config(place)],
     "train": _train,
-    # Before the evaluation, by whose L0 an export would be named.
+    # Before evaluate, because an evaluation changes the L0 in the names of an export.
     "export": lambda base, place: [
         "export", str(place / "run"), "--format=saelens,gemma_scope,gemma_scope_2,dictionary_learning",
         f"--out={place / 'exported'}",
@@ -309,12 +309,12 @@ COMMANDS: dict[str, Callable[[Base, pathlib.Path], list[str]]] = {
 
 
 def records(path: pathlib.Path) -> list[list[int]]:
-    """The records of a file, read in a separate process: forks of a process that has read records crash."""
+    """The records of a file. Call it in a separate process: forks of a process that has read records crash."""
     return [sorted(record) for record in array_record_module.ArrayRecordReader(str(path)).read_all()]
 
 
 def tree(folder: pathlib.Path) -> dict[str, object]:
-    """The files of a folder, without those that differ each time."""
+    """The contents of a folder, without the parts that differ between identical runs."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -324,7 +324,7 @@ def tree(folder: pathlib.Path) -> dict[str, object]:
         if ".array_record" in path.name:  # TFDS writes the fields of a row in any order.
             with multiprocessing.get_context("fork").Pool(1) as pool:
                 content = pool.apply(records, (path,))
-        elif path.suffix == ".pt":  # Whose members bear the time.
+        elif path.suffix == ".pt":  # The archive's members contain timestamps.
             with zipfile.ZipFile(path) as archive:
                 content = [(info.filename, info.CRC) for info in archive.infolist()]
         elif path.name == "evaluation.json":
@@ -345,20 +345,20 @@ def tree(folder: pathlib.Path) -> dict[str, object]:
 
 
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
-    """The names of the files that differ."""
+    """The names of the entries that differ."""
     return sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
 
 
 def leftovers(folder: pathlib.Path) -> list[str]:
-    """Files that a killed process was writing."""
+    """Partial files of a killed process."""
     return [str(p) for p in folder.rglob(".*") if re.fullmatch(r"\..+\.\d+", p.name)]
 
 
-# The attacks: of a base, a generator and an empty workplace, each makes one attempt and returns its outcome.
+# The attacks. Each makes one attempt, with a base, a random generator and an empty workplace; returns the outcome.
 
 
 def killed_at_event(number: int) -> None:
-    """Has this process killed at the number-th time it is about to change something on disk."""
+    """Kills this process just before its `number`-th change on disk."""
     seen = 0
 
     def hook(event: str, args: tuple) -> None:
@@ -375,13 +375,13 @@ def killed_at_event(number: int) -> None:
 
 
 def prepared(base: Base, kind: str, place: pathlib.Path) -> None:
-    """Puts a finished run, which a command needs, into a workplace."""
+    """Copies a finished run into a workplace if the command needs one."""
     if kind not in ("prepare", "train", "generate"):
         shutil.copytree(base.folder / "trained", place / "run", symlinks=True)
 
 
 def made(kind: str, place: pathlib.Path) -> dict[str, object]:
-    """The files that a command made in a workplace."""
+    """The results of a command in a workplace."""
     parts = {
         "prepare": "rows",
         "train": "run",
@@ -395,7 +395,7 @@ def made(kind: str, place: pathlib.Path) -> dict[str, object]:
 
 
 def kills(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """A command is killed, once to three times; then the same command succeeds and makes the same."""
+    """Kills a command one to three times; then the same command must succeed with the same result."""
     kind = rng.choice(list(COMMANDS))
     prepared(base, kind, place)
     words, times = COMMANDS[kind](base, place), rng.choice((1, 1, 2, 3))
@@ -403,7 +403,9 @@ def kills(base: Base, rng: random.Random, place: pathlib.Path) -> str:
     for _ in range(times):
         before = None
         if rng.random() < 0.6:
-            event = round(100 ** rng.random())  # Early ones as often as late ones.
+            event = round(
+                100 ** rng.random()
+            )  # Log-uniform, so that early events are tried as often as late ones.
             before = lambda event=event: killed_at_event(event)  # noqa: E731
         process = start(words, place / "output", before=before)
         if before is None:
@@ -414,7 +416,7 @@ def kills(base: Base, rng: random.Random, place: pathlib.Path) -> str:
         whole_or_absent(base, kind, place)
         if process.code == 0:
             break
-    # What is whole already may be refused.
+    # A command may refuse to overwrite a complete result.
     outcome = start(words, place / "output").outcome()
     if outcome != "done" and (outcome != "refused" or kind not in ("export", "generate")):
         raise Broken(f"{kind} is {outcome} after a kill")
@@ -435,7 +437,7 @@ def whole_or_absent(base: Base, kind: str, place: pathlib.Path) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a part of a path is a temporary name."""
+    """Whether a path is below a hidden, partial file or folder."""
     return any(part.startswith(".") for part in pathlib.PurePath(name).parts)
 
 
@@ -455,7 +457,7 @@ def compare(base: Base, kind: str, place: pathlib.Path) -> None:
 
 
 def signals(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """The reader of a command's output dies, then signals arrive: the command ends at once and loses nothing."""
+    """Closes the pipe of a command's output, then sends signals: it must end at once and lose nothing."""
     kind = rng.choice(["train"] * 4 + list(COMMANDS))
     prepared(base, kind, place)
     words, number = COMMANDS[kind](base, place), rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -475,9 +477,9 @@ def signals(base: Base, rng: random.Random, place: pathlib.Path) -> str:
     process.ends_within(30)
     if not is_dead:
         os.close(reader)
-    # With errors in the pipe, too, nobody has read why it was refused.
+    # If stderr went into the pipe too, the refusal was not recorded.
     outcome = "refused" if is_joined and process.code == 1 else process.outcome(seconds=0)
-    # Killed by the signal itself only before anything has begun.
+    # -number: the signal itself ended the process, before its handler was installed.
     if process.code not in (0, 1, 128 + number, -number):
         raise Broken(f"{kind} ends with {process.code} after {number.name}: {process.tail()}")
     logged = place / "run" / "metrics.jsonl"
@@ -495,7 +497,7 @@ def signals(base: Base, rng: random.Random, place: pathlib.Path) -> str:
 
 
 def damage(path: pathlib.Path, rng: random.Random) -> str:
-    """Changes or replaces a file; returns a description of the damage."""
+    """Changes or replaces a file at random; returns the kind of damage."""
     content = bytearray(path.read_bytes())
     size = max(len(content), 1)
     kinds = ["flip", "flip", "flip", "cut", "cut", "empty", "double", "garbage", "zeros", "grow", "delete"]
@@ -519,7 +521,7 @@ def damage(path: pathlib.Path, rng: random.Random) -> str:
             content[at : at + 512] = bytes(len(content[at : at + 512]))
         case "grow":
             content += rng.randbytes(rng.randrange(1, 200))
-        case "line":  # Doubled, halved or blank.
+        case "line":  # Inserts a copy of a line, half of one or a blank one.
             lines = content.splitlines(keepends=True) or [b""]
             place = rng.randrange(len(lines))
             lines.insert(place, rng.choice([lines[place], lines[place][: len(lines[place]) // 2], b"\n"]))
@@ -565,7 +567,7 @@ def damage(path: pathlib.Path, rng: random.Random) -> str:
 
 
 def in_little_memory(megabytes: int) -> Callable[[], None]:
-    """A function that limits how much more address space a fork can take."""
+    """A function that limits a fork to `megabytes` more address space than it has."""
 
     def before() -> None:
         mapped = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -575,7 +577,7 @@ def in_little_memory(megabytes: int) -> Callable[[], None]:
 
 
 def damaged(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """One file is damaged: the command refuses it in one line, or its results are those of the undamaged file."""
+    """Damages a file: the command that reads it must refuse in one line, or produce its usual result."""
     what = rng.choice(list(DAMAGED))
     folder, words, kind = DAMAGED[what](base, rng, place)
     files = [
@@ -583,7 +585,7 @@ def damaged(base: Base, rng: random.Random, place: pathlib.Path) -> str:
         for p in sorted(folder.rglob("*"))
         if p.is_file() and "tensorboard" not in p.parts and p.name != ".lock"
     ]
-    # As often of small folders as of the many parts of a checkpoint.
+    # Choose the folder first, so that the many files of a checkpoint are not preferred.
     parents = sorted({p.parent for p in files})
     chosen = rng.choice([p for p in files if p.parent == rng.choice(parents)] or files)
     how = damage(chosen, rng)
@@ -591,7 +593,7 @@ def damaged(base: Base, rng: random.Random, place: pathlib.Path) -> str:
     process = start(words, place / "output", before=in_little_memory(6000))
     try:
         outcome = process.outcome(seconds=90)
-        # Nothing else says what these two said.
+        # The contents of these two files cannot be recovered from other files.
         if outcome == "done" and kind and chosen.name not in ("config.json", "metrics.jsonl"):
             compare(base, kind, place)
     except Broken as error:
@@ -613,7 +615,7 @@ def _run_files(base: Base, rng: random.Random, place: pathlib.Path) -> tuple:
 
 def _log(base: Base, rng: random.Random, place: pathlib.Path) -> tuple:
     run = _copy(base, rng.choice(("trained", "half")), place)
-    for path in run.iterdir():  # Only these are damaged.
+    for path in run.iterdir():  # Only these files will be damaged.
         if path.name in ("metrics.jsonl", "config.json", "rows"):
             (place / "small").mkdir(exist_ok=True)
             path.rename(place / "small" / path.name)
@@ -706,7 +708,7 @@ def _weights(base: Base, rng: random.Random, place: pathlib.Path) -> tuple:
     name = rng.choice(("weights", "hugging_face", "gguf"))
     folder = _copy(base, name, place, name)
     path = next(folder.glob("*.gguf"), folder)
-    # Not compared: what was changed within the numbers of such files nobody can tell.
+    # The results are not compared: a change inside the weights cannot be detected.
     return folder, [*COMMANDS["evaluate"](base, place), f"--weights={path}"], ""
 
 
@@ -726,7 +728,7 @@ NAMES = [
 
 
 def names(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """A path has an odd name: everything works, or it is refused before the work."""
+    """Gives a path an odd name: everything must work, or be refused before the work."""
     name, role = (
         rng.choice(NAMES),
         rng.choice(("workdir", "text", "cache", "out", "weights", "sae", "prompts")),
@@ -817,14 +819,14 @@ def names(base: Base, rng: random.Random, place: pathlib.Path) -> str:
     fine.append(go(["convert", str(of), "--format=gemma_scope", out("converted")]))
     if all(fine):
         return f"{role}: done"
-    is_flag = not root and name.startswith("-")  # To argparse.
+    is_flag = not root and name.startswith("-")  # argparse takes it for a flag.
     if role == "workdir" and not is_flag:
         raise Broken(f"{role} {path!r}: trained, then {outcomes[1:]}")
     return f"{role}: refused"
 
 
 def without_rights() -> None:
-    """Takes root's privileges from this process, so that file permissions hold for it."""
+    """Drops root's privileges from this process, so that it obeys the permission bits of its own files."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if libc.capset(header, none):
@@ -832,7 +834,7 @@ def without_rights() -> None:
 
 
 def rights(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """Read-only folders and unreadable files: commands that do not need them work, the others refuse in one line."""
+    """Makes folders read-only or files unreadable: a command must refuse only if it needs the permission."""
     _copy(base, "trained", place)
     rows, text = _copy(base, "whole/rows", place, "rows"), place / "text.jsonl"
     shutil.copy(base.folder / "text.jsonl", text)
@@ -865,7 +867,7 @@ def rights(base: Base, rng: random.Random, place: pathlib.Path) -> str:
     generate = [word for word in COMMANDS["generate"](base, place) if not word.startswith("--out")]
     whole = [str(base.folder / name) for name in ("whole/run", "whole/evaluated")]
     runs = read_only(place / "run")
-    # Which rights of what are left, the command, and whether it must work.
+    # The paths, their mode, the command, and whether it must succeed (None: either way).
     cases = {
         "cache, evaluate": (read_only(rows), 0o555, evaluated, True),
         "cache, train": (read_only(rows), 0o555, [*new, f"--workdir={place / 'new'}"], True),
@@ -932,7 +934,7 @@ NONSENSE = [
 
 
 def numbers(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """A config field or a flag has a nonsense value: the command refuses it in one line, or its results are sane."""
+    """Sets a config field or flag to nonsense: it must be refused in one line, or the results must be sane."""
     _copy(base, "whole/rows", place, "rows")
     plain = config.flatten(tiny.run_config(base.folder))
     field, value = rng.choice(list(plain)), rng.choice(NONSENSE)
@@ -962,7 +964,7 @@ def numbers(base: Base, rng: random.Random, place: pathlib.Path) -> str:
         words = [*COMMANDS[command](base, place), f"{flag}={value}"]
     process = start(words, place / "output", before=in_little_memory(8000))
     try:
-        if not process.ends_within(40):  # Of very many tokens.
+        if not process.ends_within(40):  # A run over very many tokens.
             process.send(signal.SIGINT)
             outcome = process.outcome(30)
             if not list(place.glob("run/metrics.jsonl")):
@@ -979,7 +981,7 @@ def numbers(base: Base, rng: random.Random, place: pathlib.Path) -> str:
 
 
 def check_sane(log: pathlib.Path, process: Process) -> None:
-    """Raises Broken if a run has logged numbers that no SAE has, or ended without a word on a very bad one."""
+    """Raises Broken if a run logged impossible numbers, or did not warn of a very bad SAE."""
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)
         for of_sae in entry["sae"].values():
@@ -997,7 +999,7 @@ FLAGS = [
 
 
 def twins(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """The same command runs twice at once: both finish, or one waits or is refused; the results are right."""
+    """Runs a command twice at once: both succeed, or one waits or is refused, and the result is right."""
     kind = rng.choice(["evaluate", "evaluate", *COMMANDS])
     prepared(base, kind, place)
     words = COMMANDS[kind](base, place)
@@ -1014,7 +1016,7 @@ def twins(base: Base, rng: random.Random, place: pathlib.Path) -> str:
 
 
 def writers(base: Base, rng: random.Random, place: pathlib.Path) -> str:
-    """Several processes write one file repeatedly, and some are killed: it is always complete; no writer fails."""
+    """Several processes write one file repeatedly and some are killed: it is always whole, and no writer fails."""
     place.mkdir()
     path = place / "a.txt"
 
@@ -1054,7 +1056,7 @@ ATTACKS: dict[str, Callable[[Base, random.Random, pathlib.Path], str]] = {
 
 
 def main() -> int:
-    """Runs the attacks and prints their outcomes."""
+    """Runs the chosen attacks and prints their outcomes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1083,7 +1085,7 @@ def main() -> int:
                 started = time.monotonic()
                 try:
                     outcome = ATTACKS[name](base, rng, place)
-                except Exception as error:  # Broken, or something that the attack itself did not expect.
+                except Exception as error:  # Broken, or an unexpected error of the attack itself.
                     outcome = "BROKEN"
                     error = error if isinstance(error, Broken) else traceback.format_exc()
                     recipe = f"python tests/attacks.py {name} --seed={args.seed} --only={number}"
@@ -1106,7 +1108,7 @@ def imports() -> None:
 
 
 def keep_compiled(folder: pathlib.Path) -> None:
-    """Has XLA compile each program once for all forks."""
+    """Turns on JAX's compilation cache, so that each program is compiled once for all forks."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,4 +1,4 @@
-"""Pages as a browser shows them: Debian's package chromium, without a window."""
+"""Renders pages in a headless browser: Debian's package chromium."""
 
 import pathlib
 import re
@@ -26,12 +26,12 @@ def _run(page: pathlib.Path, address: str, *options: str) -> subprocess.Complete
 
 
 def dump(page: pathlib.Path, address: str = "", then: str = "") -> str:
-    """The page's HTML when its scripts are done, none of which may fail.
+    """The page's HTML after its scripts have run; fails if a script fails or logs anything.
 
     Args:
-      page: its file.
-      address: what follows the file's name in its address.
-      then: a script that is run at the end, such as a click.
+      page: the page's file.
+      address: the rest of the address after the file's name, such as a fragment.
+      then: a script that runs at the end, such as a click.
     """
     if then:
         acted = page.with_name("acted.html")
@@ -44,13 +44,13 @@ def dump(page: pathlib.Path, address: str = "", then: str = "") -> str:
 
 
 def measure(page: pathlib.Path, expression: str, width: int, address: str = "") -> float:
-    """The value of a JavaScript expression on the page in a frame of some pixels, narrower than a window can be.
+    """The value of a JavaScript expression on the page, in a frame that can be narrower than a window.
 
     Args:
-      page: its file.
-      expression: a number.
-      width: the width of the frame, and with it of the page.
-      address: what follows the file's name in its address.
+      page: the page's file.
+      expression: the expression, whose value is a number.
+      width: the width of the frame in pixels.
+      address: the rest of the address after the file's name, such as a fragment.
     """
     tell = f"setTimeout(() => parent.postMessage({expression}, '*'), 999)"
     told = f"<script>addEventListener('load', () => {tell})</script>"
@@ -64,13 +64,13 @@ def measure(page: pathlib.Path, expression: str, width: int, address: str = "") 
 
 
 def beyond(page: pathlib.Path, width: int = 400, address: str = "") -> float:
-    """How many pixels a page is wider than a frame of a width: more than 0 if it scrolls sideways."""
+    """The number of pixels by which a page is wider than its frame: above 0 if it scrolls sideways."""
     root = "document.documentElement"
     return measure(page, f"{root}.scrollWidth - {root}.clientWidth", width, address)
 
 
 def click(selector: str) -> str:
-    """A script that clicks the middle of the first element of a CSS selector."""
+    """A script that clicks the topmost element at the centre of the first match of a CSS selector."""
     return f"""
       const wanted = document.querySelector({selector!r});
       wanted.scrollIntoView();
@@ -80,5 +80,5 @@ def click(selector: str) -> str:
 
 
 def screenshot(page: pathlib.Path, picture: pathlib.Path, address: str = "", size: str = "1400,1000") -> None:
-    """Writes a PNG of the page in a window of a given size."""
+    """Writes a PNG of the page in a window of the size "WIDTH,HEIGHT"."""
     _run(page, address, f"--window-size={size}", f"--screenshot={picture}", "--virtual-time-budget=5000")

@@ -1,4 +1,4 @@
-"""How often JAX has compiled in this process, by its public events."""
+"""Counts JAX's compilations in this process by its public monitoring events."""
 
 import collections
 
@@ -17,5 +17,5 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def so_far(*names: str) -> int:
-    """The number of compilations since the first import of this module: of the named functions, or of all."""
+    """The number of compilations of the named functions since this module's import; without names, of all."""
     return sum(_compiled[name] for name in names) if names else _compiled.total()

@@ -1,4 +1,4 @@
-"""Configs: errors have names and values, and only some fields of a run can change."""
+"""Config errors name the field and its value, and a resumed run may change only some fields."""
 
 import dataclasses
 import importlib
@@ -17,7 +17,7 @@ from gemma_scope_jax.training import plans
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 
 
-def test_gemma_scopes_recipe_is_the_default():
+def test_the_default_is_gemma_scopes_recipe():
     c = config.Config()
     assert c.optimizer == config.OptimizerConfig(7e-5, 0.999, 1e-8, 1000, 0.0, 10_000)
     assert (c.train.batch, c.banks["main"].bandwidth, c.banks["main"].initial_threshold) == (
@@ -42,7 +42,7 @@ def test_every_config_and_suite_makes_a_plan(name):
     assert f"gemma-scope train {name}" in module.__doc__
 
 
-# From table 1 of the report: layers, width and tokens of a model and a suite.
+# Layers, width and tokens by model and suite, from table 1 of the report.
 TABLE_1 = {
     ("gemma2_2b", "resid_post_16k"): (range(26), 2**14, 4e9),
     ("gemma2_2b", "attn_out_65k"): (range(26), 2**16, 8e9),
@@ -57,21 +57,21 @@ TABLE_1 = {
 
 
 @pytest.mark.parametrize(("name", "suite"), TABLE_1)
-def test_suites_are_those_of_the_report(name, suite):
+def test_suites_match_the_report(name, suite):
     layers, width, tokens = TABLE_1[name, suite]
     c = importlib.import_module(f"configs.{name}").get_config(suite)
     assert (tuple(c.banks.main.layers), c.banks.main.width, c.train.tokens) == (tuple(layers), width, tokens)
     assert c.banks.main.sites == (suite.rsplit("_", 1)[0],) and c.data.context_length == 1024
 
 
-def test_all_sites_of_2b_are_78_saes_of_one_run():
+def test_the_suite_of_all_sites_of_2b_has_78_saes():
     c = importlib.import_module("configs.gemma2_2b").get_config("all_16k")
     plan = plans.make_plan(config.from_dict(c.to_dict()), registry.build_model("gemma2_2b"), 1, 1)
     assert len(plan.members) == len(plan.sites) == 78
     assert {b.name: len(b.members) for b in plan.banks} == {"stream": 52, "heads": 26}
 
 
-def test_gemma_scopes_transcoders_read_before_the_gain_and_use_their_inputs_scale():
+def test_gemma_scopes_transcoders_read_before_the_gain_and_scale_their_target_by_their_input():
     c = importlib.import_module("configs.gemma2_2b").get_config("transcoder_16k").banks.main
     assert (c.sites, c.target_site, c.scale_target_by, c.skip) == (
         ("mlp_in_gain_free",),
@@ -96,7 +96,7 @@ def test_only_instruction_tuned_configs_use_the_chat_template():
     assert tuned.data.chat_template and tuned.model == "gemma2_9b-it"
 
 
-def test_a_config_survives_being_stored():
+def test_a_config_round_trips_through_a_dict():
     c = tiny.run_config(pathlib.Path("nowhere"), banks__main__layers=(1, 2))
     assert config.from_dict(config.to_dict(c)) == c
 
@@ -121,13 +121,13 @@ def test_unknown_fields_and_wrong_types_are_refused(values, message):
         config.from_dict(values)
 
 
-def test_a_dtype_must_be_known():
+def test_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match="gemma_dtype is 'int8'"):
         registry.dtype(tiny.run_config(pathlib.Path("nowhere"), gemma_dtype="int8"))
     assert registry.dtype(config.Config(gemma_dtype="bfloat16")) == jax.numpy.bfloat16
 
 
-def test_a_run_continues_only_with_its_own_config():
+def test_a_run_resumes_only_with_the_config_that_started_it():
     old = tiny.run_config(pathlib.Path("nowhere"))
     free = tiny.run_config(
         pathlib.Path("nowhere"), train__tokens=9999, log__checkpoint_every=7, mesh__data=2, evaluation__rows=3
@@ -139,7 +139,7 @@ def test_a_run_continues_only_with_its_own_config():
 
 
 def _numbers(cls, prefix=""):
-    """The dotted names of all fields that are numbers, with a bank's under any name."""
+    """The dotted names of all numeric fields, with `*` for the name of a bank."""
     for name, kind in typing.get_type_hints(cls).items():
         inner = typing.get_args(kind)
         if dataclasses.is_dataclass(kind):
@@ -151,13 +151,12 @@ def _numbers(cls, prefix=""):
 
 
 def test_every_number_of_a_config_has_a_range():
-    assert set(_numbers(config.Config)) == config.RANGES.keys() | {
-        "banks.*.layers"
-    }  # Which the model bounds.
+    # The model bounds the layers.
+    assert set(_numbers(config.Config)) == config.RANGES.keys() | {"banks.*.layers"}
 
 
 def _with(name, value):
-    """A whole config with one field changed."""
+    """A config with one field changed."""
     values = config.to_dict(tiny.run_config(pathlib.Path("nowhere")))
     *sections, field = name.replace("*", "main").split(".")
     section = values
@@ -168,7 +167,7 @@ def _with(name, value):
 
 
 @pytest.mark.parametrize("name", config.RANGES)
-def test_a_number_out_of_its_range_is_refused_with_the_range(name):
+def test_a_number_out_of_range_is_refused_with_the_range(name):
     allowed = config.RANGES[name]
     config.check_ranges(_with(name, allowed.low))
     config.check_ranges(_with(name, allowed.high))
@@ -182,7 +181,7 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(name):
         assert f"at most {allowed.high:,}" in said or not is_whole
 
 
-def test_numbers_that_a_run_was_started_with_are_let_pass_and_others_are_not():
+def test_out_of_range_numbers_pass_only_if_the_run_was_started_with_them():
     old = _with("seed", 2**32)
     config.check_ranges(old, started=old)
     with pytest.raises(ValueError, match=r"log\.checkpoint_every is 0"):
@@ -190,5 +189,5 @@ def test_numbers_that_a_run_was_started_with_are_let_pass_and_others_are_not():
         config.check_ranges(changed, started=old)
 
 
-def test_a_whole_number_too_large_for_a_float_is_infinite():
+def test_an_integer_too_large_for_a_float_becomes_infinite():
     assert config.from_dict({"optimizer": {"eps": 10**400}}).optimizer.eps == math.inf

@@ -3,8 +3,7 @@
 import ctypes
 import os
 
-# LLVM's optimisations take longer than they save in programs as small as the tests'. Processes that tests start
-# inherit the setting.
+# In programs as small as the tests', LLVM's full optimisation takes longer than it saves. Subprocesses inherit this.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
@@ -23,7 +22,7 @@ tiny.register()
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """A folder with the weights of the small model, and a text of forty documents."""
+    """A folder with the small model's weights and a text of forty documents."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny.lay_out(folder)
     return folder
@@ -38,14 +37,14 @@ def tiny_gemma():
 
 @pytest.fixture(autouse=True)
 def signals_are_not_answered():
-    """No test installs the signal handlers, which would end the process of all later tests."""
+    """Checks that no test leaves the command line's signal handlers installed, which could end the test process."""
     yield
     assert signals._command_line is None
 
 
 @pytest.fixture(autouse=True)
 def as_on_the_command_line(request):
-    """Messages are printed, as on the command line; not for tests marked `silent`, which use the library."""
+    """Prints messages as the command line does, except in tests marked `silent`, which call the library."""
     if request.node.get_closest_marker("silent"):
         yield
         return
@@ -55,7 +54,7 @@ def as_on_the_command_line(request):
 
 @pytest.fixture
 def as_any_user():
-    """File permissions hold even for root, which could otherwise read and write everything."""
+    """Makes file permissions apply to root too, which could otherwise read and write everything."""
     libc, version, thread = ctypes.CDLL(None, use_errno=True), 0x20080522, 0
     header, sets = (ctypes.c_uint32 * 2)(version, thread), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, sets) == 0

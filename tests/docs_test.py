@@ -1,4 +1,4 @@
-"""The documents: numbers equal the measured results, and named files, commands and functions exist."""
+"""The documents show the measured numbers, name only existing files, and their code and commands run."""
 
 import functools
 import json
@@ -32,8 +32,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_table_stands_in_the_documents_as_it_was_measured(monkeypatch):
-    for name in ("tiny", "gemma2_small"):  # Of other tests.
+def test_tables_in_the_documents_match_the_results(monkeypatch):
+    for name in ("tiny", "gemma2_small"):  # Registered by other tests.
         monkeypatch.delitem(registry.MODELS, name, raising=False)
     tables = results.tables()
     text = "".join((ROOT / path).read_text(encoding="utf-8") for path in results.DOCUMENTS)
@@ -45,14 +45,14 @@ def test_every_table_stands_in_the_documents_as_it_was_measured(monkeypatch):
         assert shown == table, f"{name} has changed; run python -m benchmarks.results tables"
 
 
-def test_runs_on_tpu_slices_announce_the_memory_that_they_take_to_a_tenth():
+def test_the_forecast_memory_of_tpu_slices_is_within_a_tenth_of_the_compilers():
     steps = json.loads((ROOT / "results" / "tpu.json").read_text())["numbers"]["steps"]
     told = [sum(need["bytes"] for need in case["needs"]) for case in steps if "needs" in case]
     assert len(told) >= 6
     np.testing.assert_allclose([case["peak_bytes"] for case in steps if "needs" in case], told, rtol=0.1)
 
 
-# Of the harvests in results/tpu.json, from the papers: vocabulary, D, hidden width F, heads N, key-value heads, H.
+# The models' shapes, from the papers: vocabulary, D, hidden width F, heads N, key-value heads, head width H.
 SHAPES = {
     "gemma2_2b": (256_000, 2304, 9216, 8, 4, 256),
     "gemma2_9b": (256_000, 3584, 14_336, 16, 8, 256),
@@ -60,8 +60,8 @@ SHAPES = {
 }
 
 
-def test_harvests_on_tpu_slices_hold_the_parameters_up_to_their_layer_and_nothing_twice():
-    """Two bytes for each parameter, on every chip or divided by the number of chips."""
+def test_harvests_on_tpu_slices_hold_the_parameters_up_to_their_layer_once():
+    """Each parameter takes two bytes, on every chip or split over all chips."""
     harvests = json.loads((ROOT / "results" / "tpu.json").read_text())["numbers"]["harvests"]
     assert {case["model"] for case in harvests} == set(SHAPES)
     for case in harvests:
@@ -74,8 +74,8 @@ def test_harvests_on_tpu_slices_hold_the_parameters_up_to_their_layer_and_nothin
         assert case["peak_bytes"] < devices.CHIPS[case["topology"].split(":")[0]].memory
 
 
-def test_the_python_in_the_documents_runs(capsys):
-    """And the real model's reply has the likeliest tokens of a pass without a cache."""
+def test_the_python_of_the_models_page_runs(capsys):
+    """Also checks that the real model's reply has the likeliest tokens of a pass without a cache."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
     assert len(code) == 2
     names = {}
@@ -93,8 +93,8 @@ def test_the_python_in_the_documents_runs(capsys):
     assert capsys.readouterr().out
 
 
-def test_the_python_of_looking_inside_runs(tiny_gemma, tmp_path, monkeypatch, capsys):
-    """On the small model, whose tokens are letters."""
+def test_the_python_of_the_explore_page_runs(tiny_gemma, tmp_path, monkeypatch, capsys):
+    """Uses the small model, which has a token for each letter."""
     subjects = {"layer_1": attached.Subject(toys.random_sae(), Site("resid_post", 1), None)}
     scope = scopes.make(tiny_gemma, subjects, held_out=tiny.tokens(4, 24, seed=4))
     monkeypatch.setattr(analysis, "open_scope", lambda path: scope)
@@ -107,7 +107,7 @@ def test_the_python_of_looking_inside_runs(tiny_gemma, tmp_path, monkeypatch, ca
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_config_in_the_documents_is_one():
+def test_the_config_of_the_banks_page_is_valid():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "banks.md").read_text(), re.DOTALL)
     names = {}
     exec(code, names)
@@ -115,7 +115,7 @@ def test_the_config_in_the_documents_is_one():
     assert {name: len(naming.members(b)) for name, b in chosen.banks.items()} == {"residual": 6, "heads": 1}
 
 
-def test_the_labelled_texts_in_the_documents_can_be_probed_with(tmp_path, monkeypatch):
+def test_the_labelled_texts_of_the_metrics_page_can_be_probed(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(code, {})
@@ -124,7 +124,7 @@ def test_the_labelled_texts_in_the_documents_can_be_probed_with(tmp_path, monkey
     probing.split(found, 0)
 
 
-def test_the_layout_names_every_room_and_the_documents_only_files_that_exist():
+def test_the_layout_names_every_package_and_links_name_existing_files():
     layout = (ROOT / "docs" / "design.md").read_text().split("## Layout")[1].split("```")[1]
     package = ROOT / "gemma_scope_jax"
     rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
@@ -137,7 +137,7 @@ def test_the_layout_names_every_room_and_the_documents_only_files_that_exist():
             )
 
 
-def test_every_python_file_that_the_documents_name_exists():
+def test_python_files_named_in_the_documents_exist():
     there = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
     for document in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for named in re.findall(r"(?<![\w*])[\w/]+\.py\b", document.read_text()):
@@ -160,7 +160,7 @@ def python_of(document):
 @pytest.mark.silent
 @pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
 def test_the_python_of_the_first_pages_runs(document, inputs, tmp_path, monkeypatch, capsys):
-    """On the small model, with one of its SAEs instead of Google's."""
+    """Uses the tests' small model, and a random SAE instead of Google's."""
     monkeypatch.chdir(tmp_path)
     load_model = functools.partial(gs.load_model, weights=str(inputs / "weights"))
     monkeypatch.setattr(config_files, "load", lambda name: config.to_dict(tiny.run_config(inputs)))
@@ -180,7 +180,7 @@ def test_the_python_of_the_first_pages_runs(document, inputs, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("document", "members"), [("training.md", 3), ("tutorials/publish_a_suite.md", 6)])
-def test_the_configs_of_the_guides_are_ones(document, members, tmp_path, monkeypatch):
+def test_the_configs_of_the_guides_are_valid(document, members, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gemma_scope_jax.configs", configs)
     names = {}
@@ -192,22 +192,22 @@ def test_the_configs_of_the_guides_are_ones(document, members, tmp_path, monkeyp
 
 
 def commands_of(document):
-    """The `gemma-scope` commands of a document's blocks, each as one line."""
+    """The `gemma-scope` commands in a document's code blocks, each as one line."""
     for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if line.strip().startswith("gemma-scope "):
                 yield line.strip()
 
 
-# What stands in the documents for numbers of the reader's, and the ends of lines that say that there is more.
+# Values for the placeholders in the documents' commands; None drops the word.
 PLACEHOLDERS = {"N": "7", "LATENT+3t": "7+3t", "LATENT+t": "7+t", "…": None, "CONFIG": "quickstart"}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 DOCUMENTED = sorted({(document.name, line) for document in DOCUMENTS for line in commands_of(document)})
 
 
 @pytest.mark.parametrize(("document", "line"), DOCUMENTED)
-def test_every_command_in_the_documents_is_one(document, line, monkeypatch):
-    """Each command is parsed as it is written, with options in brackets included; nothing is run."""
+def test_commands_in_the_documents_have_valid_arguments(document, line, monkeypatch):
+    """Parses the arguments, including the optional ones in brackets, without running the command."""
     words = shlex.split(line.replace("[", "").replace("]", "").replace(" ...", ""), comments=True)[1:]
     words = [re.sub(r"(?<==)N$", "7", PLACEHOLDERS.get(word, word) or "") for word in words]
     words = [word for word in words if word and word != "--FIELD" and word != "VALUE"]

@@ -1,4 +1,4 @@
-"""The page on extending, run as it is written; its additions are used from training to export."""
+"""Runs the code of docs/extending.md, and uses its additions from training to export."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
 
 @pytest.fixture(scope="module")
 def page():
-    """The names that the page defines; the tables are restored afterwards."""
+    """The names that the page's code defines; the registries are restored afterwards."""
     tables = (objectives.OBJECTIVES, metrics.METRICS, formats.FORMATS, registry.MODELS)
     before = [dict(table) for table in tables]
     names = {}
@@ -41,7 +41,7 @@ def page():
 
 @pytest.fixture(scope="module")
 def workdir(page, inputs, tmp_path_factory):
-    """A run on the page's objective, evaluated with its metric."""
+    """A run with the page's objective, evaluated with its metric."""
     folder = tmp_path_factory.mktemp("extended") / "run"
     options = {"extra": 20.0}
     bank = {"banks__main__objective": "frequent", "banks__main__objective_options": options}
@@ -50,7 +50,7 @@ def workdir(page, inputs, tmp_path_factory):
     return folder
 
 
-def test_the_objective_trains_and_its_penalty_is_that_of_numpy(page, workdir):
+def test_the_objective_trains_and_its_penalty_equals_numpy(page, workdir):
     (name,) = [path.name for path in (workdir / "sae").iterdir()]
     assert name.endswith("_frequent_extra_20.0")
     frequency_M = np.random.default_rng(0).random(64).astype(np.float32)
@@ -59,7 +59,7 @@ def test_the_objective_trains_and_its_penalty_is_that_of_numpy(page, workdir):
     np.testing.assert_allclose(found, 0.5 * (frequency_M + 3 * frequency_M**2).sum(), rtol=1e-5)
 
 
-def test_the_metric_stands_in_files_pages_and_comparisons(workdir, tmp_path):
+def test_the_metric_appears_in_files_pages_and_comparisons(workdir, tmp_path):
     (of,) = evaluation_file.read_numbers(workdir / "evaluation.json")["sae"].values()
     assert 0 < of["strongest_share"] < 1 and of["strongest_share_se"] > 0
     assert "strongest share" in (workdir / "evaluation.html").read_text()
@@ -71,12 +71,12 @@ def test_the_metric_stands_in_files_pages_and_comparisons(workdir, tmp_path):
     assert metrics.paired()["strongest_share"] == ("strongest_share", None, "activations")
 
 
-def test_the_metric_is_that_of_numpy(page):
+def test_the_metric_equals_numpy(page):
     f_BxM = np.array([[1.0, 3.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
     np.testing.assert_allclose(page.strongest_share(types.SimpleNamespace(f_BxM=f_BxM)), [0.75, 0])
 
 
-def test_the_format_is_exported_and_read_again(workdir, tmp_path):
+def test_the_format_is_written_and_read(workdir, tmp_path):
     (path,) = export.export_run(workdir, ("lists",), tmp_path / "out")
     (found,) = loading.read(path)
     (own,) = loading.read(f"{workdir}/sae/*")
@@ -85,16 +85,16 @@ def test_the_format_is_exported_and_read_again(workdir, tmp_path):
     assert json.loads((path / "lists.json").read_text())["model"] == "test/tiny"
 
 
-def test_the_model_is_known_by_its_names(page):
+def test_the_model_is_found_by_its_names(page):
     assert registry.build_model("gemma3_270m_shallow").config.num_layers == 6
     assert registry.name_from_hugging_face("someone/gemma-3-270m-shallow") == "gemma3_270m_shallow"
     with pytest.raises(ValueError, match=r"gemma3_270m_shallow has no default weights"):
         registry.weights_path("gemma3_270m_shallow", "")
 
 
-def test_a_capped_latent_fires_no_stronger_and_no_other_changes(page):
+def test_capping_a_latent_limits_it_and_changes_no_other(page):
     rng = np.random.default_rng(0)
-    # Latents that do not see each other, so that none changes with another.
+    # Orthogonal latents, so that changing one does not change another.
     eye = np.concatenate([np.eye(4), -np.eye(4)]).astype(np.float32)
     sae = jumprelu.SAE(
         eye.T, np.zeros(8, np.float32), np.full(8, 0.1, np.float32), eye, np.zeros(4, np.float32)
@@ -109,8 +109,8 @@ def test_a_capped_latent_fires_no_stronger_and_no_other_changes(page):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_registering_again_replaces(page):
-    """For example, a config file is read again in the same process, or a notebook's cell is run again."""
+def test_registering_again_replaces_the_former_entry(page):
+    """This happens when a process reads a config file twice, or a notebook's cell runs again."""
     again = dataclasses.replace(objectives.OBJECTIVES["frequent"])
     objectives.register("frequent", again)
     assert objectives.OBJECTIVES["frequent"] is again
@@ -121,8 +121,8 @@ def test_registering_again_replaces(page):
     metrics.register("strongest_share", kept)
 
 
-def test_an_evaluation_does_not_resume_with_another_metrics_numbers(page):
-    """Stored batches belong to a metric's code: different code does not reuse them, the same code does."""
+def test_an_evaluation_does_not_resume_with_the_results_of_a_changed_metric(page):
+    """The definitions, which identify stored results, change with a metric's code but not when it is read again."""
     kept, before = metrics.METRICS["strongest_share"], metrics.definitions()
     again = types.FunctionType(kept.measure.__code__.replace(), {})
     metrics.register("strongest_share", dataclasses.replace(kept, measure=again))
@@ -132,8 +132,8 @@ def test_an_evaluation_does_not_resume_with_another_metrics_numbers(page):
     metrics.register("strongest_share", kept)
 
 
-def test_a_metrics_code_has_one_digest_in_every_process():
-    """Also with a set of strings, whose order differs from process to process."""
+def test_the_digest_of_a_metrics_code_is_the_same_in_every_process():
+    """The code contains a set of strings, whose order differs between processes."""
     code = (
         "from gemma_scope_jax.evaluation import metrics\n"
         "print(metrics._digest((lambda name: name in {'a', 'b', 'c', 'd', 'e'}).__code__))"
@@ -152,12 +152,12 @@ def test_a_metrics_code_has_one_digest_in_every_process():
 
 
 @pytest.mark.parametrize("name", ["count", "error", "explained", "loss", "variance", "activations"])
-def test_a_metric_cannot_replace_a_sum_of_the_package(name):
+def test_a_metric_cannot_have_the_name_of_a_built_in_sum(name):
     with pytest.raises(ValueError, match=f"the metric name '{name}' is taken"):
         metrics.register(name, metrics.Metric("x", "y", measure=len))
 
 
-def test_taken_names_are_refused():
+def test_taken_names_and_incomplete_metrics_are_refused():
     with pytest.raises(ValueError, match="the metric name 'fvu' is taken"):
         metrics.register("fvu", metrics.Metric("x", "y", measure=len))
     with pytest.raises(ValueError, match="has neither measure nor reduce"):

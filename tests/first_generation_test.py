@@ -1,8 +1,8 @@
-"""Runs, a mid-run checkpoint and exports of the first generation of this code still open and evaluate.
+"""Runs, a checkpoint and exports of the first version of this code still open, and evaluate to the same numbers.
 
-`fixtures/first_generation.tar.xz` was made by commit 2174244: the small model and its text (`inputs`), a run of 20
-steps (`finished`) with its evaluation on eight rows, the same run stopped after six (`stopped`), and the finished one
-in every format (`exports`). Paths in it are relative, so it works wherever it is unpacked.
+Commit 2174244 made `fixtures/first_generation.tar.xz`. It contains the small model and its text (`inputs`), a run of
+20 steps (`finished`) with its evaluation on eight rows, the same run stopped after six steps (`stopped`), and the
+finished run exported to every format (`exports`). Its paths are relative, so it can be unpacked in any folder.
 """
 
 import json
@@ -18,13 +18,13 @@ from gemma_scope_jax.saes import formats, loading
 from gemma_scope_jax.training import export, loop, runs
 
 ARCHIVE = pathlib.Path(__file__).parent / "fixtures" / "first_generation.tar.xz"
-# Another machine's XLA rounds otherwise, and twenty steps amplify that.
+# XLA rounds differently on another machine, and twenty steps amplify the difference.
 ROUNDING = dict(rtol=1e-3, atol=1e-5)
 
 
 @pytest.fixture
 def first_generation(tmp_path, monkeypatch):
-    """The archive unpacked, as the current folder."""
+    """The unpacked archive, as the current folder."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
@@ -44,15 +44,15 @@ def assert_same(found, wanted, **tolerance):
             np.testing.assert_allclose(getattr(found, name), value, **tolerance)
 
 
-def test_a_finished_run_has_the_saes_that_it_wrote(first_generation):
+def test_a_finished_run_folds_to_the_saes_that_it_wrote(first_generation):
     found = saes_of(first_generation / "finished")
     written = {one.name: one.sae for one in loading.read(first_generation / "finished" / "sae" / "*")}
     assert len(found) == 4 and found.keys() == written.keys()
     for name, sae in found.items():
-        assert_same(sae, written[name], rtol=2e-6, atol=1e-6)  # Folded once more.
+        assert_same(sae, written[name], rtol=2e-6, atol=1e-6)  # Folding again rounds differently.
 
 
-def test_a_stopped_run_continues_to_the_same_end(first_generation):
+def test_a_stopped_run_resumes_to_the_same_end(first_generation):
     workdir = first_generation / "stopped"
     loop.train(loading.run_config(workdir), workdir)
     assert int(runs.open_run(workdir)[1].step) == 20
@@ -61,7 +61,7 @@ def test_a_stopped_run_continues_to_the_same_end(first_generation):
         assert_same(sae, wanted[name], **ROUNDING)
 
 
-def test_a_finished_run_is_evaluated_as_it_was(first_generation):
+def test_a_finished_run_evaluates_to_the_same_numbers(first_generation):
     before = json.loads((first_generation / "finished" / "evaluation.json").read_text())["sae"]
     now = evaluate_cli.evaluate_path("finished", rows=8, rows_per_batch=4, out=first_generation / "out")
     for name, result in now.items():
@@ -78,7 +78,9 @@ def test_exports_of_every_format_are_read(first_generation, file_format):
     assert places
     for place in places:
         layer = re.search(r"layer_\d", str(place.relative_to(exported)) + files[0].name)[0]
-        site = f"{layer}_resid_post" if file_format == "gemma_scope" else ""  # Whose files say nothing.
+        site = (
+            f"{layer}_resid_post" if file_format == "gemma_scope" else ""
+        )  # Its files do not name the site.
         (one,) = loading.read(place, "tiny", site)
-        # To the last bit only where XLA optimises as it did then: its fused multiplications round once.
+        # Not exact: XLA's optimisations may differ from then, and fused multiply-adds round only once.
         assert any(np.allclose(one.sae.b_dec, sae.b_dec, rtol=1e-6, atol=0) for sae in finished)

@@ -1,8 +1,8 @@
-"""Damages files of every format in many ways and reads them, in little memory and without hanging.
+"""Damages files of every format at random and reads them, with limited memory and a time limit.
 
     python tests/fuzz.py FOLDER COUNT
 
-Prints how many were read and how many refused; any exception other than ValueError ends it.
+Prints how many files were read and how many refused. Any error except ValueError ends the program.
 """
 
 import collections
@@ -63,7 +63,7 @@ def originals(folder: pathlib.Path) -> list[pathlib.Path]:
     (folder / "compressed").mkdir()
     named = {k: v for k, v in arrays.items() if k != "W_skip"}
     np.savez_compressed(folder / "compressed" / "params.npz", **named)
-    # As SAELens 5 had it.
+    # The layout of SAELens 5.
     flat = {
         "architecture": "jumprelu", "hook_name": "blocks.3.hook_resid_post", "model_name": "gemma-2-2b",
         "activation_fn_str": "relu", "apply_b_dec_to_input": True, "finetuning_scaling_factor": False,
@@ -84,7 +84,7 @@ def originals(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def mutate(path: pathlib.Path, rng: random.Random) -> None:
-    """Changes a file: cut, grown, bytes or lengths overwritten, words swapped, members of archives renamed."""
+    """Cuts or grows a file, overwrites bytes or lengths, swaps words, or renames a member of an archive."""
     content = bytearray(path.read_bytes())
     match rng.randrange(8):
         case 0:
@@ -94,10 +94,10 @@ def mutate(path: pathlib.Path, rng: random.Random) -> None:
         case 2:
             for _ in range(rng.randrange(1, 20)):
                 content[rng.randrange(len(content))] = rng.randrange(256)
-        case 3:  # Where headers are.
+        case 3:  # In the header.
             for _ in range(rng.randrange(1, 4)):
                 content[rng.randrange(min(len(content), 300))] = rng.randrange(256)
-        case 4:  # A length, of whatever has one there.
+        case 4:  # Possibly a length field.
             at = rng.randrange(len(content))
             content[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, (2**40).to_bytes(8, "little")])
         case 5:
@@ -135,12 +135,12 @@ def mutate(path: pathlib.Path, rng: random.Random) -> None:
 
 
 def main(folder: pathlib.Path, count: int) -> None:
-    """Damages and reads COUNT files."""
+    """Damages and reads `count` files."""
     found = collections.Counter()
     places = originals(folder / "originals")
-    for place in places:  # What is read once, is imported.
+    for place in places:  # Imports all that reading needs.
         read(place)
-    # What is mapped already, and half a gigabyte more.
+    # Half a gigabyte more than is mapped already.
     mapped = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**29, mapped + 2**29))
     for seed in range(count):
@@ -165,7 +165,7 @@ def main(folder: pathlib.Path, count: int) -> None:
 
 
 def read(place: pathlib.Path) -> None:
-    """Reads all SAEs of the folder."""
+    """Reads all SAEs or evaluations in a folder."""
     if place.name == "multi_layer":
         gemma_scope_2.read_layers(place)
     elif place.name == "evaluation":

@@ -1,4 +1,4 @@
-"""Setup and results of DeepMind's notebook on JumpReLU SAEs (Rajamanoharan et al., arXiv 2407.14435)."""
+"""The setup and results of DeepMind's notebook on JumpReLU SAEs (Rajamanoharan et al., arXiv 2407.14435)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from gemma_scope_jax.saes import jumprelu, objectives
 BANDWIDTH, SPARSITY_COEFFICIENT = 0.1, 1.2
 PENALTY = objectives.linear_penalty(SPARSITY_COEFFICIENT)
 
-# Gradients on the first batch: every stride-th value.
+# Gradients on the first batch: the stride, and every stride-th value.
 GRADIENTS = {
     "b_dec": (7, [-1.7614671, -2.9526186, 0.99276465]),
     "b_enc": (37, [0.29240608, 0.9655949, 0.20811056, 1.051967]),
@@ -17,8 +17,8 @@ GRADIENTS = {
     "W_enc": (601, [0.02030803, 0.02437474, -0.01442294, 0.01866631]),
 }
 
-# Parameters after three updates at a learning rate of 1e-3. These carry an error of up to 5e-7, which float32
-# arithmetic in Adam's bias correction leaves behind: `three_updates_in_numpy` differs from them by as much.
+# Parameters after three updates at a learning rate of 1e-3: the stride, and every stride-th value. They have an error
+# of up to 5e-7 from float32 arithmetic in Adam's bias correction; `three_updates_in_numpy` differs by that amount.
 AFTER_THREE_UPDATES = {
     "b_dec": (7, [0.04524906, -0.03720585, -0.03994906]),
     "b_enc": (37, [0.01241532, -0.03432115, -0.03897703, 0.01650386]),
@@ -29,7 +29,7 @@ AFTER_THREE_UPDATES = {
 
 
 def setup() -> tuple[jumprelu.Params, np.ndarray]:
-    """Parameters, and three batches of 1,024 activations, in float64."""
+    """Initial parameters and three batches of 1,024 activations, in float64."""
     batches = np.random.default_rng(9328302).normal(size=(3, 1024, 16)) / 4
     rng = np.random.default_rng(24396)
     W_dec = rng.uniform(size=(128, 16)) - 0.5
@@ -45,7 +45,7 @@ def setup() -> tuple[jumprelu.Params, np.ndarray]:
 
 
 def three_updates_in_numpy() -> dict[str, np.ndarray]:
-    """The same three updates written plainly in float64, with Adam's first moment left out as β₁ = 0 allows."""
+    """The parameters after the same three updates, in float64 and without Adam's first moment, since β₁ = 0."""
     params, batches = setup()
     p = {name: np.array(getattr(params, name)) for name in AFTER_THREE_UPDATES}
     v = {name: np.zeros_like(value) for name, value in p.items()}

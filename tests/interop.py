@@ -1,4 +1,4 @@
-"""Writes SAEs of every kind in every format, for tests/peers/interop.py to read with other tools.
+"""Writes SAEs of every kind in every format; tests/peers/interop.py reads them with other tools.
 
 python tests/interop.py FOLDER
 """
@@ -21,7 +21,7 @@ KINDS = {
     "transcoder": ("mlp_in_gain_free", "mlp_out"),
     "skip": ("mlp_in", "mlp_out"),
 }
-# Where other loaders look for them, by their repositories' names.
+# The repositories and folders in which other loaders look for them.
 FIRST = {
     "sae": "gemma-scope-2b-pt-res",
     "attention": "gemma-scope-2b-pt-att",
@@ -31,7 +31,7 @@ SECOND = {"sae": "resid_post", "attention": "attn_out", "transcoder": "transcode
 
 
 def make(kind: str) -> loading.LoadedSAE:
-    """An SAE of unit decoder rows, on activations of norm about √D, of which a quarter of latents fire."""
+    """An SAE with unit decoder rows, for activations of norm about √D, on which a quarter of its latents fire."""
     rng = np.random.default_rng(list(KINDS).index(kind))
     W_dec = rng.standard_normal((M, D))
     W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
@@ -52,13 +52,13 @@ def make(kind: str) -> loading.LoadedSAE:
 
 
 def activations(kind: str) -> np.ndarray:
-    """A thousand, raw."""
+    """A thousand raw activations."""
     rng = np.random.default_rng(100 + list(KINDS).index(kind))
     return (1 + rng.standard_normal((1000, D))).astype(np.float32)
 
 
 def main(folder: pathlib.Path) -> None:
-    """Writes them all."""
+    """Writes the SAEs and the activations to `folder`."""
     ours = folder / "ours"
     shutil.rmtree(ours, ignore_errors=True)
     for kind in KINDS:

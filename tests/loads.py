@@ -1,4 +1,4 @@
-"""A program that loads a Gemma with blocks of some megabytes, and prints the memory that this took.
+"""A program that loads a Gemma with blocks of several megabytes and prints the memory that loading took.
 
 python tests/loads.py PATH BLOCKS COUNT...
 """
@@ -20,7 +20,7 @@ from gemma_scope_jax.models.gemma_package import gm
 
 
 def model(blocks: int) -> gm.nn.Transformer:
-    """Blocks of 9.4 MB in float32, and an embedding of half a megabyte."""
+    """A Gemma with blocks of 9.4 MB in float32 and an embedding of half a megabyte."""
     small = TinyGemma().config
     config = dataclasses.replace(
         small,
@@ -33,35 +33,35 @@ def model(blocks: int) -> gm.nn.Transformer:
 
 
 def params(blocks: int) -> dict:
-    """Their weights: noise, which no compression shrinks."""
+    """Random weights of the model, which do not compress well."""
     rng = np.random.default_rng(0)
     shapes = weights.parameter_shapes(model(blocks), blocks)
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
 def resident(key: str) -> int:
-    """Bytes of this process's memory: `VmRSS` now, `VmHWM` at most."""
+    """This process's memory in bytes: `VmRSS` is the current value, `VmHWM` the peak."""
     return 1024 * int(re.search(rf"{key}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 
 def bytes_read() -> int:
-    """The bytes that this process has read so far, from a disk or from the system's cache."""
+    """The number of bytes that this process has read so far, from disk or from the page cache."""
     return int(re.search(r"rchar: (\d+)", pathlib.Path("/proc/self/io").read_text())[1])
 
 
 def main() -> None:
-    """Prints for each count of blocks the parameters' bytes, and those that were held at most beside them."""
+    """Prints, for each count of blocks, the parameters' bytes and the peak of the other bytes held during loading."""
     path, stored, *counts = sys.argv[1], *map(int, sys.argv[2:])
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def load(count: int) -> weights.Params:
         return weights.load_params(path, model(stored), count, jnp.float32, lambda name, shape: device)
 
-    jax.block_until_ready(load(2))  # Imports, compilations and pools of threads.
+    jax.block_until_ready(load(2))  # Warm up: imports, compilations and thread pools.
     for count in counts:
         ctypes.CDLL(None).malloc_trim(0)
         before = resident("VmRSS")
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew.
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM.
         loaded = jax.block_until_ready(load(count))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
         print(json.dumps({"blocks": count, "parameters": size, "beside": resident("VmHWM") - before - size}))

@@ -1,4 +1,4 @@
-"""Modules that moved can still be imported by their old names, with a warning that has the new name."""
+"""Modules that moved into subpackages can still be imported by their old names, with a deprecation warning."""
 
 import subprocess
 import sys
@@ -10,19 +10,19 @@ from gemma_scope_jax.models import sites
 
 
 @pytest.mark.parametrize("name", gemma_scope_jax._MOVED)
-def test_old_names_say_where_they_are_now(name):
+def test_old_names_warn_with_the_new_name(name):
     with pytest.warns(DeprecationWarning, match=rf"^gemma_scope_jax.{name} is now gemma_scope_jax\.\w+"):
         assert vars(getattr(gemma_scope_jax, name))
 
 
-def test_a_module_that_became_several_has_the_names_of_all():
+def test_a_module_that_was_split_has_the_names_of_all_its_parts():
     with pytest.warns(DeprecationWarning):
         from gemma_scope_jax import gemma
     assert gemma.Site("embed", 0) and gemma.BOS == 2 and gemma.run_blocks and gemma.load and gemma.logits
     assert gemma.depth is sites.blocks_needed
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         gemma_scope_jax.nothing  # noqa: B018
 

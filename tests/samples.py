@@ -1,10 +1,10 @@
-"""A few documents, and the documents of packed rows."""
+"""A few sample documents, and functions that recover documents from packed rows."""
 
 from gemma_scope_jax.models.masking import BOS, PAD
 
 
 def unpack(rows):
-    """The tokens of each document in packed rows, by document number."""
+    """The tokens of each document in packed rows, by the document's number."""
     documents = {}
     for tokens, first_document in rows:
         segment = -1

@@ -1,4 +1,4 @@
-"""Scopes of the small model and SAEs, built in memory instead of from files as in `analysis.open_scope`."""
+"""Builds scopes in memory from a model and SAEs; `analysis.open_scope` builds them from files."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def make(
     held_out: np.ndarray | None = None,
     rows_per_batch: int = 4,
 ) -> analysis.Scope:
-    """A scope with held-out rows `held_out` [S, L]; None: the scope has no text."""
+    """A scope with the held-out rows `held_out` [S, L], or without a text if it is None."""
     gemma = gemma.replace(mesh=mesh or gemma.mesh)
     return analysis.Scope(
         config.from_dict({"model": "tiny", "evaluation": {"rows_per_batch": rows_per_batch}}),

@@ -1,4 +1,4 @@
-"""The small models of tests/hugging_face, made by tests/peers/hugging_face.py, as modules of gemma."""
+"""The small models of tests/hugging_face as modules of gemma; tests/peers/hugging_face.py makes the files."""
 
 import functools
 import json
@@ -11,14 +11,14 @@ from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.gemma_package import transformer_config as _config
 from gemma_scope_jax.models.gemma_package import transformer_modules as _modules
 
-# `make test-peers` makes these models again with transformers, in another folder.
+# `make test-peers` makes the models again with transformers, in another folder.
 FOLDER = pathlib.Path(os.environ.get("PEERS_FOLDER", pathlib.Path(__file__).parent / "hugging_face"))
 NAMES = ("small_gemma2_2b", "small_gemma2_27b", "small_gemma3_1b", "small_gemma3_4b")
 
 
 @functools.cache
 def model(name: str, transpose_gating: bool = True) -> gm.nn.Transformer:
-    """The module described by the config.json of the folder; 2B stores its gating matrices transposed."""
+    """The module that a folder's config.json describes; `transpose_gating` is 2B's layout of the gating matrices."""
     found = json.loads((FOLDER / name / "config.json").read_text())
     text = found.get("text_config", found)
     is_gemma3 = text["model_type"] != "gemma2"

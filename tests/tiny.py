@@ -1,6 +1,6 @@
-"""A small Gemma with the real structure, and a run that trains on it in a second or two.
+"""A small Gemma with the real structure, and the config of a run that trains on it in a second or two.
 
-As a program, `python tests/tiny.py JSON` registers the small model and then does the work of train.py or evaluate.py.
+`python tests/tiny.py JSON` registers the small model and then works like train.py or evaluate.py.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLO
 
 
 class TinyGemma(gm.nn.Transformer):
-    """Four blocks like Gemma 2's: grouped queries, both soft-caps, a window shorter than a row, N·H ≠ D."""
+    """Four blocks like Gemma 2's, with grouped queries, both soft-caps, a window shorter than a row, and N·H ≠ D."""
 
     config: _config.TransformerConfig = _config.TransformerConfig(
         num_embed=272,
@@ -41,7 +41,7 @@ class TinyGemma(gm.nn.Transformer):
     )
 
 
-# A token is a byte, numbered after the special tokens, except for two words of the chat template.
+# A token is a byte, numbered after the special tokens. The words of the chat template are single tokens.
 _WORDS = {"<start_of_turn>": 260, "<end_of_turn>": 261, "user": 262, "model": 263}
 
 

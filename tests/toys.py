@@ -1,4 +1,4 @@
-"""A random SAE and rows held in memory."""
+"""A random SAE, and rows in memory."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class Rows:
 
 
 def random_sae(seed: int = 0) -> jumprelu.SAE:
-    """An SAE of 64 latents on activations of width 32; a part of its latents fires."""
+    """A random SAE of 64 latents on activations of width 32; only some of its latents fire."""
     rng = np.random.default_rng(seed)
     arrays = dict(
         W_enc=rng.normal(size=(32, 64)), b_enc=rng.normal(size=64), threshold=2 + rng.random(64),

@@ -1,4 +1,4 @@
-"""A small model's weights as each of their writers keeps them: transformers, llama.cpp and gemma."""
+"""Writes a small model's weights in the formats of transformers, llama.cpp and gemma."""
 
 import json
 
@@ -15,7 +15,7 @@ from gemma_scope_jax.models import weights
 
 
 def params_of(model):
-    """Random weights whose gains lie on a grid of 2⁻¹⁰, so that adding 1 and taking it away is exact."""
+    """Random weights whose gains are multiples of 2⁻¹⁰, so that adding and subtracting 1 is exact."""
     rng = np.random.default_rng(0)
 
     def draw(keys, leaf):
@@ -26,12 +26,14 @@ def params_of(model):
 
 
 GEMMA2 = tiny.TinyGemma()
-GEMMA3 = small.model("small_gemma3_1b")  # Norms of queries and keys, and five local blocks to a global one.
+GEMMA3 = small.model(
+    "small_gemma3_1b"
+)  # Has norms of queries and keys, and five local blocks for each global one.
 PARAMS = params_of(GEMMA2)
 
 
 def to_hugging_face(params, config, dtype=np.float32):
-    """The tensors of a Hugging Face checkpoint, written out by hand from the definition of each projection."""
+    """The tensors of a Hugging Face checkpoint, built from the definition of each projection."""
     tensors = {
         "model.embed_tokens.weight": params["embedder"]["input_embedding"],
         "model.norm.weight": params["final_norm"]["scale"],
@@ -41,7 +43,7 @@ def to_hugging_face(params, config, dtype=np.float32):
         block, name = params[f"layer_{i}"], f"model.layers.{i}."
         attn = block["attn"]
         gate, up = block["mlp"]["gating_einsum"]
-        if config.transpose_gating_einsum:  # All but 2B keep these as Hugging Face does.
+        if config.transpose_gating_einsum:  # Every model except 2B stores these as Hugging Face does.
             gate, up = gate.T, up.T
         tensors |= {
             name + "self_attn.q_proj.weight": rows(attn["q_einsum"]["w"]),
@@ -68,7 +70,7 @@ LLAMA_CPP = {hugging_face: llama_cpp for hugging_face, llama_cpp in weights._NAM
 
 
 def write_hugging_face(folder, dtype=np.float32, model=GEMMA2, params=PARAMS):
-    """A small model as transformers would save it, in three shards."""
+    """Writes a small model as transformers saves it, in three shards."""
     folder.mkdir()
     tensors = to_hugging_face(params, model.config, dtype)
     about = {
@@ -98,7 +100,7 @@ def write_hugging_face(folder, dtype=np.float32, model=GEMMA2, params=PARAMS):
 
 
 def write_gguf(path, architecture="gemma2", blocks=4, model=GEMMA2, params=PARAMS):
-    """A small model as llama.cpp keeps it."""
+    """Writes a small model as llama.cpp stores it."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(blocks)
     for name, tensor in to_hugging_face(params, model.config).items():
@@ -111,9 +113,9 @@ def write_gguf(path, architecture="gemma2", blocks=4, model=GEMMA2, params=PARAM
 
 
 def write_orbax(path, layout, params=PARAMS, pattern=2):
-    """A small model in one of the layouts of gemma's checkpoints, by gemma's own converters."""
+    """Writes a small model in one of the layouts of gemma's checkpoints, with gemma's own converters."""
     params = jax.tree.map(np.asarray, params)
-    # As Google's tables: rows that no token uses. And what a text model has no use for.
+    # Like Google's tables, the embedding has rows that no token uses. Some layouts have entries that are not needed.
     table = params["embedder"]["input_embedding"]
     params["embedder"]["input_embedding"] = np.concatenate([table, np.full_like(table[:16], 7)])
     tree = {

@@ -1,4 +1,4 @@
-"""The walk over Gemma's blocks against gemma's own forward pass, and packing against running alone."""
+"""Our forward pass equals gemma's own, and packed documents equal the same documents alone."""
 
 import functools
 
@@ -31,8 +31,8 @@ def full_model(tiny_gemma, tokens, **kwargs):
     )
 
 
-def test_sites_equal_the_same_values_inside_the_full_model(tiny_gemma, tokens):
-    """Flax captures every module's output in gemma's own forward pass; `attn_out` is checked through W_O."""
+def test_sites_equal_the_values_inside_gemmas_forward_pass(tiny_gemma, tokens):
+    """Flax captures the output of every module of gemma; `attn_out` is compared after W_O."""
     _, captured = full_model(tiny_gemma, tokens, capture_intermediates=True, mutable=["intermediates"])
     captured = captured["intermediates"]
     values = forward.read_sites(tiny_gemma, tokens, ALL_SITES)
@@ -71,7 +71,7 @@ def test_loss_equals_gemmas_logits_in_float64(tiny_gemma, tokens):
         np.testing.assert_allclose(np.asarray(loss)[scored], expected[scored], rtol=1e-5, atol=1e-5)
 
 
-def test_no_loss_is_scored_at_special_tokens_or_across_a_boundary(tiny_gemma):
+def test_no_loss_counts_at_special_tokens_or_across_a_boundary(tiny_gemma):
     b, e, p = masking.BOS, masking.EOS, masking.PAD
     tokens = jnp.array([[b, 9, 8, b, 7, e, 6, 5, p, p]])
     _, scored = predictions.next_token_loss(tiny_gemma, run_all(tiny_gemma, tokens), tokens)
@@ -99,7 +99,7 @@ def test_packed_documents_equal_the_same_documents_alone(tiny_gemma):
 
 
 @pytest.mark.parametrize("site", ALL_SITES, ids=str)
-def test_splicing_in_the_unchanged_activation_changes_nothing_and_another_does(tiny_gemma, tokens, site):
+def test_splicing_in_the_same_activation_changes_nothing_and_zero_does(tiny_gemma, tokens, site):
     value = forward.read_sites(tiny_gemma, tokens, [site])[site]
     clean = run_all(tiny_gemma, tokens)
     spliced = run_all(tiny_gemma, tokens, {site: lambda x: value})
@@ -109,8 +109,8 @@ def test_splicing_in_the_unchanged_activation_changes_nothing_and_another_does(t
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_harvest_computes_no_later_layer_and_no_logits(tiny_gemma, tokens, layer):
-    """A block has seven matmuls; reading a residual must cost those of its layers and no other."""
+def test_a_harvest_computes_no_later_layer_and_no_logits(tiny_gemma, tokens, layer):
+    """A block has seven matmuls; reading a residual must run only those of the blocks up to it."""
     params = {
         k: v for k, v in tiny_gemma.params.items() if k not in {f"layer_{i}" for i in range(layer + 1, 4)}
     }
@@ -134,8 +134,8 @@ def count_equations(jaxpr, name):
 
 @pytest.mark.parametrize("name", ["gemma2_2b", "gemma2_27b", "gemma3_4b"])
 @pytest.mark.parametrize("layer", [0, 3])
-def test_the_compilers_flops_of_a_harvest_are_the_formulas(name, layer):
-    """The real model's shapes; nothing is allocated. What the formula leaves out is within five per cent."""
+def test_the_flops_formula_of_a_harvest_matches_the_compiler(name, layer):
+    """Compiles with the real shapes, without allocating arrays; the formula omits less than five per cent."""
     model = registry.build_model(name)
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16),
@@ -148,14 +148,14 @@ def test_the_compilers_flops_of_a_harvest_are_the_formulas(name, layer):
     assert abs(flops / flops_lib.harvest_flops(model, 1, 1024, layer + 1) - 1) < 0.05
 
 
-def test_a_site_that_is_not_passed_is_refused(tiny_gemma, tokens):
+def test_reading_a_site_outside_the_blocks_is_refused(tiny_gemma, tokens):
     x = forward.embed(tiny_gemma, tokens)
     with pytest.raises(ValueError, match="blocks 1 to 2 do not contain layer_3_mlp_out"):
         forward.run_blocks(tiny_gemma, x, tokens, range(1, 3), read=[Site("mlp_out", 3)])
 
 
-def test_many_sites_are_read_and_written_in_one_walk(tiny_gemma, tokens):
-    """A site is read before it is written, after the writes to earlier sites; reading changes nothing."""
+def test_many_sites_are_read_and_written_in_one_pass(tiny_gemma, tokens):
+    """Reading a site returns its value before the write there and after all earlier writes; it changes nothing."""
     first, second = Site("attn_out", 0), Site("mlp_in_gain_free", 2)
     x = forward.embed(tiny_gemma, tokens)
     clean, values = forward.run_blocks(tiny_gemma, x, tokens, range(4), read=ALL_SITES)
@@ -185,7 +185,7 @@ def test_written_activations_keep_gemmas_dtype(tiny_gemma, tokens):
 
 
 def test_norms_are_computed_in_float32(tiny_gemma, tokens):
-    """A bfloat16 norm is rounded once; gemma's own, which squares in bfloat16, is off by more."""
+    """The result is rounded to bfloat16 once; gemma's own norm squares in bfloat16 and has larger errors."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_gemma.params)
     x = 3 * jax.random.normal(jax.random.key(0), (2, 8, 32), jnp.bfloat16)
     site = Site("mlp_in", 0)
@@ -204,7 +204,7 @@ def test_norms_are_computed_in_float32(tiny_gemma, tokens):
     exact /= np.sqrt(np.square(exact).mean(-1, keepdims=True) + 1e-6)
     exact *= 1 + np.asarray(params["layer_0"]["pre_ffw_norm"]["scale"], np.float64)
     error = np.abs(np.asarray(values[site], np.float64) - exact)
-    # Half a unit in the last place, which is what rounding alone gives, and float32's own errors.
+    # Half a unit in the last place from the one rounding, and a little for errors of float32.
     assert (error <= 1.001 * 2.0**-9 * 2.0 ** np.ceil(np.log2(np.abs(exact) + 1e-30))).all()
 
 

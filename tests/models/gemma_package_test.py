@@ -1,4 +1,4 @@
-"""Google's package is imported without its training dependencies, and other code does not see the stand-ins."""
+"""Google's package is imported without its training dependencies, and the stand-ins for them stay invisible."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ def run(code):
     ).stdout
 
 
-def test_neither_tensorflow_nor_a_trainer_is_imported_and_both_can_be_had_afterwards():
+def test_neither_tensorflow_nor_a_trainer_is_imported_and_both_can_be_imported_later():
     shown = run(
         "import sys\n"
         "import gemma_scope_jax.training.loop, gemma_scope_jax.cli.evaluate\n"

@@ -1,4 +1,4 @@
-"""Generation with a cache against transformers and against running everything again."""
+"""Generation with a cache equals transformers and a pass over the whole text without a cache."""
 
 import functools
 
@@ -27,7 +27,7 @@ from gemma_scope_jax.saes import jumprelu
 
 KINDS = [kind for kind in SITES if kind != "embed"]
 ALL_SITES = [Site("embed", 0), *(Site(kind, layer) for kind in KINDS for layer in (0, 3))]
-LENGTHS = (3, 11, 6)  # The window is 6.
+LENGTHS = (3, 11, 6)  # The attention window is 6.
 
 
 def prompts(seed=0):
@@ -36,12 +36,12 @@ def prompts(seed=0):
 
 
 def add_to_replies(vector, x_SxLxD, where):
-    """Steering that acts on replies only."""
+    """An intervention that steers only the reply."""
     return jnp.where(where.is_prompt_SxL[..., None], x_SxLxD, x_SxLxD + vector[None, None])
 
 
 def splice(subject, x_SxLxD, where):
-    """An SAE's reconstruction in the place of all but BOS and padding."""
+    """An intervention that splices in an SAE's reconstruction, except at BOS and padding."""
     x_BxD = x_SxLxD.reshape(-1, x_SxLxD.shape[-1])
     recon_SxLxD = jumprelu.decode(subject, jumprelu.encode(subject, x_BxD)).reshape(x_SxLxD.shape)
     return jnp.where(where.positions_SxL[..., None] > 0, recon_SxLxD, x_SxLxD)
@@ -76,7 +76,7 @@ def partials(write):
 
 
 def recomputed(loaded, prompt, reply, write):
-    """The logits [N, V] of each token of a reply, from one pass over prompt and reply without a cache."""
+    """The logits [N, V] at each token of a reply, from one pass over prompt and reply without a cache."""
     tokens = [*prompt, *reply]
     padded = jnp.asarray([tokens + [masking.PAD] * (36 - len(tokens))])
     logits = whole_pass(loaded, padded, len(prompt), partials(write))
@@ -87,7 +87,7 @@ advance = jax.jit(generation.advance, static_argnames="is_prompt")
 
 
 def stepwise(gemma, rows, prompt_lengths, write):
-    """The logits [S, N, V] of the last N tokens of rows, fed one at a time after left-padded prompts."""
+    """Logits [S, N, V] from prompts padded on the left, followed by the rows' other tokens one at a time."""
     run = functools.partial(advance, gemma)
     width, steps = max(prompt_lengths), len(rows[0]) - prompt_lengths[0]
     padded = [
@@ -107,7 +107,7 @@ def stepwise(gemma, rows, prompt_lengths, write):
 
 @pytest.mark.parametrize("name", small.NAMES)
 def test_logits_with_a_cache_equal_transformers(name):
-    """Windows, soft-caps, grouped queries, norms of keys, frequencies by layer; texts of three lengths."""
+    """The models have windows, soft-caps, grouped queries, key norms and frequencies by layer."""
     want = dict(np.load(small.FOLDER / name / "expected.npz"))
     model = small.model(name)
     depth = model.config.num_layers
@@ -122,7 +122,7 @@ def test_logits_with_a_cache_equal_transformers(name):
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
-def test_logits_with_a_cache_equal_those_of_each_prompt_alone_without_one(tiny_gemma, name):
+def test_logits_with_a_cache_equal_those_without_a_cache(tiny_gemma, name):
     rng = np.random.default_rng(1)
     write = INTERVENTIONS[name]
     replies = [rng.integers(3, 259, size=9).tolist() for _ in LENGTHS]
@@ -137,7 +137,7 @@ def test_logits_with_a_cache_equal_those_of_each_prompt_alone_without_one(tiny_g
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
-def test_greedy_replies_are_the_likeliest_tokens_of_a_pass_without_a_cache(tiny_gemma, name):
+def test_greedy_replies_are_the_likeliest_tokens_without_a_cache(tiny_gemma, name):
     write = INTERVENTIONS[name]
     replies = generation.generate(tiny_gemma, prompts(), 20, temperature=0, write=write, stop=())
     for prompt, reply in zip(prompts(), replies, strict=True):
@@ -157,7 +157,7 @@ def softmax(logits, temperature):
 
 
 def p_value(counts, p):
-    """The p-value of Pearson's chi-square test, with tokens expected fewer than five times pooled."""
+    """The p-value of Pearson's chi-square test; tokens expected fewer than five times form one class."""
     expected = p * counts.sum()
     rare = expected < 5
     observed = np.append(counts[~rare], counts[rare].sum())
@@ -166,8 +166,8 @@ def p_value(counts, p):
     return float(jax.scipy.stats.chi2.sf(statistic, len(expected) - 1))
 
 
-def test_tokens_are_drawn_as_often_as_the_softmax_says(tiny_gemma):
-    """The frequencies of a reply's first token, and of its second token after the same first."""
+def test_sampled_tokens_follow_the_softmax(tiny_gemma):
+    """Checks the first token of a reply, and the second token after the most frequent first one."""
     prompt, rows = prompts()[0], 8192
     drawn = functools.partial(
         generation.generate, tiny_gemma, [prompt] * rows, 2, stop=(), rows_per_batch=rows
@@ -175,7 +175,7 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(tiny_gemma):
     p = softmax(recomputed(tiny_gemma, prompt, [0], {})[0], 0.5)
     counts = np.bincount([pair[0] for pair in drawn(temperature=0.5, seed=3)], minlength=272)
     assert p_value(counts, p) > 0.01
-    assert p_value(counts, softmax(np.log(p), 1.2)) < 1e-6  # It can tell another temperature.
+    assert p_value(counts, softmax(np.log(p), 1.2)) < 1e-6  # The test can detect another temperature.
 
     pairs = drawn(temperature=0.2, seed=4)
     first = np.bincount([pair[0] for pair in pairs]).argmax()
@@ -185,7 +185,7 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(tiny_gemma):
     assert p_value(np.bincount(seconds, minlength=272), p) > 0.01
 
 
-def test_draws_follow_from_the_seed_and_the_prompts_number_alone(tiny_gemma):
+def test_replies_depend_only_on_the_seed_and_the_prompts_index(tiny_gemma):
     given = [prompt for seed in range(3) for prompt in prompts(seed)][:7]
     run = functools.partial(generation.generate, tiny_gemma, num_tokens=8)
     replies = run(given, seed=1)
@@ -207,7 +207,7 @@ def test_a_reply_ends_after_its_first_stop_token(tiny_gemma):
     assert len(cut[0]) <= 4 and len(cut[1]) <= 13 and all(map(len, whole))
 
 
-def test_when_all_replies_are_over_nothing_more_is_run(tiny_gemma):
+def test_generation_stops_when_all_replies_have_ended(tiny_gemma):
     passes = []
 
     def count(x_SxLxD, where):
@@ -224,7 +224,7 @@ def test_when_all_replies_are_over_nothing_more_is_run(tiny_gemma):
         assert len(passes) == expected
 
 
-def test_nothing_is_compiled_again_for_other_arrays_prompts_or_temperatures(tiny_gemma):
+def test_other_arrays_prompts_and_temperatures_need_no_compilation(tiny_gemma):
     site = Site("resid_post", 1)
 
     def run(scale, given, **options):
@@ -245,7 +245,7 @@ def test_nothing_is_compiled_again_for_other_arrays_prompts_or_temperatures(tiny
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_many_devices_write_the_same_replies_as_one(tiny_gemma, split):
+def test_many_devices_generate_the_same_as_one(tiny_gemma, split):
     mesh = sharding.make_mesh(2, 4)
     place = placement.gemma_placement(mesh, split)
     params = jax.tree.map_with_path(
@@ -256,7 +256,7 @@ def test_many_devices_write_the_same_replies_as_one(tiny_gemma, split):
     assert run(placed, prompts()) == run(tiny_gemma, prompts())
 
 
-def test_a_chat_prompt_is_a_users_turn_and_a_reply_is_read_without_its_end():
+def test_a_chat_prompt_is_a_users_turn_and_a_replys_text_omits_its_end():
     tokenizer = tiny.load_tokenizer()
     start, end, user, model = 260, 261, 262, 263
     newline, hi = 3 + ord("\n"), [3 + ord("h"), 3 + ord("i")]
@@ -284,12 +284,12 @@ def test_a_chat_prompt_is_a_users_turn_and_a_reply_is_read_without_its_end():
         ([2], {"write": {Site("mlp_out", 4): splice}}, "layer 4 is out of range"),
     ],
 )
-def test_mistakes_are_refused(tiny_gemma, prompt, options, message):
+def test_invalid_arguments_are_refused(tiny_gemma, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         generation.generate(tiny_gemma, [prompt], **{"num_tokens": 3, **options})
 
 
-def test_a_part_of_a_model_is_refused(tiny_gemma):
+def test_a_partly_loaded_model_is_refused(tiny_gemma):
     part = tiny_gemma.replace(num_layers=2)
     with pytest.raises(ValueError, match="only 2 of tiny's 4 blocks are loaded"):
         generation.generate(part, [[2]], 3)

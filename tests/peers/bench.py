@@ -1,11 +1,10 @@
-"""SAEBench on our SAE: its interface checks, its core evaluation and its sparse probing.
+"""Evaluates our SAE with SAEBench: its interface checks, core evaluation and sparse probing.
 
     python tests/peers/bench.py PEERS
 
-Reads PEERS/evaluation, which tests/peers_evaluation.py wrote, and Gemma from PEERS/gemma3_270m, which
-tests/peers/hugging_face.py wrote; writes PEERS/evaluation/bench.json. Knows nothing of our package. Its evaluations
-run whole, by the functions that its commands call; of their data sets core has the rows that we evaluated, and
-probing speeches.
+Reads PEERS/evaluation, written by tests/peers_evaluation.py, and Gemma in PEERS/gemma3_270m, written by
+tests/peers/hugging_face.py. Writes PEERS/evaluation/bench.json. Does not import our package. The evaluations call the
+same functions as SAEBench's commands. Their data are our evaluated rows for core, and speeches for probing.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ import json
 import os
 import shutil
 
-# Newer beartypes look into dicts, and find that the sizes in SAEBench's annotations contradict each other.
+# Newer versions of beartype check the values of dicts, where the sizes in SAEBench's annotations are inconsistent.
 os.environ["JAXTYPING_DISABLE"] = "1"
 
 import evaluation
@@ -21,21 +20,19 @@ import torch
 from evaluation import FOLDER, PEERS
 
 MODEL = "google/gemma-3-270m"
-CONTEXT = 64  # Of a passage.
+CONTEXT = 64  # Tokens of a passage.
 
 
 def interface(sae: torch.nn.Module) -> dict:
-    """SAEBench's requirements of an SAE, by its own checks where they exist."""
+    """SAEBench's requirements on an SAE, with its own checks where it has them."""
     from sae_bench.custom_saes import base_sae, custom_sae_config
     from sae_bench.sae_bench_utils import general_utils
 
-    _, same, _ = general_utils.load_and_format_sae(
-        "ours", sae, "cpu"
-    )  # Fills in cfg, as every evaluation begins.
+    # Every evaluation calls this first; it fills in cfg.
+    _, same, _ = general_utils.load_and_format_sae("ours", sae, "cpu")
     assert same is sae
-    base_sae.BaseSAE.test_sae(
-        sae, MODEL
-    )  # Raises where flat and stacked activations are decoded differently.
+    # Raises if flat and stacked activations are decoded differently.
+    base_sae.BaseSAE.test_sae(sae, MODEL)
     x = torch.randn(2, 5, sae.cfg.d_in, generator=torch.Generator().manual_seed(0)) * 100
     with torch.no_grad():
         f = sae.encode(x)
@@ -73,7 +70,7 @@ def interface(sae: torch.nn.Module) -> dict:
 
 
 def core(sae: torch.nn.Module, spares_bos: bool) -> dict[str, float]:
-    """Its core evaluation on our rows; by default it splices BOS too."""
+    """SAEBench's core evaluation on our rows. By default it splices at BOS too."""
     from sae_bench.evals.core import main
     from sae_lens.training import activations_store
 
@@ -81,7 +78,7 @@ def core(sae: torch.nn.Module, spares_bos: bool) -> dict[str, float]:
     data.mkdir(exist_ok=True)
     tokens = evaluation.rows()
     (data / "train.jsonl").write_text("".join(json.dumps({"tokens": row}) + "\n" for row in tokens.tolist()))
-    # Rows that are tokenised say on the hub by what.
+    # A tokenised data set on the hub names its tokenizer in this file.
     (data / "sae_lens.json").write_text(json.dumps({"tokenizer_name": MODEL}))
     activations_store.hf_hub_download = lambda repo_id, name, **_: str(PEERS / "hub" / repo_id / name)
     batches = len(tokens)
@@ -104,7 +101,7 @@ def core(sae: torch.nn.Module, spares_bos: bool) -> dict[str, float]:
 
 
 def probing(sae: torch.nn.Module) -> dict[str, float]:
-    """Its sparse probing, of when a speech was made."""
+    """SAEBench's sparse probing for the period of a speech."""
     from sae_bench.evals.sparse_probing import main
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
@@ -120,7 +117,7 @@ def probing(sae: torch.nn.Module) -> dict[str, float]:
         model_name=MODEL,
     )
     artifacts = FOLDER / "artifacts"
-    shutil.rmtree(artifacts, ignore_errors=True)  # Activations, which it would take for those of this model.
+    shutil.rmtree(artifacts, ignore_errors=True)  # Cached activations of an earlier model.
     results = main.run_eval(
         config, [("ours", sae)], "cpu", str(FOLDER / "bench_probing"), True, True, True, str(artifacts)
     )

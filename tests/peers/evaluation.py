@@ -1,9 +1,9 @@
-"""SAELens' evaluation of our SAE, and our definitions in plain torch, on the rows that we evaluated.
+"""Evaluates our SAE on our evaluated rows, with SAELens and with our definitions in plain torch.
 
     python tests/peers/evaluation.py PEERS
 
-Reads PEERS/evaluation, which tests/peers_evaluation.py wrote, and Gemma from PEERS/gemma3_270m, which
-tests/peers/hugging_face.py wrote; writes PEERS/evaluation/saelens.json. Knows nothing of our package.
+Reads PEERS/evaluation, written by tests/peers_evaluation.py, and Gemma in PEERS/gemma3_270m, written by
+tests/peers/hugging_face.py. Writes PEERS/evaluation/saelens.json. Does not import our package.
 """
 
 import json
@@ -28,7 +28,7 @@ def rows() -> torch.Tensor:
 
 
 def find_models_here() -> None:
-    """Lets `google/gemma-3-270m`, which our file names, be a folder."""
+    """Makes `google/gemma-3-270m`, the model named in our file, a relative path to the local weights."""
     place = PEERS / "hub" / "google" / "gemma-3-270m"
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.is_symlink():
@@ -37,7 +37,7 @@ def find_models_here() -> None:
 
 
 def by_saelens(sae: torch.nn.Module, model: torch.nn.Module, spares_bos: bool = True) -> dict[str, float]:
-    """All metrics of SAELens' evaluation on all rows, except those of losses in which BOS counts."""
+    """All metrics of SAELens' evaluation on all rows; without the losses and KL if BOS is included."""
     from datasets import Dataset
     from sae_lens import ActivationsStore
     from sae_lens.evals import get_eval_everything_config, run_evals
@@ -62,21 +62,21 @@ def by_saelens(sae: torch.nn.Module, model: torch.nn.Module, spares_bos: bool = 
 
 
 def by_our_definitions(model: torch.nn.Module, sae: torch.nn.Module, layer: int) -> dict[str, float]:
-    """What docs/metrics.md defines, on the output of a block of transformers' model, in plain torch.
+    """The metrics of docs/metrics.md in plain torch, at the output of a block of transformers' model.
 
-    And, as `…|SAELens` and `…|SAEBench`, what they have by those names, by their definitions.
+    The names `…|SAELens` and `…|SAEBench` are these tools' metrics by their own definitions.
     """
     from safetensors.numpy import load_file
 
     mean_O = torch.from_numpy(load_file(FOLDER / "sae" / "site_mean.safetensors")["site_mean"])
     block = model.model.layers[layer]
     sums: dict[str, float] = {}
-    of_x = []  # the activations that count, for what is about all of them
+    of_x = []  # The counted activations, for metrics that need all of them at once.
     errors = []
     fired_M = torch.zeros(sae.cfg.d_sae)
 
     def forward(tokens_SxL: torch.Tensor, replace: object) -> torch.Tensor:
-        """Logits, with a function of the block's output in its place."""
+        """The logits if `replace` changes the block's output."""
 
         def hook(module: object, args: object, output: object) -> object:
             if isinstance(output, tuple):
@@ -184,7 +184,7 @@ def by_our_definitions(model: torch.nn.Module, sae: torch.nn.Module, layer: int)
         "ce_loss_with_ablation|SAELens": sums["zero, BOS too_loss"] / scored,
         "kl_div_with_sae|SAELens": sums["kl, last too"] / n,
         "explained_variance_legacy|SAELens": sums["explained variance, batch's mean"] / n,
-        # The mean square of an element where the squared norm of the mean should be.
+        # SAEBench's formula has the squared mean square of an element instead of the squared norm of the mean.
         "explained_variance|SAEBench": float(
             1 - sums["error"] / n / (x.square().sum(-1).mean() - x.square().mean() ** 2)
         ),
@@ -199,12 +199,12 @@ def main() -> None:
     found = {}
     sae = SAE.load_from_disk(FOLDER / "sae")
     told = sae.cfg.metadata
-    # As the file says it: TransformerLens' model and hook.
+    # TransformerLens' model and hook, as named in the file.
     model = load_model(told.model_class_name, told.model_name, "cpu", told.model_from_pretrained_kwargs)
     found["TransformerLens"] = by_saelens(sae, model)
     found["TransformerLens, BOS too"] = by_saelens(sae, model, spares_bos=False)
     del model
-    # As those do it who have transformers' model: the hook is a module's name.
+    # With transformers' model, the hook is the name of a module.
     layer = int(told.hook_name.split(".")[1])
     told.model_class_name, told.hook_name = "AutoModelForCausalLM", f"model.layers.{layer}"
     model = load_model(told.model_class_name, told.model_name, "cpu", hook_names=[told.hook_name])

@@ -1,11 +1,11 @@
-"""Small random Gemmas and the real 270M in transformers: the reference values of parity_test.py.
+"""Writes small random Gemmas and the real 270M with transformers, and its results as references for parity_test.py.
 
     python tests/peers/hugging_face.py OUT [GGUF]            in an environment with torch and transformers
 
-Writes a folder for each small model: the checkpoint as transformers saves it (config.json, safetensors shards, index)
-and expected.npz, with logits and every site of three documents run alone, and of two of them run as a padded batch.
-With the GGUF file of Gemma 3 270M also the folder gemma3_270m, its weights as transformers dequantises them, with
-the losses of a text and every site, in float32 and in bfloat16.
+Writes a folder for each small model. It contains the checkpoint as transformers saves it (config.json, safetensors
+shards, index) and expected.npz, with the logits and every site of three documents alone, and of two documents as a
+padded batch. Given the GGUF file of Gemma 3 270M, also writes the folder gemma3_270m: the weights that transformers
+dequantises, and the losses and every site of a text, in float32 and in bfloat16.
 """
 
 import pathlib
@@ -16,8 +16,8 @@ import torch
 import transformers
 
 VOCABULARY = 160
-LENGTHS = (24, 17, 7)  # The second and third fill a packed row of 24.
-LAYERS = (0, 1, 3)  # Sliding and global ones.
+LENGTHS = (24, 17, 7)  # The second and third document fill a packed row of 24.
+LAYERS = (0, 1, 3)  # Both sliding and global layers.
 _COMMON = dict(
     vocab_size=VOCABULARY,
     num_key_value_heads=2,
@@ -44,7 +44,7 @@ _GEMMA3 = dict(
     **_COMMON,
     hidden_size=24,
     intermediate_size=40,
-    num_hidden_layers=7,  # Layer 5 is the one global one.
+    num_hidden_layers=7,  # Layer 5 is the only global layer.
     num_attention_heads=4,
     head_dim=16,
     query_pre_attn_scalar=16,
@@ -61,10 +61,10 @@ _VISION = dict(
 
 
 def make_models() -> dict[str, transformers.PreTrainedModel]:
-    """The models by name, each with a feature that the others lack."""
+    """The models by name; each has a feature that the others lack."""
     gemma2, gemma3 = transformers.Gemma2Config, transformers.Gemma3TextConfig
     two_d = dict(_GEMMA2, query_pre_attn_scalar=9, hidden_size=36)  # D / N ≠ the head width, as in 27B.
-    # Linear scaling of the global layers' positions by 8, as from 4B on.
+    # Linear scaling of the global layers' positions by 8, as in 4B and larger models.
     scaled = dict(
         rope_parameters={
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
@@ -89,7 +89,7 @@ def make_models() -> dict[str, transformers.PreTrainedModel]:
 
 
 def randomize(model: transformers.PreTrainedModel) -> None:
-    """Sets every weight, norms included, to a random value that bfloat16 represents: initial values hide mistakes."""
+    """Sets every weight, norms included, to random values of bfloat16; initial values could hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         with torch.no_grad():
@@ -98,14 +98,14 @@ def randomize(model: transformers.PreTrainedModel) -> None:
 
 
 def text_model(model: transformers.PreTrainedModel) -> torch.nn.Module:
-    """The stack of blocks."""
+    """The text model, which has the blocks."""
     return getattr(model.model, "language_model", model.model)
 
 
 def run(
     model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray, layers: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
-    """Logits and sites, caught by hooks on transformers' own modules."""
+    """The logits and sites, captured by hooks on transformers' own modules."""
     seen = {}
     text = text_model(model)
     handles = []
@@ -162,11 +162,11 @@ def write_small(out: pathlib.Path) -> None:
             for key, value in run(model, tokens[None], np.ones((1, tokens.size), np.int64), layers).items():
                 arrays[f"alone_{i}/{key}"] = value[0].astype(np.float32)
         padded = np.stack([np.pad(tokens, (0, LENGTHS[0] - tokens.size)) for tokens in documents[:2]])
-        # The first row is the first document again; of the second, the padding means nothing.
+        # The first row repeats the first document; the second row is kept without its padding.
         for key, value in run(model, padded, (padded != 0).astype(np.int64), layers).items():
             arrays[f"padded/{key}"] = value[1, : LENGTHS[1]].astype(np.float32)
         folder = out / name
-        # Several shards, as large models come; one model in bfloat16, the others in float32.
+        # Several shards, like large models; one model is stored in bfloat16, the others in float32.
         saved = model.to(torch.bfloat16) if name == "small_gemma2_2b" else model
         saved.save_pretrained(folder, max_shard_size="60KB")
         (folder / "generation_config.json").unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def write_real(out: pathlib.Path, gguf: pathlib.Path) -> None:
     dequantized = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # Transformers saves no model that it knows to come from quantised weights.
+    # Transformers refuses to save a model that was loaded from quantised weights.
     config = transformers.Gemma3TextConfig(**dequantized.config.to_dict())
     del config.quantization_config
     config._attn_implementation = "eager"

@@ -1,10 +1,10 @@
-"""Other tools read our files and write their own, for tests/saes/interop_test.py to compare.
+"""Reads our files with other tools and writes files of theirs; tests/saes/interop_test.py compares the results.
 
     python tests/peers/interop.py FOLDER
 
-Reads FOLDER/ours and FOLDER/activations.npz, which tests/interop.py wrote; writes FOLDER/read.npz, what each own
-loader makes of each of our files, and FOLDER/theirs with theirs.npz, SAEs that the tools saved and what they make of
-the activations. Knows nothing of our package.
+Reads FOLDER/ours and FOLDER/activations.npz, written by tests/interop.py. Writes FOLDER/read.npz, the outputs of our
+SAEs in each tool that loads them; FOLDER/theirs, SAEs saved by the tools; and theirs.npz, the outputs of those SAEs.
+Does not import our package.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# dictionary_learning and circuit-tracer import it for models that are not needed here.
+# dictionary_learning and circuit-tracer import nnsight for models that are not needed here.
 nnsight = types.ModuleType("nnsight")
 nnsight.LanguageModel = object
 sys.modules["nnsight"] = nnsight
@@ -34,7 +34,7 @@ def activations() -> dict[str, torch.Tensor]:
 
 
 def on_our_disk(*modules: object) -> None:
-    """Lets loaders find a repository's files below ours/hub."""
+    """Makes loaders read a repository's files from ours/hub."""
 
     def download(repo_id: str, filename: str, subfolder: str | None = None, **_: object) -> str:
         return str(OURS / "hub" / repo_id / (subfolder or "") / filename)
@@ -44,7 +44,7 @@ def on_our_disk(*modules: object) -> None:
 
 
 def circuit_tracer_module() -> types.ModuleType:
-    """Imports only its transcoders, because the package imports its plotting libraries."""
+    """The transcoders of circuit-tracer, without the package's imports for graphs."""
 
     site = pathlib.Path(np.__file__).parents[1] / "circuit_tracer"
     for name, path in (("circuit_tracer", site), ("circuit_tracer.transcoder", site / "transcoder")):
@@ -173,7 +173,7 @@ def read_others(x: dict[str, torch.Tensor], found: dict[str, np.ndarray]) -> Non
         path = hub / f"gemma-scope-2-1b-pt/transcoder/layer_12_width_16k_l0_medium{affine}/params.safetensors"
         loaded = tracer.load_gemma_scope_2_transcoder(str(path), 12, torch.device("cpu"))
         trace(kind, "circuit-tracer, Gemma Scope 2", loaded)
-        # All layers of a set; ours has two, of the same transcoder.
+        # A set of transcoders for all layers; ours has the same transcoder in two layers.
         import yaml
 
         folder = OURS / "circuit_tracer" / kind
@@ -235,7 +235,7 @@ def write_saelens(x: dict[str, torch.Tensor], made: dict[str, np.ndarray]) -> No
         config = config_cls(**fields, d_out=48, apply_b_dec_to_input=False, metadata=mlp)
         save(name, cls(config), x["transcoder"])
 
-    # One that it trained.
+    # An SAE trained by SAELens.
     config = sae_lens.JumpReLUTrainingSAEConfig(
         d_in=48, d_sae=128, l0_coefficient=0.1, jumprelu_bandwidth=0.1, jumprelu_init_threshold=0.05,
         normalize_activations="none", metadata=residual, dtype="float32", device="cpu",

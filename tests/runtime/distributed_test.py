@@ -1,4 +1,4 @@
-"""Several processes are one run: the same numbers, one voice, one end for all, and the way back from it."""
+"""Several processes train one run: the numbers are the same, one process prints, all end together and resume."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from gemma_scope_jax.runtime import distributed
 from gemma_scope_jax.training import loop, metrics_log, runs
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Three members, padded to four; Gemma split over all devices; a mesh of 2 × 4.
+# Three members padded to four, a mesh of 2 × 4, and Gemma split over all devices.
 CHANGES = dict(
     banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1),
     mesh__data=2,
@@ -35,10 +35,17 @@ CHANGES = dict(
 
 
 class Hosts:
-    """Processes on this machine with eight devices together, started as by Slurm or by three variables."""
+    """Processes on this machine with eight devices in total, set up by Slurm's variables or JAX's three."""
 
     def __init__(self, given: dict, workdir: pathlib.Path, count: int, by_slurm: bool = False) -> None:
-        """Starts the processes with the arguments of tests/tiny.py; their output is written beside the workdir."""
+        """Starts the processes.
+
+        Args:
+          given: the argument of tests/tiny.py.
+          workdir: the output of each process goes to a file beside this folder.
+          count: the number of processes.
+          by_slurm: whether to set Slurm's variables instead of JAX's.
+        """
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -80,7 +87,7 @@ class Hosts:
         return "\n".join(f"--- {i}\n{output.read_text()}" for i, output in enumerate(self.outputs))
 
     def wait(self, timeout: float = 300) -> list[int]:
-        """The exit code of each."""
+        """Waits for the processes and returns their exit codes; kills those that take too long."""
         deadline = time.monotonic() + timeout
         try:
             return [p.wait(timeout=max(deadline - time.monotonic(), 0.1)) for p in self.processes]
@@ -99,7 +106,7 @@ class Hosts:
 
 @pytest.fixture(scope="module")
 def alone(inputs, tmp_path_factory):
-    """The run of one process."""
+    """The workdir of a run of one process."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     loop.train(tiny.run_config(inputs, **CHANGES), workdir)
     return workdir
@@ -107,7 +114,7 @@ def alone(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(inputs, tmp_path_factory):
-    """The run of four processes, never stopped."""
+    """The workdir of an uninterrupted run of four processes."""
     return finish(tiny.run_config(inputs, **CHANGES), tmp_path_factory.mktemp("runs") / "four", 4)
 
 
@@ -146,15 +153,15 @@ def assert_same_run(workdir, expected):
     assert exported == same and len(exported) == 6
 
 
-def test_two_processes_train_the_same_saes_as_one(inputs, alone, tmp_path):
+def test_two_processes_train_the_same_as_one(inputs, alone, tmp_path):
     assert_same_run(finish(tiny.run_config(inputs, **CHANGES), tmp_path / "two", 2, by_slurm=True), alone)
 
 
-def test_two_processes_measure_the_same_as_one(alone, tmp_path):
-    """Latents, rows and Gemma are divided over the devices of both; only one process writes and prints."""
+def test_two_processes_evaluate_the_same_as_one(alone, tmp_path):
+    """Latents, rows and Gemma are split over the devices of both processes; only one writes and prints."""
     out = tmp_path / "by_two"
     group = Hosts({"evaluate": {"path": str(alone), "rows": 10, "out": str(out)}}, out, 2)
-    evaluate_cli.evaluate_path(alone, rows=10, out=tmp_path / "by_one")  # Meanwhile, here.
+    evaluate_cli.evaluate_path(alone, rows=10, out=tmp_path / "by_one")  # At the same time, in this process.
     assert group.wait() == [0, 0], group.text()
     assert not re.search("Evaluating|Wrote", group.outputs[1].read_text())
     by_one, by_two = (
@@ -170,12 +177,12 @@ def test_two_processes_measure_the_same_as_one(alone, tmp_path):
 
 
 @pytest.mark.soak
-def test_four_processes_train_the_same_saes_as_one(alone, four):
+def test_four_processes_train_the_same_as_one(alone, four):
     assert_same_run(four, alone)
 
 
 @pytest.mark.soak
-def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(inputs, four, tmp_path):
+def test_four_processes_end_together_after_a_signal_or_kill_and_resume_bit_for_bit(inputs, four, tmp_path):
     c = tiny.run_config(inputs, **CHANGES)
     group = Hosts(to_train(c, tmp_path / "run"), tmp_path / "run", 4)
     group.wait_until_logged(12)
@@ -190,11 +197,12 @@ def test_preempted_and_killed_four_processes_end_together_and_go_on_bit_for_bit(
     group.processes[1].kill()
     killed = time.monotonic()
     codes = group.wait()
-    assert time.monotonic() - killed < 10 + 15, group.text()  # The heartbeat, and time to notice.
+    assert time.monotonic() - killed < 10 + 15, (
+        group.text()
+    )  # The heartbeat's timeout, and some time to react.
     assert all(codes), codes
-    assert re.search(
-        r"unhealthy \(stopped sending heartbeats\):\s+1\s", group.text()
-    )  # JAX names the dead one.
+    # JAX names the dead process.
+    assert re.search(r"unhealthy \(stopped sending heartbeats\):\s+1\s", group.text())
 
     finish(c, tmp_path / "run", 4)
     jax.tree.map(np.testing.assert_array_equal, state(tmp_path / "run"), state(four))
@@ -222,7 +230,7 @@ TOLD = {"JAX_COORDINATOR_ADDRESS": "node3:99", "JAX_NUM_PROCESSES": "2", "JAX_PR
         (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, distributed.Place(f"node3:{61440 + 7}", 2, 1, [])),
     ],
 )
-def test_the_environment_says_which_process_this_is(environment, place, monkeypatch):
+def test_the_process_is_identified_from_the_environment(environment, place, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert distributed.place_in(environment) == place
@@ -242,7 +250,7 @@ def test_the_environment_says_which_process_this_is(environment, place, monkeypa
         (dict.fromkeys(TOLD) | SLURM | {"SLURM_NTASKS": "two"}, "this cluster does not identify the other"),
     ],
 )
-def test_invalid_process_variables_are_refused_by_name(changes, message, monkeypatch):
+def test_invalid_environment_variables_are_refused_by_name(changes, message, monkeypatch):
     environment = {name: value for name, value in (TOLD | changes).items() if value is not None}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -258,7 +266,7 @@ EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
     ("environment", "gpus"),
     [
         ({}, None),
-        ({"SLURM_LOCALID": "1"}, None),  # JAX then gives it the GPU of that number.
+        ({"SLURM_LOCALID": "1"}, None),  # JAX then chooses the GPU with that index.
         (EIGHT | {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1"}, []),
         ({"SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "4", "SLURM_NTASKS": "4"}, []),
         (
@@ -273,7 +281,10 @@ EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
         ),
         ({"CUDA_VISIBLE_DEVICES": "5", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}, []),
         (EIGHT | {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
-        ({"JAX_LOCAL_DEVICE_IDS": "2,3", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),  # JAX reads it.
+        (
+            {"JAX_LOCAL_DEVICE_IDS": "2,3", "SLURM_STEP_TASKS_PER_NODE": "1"},
+            None,
+        ),  # JAX reads the variable itself.
     ],
 )
 def test_a_task_uses_its_share_of_a_hosts_gpus(environment, gpus):
@@ -288,7 +299,7 @@ def test_a_task_uses_its_share_of_a_hosts_gpus(environment, gpus):
         (1, "nowhere.invalid:1", "the host name nowhere.invalid is unknown here"),
     ],
 )
-def test_waiting_for_other_processes_is_announced_and_ends_in_one_line(
+def test_waiting_for_other_processes_is_reported_and_times_out_in_one_line(
     monkeypatch, capsys, index, address, seen
 ):
     told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": str(index)}
@@ -303,7 +314,7 @@ def test_waiting_for_other_processes_is_announced_and_ends_in_one_line(
     assert f"Waiting as process {index} of 3 (from 0)" in first and address in first and seen in first
 
 
-def test_a_port_in_use_is_said_before_the_others_are_waited_for(monkeypatch):
+def test_a_port_in_use_is_reported_before_waiting(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -323,7 +334,7 @@ def test_a_port_in_use_is_said_before_the_others_are_waited_for(monkeypatch):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
-def test_a_waiting_process_answers_signals_and_gives_up_in_one_line(inputs, tmp_path, number):
+def test_a_waiting_process_handles_signals_and_times_out_in_one_line(inputs, tmp_path, number):
     c = tiny.run_config(inputs, **CHANGES | {"hosts__join_timeout_seconds": 10})
     group = Hosts(to_train(c, tmp_path / "run"), tmp_path / "run", 2, by_slurm=True)
     group.processes[1].kill()

@@ -1,4 +1,4 @@
-"""Strangers' files: those that are opened, and the messages for those that are refused."""
+"""Only regular files of limited size are opened, outputs are written whole, and errors name the path."""
 
 import fcntl
 import os
@@ -32,12 +32,12 @@ def test_a_link_to_an_endless_device_is_refused(tmp_path):
 
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "big.json").open("wb") as file:
-        file.truncate(2**40)  # Takes no room.
+        file.truncate(2**40)  # A sparse file.
     with pytest.raises(ValueError, match=r"big\.json: it has 1,099,511,627,776 bytes"):
         files.read_json(tmp_path / "big.json")
 
 
-def test_a_missing_file_and_a_folder_are_said_with_their_name(tmp_path):
+def test_errors_for_a_missing_file_and_a_folder_name_the_path(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.json does not exist"):
         files.read_json(tmp_path / "nothing.json")
     with pytest.raises(ValueError, match=r"cannot read .*: Is a directory"):
@@ -45,20 +45,20 @@ def test_a_missing_file_and_a_folder_are_said_with_their_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\ufeff\ufeff{}", "[" * 10**5, '{"a": 1}' * 2])
-def test_other_json_than_an_object_is_refused_in_a_short_line(tmp_path, content):
+def test_a_file_without_a_json_object_is_refused_in_a_short_line(tmp_path, content):
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.json") as caught:
         files.read_json(tmp_path / "a.json")
     assert len(str(caught.value)) < 500
 
 
-def test_a_full_disk_is_reported_as_such(tmp_path):
+def test_a_full_disk_stays_an_oserror(tmp_path):
     with pytest.raises(OSError, match="No space"), files.reading(tmp_path):
         raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("name", ["[ab]", "a?", "*", "[v1] x"])
-def test_an_existing_path_is_not_a_pattern(tmp_path, name):
+def test_the_name_of_an_existing_path_is_not_a_pattern(tmp_path, name):
     (tmp_path / name / "in").mkdir(parents=True)
     for other in ("a.txt", "b.txt", ".hidden.txt"):
         (tmp_path / name / "in" / other).touch()
@@ -70,7 +70,7 @@ def test_an_existing_path_is_not_a_pattern(tmp_path, name):
     assert files.matching(f"{tmp_path}/**/c.txt")[1] == [tmp_path / "a" / "c.txt"]
 
 
-def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").touch()
     assert files.matching("~/*.txt") == (tmp_path, [tmp_path / "a.txt"])
@@ -79,7 +79,7 @@ def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
     assert files.expanded("~nobody of that name/x") == pathlib.Path("~nobody of that name/x")
 
 
-def test_a_file_is_replaced_whole_and_leftovers_of_killed_writers_are_removed(tmp_path):
+def test_a_file_is_replaced_whole_and_leftovers_are_removed(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     for left in (".a.json.123", ".a.json.4567890"):
@@ -102,14 +102,14 @@ def test_a_file_is_replaced_whole_and_leftovers_of_killed_writers_are_removed(tm
     ]
 
 
-def test_two_writers_of_one_file_do_not_take_each_others_for_left_over(tmp_path, monkeypatch):
-    """Another writer cleans up just before this one takes its lock, and just before it renames the file."""
+def test_two_writers_of_one_file_keep_each_others_partial_files(tmp_path, monkeypatch):
+    """Another writer removes leftovers just before this one takes its lock, and just before it renames the file."""
     path, flock, replace = tmp_path / "a.json", fcntl.flock, pathlib.Path.replace
     cleaned = []
 
     def clean(*_):
         cleaned.append(1)
-        monkeypatch.undo()  # Once.
+        monkeypatch.undo()  # Only once.
         files._partial(path)
 
     for name, (owner, original) in {"flock": (fcntl, flock), "replace": (pathlib.Path, replace)}.items():
@@ -120,7 +120,7 @@ def test_two_writers_of_one_file_do_not_take_each_others_for_left_over(tmp_path,
     assert len(cleaned) == 2
 
 
-def test_a_living_process_keeps_its_partial_file(tmp_path):
+def test_partial_folders_of_a_running_process_are_kept(tmp_path):
     code = (
         "import sys, pathlib; from gemma_scope_jax.runtime import files\n"
         "with files.filling_folder(pathlib.Path(sys.argv[1])) as made: print(made, flush=True); input()"
@@ -139,7 +139,7 @@ def test_a_living_process_keeps_its_partial_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path):
+def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "deep" / "x"
     with pytest.raises(RuntimeError), files.filling_folder(folder) as made:
         (made / "a").write_text("1")
@@ -183,7 +183,7 @@ def test_outputs_are_checked_before_the_work(tmp_path, path, is_folder, message)
 
 
 @pytest.mark.parametrize("path", ["new.jsonl", "new/deep/x", "folder"])
-def test_a_check_that_was_killed_leaves_nothing_to_the_next(tmp_path, path):
+def test_leftovers_of_a_killed_check_are_removed_by_the_next(tmp_path, path):
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
     program = (
@@ -197,7 +197,7 @@ def test_a_check_that_was_killed_leaves_nothing_to_the_next(tmp_path, path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_each_name_has_its_own_folder_below_the_given_one():
+def test_every_name_gets_its_own_safe_folder_name():
     names = ["layer_1", "a b", "a_b", "A b", "a/b", "..", ".", "...npz", "../../up", "/etc", "", "é", "ü", "x" * 300,
              "x" * 301, "a\nb", "a\0b", "~", ".hidden", "\ud800"]  # fmt: skip
     made = files.folder_names(names)
@@ -208,7 +208,7 @@ def test_each_name_has_its_own_folder_below_the_given_one():
         assert folder.isascii() and folder[0] not in ".~" and folder.isprintable() and " " not in folder
 
 
-def test_a_file_or_folder_without_permission_is_said_with_its_name(tmp_path, as_any_user):
+def test_errors_for_missing_permissions_name_the_path(tmp_path, as_any_user):
     (tmp_path / "secret.json").touch(mode=0)
     (tmp_path / "fixed").mkdir(mode=0o555)
     with pytest.raises(ValueError, match=r"cannot read .*secret\.json.*: Permission denied"):

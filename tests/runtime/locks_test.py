@@ -1,4 +1,4 @@
-"""A file is held by one at a time, whatever becomes of it meanwhile."""
+"""A lock has one holder at a time, also if its file is removed while others wait."""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ import pytest
 from gemma_scope_jax.runtime import locks
 
 
-def test_a_second_one_is_refused_or_waits_and_nothing_is_left(tmp_path, capsys):
+def test_a_second_holder_is_refused_or_waits_and_no_file_is_left(tmp_path, capsys):
     path, held = tmp_path / "folder" / ".lock", []
     with locks.locked(path, "it is taken"):
         with pytest.raises(ValueError, match="it is taken"):
@@ -24,18 +24,18 @@ def test_a_second_one_is_refused_or_waits_and_nothing_is_left(tmp_path, capsys):
         thread.start()
         while "waiting" not in capsys.readouterr().out:
             assert not held
-    thread.join()  # It holds a file of its own, since the first was removed.
+    thread.join()  # The thread holds a new file, since the first holder removed its own.
     assert held == [True] and not path.exists()
 
 
-def test_a_file_that_a_killed_process_left_is_taken(tmp_path):
+def test_the_lock_file_of_a_killed_process_can_be_locked(tmp_path):
     (tmp_path / ".lock").touch()
     with locks.locked(tmp_path / ".lock", "taken"):
         pass
     assert not (tmp_path / ".lock").exists()
 
 
-def test_without_locks_it_warns_and_continues(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_causes_a_warning_only(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -7,7 +7,7 @@ def test_control_characters_are_escaped():
     assert printing.printable("a\x1b[2Jb\r\nc\u202ed\ud800\u2028") == r"a\x1b[2Jb\r\nc\u202ed\ud800\u2028"
 
 
-def test_letters_of_all_languages_stay():
+def test_letters_of_all_languages_are_kept():
     assert printing.printable("λ 日本 café 🙂") == "λ 日本 café 🙂"
 
 
@@ -31,7 +31,7 @@ def test_long_text_is_cut_with_its_length(letter):
         ("gs://bucket/home/models/a", "gs://bucket/home/models/a"),
     ],
 )
-def test_shared_text_has_neither_names_nor_credentials(given, shown, monkeypatch):
+def test_shareable_text_has_no_user_names_or_credentials(given, shown, monkeypatch):
     monkeypatch.setenv("HOME", "/srv/me")
     assert printing.shareable(given) == shown
     assert printing.shareable(shown) == shown
@@ -48,5 +48,5 @@ def test_shared_text_has_neither_names_nor_credentials(given, shown, monkeypatch
         (tuple("日本語" * 20), "…語" + "日本語" * 13),
     ],
 )  # fmt: skip
-def test_the_end_of_a_text_begins_with_a_whole_word(tokens, shown):
+def test_the_ending_of_a_text_starts_at_a_word(tokens, shown):
     assert printing.ending(tokens) == shown

@@ -1,4 +1,4 @@
-"""Messages and bars: what the command line shows, and that a library call is silent."""
+"""The command line shows messages and progress bars; library calls are silent."""
 
 import re
 
@@ -11,7 +11,7 @@ def states(text):
     return [re.sub(r"\s+", " ", part) for part in text.split("\r") if part.strip()]
 
 
-def test_a_bar_says_that_it_compiles_until_that_is_done(capsys):
+def test_a_bar_says_that_it_is_compiling_until_it_has_compiled(capsys):
     with reporting.bar("Reading", "row", 4, compiles=2) as bar:
         for _ in range(4):
             bar.update()
@@ -26,7 +26,7 @@ def test_a_bar_says_that_it_compiles_until_that_is_done(capsys):
     assert ("0", False) not in said and ("4", True) not in said
 
 
-def test_a_bar_keeps_its_own_words(capsys):
+def test_a_bar_keeps_its_postfix(capsys):
     with reporting.bar("", "step", 2) as bar:
         bar.set_postfix_str("L0 3", refresh=False)
         bar.update()

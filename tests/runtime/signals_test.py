@@ -1,4 +1,4 @@
-"""Signals against the command line, whose words may all fail, and against a program that calls the library."""
+"""Signals to the command line, also when its output fails, and to a program that calls the library."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ from gemma_scope_jax.evaluation import opening
 from gemma_scope_jax.models import placement
 from gemma_scope_jax.runtime import signals
 
-# What runs trains for so many seconds once it is asked to stop; without JAX, so that it starts at once.
+# A program that keeps training for some seconds after a signal. It does not import JAX, so it starts at once.
 TRAINS = """
 import signal, sys, time
 from gemma_scope_jax.cli import common
@@ -56,7 +56,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])
 
 
 def start(program, *arguments, stderr=subprocess.PIPE, under=()):
-    """The program, when it has said its first word."""
+    """Starts a program and returns it after its first line of output."""
     command = [*under, sys.executable, "-c", program, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=ENVIRONMENT)
     assert process.stdout.readline()
@@ -64,8 +64,8 @@ def start(program, *arguments, stderr=subprocess.PIPE, under=()):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_not_lost_when_nobody_listens_any_more(number):
-    """Ctrl-C in `train | tee log` ends tee too, and closing a terminal closes both streams."""
+def test_a_signal_is_handled_after_the_reader_of_the_output_has_gone(number):
+    """Ctrl-C in `train | tee log` ends tee too, and a closed terminal closes both streams."""
     with start(TRAINS, 0) as process:
         process.stdout.close()
         process.send_signal(number)
@@ -79,7 +79,7 @@ def test_a_signal_is_not_lost_when_nobody_listens_any_more(number):
     assert process.returncode == 128 + number
 
 
-def test_two_signals_at_once_are_one_and_a_later_one_leaves():
+def test_signals_at_once_count_as_one_and_a_later_one_exits_at_once():
     with start(TRAINS, 0.5) as process:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
             process.send_signal(number)
@@ -94,14 +94,14 @@ def test_two_signals_at_once_are_one_and_a_later_one_leaves():
     assert process.returncode == 130
 
 
-def test_where_nothing_is_saved_a_signal_ends_it_at_once_in_one_line():
+def test_without_anything_to_save_a_signal_ends_a_command_at_once_with_one_line():
     with start(READS) as process:
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=60)[1] == "\nSIGTERM: exiting at once; nothing was written.\n"
     assert process.returncode == 143
 
 
-def test_a_hangup_is_ignored_where_it_was_before():
+def test_a_hangup_stays_ignored_under_nohup():
     with start(READS, under=("nohup",)) as process:
         process.send_signal(signal.SIGHUP)
         time.sleep(0.2)
@@ -127,7 +127,7 @@ common.run(main)
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full 2>&1", ">&- 2>&-", "| true", "2>&1 | true"])
-def test_a_failing_stream_loses_only_its_messages(tmp_path, redirection):
+def test_output_that_cannot_be_written_does_not_stop_a_command(tmp_path, redirection):
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "PROGRAM": SPEAKS, "OUT": str(tmp_path / "out")}
     script = f'set -o pipefail; {{ sleep 0.2; {sys.executable} -c "$PROGRAM" "$OUT"; }} {redirection}'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=60)
@@ -138,7 +138,7 @@ def test_a_failing_stream_loses_only_its_messages(tmp_path, redirection):
 
 @pytest.fixture
 def untouched():
-    """Checks that signal handlers, the wakeup pipe and threads are the same afterwards."""
+    """Checks that signal handlers, the wakeup pipe and threads are the same after the test."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers], threading.active_count()
     yield
@@ -146,7 +146,7 @@ def untouched():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_program_holds_its_first_interrupt_back_and_not_its_second(untouched):
+def test_the_first_interrupt_of_a_library_call_is_deferred_and_the_second_raised(untouched):
     with signals.saving() as request:
         signal.raise_signal(signal.SIGINT)
         assert request.number == signal.SIGINT
@@ -154,7 +154,7 @@ def test_a_program_holds_its_first_interrupt_back_and_not_its_second(untouched):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_on_another_thread_nothing_is_held_back(untouched):
+def test_no_signal_is_deferred_on_another_thread(untouched):
     found = []
 
     def work():
@@ -171,7 +171,7 @@ def test_on_another_thread_nothing_is_held_back(untouched):
     "name", ["evaluate", "detect", "probe", "generate", "audit", "dashboards", "explore"]
 )
 def test_library_functions_raise_keyboard_interrupt(untouched, tmp_path, monkeypatch, name):
-    """Ctrl-C in a notebook ends the cell and not the kernel."""
+    """So Ctrl-C in a notebook ends the cell but not the kernel."""
 
     def interrupted(*_, **__):
         signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Fetching from Hugging Face's hub: the real client against a small server of ours that behaves like it."""
+"""SAEs are fetched from Hugging Face's hub: the real client with a small local server that imitates the hub."""
 
 import hashlib
 import http.server
@@ -23,13 +23,13 @@ PLACE = "resid_post/layer_12_width_16k_l0_medium"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A server that answers the hub's client: the files of a revision, each whole or from a byte on."""
+    """A server that lists a revision's files and sends each file, also from a given byte."""
 
     root: pathlib.Path
-    cut: int | None = None  # Of the next large file only so many bytes are sent.
+    cut: int | None = None  # The number of bytes to send of the next large file.
     damaged = False
-    asked: list  # Of (path, first byte).
-    asked_of: list  # What was asked of the repository itself.
+    asked: list  # The requested files, as (name, first byte).
+    asked_of: list  # The requests about the repository.
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -85,11 +85,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path):
-    """A repository with an SAE, examples beside it, and a client's environment."""
+    """Serves a repository with two SAEs and other files; yields the client's environment."""
     Hub.root, Hub.asked, Hub.asked_of = tmp_path / "remote", [], []
     Hub.cut, Hub.damaged = None, False
     rng = np.random.default_rng(0)
-    m = 2**16  # 34 MB; the client keeps 10 MB at a time.
+    m = 2**16  # The weights take 34 MB; the client writes 10 MB at a time.
     shapes = {"W_enc": (64, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, 64), "b_dec": (64,)}
     stored = SAE(**{name: rng.random(shape, np.float32) for name, shape in shapes.items()})
     about = common.About("google/gemma-3-270m", "model.layers.12.output")
@@ -111,7 +111,7 @@ def server(tmp_path):
 
 
 def fetch(environment, location):
-    """`finding.local` in a separate process, because the client reads its environment only once."""
+    """Prints the paths of a location in a new process, because the client reads its environment only once."""
     code = f"from gemma_scope_jax.saes import finding; print(*finding.paths({location!r}))"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
@@ -127,7 +127,7 @@ def test_only_an_saes_own_files_are_fetched_and_only_once(server):
     assert about.hook_name == "model.layers.12.output"
     assert sorted(name for name, _ in Hub.asked) == ["config.json", "params.safetensors"]
     assert fetch(server, f"hf://test/repo@main/{PLACE}").returncode == 0 and len(Hub.asked) == 2
-    # Of a file, what lies beside it comes too: it says what the SAE is of.
+    # For a weights file, the config beside it is fetched too, since it names the model and site.
     file = fetch(server | {"HF_HOME": f"{server['HF_HOME']}2"}, f"hf://test/repo/{PLACE}/params.safetensors")
     (beside,) = formats.read(pathlib.Path(file.stdout.strip()))
     assert beside.about.hook_name == "model.layers.12.output"
@@ -135,7 +135,7 @@ def test_only_an_saes_own_files_are_fetched_and_only_once(server):
     assert alone.stdout.strip().endswith("layer_1/params.npz"), alone.stderr
 
 
-def test_damaged_downloads_are_refused_and_fetched_again(server):
+def test_a_damaged_download_is_refused_and_fetched_again(server):
     Hub.damaged = True
     done = fetch(server, f"hf://test/repo/{PLACE}")
     assert done.returncode != 0
@@ -147,7 +147,7 @@ def test_damaged_downloads_are_refused_and_fetched_again(server):
 def test_an_interrupted_download_resumes(server):
     Hub.cut = 25_000_000
     done = fetch(server, f"hf://test/repo/{PLACE}")
-    if done.returncode:  # Whether the client tries again by itself, or the user does.
+    if done.returncode:  # Either the client retries itself, or the user does.
         done = fetch(server, f"hf://test/repo/{PLACE}")
     assert done.returncode == 0, done.stderr
     first, second = (first for name, first in Hub.asked if name == "params.safetensors")
@@ -155,7 +155,7 @@ def test_an_interrupted_download_resumes(server):
     gemma_scope_2.read(pathlib.Path(done.stdout.strip()))
 
 
-def test_places_that_there_are_not_are_said(server):
+def test_locations_that_do_not_exist_are_refused_by_name(server):
     nowhere = fetch(server, "hf://test/repo/nowhere").stderr
     assert f"has no SAE in 'nowhere'; it has SAEs in layer_1, {PLACE}" in nowhere
     assert "cannot fetch hf://test/other/x" in fetch(server, "hf://test/other/x").stderr
@@ -166,7 +166,7 @@ def test_places_that_there_are_not_are_said(server):
         finding.local("/nowhere")
 
 
-def test_a_revision_may_have_slashes(server):
+def test_a_revision_can_contain_slashes(server):
     done = fetch(server, f"hf://test/repo@refs/pr/3/{PLACE}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(PLACE)
@@ -184,9 +184,9 @@ def test_a_revision_may_have_slashes(server):
             hub_lib.place_of(location)
 
 
-def test_without_a_network_cached_files_open_and_others_are_refused(server):
+def test_without_a_network_cached_saes_open_and_others_are_reported_as_not_cached(server):
     def offline(*locations):
-        """The message for each location, from one process."""
+        """The path or error message of each location, from one process."""
         tried = f"""
 from gemma_scope_jax import hub
 for location in {locations!r}:
@@ -225,7 +225,7 @@ for location in {locations!r}:
         ("google/gemma-scope/layer_20", "hf://google/gemma-scope/layer_20"),
     ],
 )
-def test_other_ways_to_name_a_place_on_the_hub_are_answered_with_ours(given, meant):
+def test_web_addresses_of_the_hub_are_refused_with_the_hf_location(given, meant):
     with pytest.raises(ValueError, match=f"{re.escape(meant)}$"):
         finding.local(given)
     hub_lib.place_of(meant)

@@ -1,4 +1,4 @@
-"""Exports follow the formats' rules and read back as they were written."""
+"""Exports follow the rules of their formats and can be read back unchanged; damaged files are refused."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ def test_saelens_round_trip_is_exact(folded, tmp_path):
 
 
 def test_saelens_own_rules_are_kept(folded, tmp_path):
-    """Rules of `SAE.load_from_disk` in SAELens 6: if one is broken, it refuses the folder or reads it wrongly."""
+    """`SAE.load_from_disk` of SAELens 6 refuses the folder or misreads it if any of these is missing."""
     saelens.write(tmp_path / "a", folded, ABOUT)
     config = json.loads((tmp_path / "a" / "cfg.json").read_text())
     assert config["architecture"] == "jumprelu" and config["dtype"] == "float32"
@@ -74,7 +74,7 @@ def test_saelens_own_rules_are_kept(folded, tmp_path):
     assert (tensors["threshold"] >= 0).all()
 
 
-def test_saelens_flattens_heads_only_for_hooks_with_heads(folded, tmp_path):
+def test_saelens_flattens_heads_only_at_hooks_with_heads(folded, tmp_path):
     saelens.write(
         tmp_path / "a", folded, common.About("google/gemma-3-270m", "blocks.2.attn.hook_z", 256, "sotu")
     )
@@ -82,7 +82,7 @@ def test_saelens_flattens_heads_only_for_hooks_with_heads(folded, tmp_path):
 
 
 def transcoder(skip):
-    """A transcoder from a site of width 16 to a site of width 12."""
+    """A folded transcoder from a site of width 16 to a site of width 12."""
     params = jumprelu.init(jax.random.key(0), 16, 64, 0.1, target_width=12, skip=skip)
     if skip:
         params = params.replace(W_skip=jax.random.normal(jax.random.key(1), (16, 12)))
@@ -97,7 +97,7 @@ TRANSCODER = common.About(
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_transcoders_come_back_as_they_were_and_saelens_turns_the_skip_connection_over(skip, tmp_path):
+def test_transcoders_round_trip_and_saelens_has_the_transposed_skip_connection(skip, tmp_path):
     folded = transcoder(skip)
     saelens.write(tmp_path / "a", folded, TRANSCODER)
     again, about = saelens.read(tmp_path / "a")
@@ -117,7 +117,7 @@ def test_transcoders_come_back_as_they_were_and_saelens_turns_the_skip_connectio
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_gemma_scope_2_round_trip_is_exact_and_by_its_own_names(skip, tmp_path):
+def test_gemma_scope_2_round_trip_is_exact_and_uses_its_names(skip, tmp_path):
     folded = transcoder(skip)
     about = common.About(
         "google/gemma-3-270m", "model.layers.9.a.output", hook_name_out="model.layers.9.b.output", l0=31.5
@@ -145,7 +145,7 @@ def test_gemma_scope_2_round_trip_is_exact_and_by_its_own_names(skip, tmp_path):
         gemma_scope_2.read(tmp_path / "a")
 
 
-def test_gemma_scope_1_has_no_place_for_a_skip_connection(tmp_path):
+def test_gemma_scope_1_cannot_hold_a_skip_connection(tmp_path):
     path = gemma_scope.write(tmp_path / "a", transcoder(False), common.About())
     assert_equal(gemma_scope.read(path)[0], transcoder(False))
     with pytest.raises(
@@ -235,10 +235,10 @@ def test_broken_npz_files_are_refused(folded, tmp_path):
         gemma_scope.read(path)
 
 
-# --- What others write, and what is broken on purpose -------------------------------------------------------
+# --- Files of other tools, and files broken on purpose ------------------------------------------------------
 
 
-# As SAELens 6.43 writes it, and as 5.5 and 2 did.
+# Configs as SAELens 6.43, 5.5 and 2 write them.
 SIX = {
     "architecture": "jumprelu", "d_in": 16, "d_sae": 64, "dtype": "float32", "device": "cpu",
     "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none",
@@ -268,7 +268,7 @@ def without(config, *keys):
 
 
 def of_others(folder, folded, config, **tensors):
-    """A folder in SAELens' layout, with a given config and optional tensors."""
+    """Writes a folder as SAELens does, with a given config and additional tensors."""
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(common.arrays(folded) | tensors, folder / "sae_weights.safetensors")
@@ -289,14 +289,14 @@ def of_others(folder, folded, config, **tensors):
     ],
     ids=["6", "no version", "no norm", "5", "norm of 1", "defaults of 5", "hugging face", "beside a tower"],
 )
-def test_configs_of_any_version_are_read_where_their_meaning_is_certain(config, folded, tmp_path):
+def test_configs_of_any_version_are_read_if_unambiguous(config, folded, tmp_path):
     again, about = saelens.read(of_others(tmp_path / "a", folded, config))
     assert_equal(again, folded)
     assert about.model_name == "gemma-2-2b" and about.context_length == 32 and about.text == ""
     assert site_from_hook(about.hook_name) == Site("resid_post", 9)
 
 
-def test_a_scaling_factor_of_ones_is_ignored_and_another_is_refused(folded, tmp_path):
+def test_a_scaling_factor_of_ones_is_ignored_and_any_other_is_refused(folded, tmp_path):
     ones = np.ones(64, np.float32)
     again, _ = saelens.read(of_others(tmp_path / "a", folded, SIX, scaling_factor=ones))
     assert_equal(again, folded)
@@ -335,13 +335,13 @@ def test_a_scaling_factor_of_ones_is_ignored_and_another_is_refused(folded, tmp_
         (SIX | {"metadata": {"gemma_scope_jax": [1]}}, "its metadata is not an object"),
     ],
 )
-def test_configs_of_any_version_are_refused_in_words_where_it_is_not(config, message, folded, tmp_path):
+def test_unsupported_configs_of_any_version_are_refused_with_the_reason(config, message, folded, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         saelens.read(of_others(tmp_path / "a", folded, config))
     assert "KeyError" not in str(caught.value) and len(str(caught.value)) < 480
 
 
-def test_a_missing_config_key_is_asked_for_by_its_flag(folded, tmp_path):
+def test_errors_about_a_missing_model_or_site_name_the_flags(folded, tmp_path):
     for place, changes, message in (
         (
             "a",
@@ -362,7 +362,7 @@ def test_a_missing_config_key_is_asked_for_by_its_flag(folded, tmp_path):
 
 @contextlib.contextmanager
 def within_seconds(seconds=10):
-    """Fails if the block takes longer, even if it waits for a pipe's writer."""
+    """Fails if the block takes longer, also while it waits for the writer of a pipe."""
 
     def fail(*_):
         raise AssertionError("still waiting")
@@ -374,10 +374,10 @@ def within_seconds(seconds=10):
     signal.signal(signal.SIGALRM, before)
 
 
-def test_pipes_devices_and_files_without_end_are_refused_in_every_place_of_every_format(tmp_path):
+def test_pipes_devices_and_huge_files_are_refused_in_place_of_any_file_of_any_format(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "hole").open("wb") as file:
-        file.truncate(2**42)  # Takes no room.
+        file.truncate(2**42)  # A sparse file.
     places = fuzz.originals(tmp_path / "originals")
     for file in (file for place in places for file in sorted(place.iterdir())):
         content = file.read_bytes()
@@ -391,7 +391,7 @@ def test_pipes_devices_and_files_without_end_are_refused_in_every_place_of_every
         fuzz.read(file.parent)
 
 
-def test_a_header_that_fits_a_file_full_of_nothing_is_not_read_for_hours(folded, tmp_path):
+def test_a_huge_sparse_file_with_a_matching_header_is_refused_at_once(folded, tmp_path):
     of_others(tmp_path / "a", folded, SIX)
     d, m = 16, 2**35
     shapes = {"W_enc": (d, m), "W_dec": (m, d), "b_enc": (m,), "threshold": (m,), "b_dec": (d,)}
@@ -414,7 +414,7 @@ def test_an_archive_that_lists_too_many_members_is_not_opened(folded, tmp_path, 
     gemma_scope.write(tmp_path, folded, common.About())
     dictionary_learning.write(tmp_path / "a", folded, common.About("m", "blocks.3.hook_resid_post"))
     monkeypatch.setattr(files, "_MAX_DIRECTORY", 100)
-    monkeypatch.setattr(zipfile, "ZipFile", None)  # Which would make an object of each.
+    monkeypatch.setattr(zipfile, "ZipFile", None)  # It would make an object for each member.
     for read, place in ((gemma_scope.read, "params.npz"), (dictionary_learning.read_torch, "a/ae.pt")):
         with pytest.raises(ValueError, match=r"the list of its members is too long: \d+ bytes"):
             read(tmp_path / place)
@@ -429,7 +429,7 @@ def test_yaml_is_bounded_in_size_and_depth(text, tmp_path):
     assert time.monotonic() - started < 1
 
 
-def test_thousands_of_broken_files_are_read_or_refused_in_little_memory(tmp_path):
+def test_many_damaged_files_are_read_or_refused_in_limited_memory(tmp_path):
     script = pathlib.Path(__file__).parents[1] / "fuzz.py"
     done = subprocess.run(
         [sys.executable, script, tmp_path, "1500"], capture_output=True, text=True, timeout=300, check=False
@@ -452,7 +452,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
     tracemalloc.stop()
 
 
-def test_headers_that_promise_too_much_are_not_believed(folded, tmp_path):
+def test_sizes_in_headers_are_checked(folded, tmp_path):
     huge = tmp_path / "a" / "sae_weights.safetensors"
     saelens.write(tmp_path / "a", folded, ABOUT)
     huge.write_bytes((2**40).to_bytes(8, "little") + huge.read_bytes()[8:])
@@ -461,7 +461,7 @@ def test_headers_that_promise_too_much_are_not_believed(folded, tmp_path):
     (tmp_path / "a" / "cfg.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="as JSON: "):
         saelens.read(tmp_path / "a")
-    # An array that claims more than its member of the archive has.
+    # An array whose header states more values than its archive member has.
     gemma_scope.write(tmp_path, folded, common.About())
     content = (tmp_path / "params.npz").read_bytes()
     (tmp_path / "params.npz").write_bytes(content.replace(b"(16, 64)", b"(99999, 64)"[:8], 1))
@@ -470,7 +470,7 @@ def test_headers_that_promise_too_much_are_not_believed(folded, tmp_path):
 
 
 class Evil:
-    """Runs code when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -484,20 +484,20 @@ def write_pickle(folder, content):
         archive.writestr("archive/data.pkl", content)
 
 
-def test_pickles_that_state_too_much_are_refused_at_once(folded, tmp_path):
+def test_pickles_that_state_huge_sizes_are_refused_at_once(folded, tmp_path):
     dictionary_learning.write(tmp_path, folded, common.About("m", "blocks.3.hook_resid_post"))
     tracemalloc.start()
-    # A bytearray of the length that the file states: sixteen gigabytes.
+    # A bytearray with a stated length of sixteen gigabytes.
     write_pickle(tmp_path, b"\x80\x05" + pickle.BYTEARRAY8 + (2**34).to_bytes(8, "little") + b".")
     with pytest.raises(ValueError, match="is not a valid file of tensors"):
         dictionary_learning.read(tmp_path)
-    # A shape of very many very long numbers, whose product would take a minute.
+    # A shape of many very long numbers, whose product would take a minute.
     number = b"\x8b" + (100_000).to_bytes(4, "little") + b"\x7f" * 100_000
     shape = b"(" + number + b"q\x01" + b"h\x01" * 100_000 + b"t"
     write_pickle(tmp_path, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + shape + b"R.")
     with pytest.raises(ValueError, match="is not a valid file of tensors"):
         dictionary_learning.read(tmp_path)
-    # Attributes of what is known here.
+    # A pickle that sets attributes of one of our functions.
     write_pickle(tmp_path, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.")
     with pytest.raises(ValueError, match="holds something other than tensors"):
         dictionary_learning.read(tmp_path)
@@ -522,14 +522,14 @@ def test_numbers_out_of_range_are_refused(folded, tmp_path, place, value):
     own = config["metadata"]["gemma_scope_jax"]
     (own if place in own else config["metadata"])[place] = value
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    if value == 0:  # None is given.
+    if value == 0:  # The default is used.
         assert saelens.read(tmp_path)[1].context_length == 1024
         return
     with pytest.raises(ValueError, match="is not a SAELens config"):
         saelens.read(tmp_path)
 
 
-def test_a_config_of_others_types_is_refused(tmp_path):
+def test_a_config_with_values_of_other_types_is_refused(tmp_path):
     for text in ('x: !!int ""', "x: !!bool zz", "x: !!timestamp zz", "- a", "a: &a [*a]"):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"is not a circuit-tracer config|is not readable YAML"):
@@ -540,7 +540,7 @@ def test_a_config_of_others_types_is_refused(tmp_path):
     assert gemma_scope_2.read(tmp_path / "a")[1].l0 is None
 
 
-def test_a_pickle_that_runs_code_does_not(folded, tmp_path):
+def test_code_in_pickles_and_yaml_is_not_run(folded, tmp_path):
     dictionary_learning.write(tmp_path / "a", folded, common.About("m", "blocks.3.hook_resid_post"))
     mark = tmp_path / "hacked"
     write_pickle(tmp_path / "a", pickle.dumps({"W_enc": Evil(mark)}, protocol=2))
@@ -561,7 +561,7 @@ def test_a_pickle_that_runs_code_does_not(folded, tmp_path):
     assert not mark.exists()
 
 
-def test_names_of_an_archives_members_lead_nowhere(folded, tmp_path):
+def test_members_of_an_archive_are_never_written_to_disk(folded, tmp_path):
     gemma_scope.write(tmp_path, folded, common.About())
     with zipfile.ZipFile(tmp_path / "params.npz", "a") as archive:
         archive.writestr("../../escaped.npy", b"")
@@ -571,7 +571,7 @@ def test_names_of_an_archives_members_lead_nowhere(folded, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_format_comes_back_bit_for_bit_and_thresholds_are_never_rounded(dtype, folded, tmp_path):
+def test_every_format_round_trips_bit_for_bit_and_thresholds_are_never_rounded(dtype, folded, tmp_path):
     hook = "blocks.9.hook_resid_post"
     about = common.About("google/gemma-3-270m", hook, 256)
     want = jumprelu.SAE(
@@ -596,8 +596,8 @@ def test_every_format_comes_back_bit_for_bit_and_thresholds_are_never_rounded(dt
     assert [found.name for found in both] == ["layer_0", "layer_1"] and alone.name == "layer_1"
 
 
-def test_a_stored_sae_is_in_memory_once(tmp_path):
-    """When it is read and when it is written: a million latents take 19 GB, and twice that may not exist."""
+def test_reading_and_writing_hold_an_sae_in_memory_once(tmp_path):
+    """An SAE with a million latents takes 19 GB, so a second copy must not be made."""
     d, m = 256, 2**16
     rng = np.random.default_rng(0)
     shapes = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
@@ -616,9 +616,8 @@ def test_a_stored_sae_is_in_memory_once(tmp_path):
     for name, write in steps.items():
         tracemalloc.start()
         write()
-        assert tracemalloc.get_traced_memory()[1] < 0.6 * size, (
-            name
-        )  # A part at a time, of a size that is theirs.
+        # Each writer copies a part at a time; the size of a part depends on the format.
+        assert tracemalloc.get_traced_memory()[1] < 0.6 * size, name
         tracemalloc.stop()
     for name in steps:
         tracemalloc.start()
@@ -642,7 +641,7 @@ def multi_layer(skip):
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_multi_layer_files_come_back_and_predict_as_the_definition_says(skip, tmp_path):
+def test_multi_layer_files_round_trip_and_predict_according_to_the_definition(skip, tmp_path):
     layers = multi_layer(skip)
     gemma_scope_2.write_layers(tmp_path / "a", layers)
     again = gemma_scope_2.read_layers(tmp_path / "a")
@@ -670,7 +669,7 @@ def test_multi_layer_files_come_back_and_predict_as_the_definition_says(skip, tm
         gemma_scope_2.read_layers(tmp_path / "a")
 
 
-def test_googles_own_places_say_model_and_site(folded, tmp_path):
+def test_googles_folder_names_identify_model_and_site(folded, tmp_path):
     residual = "blocks.{}.hook_resid_post"
     for place, model, hook, out in (
         ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "google/gemma-2-2b", residual.format(20), None),
@@ -692,7 +691,7 @@ def test_googles_own_places_say_model_and_site(folded, tmp_path):
         )
     place = tmp_path / "gemma-scope-2-270m-pt" / "transcoder_all" / "layer_3_width_16k_l0_small_affine"
     gemma_scope_2.write(place, transcoder(True), TRANSCODER)
-    (place / "config.json").unlink()  # As of some of Google's.
+    (place / "config.json").unlink()  # Some of Google's folders have no config.
     (found,) = formats.read(place)
     assert found.about.model_name == "google/gemma-3-270m"
     assert found.about.hook_name == "model.layers.3.pre_feedforward_layernorm.output"

@@ -1,4 +1,4 @@
-"""Our files in other tools, and their files here, as tests/peers/interop.py made them (`make test-peers`)."""
+"""Other tools read our files and we read theirs, with the files of tests/peers/interop.py: `make test-peers`."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs make test-pee
 
 
 def in_float64(one, x):
-    """Latents, the reconstruction, and at which tokens a pre-activation is too near its threshold to say."""
+    """The latents, the reconstruction, and the tokens with a pre-activation too near its threshold to compare."""
     p = {name: None if v is None else np.asarray(v, np.float64) for name, v in vars(one).items()}
     pre = x @ p["W_enc"] + p["b_enc"]
     f = np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
@@ -26,13 +26,13 @@ def in_float64(one, x):
 
 
 def disagreement(got, expected, is_near):
-    """The largest relative error over tokens without a pre-activation near its threshold."""
+    """The largest relative error among tokens without a pre-activation near its threshold."""
     assert got.shape == expected.shape
     error = np.linalg.norm(got - expected, axis=1) / np.maximum(np.linalg.norm(expected, axis=1), 1e-9)
     return error[~is_near].max()
 
 
-def test_every_format_is_read_by_its_own_tools(capsys):
+def test_other_tools_read_our_formats(capsys):
     with np.load(FOLDER / "read.npz") as arrays:
         found = {name: arrays[name] for name in arrays.files}
     lines = []
@@ -56,7 +56,7 @@ def test_every_format_is_read_by_its_own_tools(capsys):
         assert of_f < 1e-5 and of_y < 1e-5, (kind, loader)
 
 
-def test_files_of_other_tools_are_read_here(capsys):
+def test_saes_saved_by_other_tools_are_read_here(capsys):
     with np.load(FOLDER / "theirs.npz") as arrays:
         made = {name: arrays[name] for name in arrays.files}
     lines = []
@@ -93,7 +93,7 @@ def test_files_of_other_tools_are_read_here(capsys):
         assert abs(l0 - l0_there) <= near / 1000 and l0 > 1, name
 
 
-def test_ours_are_read_here_as_they_were_made():
+def test_our_own_files_are_read_unchanged():
     for kind in interop.KINDS:
         one = interop.make(kind)
         for path in [

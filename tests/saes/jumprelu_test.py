@@ -1,4 +1,4 @@
-"""The SAE against DeepMind's published numbers, against its readable definition, and against NumPy."""
+"""The SAE equals DeepMind's published numbers, its readable definition, and NumPy."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def test_deepminds_published_loss_reconstruction_and_gradients():
             np.testing.assert_allclose(
                 getattr(gradient, name).ravel()[::stride], expected, rtol=1e-5, atol=1e-8, err_msg=name
             )
-        # The published reconstruction is of raw inputs; folding with no normalisation must not change it.
+        # The published reconstruction is for raw inputs; folding without normalisation must not change it.
         folded = jumprelu.fold(params, jnp.zeros(16), jnp.ones(()))
         recon = jumprelu.decode(folded, jumprelu.encode(folded, x))
         np.testing.assert_allclose(
@@ -53,14 +53,14 @@ PENALTIES = {
     "linear": objectives.linear_penalty(0.7),
     "quadratic": objectives.quadratic_penalty(0.7, 9.0),
     "controlled": objectives.controlled_penalty(0.7, 9.0),
-    # Of each latent's frequency, and not of their sum alone.
+    # Depends on the frequency of each latent, not only on their sum.
     "frequency": lambda sparsity: 0.7 * sparsity.l0 + 3 * jnp.square(sparsity.frequency_M).sum(),
 }
 
 
 @pytest.fixture(scope="module")
 def transcoder_case(random_case):
-    """A transcoder whose target has another width than its input."""
+    """A case with a target whose width differs from the input's."""
     params, x, weight = random_case
     rng = np.random.default_rng(1)
     m, o = params.b_enc.size, 7
@@ -94,7 +94,7 @@ def test_a_transcoders_gradient_equals_the_custom_vjp_form(transcoder_case, skip
 
 
 def test_only_the_threshold_has_a_pseudo_derivative(random_case):
-    """If no pre-activation is near its threshold, finite differences equal all other gradients."""
+    """If no pre-activation is near its threshold, all other gradients equal finite differences."""
     with jax.enable_x64(True):
         params, x, weight = jax.tree.map(jnp.asarray, random_case)
         none = objectives.linear_penalty(0.0)
@@ -133,7 +133,7 @@ def test_encoding_and_sums_equal_numpy(random_case):
     np.testing.assert_allclose(sums.target_O, weight @ x)
     np.testing.assert_array_equal(sums.fired_M, ((f > 0) & (weight > 0)[:, None]).sum(0))
     assert sums.rows == (weight > 0).sum()
-    # What drives θ, from its definition.
+    # The terms of θ's gradient, from their definition.
     w, kernel = weight / weight.sum(), np.abs(pre - threshold) < 0.05
     g_f = 2 * w[:, None] * error @ params.W_dec.T
     np.testing.assert_allclose(sums.penalty, 0.1 * (w @ (f > 0).sum(1)))
@@ -159,14 +159,14 @@ def test_rows_of_weight_zero_change_nothing(random_case):
     np.testing.assert_array_equal(sums.fired_M, other_sums.fired_M)
 
 
-def test_a_batch_without_any_weight_has_no_gradient(random_case):
+def test_a_batch_without_weight_has_no_gradient(random_case):
     params, x, weight = jax.tree.map(jnp.asarray, random_case)
     for penalty in PENALTIES.values():
         gradient, _ = objectives.loss_gradient(params, x, 0 * weight, penalty, 0.2)
         jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradient)
 
 
-def test_the_frequencies_that_a_penalty_sees_are_those_of_numpy(random_case):
+def test_the_frequencies_given_to_a_penalty_equal_numpy(random_case):
     params, x, weight = jax.tree.map(np.float32, random_case)
     pre = (x - params.b_dec) @ params.W_enc + params.b_enc
     fires = (pre > np.exp(params.log_threshold)) * (weight / weight.sum())[:, None]
@@ -184,7 +184,7 @@ def test_the_frequencies_that_a_penalty_sees_are_those_of_numpy(random_case):
     np.testing.assert_allclose(sums.penalty, price_M @ fires.sum(0), rtol=1e-5)
 
 
-def test_a_loss_that_is_differentiated_equals_the_gradient_by_hand(random_case):
+def test_a_differentiated_loss_equals_the_hand_written_gradient(random_case):
     def loss(params, examples, penalty, bandwidth):
         x_BxD, weight_B, target_BxO = examples
         return objectives.loss(params, x_BxD, weight_B, penalty, bandwidth, target_BxO)
@@ -209,11 +209,11 @@ def test_a_loss_that_is_differentiated_equals_the_gradient_by_hand(random_case):
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradient)
 
 
-def test_an_objective_of_a_name_that_is_taken_or_unknown_is_refused():
+def test_taken_and_unknown_names_of_objectives_are_refused():
     quadratic = objectives.OBJECTIVES["quadratic"]
     with pytest.raises(ValueError, match="another objective is called 'linear'"):
         objectives.register("linear", quadratic)
-    objectives.register("quadratic", quadratic)  # The same again is no other.
+    objectives.register("quadratic", quadratic)  # Registering the same objective again is allowed.
     with pytest.raises(ValueError, match="cannot be called 'a b'"):
         objectives.register("a b", quadratic)
     with pytest.raises(ValueError, match="unknown objective 'cubic'"):
@@ -221,12 +221,12 @@ def test_an_objective_of_a_name_that_is_taken_or_unknown_is_refused():
 
 
 def slope_of(penalty):
-    """The slope of a penalty with respect to L0."""
+    """The derivative of a penalty with respect to L0."""
     return jax.grad(lambda l0: penalty(objectives.Sparsity(l0, jnp.zeros(1))))
 
 
-def test_the_quadratic_penalty_pushes_as_hard_as_the_linear_one_at_twice_the_target():
-    """Gemma Scope 2 says the same of its penalty; the slope is zero at the target and negative below it."""
+def test_the_quadratic_penalty_has_the_linear_slope_at_twice_the_target():
+    """As in Gemma Scope 2; its slope is zero at the target and negative below."""
     slope = slope_of(objectives.quadratic_penalty(0.3, 50.0))
     np.testing.assert_allclose([slope(100.0), slope(50.0), slope(25.0)], [0.3, 0.0, -0.15], rtol=1e-6)
 
@@ -237,7 +237,7 @@ def test_the_controllers_penalty_is_stronger_above_the_target_and_weaker_below()
     np.testing.assert_allclose([slope(0.0), slope(1e6)], [0.3 * np.exp(-2), 0.3 * np.exp(2)], rtol=1e-5)
 
 
-def test_folding_equals_normalising_encoding_and_undoing():
+def test_folding_equals_normalising_encoding_and_denormalising():
     rng = np.random.default_rng(3)
     d, m, scale = 8, 24, 37.0
     mean, x = 5 * rng.normal(size=d), 40 * rng.normal(size=(50, d))
@@ -259,7 +259,7 @@ def test_folding_equals_normalising_encoding_and_undoing():
         np.testing.assert_allclose(jumprelu.decode(folded, f_folded), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_initialisation_is_gemma_scopes():
+def test_initialisation_follows_gemma_scope():
     params = jumprelu.init(jax.random.key(0), 16, 256, 0.001)
     np.testing.assert_allclose(np.linalg.norm(params.W_dec, axis=1), 1, rtol=1e-6)
     np.testing.assert_array_equal(params.W_enc, params.W_dec.T)
@@ -268,7 +268,7 @@ def test_initialisation_is_gemma_scopes():
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_folding_a_transcoder_equals_normalising_predicting_and_undoing(transcoder_case, skip):
+def test_folding_a_transcoder_equals_normalising_predicting_and_denormalising(transcoder_case, skip):
     params, x, _, _, W_skip = transcoder_case
     rng = np.random.default_rng(4)
     mean, target_mean, scale, target_scale = 5 * rng.normal(size=12), rng.normal(size=7), 37.0, 3.0
@@ -283,7 +283,7 @@ def test_folding_a_transcoder_equals_normalising_predicting_and_undoing(transcod
         np.testing.assert_allclose(f_folded, target_scale * np.maximum(f, 0), rtol=1e-8, atol=1e-8)
         decoded = jumprelu.decode(folded, f_folded, jnp.asarray(raw))
         np.testing.assert_allclose(decoded, target_scale * out + target_mean, rtol=1e-8, atol=1e-8)
-        # The same from activations that a gain multiplies.
+        # The same results from activations multiplied by a gain.
         gain = 1 + rng.random(12)
         scaled = jumprelu.read_scaled(folded, jnp.asarray(gain))
         np.testing.assert_allclose(
@@ -296,7 +296,7 @@ def test_folding_a_transcoder_equals_normalising_predicting_and_undoing(transcod
                 jumprelu.decode(folded, f_folded)
 
 
-def test_a_transcoders_encoder_is_not_its_decoder():
+def test_a_transcoders_encoder_and_decoder_are_independent():
     params = jumprelu.init(jax.random.key(0), 16, 256, 0.001, target_width=8, skip=True)
     assert params.W_enc.shape == (16, 256) and params.W_dec.shape == (256, 8)
     for rows in (params.W_enc.T, params.W_dec):

@@ -1,4 +1,4 @@
-"""SAEs of files: of which model and site, and in whose units."""
+"""SAEs are loaded with their model, site and units, and files of strangers are not trusted."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def made(site, target_site=None, d=32, o=32):
     return loading.LoadedSAE("x", folded, common.About(), "tiny", site, target_site or site)
 
 
-def test_missing_facts_of_a_file_are_asked_for_and_checked(tmp_path):
+def test_a_model_and_site_must_be_given_if_the_file_lacks_them(tmp_path):
     one = made(Site("resid_post", 2))
     gemma_scope.write(tmp_path, one.sae, common.About())
     with pytest.raises(ValueError, match="does not name its model and site; give them, for example"):
@@ -39,7 +39,7 @@ def test_missing_facts_of_a_file_are_asked_for_and_checked(tmp_path):
             list(loading.read(tmp_path / "params.npz", "tiny", site))
 
 
-def test_sites_are_known_by_all_their_names():
+def test_sites_are_found_by_all_their_names():
     for kind, names in SITES.items():
         layer = 0 if kind == "embed" else 5
         site = Site(kind, layer)
@@ -48,7 +48,7 @@ def test_sites_are_known_by_all_their_names():
     assert registry.name_from_hugging_face("gemma-2-9b-it") == "gemma2_9b-it"
 
 
-def test_gemma_scopes_embedding_saes_read_embeddings_without_the_factor_root_d(tmp_path):
+def test_gemma_scopes_embedding_saes_are_rescaled_by_the_root_of_d(tmp_path):
     one = made(Site("embed", 0))
     saving.write(tmp_path / "a", "gemma_scope", saving.in_convention("gemma_scope", one, {}))
     theirs, _ = gemma_scope.read(tmp_path / "a" / "params.npz")
@@ -60,13 +60,13 @@ def test_gemma_scopes_embedding_saes_read_embeddings_without_the_factor_root_d(t
     )
     of_embedding = jumprelu.decode(theirs, jumprelu.encode(theirs, stream / 32**0.5))
     np.testing.assert_allclose(of_embedding, np.asarray(want) / 32**0.5, rtol=1e-5)
-    # SAELens' folders are of the stream, as TransformerLens' hook is.
+    # SAELens' folders use the units of the stream, like TransformerLens' hook.
     saving.write(tmp_path / "b", "saelens", saving.in_convention("saelens", one, {}))
     np.testing.assert_array_equal(saelens.read(tmp_path / "b")[0].b_enc, one.sae.b_enc)
 
 
 @pytest.mark.parametrize("file_format", ["saelens", "gemma_scope", "gemma_scope_2", "dictionary_learning"])
-def test_an_sae_is_evaluated_alike_in_whatever_format_it_is(file_format, inputs, tmp_path, monkeypatch):
+def test_an_sae_opens_the_same_from_every_format(file_format, inputs, tmp_path, monkeypatch):
     one = made(Site("resid_post", 1))
     one = dataclasses.replace(one, about=dataclasses.replace(one.about, context_length=16))
     saving.write(tmp_path / "a", file_format, one)
@@ -84,7 +84,7 @@ def test_an_sae_is_evaluated_alike_in_whatever_format_it_is(file_format, inputs,
 
 
 def named(tmp_path, place, text, weights="gs://nowhere/weights", tokenizer="http://nowhere/tokenizer.json"):
-    """An SAE in a SAELens folder that says where its text, weights and tokenizer lie."""
+    """Writes an SAE in a SAELens folder whose config names its text, weights and tokenizer."""
     one = made(Site("resid_post", 1))
     about = common.About(
         text=str(text), weights=weights, tokenizer=tokenizer, rows="rows_0123456789abcdef", context_length=16,
@@ -94,7 +94,7 @@ def named(tmp_path, place, text, weights="gs://nowhere/weights", tokenizer="http
 
 
 def run_folder(folder):
-    """Writes the files that make a folder a run directory."""
+    """Makes a folder look like a run directory."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     return folder
@@ -105,7 +105,7 @@ def places(opened):
     return config.data.text, config.weights, config.tokenizer
 
 
-def test_paths_in_a_strangers_file_are_shown_and_not_opened(tmp_path, monkeypatch, capsys):
+def test_paths_named_by_a_strangers_file_are_shown_but_not_opened(tmp_path, monkeypatch, capsys):
     path = named(tmp_path, "a", "/**/*.txt")
     looked_for = []
     monkeypatch.setattr(sources, "files_of", lambda text: looked_for.append(text) or set())
@@ -118,7 +118,7 @@ def test_paths_in_a_strangers_file_are_shown_and_not_opened(tmp_path, monkeypatc
         "They are not used unless you give --trust, or each by its own flag."
     )
     assert opened.config.data.held_out_fraction == config_lib.DataConfig().held_out_fraction
-    # Of another text all is held out; nothing is compared with the one that was named.
+    # All of another text is held out, and the named text is not looked up.
     opened = opening.open_path(
         path, text=str(tmp_path / "mine.txt"), weights="gs://mine", tokenizer="gs://mine/t"
     )
@@ -128,13 +128,13 @@ def test_paths_in_a_strangers_file_are_shown_and_not_opened(tmp_path, monkeypatc
     assert looked_for and "/**/*.txt" not in looked_for
 
 
-def test_paths_in_a_file_are_used_on_request(inputs, tmp_path, capsys):
+def test_paths_named_by_a_file_are_used_on_request(inputs, tmp_path, capsys):
     path = named(tmp_path, "a", inputs / "text.jsonl", str(inputs / "weights"), "")
     opened = opening.open_path(path, trust=True)
     assert places(opened) == (str(inputs / "text.jsonl"), str(inputs / "weights"), "")
     assert opened.config.data.held_out_fraction == 0.25 and opened.config.data.seed == 7
     assert "They are not used" not in capsys.readouterr().out
-    # Named by the user as well, it is split as it was in training.
+    # If the user gives the same text, it is split as in training.
     opened = opening.open_path(path, text=str(inputs / "text.jsonl"))
     assert places(opened) == (str(inputs / "text.jsonl"), "", "")
     assert opened.config.data.held_out_fraction == 0.25 and opened.config.data.seed == 7
@@ -143,14 +143,14 @@ def test_paths_in_a_file_are_used_on_request(inputs, tmp_path, capsys):
         opening.open_path(named(tmp_path, "b", "", weights="nowhere"), trust=True)
 
 
-def test_an_sae_of_a_run_directory_is_evaluated_as_it_was_trained(inputs, tmp_path):
+def test_an_sae_of_a_run_directory_opens_with_the_runs_paths(inputs, tmp_path):
     run = run_folder(tmp_path / "run")
     arguments = inputs / "text.jsonl", str(inputs / "weights"), ""
     named(run / "sae", "x", *arguments)
     (tmp_path / "latest").symlink_to(run)
     for location in (run / "sae" / "x", tmp_path / "latest" / "sae" / "x" / "cfg.json", f"{run}/sae/*"):
         assert places(opening.open_path(location)) == tuple(map(str, arguments)), location
-    # Elsewhere in it, or led to by a link, is not where a run keeps its own.
+    # SAEs elsewhere in the run directory, or behind a link, do not count as the run's.
     named(run, "downloads/x", *arguments)
     named(tmp_path, "elsewhere/y", *arguments)
     (run / "sae" / "y").symlink_to(tmp_path / "elsewhere" / "y")
@@ -158,7 +158,7 @@ def test_an_sae_of_a_run_directory_is_evaluated_as_it_was_trained(inputs, tmp_pa
         assert places(opening.open_path(location)) == (config_lib.DEFAULT_TEXT, "", ""), location
 
 
-def test_a_folder_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
+def test_a_folder_from_the_hub_is_never_a_run_directory(inputs, tmp_path, monkeypatch):
     run = run_folder(tmp_path / "run")
     named(run / "sae", "x", inputs / "text.jsonl", str(inputs / "weights"), "")
     monkeypatch.setattr(finding, "local", lambda location: tmp_path / location.removeprefix("hf://a/b/"))
@@ -167,7 +167,7 @@ def test_a_folder_from_the_hub_is_never_a_run(inputs, tmp_path, monkeypatch):
         opening.open_path("hf://a/b/run")
 
 
-def test_converting_takes_no_weights_that_only_the_file_names(tmp_path, monkeypatch, capsys):
+def test_converting_ignores_weights_named_only_by_the_file(tmp_path, monkeypatch, capsys):
     one = made(Site("mlp_in", 1), Site("mlp_out", 1))
     one = dataclasses.replace(one, about=common.About(weights="gs://nowhere"))
     saving.write(tmp_path / "a", "saelens", one)
@@ -180,7 +180,7 @@ def test_converting_takes_no_weights_that_only_the_file_names(tmp_path, monkeypa
     assert "The file names weights gs://nowhere. They are not used unless you give" in capsys.readouterr().out
 
 
-def test_converting_goes_by_way_of_files(tmp_path, capsys):
+def test_converting_writes_the_same_sae_in_another_format(tmp_path, capsys):
     one = made(Site("resid_post", 1))
     saving.write(tmp_path / "a", "gemma_scope", one)
     site = {"model": "tiny", "site": "layer_1_resid_post"}

@@ -1,4 +1,4 @@
-"""Verdicts: the numbers that are called bad, and those that are not."""
+"""Verdicts name the faults of bad SAEs and no faults of good ones."""
 
 import math
 import re
@@ -7,7 +7,7 @@ import pytest
 
 from gemma_scope_jax.saes import verdicts
 
-# The quickstart's as measured, on 64 rows (results/quickstart.json), 4,096 latents.
+# The quickstart's SAE of 4,096 latents, measured on 64 rows (results/quickstart.json).
 GOOD = {
     "l0": 57.1, "fvu": 0.032, "cosine": 0.98, "delta_loss": 0.193, "delta_loss_se": 0.012, "clean_loss": 3.3,
     "mean_ablation_loss": 7.58, "zero_ablation_loss": 24.2, "dead_fraction": 0.299, "dense_fraction": 0.026,
@@ -19,7 +19,7 @@ def judge(width=4096, target_l0=0.0, **changes):
     return verdicts.verdict(GOOD | changes, width, target_l0)
 
 
-def test_a_good_one_is_said_to_be_in_few_words():
+def test_the_verdict_of_a_good_sae_is_one_short_line():
     good = judge()
     assert not good.faults
     assert good.line == "no faults: delta loss is 0.193 nats and mean ablation costs 4.28 nats, at L0 57.1"
@@ -28,7 +28,7 @@ def test_a_good_one_is_said_to_be_in_few_words():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        # Loss recovered against the mean −6.95 beside a cosine of 0.98.
+        # Loss recovered against mean ablation is −6.95 although the cosine is 0.98.
         ({"delta_loss": 34.0}, r"worse than mean ablation \(4.280\) and zero ablation \(20.900\): delta loss is 34"),
         ({"delta_loss": 5.0}, r"worse than mean ablation \(4.280\): delta loss is 5.000 nats. Next: .*zer.center"),
         ({"delta_loss": 2.6}, "recovers less than half: delta loss is 2.600 nats .* Next: train on more tokens"),
@@ -46,13 +46,13 @@ def test_a_good_one_is_said_to_be_in_few_words():
         ({"delta_loss": None}, "delta loss is not a number"),
     ],
 )  # fmt: skip
-def test_a_bad_sae_is_called_bad_with_advice(changes, said):
+def test_the_verdict_of_a_bad_sae_names_the_fault_and_the_next_step(changes, said):
     bad = judge(**changes)
     assert len(bad.faults) == 1 and "Next: " in bad.line
     assert re.search(said, bad.line), bad.line
 
 
-def test_the_worst_fault_comes_first_with_advice():
+def test_the_worst_fault_comes_first_and_decides_the_next_step():
     bad = judge(delta_loss=5.0, fvu=2.0, dense_fraction=0.2)
     assert [fault.split()[0] for fault in bad.faults] == ["worse", "FVU", "dense:"]
     assert bad.step == judge(delta_loss=5.0).step
@@ -60,7 +60,7 @@ def test_the_worst_fault_comes_first_with_advice():
 
 @pytest.mark.parametrize(
     ("width", "l0", "dense"),
-    # Of results/sweep.json and results/targets.json, and the published JumpReLU SAEs of 131k with under 0.06%.
+    # From results/sweep.json and results/targets.json; the published JumpReLU SAEs of width 131k have under 0.06%.
     [
         (2048, 152.2, 0.265),
         (2048, 60.7, 0.054),
@@ -69,21 +69,21 @@ def test_the_worst_fault_comes_first_with_advice():
         (131_072, 75.0, 0.0006),
     ],
 )
-def test_a_narrow_one_is_not_called_dense_for_its_arithmetic(width, l0, dense):
+def test_a_narrow_sae_is_not_called_dense_because_of_its_width(width, l0, dense):
     assert not judge(width, l0=l0, dense_fraction=dense, dead_fraction=0.05).faults
 
 
-def test_differences_within_chance_are_not_reported():
-    """An ablation that costs as little as the splice does, as of attention's outputs at some layers."""
+def test_a_difference_within_the_standard_error_is_not_a_fault():
+    """For attention outputs at some layers, an ablation costs as little as the splice."""
     little = {"mean_ablation_loss": 3.31, "zero_ablation_loss": 3.31, "delta_loss": 0.017}
     assert not judge(**little, delta_loss_se=0.014).faults
     assert judge(**little, delta_loss_se=0.002).faults
-    assert judge(**little, delta_loss_se=math.nan).faults  # Of one row.
+    assert judge(**little, delta_loss_se=math.nan).faults  # One row has no standard error.
     nothing = judge(mean_ablation_loss=3.29, zero_ablation_loss=3.2, delta_loss=-0.001, delta_loss_se=0.0)
     assert nothing.line.startswith("delta loss (-0.001) cannot judge it: mean ablation costs nothing (-0.010")
 
 
-def test_training_tells_nothing_of_losses():
+def test_the_verdict_after_training_says_nothing_of_losses():
     training = {name: GOOD[name] for name in ("l0", "fvu")}
     assert verdicts.verdict(training, 4096).line == (
         "no faults at L0 57.1 and FVU 0.032; run gemma-scope evaluate for delta loss, which decides"
@@ -91,8 +91,8 @@ def test_training_tells_nothing_of_losses():
     assert verdicts.verdict(training | {"fvu": 1.5}, 4096).faults
 
 
-def test_a_text_that_costs_more_is_said_though_fvu_is_lower():
-    """On news, for example, delta loss was 0.93 instead of 0.19 while FVU improved."""
+def test_a_text_with_a_higher_delta_loss_is_reported_although_its_fvu_is_lower():
+    """On news, delta loss was 0.93 instead of 0.19 while FVU improved."""
     own = {"delta_loss": 0.19, "delta_loss_se": 0.012, "fvu": 0.032}
     news = {"delta_loss": 0.93, "delta_loss_se": 0.03, "fvu": 0.021}
     assert verdicts.beside_own(news, own) == (
@@ -103,7 +103,7 @@ def test_a_text_that_costs_more_is_said_though_fvu_is_lower():
     assert verdicts.beside_own(own, {"delta_loss": [], "fvu": "x"}) == ""
 
 
-def test_of_many_only_those_amiss_are_listed():
+def test_only_saes_with_faults_are_listed():
     one, bad = judge(), judge(fvu=2.0)
     assert verdicts.lines({"a": one}) == [f"Verdict: {one.line}."]
     assert verdicts.lines({"a": one, "b": one}) == ["Verdict: no faults in 2 of 2 SAEs."]

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, or are known to be damaged."""
+"""Checkpoints are restored bit for bit, or detected as damaged."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ def run(inputs):
 
 @pytest.fixture
 def state(run):
-    """A state of random values, on the mesh."""
+    """A state with random values, on the run's mesh."""
     rng = np.random.default_rng(0)
 
     def fill(leaf):
@@ -59,23 +59,23 @@ def restore(folder, run):
 
 
 def array_files(folder, step):
-    """The files in which Orbax keeps the arrays' bytes."""
+    """The files in which Orbax stores the arrays of a step."""
     return [p for p in (folder / "checkpoints" / str(step) / "state").rglob("d/*") if p.stat().st_size > 2000]
 
 
-def test_a_state_comes_back_bit_for_bit_in_its_sharding(run, state, tmp_path):
+def test_a_state_is_restored_bit_for_bit_with_its_sharding(run, state, tmp_path):
     save_all(tmp_path, [at_step(state, 5)])
     again = restore(tmp_path, run)
     jax.tree.map(np.testing.assert_array_equal, again, at_step(state, 5))
     assert again.banks["main"].params.W_enc.sharding == state.banks["main"].params.W_enc.sharding
 
 
-def test_the_newest_are_kept(run, state, tmp_path):
+def test_the_newest_checkpoints_are_kept(run, state, tmp_path):
     save_all(tmp_path, [at_step(state, s) for s in (1, 2, 3)], keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
-def test_no_checkpoint_is_no_error(run, tmp_path):
+def test_a_run_without_checkpoints_restores_none(run, tmp_path):
     assert restore(tmp_path, run) is None
 
 
@@ -92,7 +92,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped bit", "zeroed block"])
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(run, state, tmp_path, how, capsys):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_restored(run, state, tmp_path, how, capsys):
     save_all(tmp_path, [at_step(state, 1), at_step(state, 2)])
     for path in array_files(tmp_path, 2):
         damage(path, how)
@@ -105,8 +105,8 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(run, state, tmp_pa
     assert int(restore(tmp_path, run).step) == 2
 
 
-def test_contents_that_changed_unnoticed_by_orbax_are_noticed(run, state, tmp_path, capsys, monkeypatch):
-    """A block changed on its way to the disk, so the stored bytes do not have the stored digest."""
+def test_changed_contents_that_orbax_accepts_are_detected(run, state, tmp_path, capsys, monkeypatch):
+    """The stored state differs from the digested one, as if a block had changed on its way to the disk."""
     save_all(tmp_path, [at_step(state, 1)])
     intended = at_step(state, 2)
     params = intended.banks["main"].params
@@ -119,7 +119,7 @@ def test_contents_that_changed_unnoticed_by_orbax_are_noticed(run, state, tmp_pa
     assert "its contents differ from what was saved, in banks.main.params.W_dec" in capsys.readouterr().out
 
 
-def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(state, inputs, tmp_path):
+def test_a_checkpoint_of_other_shapes_is_refused_but_not_called_damaged(state, inputs, tmp_path):
     save_all(tmp_path, [at_step(state, 1)])
     wider = runs.build(tiny.run_config(inputs, banks__main__width=128))
     with pytest.raises(
@@ -130,9 +130,7 @@ def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(state, inputs,
     assert (tmp_path / "checkpoints" / "1").exists() and not (tmp_path / "damaged").exists()
 
 
-def test_when_all_are_damaged_nothing_is_moved_or_started_over_however_often_it_is_tried(
-    run, state, tmp_path
-):
+def test_if_all_checkpoints_are_damaged_none_is_moved_and_the_run_does_not_start_over(run, state, tmp_path):
     save_all(tmp_path, [at_step(state, 1), at_step(state, 2)])
     for step in (1, 2):
         for path in array_files(tmp_path, step):
@@ -153,7 +151,7 @@ def test_a_step_damaged_again_is_set_aside_under_another_name(run, state, tmp_pa
     assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["2", "2.1"]
 
 
-def test_a_file_system_that_refuses_says_nothing_of_the_checkpoints(run, state, tmp_path, monkeypatch):
+def test_checkpoints_are_not_set_aside_after_an_error_of_the_file_system(run, state, tmp_path, monkeypatch):
     save_all(tmp_path, [at_step(state, 1), at_step(state, 2)])
 
     def refuse(*_):
@@ -176,7 +174,7 @@ def test_a_reader_changes_nothing(run, state, tmp_path):
     assert not (tmp_path / "damaged").exists()
 
 
-def test_the_digest_sees_any_change_and_no_sharding(state):
+def test_digests_depend_on_every_value_but_not_on_the_sharding(state):
     before = checkpoint.digests(state)
     alone = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), jax.devices()[0]), state)
     assert checkpoint.digests(alone) == before
@@ -198,7 +196,7 @@ def test_a_state_that_is_not_finite_is_never_saved(run, state, tmp_path):
         assert manager.all_steps() == []
 
 
-def test_a_full_disk_is_said_in_one_line():
+def test_a_full_disk_is_reported_in_one_line():
     assert "the disk is full" in common.explain(OSError(errno.ENOSPC, "No space left on device"))
     assert "the disk is full" in common.explain(
         ValueError("RESOURCE_EXHAUSTED: write: No space left on device\n more")
@@ -206,7 +204,7 @@ def test_a_full_disk_is_said_in_one_line():
     assert common.explain(TypeError("a defect")) is None
 
 
-def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
+def test_only_errors_of_this_project_are_reported_without_a_traceback():
     with pytest.raises(ValueError) as ours:
         loading.run_config(pathlib.Path("nowhere"))
     assert "nowhere is not a run directory" in common.explain(ours.value)
@@ -216,13 +214,13 @@ def test_only_errors_that_this_project_raises_are_said_without_a_traceback():
 
 
 @pytest.mark.parametrize("name", ["[v1] a", "*?"])
-def test_a_folder_whose_name_is_a_pattern_keeps_its_checkpoints(name, run, state, tmp_path):
+def test_a_folder_with_a_pattern_as_its_name_can_hold_checkpoints(name, run, state, tmp_path):
     save_all(tmp_path / name, [at_step(state, 5)])
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / name, run), at_step(state, 5))
 
 
-def test_a_checkpoint_that_orbax_cannot_open_is_not_called_saved(state, tmp_path, monkeypatch):
-    """Orbax finds the parts that it merges by a pattern, which matches nothing here."""
+def test_a_saved_checkpoint_that_orbax_cannot_open_is_an_error(state, tmp_path, monkeypatch):
+    """Orbax finds the parts to merge by a pattern, which matches nothing in a folder named `[v1]`."""
     monkeypatch.setattr(files, "for_orbax", str)
     with checkpoint.open_manager(tmp_path / "[v1]", 5) as manager:
         checkpoint.save(manager, at_step(state, 5), {})
@@ -233,11 +231,13 @@ def test_a_checkpoint_that_orbax_cannot_open_is_not_called_saved(state, tmp_path
             checkpoint.save(manager, at_step(state, 6), {})
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run, state, tmp_path, as_any_user):
+def test_a_checkpoint_without_read_permission_is_not_damaged(run, state, tmp_path, as_any_user):
     save_all(tmp_path, [at_step(state, 4), at_step(state, 5)])
     paths = array_files(tmp_path, 5)
     for path in paths:
-        path.write_bytes(b"")  # TensorStore's threads still have root's rights and would read it.
+        path.write_bytes(
+            b""
+        )  # Emptied, because TensorStore's threads keep root's privileges and could read it.
         path.chmod(0)
     with pytest.raises(PermissionError, match="Permission denied") as caught:
         restore(tmp_path, run)

@@ -1,4 +1,4 @@
-"""A config is found by its name from any folder, and a path that is one comes first."""
+"""A config is found by its name from any folder, but an existing file comes first."""
 
 import pathlib
 import re
@@ -12,7 +12,7 @@ from gemma_scope_jax.training import config_files
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
-def test_the_names_are_those_of_the_files_that_are_configs():
+def test_the_names_are_those_of_the_config_files():
     assert config_files.names() == sorted(p.stem for p in CONFIGS.glob("[!_]*.py"))
     assert {"quickstart", "gemma2_2b"} <= set(config_files.names())
 
@@ -33,7 +33,7 @@ def test_a_suite_stays_at_the_end(tmp_path, monkeypatch):
     assert config_files.find(f"{mine}:a/b:c") == (mine, "a/b:c")
 
 
-def test_a_file_that_exists_comes_first(tmp_path, monkeypatch):
+def test_an_existing_file_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     mine = tmp_path / "configs" / "quickstart.py"
@@ -44,7 +44,7 @@ def test_a_file_that_exists_comes_first(tmp_path, monkeypatch):
     assert config_files.find("quickstart")[0].resolve() == CONFIGS / "quickstart.py"
 
 
-def test_a_folder_of_a_configs_name_is_not_the_config(tmp_path, monkeypatch):
+def test_a_folder_with_a_configs_name_is_ignored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()
     assert config_files.find("quickstart")[0].resolve() == CONFIGS / "quickstart.py"
@@ -62,15 +62,15 @@ def test_a_folder_of_a_configs_name_is_not_the_config(tmp_path, monkeypatch):
         ("", "no config file ''"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_names_there_are(name, message, tmp_path, monkeypatch):
+def test_an_unknown_name_is_refused_with_the_known_names(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotFoundError, match=re.escape(message)) as caught:
         config_files.find(name)
     assert all(known in str(caught.value) for known in config_files.names())
 
 
-def test_an_installed_packages_configs_lie_in_it(tmp_path, monkeypatch):
-    """Then the folder beside the package belongs to others."""
+def test_the_configs_of_an_installed_package_are_inside_it(tmp_path, monkeypatch):
+    """A configs folder beside an installed package belongs to something else."""
     for place in ("configs", "package/configs"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "quickstart.py").touch()
@@ -90,7 +90,7 @@ def test_a_config_is_loaded_by_its_name(tmp_path, monkeypatch):
         config_files.load("none.py")
 
 
-def test_a_field_that_takes_a_mapping_is_given_as_a_whole_or_in_part():
+def test_a_mapping_field_can_be_set_whole_or_in_part():
     bank = config.to_dict(config.BankConfig(objective_options={"extra": 2.0}))
     values = {"banks": {"main": bank}}
     whole = config_files.with_fields(values, {"objective_options": {"other": 3.0}})
@@ -99,18 +99,18 @@ def test_a_field_that_takes_a_mapping_is_given_as_a_whole_or_in_part():
     assert part["banks"]["main"]["objective_options"] == {"extra": 4.0}
 
 
-def test_every_suite_of_the_quickstart_is_a_config_from_any_folder(tmp_path, monkeypatch):
+def test_every_suite_of_the_quickstart_loads_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for suite in ("sweep", "layers", "sites", "targets", "transcoders"):
         assert config.from_dict(config_files.load(f"quickstart_banks:{suite}")).model == "gemma3_270m"
 
 
-def test_every_config_is_a_config():
+def test_every_config_is_valid():
     for name in config_files.names():
         config.from_dict(config_files.load(name))
 
 
-def test_a_mistyped_path_is_answered_with_the_nearest_file(tmp_path):
+def test_a_mistyped_path_is_refused_with_the_nearest_file(tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "my_own.py").write_text("")
     for wrong in ("confgs/my_own.py", "configs/my_onw.py", "configs/my_own"):

@@ -1,4 +1,4 @@
-"""A run's SAEs under the names and in the conventions of other tools."""
+"""A run's SAEs are exported with the names and conventions of other tools."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ BANKS = {
 
 @pytest.fixture(scope="module")
 def workdir(inputs, tmp_path_factory):
-    """A run with a transcoder of each convention."""
+    """A finished run with a plain and a skip transcoder."""
     folder = tmp_path_factory.mktemp("transcoders") / "run"
     loop.train(tiny.run_config(inputs, banks=BANKS, optimizer__learning_rate=0.01), folder)
     return folder
@@ -35,7 +35,7 @@ def workdir(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def activations(inputs, tiny_gemma):
-    """The input of layer 2's MLP, with and without gain, and its output."""
+    """The MLP's inputs in layer 2, with and without gain, and its outputs."""
     tokens = jnp.asarray(tiny.tokens(8, 16))
     sites = {kind: Site(kind, 2) for kind in ("mlp_in", "mlp_in_gain_free", "mlp_out")}
     values = forward.read_sites(tiny_gemma, tokens, list(sites.values()))
@@ -47,7 +47,7 @@ def predict(transcoder, x):
 
 
 def training_form(workdir, name, activations):
-    """Predictions by the state itself, in float64: normalised, and brought back."""
+    """The training state's predictions in float64, denormalised, and the tokens near a threshold."""
     run, state = runs.open_run(workdir)
     (plan,) = (b for b in run.plan.banks if b.name == name)
     member = plan.members[0]
@@ -87,13 +87,13 @@ def test_a_transcoder_predicts_the_same_in_every_convention(
     error = np.linalg.norm(predict(again, activations[kind]) - expected, axis=1)
     assert is_near.mean() < 0.2
     np.testing.assert_array_less(error[~is_near], 1e-4 * np.linalg.norm(expected, axis=1)[~is_near])
-    # Fed with the wrong gain, it would predict something else.
+    # With the wrong gain, the predictions differ.
     other = {"mlp_in": "mlp_in_gain_free", "mlp_in_gain_free": "mlp_in"}[kind]
     wrong = np.linalg.norm(predict(again, activations[other]) - expected, axis=1)
     assert np.median(wrong / np.linalg.norm(expected, axis=1)) > 0.05
 
 
-def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
+def test_a_gain_of_zero_is_refused_only_if_information_would_be_lost(workdir):
     run, state = runs.open_run(workdir)
     plain, skip = (
         export.as_stored(run, state, member, folded, 1.0, "")
@@ -106,12 +106,12 @@ def test_a_gain_of_zero_is_refused_only_where_something_would_be_lost(workdir):
     assert not converted.W_enc[3].any() and np.isfinite(converted.W_enc).all()
 
 
-def test_an_export_that_must_fail_fails_before_it_writes(workdir, tmp_path, monkeypatch, capsys):
+def test_an_impossible_export_fails_before_it_writes(workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(forward, "mlp_in_gain", lambda params, layer: jnp.zeros(32))
     with pytest.raises(ValueError, match="32 of the gain's values are zero"):
         export.export_run(workdir, ("gemma_scope_2",), tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    # Of several formats, it is left out of the one.
+    # With several formats, the SAE is left out of the one that cannot hold it.
     paths = export.export_run(workdir, ("gemma_scope_2", "circuit_tracer"), tmp_path / "b")
     assert [path.relative_to(tmp_path / "b").parts[0] for path in paths] == [
         "circuit_tracer", "gemma_scope_2", "circuit_tracer",
@@ -119,7 +119,7 @@ def test_an_export_that_must_fail_fails_before_it_writes(workdir, tmp_path, monk
     assert "Left out of gemma_scope_2: layer_2_mlp_in_gain_free_to_mlp_out" in capsys.readouterr().out
 
 
-def test_an_sae_that_a_format_cannot_hold_is_refused():
+def test_obstacles_name_the_limits_of_each_format():
     residual, gain_free, mlp_in, mlp_out = (
         Site(kind, 2) for kind in ("resid_post", "mlp_in_gain_free", "mlp_in", "mlp_out")
     )
@@ -173,14 +173,14 @@ def test_a_whole_run_is_exported_in_googles_layouts(inputs, workdir, tmp_path):
         export.export_run(workdir, ("gemma_scope_2",), tmp_path / "2")
 
 
-def test_the_l0_in_a_name_is_that_of_held_out_rows_or_of_the_last_updates(workdir, tmp_path):
+def test_the_l0_in_a_name_comes_from_held_out_rows_or_the_last_updates(workdir, tmp_path):
     run, state = runs.open_run(workdir)
     step = int(state.step)
     logged = {name: v["l0"] for name, v in metrics_log.read_metrics(workdir)[-1]["sae"].items()}
     assert export.measured_l0(run, state, workdir) == pytest.approx(logged)
-    since = export.measured_l0(run, state, tmp_path)  # Where there is no log.
+    since = export.measured_l0(run, state, tmp_path)  # There is no log in this folder.
     for plan in run.plan.banks:
-        # Three windows of twelve updates and one step of four more, which the last line of the log is of.
+        # Three windows of twelve updates, and a step of four more, which is the last line of the log.
         assert int(state.banks[plan.name].updates_E[0]) == 40
         np.testing.assert_allclose(since[plan.members[0].name], logged[plan.members[0].name], rtol=0.02)
     config = run.config
@@ -201,10 +201,10 @@ def test_the_l0_in_a_name_is_that_of_held_out_rows_or_of_the_last_updates(workdi
         (tmp_path / "evaluation.json").write_text(json.dumps(about | differs | {"sae": sae}))
         assert export.measured_l0(run, state, tmp_path) == expected
     (tmp_path / "evaluation.json").write_text('{"sae": [1]}')
-    assert export.measured_l0(run, state, tmp_path) == logged  # A damaged one keeps no run from its export.
+    assert export.measured_l0(run, state, tmp_path) == logged  # A damaged evaluation is ignored.
 
 
-def test_places_are_googles_and_no_two_are_one():
+def test_folder_names_follow_googles_and_are_unique():
     def member(kind="resid_post", coefficient=1e-3, seed=0, skip=False, target=None, layer=9):
         site = Site(kind, layer)
         return naming.Member(
@@ -234,9 +234,7 @@ def test_places_are_googles_and_no_two_are_one():
         assert len(set(made.values())) == len(members)
 
 
-def test_a_transcoder_is_evaluated_from_its_run_and_from_its_export_alike(
-    workdir, monkeypatch, inputs, capsys
-):
+def test_a_transcoder_evaluates_the_same_from_its_run_and_its_export(workdir, monkeypatch, inputs, capsys):
     from_run = evaluate_cli.evaluate_path(workdir, rows=8)
     monkeypatch.setenv("HOME", str(inputs / "home"))
     for name, result in from_run.items():
@@ -245,7 +243,7 @@ def test_a_transcoder_is_evaluated_from_its_run_and_from_its_export_alike(
             np.testing.assert_allclose(getattr(exported, key), getattr(result, key), rtol=1e-3, atol=1e-4)
 
 
-def test_sweeps_are_in_the_order_of_lambda_and_not_of_results():
+def test_sweeps_are_ordered_by_lambda_and_not_by_results():
     site = Site("resid_post", 9)
     members = [naming.Member(site, site, 2**14, coefficient) for coefficient in (4e-3, 1e-3, 2e-3)]
     members += [
@@ -260,7 +258,7 @@ def test_sweeps_are_in_the_order_of_lambda_and_not_of_results():
     assert points == ["L0* 20", "L0* 50"]
 
 
-def test_an_export_that_is_cut_off_leaves_nothing_and_can_be_made_again(workdir, tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(workdir, tmp_path, monkeypatch):
     written, write = [], saving.write
 
     def cut_off_at_the_second(*args):
@@ -284,7 +282,7 @@ def test_an_export_that_is_cut_off_leaves_nothing_and_can_be_made_again(workdir,
             export.export_run(workdir, ("saelens",), out)
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "transcoder", "transcoder_skip"]
     assert not [path for path in tmp_path.rglob(".*")]
-    # What lies beside a run's own SAEs stays when they are written once more.
+    # Other files beside a run's own SAEs are kept when the SAEs are written again.
     own = workdir / "sae" / "layer_2_mlp_in_to_mlp_out_skip_width_64_lambda_0.0006"
     (own / "evaluation.json").touch()
     run, state = runs.open_run(workdir)
@@ -292,7 +290,7 @@ def test_an_export_that_is_cut_off_leaves_nothing_and_can_be_made_again(workdir,
     assert (own / "evaluation.json").exists() and len(list(loading.read(own))) == 1
 
 
-def test_saes_whose_names_differ_in_a_space_are_converted_into_folders_of_their_own(workdir, tmp_path):
+def test_saes_with_similar_names_are_converted_into_separate_folders(workdir, tmp_path):
     (first, _) = sorted((workdir / "sae").iterdir())
     for name in ("a b", "a_b", "A b"):
         shutil.copytree(first, tmp_path / "saes" / name)

@@ -1,4 +1,4 @@
-"""Forecasts of slices: against formulas by hand, and against the TPU's own compiler."""
+"""The forecasts of `plan` equal formulas by hand and the results of the TPU's own compiler."""
 
 import pathlib
 import sys
@@ -17,13 +17,13 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def test_an_updates_flops_are_five_products_and_two_more_with_a_skip_connection():
+def test_an_updates_flops_equal_those_of_its_products():
     banks = {
         "plain": dict(layers=(0, 1, 2), width=64),
         "skip": dict(layers=(1,), sites=("attn_out",), target_site="mlp_out", skip=True, width=128),
     }
     plan = plans.make_plan(tiny.run_config(pathlib.Path("nowhere"), banks=banks), tiny.TinyGemma(), 2, 1)
-    # Three SAEs are padded to four, the transcoder to two. D = 32, N·H = 64, a batch of 32.
+    # Three SAEs are padded to four, and the transcoder to two. D = 32, N·H = 64, and the batch is 32.
     assert flops.update_flops(plan.banks[0], tiny.TinyGemma(), 32) == 4 * 5 * (2 * 32 * 32 * 64)
     products = 2 * 64 * 128 + 3 * 32 * 128 + 2 * 64 * 32
     assert flops.update_flops(plan.banks[1], tiny.TinyGemma(), 32) == 2 * 2 * 32 * products
@@ -41,7 +41,7 @@ HLO = """
 """
 
 
-def test_collectives_are_counted_with_the_updates_that_repeat_them():
+def test_collectives_of_an_update_are_counted_once_for_each_update():
     found = forecast.parse_collectives(HLO, 16)
     assert [(c.kind, c.where, c.times, c.bytes) for c in found] == [
         ("all-gather", "banks", 16, 16 * 4 * 4096),
@@ -52,17 +52,17 @@ def test_collectives_are_counted_with_the_updates_that_repeat_them():
 
 
 @needs_compiler
-def test_the_planned_step_is_the_trained_one(inputs, monkeypatch, capsys):
-    """A step with another sum over all chips in it is planned with it."""
+def test_the_forecast_compiles_the_step_that_is_trained(inputs, monkeypatch, capsys):
+    """If the training step has one more sum over all chips, the forecast counts it."""
     common.find_tpu_compiler()
-    # Large enough to be laid out over chips, and small enough to compile in seconds.
+    # Large enough to be split over chips, and small enough to compile in seconds.
     c = tiny.run_config(inputs, banks__main__width=1024, gemma_dtype="bfloat16")
     before = forecast.forecast(c, "v5e:2x4")
     assert (before.devices, before.data, before.latent) == (8, 1, 8)
     assert before.tokens_per_step == 128 and before.hours > 0
     total = before.gemma_s + before.banks_s + before.optimizer_s + before.collectives_s
     assert before.step_s == total
-    # By hand: four updates, five products in six passes on eight chips.
+    # By hand: four updates of five products, each in six passes, on eight chips.
     assert before.banks_s == 4 * 6 * 5 * 2 * 32 * 32 * 1024 / (8 * 197e12)
     high = before.at("high")
     assert high.banks_s == before.banks_s / 2 and high.hours < before.hours
@@ -92,7 +92,7 @@ def test_the_planned_step_is_the_trained_one(inputs, monkeypatch, capsys):
     assert sums[1] > sums[0]
 
 
-# From Cloud's pages on each version: v4 and v5p are named by cores, two a chip, v5e and v6e by chips.
+# From Cloud's pages: the number in a name of v4 and v5p counts cores, two for each chip; in v5e and v6e, chips.
 @pytest.mark.parametrize(
     ("name", "topology"),
     [
@@ -105,11 +105,11 @@ def test_the_planned_step_is_the_trained_one(inputs, monkeypatch, capsys):
         ("v5p:2x4x4", "v5p:2x4x4"),
     ],
 )
-def test_slices_have_clouds_names(name, topology):
+def test_slices_are_found_by_clouds_names(name, topology):
     assert forecast.topology_of(name) == topology
 
 
-def test_a_size_that_cloud_does_not_have_is_refused_with_those_it_has():
+def test_an_unknown_slice_size_is_refused_with_the_known_sizes():
     with pytest.raises(ValueError, match="there is no slice v5p-12; sizes of v5p are 8, 16, 32"):
         forecast.topology_of("v5p-12")
 
@@ -123,13 +123,13 @@ def test_a_size_that_cloud_does_not_have_is_refused_with_those_it_has():
         ("v5p:3x5", "cannot compile for v5p:3x5"),
     ],
 )
-def test_slices_that_there_are_not_are_refused(topology, message):
+def test_invalid_topologies_are_refused(topology, message):
     common.find_tpu_compiler()
     with pytest.raises(ValueError, match=message):
         forecast.slice_devices(topology)
 
 
-def test_a_device_is_known_by_its_kind_in_jax():
+def test_a_chip_is_identified_by_jaxs_device_kind():
     class Device:
         device_kind = "TPU v5 lite"
 

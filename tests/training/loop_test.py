@@ -1,4 +1,4 @@
-"""Whole runs: their files, exact resume after any kind of end, and answers to signals and bad input."""
+"""Whole runs: their files, exact resumption after any kind of end, and the handling of signals and bad input."""
 
 import dataclasses
 import errno
@@ -47,7 +47,7 @@ def logged_steps(workdir):
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
-    """A run trained without interruption."""
+    """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     loop.train(tiny.run_config(inputs, **LONG), workdir)
     return workdir
@@ -76,7 +76,7 @@ def test_the_loss_falls(finished):
 
 
 def test_the_export_has_the_training_states_outputs(inputs, finished):
-    """On raw activations. Positions with a pre-activation near its threshold can flip, and are counted."""
+    """Compares on raw activations, without the few positions that have a pre-activation near its threshold."""
     c = tiny.run_config(inputs, **LONG)
     state = final_state(c, finished)
     (folder,) = (finished / "sae").iterdir()
@@ -119,7 +119,7 @@ def test_the_step_is_traced_once_in_a_run(inputs, tmp_path, monkeypatch):
     loop.train(tiny.run_config(inputs), tmp_path / "run")
 
 
-def test_a_finished_run_is_left_as_it_is_and_can_be_extended(inputs, tmp_path, capsys, monkeypatch):
+def test_a_finished_run_is_left_unchanged_and_can_be_extended(inputs, tmp_path, capsys, monkeypatch):
     c = tiny.run_config(inputs)
     loop.train(c, tmp_path / "run")
     before = final_state(c, tmp_path / "run")
@@ -148,7 +148,7 @@ BANKS = {
 
 
 def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp_path, capsys):
-    """Members that stay continue as if the others had always been there; new members start as in a new run."""
+    """Kept members resume as if the new banks had always existed; new members start as in a new run."""
     old = tmp_path / "old"
     c = tiny.run_config(inputs, banks=BANKS)
     loop.train(c, old)
@@ -170,7 +170,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
     old_normalizer, kept = (s.normalizers["layer_1_resid_post"] for s in (before, after))
     jax.tree.map(np.testing.assert_array_equal, old_normalizer, kept)
 
-    # The first run, had it been extended in place, gives the same two SAEs.
+    # Extending the first run in place trains the same two SAEs.
     longer = tiny.run_config(inputs, banks=BANKS, train__tokens=128 * 16)
     loop.train(longer, old)
     whole = final_state(longer, old).banks["residual"]
@@ -194,7 +194,7 @@ def test_members_are_added_to_and_dropped_from_a_finished_runs_banks(inputs, tmp
         ),
     ],
 )
-def test_invalid_starting_points_are_refused(inputs, tmp_path_factory, changes, message, request):
+def test_an_unsuitable_run_to_start_from_is_refused(inputs, tmp_path_factory, changes, message, request):
     old = request.getfixturevalue("short")
     with pytest.raises(ValueError, match=message):
         loop.train(
@@ -210,7 +210,7 @@ def short(inputs, tmp_path_factory):
     return workdir
 
 
-def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(inputs, tmp_path, monkeypatch):
+def test_a_run_that_does_not_fit_in_memory_is_refused_before_loading(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "memory_of", lambda device: 1_000_000)
     monkeypatch.setattr(prepare, "rows_of", lambda _: pytest.fail("the text was read"))
     c = tiny.run_config(inputs, banks={"large": dict(layers=(1,), width=2**14)})
@@ -222,7 +222,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(inputs, tm
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
+def test_another_config_is_refused_and_no_file_changes(inputs, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=r"config\.banks\.main\.width = 64, now it is 128"):
         loop.train(tiny.run_config(inputs, banks__main__width=128, **LONG), finished)
@@ -230,7 +230,7 @@ def test_another_config_is_refused_and_nothing_is_lost(inputs, finished):
 
 
 def on_devices(patch, count):
-    """Gives the next runs this many devices."""
+    """Makes the next runs use `count` devices."""
     build = runs.build
 
     def build_on(run_config, started):
@@ -240,7 +240,7 @@ def on_devices(patch, count):
     patch.setattr(runs, "build", build_on)
 
 
-# Three members, so that they are padded for a data axis of two or eight.
+# With three members, a data axis of two or eight needs padding.
 THREE = dict(
     banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1),
     banks__main__objective="controlled",
@@ -250,7 +250,7 @@ THREE = dict(
 
 @pytest.fixture(scope="module")
 def on_four(inputs, tmp_path_factory):
-    """A run on four devices, and a copy of its folder after it saved its sixth step."""
+    """The workdir of a run on four devices, and a copy of it after step six."""
     workdir = tmp_path_factory.mktemp("runs") / "on_four"
     save = checkpoint.save
 
@@ -268,7 +268,7 @@ def on_four(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("count", "mesh"), [(8, (8, 1)), (2, (1, 2))])
-def test_a_run_continues_on_other_devices_as_if_it_had_always_been_there(
+def test_a_run_resumes_on_other_devices_with_the_same_results(
     inputs, tmp_path, monkeypatch, on_four, count, mesh
 ):
     whole, at_six = on_four
@@ -287,17 +287,17 @@ def test_a_run_continues_on_other_devices_as_if_it_had_always_been_there(
 
 
 def test_a_run_of_many_devices_is_read_on_one(inputs, tmp_path):
-    """Three members, padded to four for a data axis of two."""
+    """The run has three members, padded to four for a data axis of two."""
     bank = dict(banks__main__sparsity_coefficients=(1e-3, 1e-2, 1e-1), mesh__data=2, mesh__latent=4)
     loop.train(tiny.run_config(inputs, **bank), tmp_path / "run")
     run, state = runs.open_run(tmp_path / "run")
     assert run.mesh.size == 1 and state.banks["main"].params.W_enc.shape[0] == 3
-    assert not jax.tree.leaves((state.ring.slots, state.banks["main"].opt_state))  # Nobody reads them.
+    assert not jax.tree.leaves((state.ring.slots, state.banks["main"].opt_state))  # They are not read.
     assert len(list(export.folded_saes(run.plan, state))) == 3
 
 
 def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
-    """Documents are held out by their number: another text would mix the two splits."""
+    """Documents are held out by their index, so another text would mix the two splits."""
     text = tmp_path / "text.jsonl"
     lines = (inputs / "text.jsonl").read_text()
     text.write_text(lines)
@@ -313,20 +313,20 @@ def test_a_run_keeps_its_rows_when_the_text_changes(inputs, tmp_path, capsys):
         loop.train(tiny.run_config(inputs, train__tokens=128 * 14, **changes), tmp_path / "run")
 
 
-def test_a_config_may_be_mended_until_something_has_been_trained(inputs, tmp_path):
+def test_a_config_can_be_corrected_before_the_first_step(inputs, tmp_path):
     with pytest.raises(ValueError, match="no weights at"):
         loop.train(tiny.run_config(inputs, weights=str(tmp_path / "nowhere")), tmp_path / "run")
     loop.train(tiny.run_config(inputs), tmp_path / "run")
 
 
-def test_wrong_weights_are_said_before_the_text_is_tokenised(inputs, tmp_path):
+def test_wrong_weights_are_refused_before_the_text_is_tokenised(inputs, tmp_path):
     changes = dict(weights=str(tmp_path), data__folder=str(tmp_path / "rows"))
     with pytest.raises(ValueError, match="holds no weights"):
         loop.train(tiny.run_config(inputs, **changes), tmp_path / "run")
     assert not (tmp_path / "rows").exists()
 
 
-def test_a_run_from_before_range_checks_opens_and_continues(inputs, finished, tmp_path):
+def test_an_old_run_with_an_out_of_range_seed_opens_and_resumes(inputs, finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     old = dataclasses.replace(tiny.run_config(inputs, **LONG), seed=2**32)
@@ -341,10 +341,10 @@ def test_a_run_from_before_range_checks_opens_and_continues(inputs, finished, tm
     assert not (tmp_path / "new").exists()
 
 
-def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
+def test_a_nonfinite_activation_ends_the_run_with_its_position_or_is_skipped(
     inputs, tmp_path, monkeypatch, capsys
 ):
-    """The embedding of a token that first comes after calibration; its run goes on without it when asked to."""
+    """A token that does not occur in calibration gets a NaN embedding; the run resumes with skip_nonfinite."""
     sites = dict(banks__main__layers=(0,), banks__main__sites=("embed",), log__checkpoint_every=1)
     c = tiny.run_config(inputs, normalizer__rows=8, **sites)
     rows = token_rows.open_rows(prepare.rows_of(c), token_rows.TRAIN)
@@ -375,7 +375,7 @@ def test_one_activation_that_is_not_finite_ends_the_run_by_name_or_is_left_out(
     assert re.search(rf"{place_text}.*Such positions are skipped", capsys.readouterr().out.replace("\n", " "))
 
 
-def test_how_often_the_text_is_read_is_said(inputs, tmp_path):
+def test_a_short_text_is_reported_with_its_number_of_passes(inputs, tmp_path):
     run = runs.build(tiny.run_config(inputs, train__tokens=128 * 12, normalizer__rows=64))
     assert loop._passes(run, 96) == []
     assert loop._passes(run, 60) == [
@@ -385,7 +385,7 @@ def test_how_often_the_text_is_read_is_said(inputs, tmp_path):
 
 
 class Deaf(io.StringIO):
-    """A stream whose reader has gone."""
+    """A stream whose reader has closed it."""
 
     def write(self, text=""):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -393,8 +393,8 @@ class Deaf(io.StringIO):
     flush = write
 
 
-def test_an_interrupt_in_a_notebook_is_raised_when_the_state_is_saved(inputs, tmp_path, monkeypatch):
-    """Nobody reads its output. On another thread, where Python gets no signals, it runs to its end."""
+def test_an_interrupt_in_a_notebook_is_raised_after_the_state_is_saved(inputs, tmp_path, monkeypatch):
+    """This works with a closed stderr too. On another thread, where Python handles no signals, the run finishes."""
     c = tiny.run_config(inputs)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     read, calls = runs.read_batch, []
@@ -429,7 +429,7 @@ def test_two_processes_do_not_train_in_one_directory(inputs, tmp_path):
             loop.train(tiny.run_config(inputs), tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs, tmp_path):
+def test_a_nonfinite_loss_stops_the_run_with_the_step(inputs, tmp_path):
     c = tiny.run_config(inputs, optimizer__learning_rate=1e30)
     with pytest.raises(
         FloatingPointError, match=r"is (nan|inf) at step \d+|non-finite values in banks\.main"
@@ -458,7 +458,7 @@ def test_the_share_of_same_document_pairs():
 
 
 class Process:
-    """A run in a separate process with eight fake devices."""
+    """A run in a separate process, on eight fake devices as in this one."""
 
     def __init__(
         self,
@@ -502,7 +502,7 @@ class Process:
 
 
 def kill_and_resume(run_config, whole, workdir, kills, seed):
-    """Kills a run `kills` times at random moments with each resuming the one before, then lets it end."""
+    """Kills and resumes a run `kills` times at random moments, then lets it finish; checks its end."""
     moments = random.Random(seed)
     for _ in range(kills):
         process = Process(run_config, workdir)
@@ -525,7 +525,7 @@ def assert_same_end(run_config, whole, workdir):
         assert path.read_bytes() == (workdir / path.relative_to(whole)).read_bytes()
 
 
-def test_killed_and_interrupted_a_run_ends_bit_for_bit_as_if_it_had_not_been(inputs, finished, tmp_path):
+def test_a_killed_and_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(inputs, finished, tmp_path):
     c = tiny.run_config(inputs, **LONG)
     workdir = tmp_path / "run"
     process = Process(c, workdir)
@@ -533,7 +533,7 @@ def test_killed_and_interrupted_a_run_ends_bit_for_bit_as_if_it_had_not_been(inp
     assert process.send(signal.SIGKILL) == -signal.SIGKILL
 
     process = Process(c, workdir, is_piped=True)
-    process.popen.stdout.close()  # It goes on when its reader has gone, and still answers.
+    process.popen.stdout.close()  # Without a reader the run continues, and still handles signals.
     process.wait_until(lambda: process.logged(150))
     assert process.send(signal.SIGINT) == 130
     steps = logged_steps(workdir)
@@ -546,7 +546,7 @@ def test_killed_and_interrupted_a_run_ends_bit_for_bit_as_if_it_had_not_been(inp
     assert_same_end(c, finished, workdir)
 
 
-def test_a_signal_before_the_first_step_is_answered_at_once(inputs, tmp_path):
+def test_a_signal_before_the_first_step_ends_the_run_at_once(inputs, tmp_path):
     process = Process(tiny.run_config(inputs, **LONG), tmp_path / "run")
     process.wait_until(lambda: "Compiling the training step" in process.text())
     started = time.monotonic()
@@ -555,7 +555,7 @@ def test_a_signal_before_the_first_step_is_answered_at_once(inputs, tmp_path):
     assert "SIGTERM: exiting at once; nothing has been trained yet." in process.text()
 
 
-# Gemma is loaded again and again, so that the signal comes in the midst of it.
+# This program loads Gemma repeatedly, so that the signal arrives during loading.
 LOADING = """
 import tiny
 from gemma_scope_jax.models import weights
@@ -571,7 +571,7 @@ tiny.main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_gemma_is_loaded_is_answered_at_once_and_in_one_line(inputs, tmp_path, number):
+def test_a_signal_while_gemma_loads_ends_the_run_at_once_with_one_line(inputs, tmp_path, number):
     c = tiny.run_config(inputs, **LONG)
     process = Process(c, tmp_path / "run", program=("-c", LOADING))
     process.wait_until(lambda: "Loading." in process.text())
@@ -586,7 +586,7 @@ def test_a_signal_while_gemma_is_loaded_is_answered_at_once_and_in_one_line(inpu
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 420 kB, which holds one checkpoint and not two."""
+    """A disk of 420 kB, with room for one checkpoint but not for two."""
     folder = tmp_path / "small"
     folder.mkdir()
     if subprocess.run(
@@ -597,7 +597,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_said_in_one_line_and_leaves_the_last_checkpoint(inputs, small_disk):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_the_last_checkpoint(inputs, small_disk):
     c = tiny.run_config(inputs, train__tokens=128 * 100)
     process = Process(c, small_disk / "run", output=small_disk.with_suffix(".out"))
     assert process.popen.wait(timeout=120) == 1
@@ -612,8 +612,8 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_last_checkpoint(inputs, 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(10))
-def test_soak_signals_at_random_moments_with_a_broken_pipe(inputs, finished, tmp_path, seed):
-    """Each is answered within seconds, whoever still reads, and costs nothing that a step was finished for."""
+def test_soak_signals_at_random_moments_with_a_pipe(inputs, finished, tmp_path, seed):
+    """Each signal ends the run soon, with or without a reader, and no finished step is lost."""
     moments, c, workdir = random.Random(seed), tiny.run_config(inputs, **LONG), tmp_path / "run"
     for _ in range(4):
         process = Process(c, workdir, is_piped=True)
@@ -630,7 +630,7 @@ def test_soak_signals_at_random_moments_with_a_broken_pipe(inputs, finished, tmp
         number = moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
         for _ in range(moments.choice([1, 1, 2])):
             process.popen.send_signal(number)
-        # One that had just ended has nothing to answer.
+        # A run that has just finished exits with 0.
         assert process.popen.wait(timeout=60) in (128 + number, -number, 0)
         if reader.ident:
             reader.join()
@@ -653,7 +653,7 @@ def test_soak_kills_at_random_moments(inputs, finished, tmp_path, seed):
     )
 
 
-def test_held_out_l0_and_fvu_in_the_log_are_those_of_slow_numpy(inputs, tmp_path, tiny_gemma):
+def test_held_out_l0_and_fvu_in_the_log_equal_numpy(inputs, tmp_path, tiny_gemma):
     mlp = dict(layers=(2,), sites=("mlp_in",), target_site="mlp_out")
     shared = dict(width=64, bandwidth=0.1, initial_threshold=0.1)
     banks = {"main": dict(layers=(1, 2), **shared), "mlp": mlp | shared}

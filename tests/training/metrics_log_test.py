@@ -1,4 +1,4 @@
-"""The log of a run, and warnings about thresholds that do not move."""
+"""A run's log, its progress line, and its warnings, for example of thresholds that do not move."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def entries(**changes):
     return [{"step": i, "speed": SPEED, "sae": dict.fromkeys(NAMES, values)} for i in range(6)]
 
 
-def test_thresholds_that_both_sides_move_are_not_warned_of():
+def test_thresholds_moved_by_error_and_sparsity_cause_no_warning():
     assert metrics_log.stuck_thresholds(PLAN, entries()) == []
 
 
@@ -56,27 +56,27 @@ def test_thresholds_that_both_sides_move_are_not_warned_of():
         ),
     ],
 )
-def test_a_stuck_threshold_gets_a_warning_with_advice(changes, said, count):
-    """An SAE without a penalty gets no warning about its penalty."""
+def test_the_warning_of_stuck_thresholds_names_the_field_to_change(changes, said, count):
+    """An SAE without a penalty gets no warning about its small share of sparsity."""
     warnings = metrics_log.stuck_thresholds(PLAN, entries(**changes))
     assert len(warnings) == count
     for warning in warnings:
         assert re.search(said, warning), warning
 
 
-def test_sparsity_is_judged_as_it_will_be_once_lambda_has_warmed_up():
-    """A hundredth of λ so far, and so a hundredth of its final share."""
+def test_the_share_of_sparsity_is_judged_at_the_final_lambda():
+    """λ has risen to a hundredth of its final value, and so the share is a hundredth of the final one."""
     early = entries(theta_from_sparsity=0.005, sparsity_coefficient=1e-5)
     assert metrics_log.stuck_thresholds(PLAN, early) == []
     assert len(metrics_log.stuck_thresholds(PLAN, entries(theta_from_sparsity=0.005))) == 1
 
 
-def test_the_first_thousand_updates_are_watched_or_half_of_a_short_run():
-    assert metrics_log.watched_steps(PLAN) == 5  # Of ten steps of four updates.
+def test_thresholds_are_watched_for_a_thousand_updates_or_half_of_a_short_run():
+    assert metrics_log.watched_steps(PLAN) == 5  # Half of ten steps.
 
 
-def test_a_learning_rate_that_moves_nothing_is_warned_of():
-    """Gemma Scope's is for a million updates; after two thousand a threshold has moved by 14 per cent."""
+def test_a_too_small_learning_rate_causes_a_warning():
+    """Gemma Scope's rate is for a million updates; in two thousand, a threshold moves by 15 per cent at most."""
     few = 2_000 * config.OptimizerConfig().learning_rate
     (of_window, of_rates) = metrics_log.check_plan(PLAN, 40, few)
     assert "by a factor of 1.15 at most" in of_rates
@@ -84,7 +84,7 @@ def test_a_learning_rate_that_moves_nothing_is_warned_of():
     assert metrics_log.check_plan(PLAN, 40, 976_562 * config.OptimizerConfig().learning_rate) == [of_window]
 
 
-def test_the_progress_line_spans_the_saes_and_marks_unknown_numbers():
+def test_the_progress_line_shows_ranges_over_the_saes_and_unknown_values():
     entry = entries()[0]
     entry["sae"][NAMES[1]] = entry["sae"][NAMES[1]] | {"l0": 20.0, "fvu": 0.25}
     assert (
@@ -107,13 +107,13 @@ def test_the_end_of_a_run_is_judged_by_its_last_values(tmp_path):
     assert metrics_log.last_values(tmp_path, 10)[NAMES[0]]["l0"] == 10.0
     assert metrics_log.judge(PLAN, tmp_path, 10)[NAMES[0]].faults == ()
     (fault,) = metrics_log.judge(PLAN, tmp_path, 100)[NAMES[0]].faults
-    assert fault == "dead: 62% of latents never fired on 80,000 activations"  # Of a window.
+    assert fault == "dead: 62% of latents never fired on 80,000 activations"  # The activations of a window.
     write(fvu=1.5)
     assert metrics_log.judge(PLAN, tmp_path, 100)[NAMES[1]].faults[0].startswith("FVU 1.5")
     assert metrics_log.judge(PLAN, tmp_path / "none", 100) == {}
 
 
-def test_utilisation_is_of_the_peak_and_apart_for_gemma_and_the_saes():
+def test_utilisation_is_relative_to_the_peak_and_separate_for_gemma_and_the_saes():
     speed = metrics_log.measure_speed(PLAN, 2.0, 0.5, (600, 400), 1000.0)
     assert (speed.tokens_per_second, speed.data_wait_s) == (PLAN.activations / 2, 0.5)
     assert (speed.gemma_utilisation, speed.saes_utilisation) == (0.3, 0.2)
@@ -134,7 +134,7 @@ def line(step, **changes):
     [b'{"st', b"", b"[1]", b"1", b"null", b'{"step": 2}', b'{"step": "2", "sae": {}}', b'{"step": 2, "sae": []}',
      b'{"step": 2, "sae": {"a": 1}}', b"\xff\xfe", b"\0" * 99, b"[" * 10**5, line(1), line(3) + line(4)],
 )  # fmt: skip
-def test_a_damaged_line_costs_no_other_and_no_resume(tmp_path, capsys, damaged):
+def test_a_damaged_line_affects_no_other_line_and_no_resumption(tmp_path, capsys, damaged):
     path = tmp_path / "metrics.jsonl"
     content = b"\n".join([line(1), damaged, line(3), line(4), line(9)[:20]])
     path.write_bytes(content)
@@ -144,13 +144,13 @@ def test_a_damaged_line_costs_no_other_and_no_resume(tmp_path, capsys, damaged):
     told = capsys.readouterr().out
     aside = tmp_path / "metrics.jsonl.damaged.1"
     assert path.read_bytes() == line(1) + b"\n" + line(3) + b"\n"
-    if damaged:  # An empty line is no loss.
+    if damaged:  # An empty line is skipped without a message.
         assert told.count("\n") == 1 and "1 lines are damaged" in told and aside.read_bytes() == content
     else:
         assert not told and not aside.exists()
 
 
-def test_warmups_that_do_not_end_are_warned_of():
+def test_warmups_longer_than_the_run_cause_warnings():
     long = dataclasses.replace(PLAN.optimizer, warmup_updates=41, sparsity_warmup_updates=100)
     _, of_rate, of_lambda = metrics_log.check_plan(dataclasses.replace(PLAN, optimizer=long), 40, 1.0)
     assert (
@@ -159,7 +159,7 @@ def test_warmups_that_do_not_end_are_warned_of():
     assert "optimizer.sparsity_warmup_updates is 100" in of_lambda and "λ does not rise" in of_lambda
 
 
-def test_undefined_numbers_are_null_and_reported(tmp_path):
+def test_undefined_numbers_are_none_and_reported(tmp_path):
     e = len(NAMES)
     values = {field.name: np.ones(e) for field in dataclasses.fields(bank.Metrics)}
     values |= {"activations_E": np.array([0, 7]), "fvu_E": np.full(e, np.nan)}

@@ -1,4 +1,4 @@
-"""A plan follows its config; values that do not fit are refused with names and values."""
+"""A plan follows from its config, and invalid configs are refused with names and values."""
 
 import pathlib
 
@@ -130,12 +130,12 @@ def test_counts_add_up():
         ),
     ],
 )
-def test_inconsistent_values_are_refused_with_names_and_values(changes, mesh, message):
+def test_invalid_configs_are_refused_with_names_and_values(changes, mesh, message):
     with pytest.raises(ValueError, match=message):
         plan(changes, mesh)
 
 
-def test_members_that_differ_have_names_that_differ():
+def test_different_members_have_different_names():
     close = plan(
         {
             "banks__main__sparsity_coefficients": (1.0000001e-4, 1.0000002e-4),
@@ -147,7 +147,7 @@ def test_members_that_differ_have_names_that_differ():
     assert close.members[0].name == "layer_1_resid_post_width_64_lambda_0.00010000001_controlled_10"
 
 
-def test_two_banks_may_not_train_the_same_sae():
+def test_two_banks_cannot_train_the_same_sae():
     banks = {name: dict(layers=(1,), width=64) for name in ("a", "b")}
     with pytest.raises(
         ValueError, match=r"two SAEs have the name .*, in banks\.a and banks\.b; change a field"
@@ -156,7 +156,7 @@ def test_two_banks_may_not_train_the_same_sae():
     assert len(plan({"banks": banks | {"b": dict(layers=(1,), width=128)}}).members) == 2
 
 
-def test_widths_are_called_as_gemma_scope_calls_them():
+def test_widths_have_gemma_scopes_names():
     names = {
         2**14: "16k",
         2**15: "32k",

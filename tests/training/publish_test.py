@@ -1,4 +1,4 @@
-"""A run as a repository."""
+"""A published run has Google's layout, a model card with the measured numbers, and no private data."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ BANKS = {
 
 @pytest.fixture(scope="module")
 def evaluated(inputs, tmp_path_factory):
-    """A run of four SAEs, and its evaluation."""
+    """The workdir of a run with four SAEs, and their evaluations."""
     workdir = tmp_path_factory.mktemp("published") / "run"
     loop.train(tiny.run_config(inputs, banks=BANKS), workdir)
     return workdir, evaluate_cli.evaluate_path(workdir, rows=8)
@@ -51,15 +51,15 @@ def test_a_repository_has_googles_layout_and_the_measured_numbers(evaluated, tmp
         assert shown[2] == f"{result.delta_loss:.4f} ± {result.delta_loss_se:.4f}"
         (found,) = loading.read(path, "tiny", f"{layer}_resid_post")
         assert np.isfinite(found.sae.W_enc).all()
-        # One L0: that on held-out rows.
+        # All names use the L0 on held-out rows.
         assert l0.split("_lambda_")[0] == f"average_l0_{result.l0:.0f}"
         assert found.about.l0 in (None, round(result.l0, 2))
     assert "1,280 token positions of" in card.text and "λ 0.001, 0.01" in card.text
     assert "Gemma in float32, with weights from `weights`" in card.text and "of `text.jsonl`" in card.text
-    for path in out.rglob("*"):  # No folder of this machine.
+    for path in out.rglob("*"):  # No file names a folder of this machine.
         assert not path.is_file() or str(workdir.parents[1]).encode() not in path.read_bytes(), path
     assert "{{" not in card.text
-    # Gemma's terms, what was not tested, a verdict and a picture.
+    # The card has Gemma's terms, the limits of the evaluation, a verdict and a picture.
     assert (
         "[Gemma Terms of Use](https://ai.google.dev/gemma/terms)" in card.text
         and "under `cc-by-4.0`" in card.text
@@ -78,11 +78,11 @@ def test_a_repository_has_googles_layout_and_the_measured_numbers(evaluated, tmp
     ids = [source["id"] for source in asked["sources"]]
     assert len(set(ids)) == 4 and ids[0].startswith("1-tiny-saes-resid-post-width-64-lambda-0-001")
     sets = {source["setName"] for source in asked["sources"]}
-    # A set is the same SAEs of all layers.
+    # A source set holds the same kind of SAE at all layers.
     assert len(sets) == 2 and sets == {made["name"] for made in asked["sourcesets"]}
 
 
-def test_only_measured_numbers_are_published(evaluated, tmp_path):
+def test_only_evaluated_saes_are_published(evaluated, tmp_path):
     workdir, _ = evaluated
     measured = workdir / "evaluation.json"
     whole = measured.read_text()
@@ -115,7 +115,7 @@ def test_only_measured_numbers_are_published(evaluated, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lambda_still_warming_up_is_reported(evaluated, tmp_path):
+def test_the_card_reports_an_unfinished_warmup_of_lambda(evaluated, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(evaluated[0], workdir)
     publish.publish(workdir, tmp_path / "whole", "someone/tiny-saes", "cc-by-4.0")
@@ -130,15 +130,15 @@ def test_a_lambda_still_warming_up_is_reported(evaluated, tmp_path):
     )
 
 
-def test_a_licence_is_asked_for(evaluated, tmp_path):
+def test_a_licence_is_required(evaluated, tmp_path):
     for licence in ("", "CC BY 4.0"):
         with pytest.raises(ValueError, match=r"choose a licence for your SAEs.*/gemma/terms"):
             publish.publish(evaluated[0], tmp_path / "out", "someone/tiny-saes", licence)
     assert not (tmp_path / "out").exists()
 
 
-def test_neither_names_nor_credentials_are_published(evaluated, tmp_path, monkeypatch):
-    """Paths and addresses that a config can have; the files need not exist."""
+def test_user_names_and_credentials_are_not_published(evaluated, tmp_path, monkeypatch):
+    """Paths and addresses in a config can contain them; the files do not have to exist."""
     workdir, _ = evaluated
     secrets = ("alice", "hunter2", "hf_" + "a" * 30, "Signature")
     text = f"https://alice:hunter2@host.org/{secrets[2]}/text.jsonl?Signature=alice"
@@ -170,7 +170,7 @@ def test_neither_names_nor_credentials_are_published(evaluated, tmp_path, monkey
     assert "`https://host.org/hf_…/text.jsonl`" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_pushing_uploads_the_folder_and_says_where_to(evaluated, tmp_path, monkeypatch, capsys):
+def test_pushing_uploads_the_folder_and_prints_the_address(evaluated, tmp_path, monkeypatch, capsys):
     workdir, _ = evaluated
     done = []
     api = types.SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The ring hands out each activation exactly once, well mixed, whatever the mesh."""
+"""The ring draws each activation exactly once and mixes the steps well."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from gemma_scope_jax.training import shuffle_buffer
 
-GROUPS, PER_GROUP, COUNT = 4, 24, 4  # T = 16 activations a step; the ring holds six steps
+GROUPS, PER_GROUP, COUNT = 4, 24, 4  # A step has 16 activations; the ring holds six steps.
 FULL = PER_GROUP // COUNT
 KEY = jax.random.key(7)
 
@@ -27,7 +27,7 @@ def ring_step(state, new, step, harvests, draws, total):
 
 
 def simulate(totals):
-    """Runs the ring until it is drained for each total in turn; returns the ids drawn at each step."""
+    """Runs the ring for each (total, steps before a stop) in turn; returns the ids drawn at each step."""
     state = shuffle_buffer.init(GROUPS, GROUPS * PER_GROUP, {"a": 1}, jnp.float32)
     step = harvests = draws = 0
     drawn_at = []
@@ -60,10 +60,10 @@ def simulate(totals):
     "totals",
     [
         [(20, None)],
-        [(FULL, None)],  # Nothing but filling and draining.
-        [(10, 12), (20, None)],  # Extended in the middle of its drain.
-        [(10, None), (20, None)],  # Extended when all was done.
-        [(20, 8), (3, None)],  # Cut short.
+        [(FULL, None)],  # Only filling and draining.
+        [(10, 12), (20, None)],  # Extended while draining.
+        [(10, None), (20, None)],  # Extended after the end.
+        [(20, 8), (3, None)],  # Shortened.
     ],
 )
 def test_each_activation_is_drawn_exactly_once(totals):
@@ -77,11 +77,11 @@ def test_draws_mix_the_steps_they_came_from():
     drawn_at = simulate([(60, None)])
     distinct_steps = [len(set((ids - 1) // (GROUPS * COUNT))) for ids in drawn_at[5:-5]]
     assert np.mean(distinct_steps) > 5
-    # Even a ring that is only filled and drained mixes.
+    # A ring that is only filled and drained mixes too.
     assert np.mean([len(set((ids - 1) // (GROUPS * COUNT))) for ids in simulate([(FULL, None)])]) > 3
 
 
-def test_each_batch_gets_an_equal_share_of_each_group():
+def test_deal_gives_each_batch_an_equal_share_of_each_group():
     values = jnp.arange(GROUPS * 6).reshape(GROUPS, 6)
     dealt = shuffle_buffer.deal(values, 3)
     assert dealt.shape == (3, GROUPS * 2)

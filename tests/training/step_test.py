@@ -1,4 +1,4 @@
-"""The compiled step against an unfused reference, on one device and on eight."""
+"""The compiled step equals an unfused reference, on one device and on eight."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from gemma_scope_jax.training import bank, loop, normalizer, runs, shuffle_buffe
 
 
 def build(folder, data_axis=1, latent_axis=1, **changes):
-    """A run on a mesh of the first devices, with Gemma's weights placed on it and a first state."""
+    """A run on a mesh of the first devices, its rows, Gemma on that mesh, and the initial state."""
     config = tiny.run_config(folder, **changes)
     devices = jax.devices()[: data_axis * latent_axis]
     run = runs.build(config, sharding.make_mesh(data_axis, latent_axis, devices))
@@ -35,7 +35,7 @@ def member_params(state, place):
 
 
 def run_steps(run, rows, gemma, state, count, compiled=None):
-    """Runs steps with donated states; the results are on the host."""
+    """Runs `count` steps; returns the final state and the metrics of each step, on the host. Donates `state`."""
     sequences = run.config.train.sequences_per_step
     metrics = []
     for i in range(count):
@@ -47,7 +47,7 @@ def run_steps(run, rows, gemma, state, count, compiled=None):
 
 
 def reference(run, rows, gemma, state, count):
-    """The same steps as plain functions: gemma's own forward pass, optax's Adam, `jax.grad` of the definition."""
+    """The parameters after the same steps in plain code: gemma's forward pass, optax's Adam and `jax.grad`."""
     plan, model = run.plan, run.module
     member = plan.members[0]
     site, scaling = str(member.site), state.normalizers[str(member.site)]
@@ -121,7 +121,7 @@ def batch_rows(run):
 
 @pytest.mark.parametrize("layer", [1, 3])
 def test_fused_steps_equal_unfused_ones(inputs, layer):
-    """Through filling, steady running and draining."""
+    """The steps include filling, steady running and draining."""
     run, rows, gemma, state = build(inputs, banks__main__layers=(layer,), train__tokens=8 * 16 * 6)
     count = run.plan.harvests + run.plan.ring_steps
     expected = reference(run, rows, gemma, jax.device_get(state), count)
@@ -129,13 +129,13 @@ def test_fused_steps_equal_unfused_ones(inputs, layer):
     assert int(final.harvests) == int(final.draws) == 6
     ours = member_params(final, 0)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), ours, expected)
-    # The comparison means something only if training has moved the parameters by more than that.
+    # The parameters must have moved by more than the tolerance for the comparison to be meaningful.
     assert np.abs(ours.b_enc).max() > 1e-3
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (2, 4)])
-def test_eight_devices_agree_with_one(inputs, mesh):
-    """Four members on two layers and two sites; members are padded to a multiple of the data axis."""
+def test_eight_devices_train_the_same_as_one(inputs, mesh):
+    """The bank has members at two layers and two sites, padded to a multiple of the data axis."""
     fields = dict(
         banks__main__layers=(0, 2), banks__main__sites=("resid_post", "mlp_out"),
         banks__main__sparsity_coefficients=(1e-2,),
@@ -153,7 +153,7 @@ def test_eight_devices_agree_with_one(inputs, mesh):
     np.testing.assert_array_equal(finals[0][1].source_Bx3, finals[1][1].source_Bx3)
 
 
-# Three banks: mixed layers, sites, λ, objectives and widths; a transcoder and one with a skip connection.
+# Banks with different layers, sites, λ, objectives and widths; two hold transcoders, one with a skip connection.
 RECIPE = dict(bandwidth=0.1, initial_threshold=0.1, window_updates=3)
 BANKS = {
     "residual": dict(layers=(0, 2), sites=("resid_post", "mlp_out"), width=64, sparsity_coefficients=(1e-2, 3e-3)),
@@ -175,7 +175,7 @@ def build_banks(inputs, banks, *mesh, **changes):
 
 
 def test_members_of_banks_equal_the_same_saes_alone(inputs):
-    """Parameters, optimizer and counters are equal to 1e-6, whatever else is trained in the same run."""
+    """Their parameters, optimizer and counters agree to 1e-6, whatever other banks the run has."""
     everything = build_banks(inputs, BANKS)
     together, _ = run_steps(*everything, 8)
     for plan in everything[0].plan.banks:
@@ -199,7 +199,7 @@ def test_members_of_banks_equal_the_same_saes_alone(inputs):
 
 
 def test_the_order_of_members_does_not_matter(inputs):
-    """So no member gets the site, λ, target or seed of another."""
+    """So no member is trained with the site, λ, target or seed of another."""
     turned = {
         name: {field: v[::-1] if isinstance(v, tuple) else v for field, v in fields.items()}
         for name, fields in BANKS.items()
@@ -219,7 +219,7 @@ def test_the_order_of_members_does_not_matter(inputs):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *found)
 
 
-def test_banks_over_eight_devices_agree_with_one(inputs):
+def test_banks_on_eight_devices_train_the_same_as_on_one(inputs):
     finals = []
     for shape in [(1, 1), (2, 4)]:
         built = build_banks(inputs, BANKS, *shape)
@@ -229,7 +229,7 @@ def test_banks_over_eight_devices_agree_with_one(inputs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), *finals)
 
 
-def test_a_sites_activations_are_in_the_ring_once_however_many_read_them(inputs):
+def test_the_ring_holds_a_sites_activations_once_for_all_banks(inputs):
     banks = {
         "a": dict(layers=(1,), width=32, sparsity_coefficients=(1e-3, 1e-2)),
         "b": dict(layers=(1,), width=64),
@@ -238,8 +238,8 @@ def test_a_sites_activations_are_in_the_ring_once_however_many_read_them(inputs)
     assert set(state.ring.slots.acts) == {"layer_1_resid_post"} and len(run.plan.members) == 3
 
 
-def test_a_transcoder_sees_its_two_sites_of_one_token_by_the_scales_it_is_given(inputs):
-    """The loss of the very first update, from Gemma's own activations in float64."""
+def test_a_transcoder_is_trained_on_both_sites_of_a_token_in_the_chosen_scales(inputs):
+    """Compares the loss of the first update with one computed from Gemma's activations in float64."""
     for by in ("read", "target"):
         bank_config = dict(
             layers=(3,), sites=("mlp_in",), target_site="mlp_out", width=32, scale_target_by=by
@@ -267,7 +267,7 @@ def test_a_transcoder_sees_its_two_sites_of_one_token_by_the_scales_it_is_given(
 
 
 def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
-    """Against counts from encoding each batch with the parameters as they were: a rate of zero keeps them."""
+    """Compares with frequencies from the initial parameters, which a learning rate of zero keeps."""
     run, rows, gemma, state = build_banks(
         inputs,
         {"main": dict(layers=(1,), width=64, window_updates=7)},
@@ -299,7 +299,7 @@ def test_dead_and_dense_latents_are_counted_over_whole_windows(inputs):
     scaling = first.normalizers[str(site)]
     x = (x - scaling.mean_D) / scaling.scale
     frequency = ((x - p.b_dec) @ p.W_enc + p.b_enc > threshold).mean(0)
-    # A window is a sample of all that was harvested: frequencies agree as a sample does.
+    # A window is a sample of the harvested activations, so frequencies agree within the sampling error.
     window = 7 * run.plan.batch
     deviation = np.sqrt(frequency * (1 - frequency) / window) + 1 / window
     assert (np.abs(firing.frequency_ExM[0] - frequency) < 5 * deviation).all()
@@ -317,13 +317,13 @@ def test_the_controller_raises_lambda_above_the_target_and_lowers_it_below(input
     coefficient_E = final.banks["main"].coefficient_E
     l0_E = metrics[-1].banks["main"].l0_E
     assert l0_E[0] > 3 and l0_E[1] < 20
-    # Sixteen updates, eight of them while λ warms up; 1 e-fold off at most.
+    # Sixteen updates, of which eight are during λ's warmup. The controller's error is clipped to one e-fold.
     moved = np.exp(8 * 0.01 * objectives.CONTROLLER_SPEED)
     np.testing.assert_allclose(coefficient_E, [1e-2 * moved, 1e-2 / moved], rtol=2e-3)
 
 
 def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch):
-    """One update a step, so that the sources reported are all that were trained on; a tenth is masked."""
+    """With one update a step, the reported sources are all trained positions; a tenth of the tokens is masked."""
     run, rows, gemma, state = build(
         inputs, train__batch=128, train__tokens=8 * 16 * 9, normalizer__outlier_medians=1.4
     )
@@ -356,7 +356,7 @@ def test_each_unmasked_activation_is_trained_on_exactly_once(inputs, monkeypatch
     np.testing.assert_allclose([w for _, w in trained], [places[place] for place, _ in trained], rtol=1e-4)
 
 
-def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
+def test_the_user_prefix_is_not_trained_on(inputs):
     run, rows, gemma, state = build(inputs, data__chat_template=True, data__context_length=32)
     batch = runs.read_batch(run, rows, 0, 8)
     tokens = np.asarray(batch.tokens_SxL)
@@ -381,7 +381,7 @@ def test_nothing_of_the_user_prefix_is_trained_on_or_measured(inputs):
     assert trained == expected and len(expected) < 0.9 * tokens.size
 
 
-def test_split_gemma_agrees_with_whole_copies(inputs):
+def test_gemma_split_over_devices_trains_the_same_as_whole_copies(inputs):
     results = []
     for placement in ("whole", "split"):
         run, rows, gemma, state = build(inputs, 2, 4, mesh__gemma=placement)
@@ -392,7 +392,7 @@ def test_split_gemma_agrees_with_whole_copies(inputs):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
 
 
-def test_gemma_is_split_where_it_would_fill_more_than_a_quarter_of_a_device(inputs, monkeypatch):
+def test_gemma_is_split_if_it_would_fill_more_than_a_quarter_of_a_device(inputs, monkeypatch):
     run = runs.build(tiny.run_config(inputs, mesh__data=2, mesh__latent=4))
     shapes = weights.parameter_shapes(run.module, blocks_needed(run.plan.sites))
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
@@ -402,19 +402,19 @@ def test_gemma_is_split_where_it_would_fill_more_than_a_quarter_of_a_device(inpu
         assert place("input_embedding", (256, 32)).is_fully_replicated != is_split
 
 
-def test_the_state_is_donated_and_one_executable_serves_the_whole_run(inputs):
+def test_the_state_is_donated_and_one_executable_runs_every_step(inputs):
     run, rows, gemma, state = build(inputs, 2, 4)
     compiled = loop.lower_step(run, state, runs.read_batch(run, rows, 0, 8), gemma).compile()
     per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * per_device
     first = state
-    # An executable compiled ahead of time cannot compile again: other shapes or shardings would be an error.
+    # A precompiled executable raises an error if shapes or shardings change.
     run_steps(run, rows, gemma, state, run.plan.harvests + run.plan.ring_steps, compiled)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.banks))
 
 
 def collective_shapes(run, scope=""):
-    """The shapes of all arrays that collectives of the compiled step return, within a named scope."""
+    """The shapes of the outputs of the compiled step's collectives, or only of those in a named scope."""
     hlo = loop.lower_step(run, *runs.abstract_inputs(run)).compile().as_text()
     pattern = r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\((.*)"
     return [
@@ -426,8 +426,8 @@ def collective_shapes(run, scope=""):
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])
-def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, mesh):
-    """No collective moves weights (512 latents), the ring, or another member's batch."""
+def test_a_chip_receives_only_its_members_activations(inputs, mesh):
+    """No collective moves weights, which have 512 latents, the ring, or another member's batch."""
     c = tiny.run_config(
         inputs,
         banks__main__layers=(0, 1, 2, 3),
@@ -445,8 +445,8 @@ def test_a_chip_is_sent_its_own_members_activations_and_nothing_larger(inputs, m
     assert not any({512, 512 // mesh[1]} & set(shape) for shape in shapes)
 
 
-def test_no_collective_moves_weights_whatever_the_banks(inputs):
-    """Weights of 2,048 latents and a skip connection of 32 × 32; no part of a batch of 192 has such a size."""
+def test_no_collective_moves_weights_of_any_kind_of_bank(inputs):
+    """Weights have a dimension of 2,048 latents, or 32 × 32 for a skip connection; other arrays do not."""
     c = tiny.run_config(
         inputs,
         banks={name: {**RECIPE, **fields, "width": 2048} for name, fields in BANKS.items()},
@@ -464,8 +464,8 @@ def test_no_collective_moves_weights_whatever_the_banks(inputs):
     assert not any(len(s) > 2 and s[-2:] in {(32, 32), (part, 32), (32, part)} for s in shapes)
 
 
-def test_split_gemma_moves_weights_and_only_the_embeddings_of_rows(inputs):
-    """Rows stay on their chips: of 24 rows of 16 tokens no block sends activations about."""
+def test_split_gemma_moves_weights_and_the_rows_embeddings_but_no_other_activations(inputs):
+    """Each of the 24 rows of 16 tokens stays on its chip, and no block moves activations."""
     c = tiny.run_config(
         inputs,
         banks__main__layers=(3,),
@@ -479,13 +479,13 @@ def test_split_gemma_moves_weights_and_only_the_embeddings_of_rows(inputs):
     )
     run = runs.build(c)
     shapes = collective_shapes(run, "/gemma/")
-    assert (64, 32) in shapes  # The MLP's weights, gathered.
+    assert (64, 32) in shapes  # The gathered weights of the MLP.
     assert not any(shape[:2] == (24, 16) and math.prod(shape) > 24 * 16 for shape in shapes)
-    # But for the embeddings, once: from each chip's part of all vectors to whole vectors of its own three rows.
+    # The embeddings are exchanged once: each chip has a part of all vectors, and needs those of its three rows whole.
     assert shapes.count((1, 3, 16, 32 // 8)) == 8
 
 
-def test_the_compiled_step_makes_no_array_of_the_vocabularys_size(inputs):
+def test_the_compiled_step_computes_no_logits(inputs):
     run, rows, gemma, state = build(inputs)
     batch = runs.read_batch(run, rows, 0, 8)
     hlo = loop.lower_step(run, state, batch, gemma).compile().as_text()
@@ -522,14 +522,14 @@ def test_calibration_equals_numpy():
 
 
 def spoil(gemma, row, position, value=np.nan):
-    """Parameters with which the embedding of the token there, and of no other, is not finite."""
+    """Gemma with the value in the embedding of the token at that position."""
     table = np.array(gemma.params["embedder"]["input_embedding"])
     table[row[position]] = value
     return gemma.replace(params=gemma.params | {"embedder": {"input_embedding": jnp.asarray(table)}})
 
 
-def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
-    """One at a site and another at BOS, which does not count; all others are as they were."""
+def test_nonfinite_activations_are_left_out_and_reported(inputs):
+    """A token's activations and those of BOS are not finite; BOS is not counted, and all others stay the same."""
     sites = dict(banks__main__layers=(0,), banks__main__sites=("embed",))
     run, rows, gemma, state = build(inputs, **sites)
     batch = runs.read_batch(run, rows, 0, 8)
@@ -545,7 +545,7 @@ def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
     assert none["embed"].count == 0
     position = int(np.flatnonzero(kept[3])[4])
     token = tokens[3, position]
-    for value in (np.nan, np.inf, 1e30):  # The square of the last is infinite.
+    for value in (np.nan, np.inf, 1e30):  # The square of 1e30 overflows.
         found, nonfinite = harvest(spoil(spoil(gemma, tokens[3], position, value), [masking.BOS], 0, value))
         is_bad = ((tokens == token) & kept).reshape(-1)
         assert nonfinite["embed"].count == is_bad.sum()
@@ -558,7 +558,7 @@ def test_activations_that_are_not_finite_are_left_out_and_found(inputs):
 
 
 def sums_of(batches, params):
-    """The sums of several batches of one SAE, as a bank of one has them: [K, E]."""
+    """The sums [K, E] of K batches, as in a bank with a single SAE."""
     made = [
         objectives.loss_gradient(params, x, weight, objectives.linear_penalty(0.0), 0.1)[1].replace(
             fired_M=None
@@ -568,13 +568,13 @@ def sums_of(batches, params):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves)[:, None], *made)
 
 
-def test_fvu_is_exact_beside_a_large_mean_and_not_defined_for_constants():
-    """Squares of these are a hundred million times their variance, of which float32 leaves nothing."""
+def test_fvu_is_accurate_for_a_large_mean_and_undefined_for_constants():
+    """The squared activations are a hundred million times the variance, beyond float32's precision."""
     rng = np.random.default_rng(0)
     params = jumprelu.init(jax.random.key(0), 6, 16, 0.1)
     x = (1e4 + rng.normal(size=(3, 50, 6))).astype(np.float32)
     weight = rng.random((3, 50)).astype(np.float32)
-    weight[1] = 0  # A batch of which nothing counts.
+    weight[1] = 0  # A batch without any weight.
     sums = sums_of(zip(x, weight, strict=True), params)
     kept, w = np.float64(x.reshape(-1, 6)), np.float64(weight.reshape(-1))
     mean = np.average(kept, axis=0, weights=w)
@@ -609,19 +609,19 @@ def test_fvu_is_exact_beside_a_large_mean_and_not_defined_for_constants():
         ),
     ],
 )
-def test_useless_activations_are_reported(x, weight, message):
+def test_activations_that_cannot_be_learned_are_refused(x, weight, message):
     sample = jax.jit(normalizer.inspect)(jnp.float32(x), jnp.float32(weight))
     with pytest.raises(ValueError, match=message):
         normalizer.check("embed", jax.device_get(sample))
 
 
-def test_calibration_leaves_out_activations_that_are_not_finite():
+def test_calibration_leaves_out_nonfinite_activations():
     rng = np.random.default_rng(0)
     x = (3 + rng.normal(size=(50, 6))).astype(np.float32)
     weight = np.ones(50, np.float32)
     bad = x.copy()
     bad[7, 2], bad[9] = np.nan, np.inf
-    weight[7] = 0  # Masked, and so none of those that are reported.
+    weight[7] = 0  # Masked positions are not reported.
     sample = jax.jit(normalizer.inspect)(bad, weight)
     assert np.flatnonzero(sample.nonfinite_N).tolist() == [9] and sample.kept == 49
     left = np.delete(x, [7, 9], axis=0)

@@ -1,4 +1,4 @@
-"""The numbers of benchmarks/tpu.py for a harvest, compiled by the TPU's own compiler."""
+"""benchmarks/tpu.py reports the memory of a harvest, compiled here by the TPU's own compiler."""
 
 import json
 import pathlib
@@ -11,16 +11,16 @@ from gemma_scope_jax.models import registry
 
 
 @pytest.mark.skipif(not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu")
-def test_a_harvest_of_2b_fits_a_small_chip_and_needs_its_weights_and_little_more(tmp_path):
+def test_a_harvest_of_2b_fits_a_small_chip_and_needs_little_more_than_its_weights(tmp_path):
     path = tmp_path / "tpu.json"
     command = [sys.executable, "-m", "benchmarks.tpu", "--harvest=gemma2_2b", f"--json={path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (case,) = json.loads(path.read_text())["harvests"]
 
-    # Gemma 2 2B by its report: a vocabulary of 256,000, D = 2,304; a block has q and o of 8 heads and k and v of 4,
-    # each of 256, three matrices of the MLP of 9,216, and four norms. Thirteen blocks lie up to layer 12;
-    # the last norm is kept as well.
+    # Gemma 2 2B, from its report: a vocabulary of 256,000 and D = 2,304. A block has q and o of 8 heads, k and v of 4
+    # heads, a head width of 256, three MLP matrices of width 9,216, and four norms. Up to layer 12 there are thirteen
+    # blocks. The final norm is loaded too.
     block = 2304 * (8 + 8 + 4 + 4) * 256 + 3 * 2304 * 9216 + 4 * 2304
     assert case["parameters"] == 256_000 * 2304 + 13 * block + 2304
     weights_bytes = 2 * case["parameters"]
@@ -33,7 +33,7 @@ def test_a_harvest_of_2b_fits_a_small_chip_and_needs_its_weights_and_little_more
 
 
 @pytest.mark.skipif(not (pathlib.Path(sys.prefix) / "libtpu").exists(), reason="needs make .venv/libtpu")
-def test_the_compiler_is_silent():
+def test_the_compiler_prints_nothing():
     program = (
         "from gemma_scope_jax.cli import common; common.find_tpu_compiler()\n"
         "from gemma_scope_jax.training import forecast\n"
