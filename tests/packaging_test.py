@@ -20,7 +20,7 @@ LOCK = (ROOT / "requirements.txt").read_text()
 PACKAGE = sorted((ROOT / "gemma_scope_jax").rglob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "evaluate.py", *sorted((ROOT / "configs").glob("*.py"))]
 # Packages that may be declared without being imported here; TFDS imports importlib-resources.
-NOT_IMPORTED = {"importlib-resources", "pandas", "tyro"}
+NOT_IMPORTED = {"importlib-resources"}
 
 
 def declared(*extras: str) -> dict[str, requirements.Requirement]:

@@ -1,5 +1,7 @@
 """`plan`: the tables of a forecast."""
 
+import math
+
 from gemma_scope_jax.display import tables
 from gemma_scope_jax.runtime import devices
 from gemma_scope_jax.training.forecast import Forecast
@@ -7,8 +9,10 @@ from gemma_scope_jax.training.forecast import Forecast
 
 def show(found: Forecast, dollars_per_chip_hour: float | None = None) -> bool:
     """Prints a forecast as tables and returns whether the run fits."""
+    padded = f" (padded to {found.padded})" if found.padded > found.saes else ""
     title = (
-        f"{found.topology}: {found.devices} devices, mesh {found.data} × {found.latent}, SAEs: {found.saes}"
+        f"{found.topology}: {found.devices} devices, mesh {found.data} × {found.latent}, "
+        f"SAEs: {found.saes}{padded}"
     )
     table = tables.Table("memory on each device", title=title)
     table.add_column("GB", justify="right")
@@ -37,12 +41,14 @@ def show(found: Forecast, dollars_per_chip_hour: float | None = None) -> bool:
         table.add_row(what, flops, f"{1000 * seconds:.1f}")
     tables.show(table)
     table = tables.Table("precision of the SAEs' products")
-    for heading in ("passes", "ms per step", "hours"):
+    price = () if dollars_per_chip_hour is None else ("dollars",)
+    for heading in ("passes", "ms per step", "hours", *price):
         table.add_column(heading, justify="right")
     for precision, passes in devices.PASSES.items():
         one = found.at(precision)
-        name = f"{precision} (this run)" if one.banks_s == found.banks_s else precision
-        table.add_row(name, str(passes), f"{1000 * one.step_s:.1f}", f"{one.hours:.2f}")
+        name = f"{precision} (this run)" if math.isclose(one.banks_s, found.banks_s) else precision
+        cost = [f"{dollars_per_chip_hour * one.chips * one.hours:,.2f}"] if price else []
+        table.add_row(name, str(passes), f"{1000 * one.step_s:.1f}", f"{one.hours:.2f}", *cost)
     tables.show(table)
     units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
     unit, factor = next((one for one in units if one[1] * found.hours >= 1), units[-1])

@@ -41,6 +41,7 @@ class Forecast:
     data: int  # size of the mesh's data axis
     latent: int  # size of the mesh's latent axis
     saes: int
+    padded: int  # SAEs that are computed: each bank is padded to a multiple of `data`
     tokens: int  # in the run
     tokens_per_step: int
     memory: float  # bytes that a device has
@@ -171,7 +172,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
     run = runs.build(config, devices=devices)
     inputs = runs.abstract_inputs(run)
     state, _, gemma = inputs
-    say(f"Compiling the training step for {topology} …")
+    say(f"Compiling the training step for {topology}, which takes minutes for many SAEs …")
     try:
         compiled = loop.lower_step(run, *inputs).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -201,6 +202,7 @@ def forecast(config: config_lib.Config, topology: str) -> Forecast:
         data=run.mesh.shape["data"],
         latent=run.mesh.shape["latent"],
         saes=len(plan.members),
+        padded=sum(b.padded_members for b in plan.banks),
         tokens=config.train.tokens,
         tokens_per_step=plan.activations,
         memory=chip.memory,

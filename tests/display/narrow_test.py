@@ -153,7 +153,7 @@ def test_contrasts_and_corrections(shown):
 def test_plans(capsys):
     needs = [memory.Need("the step's activations", 10**10, "give less")]
     of = forecast.Forecast(
-        "v5e:16x16", 256, 16, 16, 100, 10**9, 4096, 16e9, needs, 10**10, 10**15, 10**15,
+        "v5e:16x16", 256, 16, 16, 100, 112, 10**9, 4096, 16e9, needs, 10**10, 10**15, 10**15,
         [forecast.Collective("collective-permute", "other", 1024, 10**11)], *[0.001] * 4, 1,
     )  # fmt: skip
     assert plan.show(of, 1.2)

@@ -70,7 +70,10 @@ def test_the_forecast_compiles_the_step_that_is_trained(inputs, monkeypatch, cap
     plan.show(before, 1.5)
     shown = " ".join(capsys.readouterr().out.split())
     assert "v5e:2x4: 8 devices, mesh 1 × 8, SAEs: 1" in shown
-    assert f"highest (this run) 6 {1000 * before.step_s:.1f} {before.hours:.2f}" in shown
+    assert (
+        f"highest (this run) 6 {1000 * before.step_s:.1f} {before.hours:.2f} {1.5 * 8 * before.hours:,.2f}"
+        in shown
+    )
     assert f"high 3 {1000 * high.step_s:.1f} {high.hours:.2f}" in shown
     assert f"${1.5 * 8 * before.hours:,.2f} to ${1.5 * 16 * before.hours:,.2f} at $1.5 per chip-hour" in shown
 
