@@ -7,9 +7,9 @@ Parts:
   core     4,096 latents, six λ, five seeds: float32, one pass, and float32 on inputs that are off by one ulp
   wide     16,384 latents, two λ, three seeds: the same, and three passes, and one pass except in the encoder
 
-Both arms of a comparison see the same activations in the same order, which a permutation by seed gives. Runs amplify
-any difference, however small: the arm whose inputs are off by one ulp shows how far two equal runs drift apart.
-Each trained bank is kept in a file, so a part that is interrupted continues where it was.
+All arms see the same activations in the same order, a permutation by seed. Runs amplify any difference, however
+small: the arm whose inputs are off by one ulp shows how far two equal runs drift apart. Each trained bank and its
+numbers are stored in files, so an interrupted part continues after the last of them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import quickstart
+from configs import quickstart, quickstart_banks
 from gemma_scope_jax import config as config_lib
 from gemma_scope_jax.data import prepare, token_rows
 from gemma_scope_jax.evaluation import evaluate
@@ -33,7 +33,7 @@ from gemma_scope_jax.saes import attached, jumprelu
 from gemma_scope_jax.saes.products import Precision, matmul
 from gemma_scope_jax.training import bank, loop, normalizer, runs, shuffle_buffer, step
 
-LAMBDAS = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+SWEEP = quickstart_banks.get_config("sweep").banks.residual.sparsity_coefficients
 HELD_OUT_ROWS = 32
 
 FLOAT32 = "float32"
@@ -57,7 +57,7 @@ class Part:
 
 
 PARTS = {
-    "core": Part(4096, LAMBDAS, 5, (FLOAT32, "one_pass", "one_ulp")),
+    "core": Part(4096, SWEEP, 5, (FLOAT32, "one_pass", "one_ulp")),
     "wide": Part(
         16384, (5e-4, 2e-3), 3, (FLOAT32, "one_pass", "one_ulp", "three_passes", "one_pass_but_encoder")
     ),
@@ -67,6 +67,7 @@ PARTS = {
 def run_of(part: Part, seed: int) -> runs.Run:
     """The quickstart's run with the SAEs of a part."""
     c = quickstart.get_config()
+    c.gemma_dtype = "float32"  # Only the products of the SAEs differ.
     c.banks.main.width = part.width
     c.banks.main.sparsity_coefficients = part.lambdas
     c.banks.main.seeds = (seed,)
@@ -136,7 +137,7 @@ def read_normalizer(folder: pathlib.Path) -> normalizer.Normalizer:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """What SAEs are measured on."""
+    """The model, the rows and the activations that all SAEs are measured on."""
 
     gemma: Gemma
     training_rows: token_rows.Rows
@@ -145,7 +146,7 @@ class HeldOut:
 
 
 def held_out(run: runs.Run) -> HeldOut:
-    """The model, the rows and the activations that all SAEs are measured on."""
+    """Loads Gemma in float32, and reads the held-out rows and their activations."""
     gemma = placement.load(run.config.model, run.config.weights, jnp.float32)
     folder = prepare.rows_of(run.config)
     training, rows = (
@@ -199,12 +200,12 @@ def as_trained(
 ) -> dict:
     """L0 and FVU of the training form on raw activations, and FVU of outliers and of other tokens apart."""
     x_BxD = (jnp.asarray(x_BxD) - of.mean_D[None]) / of.scale
-    step_by_step = jax.jit(reconstruct, static_argnames="precision")
+    compiled = jax.jit(reconstruct, static_argnames="precision")
     l0, errors, flips = [], [], []
     for start in range(0, len(x_BxD), 2048):
         part = x_BxD[start : start + 2048]
-        active, recon = step_by_step(params, part, precision)
-        exact, _ = step_by_step(params, part, Precision())
+        active, recon = compiled(params, part, precision)
+        exact, _ = compiled(params, part, Precision())
         l0.append(active.sum(1))
         flips.append((active != exact).sum(1))
         errors.append(jnp.square(recon - part).sum(1))
@@ -227,7 +228,7 @@ def matches(a_MxO: np.ndarray, b_MxO: np.ndarray) -> float:
 
 
 def summarise(name: str, folder: pathlib.Path) -> dict:
-    """Differences from float32 of each arm of a part, with the same seed and λ, over the seeds that are measured.
+    """Differences of each arm of a part from float32, with the same seed and λ, over the part's seeds.
 
     Returns:
       By arm and number: the mean over seeds of the difference, itself a mean over λ, and its standard error. SAEs of
@@ -242,12 +243,8 @@ def summarise(name: str, folder: pathlib.Path) -> dict:
         return np.load(folder / name / f"{arm}_{seed}.npz")["W_dec"]
 
     arms = [arm for arm in part.arms if arm != FLOAT32]
-    seeds = [
-        seed
-        for seed in range(part.seeds)
-        if all((folder / name / f"{arm}_{seed}.json").exists() for arm in part.arms)
-    ]
-    found: dict = {"seeds": seeds, "lambdas": part.lambdas, "float32": [read(FLOAT32, s) for s in seeds]}
+    seeds = range(part.seeds)
+    found: dict = {"lambdas": part.lambdas, "float32": [read(FLOAT32, s) for s in seeds]}
     for arm in arms:
         pairs = [(read(arm, seed), read(FLOAT32, seed)) for seed in seeds]
         of_arm = {}
@@ -259,7 +256,7 @@ def summarise(name: str, folder: pathlib.Path) -> dict:
                 change_S = change_SxN.mean(1)
                 of_arm[f"{form}.{key}"] = {
                     "mean": float(change_S.mean()),
-                    "se": float(change_S.std(ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else None,
+                    "se": float(change_S.std(ddof=1) / np.sqrt(len(seeds))),
                     "by_lambda": change_SxN.mean(0).tolist(),
                 }
         of_arm["matches"] = [

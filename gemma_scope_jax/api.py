@@ -76,11 +76,12 @@ def load_model(
     Args:
       model: the name of the model, as in `gemma2_2b`; or an SAE, to load the model that it was trained on. The
         arguments that are not given then come from the run that the SAE was read from; an SAE file outside a run
-        directory sets only the model's name.
+        directory sets only the model's name and the dtype.
       weights: the path or address of the weights, as `weights` of a config. Empty: the model's own weights.
       tokenizer_path: the path of the tokenizer. Empty: the one beside the weights or, if there is none, the model's
         own.
-      dtype: the dtype of the model's weights and arithmetic, `bfloat16` or `float32`. Empty: `bfloat16`.
+      dtype: the dtype of the model's weights and arithmetic, `bfloat16` or `float32`. Empty: the dtype that the
+        SAE's run or file names; `float32` if a file names none, and `bfloat16` for a model by name.
       layers: the number of blocks to load, from the first. None: all blocks or, if `model` is an SAE, the blocks
         that its sites need.
 
@@ -93,7 +94,7 @@ def load_model(
         if model.is_of_run and not weights:
             weights = model.about.weights
             tokenizer_path = tokenizer_path or model.about.tokenizer
-        dtype = dtype or (model.about.gemma_dtype if model.is_of_run else "")
+        dtype = dtype or model.about.gemma_dtype
     fields = {
         "model": name,
         "weights": weights,

@@ -1,5 +1,6 @@
 """The public API, `import gemma_scope_jax as gs`: its calls are silent by default and return values."""
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -174,6 +175,14 @@ def test_a_session_keeps_the_names_of_a_dict_of_saes(run, model):
 def test_an_sae_loads_the_model_of_its_run(run, inputs):
     part = gs.load_model(next(iter(run.saes.values())))  # The name alone has no default weights.
     assert (part.gemma.num_layers, part.gemma.dtype) == (2, jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_session_and_a_loaded_model_use_the_dtype_that_an_sae_file_names(run, inputs, dtype):
+    one = next(iter(run.saes.values()))
+    file = dataclasses.replace(one, about=dataclasses.replace(one.about, gemma_dtype=dtype), is_of_run=False)
+    assert gs.load_model(file, weights=str(inputs / "weights")).gemma.dtype == jnp.dtype(dtype)
+    assert gs.session([file], trust=True).gemma.dtype == jnp.dtype(dtype)
 
 
 def test_an_unfinished_run_has_the_saes_of_its_newest_checkpoint(run, tmp_path):

@@ -111,7 +111,8 @@ class Overrides:
       model: name of the model to use, for example gemma2_2b-it; by default the run's or the SAE file's.
       weights: Gemma's weights: a folder, a file or hf://OWNER/NAME; by default as in the config.
       tokenizer: Gemma's tokenizer: a file, or a folder that contains one; by default as in the config.
-      dtype: dtype of Gemma's weights and arithmetic; by default as in the config.
+      dtype: dtype of Gemma's weights and arithmetic.
+        By default the one that the SAE's run or file names; float32 if a file names none.
       site: site that an SAE in a file reads, such as layer_20_resid_post; needed if the file names none.
       target_site: site that a transcoder in a file predicts, such as layer_20_mlp_out; needed if the file names none.
       trust: use the text, weights and tokenizer that are named by an SAE file outside a run directory.

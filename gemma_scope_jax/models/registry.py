@@ -119,12 +119,18 @@ def weights_path(name: str, path: str) -> str:
     return known.checkpoint
 
 
+def dtype_on(device: jax.Device, gemma_dtype: str) -> str:
+    """The dtype that a config's `gemma_dtype` means on a device: for "auto", the faster one.
+
+    Raises:
+      ValueError: if the dtype is unknown.
+    """
+    known = ("float32", "bfloat16", "auto")
+    if gemma_dtype not in known:
+        raise InputError(f"gemma_dtype is {quoted(gemma_dtype)}; choose one of {', '.join(known)}")
+    return devices.faster_dtype(device) if gemma_dtype == "auto" else gemma_dtype
+
+
 def dtype(config: config.Config) -> jax.typing.DTypeLike:
-    """The dtype of Gemma in a config; "auto" is the faster one on the first device."""
-    kinds = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    name = config.gemma_dtype
-    if name == "auto":
-        name = devices.faster_dtype(jax.devices()[0])
-    if name not in kinds:
-        raise InputError(f"gemma_dtype is {quoted(name)}; choose one of {', '.join(kinds)}, auto")
-    return kinds[name]
+    """The dtype of Gemma in a config, on the first device."""
+    return jnp.dtype(dtype_on(jax.devices()[0], config.gemma_dtype))

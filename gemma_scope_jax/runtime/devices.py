@@ -47,7 +47,8 @@ def chip_of(device: jax.Device) -> Chip | None:
     return CHIPS.get(_KINDS.get(device.device_kind, ""))
 
 
-# The flags in /proc/cpuinfo of x86 and ARM CPUs that multiply bfloat16 faster than float32.
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
+# The flags in it of x86 and ARM CPUs that multiply bfloat16 faster than float32.
 _BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 
 
@@ -55,8 +56,7 @@ def faster_dtype(device: jax.Device) -> str:
     """The dtype in which a device multiplies faster; for a CPU, by its features and not by a timing."""
     if device.platform != "cpu":
         return "bfloat16"
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    features = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    features = _CPUINFO.read_text().split() if _CPUINFO.exists() else []
     return "float32" if _BFLOAT16_FLAGS.isdisjoint(features) else "bfloat16"
 
 

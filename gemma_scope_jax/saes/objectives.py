@@ -261,7 +261,7 @@ class Objective:
         None: λ stays.
       loss: replaces this module's `loss`; takes parameters, examples, penalty and bandwidth. JAX differentiates it,
         so thresholds are trained only through `jump_relu` and `heaviside`.
-      gradient: a hand-written gradient; takes the arguments of `loss` and the precision of matmuls.
+      gradient: a hand-written gradient; takes the arguments of `loss` and a `products.Precision`.
     """
 
     penalty: MakePenalty

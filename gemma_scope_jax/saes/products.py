@@ -15,13 +15,13 @@ EMULATED_PASSES = {"emulated_default": 1, "emulated_high": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The precision of each of the five products of an update, by name; see the module."""
+    """The precision of each product of an update: `default`, `high`, `highest` or an emulated one."""
 
     encode: str = "highest"  # x W_enc
-    decode: str = "highest"  # f W_dec
+    decode: str = "highest"  # f W_dec, and x W_skip of a skip connection
     latent_gradient: str = "highest"  # ∂L/∂f, from the reconstruction's gradient and W_dec
     encoder_gradient: str = "highest"  # ∂L/∂W_enc
-    decoder_gradient: str = "highest"  # ∂L/∂W_dec
+    decoder_gradient: str = "highest"  # ∂L/∂W_dec, and ∂L/∂W_skip
 
     @classmethod
     def of(cls, name: str) -> "Precision":
@@ -36,14 +36,14 @@ def matmul(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
     """The product of two float32 matrices at a precision of JAX, or at an emulated one."""
     if precision not in EMULATED_PASSES:
         return jnp.matmul(a, b, precision=jax.lax.Precision(precision))
-    (a1, a2), (b1, b2) = _halves(a), _halves(b)
+    (a1, a2), (b1, b2) = _bfloat16_parts(a), _bfloat16_parts(b)
     if EMULATED_PASSES[precision] == 1:
         return jnp.matmul(a1, b1)
     return jnp.matmul(a1, b1) + (jnp.matmul(a1, b2) + jnp.matmul(a2, b1))
 
 
-def _halves(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A float32 array as the sum of two arrays whose values bfloat16 represents, up to the rounding of the second."""
+def _bfloat16_parts(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A float32 array rounded to bfloat16, and the remainder rounded to bfloat16; both stay float32 arrays."""
     # Not a cast to bfloat16 and back, which the compiler may remove.
     first = jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=7)
     return first, jax.lax.reduce_precision(value - first, exponent_bits=8, mantissa_bits=7)

@@ -15,7 +15,6 @@ from gemma_scope_jax.models import placement, registry, weights
 from gemma_scope_jax.models.gemma import Gemma
 from gemma_scope_jax.models.gemma_package import gm
 from gemma_scope_jax.models.sites import blocks_needed, check_site, site_width
-from gemma_scope_jax.runtime import devices as devices_lib
 from gemma_scope_jax.runtime import sharding
 from gemma_scope_jax.runtime.errors import RunError
 from gemma_scope_jax.runtime.reporting import say
@@ -52,10 +51,8 @@ def build(
         devices = jax.devices() if devices is None else devices
         data = config.mesh.data or plans.choose_data_axis(config, len(devices))
         mesh = sharding.make_mesh(data, config.mesh.latent, devices)
-    if config.gemma_dtype == "auto":
-        faster = devices_lib.faster_dtype(mesh.devices.flat[0])
-        config = dataclasses.replace(config, gemma_dtype=started.gemma_dtype if started else faster)
-    registry.dtype(config)
+    dtype = started.gemma_dtype if started and config.gemma_dtype == "auto" else config.gemma_dtype
+    config = dataclasses.replace(config, gemma_dtype=registry.dtype_on(mesh.devices.flat[0], dtype))
     module = registry.build_model(config.model)
     plan = plans.make_plan(config, module, mesh.shape["data"], mesh.shape["latent"], started)
     return Run(config, mesh, module, plan)

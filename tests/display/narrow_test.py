@@ -159,6 +159,7 @@ def test_plans(capsys):
     assert plan.show(of, 1.2)
     text = capsys.readouterr().out.partition("At 4,096 tokens")[0]  # Sentences follow the tables.
     assert max(map(len, text.split("\n"))) <= 80 and "other" in text
+    assert "SAEs: 100 (padded to 112)" in " ".join(text.split())
 
 
 def test_text_is_wrapped_after_a_space_an_underscore_or_a_slash():

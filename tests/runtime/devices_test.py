@@ -1,6 +1,5 @@
 """Tests for the features of devices."""
 
-import pathlib
 import types
 
 import jax
@@ -20,12 +19,12 @@ from gemma_scope_jax.runtime import devices
         ("cpu", "flags : fpu avx2 avx512f", "float32"),
     ],
 )
-def test_the_faster_dtype_follows_a_devices_features(monkeypatch, platform, cpuinfo, dtype):
-    monkeypatch.setattr(pathlib.Path, "exists", lambda path: True)
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: cpuinfo)
+def test_the_faster_dtype_follows_a_devices_features(monkeypatch, tmp_path, platform, cpuinfo, dtype):
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(devices, "_CPUINFO", tmp_path / "cpuinfo")
     assert devices.faster_dtype(types.SimpleNamespace(platform=platform)) == dtype
 
 
-def test_without_a_list_of_features_a_cpu_uses_float32(monkeypatch):
-    monkeypatch.setattr(pathlib.Path, "exists", lambda path: False)
+def test_without_a_list_of_features_a_cpu_uses_float32(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "_CPUINFO", tmp_path / "missing")
     assert devices.faster_dtype(jax.devices()[0]) == "float32"

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_scope_jax.saes import products
+from gemma_scope_jax.saes import jumprelu, objectives, products
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,34 @@ def test_three_passes_multiply_the_first_two_bfloat16_parts(operands):
     assert error < 2**-16
 
 
-def test_each_product_has_its_own_precision(operands):
-    a, b = operands
-    precision = dataclasses.replace(products.Precision.of("emulated_default"), encode="highest")
-    np.testing.assert_allclose(products.matmul(a, b, precision.encode), a @ b, rtol=1e-5, atol=1e-4)
-    assert precision.decode == "emulated_default"
-    assert not jnp.allclose(products.matmul(a, b, precision.decode), a @ b, rtol=1e-4)
+# The gradients that depend on each product, by the chain rule; the encoder's also decides which latents fire.
+DEPENDENT = {
+    "encode": {"W_enc", "b_enc", "log_threshold", "W_dec", "b_dec"},
+    "decode": {"W_enc", "b_enc", "log_threshold", "W_dec", "b_dec"},
+    "latent_gradient": {"W_enc", "b_enc", "log_threshold", "b_dec"},
+    "encoder_gradient": {"W_enc"},
+    "decoder_gradient": {"W_dec"},
+}
+
+
+@pytest.mark.parametrize("product", DEPENDENT)
+def test_a_products_precision_changes_only_the_gradients_that_depend_on_it(product):
+    rng = np.random.default_rng(0)
+    d, m, b = 16, 32, 64
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = jumprelu.Params(random(d, m), random(m), jnp.full(m, -1.0), random(m, d), random(d))
+    of = jax.jit(objectives.loss_gradient, static_argnames=("penalty", "precision"))
+    penalty = objectives.linear_penalty(1e-3)
+    x_BxD, weight_B = random(b, d), jnp.ones(b)
+    exact, _ = of(params, x_BxD, weight_B, penalty, 0.5, precision=products.HIGHEST)
+    one_pass = dataclasses.replace(products.HIGHEST, **{product: "emulated_default"})
+    found, _ = of(params, x_BxD, weight_B, penalty, 0.5, precision=one_pass)
+    changed = {
+        name
+        for name in DEPENDENT["encode"]
+        if not jnp.allclose(vars(exact)[name], vars(found)[name], rtol=1e-4)
+    }
+    assert changed == DEPENDENT[product]
